@@ -1,0 +1,101 @@
+"""ε, v and x_0 predictions, and the noise level at a step of any diffusers scheduler."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """Shape a (B,) or 0-d ``value`` so that it multiplies ``like`` (B, ...) row by row."""
+    return value.reshape(-1, *[1] * (like.ndim - 1)) if value.ndim else value
+
+
+def predicted_x_0(
+    x_t: Tensor, output: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
+) -> Tensor:
+    """Clean estimate x̂_0 from the denoiser's output (AMG, eq. 12; v: Salimans and Ho, 2022).
+
+    Args:
+        x_t: noisy samples (B, ...), variance preserving: √ᾱ·x_0 + √(1−ᾱ)·ε.
+        output: what the denoiser predicts, same shape.
+        alpha_bar: ᾱ_t in (0, 1], 0-d or (B,).
+        prediction_type: the scheduler's ``config.prediction_type``.
+    """
+    a = per_sample(alpha_bar, x_t)
+    if prediction_type == "epsilon":
+        return (x_t - (1 - a).sqrt() * output) / a.sqrt()
+    if prediction_type == "v_prediction":
+        return a.sqrt() * x_t - (1 - a).sqrt() * output
+    return output
+
+
+def predicted_eps(
+    x_t: Tensor, output: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
+) -> Tensor:
+    """Noise estimate ε̂ from the denoiser's output; arguments as in ``predicted_x_0``."""
+    a = per_sample(alpha_bar, x_t)
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "v_prediction":
+        return a.sqrt() * output + (1 - a).sqrt() * x_t
+    return (x_t - a.sqrt() * output) / (1 - a).sqrt()
+
+
+def output_change_from_eps(
+    delta_eps: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
+) -> Tensor:
+    """The change of the denoiser's output that changes ε̂ by ``delta_eps``: Δv = Δε/√ᾱ."""
+    a = per_sample(alpha_bar, delta_eps)
+    if prediction_type == "epsilon":
+        return delta_eps
+    if prediction_type == "v_prediction":
+        return delta_eps / a.sqrt()
+    return -delta_eps * ((1 - a) / a).sqrt()
+
+
+def output_change_from_x_0(
+    delta_x_0: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
+) -> Tensor:
+    """The change of the denoiser's output that changes x̂_0 by ``delta_x_0``: Δv = −Δx_0/√(1−ᾱ)."""
+    a = per_sample(alpha_bar, delta_x_0)
+    if prediction_type == "epsilon":
+        return -delta_x_0 * (a / (1 - a)).sqrt()
+    if prediction_type == "v_prediction":
+        return -delta_x_0 / (1 - a).sqrt()
+    return delta_x_0
+
+
+def training_target(
+    x_0: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
+) -> Tensor:
+    """What the denoiser should have said: ε, or v = √ᾱ·ε − √(1−ᾱ)·x_0, or x_0."""
+    a = per_sample(alpha_bar, x_0)
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return a.sqrt() * noise - (1 - a).sqrt() * x_0
+    return x_0
+
+
+def alpha_bar_at(scheduler, timestep: Tensor | int, step_index: int) -> Tensor:
+    """ᾱ that the scheduler assigns to its current step, as a 0-d float32 tensor.
+
+    Schedulers with sigmas (Euler, DPM-Solver++, UniPC; Karras or not) are asked for σ at
+    ``step_index``, because their timesteps are rounded: ᾱ = 1/(1 + σ²). Schedulers that step on
+    timesteps (DDPM, DDIM, PNDM) are asked for ``alphas_cumprod``.
+
+    Args:
+        scheduler: a diffusers scheduler after ``set_timesteps``.
+        timestep: the current entry of ``scheduler.timesteps``.
+        step_index: its position there.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) == len(scheduler.timesteps) + 1:
+        sigma = sigmas[step_index].to(torch.float64)
+        return (1 / (1 + sigma**2)).to(torch.float32)
+    return scheduler.alphas_cumprod[int(timestep)].to(torch.float32)

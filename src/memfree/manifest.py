@@ -1,0 +1,143 @@
+"""Manifests and atomic files: what made a folder, and that nothing half-written is taken for whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT_VERSION = 1
+_PACKAGES = ("memfree", "torch", "torchvision", "lightning", "diffusers", "numpy")
+
+
+def provenance(seed: int | None = None) -> dict[str, Any]:
+    """What a manifest says of its making: command, package versions, commit, device, seed."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "seed": seed,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the source checkout, None for an installed wheel or without git."""
+    found = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ) if shutil.which("git") else None
+    return found.stdout.strip() if found is not None and found.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` on a temporary name beside ``path``, flush it to disk, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically; NaN and infinities are refused."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomic(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_manifest(folder: Path, kind: str, seed: int | None = None, **fields: Any) -> None:
+    """Write ``folder/manifest.json``, the last file of a finished folder.
+
+    Args:
+        folder: the folder that is now complete.
+        kind: what it holds: ``dataset``, ``model``, ``index``, ``samples`` or ``evaluation``.
+        seed: seed of the run, None where nothing random happened.
+        fields: what else a reader needs, JSON values.
+    """
+    value = {"format": FORMAT_VERSION, "kind": kind, **fields, "made_by": provenance(seed)}
+    write_json(folder / "manifest.json", value)
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Read the manifest of a finished folder of this ``kind``.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is unfinished, of another kind, of a newer format, or not valid JSON.
+    """
+    path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no {kind} folder at {folder}")
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a finished {kind} folder: it has no manifest.json")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict) or value.get("kind") != kind:
+        found = value.get("kind") if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"{folder} holds {found!r}, not a {kind} folder")
+    if value.get("format") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} has format {value.get('format')!r}; this version reads {FORMAT_VERSION}"
+        )
+    return value
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(
+            hashlib, "file_digest"
+        ) else _sha256_chunks(file)
+
+
+def _sha256_chunks(file: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Refuse to start writing ``needed`` bytes where the disk has less.
+
+    Raises:
+        OSError: too little is free at the nearest existing parent of ``folder``.
+    """
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OSError(
+            f"{folder} needs about {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB is free; "
+            "choose another --out or make room"
+        )
