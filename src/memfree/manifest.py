@@ -36,12 +36,16 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """Commit of the source checkout, None for an installed wheel or without git."""
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ) if shutil.which("git") else None
+    found = (
+        subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if shutil.which("git")
+        else None
+    )
     return found.stdout.strip() if found is not None and found.returncode == 0 else None
 
 
@@ -114,9 +118,11 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
 def sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(
-            hashlib, "file_digest"
-        ) else _sha256_chunks(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256_chunks(file)
+        )
 
 
 def _sha256_chunks(file: Any) -> str:

@@ -1,0 +1,36 @@
+"""Similarity, thresholds, calibration, AMG and multiplicity guidance: tensors in, tensors out."""
+
+from memfree.guidance.amg import AntiMemorizationGuidance, Observer
+from memfree.guidance.calibration import (
+    Calibration,
+    calibrate,
+    calibration_of,
+    default_similarity,
+    measure,
+)
+from memfree.guidance.multiplicity import MultiplicityGuidance
+from memfree.guidance.prediction import Guidance, Prediction, apply
+from memfree.guidance.settings import GuidanceSettings
+from memfree.guidance.similarity import EmbeddingSimilarity, Match, NormalizedL2, Similarity
+from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
+
+__all__ = [
+    "AntiMemorizationGuidance",
+    "Calibration",
+    "ConstantThreshold",
+    "EmbeddingSimilarity",
+    "Guidance",
+    "GuidanceSettings",
+    "Match",
+    "MultiplicityGuidance",
+    "NormalizedL2",
+    "Observer",
+    "Prediction",
+    "Similarity",
+    "ThresholdSchedule",
+    "apply",
+    "calibrate",
+    "calibration_of",
+    "default_similarity",
+    "measure",
+]

@@ -1,0 +1,235 @@
+"""Anti-Memorization Guidance (Chen, Liu, Xu, CVPR 2024): detect, gate, and steer away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from memfree.diffusion_math import predicted_x_0
+from memfree.guidance import corrections
+from memfree.guidance.displacement import limit_displacement, move_below
+from memfree.guidance.prediction import Prediction, combine, row_norm
+from memfree.guidance.similarity import Match, Similarity
+from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+
+@dataclass(frozen=True)
+class Detection:
+    """σ_t beside λ_t for a batch, before anything is changed."""
+
+    match: Match
+    threshold: float
+    """λ_t of this step."""
+
+
+class Observer:
+    """Detects as AMG does, records σ_t and λ_t in the trace, and changes nothing.
+
+    Args:
+        index: references, on the device of the samples.
+        similarity: σ.
+        threshold: λ_t, a function of time in [0, 1].
+    """
+
+    def __init__(
+        self,
+        index: ReferenceIndex,
+        similarity: Similarity,
+        threshold: ThresholdSchedule | ConstantThreshold,
+    ) -> None:
+        self.index = index
+        self.similarity = similarity
+        self.threshold = threshold
+
+    @torch.no_grad()
+    def detect(self, prediction: Prediction) -> Detection:
+        """Search the neighbours of x̂_0 of the combined prediction (eq. 8, 9 and 12)."""
+        images = prediction.decode(prediction.clean_estimate())
+        return Detection(self.similarity(self.index, images), self.threshold(prediction.time))
+
+    def __call__(self, prediction: Prediction) -> Prediction:
+        """Record σ, λ and the nearest row."""
+        return _recorded(prediction, self.detect(prediction))
+
+
+def _recorded(prediction: Prediction, detection: Detection) -> Prediction:
+    sigma = detection.match.sigma
+    return prediction.recorded(
+        **{
+            "sigma": sigma,
+            "lambda": torch.full_like(sigma, detection.threshold),
+            "nearest": detection.match.rows[:, 0],
+        }
+    )
+
+
+class AntiMemorizationGuidance(Observer):
+    """ε̂ ← ε̂ + 1{σ_t > λ_t}·(G_spe + G_dup + G_sim), per sample (eq. 8 to 19).
+
+    With the defaults this is the paper's method and no more. ``gate_margin``,
+    ``max_displacement`` and ``final_correction`` are ours (docs/method.md says why);
+    ``AntiMemorizationGuidance.recommended`` switches them on.
+
+    Args:
+        index: references.
+        similarity: ``NormalizedL2`` (eq. 8) or ``EmbeddingSimilarity`` (eq. 9).
+        threshold: λ_t; ``None`` guides every sample at every step, the ungated ablation.
+        c1: strength of despecification (eq. 13); 0 switches it off.
+        c2: strength of caption deduplication (eq. 15); 0 switches it off.
+        c3: strength of dissimilarity guidance (eq. 17); 0 switches it off.
+        gate_margin: the gate opens at λ_t − gate_margin, in units of σ.
+        max_displacement: G_sim moves x̂_0 by at most this root mean square a step; None: no limit.
+        final_correction: move what is still above this σ at the last step just below it;
+            None: no correction.
+        gradient: take ∇_{x_t} σ_t through x̂_0 with ε̂ held constant (default), or through the
+            denoiser as well.
+    """
+
+    def __init__(
+        self,
+        index: ReferenceIndex,
+        similarity: Similarity,
+        threshold: ThresholdSchedule | ConstantThreshold | None,
+        c1: float = 0.0,
+        c2: float = 0.0,
+        c3: float = 0.0,
+        gate_margin: float = 0.0,
+        max_displacement: float | None = None,
+        final_correction: float | None = None,
+        gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate",
+    ) -> None:
+        super().__init__(index, similarity, threshold or ConstantThreshold(float("-inf")))
+        for name, value in (("c1", c1), ("c2", c2), ("c3", c3), ("gate_margin", gate_margin)):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, not {value:g}")
+        if max_displacement is not None and max_displacement <= 0:
+            raise ValueError(f"max_displacement must be above 0, not {max_displacement:g}")
+        self.c1 = c1
+        self.c2 = c2
+        self.c3 = c3
+        self.gate_margin = gate_margin
+        self.max_displacement = max_displacement
+        self.final_correction = final_correction
+        self.gradient = gradient
+        self.force: Callable[[Tensor], Tensor] | None = None
+        """Replaces the gate, (B,) σ → (B,) bool; for benchmarks of the cost."""
+
+    @classmethod
+    def recommended(
+        cls, index: ReferenceIndex, false_positive_rate: float = 0.01
+    ) -> AntiMemorizationGuidance:
+        """The settings that docs/method.md explains, on the index's calibrated threshold."""
+        from memfree.guidance.settings import GuidanceSettings
+
+        return GuidanceSettings(
+            mitigation="amg", false_positive_rate=false_positive_rate
+        ).anti_memorization(index)
+
+    @torch.no_grad()
+    def __call__(self, prediction: Prediction) -> Prediction:
+        """Correct the active rows; all others keep their bits."""
+        detection = self.detect(prediction)
+        sigma = detection.match.sigma
+        active = corrections.gate(sigma, detection.threshold - self.gate_margin)
+        if self.force is not None:
+            active = self.force(sigma)
+        prediction = _recorded(prediction, detection).activated(active)
+        rows = active.nonzero().squeeze(1)
+        zeros = torch.zeros_like(sigma)
+        columns = {"s1": zeros.clone(), "s2": zeros.clone(), "g_sim_norm": zeros.clone()}
+        if len(rows):
+            prediction = self._guide(prediction, detection, rows, columns)
+        if prediction.is_last and self.final_correction is not None:
+            prediction = self._correct_last(prediction, self.final_correction)
+        return prediction.recorded(**columns)
+
+    def _guide(
+        self, prediction: Prediction, detection: Detection, rows: Tensor, columns: dict[str, Tensor]
+    ) -> Prediction:
+        """Eq. 10 on the active rows; writes the strengths that were used into ``columns``."""
+        match = detection.match
+        gate = torch.tensor(detection.threshold - self.gate_margin, device=match.sigma.device)
+        strength = self.similarity.strength(match.sigma[rows], gate)
+        s_0 = prediction.guidance_scale
+        s_1 = corrections.despecification_scale(strength, self.c1, s_0)
+        s_2 = corrections.deduplication_scale(strength, self.c2, s_0, s_1)
+        cond, uncond = prediction.output_cond, prediction.output_uncond
+        result = prediction
+        if cond is not None and uncond is not None and s_0 > 1:
+            change = corrections.despecification(s_1, cond[rows], uncond[rows])
+            if self.c2 > 0:
+                neighbour = self._neighbour_output(prediction, match, rows)
+                change = change + corrections.deduplication(s_2, neighbour, uncond[rows])
+            # Differences of outputs: the same formula for ε and for v (see Prediction).
+            result = result.with_output_change(change, rows)
+            columns["s1"][rows], columns["s2"][rows] = s_1, s_2
+        if self.c3 > 0:
+            g_sim = corrections.dissimilarity(
+                self.c3, prediction.alpha_bar, self._sigma_gradient(prediction, match, rows)
+            )
+            if self.max_displacement is not None:
+                g_sim = limit_displacement(g_sim, prediction.alpha_bar, self.max_displacement)
+            result = result.with_eps_change(g_sim, rows)
+            columns["g_sim_norm"][rows] = row_norm(g_sim)
+        return result
+
+    def _neighbour_output(self, prediction: Prediction, match: Match, rows: Tensor) -> Tensor:
+        """ε_θ(x_t, y_N) of eq. 16; the denoiser is called only where y_N differs from y."""
+        assert prediction.output_cond is not None and prediction.conditions is not None
+        if self.index.labels is None:
+            raise ValueError("c2 needs an index with labels: build it on a labelled data set")
+        labels = self.index.labels.to(match.rows.device)[match.rows[rows, 0]]
+        output = prediction.output_cond[rows].clone()
+        other = (labels != prediction.conditions[rows]).nonzero().squeeze(1)
+        if len(other):
+            output[other] = prediction.denoise(prediction.x_t[rows[other]], labels[other])
+        return output
+
+    def _sigma_gradient(self, prediction: Prediction, match: Match, rows: Tensor) -> Tensor:
+        """∇_{x_t} σ_t (len(rows), ...) in float32; the neighbours are not differentiated."""
+        with torch.inference_mode(False), torch.enable_grad():
+            neighbours = match.rows[rows].clone()
+            if self.gradient == "denoiser":
+                x_t = prediction.x_t[rows].clone().requires_grad_()
+                x_0 = _clean_estimate_of(prediction, x_t, rows)
+            else:
+                x_t = x_0 = prediction.clean_estimate(rows).clone().requires_grad_()
+            sigma = self.similarity.against(self.index, prediction.decode(x_0), neighbours)
+            (gradient,) = torch.autograd.grad(sigma.sum(), x_t)
+        if self.gradient == "denoiser":
+            return gradient.float()
+        # With ε̂ constant, ∂x̂_0/∂x_t = 1/√ᾱ (eq. 12), in every parameterisation.
+        return gradient / prediction.alpha_bar.sqrt()
+
+    def _correct_last(self, prediction: Prediction, target: float) -> Prediction:
+        """Move the clean estimates that the sampler is about to return below ``target``."""
+        x_0 = prediction.clean_estimate()
+        returned = x_0 if prediction.clip is None else x_0.clamp(-prediction.clip, prediction.clip)
+        above = self.similarity(self.index, prediction.decode(returned)).sigma > target
+        rows = above.nonzero().squeeze(1)
+        if not len(rows):
+            return prediction
+        with torch.inference_mode(False):
+            moved = move_below(
+                self.index, self.similarity, returned[rows].clone(), target, prediction.clip
+            )
+        return prediction.with_clean_change(moved - x_0[rows], rows).activated(above)
+
+
+def _clean_estimate_of(prediction: Prediction, x_t: Tensor, rows: Tensor) -> Tensor:
+    """x̂_0 of other noisy samples at this step, by calling the denoiser on both branches again."""
+    cond = uncond = None
+    if prediction.output_cond is not None and prediction.conditions is not None:
+        cond = prediction.denoise(x_t, prediction.conditions[rows])
+    if prediction.output_uncond is not None:
+        uncond = prediction.denoise(x_t, None)
+    output = combine(cond, uncond, prediction.guidance_scale)
+    alpha_bar = prediction.alpha_bar.clone()
+    return predicted_x_0(x_t.float(), output.float(), alpha_bar, prediction.prediction_type)

@@ -1,0 +1,152 @@
+"""Thresholds on σ from held-out real images: what counts as a copy, at a stated error rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memfree.guidance.similarity import EmbeddingSimilarity, NormalizedL2, Similarity
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+MIN_EXPECTED = 5
+"""A false-positive rate needs at least this many expected calibration images above it."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """σ of n held-out images against an index: the null of "this image is not a copy"."""
+
+    similarity: str
+    """Name of the similarity that was measured."""
+    sigmas: Tensor
+    """(n,) float32, ascending."""
+
+    def threshold(self, false_positive_rate: float) -> float:
+        """The σ above which an image is called a copy.
+
+        It is the ⌊rate·(n+1)⌋-th largest calibration σ, so that "σ > threshold" says the same as
+        "p ≤ rate".
+
+        Args:
+            false_positive_rate: share of real images that may be called copies, in (0, 1).
+
+        Raises:
+            ValueError: the rate is not in [5/n, 1).
+        """
+        n = len(self.sigmas)
+        if not MIN_EXPECTED / n <= false_positive_rate < 1:
+            raise ValueError(
+                f"false_positive_rate {false_positive_rate:g} cannot be calibrated on {n} images; "
+                f"choose one from {MIN_EXPECTED / n:.4f} up to 1, or calibrate on more images"
+            )
+        rank = math.floor(false_positive_rate * (n + 1) + 1e-9)
+        return float(self.sigmas[n - rank])
+
+    def p_values(self, sigma: Tensor) -> Tensor:
+        """(1 + number of calibration images at least as similar) / (n + 1), for σ (B,)."""
+        n = len(self.sigmas)
+        below = torch.searchsorted(self.sigmas, sigma.detach().float().cpu().contiguous())
+        return (1 + n - below) / (n + 1)
+
+    def threshold_interval(
+        self, false_positive_rate: float, level: float = 0.95, resamples: int = 1000, seed: int = 0
+    ) -> tuple[float, float]:
+        """Bootstrap interval of ``threshold`` over the calibration images."""
+        n = len(self.sigmas)
+        draws = np.random.default_rng(seed).integers(n, size=(resamples, n))
+        resampled = np.sort(self.sigmas.numpy()[draws], axis=1)
+        rank = math.floor(false_positive_rate * (n + 1) + 1e-9)
+        low, high = np.quantile(resampled[:, n - rank], [(1 - level) / 2, (1 + level) / 2])
+        return float(low), float(high)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON value for ``calibration.json``: σ's, and thresholds with intervals to read."""
+        n = len(self.sigmas)
+        rates = [rate for rate in (0.001, 0.01, 0.05, 0.5) if rate >= MIN_EXPECTED / n]
+        thresholds = []
+        for rate in rates:
+            low, high = self.threshold_interval(rate)
+            thresholds.append(
+                {
+                    "false_positive_rate": rate,
+                    "threshold": self.threshold(rate),
+                    "low": low,
+                    "high": high,
+                }
+            )
+        return {
+            "similarity": self.similarity,
+            "count": n,
+            "smallest_false_positive_rate": MIN_EXPECTED / n,
+            "thresholds": thresholds,
+            "sigmas": self.sigmas.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Calibration:
+        """The inverse of ``to_json``.
+
+        Raises:
+            ValueError: the value is not what ``to_json`` writes.
+        """
+        try:
+            sigmas = torch.tensor(value["sigmas"], dtype=torch.float32).sort().values
+            name = str(value["similarity"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"not a calibration: {error}") from error
+        if sigmas.ndim != 1 or not len(sigmas) or not bool(torch.isfinite(sigmas).all()):
+            raise ValueError("not a calibration: its sigmas are empty or not finite")
+        return cls(name, sigmas)
+
+
+def measure(
+    index: ReferenceIndex, similarity: Similarity, images: Tensor, batch_size: int = 256
+) -> Calibration:
+    """σ of held-out images (N, C, H, W) in [−1, 1] that the model was never trained on."""
+    if not len(images):
+        raise ValueError("no calibration images: thresholds need held-out images")
+    with torch.no_grad():
+        sigmas = [similarity(index, part).sigma.cpu() for part in images.split(batch_size)]
+    return Calibration(similarity.name, torch.cat(sigmas).float().sort().values)
+
+
+def calibrate(
+    index: ReferenceIndex,
+    similarity: Similarity,
+    calibration_images: Tensor,
+    false_positive_rate: float = 0.01,
+) -> float:
+    """Measure held-out images, keep the result with the index, return the threshold in σ."""
+    calibration = measure(index, similarity, calibration_images)
+    threshold = calibration.threshold(false_positive_rate)
+    index.calibrations[similarity.name] = calibration.to_json()
+    return threshold
+
+
+def calibration_of(index: ReferenceIndex, similarity: Similarity) -> Calibration:
+    """The calibration kept with the index.
+
+    Raises:
+        ValueError: the index was not calibrated for this similarity.
+    """
+    value = index.calibrations.get(similarity.name)
+    if value is None:
+        raise ValueError(
+            f"the index has no calibration for {similarity.name}: run `memfree index` on a data "
+            "set with held-out images, or call memfree.guidance.calibrate"
+        )
+    return Calibration.from_json(value)
+
+
+def default_similarity(index: ReferenceIndex) -> Similarity:
+    """NormalizedL2 for an index of distances, EmbeddingSimilarity for one of cosines."""
+    if index.metric == "l2":
+        return NormalizedL2(k=min(50, int(index.group.max()) + 1))
+    return EmbeddingSimilarity()

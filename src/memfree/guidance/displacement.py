@@ -1,0 +1,74 @@
+"""What we add to AMG's G_sim: a limit on how far it moves x̂_0, and a last correction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memfree.diffusion_math import per_sample
+from memfree.guidance.similarity import Similarity
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+
+def limit_displacement(g_sim: Tensor, alpha_bar: Tensor, max_displacement: float) -> Tensor:
+    """Shorten G_sim so that x̂_0 moves by at most ``max_displacement``.
+
+    Adding G to ε̂ moves x̂_0 by −√((1−ᾱ)/ᾱ)·G, which grows without bound towards noise.
+
+    Args:
+        g_sim: (B, ...), the change of ε̂.
+        alpha_bar: ᾱ_t.
+        max_displacement: root mean square over a sample's elements, in units of x̂_0
+            (images span [−1, 1]).
+    """
+    moved = g_sim.flatten(1).square().mean(dim=1).sqrt() * ((1 - alpha_bar) / alpha_bar).sqrt()
+    factor = (max_displacement / moved.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
+    return per_sample(factor, g_sim) * g_sim
+
+
+def move_below(
+    index: ReferenceIndex,
+    similarity: Similarity,
+    x_0: Tensor,
+    target: float,
+    clip: float | None,
+    iterations: int = 20,
+) -> Tensor:
+    """Move clean images along −∇σ until every σ is at most ``target``, by Newton steps.
+
+    A step of (σ − target)/‖∇σ‖² reaches the target exactly where σ is linear; the neighbour is
+    searched again each time, since another may come near. It is the smallest change that leaves
+    the copy region: a last resort, after guidance has done what it could.
+
+    Args:
+        index: the references.
+        similarity: σ.
+        x_0: images (B, C, H, W).
+        target: σ to reach, in units of the similarity.
+        clip: keep the images in [−clip, clip]; None for no limit.
+        iterations: the most steps taken.
+
+    Returns:
+        The moved images, like x_0; rows at or below the target keep their bits.
+    """
+    x_0 = x_0.clone()
+    rows = torch.arange(len(x_0), device=x_0.device)
+    for _ in range(iterations):
+        with torch.enable_grad():
+            images = x_0[rows].requires_grad_()
+            sigma = similarity(index, images).sigma
+            (gradient,) = torch.autograd.grad(sigma.sum(), images)
+        above = sigma.detach() > target
+        if not bool(above.any()):
+            break
+        rows, gradient, excess = rows[above], gradient[above], sigma.detach()[above] - target
+        square = gradient.flatten(1).square().sum(dim=1).clamp(min=1e-12)
+        # 1 % past the target, so that rounding does not leave a sample on the line.
+        step = per_sample((excess + 0.01 * abs(target)) / square, gradient) * gradient
+        moved = x_0[rows] - step
+        x_0[rows] = moved if clip is None else moved.clamp(-clip, clip)
+    return x_0

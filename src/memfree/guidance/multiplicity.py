@@ -1,0 +1,149 @@
+"""Multiplicity guidance: undo duplication in closed form, from the index's counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memfree.diffusion_math import output_change_from_x_0
+from memfree.guidance.prediction import Prediction, row_norm
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+EXACT_CANDIDATES = 32
+"""How many leading references get exact differences in the softmax."""
+MAX_ELEMENTS = 1 << 26
+"""Largest (samples × references) matrix held at once; larger batches go in chunks."""
+
+
+class EmpiricalPosterior:
+    """E[x_0 | x_t] over weighted references: the optimal denoiser of the empirical distribution.
+
+    μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i.
+
+    References are centred once and the leading candidates' distances are recomputed from exact
+    differences: at small noise the expanded square alone loses the answer in float32.
+
+    Args:
+        references: r, (N, D) float32.
+    """
+
+    def __init__(self, references: Tensor) -> None:
+        self.center = references.mean(dim=0)
+        self.references = references - self.center
+        self.half_squares = self.references.square().sum(dim=1) / 2
+
+    def log_likelihood(self, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+        """−‖x_t − √ᾱ r_i‖²/(2(1−ᾱ)) up to a constant a row, (B, N), for x_t (B, D)."""
+        root = alpha_bar.sqrt()
+        centred = x_t - root * self.center
+        logits = root * (centred @ self.references.T) - alpha_bar * self.half_squares
+        logits = logits / (1 - alpha_bar)
+        top, rows = logits.topk(min(EXACT_CANDIDATES, logits.shape[1]), dim=1)
+        differences = centred[:, None] - root * self.references[rows]  # (B, candidates, D)
+        exact = -differences.square().sum(dim=2) / (2 * (1 - alpha_bar))
+        # Both are known up to a constant a row: let them agree at the leading candidate.
+        exact = exact - exact[:, :1] + top[:, :1]
+        return logits.scatter(1, rows, exact)
+
+    def mean_difference(
+        self, log_likelihood: Tensor, log_weights_1: Tensor, log_weights_m: Tensor
+    ) -> Tensor:
+        """μ_1 − μ_m, (B, D), from log-weights (N,) or (B, N)."""
+        p_1 = torch.softmax(log_likelihood + log_weights_1, dim=1)
+        p_m = torch.softmax(log_likelihood + log_weights_m, dim=1)
+        # Σ (p_1 − p_m) = 0: the centre drops out.
+        return (p_1 - p_m) @ self.references
+
+
+class MultiplicityGuidance:
+    """x̂_0 ← x̂_0 + κ·(μ_1(x_t) − μ_m(x_t)) in each branch of classifier-free guidance.
+
+    m counts the records of each reference; 1 gives every group of references one record,
+    shared among its members in proportion: m_i / Σ_group m. The conditional branch counts the
+    records of its own label alone. The correction vanishes, exactly, where every group has one
+    record.
+
+    Args:
+        index: pixel references with multiplicities (and label counts for class-conditional use).
+        strength: κ; 1 is the difference itself, 0 changes nothing.
+    """
+
+    def __init__(self, index: ReferenceIndex, strength: float = 1.0) -> None:
+        if strength < 0:
+            raise ValueError(f"strength must be at least 0, not {strength:g}")
+        if index.metric != "l2":
+            raise ValueError(
+                "multiplicity guidance needs an index of pixels (or latents), not of "
+                f"{index.metric} embeddings"
+            )
+        self.index = index
+        self.strength = strength
+        self.posterior = EmpiricalPosterior(torch.as_tensor(index.vectors).float())
+        groups = int(index.group.max()) + 1
+        log_m, log_1 = _log_weights(index.multiplicity[:, None], index.group, groups)
+        self._log_m, self._log_1 = log_m[:, 0], log_1[:, 0]
+        self._label_log_m: Tensor | None = None
+        self._label_log_1: Tensor | None = None
+        if index.label_counts is not None:
+            self._label_log_m, self._label_log_1 = _log_weights(
+                index.label_counts, index.group, groups
+            )
+
+    @torch.no_grad()
+    def __call__(self, prediction: Prediction) -> Prediction:
+        """Correct both branches and recombine them."""
+        norm = torch.zeros(len(prediction.x_t), device=prediction.x_t.device)
+        recorded = prediction.recorded(g_mul_norm=norm)
+        if self.strength == 0 or bool((self._log_m == self._log_1).all()):
+            return recorded
+        x_t = prediction.x_t.flatten(1).float()
+        cond, uncond = prediction.output_cond, prediction.output_uncond
+        new_cond = None if cond is None else torch.empty_like(cond)
+        new_uncond = None if uncond is None else torch.empty_like(uncond)
+        chunk = max(1, MAX_ELEMENTS // len(self.posterior.references))
+        for rows in torch.arange(len(x_t), device=x_t.device).split(chunk):
+            likelihood = self.posterior.log_likelihood(x_t[rows], prediction.alpha_bar)
+            if uncond is not None and new_uncond is not None:
+                delta = self.posterior.mean_difference(likelihood, self._log_1, self._log_m)
+                new_uncond[rows] = uncond[rows] + self._change(prediction, delta, uncond[rows])
+            if cond is not None and new_cond is not None:
+                log_1, log_m = self._conditional_weights(prediction, rows)
+                delta = self.posterior.mean_difference(likelihood, log_1, log_m)
+                new_cond[rows] = cond[rows] + self._change(prediction, delta, cond[rows])
+        corrected = recorded.with_branches(new_cond, new_uncond)
+        return corrected.recorded(g_mul_norm=row_norm(corrected.output - prediction.output))
+
+    def _conditional_weights(self, prediction: Prediction, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-weights (len(rows), N) of the references that carry each row's label."""
+        assert prediction.conditions is not None
+        if self._label_log_m is None or self._label_log_1 is None:
+            raise ValueError(
+                "class-conditional multiplicity guidance needs an index with labels: build it on "
+                "a labelled data set"
+            )
+        labels = prediction.conditions[rows]
+        known = self._label_log_m.isfinite().any(dim=0).nonzero().squeeze(1)
+        unknown = labels[~torch.isin(labels, known)]
+        if len(unknown):
+            raise ValueError(f"label {int(unknown[0])} does not occur in the reference index")
+        return self._label_log_1.T[labels], self._label_log_m.T[labels]
+
+    def _change(self, prediction: Prediction, delta: Tensor, like: Tensor) -> Tensor:
+        return output_change_from_x_0(
+            self.strength * delta.reshape(like.shape),
+            prediction.alpha_bar,
+            prediction.prediction_type,
+        ).to(like.dtype)
+
+
+def _log_weights(counts: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """log m_i and log(m_i / Σ_group m) of counts (N, L), each (N, L); −∞ where there is none."""
+    m = counts.to(torch.float64)
+    total = torch.zeros(groups, m.shape[1], dtype=torch.float64, device=m.device)
+    total.index_add_(0, group.to(m.device), m)
+    share = m / total[group].clamp(min=1)
+    return m.log().float(), share.log().float()

@@ -1,0 +1,127 @@
+"""The record that a guidance takes and returns: one denoising step of a whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from memfree.diffusion_math import (
+    PredictionType,
+    output_change_from_eps,
+    output_change_from_x_0,
+    predicted_x_0,
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the denoiser said at one step, in its own parameterisation (ε, v or x_0).
+
+    The guidances of AMG are differences of predictions, which are linear: the paper's ε formulas
+    hold for v as they stand, with every ε replaced by the model's output.
+    """
+
+    x_t: Tensor
+    """Noisy samples (B, ...), variance preserving: √ᾱ·x_0 + √(1−ᾱ)·ε."""
+    alpha_bar: Tensor
+    """ᾱ_t of this step, 0-d float32, from the scheduler."""
+    time: float
+    """Timestep over the number of training timesteps, in [0, 1]: 1 is noise."""
+    output: Tensor
+    """The combined prediction, like x_t; the sampler steps with it."""
+    output_cond: Tensor | None
+    """The conditional branch; None without conditions."""
+    output_uncond: Tensor | None
+    """The unconditional branch; None where the combination does not need it (s_0 = 1)."""
+    conditions: Tensor | None
+    """The user's conditions y (B, ...): labels (B,) int64."""
+    guidance_scale: float
+    """s_0 of classifier-free guidance; 1 means the conditional prediction alone."""
+    prediction_type: PredictionType
+    """What ``output`` is, as in ``scheduler.config.prediction_type``."""
+    denoise: Callable[[Tensor, Tensor | None], Tensor]
+    """The denoiser at this step's t: (rows of x_t, their conditions or None) → output."""
+    is_last: bool = False
+    """Whether the sampler returns the clean estimate of this step."""
+    clip: float | None = None
+    """The sampler clamps x̂_0 to [−clip, clip]; None if it does not."""
+    decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)
+    """From x̂_0 to images (B, C, H, W) in [−1, 1]: the identity in pixel space."""
+    active: Tensor | None = None
+    """(B,) bool: rows that some guidance of this step changed on purpose."""
+    trace: dict[str, Tensor] = field(default_factory=dict)
+    """Columns (B,) that the guidances of this step recorded."""
+
+    def clean_estimate(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """x̂_0 of the combined prediction (eq. 12), not clamped, in float32."""
+        return predicted_x_0(
+            self.x_t[rows].float(), self.output[rows].float(), self.alpha_bar, self.prediction_type
+        )
+
+    def with_eps_change(self, delta_eps: Tensor, rows: Tensor) -> Prediction:
+        """This record with ``delta_eps`` (len(rows), ...) added to ε̂ in those rows (eq. 10)."""
+        change = output_change_from_eps(delta_eps, self.alpha_bar, self.prediction_type)
+        return self.with_output_change(change, rows)
+
+    def with_clean_change(self, delta_x_0: Tensor, rows: Tensor) -> Prediction:
+        """This record with x̂_0 moved by ``delta_x_0`` (len(rows), ...) in those rows."""
+        change = output_change_from_x_0(delta_x_0, self.alpha_bar, self.prediction_type)
+        return self.with_output_change(change, rows)
+
+    def with_output_change(self, change: Tensor, rows: Tensor) -> Prediction:
+        """This record with ``change`` added to the output itself in those rows."""
+        output = self.output.clone()
+        output[rows] = self.output[rows] + change.to(output.dtype)
+        return replace(self, output=output)
+
+    def with_branches(self, cond: Tensor | None, uncond: Tensor | None) -> Prediction:
+        """This record with other branches, recombined by classifier-free guidance."""
+        return replace(
+            self,
+            output=combine(cond, uncond, self.guidance_scale),
+            output_cond=cond,
+            output_uncond=uncond,
+        )
+
+    def recorded(self, **columns: Tensor) -> Prediction:
+        """This record with more trace columns, each (B,)."""
+        return replace(self, trace={**self.trace, **columns})
+
+    def activated(self, active: Tensor) -> Prediction:
+        """This record with more active rows, (B,) bool."""
+        return replace(self, active=active if self.active is None else self.active | active)
+
+
+def combine(cond: Tensor | None, uncond: Tensor | None, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: ε_u + s_0·(ε_c − ε_u); the branch itself where there is one."""
+    if cond is None or uncond is None:
+        only = uncond if cond is None else cond
+        assert only is not None
+        return only
+    return uncond + guidance_scale * (cond - uncond)
+
+
+class Guidance(Protocol):
+    """Anything that changes a prediction: AMG, multiplicity guidance, an observer, a baseline."""
+
+    def __call__(self, prediction: Prediction) -> Prediction:
+        """Return the record corrected; rows without a correction keep their bits."""
+        ...
+
+
+def apply(guidance: Guidance | Sequence[Guidance] | None, prediction: Prediction) -> Prediction:
+    """Pass the record down a list of guidances, in order."""
+    if guidance is None:
+        return prediction
+    for one in guidance if isinstance(guidance, Sequence) else [guidance]:
+        prediction = one(prediction)
+    return prediction
+
+
+def row_norm(change: Tensor) -> Tensor:
+    """Euclidean norm of each row, (B, ...) → (B,)."""
+    return torch.linalg.vector_norm(change.flatten(1).float(), dim=1)

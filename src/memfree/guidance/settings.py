@@ -1,0 +1,96 @@
+"""Guidance as options: what `sample.py --guidance.…` takes, and the recommended values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from memfree.guidance.amg import AntiMemorizationGuidance, Observer
+from memfree.guidance.calibration import calibration_of, default_similarity
+from memfree.guidance.multiplicity import MultiplicityGuidance
+from memfree.guidance.prediction import Guidance
+from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+Mitigation = Literal["none", "amg", "multiplicity", "both"]
+
+
+@dataclass
+class GuidanceSettings:
+    """Which guidance steers the sampler, and how hard (docs/method.md explains the defaults)."""
+
+    mitigation: Mitigation = "none"
+    """none; amg (Chen et al., 2024); multiplicity (ours); both: multiplicity, then AMG."""
+    false_positive_rate: float = 0.01
+    """λ_t ends (t = 0) at the threshold that this share of held-out real images exceeds."""
+    schedule: Literal["rising", "constant", "none"] = "rising"
+    """λ_t: rising as t falls (eq. 19), constant at its end point, or none: no gate (ablations)."""
+    start_ratio: float = 1.3
+    """Where λ_t starts, as a multiple of its (negative) end point; 1.95/1.5 in the paper."""
+    rate: float = 0.025
+    """c of eq. 19, per step of a 250-step grid."""
+    gate_margin: float = 0.24
+    """The gate opens this far below λ_t, in units of σ."""
+    c1: float = 5.0
+    """Despecification (eq. 13); 0 switches it off."""
+    c2: float = 5.0
+    """Caption or label deduplication (eq. 15); 0 switches it off."""
+    c3: float = 100.0
+    """Dissimilarity guidance (eq. 17); 0 switches it off."""
+    max_displacement: float = 0.5
+    """G_sim moves x̂_0 by at most this root mean square a step; 0: no limit."""
+    final_correction: bool = True
+    """Move what is still too near at the last step just past λ_0 (and the margin)."""
+    gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate"
+    """Take ∇σ through x̂_0 alone, or through the denoiser as well (slower)."""
+    strength: float = 1.0
+    """κ of multiplicity guidance."""
+
+    def build(self, index: ReferenceIndex) -> list[Guidance]:
+        """The guidances, in order, for a calibrated index; an observer alone for ``none``."""
+        guidances: list[Guidance] = []
+        if self.mitigation in ("multiplicity", "both"):
+            guidances.append(MultiplicityGuidance(index, self.strength))
+        if self.mitigation in ("amg", "both"):
+            guidances.append(self.anti_memorization(index))
+        else:
+            guidances.append(self.observer(index))
+        return guidances
+
+    def end_threshold(self, index: ReferenceIndex) -> float:
+        """λ at t = 0: the index's calibrated threshold."""
+        similarity = default_similarity(index)
+        return calibration_of(index, similarity).threshold(self.false_positive_rate)
+
+    def observer(self, index: ReferenceIndex) -> Observer:
+        """What records σ_t against λ_t and changes nothing."""
+        end = self.end_threshold(index)
+        return Observer(index, default_similarity(index), self._rising(end))
+
+    def anti_memorization(self, index: ReferenceIndex) -> AntiMemorizationGuidance:
+        """AMG with these settings on the index's calibrated threshold."""
+        end = self.end_threshold(index)
+        threshold: ThresholdSchedule | ConstantThreshold | None = self._rising(end)
+        if self.schedule == "constant":
+            threshold = ConstantThreshold(end)
+        elif self.schedule == "none":
+            threshold = None
+        return AntiMemorizationGuidance(
+            index,
+            default_similarity(index),
+            threshold,
+            c1=self.c1,
+            c2=self.c2,
+            c3=self.c3,
+            gate_margin=self.gate_margin,
+            max_displacement=self.max_displacement or None,
+            final_correction=end - self.gate_margin / 4 if self.final_correction else None,
+            gradient=self.gradient,
+        )
+
+    def _rising(self, end: float) -> ThresholdSchedule:
+        # A distance's σ is negative: a multiple above 1 is lower. A cosine's is positive.
+        start = end * self.start_ratio if end < 0 else end / self.start_ratio
+        return ThresholdSchedule(start, end, self.rate)

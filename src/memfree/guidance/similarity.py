@@ -1,0 +1,113 @@
+"""How near an image is to its nearest training image: σ_t of AMG, eq. 8 and 9."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+
+@dataclass(frozen=True)
+class Match:
+    """A batch beside its nearest references; σ is higher for nearer and differentiable."""
+
+    sigma: Tensor
+    """(B,) float32."""
+    rows: Tensor
+    """(B, k) int64 rows of the index, nearest first, each of another group."""
+
+
+class Similarity(Protocol):
+    """σ of images against an index; differentiable in the images, not through the search."""
+
+    name: str
+
+    def __call__(self, index: ReferenceIndex, images: Tensor) -> Match:
+        """Match images (B, C, H, W) in [−1, 1]; searches the index."""
+        ...
+
+    def against(self, index: ReferenceIndex, images: Tensor, rows: Tensor) -> Tensor:
+        """σ (B,) against given rows (B, k), without a search."""
+        ...
+
+    def strength(self, sigma: Tensor, threshold: Tensor) -> Tensor:
+        """What c_1 and c_2 multiply in eq. 13 and 15, (B,), ≥ 0 for active samples."""
+        ...
+
+
+class NormalizedL2:
+    """Pixel similarity nL2 (eq. 8): σ = −ℓ2(x̂_0, n_0) / (α · mean ℓ2 to the k nearest groups).
+
+    Args:
+        k: how many nearest groups the denominator averages over; k = 50 in the paper.
+        alpha: α of the paper, 0.5.
+        differentiate_mean: let the gradient flow through the denominator too. The authors' code
+            holds it constant, and so does the default.
+    """
+
+    def __init__(self, k: int = 50, alpha: float = 0.5, differentiate_mean: bool = False) -> None:
+        self.k = k
+        self.alpha = alpha
+        self.differentiate_mean = differentiate_mean
+        self.name = f"nl2-k{k}-a{alpha:g}"
+
+    def __call__(self, index: ReferenceIndex, images: Tensor) -> Match:
+        """Match images (B, C, H, W); an index of fewer than k groups is refused by its search."""
+        features = index.features(images)
+        hits = index.search(features.detach(), self.k)
+        if not features.requires_grad:
+            # The search's own distances are exact; nothing is gained by another gather.
+            return Match(_nl2(hits.scores[:, 0], hits.scores, self.alpha), hits.rows)
+        return Match(self._differentiable(index, features, hits.rows), hits.rows)
+
+    def against(self, index: ReferenceIndex, images: Tensor, rows: Tensor) -> Tensor:
+        """σ (B,) against given rows (B, k): the first is n_0, all are the denominator."""
+        return self._differentiable(index, index.features(images), rows)
+
+    def _differentiable(self, index: ReferenceIndex, features: Tensor, rows: Tensor) -> Tensor:
+        references = index.vectors[rows.to(index.vectors.device)].to(features)  # (B, k, D)
+        nearest = torch.linalg.vector_norm(features - references[:, 0], dim=1)
+        spread = features if self.differentiate_mean else features.detach()
+        all_k = torch.linalg.vector_norm(spread[:, None] - references, dim=2)
+        return _nl2(nearest, all_k, self.alpha)
+
+    def strength(self, sigma: Tensor, threshold: Tensor) -> Tensor:
+        """How far σ is above the gate: σ of eq. 8 is never positive, so c·σ itself would be 0."""
+        return (sigma - threshold).clamp(min=0)
+
+
+def _nl2(nearest: Tensor, all_k: Tensor, alpha: float) -> Tensor:
+    """Eq. 8 from distances; an image equal to all k references counts as σ = 0."""
+    return -nearest / (alpha * all_k.mean(dim=1)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+class EmbeddingSimilarity:
+    """Object similarity (eq. 9): σ = E(x̂_0)ᵀ E(n_0) with an L2-normalised embedding E."""
+
+    name = "cosine"
+
+    def __call__(self, index: ReferenceIndex, images: Tensor) -> Match:
+        """Match images (B, C, H, W) in [−1, 1]."""
+        features = index.features(images)
+        hits = index.search(features.detach(), 1)
+        if not features.requires_grad:
+            return Match(hits.scores[:, 0], hits.rows)
+        return Match(_cosine(index, features, hits.rows), hits.rows)
+
+    def against(self, index: ReferenceIndex, images: Tensor, rows: Tensor) -> Tensor:
+        """σ (B,) against the first of the given rows (B, k)."""
+        return _cosine(index, index.features(images), rows)
+
+    def strength(self, sigma: Tensor, threshold: Tensor) -> Tensor:
+        """σ itself, as eq. 13 and 15 have it."""
+        return sigma.clamp(min=0)
+
+
+def _cosine(index: ReferenceIndex, features: Tensor, rows: Tensor) -> Tensor:
+    nearest = index.vectors[rows[:, 0].to(index.vectors.device)].to(features)
+    return (features * nearest).sum(dim=1)

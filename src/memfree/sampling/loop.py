@@ -1,0 +1,134 @@
+"""The denoising loop: any diffusers scheduler, whole batches, guidance as a function."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memfree.diffusion_math import alpha_bar_at
+from memfree.guidance.prediction import Guidance, Prediction, apply, combine
+
+Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(x_t, t, conditions or None) → what ``scheduler.config.prediction_type`` says."""
+
+TRACE_COLUMNS = ("sigma", "lambda", "active", "nearest", "s1", "s2", "g_sim_norm", "g_mul_norm")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What sampling returns."""
+
+    images: Tensor
+    """(B, C, H, W), as the model makes them: in [−1, 1] if its scheduler clamps."""
+    trace: dict[str, Tensor] | None
+    """Columns (steps·B,), step by step: sample, step, t, and ``TRACE_COLUMNS``; None untraced."""
+
+
+def sample(
+    denoiser: Denoise,
+    scheduler: Any,
+    noise: Tensor,
+    steps: int,
+    guidance: Guidance | Sequence[Guidance] | None = None,
+    conditions: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    trace: bool = False,
+    generators: list[torch.Generator] | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> Result:
+    """Denoise ``noise`` with a scheduler, passing every prediction through the guidance.
+
+    Args:
+        denoiser: the network; ``conditions=None`` asks for its unconditional prediction.
+        scheduler: a diffusers scheduler (ε, v or x_0 prediction); it is copied, not changed.
+        noise: (B, C, H, W) standard normal, on the device that samples.
+        steps: number of denoising steps.
+        guidance: one guidance or several, applied in order; None for plain sampling.
+        conditions: (B, ...) conditions y; None for unconditional sampling.
+        guidance_scale: s_0 of classifier-free guidance, ε_u + s_0·(ε_c − ε_u); at 1 the
+            conditional prediction is used by itself.
+        trace: return what the guidances recorded.
+        generators: one a sample, for schedulers that draw noise at every step.
+        decode: from x̂_0 to images, for latents; identity by default.
+
+    Raises:
+        ValueError: the prediction type is unknown, or NaN appears in the samples.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps, device=noise.device)
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"prediction_type {prediction_type!r} is not supported by sample()")
+    clip = scheduler.config.clip_sample_range if scheduler.config.get("clip_sample") else None
+    kwargs = {} if generators is None else _generator_argument(scheduler, generators)
+    x_t = noise * scheduler.init_noise_sigma
+    rows: list[dict[str, Tensor]] = []
+    for step, t in enumerate(scheduler.timesteps):
+        x_in = scheduler.scale_model_input(x_t, t)
+
+        def denoise(x: Tensor, y: Tensor | None, t: Tensor = t) -> Tensor:
+            return denoiser(x, t, y)
+
+        with torch.no_grad():
+            cond = None if conditions is None else denoise(x_in, conditions)
+            needs_uncond = conditions is None or guidance_scale != 1
+            uncond = denoise(x_in, None) if needs_uncond else None
+            prediction = Prediction(
+                x_t=x_in,
+                alpha_bar=alpha_bar_at(scheduler, t, step).to(noise.device),
+                time=float(t) / scheduler.config.num_train_timesteps,
+                output=combine(cond, uncond, guidance_scale),
+                output_cond=cond,
+                output_uncond=uncond,
+                conditions=conditions,
+                guidance_scale=guidance_scale if conditions is not None else 1.0,
+                prediction_type=prediction_type,
+                denoise=denoise,
+                is_last=step == len(scheduler.timesteps) - 1,
+                clip=clip,
+                decode=decode or (lambda x_0: x_0),
+            )
+            prediction = apply(guidance, prediction)
+            x_t = scheduler.step(prediction.output, t, x_t, **kwargs).prev_sample
+        if trace:
+            rows.append(_trace_rows(prediction, step, t))
+    if not bool(torch.isfinite(x_t).all()):
+        raise ValueError("the sampler produced NaN or infinite values; check the model's weights")
+    columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else None
+    return Result(x_t, columns)
+
+
+def _generator_argument(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+    """``generator=`` for the schedulers whose step takes it; the others draw nothing."""
+    code = (
+        type(scheduler).step.__wrapped__
+        if hasattr(type(scheduler).step, "__wrapped__")
+        else (type(scheduler).step)
+    )
+    return {"generator": generators} if "generator" in code.__code__.co_varnames else {}
+
+
+def _trace_rows(prediction: Prediction, step: int, t: Tensor) -> dict[str, Tensor]:
+    """This step's rows of the trace; what no guidance recorded is NaN (nearest: −1)."""
+    batch = len(prediction.x_t)
+    rows = {
+        "sample": torch.arange(batch),
+        "step": torch.full((batch,), step),
+        "t": torch.full((batch,), float(t)),
+    }
+    for name in TRACE_COLUMNS:
+        value = prediction.active if name == "active" else prediction.trace.get(name)
+        if value is not None:
+            rows[name] = value.cpu()
+        elif name == "active":
+            rows[name] = torch.zeros(batch, dtype=torch.bool)
+        elif name == "nearest":
+            rows[name] = torch.full((batch,), -1)
+        else:
+            rows[name] = torch.full((batch,), float("nan"))
+    return rows

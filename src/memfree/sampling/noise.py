@@ -1,0 +1,28 @@
+"""Random numbers of one sample, from (seed, sample index) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator a sample, seeded by (seed, index): no batch or rank changes its draws."""
+    made = []
+    for index in indices:
+        state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+        made.append(torch.Generator().manual_seed(int(state[0])))
+    return made
+
+
+def draw(shape: Sequence[int], sources: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise (len(sources), *shape) float32, each row from its own generator."""
+    return torch.stack([torch.randn(tuple(shape), generator=source) for source in sources])
+
+
+def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """The noise that the samples start from: the first draw of each sample's generator."""
+    return draw(shape, generators(seed, indices))
