@@ -1,0 +1,47 @@
+"""The resolved configuration of the command that is running, saved beside its result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from memfree.manifest import write_atomic
+
+CONFIG_NAME = "config.yaml"
+
+_resolved: ContextVar[str | None] = ContextVar("resolved", default=None)
+
+
+@contextmanager
+def resolved_config(text: str) -> Iterator[None]:
+    """Make ``text`` (YAML) the configuration that ``save_config`` writes inside this context."""
+    token = _resolved.set(text)
+    try:
+        yield
+    finally:
+        _resolved.reset(token)
+
+
+def save_config(folder: Path) -> None:
+    """Write ``folder/config.yaml``, which replays the running command with ``--config``.
+
+    A function called from a command line calls this once it has accepted ``folder`` as its own;
+    called from Python it writes nothing. Under several processes only the first writes.
+    """
+    text = _resolved.get()
+    if text is None or not is_first_process():
+        return
+    write_atomic(folder / CONFIG_NAME, lambda path: _write(path, text))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first of those that a launcher started."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((int(rank) for rank in ranks if rank is not None), 0) == 0
