@@ -1,0 +1,60 @@
+"""What an image is compared by: the interface of feature extractors, and plain pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Metric = Literal["l2", "cosine"]
+
+
+class Features(nn.Module):
+    """A frozen, differentiable map from images (B, C, H, W) in [-1, 1] to vectors (B, D) float32.
+
+    Attributes:
+        metric: how two vectors are compared: ``l2`` (distance) or ``cosine`` (similarity).
+    """
+
+    metric: Metric
+
+    def describe(self) -> dict[str, Any]:
+        """JSON that identifies the extractor, its preprocessing and its weights."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that an index must store beside ``describe()`` to make the extractor again."""
+        return {}
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, batch_size: int = 256) -> Tensor:
+        """Features (N, D) of many images (N, C, H, W), made in batches without gradients."""
+        if len(images) == 0:
+            raise ValueError("there are no images to compute features of")
+        return torch.cat(list(self._batches(images, batch_size)))
+
+    def _batches(self, images: Tensor, batch_size: int) -> Iterator[Tensor]:
+        device = next((value.device for value in self.buffers()), None)
+        for batch in images.split(batch_size):
+            yield self(batch if device is None else batch.to(device))
+
+
+class PixelFeatures(Features):
+    """The pixels themselves, C·H·W float32 values in [-1, 1], compared by L2 distance."""
+
+    metric: Metric = "l2"
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Flatten images (B, C, H, W) to (B, C·H·W)."""
+        return images.flatten(1).to(torch.float32)
+
+    def describe(self) -> dict[str, Any]:
+        """Name, preprocessing and metric; pixels have no weights."""
+        return {
+            "name": "pixels",
+            "preprocessing": "float32 in [-1, 1], channels first, flattened",
+            "weights": None,
+            "metric": self.metric,
+        }

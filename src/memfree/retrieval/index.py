@@ -1,0 +1,241 @@
+"""The reference index: distinct training images, what belongs together, and how often each is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from memfree.retrieval.features import Features, Metric, PixelFeatures
+from memfree.retrieval.items import Items
+from memfree.retrieval.search import Groups, Hits, References
+
+if TYPE_CHECKING:
+    from memfree.data import DatasetFolder
+
+Backend = Literal["auto", "torch", "faiss"]
+
+
+class ReferenceIndex:
+    """Feature vectors of distinct training images, searched by group.
+
+    Made by ``build`` or ``load``. Rows are distinct images; copies of an image are one row with
+    their number beside it. Rows of the same group (near copies, declared or found) count as one
+    neighbour. Neither search nor storage is differentiable: take gradients through
+    ``features(images)`` and ``vectors[hits.rows]``.
+
+    Attributes:
+        vectors: (rows, D) float32, possibly memory-mapped; of length 1 for ``cosine``.
+        features: the extractor of the vectors.
+        items: keys, groups, multiplicities and conditions of the rows.
+        image_shape: (C, H, W) of the images.
+        dataset_hash: hash of the dataset folder, None for an index of bare tensors.
+        calibrations: by similarity name, JSON that ``memfree.guidance.calibrate`` stores here.
+    """
+
+    def __init__(
+        self,
+        vectors: Tensor,
+        features: Features,
+        items: Items,
+        image_shape: tuple[int, int, int],
+        dataset_hash: str | None = None,
+        calibrations: dict[str, dict[str, Any]] | None = None,
+    ):
+        self.vectors = vectors
+        self.features = features
+        self.items = items
+        self.image_shape = image_shape
+        self.dataset_hash = dataset_hash
+        self.calibrations = calibrations if calibrations is not None else {}
+        self._references: References | None = None
+
+    @classmethod
+    def build(
+        cls,
+        images: Tensor | DatasetFolder | Path | str,
+        features: Features | None = None,
+        captions: Sequence[str] | None = None,
+        labels: Tensor | None = None,
+        groups: Sequence[object] | Tensor | None = None,
+        counts: Tensor | None = None,
+        keys: Sequence[str] | None = None,
+        num_classes: int | None = None,
+        batch_size: int = 256,
+    ) -> ReferenceIndex:
+        """Index images; identical ones become one row, their counts and conditions are added up.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1]; or a dataset folder, whose train part is indexed with
+                its own keys, groups, copies and conditions (the arguments below are then refused).
+            features: what images are compared by; None: ``PixelFeatures()``.
+            captions: caption of every image.
+            labels: (N,) int64 class of every image.
+            groups: group of every image, any hashable values or a (N,) tensor: images of the same
+                group count as one neighbour. None: near copies are found by their pixels (see
+                ``grouping.near_copies``).
+            counts: (N,) int64 training records of every image; None: 1 each.
+            keys: name of every image; None: ``image-00000000`` and so on.
+            num_classes: number of classes; None: the highest label + 1.
+            batch_size: images to embed at a time.
+
+        Raises:
+            ValueError: the images are not (N, C, H, W), empty, not finite or outside [-1, 1], or
+                an argument does not have one entry an image.
+        """
+        features = features if features is not None else PixelFeatures()
+        if isinstance(images, Tensor):
+            items, kept = Items.of_images(
+                images, keys, groups, counts, labels, captions, num_classes
+            )
+            images, dataset_hash = images[kept], None
+        else:
+            raise ValueError("dataset folders are not supported yet")
+        vectors = features.embed(images, batch_size).cpu()
+        _, channels, height, width = images.shape
+        return cls(vectors, features, items, (channels, height, width), dataset_hash)
+
+    @property
+    def metric(self) -> Metric:
+        """``l2`` or ``cosine``, from the extractor."""
+        return self.features.metric
+
+    @property
+    def keys(self) -> list[str]:
+        """Image key of every row."""
+        return self.items.keys
+
+    @property
+    def group(self) -> Tensor:
+        """(rows,) int64 group number of every row."""
+        return self.items.group
+
+    @property
+    def multiplicity(self) -> Tensor:
+        """(rows,) int64: training records of exactly that image."""
+        return self.items.multiplicity
+
+    @property
+    def group_multiplicity(self) -> Tensor:
+        """(rows,) int64: training records of the row's whole group."""
+        return self.items.group_multiplicity
+
+    @property
+    def labels(self) -> Tensor | None:
+        """(rows,) int64: the most frequent label of every row, None without labels."""
+        return self.items.labels
+
+    @property
+    def label_counts(self) -> Tensor | None:
+        """(rows, num_classes) int64: training records of a row under each label, or None."""
+        return self.items.label_counts
+
+    @property
+    def captions(self) -> list[str] | None:
+        """The most frequent caption of every row, None without captions."""
+        return self.items.captions
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, None without labels."""
+        return None if self.items.label_counts is None else self.items.label_counts.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index is searched."""
+        return self.vectors.device
+
+    def __len__(self) -> int:
+        """Number of rows: distinct images."""
+        return len(self.vectors)
+
+    def to(self, device: torch.device | str) -> ReferenceIndex:
+        """Move the index and its extractor to a device; returns itself."""
+        device = torch.device(device)
+        if device != self.vectors.device:
+            self.vectors = self.vectors.to(device)
+            self._references = None
+        self.items.to(device)
+        self.features.to(device)
+        return self
+
+    @property
+    def references(self) -> References:
+        """Vectors prepared for search: centred, with norms and groups; made at the first use."""
+        if self._references is None:
+            self._references = References(self.vectors, Groups.of(self.group), self.metric)
+        return self._references
+
+    def images(self, rows: Tensor) -> Tensor:
+        """The images (len(rows), C, H, W) in [-1, 1] of some rows.
+
+        Raises:
+            ValueError: the index holds features from which images cannot be had.
+        """
+        if not isinstance(self.features, PixelFeatures):
+            raise ValueError(
+                f"an index of {self.features.describe()['name']} features holds no images; "
+                "use one of pixels"
+            )
+        return self.vectors[rows.to(self.device)].reshape(len(rows), *self.image_shape)
+
+    @torch.no_grad()
+    def search(self, queries: Tensor, k: int) -> Hits:
+        """Find the nearest member of each of the k nearest distinct groups.
+
+        Args:
+            queries: vectors (B, D), or images (B, C, H, W) in [-1, 1], which are embedded first.
+            k: number of groups to find, at most as many as there are.
+
+        Returns:
+            rows and scores, best first, on the index's device: L2 distances or cosine
+            similarities, exact to float32; of equal scores the lower row comes first.
+
+        Raises:
+            ValueError: k is not in 1 … number of groups, or the queries have another shape or are
+                not finite.
+        """
+        references = self.references
+        if not 1 <= k <= references.groups.count:
+            raise ValueError(
+                f"cannot find k={k} neighbours: the index has {references.groups.count} distinct "
+                f"groups, so k must be in 1 … {references.groups.count}"
+            )
+        return references.search(self._query_vectors(queries), k)
+
+    def _query_vectors(self, queries: Tensor) -> Tensor:
+        queries = queries.detach().to(self.device)
+        if queries.ndim == 4:
+            if tuple(queries.shape[1:]) != tuple(self.image_shape):
+                raise ValueError(
+                    f"queries are images of shape {tuple(queries.shape[1:])}, but the index is "
+                    f"of images of shape {tuple(self.image_shape)}"
+                )
+            queries = self.features(queries)
+        if queries.ndim != 2 or queries.shape[1] != self.vectors.shape[1]:
+            raise ValueError(
+                f"queries have shape {tuple(queries.shape)}, but the index needs vectors "
+                f"(B, {self.vectors.shape[1]}) or images (B, C, H, W) of {tuple(self.image_shape)}"
+            )
+        queries = queries.to(torch.float32)
+        if not bool(queries.isfinite().all()):
+            raise ValueError("queries hold NaN or infinite values")
+        if self.metric == "cosine":
+            queries = torch.nn.functional.normalize(queries, dim=1)
+        return queries
+
+    def save(self, folder: Path | str, overwrite: bool = False) -> None:
+        """Write the index folder in one step; see ``storage.save``."""
+        from memfree.retrieval import storage
+
+        storage.save(self, Path(folder), overwrite)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> ReferenceIndex:
+        """Open an index folder, vectors memory-mapped; see ``storage.load``."""
+        from memfree.retrieval import storage
+
+        return storage.load(Path(folder))
