@@ -1,0 +1,225 @@
+"""How much is copied: rates, distances, dose-response, and the share of duplicated images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from memfree.evaluation.intervals import (
+    Interval,
+    bootstrap,
+    paired_rate_difference,
+    tail_quantiles,
+    weighted_rate,
+    wilson,
+)
+from memfree.evaluation.neighbours import Neighbours
+from memfree.evaluation.records import Metric, metric
+
+PAPER_THRESHOLDS = (1.4, 1.6)
+"""Fixed thresholds on nL2 that the AMG paper reports for CIFAR-10."""
+GU_RATIO = 1 / 3
+"""Gu et al. call a sample memorized where d_1/d_2 is below this."""
+
+
+def copy_metrics(
+    subject: str,
+    found: Neighbours,
+    thresholds: dict[float, float],
+    main_rate: float,
+    similarity: str,
+) -> list[Metric]:
+    """Rates of copies under the calibrated thresholds, each with Wilson's interval.
+
+    Args:
+        subject: name in the metrics.
+        found: the images' neighbours.
+        thresholds: false-positive rate to threshold in σ; copies lie above it.
+        main_rate: the false-positive rate whose metric is called plainly ``copies``.
+        similarity: name of the measure, for the detail.
+    """
+    metrics = []
+    for rate, threshold in thresholds.items():
+        name = "copies" if rate == main_rate else f"copies_at_{rate:g}"
+        copies = int((found.sigma > threshold).sum())
+        metrics.append(
+            metric(
+                name,
+                subject,
+                wilson(copies, len(found)),
+                len(found),
+                similarity=similarity,
+                threshold=threshold,
+                false_positive_rate=rate,
+                copies=copies,
+            )
+        )
+    return metrics
+
+
+def distance_metrics(subject: str, found: Neighbours, nl2: bool, seed: int) -> list[Metric]:
+    """The paper's nL2 figures, and d_1/d_2 < 1/3.
+
+    Args:
+        subject: name in the metrics.
+        found: the images' neighbours.
+        nl2: whether σ is −nL2; without it only the distance ratio is reported.
+        seed: of the bootstrap interval of the percentile.
+    """
+    n, metrics = len(found), []
+    if nl2:
+        distances = -found.sigma
+        percentile = bootstrap(n, lambda rows: float(np.quantile(distances[rows], 0.05)), seed)
+        metrics += [
+            metric("nl2_5th_percentile", subject, percentile, n),
+            metric("nl2_minimum", subject, float(distances.min()), n),
+        ]
+        for limit in PAPER_THRESHOLDS:
+            below = wilson(int((distances < limit).sum()), n)
+            metrics.append(metric(f"nl2_below_{limit:g}", subject, below, n, threshold=limit))
+    close = wilson(int((found.distance_ratio < GU_RATIO).sum()), n)
+    metrics.append(metric("distance_ratio_below_third", subject, close, n, threshold=GU_RATIO))
+    return metrics
+
+
+def factor_metrics(
+    subject: str, found: Neighbours, images_per_factor: dict[int, int]
+) -> list[Metric]:
+    """Copies per duplication factor: the dose-response curve.
+
+    For each factor f two metrics: ``copies_of_factor_f``, the rate of samples that are copies and
+    whose nearest group has f records; and ``copies_per_image_of_factor_f``, how many copies an
+    image of that factor got on average.
+
+    Args:
+        subject: name in the metrics.
+        found: the images' neighbours.
+        images_per_factor: factor to the number of groups of the training set that have it.
+    """
+    n, metrics = len(found), []
+    for factor, images in sorted(images_per_factor.items()):
+        nearest = found.multiplicity == factor
+        copies = int((found.copy & nearest).sum())
+        rate = wilson(copies, n)
+        scale = n / images
+        assert rate.low is not None and rate.high is not None
+        each = Interval(rate.value * scale, rate.low * scale, rate.high * scale)
+        detail = {"factor": factor, "images": images, "copies": copies}
+        metrics += [
+            metric(f"copies_of_factor_{factor}", subject, rate, n, **detail),
+            metric(f"copies_per_image_of_factor_{factor}", subject, each, n, **detail),
+        ]
+    return metrics
+
+
+def images_per_factor(groups: np.ndarray, group_multiplicity: np.ndarray) -> dict[int, int]:
+    """How many groups of the training set have each multiplicity.
+
+    Args:
+        groups: (rows,) group number of each reference.
+        group_multiplicity: (rows,) records of its group.
+    """
+    _, first = np.unique(groups, return_index=True)
+    factors, counts = np.unique(group_multiplicity[first], return_counts=True)
+    return {int(f): int(c) for f, c in zip(factors, counts, strict=True)}
+
+
+def class_weights(own: np.ndarray | None, wanted: np.ndarray | None, n: int) -> np.ndarray:
+    """Weights that give held-out images the class mix of the samples.
+
+    Args:
+        own: (n,) labels of the held-out images, None without labels.
+        wanted: labels of the samples, None where they are unconditional.
+        n: number of held-out images.
+
+    Returns:
+        (n,) non-negative weights; all ones where either side has no labels.
+
+    Raises:
+        ValueError: a class of the samples has no held-out image.
+    """
+    if own is None or wanted is None:
+        return np.ones(n)
+    weights = np.zeros(n)
+    for label, count in zip(*np.unique(wanted, return_counts=True), strict=True):
+        members = own == label
+        if not members.any():
+            raise ValueError(
+                f"no test image has class {label}, which the samples have; "
+                "prepare a data set with more test images"
+            )
+        weights[members] = count / len(wanted) / members.sum()
+    return weights
+
+
+def duplicated_share_metrics(
+    subject: str, duplicated: np.ndarray, heldout: np.ndarray, weights: np.ndarray, seed: int
+) -> list[Metric]:
+    """Share of samples whose nearest image is of a duplicated group, beside its fair share.
+
+    The fair share is what real images that were never trained on have, at the samples' class mix;
+    a model that has not learnt the duplication has it too.
+
+    Args:
+        subject: name in the metrics.
+        duplicated: (n,) bool per sample: the nearest group has more than one record.
+        heldout: (m,) bool per test image, likewise.
+        weights: (m,) of the test images, from ``class_weights``.
+        seed: of the bootstrap of the ratio.
+    """
+    share = wilson(int(duplicated.sum()), len(duplicated))
+    fair = weighted_rate(heldout, weights)
+    metrics = [
+        metric("duplicated_share", subject, share, len(duplicated)),
+        metric("duplicated_fair_share", subject, fair, len(heldout)),
+    ]
+    if fair.value > 0:
+        ratio = _bootstrap_ratio(duplicated, heldout, weights, seed)
+        metrics.append(metric("duplicated_share_ratio", subject, ratio, len(duplicated)))
+    return metrics
+
+
+def _bootstrap_ratio(
+    duplicated: np.ndarray, heldout: np.ndarray, weights: np.ndarray, seed: int, draws: int = 2000
+) -> Interval:
+    """Ratio of two independent rates; both sides are resampled, draws of a zero floor left out."""
+    generator = np.random.default_rng(seed)
+    value = float(duplicated.mean() / np.average(heldout, weights=weights))
+    ratios = []
+    for _ in range(draws):
+        rows = generator.integers(0, len(heldout), len(heldout))
+        floor = float((weights[rows] * heldout[rows]).sum() / max(weights[rows].sum(), 1e-300))
+        if floor > 0:
+            share = generator.binomial(len(duplicated), duplicated.mean()) / len(duplicated)
+            ratios.append(share / floor)
+    low, high = np.quantile(ratios, tail_quantiles())
+    return Interval(value, float(low), float(high))
+
+
+def paired_metrics(
+    subject: str, reference: str, flags: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> list[Metric]:
+    """Differences of rates between two subjects that start from the same noise.
+
+    Args:
+        subject: the guided one.
+        reference: the one subtracted.
+        flags: metric name to (subject's flags, reference's flags), each (n,) bool.
+    """
+    return [
+        metric(
+            f"{name}_difference",
+            subject,
+            paired_rate_difference(own, others),
+            len(own),
+            reference=reference,
+            method="Newcombe, paired",
+        )
+        for name, (own, others) in flags.items()
+    ]
+
+
+def allowed_rates(wanted: Sequence[float], calibration_images: int) -> list[float]:
+    """The false-positive rates that so many calibration images can support: at least 5/n."""
+    return [rate for rate in wanted if rate * calibration_images >= 5 - 1e-9]
