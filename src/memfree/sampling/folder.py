@@ -1,0 +1,144 @@
+"""Read a finished sample folder: images by index, what is recorded beside them, the trace."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from pyarrow import parquet
+from torch import Tensor
+
+from memfree.manifest import read_manifest
+from memfree.sampling import png
+
+
+class SampleFolder:
+    """A finished folder of samples, in the order of their indices.
+
+    Args:
+        path: the folder.
+
+    Attributes:
+        manifest: its manifest: mitigation, seed, count, guidance_scale, steps, scheduler, seconds,
+            seconds_per_sample, peak_memory_bytes, dataset_hash and the settings of the run.
+        image_shape: (C, H, W).
+        index: sample indices, (N,) int64: 0 to N − 1.
+        seeds: seed of the run that drew each, (N,) int64.
+        conditions: labels, (N,) int64; None for an unconditional run.
+        records: pyarrow table of what is recorded beside each sample.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is unfinished, of another kind, damaged, or a sample is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        manifest = read_manifest(self.path, "samples")
+        self.manifest: dict[str, Any] = {**manifest, "seed": manifest["made_by"]["seed"]}
+        shape = manifest["image_shape"]
+        self.image_shape: tuple[int, int, int] = (shape[0], shape[1], shape[2])
+        records: dict[int, dict[str, Any]] = {}
+        self._places: dict[int, tuple[Path, int, int]] = {}
+        for name in manifest["shards"]:
+            shard = self.path / Path(name).name
+            for record, offset, size in _scan(shard):
+                if record["index"] in records:
+                    raise ValueError(f"{shard} repeats sample {record['index']}")
+                records[record["index"]] = record
+                self._places[record["index"]] = (shard, offset, size)
+        if sorted(records) != list(range(manifest["count"])):
+            raise ValueError(
+                f"{self.path} holds {len(records)} of {manifest['count']} samples; draw them again"
+            )
+        ordered = [records[i] for i in range(len(records))]
+        self.records: pa.Table = pa.Table.from_pylist(ordered)
+        self.index = torch.arange(len(ordered))
+        self.seeds = torch.tensor([record["seed"] for record in ordered], dtype=torch.int64)
+        labels = [record["condition"] for record in ordered]
+        self.conditions: Tensor | None = (
+            torch.tensor(labels, dtype=torch.int64)
+            if all(isinstance(label, int) for label in labels)
+            else None
+        )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def images(self) -> Tensor:
+        """All samples, (N, C, H, W) float32 in [-1, 1]."""
+        return torch.cat(list(self.batches(1024)))
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """The samples in order, (b, C, H, W) float32 in [-1, 1] at a time.
+
+        Raises:
+            ValueError: a PNG is damaged or of another shape than the manifest says.
+        """
+        for indices in self.index.split(batch_size):
+            yield png.from_bytes(torch.stack([self._image(int(i)) for i in indices]))
+
+    def _image(self, index: int) -> Tensor:
+        shard, offset, size = self._places[index]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        try:
+            image = png.decode(data, self.image_shape[0])
+        except RuntimeError as error:
+            raise ValueError(f"{shard}: the image of sample {index} is damaged") from error
+        if tuple(image.shape) != self.image_shape:
+            raise ValueError(
+                f"{shard}: sample {index} has shape {tuple(image.shape)}, not {self.image_shape}"
+            )
+        return image
+
+    def trace(self) -> pa.Table:
+        """Rows of σ_t, λ_t and so on, sorted by sample and step.
+
+        Raises:
+            ValueError: the samples were drawn without an index, so there is none.
+        """
+        names = [
+            self.path / f"trace-{Path(name).stem[8:]}.parquet" for name in self.manifest["shards"]
+        ]
+        if not any(name.is_file() for name in names):
+            raise ValueError(
+                f"{self.path} has no trace: sample with --index to observe the similarity"
+            )
+        try:
+            tables = [parquet.read_table(name) for name in names]
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"a trace in {self.path} cannot be read: {error}") from error
+        return pa.concat_tables(tables).sort_by([("sample", "ascending"), ("step", "ascending")])
+
+
+def read_records(shards: Sequence[Path]) -> pa.Table:
+    """What is recorded beside the samples in some shards, one row a sample, in no fixed order."""
+    return pa.Table.from_pylist([record for shard in shards for record, _, _ in _scan(shard)])
+
+
+def _scan(shard: Path) -> list[tuple[dict[str, Any], int, int]]:
+    """Each sample's record, and where its PNG lies in the tar: offset and size in bytes."""
+    if not shard.is_file():
+        raise ValueError(f"{shard} is missing; draw the samples again")
+    places: dict[str, tuple[int, int]] = {}
+    records: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                key, _, kind = member.name.partition(".")
+                if kind == "png":
+                    places[key] = (member.offset_data, member.size)
+                elif kind == "json":
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    records[key] = json.loads(file.read())
+        return [(records[key], *place) for key, place in places.items()]
+    except (tarfile.TarError, EOFError, KeyError, ValueError, AssertionError) as error:
+        raise ValueError(f"{shard} is damaged: {error or type(error).__name__}") from error

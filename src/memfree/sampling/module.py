@@ -1,0 +1,194 @@
+"""Sampling as a Lightning prediction: each step draws the samples whose indices it is given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
+
+from memfree.guidance import Guidance, GuidanceSettings
+from memfree.sampling.loop import sample
+from memfree.sampling.noise import draw, generators
+from memfree.sampling.run import SampleRun
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+
+@dataclass
+class SampleBatch:
+    """Finished samples, on the CPU."""
+
+    index: Tensor
+    """Sample indices, (B,) int64."""
+    images: Tensor
+    """(B, C, H, W) float32 in [-1, 1], up to overshoot."""
+    conditions: Tensor | None
+    """Labels, (B,) int64; None without."""
+    trace: dict[str, Tensor] | None
+    """One row a sample and step, column by column; None without guidance."""
+    seconds: float
+    """Wall time of the batch."""
+
+
+class SamplingModule(LightningModule):
+    """Draw samples by index; sample i depends on (seed, i) and the settings alone.
+
+    Use it with ``Trainer(inference_mode=False)``: guidance needs gradients.
+
+    Args:
+        denoiser: called as ``denoiser(x_t, t, conditions)``.
+        scheduler: a diffusers scheduler.
+        image_shape: (C, H, W) of a sample.
+        steps: number of denoising steps.
+        seed: seed of the run.
+        guidance: guidances, applied in order (none: no trace); or settings, from which they are
+            built on the device, for ``index``.
+        guidance_scale: classifier-free guidance scale s_0; 1 = the plain conditional model.
+        classes: sample i has the label ``classes[i % len(classes)]``; None = unconditional.
+        index: reference index of the guidances, moved to the device with the denoiser.
+
+    Raises:
+        ValueError: guidance settings are given without an index.
+    """
+
+    # On resumption a rank may have nothing left to do.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        scheduler: Any,
+        image_shape: tuple[int, int, int],
+        steps: int,
+        seed: int,
+        guidance: Sequence[Guidance] | GuidanceSettings = (),
+        guidance_scale: float = 1.0,
+        classes: Sequence[int] | None = None,
+        index: ReferenceIndex | None = None,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.scheduler = scheduler
+        self.image_shape = tuple(image_shape)
+        self.steps = steps
+        self.seed = seed
+        self.guidance = [] if isinstance(guidance, GuidanceSettings) else list(guidance)
+        self.settings = guidance if isinstance(guidance, GuidanceSettings) else None
+        if self.settings is not None and index is None:
+            raise ValueError("guidance settings need a reference index")
+        self.guidance_scale = guidance_scale
+        self.classes = None if classes is None else torch.tensor(classes, dtype=torch.int64)
+        self.index = index
+
+    def on_predict_start(self) -> None:
+        """Move the references to the device of the denoiser, and build the guidances there."""
+        if self.index is not None:
+            self.index.to(self.device)
+        if self.settings is not None:
+            assert self.index is not None
+            self.guidance = self.settings.build(self.index)
+
+    def conditions(self, index: Tensor) -> Tensor | None:
+        """Labels of the samples ``index`` (B,), on the CPU; None for an unconditional run."""
+        if self.classes is None:
+            return None
+        return self.classes[index.cpu() % len(self.classes)]
+
+    def predict_step(self, batch: Tensor, batch_idx: int = 0) -> SampleBatch:
+        """Draw the samples whose indices are in ``batch``, (B,) int64.
+
+        Raises:
+            ValueError: the sampler produced NaN or infinite values.
+        """
+        start = time.perf_counter()
+        indices = batch.tolist()
+        conditions = self.conditions(batch)
+        # One generator a sample draws the initial noise and then what the scheduler's steps need.
+        sources = generators(self.seed, indices)
+        result = sample(
+            self.denoiser,
+            self.scheduler,
+            draw(self.image_shape, sources).to(self.device),
+            self.steps,
+            guidance=self.guidance or None,
+            conditions=None if conditions is None else conditions.to(self.device),
+            guidance_scale=self.guidance_scale,
+            trace=bool(self.guidance),
+            generators=sources,
+        )
+        images = result.images.detach().float().cpu()
+        trace = result.trace if self.guidance else None
+        return SampleBatch(
+            index=batch.cpu(),
+            images=images,
+            conditions=conditions,
+            trace=trace and {name: column.detach().cpu() for name, column in trace.items()},
+            seconds=time.perf_counter() - start,
+        )
+
+
+class SampleIndices(LightningDataModule):
+    """The sample indices that are missing, in batches: a contiguous range for each rank.
+
+    No sample is drawn twice and none is left out, however unequal the ranks' counts.
+
+    Args:
+        run: the sample folder.
+        batch_size: samples drawn together on a device.
+    """
+
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(self, run: SampleRun, batch_size: int) -> None:
+        super().__init__()
+        self.run = run
+        self.batch_size = batch_size
+        self.missing: list[int] = []
+
+    def setup(self, stage: str) -> None:
+        """Lock this rank's shards; let rank 0 clean up and say what is missing."""
+        assert self.trainer is not None
+        self.run.lock(self.trainer.global_rank)
+        self.trainer.strategy.barrier("all locks are held")
+        if self.trainer.is_global_zero:
+            self.run.clean_up()
+            self.missing = self.run.missing()
+        self.missing = self.trainer.strategy.broadcast(self.missing)
+
+    def mine(self) -> Tensor:
+        """Indices that this rank draws, (n,) int64."""
+        assert self.trainer is not None
+        return share(self.missing, self.trainer.global_rank, self.trainer.world_size)
+
+    def predict_dataloader(self) -> IndexBatches:
+        """Batches of this rank."""
+        return IndexBatches(self.mine(), self.batch_size)
+
+
+class IndexBatches:
+    """Batches of indices, each (b,) int64; no DataLoader, so Lightning adds no sampler.
+
+    Args:
+        indices: (n,) int64.
+        batch_size: b of all batches but the last.
+    """
+
+    def __init__(self, indices: Tensor, batch_size: int) -> None:
+        self.batches = list(indices.split(batch_size)) if len(indices) else []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
+def share(indices: Sequence[int], rank: int, ranks: int) -> Tensor:
+    """The contiguous part of ``indices`` that falls to ``rank``; sizes differ by at most 1."""
+    return torch.tensor_split(torch.tensor(indices, dtype=torch.int64), ranks)[rank]

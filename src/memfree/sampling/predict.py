@@ -1,0 +1,270 @@
+"""What ``sample.py`` does: a model, an index and a guidance become a folder of samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import pyarrow.compute as pc
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from lightning.pytorch import Trainer
+
+from memfree.guidance import GuidanceSettings, default_similarity
+from memfree.manifest import check_free_space, sha256
+from memfree.models import LoadedModel, load_model
+from memfree.resolved import save_config
+from memfree.sampling.folder import read_records
+from memfree.sampling.module import SampleIndices, SamplingModule
+from memfree.sampling.progress import SampleProgress
+from memfree.sampling.run import SampleRun
+from memfree.sampling.schedulers import SchedulerName, build_scheduler
+from memfree.sampling.writer import SampleWriter
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+
+@dataclass
+class SamplingDevices:
+    """Where sampling runs: options of the Lightning Trainer."""
+
+    accelerator: str = "auto"
+    """auto, cpu, gpu, mps or another name that Lightning knows."""
+    devices: int | str = "auto"
+    """How many devices, or auto."""
+    num_nodes: PositiveInt = 1
+    """How many machines."""
+    strategy: str = "auto"
+    """auto or ddp: samples are divided among the devices."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Arithmetic of the network; the similarity and its gradient stay in float32."""
+
+
+def predict(
+    model: Path,
+    out: Path,
+    index: Path | None = None,
+    count: PositiveInt = 64,
+    batch_size: PositiveInt = 64,
+    seed: NonNegativeInt = 0,
+    steps: PositiveInt = 50,
+    scheduler: SchedulerName = "ddim",
+    guidance_scale: NonNegativeFloat = 1.0,
+    classes: list[NonNegativeInt] | None = None,
+    guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008 - read only; --help shows it
+    batches_per_shard: PositiveInt = 1,
+    allow_other_dataset: bool = False,
+    trainer: SamplingDevices = SamplingDevices(),  # noqa: B008
+) -> None:
+    """Draw samples from a trained model, with or without a mitigation of memorization.
+
+    Stopped at any time and started again with the same command, it draws what is missing. Sample i
+    starts from the same noise in every run of the same seed, so that runs differ by their guidance
+    alone.
+
+    Args:
+        model: model folder that train.py wrote.
+        out: folder for the samples; new, empty, or this very run's.
+        index: reference index of the training images; needed by every mitigation. Without one,
+            unguided samples have no trace of their similarity.
+        count: number of samples.
+        batch_size: samples drawn together on a device.
+        seed: seed of the run; sample i depends on (seed, i).
+        steps: number of denoising steps.
+        scheduler: sampler, with the noise schedule of the model.
+        guidance_scale: classifier-free guidance; 1 is the conditional model by itself.
+        classes: labels, taken in turn; all classes in turn by default.
+        guidance: the mitigation and its strengths.
+        batches_per_shard: batches written together as one shard; a killed run repeats at most
+            these.
+        allow_other_dataset: accept an index of other images than the model was trained on.
+        trainer: devices.
+
+    Raises:
+        ValueError: the options contradict each other, the model or each other's folders.
+        FileNotFoundError: a folder is missing.
+    """
+    loaded = load_model(model)
+    classes = _labels(classes, loaded, guidance_scale)
+    reference = None if index is None else _open_index(index, loaded, guidance, allow_other_dataset)
+    if reference is None and guidance.mitigation != "none":
+        raise ValueError(f"--guidance.mitigation {guidance.mitigation} needs --index")
+    trained_steps = loaded.scheduler.config.num_train_timesteps
+    if steps > trained_steps:
+        raise ValueError(f"--steps {steps} is more than the model's {trained_steps} timesteps")
+    sampler = build_scheduler(scheduler, loaded.scheduler)
+
+    run = SampleRun(
+        out,
+        {
+            "model_sha256": _folder_hash(model / "diffusers"),
+            **_index_state(reference),
+            "seed": seed,
+            "steps": steps,
+            "scheduler": scheduler,
+            "guidance_scale": guidance_scale,
+            "classes": classes,
+            "guidance": asdict(guidance),
+            "trainer.precision": trainer.precision,
+        },
+        count,
+    )
+    run.begin()
+    if run.finished:
+        print(f"{out} is finished: {count} samples")
+        return
+    check_free_space(out, _expected_bytes(count, loaded.image_shape, steps, reference is not None))
+    save_config(out)
+
+    lightning = Trainer(
+        **asdict(trainer),
+        inference_mode=False,  # guidance takes gradients
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            SampleWriter(
+                run,
+                seed,
+                guidance.mitigation,
+                None if reference is None else reference.keys,
+                batches_per_shard,
+            ),
+            SampleProgress(),
+        ],
+    )
+    lightning.predict(
+        SamplingModule(
+            loaded.denoiser,
+            sampler,
+            loaded.image_shape,
+            steps,
+            seed,
+            guidance=() if reference is None else guidance,
+            guidance_scale=guidance_scale,
+            classes=classes,
+            index=reference,
+        ),
+        datamodule=SampleIndices(run, batch_size),
+        return_predictions=False,
+    )
+    lightning.strategy.barrier("all samples are written")
+    if lightning.is_global_zero:
+        _finish(run, seed, model, index, loaded, reference)
+    run.release()
+
+
+def _labels(
+    classes: list[int] | None, model: LoadedModel, guidance_scale: float
+) -> list[int] | None:
+    """The labels to take in turn; None for an unconditional model."""
+    if model.num_classes is None:
+        if classes is not None:
+            raise ValueError("--classes needs a class-conditional model; this one has no classes")
+        if guidance_scale != 1:
+            raise ValueError(
+                f"--guidance_scale {guidance_scale:g} needs a class-conditional model; "
+                "leave it at 1 for this one"
+            )
+        return None
+    if classes is None:
+        return list(range(model.num_classes))
+    if not classes:
+        raise ValueError("--classes is empty; leave it out for all classes in turn")
+    if max(classes) >= model.num_classes:
+        raise ValueError(
+            f"--classes {max(classes)} is not a class of this model: 0 to {model.num_classes - 1}"
+        )
+    return classes
+
+
+def _open_index(
+    path: Path, model: LoadedModel, guidance: GuidanceSettings, allow_other_dataset: bool
+) -> ReferenceIndex:
+    """Load the index; refuse one that cannot guide this model."""
+    from memfree.retrieval import ReferenceIndex
+
+    index = ReferenceIndex.load(path)
+    if tuple(index.image_shape) != tuple(model.image_shape):
+        raise ValueError(
+            f"--index {path} is of images {tuple(index.image_shape)}, but the model makes "
+            f"{tuple(model.image_shape)}"
+        )
+    trained_on = model.manifest.get("dataset_hash")
+    known = None not in (trained_on, index.dataset_hash)
+    if known and trained_on != index.dataset_hash and not allow_other_dataset:
+        raise ValueError(
+            f"--index {path} is of another data set than the model was trained on; index the "
+            "model's, or say --allow_other_dataset true"
+        )
+    guidance.end_threshold(index)  # refuses an index that is not calibrated
+    return index
+
+
+def _folder_hash(folder: Path) -> str:
+    """SHA-256 over names and contents of a folder's files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = [[path.relative_to(folder).as_posix(), sha256(path)] for path in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _index_state(index: ReferenceIndex | None) -> dict[str, str | None]:
+    """What samples depend on in an index: its rows and their counts, the calibration in use."""
+    if index is None:
+        return {"index_sha256": None, "calibration_sha256": None}
+    digest = hashlib.sha256(index.vectors.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(json.dumps(index.features.describe(), sort_keys=True).encode())
+    for column in (index.group, index.multiplicity, index.label_counts):
+        if column is not None:
+            digest.update(column.cpu().contiguous().numpy().tobytes())
+    calibration = json.dumps(index.calibrations[default_similarity(index).name], sort_keys=True)
+    return {
+        "index_sha256": digest.hexdigest(),
+        "calibration_sha256": hashlib.sha256(calibration.encode()).hexdigest(),
+    }
+
+
+def _expected_bytes(count: int, shape: tuple[int, int, int], steps: int, traced: bool) -> int:
+    """Disk space of a run: incompressible PNGs, tar headers and JSON, rows of the trace."""
+    channels, height, width = shape
+    return count * (channels * height * width + 2560 + (60 * steps if traced else 0))
+
+
+def _finish(
+    run: SampleRun,
+    seed: int,
+    model: Path,
+    index: Path | None,
+    loaded: LoadedModel,
+    reference: ReferenceIndex | None,
+) -> None:
+    """Write the manifest: what the samples depend on, and what they cost over all runs."""
+    records = read_records(run.shards())
+    seconds = pc.sum(records["seconds"]).as_py()
+    steered = pc.mean(pc.greater(records["active_steps"], 0)).as_py()
+    settings = run.settings
+    run.finish(
+        seed,
+        mitigation=settings["guidance"]["mitigation"],
+        image_shape=list(loaded.image_shape),
+        steps=settings["steps"],
+        scheduler=settings["scheduler"],
+        guidance_scale=settings["guidance_scale"],
+        classes=settings["classes"],
+        guidance=settings["guidance"],
+        model=str(model),
+        index=None if index is None else str(index),
+        dataset_hash=loaded.manifest.get("dataset_hash"),
+        index_dataset_hash=None if reference is None else reference.dataset_hash,
+        seconds=seconds,
+        seconds_per_sample=seconds / run.count,
+        peak_memory_bytes=pc.max(records["peak_memory_bytes"]).as_py(),
+        active_share=None if reference is None else steered,
+    )
+    line = f"{run.folder}: {run.count} samples, {seconds / run.count:.3f} s each"
+    print(line if reference is None else f"{line}, {steered:.1%} of them steered")

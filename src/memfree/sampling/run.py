@@ -1,0 +1,233 @@
+"""A sample folder that is being filled: what it is a run of, what is missing, when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from memfree.manifest import read_manifest, write_json, write_manifest
+from memfree.resolved import CONFIG_NAME, is_first_process
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows: no protection against a second writer
+    fcntl = None  # type: ignore[assignment]
+
+RUN_FILE = "run.json"
+
+
+class SampleRun:
+    """The output folder of one sampling run, which may be stopped and started again.
+
+    ``run.json`` is written first and says what the samples depend on; the same run continues, any
+    other is refused. A sample is finished when a shard that holds it has its final name.
+    ``manifest.json`` is written last.
+
+    Args:
+        folder: the sample folder.
+        settings: all that the samples depend on, nested JSON values; names that end in
+            ``_sha256`` stand for contents.
+        count: number of samples of the whole run: indices 0 to count − 1.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], count: int) -> None:
+        self.folder = Path(folder)
+        self.settings = {"count": count, **json.loads(json.dumps(settings))}
+        self.count = count
+        self._locks: dict[int, IO[str]] = {}
+
+    def begin(self) -> None:
+        """Create the folder, or accept it as this very run's; only the first process writes.
+
+        Raises:
+            ValueError: it holds samples of other settings, or files that are no samples, or
+                another process is writing there.
+            OSError: it cannot be written.
+        """
+        begun = self.folder / RUN_FILE
+        if begun.is_file() and (self.finished or self.shards()):
+            self._compare(begun)
+        else:
+            self._check_empty()
+        # Lightning's own launcher gives the first process of each further machine a NODE_RANK only.
+        first = is_first_process() and int(os.environ.get("NODE_RANK", 0)) == 0
+        if first and not self.finished:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock(0)
+            write_json(begun, self.settings)
+
+    def _check_empty(self) -> None:
+        if self.folder.exists():
+            if not self.folder.is_dir():
+                raise ValueError(f"--out {self.folder} is a file; name a folder")
+            foreign = sorted(
+                path.name
+                for path in self.folder.iterdir()
+                if not path.name.startswith((".", "trace-"))
+                and path.name not in (RUN_FILE, CONFIG_NAME)
+            )
+            if foreign:
+                raise ValueError(
+                    f"--out {self.folder} holds files of something else ({foreign[0]}); "
+                    "choose an empty or a new folder"
+                )
+
+    def _compare(self, begun: Path) -> None:
+        try:
+            there = _flat(json.loads(begun.read_text(encoding="utf-8")))
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{begun} is damaged ({error}); choose another --out") from error
+        here = _flat(self.settings)
+        for name in [*here, *there]:
+            if here.get(name) == there.get(name):
+                continue
+            if name.endswith("_sha256"):
+                raise ValueError(
+                    f"--out {self.folder} holds samples of another {name[:-7]}; choose another "
+                    "--out, or repeat the command that began it"
+                )
+            raise ValueError(
+                f"--out {self.folder} holds samples with {name} = {_short(there.get(name))}, "
+                f"not {_short(here.get(name))}; choose another --out, or repeat the command "
+                "that began it"
+            )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the manifest is there, which is written when no sample is missing."""
+        return (self.folder / "manifest.json").is_file()
+
+    def lock(self, rank: int) -> None:
+        """Keep others from writing this rank's shards until this process ends, however it ends.
+
+        Raises:
+            ValueError: another process writes them.
+        """
+        if fcntl is None or rank in self._locks:
+            return
+        file = open(self.folder / f".lock-{rank:03d}", "w", encoding="utf-8")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise ValueError(
+                f"another process is writing samples to --out {self.folder}; wait for it or stop it"
+            ) from error
+        except OSError:  # a file system without locks
+            file.close()
+            return
+        self._locks[rank] = file
+
+    def release(self) -> None:
+        """Give up the locks of this process."""
+        while self._locks:
+            self._locks.popitem()[1].close()
+
+    def clean_up(self) -> None:
+        """Remove what a stopped run left unfinished: temporary files, traces without samples."""
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        for trace in self.folder.glob("trace-*.parquet"):
+            if not self.folder.joinpath(f"samples-{trace.stem[6:]}.tar").is_file():
+                trace.unlink(missing_ok=True)
+
+    def shards(self) -> list[Path]:
+        """Finished shards, sorted by name."""
+        return sorted(self.folder.glob("samples-*.tar"))
+
+    def missing(self) -> list[int]:
+        """Indices without a finished sample, ascending.
+
+        Raises:
+            ValueError: a shard cannot be read, or an index is in two shards or out of range.
+        """
+        found: set[int] = set()
+        for shard in self.shards():
+            indices = shard_indices(shard)
+            if twice := found.intersection(indices):
+                raise ValueError(f"{shard} repeats sample {min(twice)}; remove it and start again")
+            found.update(indices)
+        if found and max(found) >= self.count:
+            raise ValueError(f"{self.folder} holds sample {max(found)} of {self.count}")
+        return [index for index in range(self.count) if index not in found]
+
+    def next_shard(self, rank: int) -> int:
+        """First shard number of this rank that is not taken."""
+        taken = [int(path.stem.rsplit("-", 1)[1]) for path in self._of_rank(rank)]
+        return max(taken, default=-1) + 1
+
+    def _of_rank(self, rank: int) -> list[Path]:
+        return list(self.folder.glob(f"samples-{rank:03d}-*.tar"))
+
+    def finish(self, seed: int, **fields: Any) -> None:
+        """Write the manifest of the whole folder, ``fields`` beside the settings.
+
+        Raises:
+            ValueError: a sample is missing.
+        """
+        missing = self.missing()
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks {len(missing)} of {self.count} samples (first: {missing[0]});"
+                " repeat the command to draw them"
+            )
+        for lock in self.folder.glob(".lock-*"):
+            lock.unlink(missing_ok=True)
+        write_manifest(
+            self.folder,
+            "samples",
+            seed,
+            count=self.count,
+            settings=self.settings,
+            shards=[path.name for path in self.shards()],
+            **fields,
+        )
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of the finished folder."""
+        return read_manifest(self.folder, "samples")
+
+
+def shard_indices(shard: Path) -> list[int]:
+    """Sample indices in a shard, from its member names.
+
+    Raises:
+        ValueError: it is no tar file, or holds other members.
+    """
+    try:
+        with tarfile.open(shard) as tar:
+            names = [member.name for member in tar if member.name.endswith(".png")]
+        return [int(name[:-4]) for name in names]
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{shard} is damaged ({error}); remove it and repeat the command that drew it"
+        ) from error
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, dict):
+            flat.update(_flat(item, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = item
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def process_peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where unknown."""
+    try:
+        import resource
+    except ImportError:  # pragma: no cover - Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024

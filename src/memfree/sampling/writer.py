@@ -1,0 +1,213 @@
+"""A callback that writes samples and trace as they are drawn, one pair of files a shard."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import webdataset as wds
+from lightning.pytorch import Callback, LightningModule, Trainer
+from pyarrow import parquet
+from torch import Tensor
+
+from memfree.manifest import write_atomic
+from memfree.sampling import png
+from memfree.sampling.module import SampleBatch
+from memfree.sampling.run import SampleRun, process_peak_memory
+
+TRACE_COLUMNS = (
+    "sample",
+    "step",
+    "t",
+    "sigma",
+    "lambda",
+    "active",
+    "nearest",
+    "s1",
+    "s2",
+    "g_sim_norm",
+    "g_mul_norm",
+)
+
+
+class SampleWriter(Callback):
+    """Write ``samples-RANK-N.tar`` and ``trace-RANK-N.parquet``, each atomically, trace first.
+
+    A sample's PNG has a JSON beside it: ``index``, ``seed`` (of the run), ``condition`` (label or
+    null), ``mitigation``, ``peak_sigma`` (largest σ_t), ``nearest`` (image key at the last step),
+    ``active_steps``, ``seconds`` (its part of the batch) and ``peak_memory_bytes`` (of the process
+    or its GPU so far).
+
+    Args:
+        run: the sample folder.
+        seed: seed of the run.
+        mitigation: name of the mitigation.
+        keys: image keys of the reference index by row; None without an index.
+        batches_per_shard: batches collected in a shard; what a killed run has not yet put in a
+            shard is drawn again.
+    """
+
+    def __init__(
+        self,
+        run: SampleRun,
+        seed: int,
+        mitigation: str,
+        keys: Sequence[str] | None = None,
+        batches_per_shard: int = 1,
+    ) -> None:
+        self.run = run
+        self.seed = seed
+        self.mitigation = mitigation
+        self.keys = keys
+        self.batches_per_shard = batches_per_shard
+        self._pending: list[SampleBatch] = []
+        self._shard = 0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue behind the shards that this rank has written before."""
+        self._shard = self.run.next_shard(trainer.global_rank)
+        self._pending = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Collect the batch; write a shard when enough are together."""
+        self._pending.append(outputs)
+        if len(self._pending) >= self.batches_per_shard:
+            self._flush(trainer, pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last shard."""
+        if self._pending:
+            self._flush(trainer, pl_module)
+
+    def _flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name = f"{trainer.global_rank:03d}-{self._shard:06d}"
+        memory = _peak_memory(pl_module.device)
+        traces = [
+            trace_table(batch.index, batch.trace, self.keys)
+            for batch in self._pending
+            if batch.trace is not None
+        ]
+        if traces:
+            table = pa.concat_tables(traces)
+            write_atomic(
+                self.run.folder / f"trace-{name}.parquet",
+                lambda path: parquet.write_table(table, path, compression="zstd"),
+            )
+        records = [self._records(batch, memory) for batch in self._pending]
+        images = [png.to_bytes(batch.images) for batch in self._pending]
+        write_atomic(
+            self.run.folder / f"samples-{name}.tar",
+            lambda path: write_shard(path, sum(records, []), torch.cat(images)),
+        )
+        self._pending = []
+        self._shard += 1
+
+    def _records(self, batch: SampleBatch, memory: int) -> list[dict[str, Any]]:
+        count = len(batch.index)
+        peaks, nearest, active = summaries(batch, self.keys)
+        labels = [None] * count if batch.conditions is None else batch.conditions.tolist()
+        return [
+            {
+                "index": index,
+                "seed": self.seed,
+                "condition": labels[row],
+                "mitigation": self.mitigation,
+                "peak_sigma": peaks[row],
+                "nearest": nearest[row],
+                "active_steps": active[row],
+                "seconds": batch.seconds / count,
+                "peak_memory_bytes": memory,
+            }
+            for row, index in enumerate(batch.index.tolist())
+        ]
+
+
+def write_shard(path: Path, records: list[dict[str, Any]], images: Tensor) -> None:
+    """Write samples as a WebDataset tar: ``INDEX.png`` and ``INDEX.json``.
+
+    Args:
+        path: file to write.
+        records: one JSON object a sample, with ``index``.
+        images: (N, C, H, W) uint8.
+    """
+    with open(path, "wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
+        for record, image in zip(records, images, strict=True):
+            tar.write(
+                {
+                    "__key__": f"{record['index']:08d}",
+                    "png": png.encode(image),
+                    "json": json.dumps(record, allow_nan=False).encode(),
+                }
+            )
+
+
+def trace_table(index: Tensor, trace: dict[str, Tensor], keys: Sequence[str] | None) -> pa.Table:
+    """The trace of a batch as on disk: sample indices for batch rows, image keys for index rows.
+
+    Args:
+        index: sample indices of the batch, (B,).
+        trace: columns of ``sample``'s trace, (B·steps,) each; ``sample`` counts within the batch.
+        keys: image keys by row of the reference index; None leaves ``nearest`` null.
+    """
+    columns: dict[str, Any] = {}
+    for name in [*TRACE_COLUMNS, *sorted(trace.keys() - set(TRACE_COLUMNS))]:
+        if name == "sample":
+            columns[name] = index[trace["sample"]].numpy()
+        elif name == "nearest":
+            columns[name] = _key_column(trace.get("nearest"), keys, len(trace["sample"]))
+        elif name in trace:  # NaN, what no guidance recorded, becomes null
+            columns[name] = pa.array(trace[name].numpy(), from_pandas=True)
+    return pa.table(columns)
+
+
+def _key_column(rows: Tensor | None, keys: Sequence[str] | None, length: int) -> pa.Array:
+    if rows is None or keys is None:
+        return pa.nulls(length, pa.string())
+    return pa.array([keys[row] if row >= 0 else None for row in rows.tolist()], pa.string())
+
+
+def summaries(
+    batch: SampleBatch, keys: Sequence[str] | None
+) -> tuple[list[float | None], list[str | None], list[int]]:
+    """Of each sample: largest σ_t, key of the nearest image at the last step, active steps."""
+    count = len(batch.index)
+    peaks: list[float | None] = [None] * count
+    nearest: list[str | None] = [None] * count
+    active = [0] * count
+    if batch.trace is None:
+        return peaks, nearest, active
+    sample = batch.trace["sample"].numpy()
+    for row in range(count):
+        here = np.flatnonzero(sample == row)
+        if "sigma" in batch.trace:
+            sigma = batch.trace["sigma"].numpy()[here]
+            sigma = sigma[np.isfinite(sigma)]
+            peaks[row] = float(sigma.max()) if len(sigma) else None
+        if "nearest" in batch.trace and keys is not None:
+            last = here[np.argmax(batch.trace["step"].numpy()[here])]
+            number = int(batch.trace["nearest"][last])
+            nearest[row] = keys[number] if number >= 0 else None
+        if "active" in batch.trace:
+            active[row] = int(batch.trace["active"].numpy()[here].astype(bool).sum())
+    assert all(peak is None or math.isfinite(peak) for peak in peaks)
+    return peaks, nearest, active
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return process_peak_memory()

@@ -1,0 +1,130 @@
+"""A sample folder from its first file to its manifest."""
+
+import json
+
+import pytest
+import torch
+
+from memfree.sampling import SampleRun
+from memfree.sampling.run import shard_indices
+from memfree.sampling.writer import write_shard
+
+SETTINGS = {"steps": 50, "guidance": {"c1": 5.0}, "model_sha256": "a" * 64}
+
+
+def add_shard(folder, name, indices):
+    records = [{"index": i, "seed": 0, "condition": None} for i in indices]
+    images = torch.zeros(len(indices), 1, 4, 4, dtype=torch.uint8)
+    write_shard(folder / f"samples-{name}.tar", records, images)
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = SampleRun(tmp_path / "out", SETTINGS, count=6)
+    made.begin()
+    yield made
+    made.release()
+
+
+def test_a_new_run_lacks_everything(run):
+    assert run.missing() == [0, 1, 2, 3, 4, 5]
+    assert not run.finished
+    assert run.next_shard(0) == 0
+    assert json.loads((run.folder / "run.json").read_text())["guidance"] == {"c1": 5.0}
+
+
+def test_the_same_run_continues(run):
+    add_shard(run.folder, "000-000000", [0, 1])
+    add_shard(run.folder, "001-000003", [4])
+    run.release()
+    again = SampleRun(run.folder, SETTINGS, count=6)
+    again.begin()
+    assert again.missing() == [2, 3, 5]
+    assert again.next_shard(0) == 1
+    assert again.next_shard(1) == 4
+    assert again.next_shard(2) == 0
+    again.release()
+
+
+@pytest.mark.parametrize(
+    ("changed", "count", "message"),
+    [
+        ({"steps": 20}, 6, "steps = 50, not 20"),
+        ({"guidance": {"c1": 1.0}}, 6, "guidance.c1 = 5.0, not 1.0"),
+        ({"model_sha256": "b" * 64}, 6, "samples of another model;"),
+        ({"new": 1}, 6, "new = null, not 1"),
+        ({}, 7, "count = 6, not 7"),
+    ],
+)
+def test_another_run_is_refused(run, changed, count, message):
+    add_shard(run.folder, "000-000000", [0])
+    before = sorted(path.name for path in run.folder.iterdir())
+    with pytest.raises(ValueError, match=message) as error:
+        SampleRun(run.folder, {**SETTINGS, **changed}, count).begin()
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in run.folder.iterdir()) == before
+
+
+def test_a_run_without_a_shard_binds_nobody(run):
+    run.release()
+    SampleRun(run.folder, {"steps": 20}, 3).begin()
+    assert json.loads((run.folder / "run.json").read_text()) == {"count": 3, "steps": 20}
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"thesis\.tex"):
+        SampleRun(tmp_path, SETTINGS, 6).begin()
+    with pytest.raises(ValueError, match="is a file"):
+        SampleRun(tmp_path / "thesis.tex", SETTINGS, 6).begin()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_second_process_is_refused(run):
+    other = SampleRun(run.folder, SETTINGS, count=6)
+    with pytest.raises(ValueError, match="another process"):
+        other.begin()
+    run.lock(1)
+    with pytest.raises(ValueError, match="another process"):
+        other.lock(1)
+    run.release()
+    other.begin()
+    other.release()
+
+
+def test_clean_up_removes_only_leftovers(run):
+    add_shard(run.folder, "000-000000", [0])
+    for name in ("trace-000-000000.parquet", "trace-000-000001.parquet"):
+        (run.folder / name).touch()
+    (run.folder / ".samples-000-000001.tar.77.tmp").touch()
+    run.clean_up()
+    left = sorted(path.name for path in run.folder.iterdir() if path.name[0] != ".")
+    assert left == ["run.json", "samples-000-000000.tar", "trace-000-000000.parquet"]
+    assert not list(run.folder.glob(".*.tmp"))
+
+
+def test_finish_refuses_gaps_and_repeats(run):
+    add_shard(run.folder, "000-000000", [0, 1, 2])
+    with pytest.raises(ValueError, match=r"lacks 3 of 6 samples \(first: 3\)"):
+        run.finish(seed=0)
+    add_shard(run.folder, "001-000000", [2, 3])
+    with pytest.raises(ValueError, match="repeats sample 2"):
+        run.missing()
+    add_shard(run.folder, "001-000000", [3, 4, 5])
+    run.finish(seed=9, mitigation="none")
+    manifest = run.manifest()
+    assert manifest["count"] == 6
+    assert manifest["settings"]["steps"] == 50
+    assert manifest["made_by"]["seed"] == 9
+    assert manifest["shards"] == ["samples-000-000000.tar", "samples-001-000000.tar"]
+    assert run.finished
+    assert not list(run.folder.glob(".lock-*"))
+
+
+def test_a_damaged_shard_is_named(run):
+    shard = run.folder / "samples-000-000000.tar"
+    shard.write_bytes(b"no tar" * 200)
+    with pytest.raises(ValueError, match="samples-000-000000.tar is damaged"):
+        shard_indices(shard)
+    with pytest.raises(ValueError, match="remove it"):
+        run.missing()
