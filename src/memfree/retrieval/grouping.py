@@ -39,6 +39,20 @@ def joined(count: int, pairs: np.ndarray) -> np.ndarray:
     return numbered(labels.tolist())
 
 
+def joined_by_copies(row: np.ndarray, names: Sequence[object]) -> np.ndarray:
+    """Group of every row (rows,), where an image that has copies joins all their groups.
+
+    Args:
+        row: (N,) row of every image; identical images share one.
+        names: N declared group names.
+    """
+    declared = numbered(names)
+    rows, groups = int(row.max()) + 1, int(declared.max()) + 1
+    # A graph of rows and declared groups: an edge says that an image of the row is in the group.
+    edges = np.unique(np.stack([row, declared + rows], axis=1), axis=0)
+    return numbered(joined(rows + groups, edges)[:rows].tolist())
+
+
 def near_copies(images: Tensor) -> np.ndarray:
     """Pairs (P, 2) of images so alike in pixels that they are one picture stored twice.
 

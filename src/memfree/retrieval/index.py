@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from memfree.retrieval.features import Features, Metric, PixelFeatures
+from memfree.retrieval.grouping import (
+    content_hashes,
+    joined,
+    joined_by_copies,
+    near_copies,
+    numbered,
+)
 from memfree.retrieval.items import Items
+from memfree.retrieval.origin import Origin, check_images
 from memfree.retrieval.search import Groups, Hits, References
 
 if TYPE_CHECKING:
     from memfree.data import DatasetFolder
 
 Backend = Literal["auto", "torch", "faiss"]
+_SMALL = 1 << 29
+"""Elements of the vectors (2 GB) up to which torch searches on the CPU; FAISS searches above."""
 
 
 class ReferenceIndex:
@@ -34,6 +45,8 @@ class ReferenceIndex:
         image_shape: (C, H, W) of the images.
         dataset_hash: hash of the dataset folder, None for an index of bare tensors.
         calibrations: by similarity name, JSON that ``memfree.guidance.calibrate`` stores here.
+        backend: ``torch`` (matrix products on the index's device), ``faiss``, or ``auto``: torch up
+            to 2 GB of vectors or on an accelerator. Results are the same.
     """
 
     def __init__(
@@ -51,7 +64,9 @@ class ReferenceIndex:
         self.image_shape = image_shape
         self.dataset_hash = dataset_hash
         self.calibrations = calibrations if calibrations is not None else {}
+        self.backend: Backend = "auto"
         self._references: References | None = None
+        self._faiss: Any = None
 
     @classmethod
     def build(
@@ -65,6 +80,7 @@ class ReferenceIndex:
         keys: Sequence[str] | None = None,
         num_classes: int | None = None,
         batch_size: int = 256,
+        advance: Callable[[int], None] | None = None,
     ) -> ReferenceIndex:
         """Index images; identical ones become one row, their counts and conditions are added up.
 
@@ -81,6 +97,7 @@ class ReferenceIndex:
             keys: name of every image; None: ``image-00000000`` and so on.
             num_classes: number of classes; None: the highest label + 1.
             batch_size: images to embed at a time.
+            advance: called with the number of images of every batch that is done.
 
         Raises:
             ValueError: the images are not (N, C, H, W), empty, not finite or outside [-1, 1], or
@@ -88,15 +105,39 @@ class ReferenceIndex:
         """
         features = features if features is not None else PixelFeatures()
         if isinstance(images, Tensor):
-            items, kept = Items.of_images(
-                images, keys, groups, counts, labels, captions, num_classes
-            )
-            images, dataset_hash = images[kept], None
+            origin = Origin.of_images(images, keys, groups, counts, labels, captions, num_classes)
         else:
-            raise ValueError("dataset folders are not supported yet")
-        vectors = features.embed(images, batch_size).cpu()
-        _, channels, height, width = images.shape
-        return cls(vectors, features, items, (channels, height, width), dataset_hash)
+            given = [keys, groups, counts, labels, captions, num_classes]
+            if any(value is not None for value in given):
+                raise ValueError(
+                    "a dataset folder has its own keys, groups, counts, labels and captions: "
+                    "give images only"
+                )
+            origin = Origin.of_dataset(_opened(images))
+        hashes, parts, shape = [], [], None
+        for batch in origin.batches(batch_size):
+            check_images(batch)
+            hashes += content_hashes(batch)
+            parts.append(features.embed(batch, batch_size).cpu())
+            shape = batch.shape
+            if advance is not None:
+                advance(len(batch))
+        assert shape is not None and len(hashes) == len(origin.keys)
+        row = numbered(hashes)
+        kept = torch.from_numpy(np.unique(row, return_index=True)[1])
+        if origin.groups is not None:
+            group = joined_by_copies(row, origin.groups)
+        else:
+            assert isinstance(images, Tensor)  # a dataset folder declares groups
+            group = joined(len(kept), near_copies(images[kept]))
+        vectors = torch.cat(parts)
+        return cls(
+            vectors if len(kept) == len(vectors) else vectors[kept],
+            features.cpu(),
+            Items.merged(origin, row, group),
+            (shape[1], shape[2], shape[3]),
+            origin.dataset_hash,
+        )
 
     @property
     def metric(self) -> Metric:
@@ -157,7 +198,7 @@ class ReferenceIndex:
         device = torch.device(device)
         if device != self.vectors.device:
             self.vectors = self.vectors.to(device)
-            self._references = None
+            self._references = self._faiss = None
         self.items.to(device)
         self.features.to(device)
         return self
@@ -166,8 +207,18 @@ class ReferenceIndex:
     def references(self) -> References:
         """Vectors prepared for search: centred, with norms and groups; made at the first use."""
         if self._references is None:
-            self._references = References(self.vectors, Groups.of(self.group), self.metric)
+            keep_centred = self._searches_with() == "torch"
+            self._references = References(
+                self.vectors, Groups.of(self.group), self.metric, keep_centred
+            )
         return self._references
+
+    def _searches_with(self) -> Backend:
+        """Resolve ``auto``: torch where the vectors are on an accelerator or small, else FAISS."""
+        if self.backend != "auto":
+            return self.backend
+        small = self.vectors.numel() <= _SMALL or self.device.type != "cpu"
+        return "torch" if small else "faiss"
 
     def images(self, rows: Tensor) -> Tensor:
         """The images (len(rows), C, H, W) in [-1, 1] of some rows.
@@ -204,7 +255,14 @@ class ReferenceIndex:
                 f"cannot find k={k} neighbours: the index has {references.groups.count} distinct "
                 f"groups, so k must be in 1 … {references.groups.count}"
             )
-        return references.search(self._query_vectors(queries), k)
+        vectors = self._query_vectors(queries)
+        if self._searches_with() == "torch":
+            return references.search(vectors, k)
+        if self._faiss is None:
+            from memfree.retrieval.faiss_search import FaissReferences
+
+            self._faiss = FaissReferences(references)
+        return self._faiss.search(vectors, k)
 
     def _query_vectors(self, queries: Tensor) -> Tensor:
         queries = queries.detach().to(self.device)
@@ -239,3 +297,11 @@ class ReferenceIndex:
         from memfree.retrieval import storage
 
         return storage.load(Path(folder))
+
+
+def _opened(dataset: DatasetFolder | Path | str) -> DatasetFolder:
+    if isinstance(dataset, (str, Path)):
+        from memfree.data import DatasetFolder
+
+        return DatasetFolder(Path(dataset))
+    return dataset

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from memfree.retrieval.grouping import content_hashes, joined, near_copies, numbered
+from memfree.retrieval.origin import Origin
 
 CONDITIONS = pa.schema(
     [
@@ -84,117 +82,36 @@ class Items:
                 setattr(self, name, value.to(device))
 
     @classmethod
-    def of_images(
-        cls,
-        images: Tensor,
-        keys: Sequence[str] | None,
-        groups: Sequence[object] | Tensor | None,
-        counts: Tensor | None,
-        labels: Tensor | None,
-        captions: Sequence[str] | None,
-        num_classes: int | None,
-    ) -> tuple[Items, Tensor]:
-        """Merge identical images and group near ones; arguments of ``ReferenceIndex.build``.
+    def merged(cls, origin: Origin, row: np.ndarray, group: np.ndarray) -> Items:
+        """Add up what is known of images that share a row.
 
-        Returns:
-            the items, and (rows,) the position of every row's first image.
+        Args:
+            origin: the N images.
+            row: (N,) row of every image, numbered by first appearance.
+            group: (rows,) group of every row.
         """
-        check_images(images)
-        size = len(images)
-        lengths = {
-            "keys": keys, "groups": groups, "counts": counts, "labels": labels,
-            "captions": captions,
-        }  # fmt: skip
-        for name, value in lengths.items():
-            if value is not None and len(value) != size:
-                raise ValueError(f"{name} has {len(value)} entries, but there are {size} images")
-        keys = list(keys) if keys is not None else [f"image-{i:08d}" for i in range(size)]
-        counts = torch.ones(size, dtype=torch.int64) if counts is None else counts.cpu().long()
-        if bool((counts < 1).any()):
-            raise ValueError("counts must be at least 1: leave images out that are not trained on")
-
-        row = numbered(content_hashes(images))
         _, first = np.unique(row, return_index=True)
-        kept = torch.from_numpy(first)
-        if groups is None:
-            group = joined(len(first), near_copies(images[kept]))
-        else:
-            names = groups.tolist() if isinstance(groups, Tensor) else groups
-            group = _joined_declared(row, numbered(names))
-        rows = torch.from_numpy(row)
-        multiplicity = torch.zeros(len(first), dtype=torch.int64).index_add_(0, rows, counts)
-        row_keys = [keys[i] for i in first]
-        conditions = condition_table(row, row_keys, counts, labels, captions)
-        num_classes = None if labels is None else _checked_classes(labels, num_classes)
-        group_tensor = torch.from_numpy(group)
-        return cls(row_keys, group_tensor, multiplicity, conditions, num_classes), kept
-
-
-def check_images(images: Tensor) -> None:
-    """Refuse what cannot be a stack of images (N, C, H, W) in [-1, 1]; one clear ValueError."""
-    if images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"images must be (N, C, H, W) and not empty, not {tuple(images.shape)}")
-    if not images.is_floating_point():
-        raise ValueError(f"images must be float in [-1, 1], not {images.dtype}: use u8/127.5 - 1")
-    low, high = images.aminmax()
-    if not (float(low) >= -1.001 and float(high) <= 1.001):  # NaN fails both
-        raise ValueError(
-            f"images must be in [-1, 1] and finite, but span {float(low):g} … {float(high):g}"
+        keys = [origin.keys[i] for i in first]
+        multiplicity = torch.zeros(len(first), dtype=torch.int64)
+        multiplicity.index_add_(0, torch.from_numpy(row), origin.counts)
+        totals: dict[tuple[int, int | None, str | None], int] = {}
+        for position, label, caption, count in origin.conditions:
+            condition = (int(row[position]), label, caption)
+            totals[condition] = totals.get(condition, 0) + count
+        ordered = sorted(totals, key=lambda condition: condition[0])
+        conditions = pa.table(
+            {
+                "row": [condition[0] for condition in ordered],
+                "image_key": [keys[condition[0]] for condition in ordered],
+                "label": [condition[1] for condition in ordered],
+                "caption": [condition[2] for condition in ordered],
+                "count": [totals[condition] for condition in ordered],
+            },
+            schema=CONDITIONS,
         )
-
-
-def condition_table(
-    row: np.ndarray,
-    row_keys: list[str],
-    counts: Tensor,
-    labels: Tensor | None,
-    captions: Sequence[str] | None,
-) -> pa.Table:
-    """Count the conditions of every row: table ``CONDITIONS``, sorted by row and first use.
-
-    Args:
-        row: (N,) row of every image.
-        row_keys: key of every row.
-        counts: (N,) records of every image.
-        labels: (N,) label of every image, or None.
-        captions: caption of every image, or None.
-    """
-    if labels is None and captions is None:
-        return CONDITIONS.empty_table()
-    label_list = [None] * len(row) if labels is None else labels.tolist()
-    caption_list = [None] * len(row) if captions is None else captions
-    totals: dict[tuple[int, int | None, str | None], int] = {}
-    for entry in zip(row.tolist(), label_list, caption_list, counts.tolist(), strict=True):
-        totals[entry[:3]] = totals.get(entry[:3], 0) + entry[3]
-    ordered = sorted(totals.items(), key=lambda item: item[0][0])
-    return pa.table(
-        {
-            "row": [key[0] for key, _ in ordered],
-            "image_key": [row_keys[key[0]] for key, _ in ordered],
-            "label": [key[1] for key, _ in ordered],
-            "caption": [key[2] for key, _ in ordered],
-            "count": [count for _, count in ordered],
-        },
-        schema=CONDITIONS,
-    )
-
-
-def _joined_declared(row: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Group of every row, where identical images join the groups that they were declared in."""
-    groups = int(group.max()) + 1
-    edges = np.unique(np.stack([row + groups, group], axis=1), axis=0)
-    component = joined(groups + int(row.max()) + 1, edges)
-    return numbered(component[groups:].tolist())
-
-
-def _checked_classes(labels: Tensor, num_classes: int | None) -> int:
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (num_classes is not None and high >= num_classes):
-        raise ValueError(
-            f"labels span {low} … {high}, but must be in 0 … "
-            f"{'num_classes' if num_classes is None else num_classes} - 1"
-        )
-    return num_classes if num_classes is not None else high + 1
+        shards = [origin.shards[i] for i in first]
+        group_numbers = torch.from_numpy(group)
+        return cls(keys, group_numbers, multiplicity, conditions, origin.num_classes, shards)
 
 
 def _tensor(column: pa.ChunkedArray) -> Tensor:

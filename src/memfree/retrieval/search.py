@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -72,33 +73,37 @@ class References:
         vectors: (N, D) float32, for ``cosine`` of length 1.
         groups: group of every row.
         metric: ``l2`` or ``cosine``.
+        keep_centred: keep a centred copy of the vectors in memory. Without it every exhaustive
+            search makes one again, part by part.
     """
 
-    def __init__(self, vectors: Tensor, groups: Groups, metric: Metric):
+    def __init__(
+        self, vectors: Tensor, groups: Groups, metric: Metric, keep_centred: bool = True
+    ) -> None:
         self.vectors = vectors
         self.groups = groups
         self.metric = metric
+        self.keep_centred = keep_centred
         self.centre = _mean(vectors) if metric == "l2" else vectors.new_zeros(vectors.shape[1])
         self._centred: Tensor | None = None
-        self._squared_norms: Tensor | None = None
+        self.squared_norms = torch.cat([part.square().sum(1) for part in self.centred_parts()])
 
     @property
     def centred(self) -> Tensor:
-        """The vectors minus their mean (N, D); made once, then kept in memory."""
+        """The vectors minus their mean (N, D); the vectors themselves for ``cosine``."""
         if self.metric == "cosine":
             return self.vectors
         if self._centred is None:
             self._centred = self.vectors - self.centre
         return self._centred
 
-    @property
-    def squared_norms(self) -> Tensor:
-        """Squared lengths (N,) of the centred vectors."""
-        if self._squared_norms is None:
-            self._squared_norms = torch.cat(
-                [part.square().sum(1) for part in self.centred.split(_rows(self.vectors))]
-            )
-        return self._squared_norms
+    def centred_parts(self) -> Iterator[Tensor]:
+        """The centred vectors in parts of bounded size."""
+        if self.metric == "cosine" or self.keep_centred:
+            yield from self.centred.split(_rows(self.vectors))
+        else:
+            for part in self.vectors.split(_rows(self.vectors)):
+                yield part - self.centre
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> Hits:
@@ -108,7 +113,8 @@ class References:
         return Hits(torch.cat([p.rows for p in parts]), torch.cat([p.scores for p in parts]))
 
     def _search(self, queries: Tensor, k: int) -> Hits:
-        costs, error = self._costs(queries)
+        costs = self._costs(queries)
+        error = self.error(queries)
         best = costs if self.groups.singletons else self._best_of_group(costs)
         limit = best.topk(k, dim=1, largest=False).values[:, -1:] + 2 * error
         query, row = torch.nonzero(costs <= limit, as_tuple=True)
@@ -120,22 +126,28 @@ class References:
         del costs, best
         return self.select(queries, query, row, k)
 
-    def _costs(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Approximate costs (B, N), lower is nearer, and their error bound (B, 1).
-
-        The bound is the probabilistic one of a D-term product, u·√D·‖q‖·‖r‖ (Higham and Mary,
-        2019), times a generous constant, with u the rounding unit of the device's matrix products.
-        """
+    def _costs(self, queries: Tensor) -> Tensor:
+        """Approximate costs (B, N), lower is nearer: ‖r‖² − 2 q·r (centred), or −q·r."""
         with torch.autocast(queries.device.type, enabled=False):
             if self.metric == "cosine":
-                costs = -(queries @ self.vectors.T)
-                size = torch.ones(len(queries), 1, device=queries.device)
-            else:
-                q = queries - self.centre
-                costs = torch.addmm(self.squared_norms, q, self.centred.T, alpha=-2)
-                size = q.norm(dim=1, keepdim=True) + self.squared_norms.max().sqrt()
-        factor = _rounding_unit() * 8 * (self.vectors.shape[1] ** 0.5 + 1)
-        return costs, factor * size.square()
+                return -(queries @ self.vectors.T)
+            queries = queries - self.centre
+            if self.keep_centred:
+                return torch.addmm(self.squared_norms, queries, self.centred.T, alpha=-2)
+            products = torch.cat([queries @ part.T for part in self.centred_parts()], dim=1)
+            return products.mul_(-2).add_(self.squared_norms)
+
+    def error(self, queries: Tensor) -> Tensor:
+        """Bound (B, 1) on the rounding error of approximate costs.
+
+        The probabilistic bound of a D-term product, u·√D·‖q‖·‖r‖ (Higham and Mary, 2019), times a
+        generous constant, with u the rounding unit of the device's matrix products.
+        """
+        factor = 8 * _rounding_unit() * (self.vectors.shape[1] ** 0.5 + 1)
+        if self.metric == "cosine":
+            return queries.new_full((len(queries), 1), factor)
+        size = torch.linalg.vector_norm(queries - self.centre, dim=1, keepdim=True)
+        return factor * (size + self.squared_norms.max().sqrt()).square()
 
     def _best_of_group(self, costs: Tensor) -> Tensor:
         """Lowest cost of each group (B, groups)."""
