@@ -1,0 +1,122 @@
+"""Images from untrusted bytes, within limits, and into deterministic PNG bytes."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_IMAGE_BYTES = 64 << 20
+"""Largest encoded image that is read, bytes."""
+MAX_PIXELS = 64_000_000
+"""Largest image that is decoded, pixels: the header is checked before memory is allocated."""
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""The only decoders that are ever called."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+"""File name endings of these formats, lower case."""
+
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_CHANNELS = {"1": 1, "L": 1, "LA": 2, "P": 3, "RGB": 3, "CMYK": 3, "YCbCr": 3, "RGBA": 4}
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError)
+
+
+def open_image(data: bytes, name: str) -> Image.Image:
+    """Decode one PNG, JPEG or WEBP image.
+
+    Args:
+        data: the encoded image.
+        name: what to call it in an error.
+
+    Raises:
+        ValueError: it is too large, damaged, or of another format; the message starts with
+            ``name``.
+    """
+    if len(data) > MAX_IMAGE_BYTES:
+        raise ValueError(f"{name}: {len(data)} bytes are more than the limit {MAX_IMAGE_BYTES}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (*_DECODER_ERRORS, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: not a PNG, JPEG or WEBP image") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{name}: {width} x {height} pixels are more than the limit {MAX_PIXELS}")
+    try:
+        image.load()
+    except _DECODER_ERRORS as error:
+        raise ValueError(f"{name}: damaged image ({_one_line(error)})") from error
+    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says."""
+    return ImageOps.exif_transpose(image)
+
+
+def channels_of(image: Image.Image, name: str) -> int:
+    """Number of 8-bit channels that hold the image without loss (a palette counts as colour).
+
+    Raises:
+        ValueError: the image has more than 8 bits a channel.
+    """
+    if image.mode == "P" and "transparency" in image.info:
+        return 4
+    if image.mode not in _CHANNELS:
+        raise ValueError(f"{name}: mode {image.mode} is not 8 bits a channel; convert it first")
+    return _CHANNELS[image.mode]
+
+
+def with_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Convert to 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels; lost alpha goes white."""
+    mode = _MODES[channels]
+    if image.mode == mode:
+        return image
+    transparent = image.mode in ("LA", "RGBA") or "transparency" in image.info
+    if transparent and channels in (1, 3):
+        flat = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        flat.alpha_composite(image.convert("RGBA"))
+        image = flat.convert("RGB")
+    if mode == "LA" and image.mode != "RGBA":
+        image = image.convert("RGBA")
+    return image.convert(mode)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """Pixels (C, H, W) uint8 of an image in one of the modes of :func:`with_channels`."""
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """The inverse of :func:`to_array`."""
+    if pixels.shape[0] == 1:
+        return Image.fromarray(pixels[0])
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """PNG bytes of (C, H, W) uint8 pixels: always the same bytes for the same pixels."""
+    out = io.BytesIO()
+    to_image(pixels).save(out, "PNG", compress_level=6, optimize=False)
+    return out.getvalue()
+
+
+def decode_record(data: bytes, name: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Pixels (C, H, W) uint8 of a record that must have this ``shape``.
+
+    Raises:
+        ValueError: the image is damaged or of another shape.
+    """
+    pixels = to_array(open_image(data, name))
+    if pixels.shape != shape:
+        raise ValueError(f"{name}: image has shape {pixels.shape}, the dataset says {shape}")
+    return pixels
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

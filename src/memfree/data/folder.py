@@ -1,0 +1,186 @@
+"""A finished dataset folder: what is in it, and its held-out and training images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from memfree.data.identity import dataset_hash
+from memfree.data.reader import RecordReader
+from memfree.data.split import PARTS, PartName
+from memfree.manifest import read_manifest, sha256
+
+
+class DatasetFolder:
+    """Opens a dataset folder that ``memfree prepare`` finished.
+
+    Args:
+        path: the folder.
+        verify: read every shard and compare its SHA-256, instead of comparing sizes only.
+
+    Attributes:
+        path: the folder.
+        manifest: its ``manifest.json``.
+        hash: SHA-256 over the shards' hashes and the items: the identity of the dataset.
+        image_shape: (C, H, W) of all images.
+        num_classes: number of labels, None without labels.
+        items: table ``image_key, group, copies, part``; its row numbers are the ``row`` of
+            batches.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file of it is missing.
+        ValueError: it is unfinished, of another kind, or not what its manifest says.
+    """
+
+    def __init__(self, path: Path, verify: bool = False) -> None:
+        self.path = Path(path)
+        self.manifest: dict[str, Any] = read_manifest(self.path, "dataset")
+        try:
+            channels, height, width = (int(side) for side in self.manifest["image_shape"])
+            self.image_shape: tuple[int, int, int] = (channels, height, width)
+            self.num_classes: int | None = self.manifest["num_classes"]
+            self.hash: str = self.manifest["hash"]
+            shards = {name: (v["bytes"], v["sha256"]) for name, v in self._shards().items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}/manifest.json lacks {error}; prepare it again"
+            ) from error
+        self.items = self._table("items.parquet")
+        self._check_shards(shards, verify)
+        columns = (self.items[name].to_pylist() for name in ("image_key", "group", "copies"))
+        if dataset_hash({name: digest for name, (_, digest) in shards.items()}, *columns) != (
+            self.hash
+        ):
+            raise ValueError(
+                f"{self.path} was changed after it was prepared: items and shards do not have the "
+                "hash of its manifest; prepare it again"
+            )
+
+    def _shards(self) -> dict[str, dict[str, Any]]:
+        return self.manifest["shards"]
+
+    def _table(self, name: str) -> pa.Table:
+        path = self.path / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; prepare the dataset again")
+        try:
+            return pq.read_table(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path} is damaged; prepare the dataset again") from error
+
+    def _check_shards(self, shards: dict[str, tuple[int, str]], verify: bool) -> None:
+        for name, (size, digest) in shards.items():
+            path = self.path / name
+            if Path(name).name != name:
+                raise ValueError(f"{self.path}/manifest.json: {name!r} is no shard name")
+            if not path.is_file():
+                raise FileNotFoundError(f"shard {path} is missing; prepare the dataset again")
+            found = path.stat().st_size
+            if found != size:
+                raise ValueError(
+                    f"shard {path} has {found} bytes, its manifest says {size}; "
+                    "prepare the dataset again"
+                )
+            if verify and sha256(path) != digest:
+                raise ValueError(
+                    f"shard {path} does not have the SHA-256 of its manifest; "
+                    "prepare the dataset again"
+                )
+
+    @cached_property
+    def records(self) -> pa.Table:
+        """All records: ``part, record, row, copy, label, caption, shard, offset, size, crc32``."""
+        return self._table("records.parquet")
+
+    @cached_property
+    def conditions(self) -> pa.Table:
+        """``image_key, label, caption, count, part``: records of each image and condition."""
+        return self._table("conditions.parquet")
+
+    def part_records(self, part: PartName) -> pa.Table:
+        """The rows of :attr:`records` of one part, in the order of the shards."""
+        return self.records.filter(pc.field("part") == part).combine_chunks()
+
+    def part(self, name: PartName) -> DatasetPart:
+        """The distinct images of one part.
+
+        Raises:
+            ValueError: there is no such part, or it is empty.
+        """
+        if name not in PARTS:
+            raise ValueError(f"{name!r} is no part of a dataset; use one of {', '.join(PARTS)}")
+        rows = pc.indices_nonzero(pc.equal(self.items["part"], name)).to_numpy().astype("int64")
+        if len(rows) == 0:
+            raise ValueError(
+                f"{self.path} has no {name} images; prepare it again with --parts.{name}"
+            )
+        records = self.part_records(name)
+        first: dict[int, int] = {}
+        for position, row in enumerate(records["row"].to_pylist()):
+            first.setdefault(row, position)
+        firsts = records.take([first[row] for row in rows.tolist()])
+        items = self.items.take(rows)
+        labels = firsts["label"]
+        captions = firsts["caption"]
+        return DatasetPart(
+            name=name,
+            keys=items["image_key"].to_pylist(),
+            groups=items["group"].to_pylist(),
+            copies=torch.tensor(items["copies"].to_pylist(), dtype=torch.int64),
+            labels=torch.tensor(labels.to_pylist()) if self.num_classes is not None else None,
+            captions=captions.to_pylist() if captions.null_count == 0 else None,
+            conditions=self.conditions.filter(pc.field("part") == name),
+            rows=torch.from_numpy(rows),
+            reader=RecordReader(self.path, firsts, self.image_shape),
+        )
+
+
+@dataclass
+class DatasetPart:
+    """The distinct images of one part, each once, in a fixed order.
+
+    Near copies (crop, flip, brightness, JPEG) are distinct images with a key of their own, in the
+    group of their original; exact copies share the key.
+    """
+
+    name: PartName
+    keys: list[str]
+    groups: list[str]
+    """Of each image: declared by the source, or found by content."""
+    copies: Tensor
+    """(N,) int64: records of exactly that image, 1 = not repeated."""
+    labels: Tensor | None
+    """(N,) int64: label of the image's first record; None without labels."""
+    captions: list[str] | None
+    """Caption of the image's first record; None without captions."""
+    conditions: pa.Table
+    """``image_key, label, caption, count, part``: all conditions with their numbers of records."""
+    rows: Tensor
+    """(N,) int64: rows of the dataset's ``items``."""
+    reader: RecordReader
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def images(self) -> Tensor:
+        """All images, (N, C, H, W) float32 in [-1, 1]."""
+        return torch.cat(list(self.batches(1024)))
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """The images in order, (batch_size, C, H, W) float32 in [-1, 1]; the last may be fewer."""
+        for start in range(0, len(self), batch_size):
+            yield to_float(self.reader.read(range(start, min(start + batch_size, len(self)))))
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """Pixels uint8 to float32 in [-1, 1]: x = u / 127.5 - 1."""
+    return pixels.float().div_(127.5).sub_(1.0)

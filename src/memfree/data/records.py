@@ -1,0 +1,184 @@
+"""From grouped source images to the records of each part: the split, then the planned copies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memfree.data.ingest import Ingested
+from memfree.data.plan import DuplicationPlan
+from memfree.data.shards import Record
+from memfree.data.split import PARTS, PartName
+
+
+@dataclass
+class Items:
+    """The distinct images of a dataset, and which records are made of them."""
+
+    keys: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    parts: list[PartName] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    """Source image that has these pixels, -1 for a near copy."""
+    near_copies: dict[int, np.ndarray] = field(default_factory=dict)
+    """Pixels of the rows that are near copies."""
+    records: dict[PartName, list[Record]] = field(default_factory=dict)
+    num_classes: int | None = None
+    repeated: int = 0
+    """Images that the plan chose and repeats."""
+
+    def add(self, key: str, group: str, part: PartName, source: int) -> int:
+        """Append a distinct image; returns its row."""
+        self.keys.append(key)
+        self.groups.append(group)
+        self.parts.append(part)
+        self.sources.append(source)
+        return len(self.keys) - 1
+
+    def copies(self) -> list[int]:
+        """Records of each row."""
+        count = Counter(record.row for records in self.records.values() for record in records)
+        return [count[row] for row in range(len(self.keys))]
+
+    def conditions(self) -> list[tuple[int, int | None, str | None, int]]:
+        """(row, label, caption, records), in order of rows."""
+        count = Counter(
+            (record.row, record.label, record.caption)
+            for records in self.records.values()
+            for record in records
+        )
+        ordered = sorted(count.items(), key=lambda item: item[0][0])
+        return [(row, label, caption, number) for (row, label, caption), number in ordered]
+
+
+def arrange(
+    data: Ingested,
+    image_of: np.ndarray,
+    group_of: np.ndarray,
+    part_of: list[PartName | None],
+    plan: DuplicationPlan,
+    num_classes: int | None,
+    seed: int,
+) -> Items:
+    """Lay out the records.
+
+    Args:
+        data: the source.
+        image_of: (N,) distinct image of each source image.
+        group_of: (M,) group of each distinct image.
+        part_of: (G,) part of each group.
+        plan: copies that the training part gets, after the split.
+        num_classes: classes of the source.
+        seed: order of images and of records.
+
+    Returns:
+        rows in a random order within each part; near copies come after all originals.
+    """
+    order = np.random.Generator(np.random.PCG64([seed, 4])).permutation(len(image_of)).tolist()
+    names = _group_names(data, image_of, group_of)
+    first_of = np.unique(image_of, return_index=True)[1]
+    items = Items(num_classes=num_classes)
+    row_of: dict[int, int] = {}
+    copies: Counter[int] = Counter()
+    for part in PARTS:
+        records = items.records[part] = []
+        for source in order:
+            image = int(image_of[source])
+            if part_of[group_of[image]] != part:
+                continue
+            if image not in row_of:
+                first = int(first_of[image])
+                row_of[image] = items.add(data.names[first], names[group_of[image]], part, first)
+            label = data.labels[source] if data.labels is not None else None
+            caption = data.captions[source] if data.captions is not None else None
+            records.append(Record(row_of[image], copies[image], label, caption))
+            copies[image] += 1
+    _repeat(items, data, plan)
+    shuffle = np.random.Generator(np.random.PCG64([seed, plan.seed, 5]))
+    train = items.records["train"]
+    items.records["train"] = [train[number] for number in shuffle.permutation(len(train))]
+    return items
+
+
+def _group_names(data: Ingested, image_of: np.ndarray, group_of: np.ndarray) -> dict[int, str]:
+    """A group is called what its source calls it, otherwise after its first image."""
+    names: dict[int, str] = {}
+    for source, image in enumerate(image_of.tolist()):
+        names.setdefault(int(group_of[image]), data.groups[source] or data.names[source])
+    return names
+
+
+def _repeat(items: Items, data: Ingested, plan: DuplicationPlan) -> None:
+    """Append the plan's copies to the training records."""
+    train = items.records["train"]
+    alone = Counter(items.groups[record.row] for record in train)
+    candidates = [record for record in train if alone[items.groups[record.row]] == 1]
+    labels = [record.label for record in candidates if record.label is not None]
+    factors = plan.factors(range(len(candidates)), labels if data.labels is not None else None)
+    items.repeated = sum(factor > 1 for factor in factors.values())
+    conditions = _Conditions(items, data, plan, train)
+    for position, factor in factors.items():
+        original = candidates[position]
+        source = items.sources[original.row]
+        pixels = np.asarray(data.pixels[source])
+        known = {_digest(pixels): original.row}
+        for number in range(1, factor):
+            changed = plan.copy(pixels, source, number)
+            digest = _digest(changed)
+            if digest not in known:
+                key = f"{items.keys[original.row]}~{number}"
+                known[digest] = items.add(key, items.groups[original.row], "train", -1)
+                items.near_copies[known[digest]] = np.ascontiguousarray(changed)
+            train.append(Record(known[digest], number, *conditions.of(original)))
+    items.num_classes = conditions.num_classes
+
+
+class _Conditions:
+    """Labels and captions of copies."""
+
+    def __init__(
+        self, items: Items, data: Ingested, plan: DuplicationPlan, train: list[Record]
+    ) -> None:
+        self._policy = plan.conditions
+        self.num_classes = items.num_classes
+        self._base = items.num_classes or 0
+        self._captions = [record.caption for record in train]
+        self._rows = [record.row for record in train]
+        self._generator = np.random.Generator(np.random.PCG64([plan.seed, 6]))
+        self._unique = 0
+        if self._policy != "same" and data.labels is None and data.captions is None:
+            raise ValueError(f"--plan.conditions {self._policy} needs labels or captions")
+        if self._policy == "varied" and data.labels is not None and self._base < 2:
+            raise ValueError("--plan.conditions varied needs two classes or more")
+
+    def of(self, original: Record) -> tuple[int | None, str | None]:
+        """Label and caption of the next copy of ``original``."""
+        label, caption = original.label, original.caption
+        if self._policy == "varied":
+            if label is not None:
+                label = (label + int(self._generator.integers(1, self._base))) % self._base
+            if caption is not None:
+                caption = self._other_caption(original)
+        elif self._policy == "unique":
+            if label is not None:
+                label = self._base + self._unique
+                self.num_classes = label + 1
+            self._unique += 1
+            if caption is not None:
+                caption = f"{caption} {self._unique}"
+        return label, caption
+
+    def _other_caption(self, original: Record) -> str | None:
+        if len(set(self._rows)) < 2:
+            raise ValueError("--plan.conditions varied needs two training images or more")
+        while True:
+            number = int(self._generator.integers(len(self._rows)))
+            if self._rows[number] != original.row:
+                return self._captions[number]
+
+
+def _digest(pixels: np.ndarray) -> bytes:
+    return hashlib.sha256(pixels.tobytes()).digest()

@@ -1,0 +1,86 @@
+"""Whole groups of images dealt out to train, calibration, test and fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+PartName = Literal["train", "calibration", "test", "fit"]
+PARTS: tuple[PartName, ...] = get_args(PartName)
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """How many source images each part takes: a number of 1 or more, or a share below 1.
+
+    What is left out keeps the source's default: digits 500, 600, 500 and 197; CIFAR-10 50 000,
+    4 000, 4 000 and 2 000; others 70, 10, 10 and 10 %.
+    """
+
+    train: float | None = None
+    """Images that are trained on, before planned copies are added."""
+    calibration: float | None = None
+    """Held-out images for thresholds only."""
+    test: float | None = None
+    """Held-out images for rates, floors and distances."""
+    fit: float | None = None
+    """Held-out images for the classifier and a second embedding."""
+
+    def counts(self, images: int, defaults: Sequence[float]) -> dict[PartName, int]:
+        """Images of each part out of ``images``.
+
+        Raises:
+            ValueError: a size is negative, train is empty, or there are too few images.
+        """
+        counts: dict[PartName, int] = {}
+        for name, default in zip(PARTS, defaults, strict=True):
+            value = getattr(self, name)
+            value = default if value is None else value
+            if value < 0 or (value >= 1 and value != int(value)):
+                raise ValueError(f"--parts.{name} {value:g}: use a whole number or a share below 1")
+            counts[name] = int(value) if value >= 1 else int(value * images + 1e-9)
+        if counts["train"] < 1:
+            raise ValueError(f"--parts.train leaves no training image out of {images}")
+        if sum(counts.values()) > images:
+            wanted = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(
+                f"the parts want {sum(counts.values())} images ({wanted}), "
+                f"the source has {images}; lower --parts"
+            )
+        return counts
+
+
+def deal(sizes: np.ndarray, counts: dict[PartName, int], seed: int) -> list[PartName | None]:
+    """Give each group to one part.
+
+    Groups come in a random order, then the larger ones first, so that single images fill what is
+    left. A group goes to a part drawn in proportion to the room that the parts with enough of it
+    still have; where none has enough, it stays out. With single images among the groups the
+    counts are met exactly.
+
+    Args:
+        sizes: (G,) images a group.
+        counts: images that each part wants.
+        seed: of the order and the draws.
+
+    Returns:
+        (G,) the part of each group, None for groups that stay out.
+    """
+    generator = np.random.Generator(np.random.PCG64([seed, 1]))
+    order = generator.permutation(len(sizes))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    draws = generator.random(len(sizes))
+    room = np.array([counts[name] for name in PARTS], np.int64)
+    parts: list[PartName | None] = [None] * len(sizes)
+    for number, draw in zip(order.tolist(), draws.tolist(), strict=True):
+        open_room = np.where(room >= sizes[number], room, 0)
+        total = int(open_room.sum())
+        if total == 0:
+            continue
+        choice = int(np.searchsorted(open_room.cumsum(), draw * total, side="right"))
+        room[choice] -= sizes[number]
+        parts[number] = PARTS[choice]
+    return parts

@@ -1,0 +1,197 @@
+"""WebDataset tars of others, read once from front to back, with limits and named errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import braceexpand
+from webdataset.gopen import gopen
+from webdataset.tariterators import base_plus_ext
+
+from memfree.data.decode import MAX_IMAGE_BYTES, SUFFIXES
+
+MAX_TEXT_BYTES = 1 << 20
+"""Largest caption, class or JSON member that is read, bytes."""
+MAX_LABEL = 99_999
+"""Largest class number that is believed."""
+
+_IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
+_TEXTS = ("txt", "cls", "json")
+_SCHEMES = ("http", "https", "s3", "gs", "hf")
+_HEADER_ERRORS = (
+    tarfile.EmptyHeaderError,  # type: ignore[attr-defined]
+    tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
+    tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
+)
+
+
+@dataclass
+class TarRecord:
+    """One record of a foreign shard, not yet decoded."""
+
+    name: str
+    """Shard and key, for messages and as the image's key; never used as a file name."""
+    image: bytes
+    caption: str | None
+    label: int | None
+    image_key: str | None
+    """Declared by our own shards."""
+    group: str | None
+    """Declared by our own shards."""
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Header whose damage is an error: tarfile itself takes it for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        try:
+            return super().fromtarfile(tarfile)
+        except _HEADER_ERRORS as error:
+            raise OSError("truncated or damaged archive") from error
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """Shards that a path or pattern names, sorted.
+
+    Args:
+        pattern: a folder of ``.tar`` files, one file, a glob, or addresses
+            (``https://host/{00000..00099}.tar``; also s3, gs, hf), braces expanded.
+
+    Raises:
+        FileNotFoundError: nothing matches.
+        ValueError: an address that would run a command or is of an unknown kind.
+    """
+    found: list[str] = []
+    for item in braceexpand.braceexpand(pattern):
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", item)
+        if scheme and scheme.group(1).lower() in _SCHEMES and not re.search(r"[\s'\"`$;|<>]", item):
+            found.append(item)
+            continue
+        if scheme:
+            raise ValueError(f"{item!r} is no shard address; use a path or {', '.join(_SCHEMES)}")
+        path = Path(item)
+        if path.is_dir():
+            found += sorted(str(tar) for tar in path.glob("*.tar*") if tar.is_file())
+        elif path.is_file():
+            found.append(str(path))
+        else:
+            anchor = Path(path.anchor) if path.is_absolute() else Path()
+            relative = item[len(path.anchor) :] if path.is_absolute() else item
+            found += sorted(str(tar) for tar in anchor.glob(relative) if tar.is_file())
+    if not found:
+        raise FileNotFoundError(f"no tar shards at {pattern}")
+    return found
+
+
+def read_shard(shard: str, broken: Callable[[str], None] | None = None) -> Iterator[TarRecord]:
+    """Records of one shard in their order.
+
+    Args:
+        shard: path or address.
+        broken: called with a message that names what is wrong, instead of raising it; a damaged
+            archive is then left at that point.
+
+    Raises:
+        ValueError: a record is too large, has no image, or its class or JSON is unreadable.
+        OSError: the archive cannot be opened, is truncated or damaged.
+    """
+    try:
+        with gopen(shard, "rb") as stream:
+            for name, members in _members(stream, shard):
+                try:
+                    record = _record(name, members)
+                except ValueError as error:
+                    if broken is None:
+                        raise
+                    broken(str(error))
+                    continue
+                yield record
+    except (OSError, tarfile.TarError, EOFError) as error:
+        message = f"shard {shard}: {' '.join(str(error).split()) or type(error).__name__}"
+        if broken is None:
+            raise OSError(message) from error
+        broken(message)
+
+
+def _members(stream: IO[bytes], shard: str) -> Iterator[tuple[str, dict[str, bytes | str]]]:
+    """(name, {suffix: content}) of each run of members with the same key."""
+    base = Path(shard).name.split(".")[0]
+    key, members = None, {}  # type: str | None, dict[str, bytes | str]
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
+        for member in archive:
+            found, suffix = base_plus_ext(member.name)
+            if not member.isfile() or not found or not suffix:
+                continue
+            if found != key:
+                if members:
+                    yield f"{base}/{key}", members
+                key, members = found, {}
+            suffix = suffix.lower()
+            if suffix not in _IMAGES and suffix not in _TEXTS:
+                continue
+            limit = MAX_TEXT_BYTES if suffix in _TEXTS else MAX_IMAGE_BYTES
+            if member.size > limit:
+                members["error"] = f".{suffix} has {member.size} bytes, the limit is {limit}"
+                continue
+            file = archive.extractfile(member)
+            assert file is not None
+            members[suffix] = file.read()
+    if members:
+        yield f"{base}/{key}", members
+
+
+def _record(name: str, members: dict[str, bytes | str]) -> TarRecord:
+    if "error" in members:
+        raise ValueError(f"{name}: {_text(members['error'])}")
+    images = [members[suffix] for suffix in _IMAGES if suffix in members]
+    if not images:
+        raise ValueError(f"{name}: record without a PNG, JPEG or WEBP image")
+    meta = _json(name, members.get("json", b"{}"))
+    caption = meta.get("caption")
+    if "txt" in members:
+        caption = _text(members["txt"])
+    label = meta.get("label")
+    if "cls" in members:
+        label = _text(members["cls"]).strip()
+    return TarRecord(
+        name,
+        bytes(images[0]),  # type: ignore[arg-type]
+        str(caption) if caption is not None else None,
+        _label(name, label) if label is not None else None,
+        _declared(meta, "image_key"),
+        _declared(meta, "group"),
+    )
+
+
+def _text(data: bytes | str) -> str:
+    return data.decode("utf-8", errors="replace") if isinstance(data, bytes) else data
+
+
+def _json(name: str, data: bytes | str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: its .json is not valid JSON") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _label(name: str, value: Any) -> int:
+    try:
+        label = int(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: class {value!r} is not a number") from error
+    if not 0 <= label <= MAX_LABEL:
+        raise ValueError(f"{name}: class {label} is not in 0..{MAX_LABEL}")
+    return label
+
+
+def _declared(meta: dict[str, Any], field: str) -> str | None:
+    value = meta.get(field)
+    return value if isinstance(value, str) and 0 < len(value) <= 1000 else None
