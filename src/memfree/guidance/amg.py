@@ -211,15 +211,14 @@ class AntiMemorizationGuidance(Observer):
     def _correct_last(self, prediction: Prediction, target: float) -> Prediction:
         """Move the clean estimates that the sampler is about to return below ``target``."""
         x_0 = prediction.clean_estimate()
-        returned = x_0 if prediction.clip is None else x_0.clamp(-prediction.clip, prediction.clip)
+        limit = prediction.image_range
+        returned = x_0 if limit is None else x_0.clamp(-limit, limit)
         above = self.similarity(self.index, prediction.decode(returned)).sigma > target
         rows = above.nonzero().squeeze(1)
         if not len(rows):
             return prediction
         with torch.inference_mode(False):
-            moved = move_below(
-                self.index, self.similarity, returned[rows].clone(), target, prediction.clip
-            )
+            moved = move_below(self.index, self.similarity, returned[rows].clone(), target, limit)
         return prediction.with_clean_change(moved - x_0[rows], rows).activated(above)
 
 

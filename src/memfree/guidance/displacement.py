@@ -35,7 +35,7 @@ def move_below(
     similarity: Similarity,
     x_0: Tensor,
     target: float,
-    clip: float | None,
+    image_range: float | None,
     iterations: int = 20,
 ) -> Tensor:
     """Move clean images along −∇σ until every σ is at most ``target``, by Newton steps.
@@ -49,7 +49,7 @@ def move_below(
         similarity: σ.
         x_0: images (B, C, H, W).
         target: σ to reach, in units of the similarity.
-        clip: keep the images in [−clip, clip]; None for no limit.
+        image_range: keep the images in ±image_range; None for no limit.
         iterations: the most steps taken.
 
     Returns:
@@ -70,5 +70,5 @@ def move_below(
         # 1 % past the target, so that rounding does not leave a sample on the line.
         step = per_sample((excess + 0.01 * abs(target)) / square, gradient) * gradient
         moved = x_0[rows] - step
-        x_0[rows] = moved if clip is None else moved.clamp(-clip, clip)
+        x_0[rows] = moved if image_range is None else moved.clamp(-image_range, image_range)
     return x_0

@@ -47,8 +47,8 @@ class Prediction:
     """The denoiser at this step's t: (rows of x_t, their conditions or None) → output."""
     is_last: bool = False
     """Whether the sampler returns the clean estimate of this step."""
-    clip: float | None = None
-    """The sampler clamps x̂_0 to [−clip, clip]; None if it does not."""
+    image_range: float | None = None
+    """Finished x_0 are clamped to ±image_range (1 for pixels); None: they are not."""
     decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)
     """From x̂_0 to images (B, C, H, W) in [−1, 1]: the identity in pixel space."""
     active: Tensor | None = None

@@ -64,7 +64,6 @@ def sample(
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(f"prediction_type {prediction_type!r} is not supported by sample()")
-    clip = scheduler.config.clip_sample_range if scheduler.config.get("clip_sample") else None
     kwargs = {} if generators is None else _generator_argument(scheduler, generators)
     x_t = noise * scheduler.init_noise_sigma
     rows: list[dict[str, Tensor]] = []
@@ -90,7 +89,7 @@ def sample(
                 prediction_type=prediction_type,
                 denoise=denoise,
                 is_last=step == len(scheduler.timesteps) - 1,
-                clip=clip,
+                image_range=1.0 if decode is None else None,
                 decode=decode or (lambda x_0: x_0),
             )
             prediction = apply(guidance, prediction)
