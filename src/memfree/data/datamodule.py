@@ -1,0 +1,227 @@
+"""The data of a training run, as Lightning takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from memfree.data.folder import DatasetFolder
+from memfree.data.foreign import ForeignBatches, StreamOptions
+from memfree.data.stream import Batch, EpochBatches, OnError
+
+_NO_STREAM = StreamOptions()
+
+
+class ShardDataModule(LightningDataModule):
+    """Batches of the training part of a dataset folder, or of WebDataset shards of any origin.
+
+    A batch is a dictionary: ``image`` (B, C, H, W) float32 in [-1, 1]; ``key``, a list of image
+    keys; ``row`` (B,) int64, rows of the dataset's items (-1 for foreign shards); ``label`` (B,)
+    int64 if there are labels; ``caption``, a list, if there are captions; ``weight``, a float by
+    which the mean loss of this batch is multiplied, so that the mean over ranks is the mean over
+    the records of all ranks.
+
+    From a dataset folder, an epoch is one permutation by (seed, epoch) that neither ranks nor
+    workers change, and every record is in it once. Training that was stopped within an epoch
+    continues with the batch that comes next.
+
+    Args:
+        path: dataset folder of ``memfree prepare``; or shards without a manifest: a folder of
+            tars, a glob, or addresses with braces (see ``stream``).
+        batch_size: records a batch on each rank, at most; batches of an epoch are nearly equal.
+        seed: of the order.
+        num_workers: processes that decode; 0 decodes in the training process.
+        cache_bytes: keep decoded images in memory if all of them take at most so many bytes
+            (without workers only).
+        random_flip: mirror each record with probability 1/2.
+        on_error: stop at a broken record or shard, or skip and count it.
+        verify: compare the SHA-256 of every shard at the start, not only its size.
+        stream: how shards without a manifest are read.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 64,
+        seed: int = 0,
+        num_workers: int = 0,
+        cache_bytes: int = 1 << 30,
+        random_flip: bool = False,
+        on_error: OnError = "stop",
+        verify: bool = False,
+        stream: StreamOptions = _NO_STREAM,
+    ) -> None:
+        super().__init__()
+        if num_workers < 0:
+            raise ValueError(f"--data.num_workers {num_workers}: use 0 or more")
+        if batch_size < 1:
+            raise ValueError(f"--data.batch_size {batch_size}: use 1 or more")
+        self.path, self.batch_size, self.seed = str(path), batch_size, seed
+        self.num_workers, self.cache_bytes = num_workers, cache_bytes
+        self.random_flip, self.on_error, self.verify = random_flip, on_error, verify
+        self.stream = stream
+        self.skipped = 0
+        self._folder: DatasetFolder | None = None
+        self._stopped_at: dict[str, Any] | None = None
+
+    @property
+    def folder(self) -> DatasetFolder | None:
+        """The opened dataset folder, None for foreign shards.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: it is unfinished or not what its manifest says.
+        """
+        if self._folder is None and not self._is_foreign():
+            self._folder = DatasetFolder(Path(self.path), verify=self.verify)
+        return self._folder
+
+    def _is_foreign(self) -> bool:
+        path = Path(self.path)
+        if path.is_dir():
+            return not (path / "manifest.json").is_file() and any(path.glob("*.tar*"))
+        return path.is_file() or any(sign in self.path for sign in ":{*?[")
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of all images."""
+        if self.folder is not None:
+            return self.folder.image_shape
+        size = self.stream.image_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return int(self.stream.channels), height, width
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of labels, None without labels."""
+        if self.folder is not None:
+            return self.folder.num_classes
+        return self.stream.num_classes or None
+
+    @property
+    def dataset_hash(self) -> str | None:
+        """Identity of the dataset folder, None for foreign shards."""
+        return self.folder.hash if self.folder is not None else None
+
+    def dataset(self, rank: int = 0, world_size: int = 1) -> EpochBatches | ForeignBatches:
+        """The batches of one rank."""
+        folder = self.folder
+        if folder is None:
+            return ForeignBatches(
+                self.path,
+                self.stream,
+                self.batch_size,
+                self.seed,
+                rank,
+                world_size,
+                self.random_flip,
+                self.on_error,
+            )
+        images = folder.manifest["parts"]["train"]["images"]
+        channels, height, width = folder.image_shape
+        small = images * channels * height * width <= self.cache_bytes
+        return EpochBatches(
+            folder,
+            self.batch_size,
+            self.seed,
+            rank,
+            world_size,
+            cache=small and self.num_workers == 0,
+            random_flip=self.random_flip,
+            on_error=self.on_error,
+        )
+
+    def train_dataloader(self) -> EpochLoader:
+        """Batches of this rank, one epoch an iteration."""
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return EpochLoader(self, self.dataset(rank, world_size))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be the same for a run that resumes; Lightning itself keeps the position."""
+        world_size = self.trainer.world_size if self.trainer else 1
+        return {
+            "dataset_hash": self.dataset_hash,
+            "seed": self.seed,
+            "global_batch_size": self.batch_size * world_size,
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a stopped run.
+
+        Raises:
+            ValueError: it was trained on another dataset, or in another order.
+        """
+        if state_dict["dataset_hash"] != self.dataset_hash:
+            raise ValueError(
+                f"the checkpoint was trained on another dataset than {self.path}; "
+                "give that one, or start a new run"
+            )
+        if state_dict["seed"] != self.seed:
+            raise ValueError(
+                f"the checkpoint was trained with --data.seed {state_dict['seed']}, "
+                f"not {self.seed}: its order of records would be lost"
+            )
+        self.skipped = int(state_dict["skipped"])
+        self._stopped_at = state_dict
+
+    def position(self, global_batch_size: int) -> tuple[int, int]:
+        """(epoch, batches of it that were trained on), from the trainer.
+
+        Raises:
+            ValueError: a run stopped within an epoch goes on with batches of another size.
+        """
+        trainer = self.trainer
+        if trainer is None:
+            return 0, 0
+        start = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        stopped, self._stopped_at = self._stopped_at, None
+        if start and stopped and stopped["global_batch_size"] != global_batch_size:
+            raise ValueError(
+                f"the checkpoint stopped within an epoch of batches of "
+                f"{stopped['global_batch_size']} records on all ranks, now they have "
+                f"{global_batch_size}; choose --data.batch_size and devices with the same product"
+            )
+        return trainer.current_epoch, start
+
+
+class EpochLoader:
+    """A loader that knows by the trainer which epoch it is, and where in it training stands."""
+
+    def __init__(self, module: ShardDataModule, dataset: EpochBatches | ForeignBatches) -> None:
+        self._module = module
+        self.epochs = dataset
+        self._loader: DataLoader[Batch] = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=module.num_workers,
+            persistent_workers=module.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __len__(self) -> int:
+        return self.epochs.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the present epoch.
+
+        Lightning asks for an iterator long before it asks for its first batch, so the position is
+        looked up with that one.
+        """
+        self.epochs.epoch, self.epochs.start = self._module.position(self.epochs.global_batch_size)
+        for batch in self._loader:
+            self._module.skipped += batch.pop("skipped", 0)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the position is the trainer's. Tells Lightning that this loader can resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load."""

@@ -1,0 +1,198 @@
+"""Training batches streamed from WebDataset tars that have no index, near or remote."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.filters import _shuffle
+
+from memfree.data.decode import open_image
+from memfree.data.folder import to_float
+from memfree.data.framing import Framing, Resize
+from memfree.data.order import batches_per_epoch, global_slice, rank_slice
+from memfree.data.stream import Batch, OnError
+from memfree.data.tarstream import TarRecord, expand_shards, read_shard
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How shards without a manifest are read; has no meaning for a dataset folder."""
+
+    epoch_records: int = 0
+    """Records that count as one epoch, all ranks together; needed, since the shards do not say."""
+    image_size: int | tuple[int, int] = 0
+    """Height and width that all images are brought to; needed."""
+    channels: Literal[1, 3] = 3
+    """1 grey, 3 RGB."""
+    resize: Resize = "crop"
+    """crop keeps the centre, squash scales both sides, pad adds black borders."""
+    num_classes: int = 0
+    """Classes of the records' .cls or JSON label; 0: labels are not read."""
+    captions: bool = False
+    """Give the records' .txt or JSON caption to the model."""
+    shuffle_buffer: int = 1000
+    """Records held back a worker, from which the next one is drawn."""
+
+
+class ForeignBatches(IterableDataset[Batch]):
+    """Batches of one rank, drawn from shards in an order of their own each epoch.
+
+    The shards are shuffled by (seed, epoch) and dealt out to all workers of all ranks; where there
+    are fewer shards than these, everyone reads all shards and takes every so-many-th record. A
+    worker whose shards end before its share of the epoch begins them again in another order. All
+    ranks get the same number of batches. Order depends on the number of ranks and workers, but not
+    on time: a resumed epoch continues with the batches that were left.
+
+    Args:
+        shards: see :func:`memfree.data.tarstream.expand_shards`.
+        options: epoch length, framing, conditions.
+        batch_size: largest number of records of a batch on this rank.
+        seed: of the order.
+        rank: of this process.
+        world_size: number of processes.
+        random_flip: mirror each record with probability 1/2.
+        on_error: stop at a broken record or shard, or leave it out.
+    """
+
+    def __init__(
+        self,
+        shards: str,
+        options: StreamOptions,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        random_flip: bool = False,
+        on_error: OnError = "stop",
+    ) -> None:
+        if options.epoch_records < 1:
+            raise ValueError(
+                f"--data.path {shards} has no manifest, so its size is unknown: give "
+                "--data.stream.epoch_records, or make a dataset folder with memfree prepare"
+            )
+        size = options.image_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        if min(height, width) < 1:
+            raise ValueError("--data.stream.image_size: give the height and width of the images")
+        self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._shards = expand_shards(shards)
+        self._options = options
+        self._framing = Framing(height, width, options.channels, options.resize)
+        self.image_shape = (int(options.channels), height, width)
+        self._seed = seed
+        self._rank, self._world_size = rank, world_size
+        self._random_flip, self._on_error = random_flip, on_error
+        self.records = options.epoch_records
+        self.batches = batches_per_epoch(self.records, batch_size, world_size)
+        self.global_batch_size = batch_size * world_size
+
+    epoch = property(
+        lambda self: int(self._position[0]), lambda self, value: self._position[0].fill_(value)
+    )
+    """Which order, from 0."""
+    start = property(
+        lambda self: int(self._position[1]), lambda self, value: self._position[1].fill_(value)
+    )
+    """Batches of the epoch that were trained on already."""
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        offset, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        epoch, start = self.epoch, self.start
+        skipped: list[str] = []
+        unit = self._rank * step + offset
+        records = self._records(epoch, unit, self._world_size * step, skipped)
+        generator = np.random.Generator(np.random.PCG64([self._seed, epoch, unit, 9]))
+        for batch in range(offset, self.batches, step):
+            first, last = global_slice(self.records, self.batches, batch)
+            low, high = rank_slice(first, last, self._rank, self._world_size)
+            flips = generator.random(high - low) < 0.5
+            if batch < start:  # trained on before the run was stopped: pass over, decode nothing
+                for _ in range(high - low):
+                    next(records)
+                continue
+            before = len(skipped)
+            made = self._batch(records, high - low, flips, skipped)
+            made["weight"] = (high - low) * self._world_size / (last - first)
+            if self._on_error == "skip":
+                made["skipped"] = len(skipped) - before
+            yield made
+
+    def _records(
+        self, epoch: int, unit: int, units: int, skipped: list[str]
+    ) -> Iterator[TarRecord]:
+        """Records of one worker without end, shuffled within its buffer."""
+
+        def broken(message: str) -> None:
+            skipped.append(message)
+            warnings.warn(f"skipped: {message}", stacklevel=2)
+
+        def plain() -> Iterator[TarRecord]:
+            turn = 0
+            while True:
+                generator = np.random.Generator(np.random.PCG64([self._seed, epoch, turn, 10]))
+                order = generator.permutation(len(self._shards))
+                shared = len(self._shards) < units
+                mine = order if shared else order[unit::units]
+                found = 0
+                for shard in mine.tolist():
+                    handler = broken if self._on_error == "skip" else None
+                    for number, record in enumerate(read_shard(self._shards[shard], handler)):
+                        found += 1
+                        if not shared or number % units == unit:
+                            yield record
+                if not found:
+                    raise ValueError(f"no readable record in {len(mine)} shards")
+                turn += 1
+
+        buffer = max(self._options.shuffle_buffer, 1)
+        rng = random.Random(f"{self._seed} {epoch} {unit}")
+        return _shuffle(plain(), buffer, buffer, rng)
+
+    def _batch(
+        self, records: Iterator[TarRecord], count: int, flips: np.ndarray, skipped: list[str]
+    ) -> Batch:
+        images: list[np.ndarray] = []
+        taken: list[TarRecord] = []
+        while len(taken) < count:
+            record = next(records)
+            try:
+                pixels = self._decode(record)
+            except ValueError as error:
+                if self._on_error == "stop":
+                    raise
+                skipped.append(str(error))
+                warnings.warn(f"skipped: {error}", stacklevel=2)
+                continue
+            flip = self._random_flip and flips[len(taken)]
+            images.append(pixels[:, :, ::-1] if flip else pixels)
+            taken.append(record)
+        batch: Batch = {
+            "image": to_float(torch.from_numpy(np.stack(images))),
+            "key": [record.image_key or record.name for record in taken],
+            "row": torch.full((count,), -1),
+        }
+        if self._options.num_classes:
+            batch["label"] = torch.tensor([record.label for record in taken])
+        if self._options.captions:
+            batch["caption"] = [record.caption for record in taken]
+        return batch
+
+    def _decode(self, record: TarRecord) -> np.ndarray:
+        classes = self._options.num_classes
+        if classes and (record.label is None or record.label >= classes):
+            raise ValueError(f"{record.name}: class {record.label} is not in 0..{classes - 1}")
+        if self._options.captions and record.caption is None:
+            raise ValueError(f"{record.name}: record without a caption")
+        image = open_image(record.image, record.name)
+        return self._framing.apply(image, record.name, self._framing)

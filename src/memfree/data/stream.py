@@ -1,0 +1,126 @@
+"""Training batches from a dataset folder: one order an epoch, equal numbers on all ranks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from memfree.data.folder import DatasetFolder, to_float
+from memfree.data.order import batches_per_epoch, global_slice, permutation, rank_slice
+from memfree.data.reader import RecordReader
+
+OnError = Literal["stop", "skip"]
+Batch = dict[str, Any]
+
+
+class EpochBatches(IterableDataset[Batch]):
+    """Batches of one rank, whole and in order, for one epoch after another.
+
+    Set :attr:`epoch` and :attr:`start` before each iteration. The attributes live in shared
+    memory, so workers that stay between epochs see them. Worker w of W makes every W-th batch,
+    and a DataLoader hands them out in turn, so workers change nothing.
+
+    Args:
+        folder: the dataset.
+        batch_size: largest number of records of a batch on this rank.
+        seed: of the order.
+        rank: of this process.
+        world_size: number of processes.
+        cache: keep decoded images in memory.
+        random_flip: mirror each record with probability 1/2, by (seed, epoch, record).
+        on_error: stop at a broken record, or leave it out.
+    """
+
+    def __init__(
+        self,
+        folder: DatasetFolder,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        cache: bool = False,
+        random_flip: bool = False,
+        on_error: OnError = "stop",
+    ) -> None:
+        self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._seed = seed
+        self._rank, self._world_size = rank, world_size
+        self._random_flip, self._on_error = random_flip, on_error
+        records = folder.part_records("train")
+        self.records = len(records)
+        self.batches = batches_per_epoch(self.records, batch_size, world_size)
+        self.global_batch_size = batch_size * world_size
+        self._reader = RecordReader(folder.path, records, folder.image_shape, cache)
+        self._rows = torch.from_numpy(records["row"].to_numpy().copy())
+        self._keys: list[str] = folder.items["image_key"].to_pylist()
+        self._labels: torch.Tensor | None = None
+        if folder.num_classes is not None:
+            self._labels = torch.from_numpy(records["label"].to_numpy().copy())
+        captions = records["caption"]
+        self._captions = captions.combine_chunks() if captions.null_count == 0 else None
+
+    epoch = property(
+        lambda self: int(self._position[0]), lambda self, value: self._position[0].fill_(value)
+    )
+    """Which permutation, from 0."""
+    start = property(
+        lambda self: int(self._position[1]), lambda self, value: self._position[1].fill_(value)
+    )
+    """Batches of the epoch that were trained on already."""
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        offset, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        epoch, start = self.epoch, self.start
+        order = permutation(self.records, self._seed, epoch)
+        flips = None
+        if self._random_flip:
+            generator = np.random.Generator(np.random.PCG64([self._seed, epoch, 8]))
+            flips = torch.from_numpy(generator.random(self.records) < 0.5)
+        for batch in range(start + offset, self.batches, step):
+            first, last = global_slice(self.records, self.batches, batch)
+            mine = rank_slice(first, last, self._rank, self._world_size)
+            yield self._batch(order[mine[0] : mine[1]], last - first, flips)
+
+    def _batch(self, numbers: np.ndarray, total: int, flips: torch.Tensor | None) -> Batch:
+        lost: list[int] = []
+        broken = _warn(lost) if self._on_error == "skip" else None
+        images = to_float(self._reader.read(numbers.tolist(), broken))
+        weight = len(numbers) * self._world_size / total
+        if lost:
+            numbers = numbers[~np.isin(numbers, lost)]
+        if len(numbers) == 0:
+            raise ValueError(f"all {len(lost)} records of a batch are broken; prepare them again")
+        index = torch.from_numpy(numbers)
+        if flips is not None:
+            images = torch.where(flips[index][:, None, None, None], images.flip(-1), images)
+        rows = self._rows[index]
+        batch: Batch = {
+            "image": images,
+            "key": [self._keys[row] for row in rows.tolist()],
+            "row": rows,
+            "weight": weight,
+        }
+        if self._labels is not None:
+            batch["label"] = self._labels[index]
+        if self._captions is not None:
+            batch["caption"] = self._captions.take(numbers).to_pylist()
+        if self._on_error == "skip":
+            batch["skipped"] = len(lost)
+        return batch
+
+
+def _warn(lost: list[int]) -> Callable[[int, str], None]:
+    def broken(number: int, message: str) -> None:
+        lost.append(number)
+        warnings.warn(f"skipped: {message}", stacklevel=2)
+
+    return broken
