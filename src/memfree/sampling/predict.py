@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow.compute as pc
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -92,10 +92,11 @@ def predict(
     reference = None if index is None else _open_index(index, loaded, guidance, allow_other_dataset)
     if reference is None and guidance.mitigation != "none":
         raise ValueError(f"--guidance.mitigation {guidance.mitigation} needs --index")
-    trained_steps = loaded.scheduler.config.num_train_timesteps
+    trained: Any = loaded.scheduler
+    trained_steps = trained.config.num_train_timesteps
     if steps > trained_steps:
         raise ValueError(f"--steps {steps} is more than the model's {trained_steps} timesteps")
-    sampler = build_scheduler(scheduler, loaded.scheduler)
+    sampler = build_scheduler(scheduler, trained)
 
     run = SampleRun(
         out,

@@ -1,0 +1,278 @@
+"""sample.py on a tiny untrained model: processes, interruption, refusals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+
+from memfree.cli import run
+from memfree.guidance import NormalizedL2, calibrate
+from memfree.models import export_model
+from memfree.retrieval import ReferenceIndex
+from memfree.sampling import SampleFolder, png
+from memfree.sampling.predict import predict
+from memfree.sampling.run import shard_indices
+
+SCRIPT = Path(__file__).parents[2] / "sample.py"
+SHAPE = (1, 8, 8)
+DATASET = "d" * 64
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A class-conditional model, an unconditional one, and an index with a calibration."""
+    root = tmp_path_factory.mktemp("sample")
+    torch.manual_seed(0)
+    for name, num_classes in (("model", 3), ("unconditional", None)):
+        network = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 8),
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            num_class_embeds=None if num_classes is None else num_classes + 1,
+        )
+        fields = {"num_classes": num_classes, "image_shape": SHAPE, "dataset_hash": DATASET}
+        export_model(root / name, network, DDPMScheduler(), seed=0, **fields)
+    images = torch.rand(64, *SHAPE) * 2 - 1
+    index = ReferenceIndex.build(images, labels=torch.arange(64) % 3)
+    index.dataset_hash = DATASET
+    index.save(root / "uncalibrated")
+    calibrate(index, NormalizedL2(), torch.rand(500, *SHAPE) * 2 - 1)
+    index.save(root / "index")
+    index.dataset_hash = "e" * 64
+    index.save(root / "other_index")
+    small = ReferenceIndex.build(torch.rand(64, 1, 4, 4) * 2 - 1)
+    small.save(root / "small_index")
+    return root
+
+
+def options(folders, out, **changes):
+    values = {
+        "model": folders / "model",
+        "index": folders / "index",
+        "out": out,
+        "count": 7,
+        "batch_size": 3,
+        "steps": 4,
+        "guidance_scale": 2,
+        "trainer.accelerator": "cpu",
+        **changes,
+    }
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
+def start(arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def unguided(folders):
+    """One uninterrupted process."""
+    out = folders / "unguided"
+    run(predict, options(folders, out))
+    return SampleFolder(out)
+
+
+def test_a_finished_folder(folders, unguided, capsys):
+    assert unguided.images().shape == (7, *SHAPE)
+    assert unguided.conditions.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    manifest = unguided.manifest
+    assert manifest["mitigation"] == "none"
+    assert (manifest["seed"], manifest["count"], manifest["steps"]) == (0, 7, 4)
+    assert (manifest["scheduler"], manifest["guidance_scale"]) == ("ddim", 2)
+    assert manifest["dataset_hash"] == manifest["index_dataset_hash"] == DATASET
+    assert manifest["seconds_per_sample"] == pytest.approx(manifest["seconds"] / 7)
+    assert manifest["peak_memory_bytes"] > 50e6
+    trace = unguided.trace()
+    assert trace.num_rows == 7 * 4
+    assert trace["sigma"].null_count == 0
+    assert not any(trace["active"].to_pylist())
+    peak = max(trace["sigma"].to_pylist()[:4])
+    assert unguided.records["peak_sigma"][0].as_py() == pytest.approx(peak)
+
+    def times():
+        files = set(unguided.path.iterdir()) - {unguided.path / "config.yaml"}
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
+    run(predict, options(folders, unguided.path))
+    assert "is finished: 7 samples" in capsys.readouterr().out
+    assert times() == before
+
+
+def test_the_saved_configuration_replays(folders, unguided):
+    config = unguided.path / "config.yaml"
+    run(predict, [f"--config={config}", f"--out={folders / 'replay'}"])
+    assert torch.equal(SampleFolder(folders / "replay").images(), unguided.images())
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_the_same(folders, unguided):
+    out = folders / "ranks"
+    changes = {"batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"}
+    process = start(options(folders, out, **changes))
+    assert process.wait(timeout=120) == 0, process.stdout.read()
+    samples = SampleFolder(out)
+    drawn_by = {path.name[8:11] for path in out.glob("samples-*.tar")}
+    assert drawn_by == {"000", "001"}
+    difference = png.to_bytes(samples.images()).int() - png.to_bytes(unguided.images()).int()
+    assert difference.abs().max() <= 1
+    assert torch.equal(samples.conditions, unguided.conditions)
+    assert samples.trace().num_rows == 7 * 4
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues(folders):
+    out = folders / "killed"
+    changes = {
+        "count": 36,
+        "batch_size": 2,
+        "steps": 30,
+        "scheduler": "ddpm",
+        "guidance.mitigation": "both",
+    }
+    arguments = options(folders, out, **changes)
+    process = start(arguments)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("samples-*.tar"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=10)
+    whole = {path: path.read_bytes() for path in out.glob("samples-*.tar")}
+    assert 0 < len(whole) < 18
+    assert not (out / "manifest.json").exists()
+    with pytest.raises(ValueError, match="not a finished"):
+        SampleFolder(out)
+    (out / ".samples-000-000099.tar.1.tmp").write_bytes(b"half")
+
+    with pytest.raises(SystemExit):  # another configuration is refused
+        run(predict, [*arguments, "--seed=1"])
+    run(predict, arguments)
+    assert all(path.read_bytes() == data for path, data in whole.items())
+    done = sum(len(shard_indices(path)) for path in whole)
+    later = [path for path in out.glob("samples-*.tar") if path not in whole]
+    assert sum(len(shard_indices(path)) for path in later) == 36 - done
+    assert not list(out.glob(".*.tmp"))
+
+    run(predict, options(folders, folders / "not_killed", **changes))
+    expected, samples = SampleFolder(folders / "not_killed"), SampleFolder(out)
+    difference = png.to_bytes(samples.images()).int() - png.to_bytes(expected.images()).int()
+    assert difference.abs().max() <= 1
+    assert samples.records["nearest"] == expected.records["nearest"]
+
+
+def test_classes_and_no_index(folders):
+    out = folders / "classes"
+    run(predict, options(folders, out, index=None, classes="[2,0]", count=3, steps=2))
+    samples = SampleFolder(out)
+    assert samples.conditions.tolist() == [2, 0, 2]
+    assert samples.records["nearest"].to_pylist() == [None] * 3
+    assert samples.manifest["active_share"] is None
+
+
+def test_unconditional(folders):
+    out = folders / "plain"
+    changes = {"model": folders / "unconditional", "guidance_scale": None, "count": 2, "steps": 2}
+    run(predict, options(folders, out, **changes))
+    assert SampleFolder(out).conditions is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nowhere"}, "no model folder at nowhere"),
+        ({"index": "nowhere"}, "no index folder at nowhere"),
+        ({"index": None, "guidance.mitigation": "amg"}, "--guidance.mitigation amg needs --index"),
+        ({"index": "other_index"}, "another data set than the model"),
+        ({"index": "small_index"}, "the model makes (1, 8, 8)"),
+        ({"index": "uncalibrated"}, "calibrat"),
+        ({"classes": "[3]"}, "0 to 2"),
+        ({"classes": "[]"}, "--classes is empty"),
+        ({"steps": 1001}, "--steps 1001"),
+        ({"count": 0}, "count"),
+        ({"scheduler": "dream"}, "scheduler"),
+        ({"model": "unconditional"}, "--guidance_scale 2"),
+        ({"model": "unconditional", "guidance_scale": 1, "classes": "[1]"}, "--classes needs"),
+        ({"nonsense": 1}, "--nonsense"),
+    ],
+)
+def test_bad_input_is_one_line(folders, tmp_path, capsys, changes, message):
+    named = {
+        name: folders / value
+        if name in ("model", "index") and value and (folders / value).exists()
+        else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(SystemExit) as exit_:
+        run(predict, options(folders, tmp_path / "out", **named))
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_data_set_can_be_allowed(folders):
+    changes = {"index": folders / "other_index", "allow_other_dataset": "true", "count": 1}
+    run(predict, options(folders, folders / "allowed", **changes))
+    assert SampleFolder(folders / "allowed").manifest["index_dataset_hash"] == "e" * 64
+
+
+def test_a_full_disk_is_noticed_before_anything_is_drawn(folders, tmp_path, capsys, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(SystemExit):
+        run(predict, options(folders, tmp_path / "out"))
+    assert "is free; choose another --out" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/samples-*"))
+
+
+def test_not_a_number_is_one_line(folders, tmp_path, capsys):
+    network = UNet2DModel.from_pretrained(folders / "unconditional" / "diffusers" / "unet")
+    with torch.no_grad():
+        network.conv_out.bias.fill_(float("nan"))
+    fields = {"num_classes": None, "image_shape": SHAPE, "dataset_hash": DATASET}
+    export_model(tmp_path / "model", network, DDPMScheduler(), seed=0, **fields)
+    changes = {"model": tmp_path / "model", "guidance_scale": None, "index": None}
+    with pytest.raises(SystemExit) as exit_:
+        run(predict, options(folders, tmp_path / "out", **changes))
+    assert exit_.value.code == 2
+    assert "NaN" in capsys.readouterr().err
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(predict, ["--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "sample i depends on (seed, i)" in text
+    assert "--guidance.mitigation" in text
+    assert "--trainer.strategy" in text
+
+
+@pytest.mark.parametrize(
+    "config", sorted((SCRIPT.parent / "configs").glob("sample*.yaml")), ids=lambda path: path.stem
+)
+def test_every_configuration_parses(config, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(predict, [f"--config={config}", "--model=m", "--out=o", "--print_config"])
+    assert exit_.value.code == 0
+    assert "mitigation: none" in capsys.readouterr().out
