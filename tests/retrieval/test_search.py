@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from memfree.retrieval import Hits, ReferenceIndex
 from memfree.retrieval import search as search_module
 from memfree.retrieval.faiss_search import FaissReferences

@@ -291,6 +291,12 @@ class ReferenceIndex:
 
         storage.save(self, Path(folder), overwrite)
 
+    def save_calibrations(self, folder: Path | str) -> None:
+        """Replace only the calibrations in the index's own folder."""
+        from memfree.retrieval import storage
+
+        storage.save_calibrations(Path(folder), self.calibrations)
+
     @classmethod
     def load(cls, folder: Path | str) -> ReferenceIndex:
         """Open an index folder, vectors memory-mapped; see ``storage.load``."""

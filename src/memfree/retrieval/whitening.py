@@ -15,8 +15,8 @@ from memfree.retrieval.features import Features, Metric
 class Whitened(Features):
     """Features after subtracting a mean and projecting on whitened principal directions.
 
-    On small or uniform data an ImageNet network's raw cosine similarity is close to 1 for every
-    pair of images. Whitening on images of the same kind (the ``fit`` part of a dataset, which is
+    On small or uniform data an ImageNet network's raw cosine similarity is high for every pair of
+    images (digits: 0.68 in the median). Whitening on images of the same kind (the ``fit`` part of a dataset, which is
     neither trained on nor judged) spreads them out: y = W·(f(x) − m), W of D directions divided by
     their standard deviation, then length 1.
 

@@ -1,0 +1,241 @@
+"""The index folder: what is saved is loaded, and what is hostile or damaged is refused."""
+
+import io
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from memfree.retrieval import PixelFeatures, ReferenceIndex, Whitened
+from memfree.retrieval import storage as storage_module
+
+
+def random_images(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 1, 4, 4, generator=generator) * 2 - 1
+
+
+def build(seed=0, **kwargs):
+    return ReferenceIndex.build(
+        random_images(12, seed)[[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0]],
+        labels=torch.arange(12) % 3,
+        captions=[f"caption {i}" for i in range(12)],
+        groups=[i % 9 for i in range(12)],
+        **kwargs,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    index = build()
+    index.calibrations["nl2-k3-a0.5"] = {"sigmas": [-1.0, -0.5]}
+    index.save(tmp_path / "index")
+    return tmp_path / "index"
+
+
+def test_what_is_saved_is_loaded(folder):
+    saved, loaded = build(), ReferenceIndex.load(folder)
+    for name in ("vectors", "group", "multiplicity", "group_multiplicity", "labels"):
+        assert torch.equal(getattr(saved, name), getattr(loaded, name)), name
+    assert torch.equal(saved.label_counts, loaded.label_counts)
+    assert (saved.keys, saved.captions) == (loaded.keys, loaded.captions)
+    assert (saved.image_shape, saved.num_classes) == (loaded.image_shape, loaded.num_classes)
+    assert loaded.calibrations == {"nl2-k3-a0.5": {"sigmas": [-1.0, -0.5]}}
+    assert loaded.metric == "l2"
+    queries = random_images(5, seed=3)
+    a, b = saved.search(queries, 3), loaded.search(queries, 3)
+    assert torch.equal(a.rows, b.rows)
+    assert torch.equal(a.scores, b.scores)
+
+
+def test_vectors_are_mapped_and_the_file_is_never_written(folder, monkeypatch):
+    mapped = []
+    memmap = np.memmap
+    monkeypatch.setattr(np, "memmap", lambda *a, **k: mapped.append(k["mode"]) or memmap(*a, **k))
+    before = (folder / "vectors.npy").read_bytes()
+    index = ReferenceIndex.load(folder)
+    index.vectors[0] = 5.0
+    assert mapped == ["c"]
+    assert (folder / "vectors.npy").read_bytes() == before
+
+
+def test_numpy_reads_the_vectors(folder):
+    array = np.load(folder / "vectors.npy", allow_pickle=False)
+    assert torch.equal(torch.from_numpy(array), build().vectors)
+
+
+def test_the_folder_says_what_it_holds(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert "training images" in manifest["contains_training_data"]
+    assert manifest["features"] == PixelFeatures().describe()
+    assert (manifest["rows"], manifest["groups"], manifest["records"]) == (10, 7, 12)
+    assert manifest["num_classes"] == 3
+    items = pq.read_table(folder / "items.parquet")
+    assert items.column_names == ["row", "image_key", "group", "multiplicity", "shard"]
+    assert items["multiplicity"].to_pylist()[:2] == [3, 1]
+    conditions = pq.read_table(folder / "conditions.parquet")
+    assert conditions.num_rows == 12
+
+
+def test_saving_again_replaces_the_same_data_only(folder):
+    index = ReferenceIndex.load(folder)
+    index.save(folder)  # while its own vectors are mapped
+    assert torch.equal(ReferenceIndex.load(folder).vectors, build().vectors)
+    other = ReferenceIndex.build(random_images(5, seed=9))
+    with pytest.raises(ValueError, match="index of another dataset.*--overwrite"):
+        other.save(folder)
+    assert len(ReferenceIndex.load(folder)) == 10
+    other.save(folder, overwrite=True)
+    assert len(ReferenceIndex.load(folder)) == 5
+    assert [path.name for path in folder.parent.iterdir()] == ["index"]
+
+
+def test_what_is_no_index_is_never_replaced(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="not a finished index folder"):
+            build().save(tmp_path / "notes", overwrite)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        build().save(tmp_path / "file")
+    assert (tmp_path / "notes" / "thesis.txt").exists()
+
+
+def test_an_interrupted_save_leaves_the_old_index(folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(storage_module, "write_manifest", fail)
+    with pytest.raises(OSError, match="no space"):
+        build().save(folder)
+    assert len(ReferenceIndex.load(folder)) == 10
+    assert [path.name for path in folder.parent.iterdir()] == ["index"]
+
+
+def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="free"):
+        build().save(tmp_path / "index")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_features_are_made_again_without_code(tmp_path):
+    features = Whitened.fit(PixelFeatures(), random_images(60, seed=5))
+    index = build(features=features)
+    index.save(tmp_path / "index")
+    loaded = ReferenceIndex.load(tmp_path / "index")
+    queries = random_images(5, seed=3)
+    assert loaded.metric == "cosine"
+    assert torch.equal(loaded.features(queries), features(queries))
+    assert torch.equal(loaded.search(queries, 4).scores, index.search(queries, 4).scores)
+    with pytest.raises(ValueError, match="holds no images"):
+        loaded.images(torch.tensor([0]))
+
+
+class Exploit:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('executed')",))
+
+
+def pickled(folder):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Exploit()], dtype=object), allow_pickle=True)
+    (folder / "vectors.npy").write_bytes(buffer.getvalue())
+
+
+def bare_pickle(folder):
+    (folder / "vectors.npy").write_bytes(pickle.dumps(Exploit()))
+
+
+def header(folder, shape, dtype="<f4", fortran=False):
+    buffer = io.BytesIO()
+    value = {"descr": dtype, "fortran_order": fortran, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, value)
+    (folder / "vectors.npy").write_bytes(buffer.getvalue() + b"\0" * 640)
+
+
+def change_manifest(folder, **fields):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **fields}))
+
+
+def absurd_rows(folder):
+    header(folder, (1 << 39, 16))
+    change_manifest(folder, rows=1 << 39)
+
+
+def wrong_groups(folder):
+    table = pq.read_table(folder / "items.parquet")
+    group = pa.array([1 << 40] * table.num_rows)
+    pq.write_table(table.set_column(2, "group", group), folder / "items.parquet")
+    change_manifest(
+        folder, files={"items.parquet": storage_module.sha256(folder / "items.parquet")}
+    )
+
+
+def unknown_extractor(folder):
+    change_manifest(folder, features={"name": "os.system"})
+
+
+def other_preprocessing(folder):
+    change_manifest(folder, features={**PixelFeatures().describe(), "preprocessing": "u8"})
+
+
+def replace_items(folder):
+    table = pq.read_table(folder / "items.parquet")
+    pq.write_table(table.slice(0, 5), folder / "items.parquet")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (pickled, "not a plain float32 array|holds object"),
+        (bare_pickle, "not a plain float32 array"),
+        (lambda f: header(f, (10, 17)), r"holds float32 \(10, 17\)"),
+        (lambda f: header(f, (10, 16), "<f8"), "holds float64"),
+        (lambda f: header(f, (10, 16), fortran=True), "manifest.json says float32"),
+        (lambda f: (f / "vectors.npy").write_bytes((f / "vectors.npy").read_bytes()[:-4]), "bytes"),
+        (lambda f: (f / "vectors.npy").unlink(), "vectors.npy is missing"),
+        (absurd_rows, "bytes, but 35184372088960 are needed|rows"),
+        (lambda f: change_manifest(f, rows=-1), "impossible rows"),
+        (lambda f: change_manifest(f, rows="10"), "no valid 'rows'"),
+        (lambda f: change_manifest(f, image_shape=[1, 4]), "impossible image_shape"),
+        (lambda f: change_manifest(f, image_shape=[1, 4, 5]), "cannot have vectors"),
+        (lambda f: change_manifest(f, files={"../../secret": "00"}), "no index has"),
+        (lambda f: change_manifest(f, kind="model"), "holds 'model', not a index folder"),
+        (lambda f: change_manifest(f, format=99), "format 99"),
+        (lambda f: change_manifest(f, num_classes=2), "contradict"),
+        (lambda f: (f / "manifest.json").unlink(), "not a finished index folder"),
+        (lambda f: (f / "manifest.json").write_text("{"), "not valid JSON"),
+        (lambda f: (f / "items.parquet").unlink(), "items.parquet is missing"),
+        (lambda f: (f / "calibration.json").write_text("[1]"), "calibration.json"),
+        (replace_items, "not the file that manifest.json describes"),
+        (wrong_groups, "contradict"),
+        (unknown_extractor, "unknown feature extractor 'os.system'"),
+        (other_preprocessing, "other preprocessing or weights"),
+    ],
+)
+def test_hostile_and_damaged_folders_are_one_clear_line(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        ReferenceIndex.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no index folder at"):
+        ReferenceIndex.load(tmp_path / "nowhere")
+
+
+def test_calibrations_can_be_saved_alone(folder):
+    index = ReferenceIndex.load(folder)
+    index.calibrations["cosine"] = {"sigmas": [0.5]}
+    index.save_calibrations(folder)
+    assert ReferenceIndex.load(folder).calibrations.keys() == {"nl2-k3-a0.5", "cosine"}
