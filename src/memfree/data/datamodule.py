@@ -24,7 +24,7 @@ class ShardDataModule(LightningDataModule):
     keys; ``row`` (B,) int64, rows of the dataset's items (-1 for foreign shards); ``label`` (B,)
     int64 if there are labels; ``caption``, a list, if there are captions; ``weight``, a float by
     which the mean loss of this batch is multiplied, so that the mean over ranks is the mean over
-    the records of all ranks.
+    the records of all ranks (0 for a batch that only fills in where all records are broken).
 
     From a dataset folder, an epoch is one permutation by (seed, epoch) that neither ranks nor
     workers change, and every record is in it once. Training that was stopped within an epoch
@@ -78,7 +78,7 @@ class ShardDataModule(LightningDataModule):
             ValueError: it is unfinished or not what its manifest says.
         """
         if self._folder is None and not self._is_foreign():
-            self._folder = DatasetFolder(Path(self.path), verify=self.verify)
+            self._folder = DatasetFolder(Path(self.path), self.verify, self.on_error)
         return self._folder
 
     def _is_foreign(self) -> bool:
@@ -122,16 +122,13 @@ class ShardDataModule(LightningDataModule):
                 self.random_flip,
                 self.on_error,
             )
-        images = folder.manifest["parts"]["train"]["images"]
-        channels, height, width = folder.image_shape
-        small = images * channels * height * width <= self.cache_bytes
         return EpochBatches(
             folder,
             self.batch_size,
             self.seed,
             rank,
             world_size,
-            cache=small and self.num_workers == 0,
+            cache_bytes=self.cache_bytes if self.num_workers == 0 else 0,
             random_flip=self.random_flip,
             on_error=self.on_error,
         )

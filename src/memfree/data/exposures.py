@@ -51,6 +51,8 @@ class ExposureCounter(Callback):
     ) -> None:
         """Count one batch."""
         assert self._rows is not None
+        if batch["weight"] == 0:
+            return
         rows = batch["row"].cpu()
         if len(self._rows):
             self._rows += torch.bincount(rows, minlength=len(self._rows))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,6 +27,7 @@ class DatasetFolder:
     Args:
         path: the folder.
         verify: read every shard and compare its SHA-256, instead of comparing sizes only.
+        on_error: stop at a missing or damaged shard, or say so and go on without it.
 
     Attributes:
         path: the folder.
@@ -41,7 +43,9 @@ class DatasetFolder:
         ValueError: it is unfinished, of another kind, or not what its manifest says.
     """
 
-    def __init__(self, path: Path, verify: bool = False) -> None:
+    def __init__(
+        self, path: Path, verify: bool = False, on_error: Literal["stop", "skip"] = "stop"
+    ) -> None:
         self.path = Path(path)
         self.manifest: dict[str, Any] = read_manifest(self.path, "dataset")
         try:
@@ -55,7 +59,10 @@ class DatasetFolder:
                 f"{self.path}/manifest.json lacks {error}; prepare it again"
             ) from error
         self.items = self._table("items.parquet")
-        self._check_shards(shards, verify)
+        for problem in self._problems(shards, verify):
+            if on_error == "stop":
+                raise ValueError(f"{problem}; prepare the dataset again")
+            warnings.warn(problem, stacklevel=2)
         columns = (self.items[name].to_pylist() for name in ("image_key", "group", "copies"))
         if dataset_hash({name: digest for name, (_, digest) in shards.items()}, *columns) != (
             self.hash
@@ -77,29 +84,33 @@ class DatasetFolder:
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path} is damaged; prepare the dataset again") from error
 
-    def _check_shards(self, shards: dict[str, tuple[int, str]], verify: bool) -> None:
+    def _problems(self, shards: dict[str, tuple[int, str]], verify: bool) -> Iterator[str]:
         for name, (size, digest) in shards.items():
             path = self.path / name
             if Path(name).name != name:
                 raise ValueError(f"{self.path}/manifest.json: {name!r} is no shard name")
             if not path.is_file():
-                raise FileNotFoundError(f"shard {path} is missing; prepare the dataset again")
+                yield f"shard {path} is missing"
+                continue
             found = path.stat().st_size
             if found != size:
-                raise ValueError(
-                    f"shard {path} has {found} bytes, its manifest says {size}; "
-                    "prepare the dataset again"
-                )
-            if verify and sha256(path) != digest:
-                raise ValueError(
-                    f"shard {path} does not have the SHA-256 of its manifest; "
-                    "prepare the dataset again"
-                )
+                yield f"shard {path} has {found} bytes, its manifest says {size}"
+            elif verify and sha256(path) != digest:
+                yield f"shard {path} does not have the SHA-256 of its manifest"
 
     @cached_property
     def records(self) -> pa.Table:
         """All records: ``part, record, row, copy, label, caption, shard, offset, size, crc32``."""
-        return self._table("records.parquet")
+        table = self._table("records.parquet")
+        names, rows = pc.unique(table["shard"]).to_pylist(), pc.min_max(table["row"]).as_py()
+        expected = sum(part["records"] for part in self.manifest["parts"].values())
+        if (
+            not self._shards().keys() >= set(names)  # a name from a file opens no other file
+            or len(table) != expected
+            or not 0 <= rows["min"] <= rows["max"] < len(self.items)
+        ):
+            raise ValueError(f"{self.path}/records.parquet does not belong to its manifest")
+        return table
 
     @cached_property
     def conditions(self) -> pa.Table:

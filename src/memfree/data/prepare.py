@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import socket
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +23,7 @@ from memfree.data.records import Items, arrange
 from memfree.data.shards import RECORDS_SCHEMA, ShardWriter, record_bytes
 from memfree.data.sources import SourceName, open_source
 from memfree.data.split import PARTS, PartSizes, deal
+from memfree.data.workspace import put_in_place, unfinished
 from memfree.manifest import check_free_space, read_manifest, write_manifest
 
 _NO_COPIES = DuplicationPlan()
@@ -111,7 +107,7 @@ def prepare(
     values = (height or 1) * (width or 1) * (channels or 3)
     check_free_space(out, count * (values + record_bytes(values)) + size)
 
-    with _unfinished(out) as folder, _progress(console) as progress:
+    with unfinished(out) as folder, _progress(console) as progress:
         skipped: list[str] = []
         reading = progress.add_task("read", total=count or None)
         data = ingest(
@@ -200,7 +196,7 @@ def prepare(
         del data
         (folder / "pixels.tmp").unlink()
         write_manifest(folder, "dataset", seed, **fields)
-        _put_in_place(folder, out, overwrite)
+        put_in_place(folder, out, overwrite)
     sums = ", ".join(f"{part} {len(items.records[part])}" for part in PARTS)
     note = f"; {len(skipped)} broken images skipped, see its manifest" if skipped else ""
     console.print(f"{out}: records: {sums}{note}", soft_wrap=True)
@@ -223,55 +219,6 @@ def _is_done(out: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
             f"--out {out} holds another data set; choose another or say --overwrite true"
         )
     return False
-
-
-@contextmanager
-def _unfinished(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` to work in, removed afterwards; leftovers of killed runs go first."""
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.{socket.gethostname()}-"
-    for left in out.parent.glob(f"{glob_escape(prefix)}*.partial"):
-        pid = left.name[len(prefix) : -len(".partial")]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = out.parent / f"{prefix}{os.getpid()}.partial"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def glob_escape(text: str) -> str:
-    """``text`` as a glob that matches itself."""
-    from glob import escape
-
-    return escape(text)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _put_in_place(folder: Path, out: Path, overwrite: bool) -> None:
-    """Rename the finished folder; an old one is moved aside first and removed last."""
-    old = folder.with_suffix(".old")
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise ValueError(f"--out {out} appeared in the meantime; nothing was written to it")
-        os.rename(out, old)
-    elif out.exists():
-        out.rmdir()
-    os.rename(folder, out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _groups(data: Ingested, image_of: np.ndarray, pairs: np.ndarray) -> np.ndarray:

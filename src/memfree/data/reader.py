@@ -25,7 +25,8 @@ class RecordReader:
         folder: where the shards are.
         records: index rows, with ``shard, offset, size, crc32, row``.
         image_shape: (C, H, W) that every image must have.
-        cache: keep decoded images, one for all exact copies of it.
+        cache_bytes: keep decoded images, one for all exact copies of it, if all of them take at
+            most so much memory.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class RecordReader:
         folder: Path,
         records: pa.Table,
         image_shape: tuple[int, int, int],
-        cache: bool = False,
+        cache_bytes: int = 0,
     ) -> None:
         self._folder = folder
         self._shape = image_shape
@@ -46,11 +47,10 @@ class RecordReader:
         self._files: OrderedDict[int, int] = OrderedDict()
         self._process = os.getpid()
         self._cached: np.ndarray | None = None
-        if cache:
-            self._slot = np.unique(self._row, return_inverse=True)[1]
-            slots = int(self._slot.max()) + 1 if len(self._slot) else 0
-            self._cached = np.empty((slots, *image_shape), np.uint8)
-            self._filled = np.zeros(slots, bool)
+        distinct, self._slot = np.unique(self._row, return_inverse=True)
+        if 0 < len(distinct) * int(np.prod(image_shape)) <= cache_bytes:
+            self._cached = np.empty((len(distinct), *image_shape), np.uint8)
+            self._filled = np.zeros(len(distinct), bool)
 
     def __len__(self) -> int:
         return len(self._row)

@@ -31,7 +31,7 @@ class EpochBatches(IterableDataset[Batch]):
         seed: of the order.
         rank: of this process.
         world_size: number of processes.
-        cache: keep decoded images in memory.
+        cache_bytes: keep decoded images in memory if all take at most so much.
         random_flip: mirror each record with probability 1/2, by (seed, epoch, record).
         on_error: stop at a broken record, or leave it out.
     """
@@ -43,7 +43,7 @@ class EpochBatches(IterableDataset[Batch]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        cache: bool = False,
+        cache_bytes: int = 0,
         random_flip: bool = False,
         on_error: OnError = "stop",
     ) -> None:
@@ -55,7 +55,7 @@ class EpochBatches(IterableDataset[Batch]):
         self.records = len(records)
         self.batches = batches_per_epoch(self.records, batch_size, world_size)
         self.global_batch_size = batch_size * world_size
-        self._reader = RecordReader(folder.path, records, folder.image_shape, cache)
+        self._reader = RecordReader(folder.path, records, folder.image_shape, cache_bytes)
         self._rows = torch.from_numpy(records["row"].to_numpy().copy())
         self._keys: list[str] = folder.items["image_key"].to_pylist()
         self._labels: torch.Tensor | None = None
@@ -88,17 +88,27 @@ class EpochBatches(IterableDataset[Batch]):
         for batch in range(start + offset, self.batches, step):
             first, last = global_slice(self.records, self.batches, batch)
             mine = rank_slice(first, last, self._rank, self._world_size)
-            yield self._batch(order[mine[0] : mine[1]], last - first, flips)
+            yield self._batch(order, mine, last - first, flips)
 
-    def _batch(self, numbers: np.ndarray, total: int, flips: torch.Tensor | None) -> Batch:
+    def _batch(
+        self,
+        order: np.ndarray,
+        mine: tuple[int, int],
+        total: int,
+        flips: torch.Tensor | None,
+    ) -> Batch:
         lost: list[int] = []
         broken = _warn(lost) if self._on_error == "skip" else None
-        images = to_float(self._reader.read(numbers.tolist(), broken))
+        numbers = order[mine[0] : mine[1]]
+        pixels = self._reader.read(numbers.tolist(), broken)
         weight = len(numbers) * self._world_size / total
+        skipped = len(lost)
         if lost:
             numbers = numbers[~np.isin(numbers, lost)]
-        if len(numbers) == 0:
-            raise ValueError(f"all {len(lost)} records of a batch are broken; prepare them again")
+        if len(numbers) == 0:  # other ranks wait for this one: fill in a record without weight
+            numbers, pixels = self._readable(order, mine[1])
+            weight = 0.0
+        images = to_float(pixels)
         index = torch.from_numpy(numbers)
         if flips is not None:
             images = torch.where(flips[index][:, None, None, None], images.flip(-1), images)
@@ -114,8 +124,16 @@ class EpochBatches(IterableDataset[Batch]):
         if self._captions is not None:
             batch["caption"] = self._captions.take(numbers).to_pylist()
         if self._on_error == "skip":
-            batch["skipped"] = len(lost)
+            batch["skipped"] = skipped
         return batch
+
+    def _readable(self, order: np.ndarray, position: int) -> tuple[np.ndarray, torch.Tensor]:
+        """The first record from ``position`` on, around the end, that can be read."""
+        for number in np.roll(order, -position):
+            pixels = self._reader.read([int(number)], lambda number, message: None)
+            if len(pixels):
+                return np.array([number]), pixels
+        raise ValueError("no training record can be read; prepare the dataset again")
 
 
 def _warn(lost: list[int]) -> Callable[[int, str], None]:
