@@ -100,6 +100,7 @@ def test_a_finished_folder(folders, unguided, capsys):
     assert manifest["dataset_hash"] == manifest["index_dataset_hash"] == DATASET
     assert manifest["seconds_per_sample"] == pytest.approx(manifest["seconds"] / 7)
     assert manifest["peak_memory_bytes"] > 50e6
+    assert manifest["trace_summary"]["active_samples"] == 0
     trace = unguided.trace()
     assert trace.num_rows == 7 * 4
     assert trace["sigma"].null_count == 0
@@ -185,7 +186,7 @@ def test_classes_and_no_index(folders):
     samples = SampleFolder(out)
     assert samples.conditions.tolist() == [2, 0, 2]
     assert samples.records["nearest"].to_pylist() == [None] * 3
-    assert samples.manifest["active_share"] is None
+    assert samples.manifest["trace_summary"] is None
 
 
 def test_unconditional(folders):

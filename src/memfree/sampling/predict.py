@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning.pytorch import Trainer
@@ -21,6 +22,7 @@ from memfree.sampling.module import SampleIndices, SamplingModule
 from memfree.sampling.progress import SampleProgress
 from memfree.sampling.run import SampleRun
 from memfree.sampling.schedulers import SchedulerName, build_scheduler
+from memfree.sampling.summary import trace_summary
 from memfree.sampling.writer import SampleWriter
 
 if TYPE_CHECKING:
@@ -247,8 +249,8 @@ def _finish(
     """Write the manifest: what the samples depend on, and what they cost over all runs."""
     records = read_records(run.shards())
     seconds = pc.sum(records["seconds"]).as_py()
-    steered = pc.mean(pc.greater(records["active_steps"], 0)).as_py()
     settings = run.settings
+    summary = None if reference is None else _trace_summary(run, records, reference)
     run.finish(
         seed,
         mitigation=settings["guidance"]["mitigation"],
@@ -265,7 +267,23 @@ def _finish(
         seconds=seconds,
         seconds_per_sample=seconds / run.count,
         peak_memory_bytes=pc.max(records["peak_memory_bytes"]).as_py(),
-        active_share=None if reference is None else steered,
+        trace_summary=summary,
     )
     line = f"{run.folder}: {run.count} samples, {seconds / run.count:.3f} s each"
-    print(line if reference is None else f"{line}, {steered:.1%} of them steered")
+    print(line if summary is None else f"{line}, {summary['active_samples']:.1%} of them steered")
+
+
+def _trace_summary(
+    run: SampleRun, records: pa.Table, index: ReferenceIndex
+) -> dict[str, float | int | None]:
+    guidance = run.settings["guidance"]
+    steered = guidance["mitigation"] in ("amg", "both")
+    conditions = dict(
+        zip(records["index"].to_pylist(), records["condition"].to_pylist(), strict=True)
+    )
+    labels = (
+        None if index.labels is None else dict(zip(index.keys, index.labels.tolist(), strict=True))
+    )
+    # Without AMG nothing depends on a gate; the summary then says how near λ_t itself was.
+    margin = guidance["gate_margin"] if steered else 0.0
+    return trace_summary(sorted(run.folder.glob("trace-*.parquet")), margin, conditions, labels)
