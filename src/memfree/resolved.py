@@ -43,5 +43,8 @@ def _write(path: Path, text: str) -> None:
 
 def is_first_process() -> bool:
     """Whether this is the only process, or the first of those that a launcher started."""
-    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    return next((int(rank) for rank in ranks if rank is not None), 0) == 0
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name]) == 0
+    # Lightning's own launcher: the first process of a further machine knows its NODE_RANK only.
+    return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "NODE_RANK"))

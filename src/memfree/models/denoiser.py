@@ -1,0 +1,113 @@
+"""A trained model as sampling and guidance use it: a function of x_t, t and conditions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from memfree.manifest import read_manifest
+from memfree.models.export import DIFFUSERS_NAME
+from memfree.models.noise_schedule import scheduler_class_named
+
+
+class Denoiser(nn.Module):
+    """A U-Net with one calling convention for unconditional and class-conditional models."""
+
+    def __init__(self, network: Any, num_classes: int | None = None) -> None:
+        """Wrap ``network``.
+
+        Args:
+            network: the UNet2DModel; class-conditional ones have ``num_classes + 1`` embeddings.
+            num_classes: None for an unconditional network.
+        """
+        super().__init__()
+        self.network = network
+        self.num_classes = num_classes
+
+    def forward(self, x_t: Tensor, t: Tensor | int, conditions: Tensor | None = None) -> Tensor:
+        """Predict what the scheduler's ``config.prediction_type`` says, (B, C, H, W).
+
+        Args:
+            x_t: noisy images (B, C, H, W).
+            t: timestep of all, 0-d or int, or of each, (B,).
+            conditions: labels (B,) int64, ``num_classes`` meaning none. None: no label at all.
+
+        Raises:
+            ValueError: labels for an unconditional model.
+        """
+        if self.num_classes is None and conditions is not None:
+            raise ValueError("conditions were given, but the model is unconditional")
+        if self.num_classes is not None and conditions is None:
+            conditions = torch.full((len(x_t),), self.num_classes, device=x_t.device)
+        return self.network(x_t, t, class_labels=conditions, return_dict=False)[0]
+
+
+@dataclass
+class LoadedModel:
+    """A model folder in memory."""
+
+    denoiser: Denoiser
+    """In evaluation mode, on the CPU, without gradients to its weights."""
+    scheduler: Any
+    """The diffusers scheduler saved with the model."""
+    image_shape: tuple[int, int, int]
+    """(C, H, W)."""
+    num_classes: int | None
+    """None for an unconditional model."""
+    manifest: dict[str, Any]
+    """``manifest.json`` of the folder."""
+
+
+def load_model(folder: Path) -> LoadedModel:
+    """Load the model folder that training left behind.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is not a finished model folder, or its parts do not belong together.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder, "model")
+    network = _load_network(folder / DIFFUSERS_NAME / "unet")
+    scheduler = _load_scheduler(folder / DIFFUSERS_NAME / "scheduler")
+    num_classes = manifest.get("num_classes")
+    image_shape = tuple(manifest.get("image_shape", ()))
+    size = network.config["sample_size"]
+    expected = (network.config["in_channels"], *((size, size) if isinstance(size, int) else size))
+    embeddings = network.config["num_class_embeds"]
+    if image_shape != expected or embeddings != (None if num_classes is None else num_classes + 1):
+        raise ValueError(f"{folder}: manifest.json and {DIFFUSERS_NAME}/unet are of two models")
+    return LoadedModel(
+        denoiser=Denoiser(network.eval().requires_grad_(False), num_classes),
+        scheduler=scheduler,
+        image_shape=expected,
+        num_classes=num_classes,
+        manifest=manifest,
+    )
+
+
+def _load_network(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no network: train the model again or copy it whole")
+    try:
+        # Safetensors only: a pickle from a stranger could execute code.
+        return UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be read as a diffusers network: {error}") from error
+
+
+def _load_scheduler(folder: Path) -> Any:
+    path = folder / "scheduler_config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no scheduler: copy the model folder whole") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a scheduler's configuration: {error!r}") from error
+    kind: Any = scheduler_class_named(name)
+    return kind.from_pretrained(folder, local_files_only=True)

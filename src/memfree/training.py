@@ -1,0 +1,253 @@
+"""Trains a model on a dataset folder: the function behind train.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerStatus
+
+from memfree.data import ExposureCounter, ShardDataModule
+from memfree.manifest import read_manifest
+from memfree.models import (
+    DDPMModule,
+    ExponentialMovingAverage,
+    FiniteTraining,
+    ModelOptions,
+    SampleGrid,
+    export_model,
+)
+from memfree.models.checkpoints import Checkpoints, latest_checkpoint, read_identity
+from memfree.models.ddpm import first_difference
+from memfree.models.progress import LossRecord, StepProgress
+from memfree.models.sample_grid import averaged_network
+from memfree.resolved import is_first_process, save_config
+
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+GRIDS = "samples"
+EXPOSURES = "exposures.parquet"
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """How long, on what and with which records of it; names are those of Lightning's Trainer."""
+
+    max_steps: int = 1500
+    """Optimizer steps in all; -1: as many as max_epochs needs."""
+    max_epochs: int = -1
+    """Epochs in all; -1: as many as max_steps needs."""
+    accelerator: str = "auto"
+    """Kind of device: auto, cpu, gpu, mps, ..."""
+    devices: int | str = "auto"
+    """Number of devices of a node, a list such as 0,1, or auto."""
+    num_nodes: PositiveInt = 1
+    """Number of machines."""
+    strategy: str = "auto"
+    """How several devices work together: auto, ddp, ..."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """Arithmetic of the network; auto: bf16-mixed on GPUs that have it, else 32-true."""
+    accumulate_grad_batches: PositiveInt = 1
+    """Batches whose gradients are added up for one optimizer step."""
+    gradient_clip_val: NonNegativeFloat = 1.0
+    """Largest norm of the gradient; 0: not clipped."""
+    log_every_n_steps: PositiveInt = 50
+    """Optimizer steps between two records of the loss."""
+    logger: Literal["csv", "tensorboard", "none"] = "csv"
+    """Where the loss is recorded, below out/logs."""
+    checkpoint_every_n_steps: PositiveInt = 500
+    """Optimizer steps between two checkpoints; only the newest is kept."""
+    sample_grid_every_n_steps: NonNegativeInt = 500
+    """Optimizer steps between two sample grids from fixed noise; 0: none."""
+    enable_progress_bar: bool = True
+    """Whether a progress bar with the loss is shown."""
+
+
+def train(
+    data: ShardDataModule,
+    out: Path,
+    model: ModelOptions,
+    trainer: TrainerOptions,
+    seed: NonNegativeInt = 0,
+    overwrite: bool = False,
+) -> None:
+    """Train a diffusion model and save it as a diffusers folder.
+
+    The same command again resumes from the newest checkpoint, or does nothing where the model is
+    finished. A folder that holds another model is refused.
+
+    Args:
+        data: The dataset folder and how its records are read.
+        out: Model folder to write: checkpoints, logs, sample grids, and at the end diffusers/
+            (averaged weights) and manifest.json.
+        model: The model and how its weights are found.
+        trainer: How long, on what and with which records of it.
+        seed: Seed of the weights and of all noise in training.
+        overwrite: Whether a model of another data set or configuration in out is deleted.
+
+    Raises:
+        ValueError: options that do not fit, a folder that holds another model, or a loss that is
+            no longer finite.
+        OSError: a folder that cannot be read or written.
+    """
+    if trainer.max_steps < 0 and trainer.max_epochs < 0:
+        raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
+    module = DDPMModule(model, data.image_shape, data.num_classes, seed, data.dataset_hash)
+    finished_steps = _claim(out, module.identity(), overwrite)
+    if finished_steps is not None and 0 <= trainer.max_steps <= finished_steps:
+        print(f"{out} is already trained for {finished_steps} steps")
+        return
+    save_config(out)
+
+    fit = pl.Trainer(
+        accelerator=trainer.accelerator,
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        strategy=trainer.strategy,
+        precision=_precision(trainer),
+        max_steps=trainer.max_steps,
+        max_epochs=trainer.max_epochs,
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        gradient_clip_val=trainer.gradient_clip_val or None,
+        log_every_n_steps=trainer.log_every_n_steps,
+        logger=_logger(trainer.logger, out),
+        callbacks=_callbacks(out, model, trainer, seed),
+        default_root_dir=out,
+        enable_progress_bar=trainer.enable_progress_bar,
+        enable_model_summary=False,
+        # The data module shares the records out among the ranks itself.
+        use_distributed_sampler=False,
+    )
+    _fit(fit, module, data, latest_checkpoint(out / CHECKPOINTS))
+    if fit.is_global_zero:
+        export_model(
+            out,
+            averaged_network(fit, module),
+            module.noise_scheduler,
+            seed,
+            image_shape=list(module.image_shape),
+            num_classes=module.num_classes,
+            dataset=data.path,
+            dataset_hash=data.dataset_hash,
+            steps=fit.global_step,
+            epochs=fit.current_epoch,
+            identity=module.identity(),
+            exposures=_exposure_summary(out / EXPOSURES),
+        )
+    fit.strategy.barrier()
+
+
+def _claim(out: Path, identity: dict[str, Any], overwrite: bool) -> int | None:
+    """Accept ``out`` as the folder of this very model.
+
+    Returns:
+        Steps of the finished model of the same identity that it holds, None where there is none.
+
+    Raises:
+        ValueError: it holds another model and ``overwrite`` is not set, or something else.
+        OSError: it is not a folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {out} is a file: name a folder")
+    finished = (out / "manifest.json").is_file()
+    manifest = read_manifest(out, "model") if finished else {}
+    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    held = []
+    if finished:
+        held.append(("a finished model", manifest.get("identity")))
+    if checkpoint is not None:
+        held.append((f"checkpoint {checkpoint.name}", read_identity(checkpoint)))
+    for what, found in held:
+        difference = first_difference(found, identity)
+        if difference is None:
+            continue
+        if not overwrite:
+            raise ValueError(
+                f"--out {out} holds {what} of another model: {difference}; "
+                "use another --out, or --overwrite true to delete it"
+            )
+        if is_first_process():
+            _remove_model(out)
+        return None
+    return manifest.get("steps")
+
+
+def _remove_model(out: Path) -> None:
+    (out / "manifest.json").unlink(missing_ok=True)
+    for name in (CHECKPOINTS, "diffusers", LOGS, GRIDS):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _precision(options: TrainerOptions) -> Any:
+    if options.precision != "auto":
+        return options.precision
+    on_gpu = options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _logger(name: str, out: Path) -> Logger | bool:
+    if name == "none":
+        return False
+    if name == "csv":
+        return CSVLogger(out, name=LOGS)
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "--trainer.logger tensorboard needs the package tensorboard: install "
+            "memfree[tensorboard], or use --trainer.logger csv"
+        )
+    return TensorBoardLogger(out, name=LOGS)
+
+
+def _callbacks(
+    out: Path, model: ModelOptions, options: TrainerOptions, seed: int
+) -> list[pl.Callback]:
+    callbacks: list[pl.Callback] = [
+        FiniteTraining(options.log_every_n_steps),
+        LossRecord(options.log_every_n_steps),
+        ExposureCounter(str(out)),
+        Checkpoints(out / CHECKPOINTS, options.checkpoint_every_n_steps),
+    ]
+    if model.ema_decay:
+        callbacks.append(ExponentialMovingAverage(model.ema_decay))
+    if options.sample_grid_every_n_steps:
+        callbacks.append(SampleGrid(out / GRIDS, options.sample_grid_every_n_steps, seed=seed))
+    if options.enable_progress_bar:
+        callbacks.append(StepProgress())
+    return callbacks
+
+
+def _fit(
+    trainer: pl.Trainer, module: DDPMModule, data: pl.LightningDataModule, checkpoint: Path | None
+) -> None:
+    """Run Lightning's loop, with its messages to developers left out."""
+    with warnings.catch_warnings():
+        # Reading is a small part of a step here, and small sets are read without workers.
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit:
+            # Lightning turns Ctrl-C into an exit with status 1.
+            if trainer.state.status == TrainerStatus.INTERRUPTED:
+                raise KeyboardInterrupt from None
+            raise
+
+
+def _exposure_summary(path: Path) -> dict[str, Any]:
+    """How often the images of a training were seen, in a few numbers."""
+    exposures = pq.read_table(path, columns=["exposures"])["exposures"]
+    return {
+        "total": pc.sum(exposures).as_py(),
+        "images": len(exposures),
+        "smallest": pc.min(exposures).as_py(),
+        "largest": pc.max(exposures).as_py(),
+    }
