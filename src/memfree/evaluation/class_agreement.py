@@ -14,9 +14,6 @@ from sklearn.svm import SVC
 from memfree.evaluation.intervals import wilson
 from memfree.evaluation.records import HELDOUT, Metric, metric
 
-MAX_PIXELS = 4096
-"""Above this many values an image, classifiers on raw pixels are not tried."""
-
 
 @dataclass(frozen=True)
 class ClassJudge:
@@ -78,9 +75,7 @@ class ClassJudge:
 def _candidates(features: dict[str, np.ndarray]) -> list[tuple[str, str, Pipeline]]:
     """(name, features, classifier) to choose from."""
     found = []
-    for space, values in features.items():
-        if space == "pixels" and values.shape[1] > MAX_PIXELS:
-            continue
+    for space in features:
         # Pixels share one scale; features of a network do not.
         scale = [] if space == "pixels" else [StandardScaler()]
         logistic = LogisticRegression(max_iter=2000, C=0.1)

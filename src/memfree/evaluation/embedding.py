@@ -1,7 +1,9 @@
-"""Each image embedded once: pooled EfficientNet features, shared by all metrics that need them."""
+"""Each image seen once: the pixels and embeddings that all quality metrics share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,30 +12,101 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from memfree.manifest import sha256
-from memfree.retrieval.efficientnet import EfficientNetFeatures
+from memfree.retrieval import EfficientNetFeatures
 
 MAX_COMPONENTS = 64
 """Principal components kept: 1280 dimensions on some hundred images are singular."""
+MAX_PIXELS = 4096
+"""Above this many values an image, raw pixels are not kept for the classifiers."""
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """torch-fidelity's conversion of the FID network; used where it lies in torch's cache already."""
 
 
-class Embedder:
-    """Pooled EfficientNet-Lite0 features (n, 1280) as float64 numpy arrays."""
+@dataclass(frozen=True)
+class View:
+    """A set of n images as the metrics see it; float32 numpy arrays."""
 
-    def __init__(self, batch_size: int = 256):
-        self.network = EfficientNetFeatures()
+    pixels: np.ndarray
+    """(n, ≤ 64): the pixels, or their principal components where there are more than 64."""
+    raw: np.ndarray | None
+    """(n, C·H·W): the pixels; None where an image has more than 4096."""
+    pooled: np.ndarray
+    """(n, 1280): pooled EfficientNet-Lite0 features."""
+    inception: np.ndarray | None
+    """(n, 2048): Inception features; None where the weights are not at hand."""
+
+    def __len__(self) -> int:
+        return len(self.pooled)
+
+    def take(self, rows: np.ndarray) -> View:
+        """The view of some of the images."""
+        return View(
+            self.pixels[rows],
+            None if self.raw is None else self.raw[rows],
+            self.pooled[rows],
+            None if self.inception is None else self.inception[rows],
+        )
+
+    def classifier_features(self) -> dict[str, np.ndarray]:
+        """What a classifier may read, by name."""
+        found = {} if self.raw is None else {"pixels": self.raw}
+        return {**found, "efficientnet": self.pooled}
+
+
+class Viewer:
+    """Turns images into views; the pixels' principal components come from the fit images.
+
+    Args:
+        fit_images: (n, C, H, W) in [-1, 1], neither trained on nor judged.
+        batch_size: images that are embedded together.
+    """
+
+    def __init__(self, fit_images: Tensor, batch_size: int = 256):
         self.batch_size = batch_size
+        self.network = EfficientNetFeatures()
+        size = fit_images[0].numel()
+        self.keeps_raw = size <= MAX_PIXELS
+        self.components = (
+            None if size <= MAX_COMPONENTS else fit_components(flat_pixels(fit_images))
+        )
+        self.inception = _inception_network() if find_inception_weights() else None
 
-    def __call__(self, images: Tensor) -> np.ndarray:
-        """Embed (n, C, H, W) in [-1, 1]."""
+    def __call__(self, images: Tensor | Iterable[Tensor]) -> View:
+        """See images (n, C, H, W) in [-1, 1], or batches of them."""
+        batches = images.split(self.batch_size) if isinstance(images, Tensor) else images
         with torch.no_grad():
-            parts = [self.network.pooled(part).cpu() for part in images.split(self.batch_size)]
-        return torch.cat(parts).double().numpy()
+            return _concatenated([self._see(batch) for batch in batches])
 
-    def describe(self) -> dict:
-        """What identifies extractor, preprocessing and weights, for a metric's detail."""
-        return self.network.describe()
+    def _see(self, images: Tensor) -> View:
+        raw = flat_pixels(images)
+        pixels = raw if self.components is None else self.components.transform(raw)
+        return View(
+            pixels=pixels.astype(np.float32),
+            raw=raw if self.keeps_raw else None,
+            pooled=self.network.pooled(images).cpu().numpy(),
+            inception=None if self.inception is None else _inception(self.inception, images),
+        )
+
+    def describe_pixels(self) -> dict:
+        """What the ``pixels`` of a view are, for a metric's detail."""
+        what = "pixels" if self.components is None else "principal components of pixels"
+        return {"extractor": what}
+
+    def describe_pooled(self) -> dict:
+        """What the ``pooled`` features of a view are."""
+        described = self.network.describe()
+        names = ("name", "preprocessing", "weights", "weights_sha256")
+        return {"extractor": {name: described[name] for name in names if name in described}}
+
+
+def _concatenated(views: list[View]) -> View:
+    def joined(name: str) -> np.ndarray | None:
+        parts = [getattr(view, name) for view in views]
+        return None if parts[0] is None else np.concatenate(parts)
+
+    pixels, pooled = joined("pixels"), joined("pooled")
+    assert pixels is not None and pooled is not None
+    return View(pixels, joined("raw"), pooled, joined("inception"))
 
 
 def fit_components(features: np.ndarray, limit: int = MAX_COMPONENTS, whiten: bool = False) -> PCA:
@@ -56,12 +129,13 @@ def fit_components(features: np.ndarray, limit: int = MAX_COMPONENTS, whiten: bo
             "prepare the data set with a larger fit part"
         )
     components = min(limit, len(features) // 3, features.shape[1])
-    return PCA(components, whiten=whiten, svd_solver="full").fit(features)
+    decomposition = PCA(components, whiten=whiten, svd_solver="full")
+    return decomposition.fit(features.astype(np.float64))
 
 
 def flat_pixels(images: Tensor) -> np.ndarray:
-    """Images (n, C, H, W) as float64 rows (n, C·H·W)."""
-    return images.flatten(1).double().cpu().numpy()
+    """Images (n, C, H, W) as float32 rows (n, C·H·W)."""
+    return images.flatten(1).float().cpu().numpy()
 
 
 def find_inception_weights() -> Path | None:
@@ -71,12 +145,13 @@ def find_inception_weights() -> Path | None:
     return path if path.is_file() and sha256(path).startswith(expected) else None
 
 
-def inception_features(images: Tensor, batch_size: int = 64) -> np.ndarray:
-    """The 2048 features of the FID network for (n, C, H, W) in [-1, 1]; weights must be at hand."""
+def _inception_network() -> torch.nn.Module:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
-    network = NoTrainInceptionV3("inception-v3-compat", ["2048"]).eval()
+    return NoTrainInceptionV3("inception-v3-compat", ["2048"]).eval()
+
+
+def _inception(network: torch.nn.Module, images: Tensor) -> np.ndarray:
     colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
     bytes_ = ((colour + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    with torch.no_grad():
-        return torch.cat([network(part) for part in bytes_.split(batch_size)]).double().numpy()
+    return network(bytes_).cpu().numpy()

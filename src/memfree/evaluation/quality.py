@@ -131,7 +131,8 @@ def kid_metrics(
 ) -> list[Metric]:
     """Kernel inception distance (unbiased, cubic kernel) of every subject and of the floor.
 
-    Subsets of half the smallest count; the interval is 1.96 standard deviations over subsets.
+    The interval is 1.96 standard deviations over subsets of half the smallest count: their spread
+    about the whole is that of the whole about the truth (delete-half jackknife).
 
     Args:
         space: name of the features; the metric is ``kid_{space}``.

@@ -13,6 +13,8 @@ from memfree.manifest import write_json
 
 HELDOUT = "heldout"
 """Subject of what is measured on the test images, as if they were samples."""
+CHANGED = "changed"
+"""Subject of training images changed on purpose: known copies, to see what a measure finds."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,325 @@
+"""`memfree evaluate`: everything that is measured of samples, in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse.typing import PositiveInt
+from rich.console import Console
+
+from memfree.evaluation import class_agreement, memorization, quality
+from memfree.evaluation.embedding import View, Viewer, fit_components
+from memfree.evaluation.folder import check_replaceable, write_evaluation
+from memfree.evaluation.inputs import Inputs, labels_of, open_inputs
+from memfree.evaluation.intervals import wilson
+from memfree.evaluation.neighbours import find_neighbours
+from memfree.evaluation.power import CHANGED_IMAGES, changed_copies
+from memfree.evaluation.records import CHANGED, HELDOUT, Metric, MetricTable, metric
+from memfree.evaluation.second_similarity import SecondSimilarity
+from memfree.evaluation.subject import Subject
+from memfree.evaluation.table import print_table
+from memfree.evaluation.trajectories import active_share, trace_of
+from memfree.guidance import NormalizedL2, calibration_of, default_similarity
+
+
+def evaluate(
+    dataset: Path,
+    index: Path,
+    samples: dict[str, Path],
+    out: Path,
+    false_positive_rate: float = 0.01,
+    other_rates: tuple[float, ...] = (0.05, 0.1),
+    reference: str = "unguided",
+    other_data: tuple[str, ...] = ("oracle",),
+    batch_size: PositiveInt = 256,
+    seed: int = 0,
+) -> None:
+    """Measure how much samples copy, and how good they are, against held-out images.
+
+    Writes metrics.json, per_sample.parquet, and what `memfree report` draws. The test images of
+    the data set are measured as if they were samples; they are the subject `heldout`.
+    `read_metrics` reads the result.
+
+    Args:
+        dataset: dataset folder that the model was trained on.
+        index: reference index folder of that data set, calibrated.
+        samples: sample folders by a name of your choice: --samples.unguided FOLDER
+            --samples.amg FOLDER.
+        out: folder to write; an earlier evaluation there is replaced when this one is complete.
+        false_positive_rate: share of real images that the verdict may call copies; at least
+            5 / (number of calibration images).
+        other_rates: further false-positive rates to report copies at; those that are too small
+            for the calibration images are left out.
+        reference: the samples that others of the same noise are compared with, pair by pair.
+        other_data: names of samples whose model was trained on another data set on purpose, such
+            as the deduplicated one.
+        batch_size: images measured at a time.
+        seed: of bootstrap, subsets and cross-validation.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        ValueError: a folder is unfinished or of other data, the index is not calibrated, or there
+            are no held-out images.
+    """
+    console = Console()
+    check_replaceable(out)
+    with _step(console, "Opening data set, index and samples"):
+        inputs = open_inputs(dataset, index, samples, reference, other_data)
+    subjects, second = _measure(inputs, false_positive_rate, batch_size, console)
+    rates = (false_positive_rate, *other_rates)
+    metrics = _memorization_metrics(inputs, subjects, second, rates, seed)
+    with _step(console, "Training the classifier of the fit images"):
+        metrics += _class_metrics(inputs, subjects, second.fit_view, seed)
+    with _step(console, "Comparing distributions: Fréchet distance and KID"):
+        metrics += _quality_metrics(inputs, subjects, second, seed)
+    metrics += _power_metrics(inputs, second, false_positive_rate, seed)
+    metrics += _cost_metrics(inputs)
+    metrics += _paired_metrics(inputs, subjects)
+    table = MetricTable(metrics)
+    with _step(console, "Writing"):
+        write_evaluation(
+            out, inputs, index, table, subjects, seed, false_positive_rate=false_positive_rate
+        )
+    print_table(table, [*inputs.samples, HELDOUT], console)
+    console.print(f"Written to {out}; `memfree report --evaluation {out}` makes the page.")
+
+
+@dataclass
+class _Second:
+    """The second similarity, and the views that it was made from."""
+
+    similarity: SecondSimilarity
+    viewer: Viewer
+    fit_view: View
+    train_view: View
+
+
+def _measure(
+    inputs: Inputs, rate: float, batch_size: int, console: Console
+) -> tuple[dict[str, Subject], _Second]:
+    """Neighbours, views and both verdicts of every sample folder and of the test images."""
+    measure = default_similarity(inputs.index)
+    calibration = calibration_of(inputs.index, measure)
+    calibration.threshold(rate)  # refuses a rate that is too small before anything is computed
+    data = inputs.dataset
+    with _step(console, "Embedding the data set"):
+        fit_images = data.part("fit").images()
+        viewer = Viewer(fit_images, batch_size)
+        fit_view = viewer(fit_images)
+        train_view = viewer(data.part("train").batches(batch_size))
+        calibration_view = viewer(data.part("calibration").batches(batch_size))
+        similarity = SecondSimilarity.fit(
+            fit_view.pooled,
+            train_view.pooled,
+            calibration_view.pooled,
+            viewer.describe_pooled()["extractor"],
+        )
+    similarity.calibration.threshold(rate)
+    test = data.part("test")
+    test_labels = None if test.labels is None else test.labels.numpy()
+    sources = {name: (folder.images, labels_of(folder)) for name, folder in inputs.samples.items()}
+    sources[HELDOUT] = (test.images, test_labels)
+    subjects = {}
+    for name, (load, labels) in sources.items():
+        with _step(console, f"Measuring {name}"):
+            images = load()
+            found = find_neighbours(inputs.index, measure, calibration, images, rate, batch_size)
+            view = viewer(images)
+            sigma = similarity.sigma(view.pooled)
+            subjects[name] = Subject(
+                name, found, view, labels, sigma, similarity.copies(sigma, rate)
+            )
+    return subjects, _Second(similarity, viewer, fit_view, train_view)
+
+
+def _memorization_metrics(
+    inputs: Inputs,
+    subjects: dict[str, Subject],
+    second: _Second,
+    rates: tuple[float, ...],
+    seed: int,
+) -> list[Metric]:
+    """Copies by both measures, distances, dose-response, and the share of duplicated images."""
+    measure = default_similarity(inputs.index)
+    calibration = calibration_of(inputs.index, measure)
+    rate, others = rates[0], memorization.allowed_rates(rates[1:], len(calibration.sigmas))
+    thresholds = {one: calibration.threshold(one) for one in dict.fromkeys([rate, *others])}
+    per_factor = memorization.images_per_factor(
+        inputs.index.group.cpu().numpy(), inputs.index.group_multiplicity.cpu().numpy()
+    )
+    heldout = subjects[HELDOUT]
+    metrics: list[Metric] = []
+    for name, subject in subjects.items():
+        found = subject.found
+        metrics += memorization.copy_metrics(name, found, thresholds, rate, measure.name)
+        metrics.append(second.similarity.metric(name, subject.second_copy, rate))
+        metrics += memorization.distance_metrics(
+            name, found, isinstance(measure, NormalizedL2), seed
+        )
+        metrics += memorization.factor_metrics(name, found, per_factor)
+        metrics += memorization.duplicated_share_metrics(
+            name,
+            found.multiplicity > 1,
+            heldout.found.multiplicity > 1,
+            memorization.class_weights(heldout.labels, subject.labels, len(heldout.found)),
+            seed,
+        )
+    return metrics
+
+
+def _power_metrics(inputs: Inputs, second: _Second, rate: float, seed: int) -> list[Metric]:
+    """Share of known copies, training images changed on purpose, that either measure finds."""
+    train = inputs.dataset.part("train")
+    images = next(iter(train.batches(CHANGED_IMAGES)))
+    measure = default_similarity(inputs.index)
+    calibration = calibration_of(inputs.index, measure)
+    metrics = []
+    for name, changed in changed_copies(images, seed).items():
+        found = find_neighbours(inputs.index, measure, calibration, changed, rate)
+        sigma = second.similarity.sigma(second.viewer(changed).pooled)
+        for prefix, flags in (
+            ("copies", found.copy),
+            ("second_copies", second.similarity.copies(sigma, rate)),
+        ):
+            share = wilson(int(flags.sum()), len(flags))
+            metrics.append(metric(f"{prefix}_of_{name}", CHANGED, share, len(flags)))
+    return metrics
+
+
+def _class_metrics(
+    inputs: Inputs, subjects: dict[str, Subject], fit_view: View, seed: int
+) -> list[Metric]:
+    """Class agreement of the samples that were asked for a class; sets ``agrees``."""
+    labels = inputs.dataset.part("fit").labels
+    if labels is None or all(subjects[name].labels is None for name in inputs.samples):
+        return []
+    judge = class_agreement.ClassJudge.fit(fit_view.classifier_features(), labels.numpy(), seed)
+    metrics = []
+    for name, subject in subjects.items():
+        if subject.labels is not None:
+            features = subject.view.classifier_features()
+            subject.agrees = judge.agrees(features, subject.labels)
+            metrics.append(judge.metric(name, subject.agrees))
+    return metrics
+
+
+def _quality_metrics(
+    inputs: Inputs, subjects: dict[str, Subject], second: _Second, seed: int
+) -> list[Metric]:
+    """Fréchet distances and KID to the test images, at equal counts, with the floor."""
+    groups = np.unique(np.array(inputs.dataset.part("train").groups), return_index=True)[1]
+    floor = second.train_view.take(np.sort(groups))  # one image of every group
+    target = subjects[HELDOUT].view
+    views = {name: subjects[name].view for name in inputs.samples}
+    components = fit_components(second.fit_view.pooled)
+
+    def projected(view: View) -> np.ndarray:
+        return components.transform(view.pooled.astype(np.float64))
+
+    def pixels(view: View) -> np.ndarray:
+        return view.pixels.astype(np.float64)
+
+    metrics: list[Metric] = []
+    for space, features, detail in (
+        ("efficientnet", projected, second.viewer.describe_pooled()),
+        ("pixels", pixels, second.viewer.describe_pixels()),
+    ):
+        metrics += quality.frechet_metrics(
+            space,
+            {name: features(view) for name, view in views.items()},
+            features(floor),
+            features(target),
+            seed,
+            inputs.paired,
+            **detail,
+        )
+    metrics += quality.kid_metrics(
+        "efficientnet",
+        {name: view.pooled for name, view in views.items()},
+        floor.pooled,
+        target.pooled,
+        seed,
+        **second.viewer.describe_pooled(),
+    )
+    if target.inception is not None:
+        metrics += _inception_metrics(views, floor, target, seed)
+    return metrics
+
+
+def _inception_metrics(
+    views: dict[str, View], floor: View, target: View, seed: int
+) -> list[Metric]:
+    """FID and KID as published, on torch-fidelity's Inception; singular below 2048 images."""
+
+    def features(view: View) -> np.ndarray:
+        assert view.inception is not None
+        return view.inception
+
+    subjects = {name: features(view) for name, view in views.items()}
+    detail: dict[str, Any] = {"extractor": "torch-fidelity inception-v3-compat, 2048"}
+    double = {name: each.astype(np.float64) for name, each in subjects.items()}
+    return [
+        *quality.frechet_metrics(
+            "inception",
+            double,
+            features(floor).astype(np.float64),
+            features(target).astype(np.float64),
+            seed,
+            draws=0,
+            **detail,
+        ),
+        *quality.kid_metrics(
+            "inception", subjects, features(floor), features(target), seed, **detail
+        ),
+    ]
+
+
+def _cost_metrics(inputs: Inputs) -> list[Metric]:
+    """Seconds and memory a sample from the sample manifests, active steps from the traces."""
+    metrics = []
+    for name, folder in inputs.samples.items():
+        n = len(folder)
+        for manifest_name in ("seconds_per_sample", "peak_memory_bytes"):
+            value = folder.manifest.get(manifest_name)
+            if value is not None:
+                metrics.append(
+                    metric(
+                        manifest_name,
+                        name,
+                        float(value),
+                        n,
+                        device=folder.manifest["made_by"]["device"],
+                        steps=folder.manifest.get("steps"),
+                    )
+                )
+        if (trace := trace_of(folder)) is not None:
+            metrics.append(metric("active_share", name, active_share(trace), n))
+    return metrics
+
+
+def _paired_metrics(inputs: Inputs, subjects: dict[str, Subject]) -> list[Metric]:
+    """Differences to the reference over samples that began with the same noise."""
+    metrics: list[Metric] = []
+    for name, reference in inputs.paired.items():
+        own, other = subjects[name], subjects[reference]
+        flags = {
+            "copies": (own.found.copy, other.found.copy),
+            "second_copies": (own.second_copy, other.second_copy),
+            "duplicated_share": (own.found.multiplicity > 1, other.found.multiplicity > 1),
+        }
+        if own.agrees is not None and other.agrees is not None:
+            flags["class_agreement"] = (own.agrees, other.agrees)
+        metrics += memorization.paired_metrics(name, reference, flags)
+    return metrics
+
+
+@contextmanager
+def _step(console: Console, what: str) -> Iterator[None]:
+    """Say what is going on: a spinner on a terminal, nothing where output is a file."""
+    with console.status(f"{what} …"):
+        yield

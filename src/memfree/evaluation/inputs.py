@@ -1,0 +1,116 @@
+"""Open what an evaluation compares, and refuse what does not belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from memfree.evaluation.records import HELDOUT
+from memfree.retrieval import ReferenceIndex
+from memfree.sampling.folder import SampleFolder
+
+if TYPE_CHECKING:
+    from memfree.data import DatasetFolder
+
+HELD_OUT_PARTS: tuple[Literal["calibration", "test", "fit"], ...] = ("calibration", "test", "fit")
+"""Thresholds, rates of real images, and the classifier: three purposes, three disjoint parts."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A data set, its index, and the sample folders to judge, all of the same data."""
+
+    dataset: DatasetFolder
+    index: ReferenceIndex
+    samples: dict[str, SampleFolder]
+    paired: dict[str, str]
+    """Subject to the reference that started from the same noise under the same conditions."""
+    reference: str
+    """The subject that the others are compared with."""
+
+
+def open_inputs(
+    dataset: Path,
+    index: Path,
+    samples: dict[str, Path],
+    reference: str,
+    other_data: tuple[str, ...],
+) -> Inputs:
+    """Open everything and check that it belongs together.
+
+    Args:
+        dataset: dataset folder.
+        index: reference index folder over its train part.
+        samples: subject to sample folder.
+        reference: the subject that others are paired with; the first one if there is no such.
+        other_data: subjects whose model was trained on another data set on purpose.
+
+    Raises:
+        FileNotFoundError: a folder is missing.
+        ValueError: there are no samples, a held-out part is empty, or index or samples are of
+            another data set or image shape.
+    """
+    from memfree.data import DatasetFolder
+
+    if not samples:
+        raise ValueError("no samples to evaluate: give at least one --samples.NAME FOLDER")
+    if HELDOUT in samples:
+        raise ValueError(
+            f"--samples.{HELDOUT}: the name is taken by the test images; choose another"
+        )
+    data = DatasetFolder(dataset)
+    for part in HELD_OUT_PARTS:
+        data.part(part)  # refuses an empty one
+    references = ReferenceIndex.load(index)
+    if references.dataset_hash is not None and references.dataset_hash != data.hash:
+        raise ValueError(
+            f"--index {index} is of another data set than --dataset {dataset}; "
+            "build it with `memfree index` from this one"
+        )
+    folders = {name: SampleFolder(path) for name, path in samples.items()}
+    for name, folder in folders.items():
+        _check_samples(name, folder, data, other_data)
+    if reference not in folders:
+        reference = next(iter(folders))
+    paired = {
+        name: reference
+        for name, folder in folders.items()
+        if name != reference and same_noise(folder, folders[reference])
+    }
+    return Inputs(data, references, folders, paired, reference)
+
+
+def _check_samples(
+    name: str, folder: SampleFolder, data: DatasetFolder, other_data: tuple[str, ...]
+) -> None:
+    if len(folder) == 0:
+        raise ValueError(f"--samples.{name} {folder.path} holds no samples")
+    if tuple(folder.image_shape) != tuple(data.image_shape):
+        raise ValueError(
+            f"--samples.{name} {folder.path} has images of shape {tuple(folder.image_shape)}, "
+            f"the data set has {tuple(data.image_shape)}"
+        )
+    found = folder.manifest.get("dataset_hash")
+    if name not in other_data and found is not None and found != data.hash:
+        raise ValueError(
+            f"--samples.{name} {folder.path} is of a model of another data set than --dataset "
+            f"{data.path}; name it in --other_data if that is what you want to compare"
+        )
+
+
+def same_noise(first: SampleFolder, second: SampleFolder) -> bool:
+    """Whether sample i of both began with the same noise and the same condition."""
+    if len(first) != len(second) or not torch.equal(first.seeds, second.seeds):
+        return False
+    if first.conditions is None or second.conditions is None:
+        return first.conditions is second.conditions
+    return torch.equal(first.conditions, second.conditions)
+
+
+def labels_of(folder: SampleFolder) -> np.ndarray | None:
+    """(n,) the classes that samples were asked for, None if unconditional."""
+    return None if folder.conditions is None else folder.conditions.numpy()

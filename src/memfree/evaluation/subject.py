@@ -1,0 +1,27 @@
+"""What an evaluation knows of one set of images, image by image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from memfree.evaluation.embedding import View
+from memfree.evaluation.neighbours import Neighbours
+
+
+@dataclass
+class Subject:
+    """A sample folder, or the test images, with what was found of each of the n images."""
+
+    name: str
+    found: Neighbours
+    view: View
+    labels: np.ndarray | None
+    """(n,) the class that was asked for; of test images, their own."""
+    second_sigma: np.ndarray
+    """(n,) the second similarity."""
+    second_copy: np.ndarray
+    """(n,) bool: its verdict."""
+    agrees: np.ndarray | None = None
+    """(n,) bool: the classifier sees the class that was asked for."""

@@ -1,0 +1,178 @@
+"""The table of an evaluation: which metrics, in which order, and how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from memfree.evaluation.records import HELDOUT, Metric, MetricTable
+
+
+def percent(value: float) -> str:
+    """A rate as a percentage: 0.4715 as 47.2 %, a tiny one with another digit."""
+    shown = 100 * value
+    digits = 2 if 0 < abs(shown) < 0.95 else 1
+    return f"{shown:.{digits}f} %" if value else "0 %"
+
+
+def number(value: float) -> str:
+    """Three significant digits, without exponent for what people can read: 0.0123, 1.23, 123."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 100 or size < 1e-4:
+        return f"{value:.3g}"
+    digits = 2 if size >= 1 else 3 if size >= 0.1 else 4
+    return f"{value:.{digits}f}"
+
+
+def times(value: float) -> str:
+    """A ratio: 18.4 ×."""
+    return f"{number(value)} ×"
+
+
+def seconds(value: float) -> str:
+    """A duration: 12 ms, 1.3 s."""
+    return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def memory(value: float) -> str:
+    """Bytes as MB or GB."""
+    return f"{value / 1e6:.0f} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    metric: str
+    label: str
+    show: Callable[[float], str]
+    better: str = ""
+    """``low``, ``high``, ``floor`` (near the held-out column) or nothing."""
+    note: str = ""
+    """One sentence for a reader who has not met the metric."""
+
+
+ROWS = (
+    Row(
+        "copies",
+        "Copies",
+        percent,
+        "low",
+        "Nearer to a training image than all but the stated share of real held-out images.",
+    ),
+    Row(
+        "second_copies",
+        "Copies, second measure",
+        percent,
+        "floor",
+        "The same by whitened EfficientNet features, which no guidance saw.",
+    ),
+    Row(
+        "duplicated_share",
+        "Nearest image is a duplicated one",
+        percent,
+        "floor",
+        "How often the nearest training image is one that the training set repeats.",
+    ),
+    Row(
+        "duplicated_share_ratio",
+        "… over its fair share",
+        times,
+        "",
+        "The fair share is that of test images at the samples' class mix.",
+    ),
+    Row(
+        "frechet_efficientnet",
+        "Fréchet distance, EfficientNet",
+        number,
+        "low",
+        "Distance of the distribution to the test images; held out: training against test images.",
+    ),
+    Row("frechet_pixels", "Fréchet distance, pixels", number, "low", "The same on pixels."),
+    Row("frechet_inception", "Fréchet distance, Inception", number, "low", "FID as published."),
+    Row(
+        "kid_efficientnet",
+        "KID, EfficientNet",
+        number,
+        "low",
+        "Kernel distance to the test images, unbiased in the number of images.",
+    ),
+    Row("kid_inception", "KID, Inception", number, "low", "The same on Inception features."),
+    Row(
+        "class_agreement",
+        "Shows the class asked for",
+        percent,
+        "high",
+        "By a classifier of the fit images; held out: its accuracy on test images.",
+    ),
+    Row("nl2_5th_percentile", "nL2, 5th percentile", number, "", "Normalized distance, eq. 8."),
+    Row("nl2_minimum", "nL2, minimum", number, "", "The nearest sample of all."),
+    Row(
+        "nl2_below_1.4",
+        "nL2 below 1.4",
+        percent,
+        "",
+        "The paper's fixed threshold for CIFAR-10; it does not carry over to other data.",
+    ),
+    Row("nl2_below_1.6", "nL2 below 1.6", percent, "", "Its second one."),
+    Row(
+        "distance_ratio_below_third",
+        "d₁/d₂ below 1/3",
+        percent,
+        "",
+        "Three times nearer to the nearest than to the second nearest image (Gu et al.).",
+    ),
+    Row("active_share", "Steps with guidance active", percent, "", "Over all steps and samples."),
+    Row("seconds_per_sample", "Time a sample", seconds, "", "Wall time of sampling."),
+    Row("peak_memory_bytes", "Peak memory", memory, "", "Of the sampling process."),
+)
+
+
+def shown_rows(table: MetricTable) -> list[Row]:
+    """The rows that this evaluation has, other false-positive rates after the main one."""
+    rows: list[Row] = []
+    measured = set(table.names())
+    for row in ROWS:
+        if row.metric in measured:
+            rows.append(row)
+        if row.metric == "copies":
+            for name in table.names():
+                if name.startswith("copies_at_"):
+                    rate = float(name.removeprefix("copies_at_"))
+                    label = f"Copies at {100 * rate:g} % false positives"
+                    rows.append(Row(name, label, percent, "", "At a laxer threshold."))
+    return rows
+
+
+def interval_text(found: Metric, row: Row) -> str:
+    """The 95 % interval in the row's unit, empty where there is none."""
+    if found.low is None or found.high is None:
+        return ""
+    return f"{row.show(found.low).removesuffix(' %').removesuffix(' ×')} – {row.show(found.high)}"
+
+
+def print_table(table: MetricTable, subjects: Sequence[str], console: Console) -> None:
+    """Print metrics by subject, intervals below the values."""
+    main = table.get("copies", subjects[0])
+    rate = (
+        "" if main is None else f" ({100 * main.detail['false_positive_rate']:g} % false positives)"
+    )
+    shown = Table(title="Evaluation, with 95 % intervals", title_justify="left")
+    shown.add_column("metric")
+    for subject in subjects:
+        shown.add_column("held out" if subject == HELDOUT else subject, justify="right")
+    for row in shown_rows(table):
+        cells = []
+        for subject in subjects:
+            found = table.get(row.metric, subject)
+            interval = "" if found is None else interval_text(found, row)
+            value = "" if found is None else row.show(found.value)
+            cells.append(f"{value}\n[dim]{interval}[/dim]" if interval else value)
+        label = row.label + (rate if row.metric == "copies" else "")
+        shown.add_row(label, *cells)
+    console.print(shown)
