@@ -36,6 +36,8 @@ class RecordReader:
         image_shape: tuple[int, int, int],
         cache_bytes: int = 0,
     ) -> None:
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._process = os.getpid()
         self._folder = folder
         self._shape = image_shape
         self._names: list[str] = records["shard"].unique().to_pylist()
@@ -44,8 +46,6 @@ class RecordReader:
         self._offset, self._size, self._crc32, self._row = (
             records[name].to_numpy() for name in ("offset", "size", "crc32", "row")
         )
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._process = os.getpid()
         self._cached: np.ndarray | None = None
         distinct, self._slot = np.unique(self._row, return_inverse=True)
         if 0 < len(distinct) * int(np.prod(image_shape)) <= cache_bytes:
