@@ -150,6 +150,7 @@ class FakePart:
     keys = ["a", "b", "b-near", "c"]  # noqa: RUF012
     groups = ["ga", "gb", "gb", "gc"]  # noqa: RUF012
     copies = torch.tensor([1, 64, 3, 2])
+    rows = torch.tensor([2, 0, 3, 5])
     conditions = pa.table(
         {
             "image_key": ["a", "b", "b", "b-near", "c", "held out"],
@@ -171,6 +172,10 @@ class FakeDataset:
         assert name == "train"
         return FakePart()
 
+    def part_records(self, name):
+        shards = ["train-0", "train-1", "train-1", "train-1", "train-2"]
+        return pa.table({"row": [0, 2, 3, 0, 5], "shard": shards})
+
 
 def test_a_dataset_folder_brings_everything_along():
     done = []
@@ -183,6 +188,7 @@ def test_a_dataset_folder_brings_everything_along():
     assert index.labels.tolist() == [0, 1, 1, 0]
     assert index.captions is None
     assert index.dataset_hash == "0123"
+    assert index.items.shards == ["train-1", "train-0", "train-1", "train-2"]
     assert done == [3, 1]
     with pytest.raises(ValueError, match="has its own keys"):
         ReferenceIndex.build(FakeDataset(), keys=list("abcd"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from memfree.data import DatasetFolder
+    from memfree.data import DatasetFolder, DatasetPart
 
 Condition = tuple[int, int | None, str | None, int]
 """Position of an image, its label, its caption, and how many records carry them."""
@@ -112,9 +112,18 @@ class Origin:
                 if key in position and (label is not None or caption is not None)
             ],
             num_classes=dataset.num_classes,
-            shards=[None] * len(part.keys),
+            shards=_first_shards(dataset, part),
             dataset_hash=dataset.hash,
         )
+
+
+def _first_shards(dataset: DatasetFolder, part: DatasetPart) -> list[str | None]:
+    """Shard of every image's first record."""
+    records = dataset.part_records("train")
+    shard: dict[int, str] = {}
+    for row, name in zip(records["row"].to_pylist(), records["shard"].to_pylist(), strict=True):
+        shard.setdefault(row, name)
+    return [shard.get(row) for row in part.rows.tolist()]
 
 
 def check_images(images: Tensor) -> None:

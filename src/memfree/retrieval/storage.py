@@ -64,7 +64,9 @@ def save(index: ReferenceIndex, folder: Path, overwrite: bool = False) -> None:
         OSError: the disk has too little room.
     """
     folder = folder.absolute()
-    _check_replaceable(index, folder, overwrite)
+    check_replaceable(
+        folder, index.dataset_hash, index.features.describe(), overwrite, content_hash(index)
+    )
     check_free_space(folder, index.vectors.numel() * 4 + 100 * len(index) + (1 << 20))
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -120,19 +122,39 @@ def _write(index: ReferenceIndex, folder: Path) -> None:
     )
 
 
-def _check_replaceable(index: ReferenceIndex, folder: Path, overwrite: bool) -> None:
+def check_replaceable(
+    folder: Path,
+    dataset_hash: str | None,
+    features: dict[str, Any],
+    overwrite: bool,
+    content: str | None = None,
+) -> None:
+    """Refuse to write an index where something else is.
+
+    Args:
+        folder: where the index shall be.
+        dataset_hash: of its dataset folder, None for an index of tensors.
+        features: ``describe()`` of its features.
+        overwrite: allow it to replace an index of other data or features.
+        content: its ``content_hash``, which tells indexes of tensors apart.
+
+    Raises:
+        ValueError: the folder holds something else, or such an index and not ``overwrite``.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    old = read_manifest(folder, "index") if folder.is_dir() else None
-    if old is None:
+    if not folder.is_dir():
         raise ValueError(f"cannot write an index to {folder}: it is a file")
-    same = old.get("dataset_hash") == index.dataset_hash and (
-        index.dataset_hash is not None or old.get("content_hash") == content_hash(index)
+    old = read_manifest(folder, "index")
+    if overwrite:
+        return
+    same = old.get("dataset_hash") == dataset_hash and (
+        dataset_hash is not None or old.get("content_hash") == content
     )
-    if not same and not overwrite:
+    if not same or old.get("features") != features:
+        other = "of other features" if same else "of another dataset"
         raise ValueError(
-            f"{folder} holds the index of another dataset; choose another --out or give "
-            "--overwrite true"
+            f"{folder} holds the index {other}; choose another --out or give --overwrite true"
         )
 
 

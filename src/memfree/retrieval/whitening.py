@@ -16,9 +16,9 @@ class Whitened(Features):
     """Features after subtracting a mean and projecting on whitened principal directions.
 
     On small or uniform data an ImageNet network's raw cosine similarity is high for every pair of
-    images (digits: 0.68 in the median). Whitening on images of the same kind (the ``fit`` part of a dataset, which is
-    neither trained on nor judged) spreads them out: y = W·(f(x) − m), W of D directions divided by
-    their standard deviation, then length 1.
+    images (digits: 0.68 in the median). Whitening on images of the same kind (the ``fit`` part of
+    a dataset, which is neither trained on nor judged) spreads them out: y = W·(f(x) − m), W of D
+    directions divided by their standard deviation, then length 1.
 
     Args:
         features: the extractor underneath; its ``pooled`` output is used where it has one.
