@@ -41,11 +41,13 @@ def open_image(data: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (*_DECODER_ERRORS, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: more pixels than the limit {MAX_PIXELS}") from error
+    except _DECODER_ERRORS as error:
         raise ValueError(f"{name}: not a PNG, JPEG or WEBP image") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{name}: {width} x {height} pixels are more than the limit {MAX_PIXELS}")
+        raise ValueError(f"{name}: more pixels than the limit {MAX_PIXELS} ({width} x {height})")
     try:
         image.load()
     except _DECODER_ERRORS as error:
