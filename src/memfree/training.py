@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,6 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from memfree.data import ExposureCounter, ShardDataModule
-from memfree.manifest import read_manifest
 from memfree.models import (
     DDPMModule,
     ExponentialMovingAverage,
@@ -27,15 +28,12 @@ from memfree.models import (
     SampleGrid,
     export_model,
 )
-from memfree.models.checkpoints import Checkpoints, latest_checkpoint, read_identity
-from memfree.models.ddpm import first_difference
+from memfree.models.checkpoints import Checkpoints, latest_checkpoint
+from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, claim
 from memfree.models.progress import LossRecord, StepProgress
 from memfree.models.sample_grid import averaged_network
 from memfree.resolved import is_first_process, save_config
 
-CHECKPOINTS = "checkpoints"
-LOGS = "logs"
-GRIDS = "samples"
 EXPOSURES = "exposures.parquet"
 
 
@@ -102,33 +100,44 @@ def train(
     """
     if trainer.max_steps < 0 and trainer.max_epochs < 0:
         raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
-    module = DDPMModule(model, data.image_shape, data.num_classes, seed, data.dataset_hash)
-    finished_steps = _claim(out, module.identity(), overwrite)
-    if finished_steps is not None and 0 <= trainer.max_steps <= finished_steps:
-        print(f"{out} is already trained for {finished_steps} steps")
+    read = {"hash": data.dataset_hash, "seed": data.seed, "random_flip": data.random_flip}
+    module = DDPMModule(model, data.image_shape, data.num_classes, seed, read)
+    limits = trainer.max_steps, trainer.max_epochs
+    if claim(out, module.identity(), data.batch_size, *limits, overwrite):
+        print(f"{out} is already trained as asked")
         return
     save_config(out)
 
-    fit = pl.Trainer(
-        accelerator=trainer.accelerator,
-        devices=trainer.devices,
-        num_nodes=trainer.num_nodes,
-        strategy=trainer.strategy,
-        precision=_precision(trainer),
-        max_steps=trainer.max_steps,
-        max_epochs=trainer.max_epochs,
-        accumulate_grad_batches=trainer.accumulate_grad_batches,
-        gradient_clip_val=trainer.gradient_clip_val or None,
-        log_every_n_steps=trainer.log_every_n_steps,
-        logger=_logger(trainer.logger, out),
-        callbacks=_callbacks(out, model, trainer, seed),
-        default_root_dir=out,
-        enable_progress_bar=trainer.enable_progress_bar,
-        enable_model_summary=False,
-        # The data module shares the records out among the ranks itself.
-        use_distributed_sampler=False,
-    )
-    _fit(fit, module, data, latest_checkpoint(out / CHECKPOINTS))
+    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    if checkpoint is not None and is_first_process():
+        print(f"resuming from {checkpoint}")
+    with _without_advice():
+        fit = pl.Trainer(
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            strategy=trainer.strategy,
+            precision=_precision(trainer),
+            max_steps=trainer.max_steps,
+            max_epochs=trainer.max_epochs,
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            gradient_clip_val=trainer.gradient_clip_val or None,
+            log_every_n_steps=trainer.log_every_n_steps,
+            logger=_logger(trainer.logger, out),
+            callbacks=_callbacks(out, model, trainer, seed),
+            default_root_dir=out,
+            enable_progress_bar=trainer.enable_progress_bar,
+            enable_model_summary=False,
+            # The data module shares the records out among the ranks itself.
+            use_distributed_sampler=False,
+        )
+        try:
+            fit.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit:
+            # Lightning turns Ctrl-C into an exit with status 1.
+            if fit.state.status == TrainerStatus.INTERRUPTED:
+                raise KeyboardInterrupt from None
+            raise
     if fit.is_global_zero:
         export_model(
             out,
@@ -139,53 +148,14 @@ def train(
             num_classes=module.num_classes,
             dataset=data.path,
             dataset_hash=data.dataset_hash,
+            batch_size=data.batch_size,
+            devices=fit.world_size,
             steps=fit.global_step,
             epochs=fit.current_epoch,
             identity=module.identity(),
             exposures=_exposure_summary(out / EXPOSURES),
         )
     fit.strategy.barrier()
-
-
-def _claim(out: Path, identity: dict[str, Any], overwrite: bool) -> int | None:
-    """Accept ``out`` as the folder of this very model.
-
-    Returns:
-        Steps of the finished model of the same identity that it holds, None where there is none.
-
-    Raises:
-        ValueError: it holds another model and ``overwrite`` is not set, or something else.
-        OSError: it is not a folder.
-    """
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--out {out} is a file: name a folder")
-    finished = (out / "manifest.json").is_file()
-    manifest = read_manifest(out, "model") if finished else {}
-    checkpoint = latest_checkpoint(out / CHECKPOINTS)
-    held = []
-    if finished:
-        held.append(("a finished model", manifest.get("identity")))
-    if checkpoint is not None:
-        held.append((f"checkpoint {checkpoint.name}", read_identity(checkpoint)))
-    for what, found in held:
-        difference = first_difference(found, identity)
-        if difference is None:
-            continue
-        if not overwrite:
-            raise ValueError(
-                f"--out {out} holds {what} of another model: {difference}; "
-                "use another --out, or --overwrite true to delete it"
-            )
-        if is_first_process():
-            _remove_model(out)
-        return None
-    return manifest.get("steps")
-
-
-def _remove_model(out: Path) -> None:
-    (out / "manifest.json").unlink(missing_ok=True)
-    for name in (CHECKPOINTS, "diffusers", LOGS, GRIDS):
-        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def _precision(options: TrainerOptions) -> Any:
@@ -226,20 +196,22 @@ def _callbacks(
     return callbacks
 
 
-def _fit(
-    trainer: pl.Trainer, module: DDPMModule, data: pl.LightningDataModule, checkpoint: Path | None
-) -> None:
-    """Run Lightning's loop, with its messages to developers left out."""
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep Lightning's tips and its advice to developers off the user's screen."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         # Reading is a small part of a step here, and small sets are read without workers.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty.*")
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        except SystemExit:
-            # Lightning turns Ctrl-C into an exit with status 1.
-            if trainer.state.status == TrainerStatus.INTERRUPTED:
-                raise KeyboardInterrupt from None
-            raise
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def _exposure_summary(path: Path) -> dict[str, Any]:
@@ -247,7 +219,6 @@ def _exposure_summary(path: Path) -> dict[str, Any]:
     exposures = pq.read_table(path, columns=["exposures"])["exposures"]
     return {
         "total": pc.sum(exposures).as_py(),
-        "images": len(exposures),
-        "smallest": pc.min(exposures).as_py(),
+        "images_seen": pc.sum(pc.greater(exposures, 0)).as_py(),
         "largest": pc.max(exposures).as_py(),
     }

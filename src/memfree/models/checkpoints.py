@@ -29,8 +29,20 @@ class Checkpoints(ModelCheckpoint):
             save_top_k=1,
             enable_version_counter=False,
         )
-        newest = latest_checkpoint(folder)
+        # Resolved like the names Lightning compares it with when it removes the older one.
+        newest = latest_checkpoint(folder.resolve())
         self.best_model_path = str(newest) if newest else ""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any
+    ) -> None:
+        """Save if it is time, or if this was the last step.
+
+        The last step is saved here, before Lightning counts an epoch that it ends early as whole.
+        """
+        super().on_train_batch_end(trainer, pl_module, *rest)
+        if trainer.global_step == trainer.max_steps:
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step if it is not saved yet."""
@@ -47,8 +59,13 @@ class Checkpoints(ModelCheckpoint):
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step in ``folder``, None where there is none."""
-    found = sorted(folder.glob("step-*.ckpt"))
+    found = sorted(folder.glob(f"step-{8 * '[0-9]'}.ckpt"))
     return found[-1] if found else None
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps taken before this checkpoint, from its name."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def read_identity(path: Path) -> dict[str, Any]:

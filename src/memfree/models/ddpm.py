@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -65,7 +66,7 @@ class DDPMModule(pl.LightningModule):
         image_shape: tuple[int, int, int],
         num_classes: int | None = None,
         seed: int = 0,
-        dataset_hash: str | None = None,
+        data: dict[str, Any] | None = None,
     ) -> None:
         """Build the network with weights drawn from ``seed``.
 
@@ -74,7 +75,8 @@ class DDPMModule(pl.LightningModule):
             image_shape: (C, H, W).
             num_classes: labels are 0 to num_classes − 1; needed by a class-conditional model.
             seed: of weights and of all that training draws.
-            dataset_hash: recorded in checkpoints, so that one of other data is not resumed.
+            data: what the images are, JSON values (hash, order, augmentation); recorded in
+                checkpoints, so that one of other data is not resumed.
 
         Raises:
             ValueError: options that do not fit together, or no labels for a conditional model.
@@ -89,7 +91,7 @@ class DDPMModule(pl.LightningModule):
         self.image_shape = tuple(image_shape)
         self.num_classes = num_classes if options.class_conditional else None
         self.seed = seed
-        self.dataset_hash = dataset_hash
+        self.data = data
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = build_network(options.network, image_shape, self.num_classes)
@@ -146,8 +148,9 @@ class DDPMModule(pl.LightningModule):
         """AdamW with linear warm-up, then a cosine to 0 or a constant rate."""
         optimizer = torch.optim.AdamW(
             self.network.parameters(),
-            lr=self.options.learning_rate,
-            weight_decay=self.options.weight_decay,
+            # Plain floats: a checkpoint with jsonargparse's would not load with weights_only.
+            lr=float(self.options.learning_rate),
+            weight_decay=float(self.options.weight_decay),
             fused=True,
         )
         factor = _rate_factor(self.options, float(self.trainer.estimated_stepping_batches))
@@ -162,13 +165,15 @@ class DDPMModule(pl.LightningModule):
         options = asdict(self.options)
         # Compiling changes speed, not the model.
         options.pop("compile")
-        return {
+        identity = {
             "model": options,
             "image_shape": list(self.image_shape),
             "num_classes": self.num_classes,
-            "dataset": self.dataset_hash,
+            "data": self.data,
             "seed": self.seed,
         }
+        # Through JSON: numbers become plain ones, which a checkpoint may hold.
+        return json.loads(json.dumps(identity))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write into the checkpoint which model it is of."""

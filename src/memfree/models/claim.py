@@ -1,0 +1,76 @@
+"""Decides whether a model folder may be trained into: empty, this very model's, or another's."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from memfree.manifest import read_manifest
+from memfree.models.checkpoints import latest_checkpoint, read_identity, step_of
+from memfree.models.ddpm import first_difference
+from memfree.models.export import DIFFUSERS_NAME
+from memfree.resolved import is_first_process
+
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+GRIDS = "samples"
+
+
+def claim(
+    out: Path,
+    identity: dict[str, Any],
+    batch_size: int,
+    max_steps: int,
+    max_epochs: int,
+    overwrite: bool,
+) -> bool:
+    """Accept ``out`` as the folder of the model that ``identity`` describes.
+
+    Args:
+        out: the model folder, which need not exist.
+        identity: ``DDPMModule.identity()``.
+        batch_size: images of a step on each device; must be that of a finished model.
+        max_steps: optimizer steps wanted, negative: no such limit.
+        max_epochs: epochs wanted, negative: no such limit.
+        overwrite: whether another model in it is deleted.
+
+    Returns:
+        Whether the model is finished already.
+
+    Raises:
+        ValueError: it holds another model and ``overwrite`` is not set, or something else.
+        OSError: it is not a folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {out} is a file: name a folder")
+    manifest = read_manifest(out, "model") if (out / "manifest.json").is_file() else {}
+    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    steps = max(manifest.get("steps", 0), step_of(checkpoint) if checkpoint else 0)
+    difference = None
+    if manifest:
+        wanted = {**identity, "batch_size": batch_size}
+        found = {**manifest.get("identity", {}), "batch_size": manifest.get("batch_size")}
+        difference = first_difference(found, wanted)
+    if checkpoint and not difference:
+        difference = first_difference(read_identity(checkpoint), identity)
+    if not difference and 0 <= max_steps < steps:
+        difference = f"it has {steps} steps there and --trainer.max_steps is {max_steps} here"
+    if difference and not overwrite:
+        raise ValueError(
+            f"--out {out} holds another model: {difference}; "
+            "use another --out, or --overwrite true to delete it"
+        )
+    if difference:
+        if is_first_process():
+            _delete(out)
+        return False
+    enough_epochs = 0 <= max_epochs <= manifest.get("epochs", 0)
+    return bool(manifest) and (0 <= max_steps <= manifest["steps"] or enough_epochs)
+
+
+def _delete(out: Path) -> None:
+    """Delete what training writes, and nothing else that may lie in the folder."""
+    (out / "manifest.json").unlink(missing_ok=True)
+    for name in (CHECKPOINTS, DIFFUSERS_NAME, LOGS, GRIDS):
+        shutil.rmtree(out / name, ignore_errors=True)
