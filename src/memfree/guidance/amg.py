@@ -80,7 +80,7 @@ class AntiMemorizationGuidance(Observer):
     Args:
         index: references.
         similarity: ``NormalizedL2`` (eq. 8) or ``EmbeddingSimilarity`` (eq. 9).
-        threshold: λ_t; ``None`` guides every sample at every step, the ungated ablation.
+        threshold: λ_t, a function of time in [0, 1].
         c1: strength of despecification (eq. 13); 0 switches it off.
         c2: strength of caption deduplication (eq. 15); 0 switches it off.
         c3: strength of dissimilarity guidance (eq. 17); 0 switches it off.
@@ -90,13 +90,14 @@ class AntiMemorizationGuidance(Observer):
             None: no correction.
         gradient: take ∇_{x_t} σ_t through x̂_0 with ε̂ held constant (default), or through the
             denoiser as well.
+        gated: False guides every sample at every step: the ablation of eq. 10.
     """
 
     def __init__(
         self,
         index: ReferenceIndex,
         similarity: Similarity,
-        threshold: ThresholdSchedule | ConstantThreshold | None,
+        threshold: ThresholdSchedule | ConstantThreshold,
         c1: float = 0.0,
         c2: float = 0.0,
         c3: float = 0.0,
@@ -104,8 +105,9 @@ class AntiMemorizationGuidance(Observer):
         max_displacement: float | None = None,
         final_correction: float | None = None,
         gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate",
+        gated: bool = True,
     ) -> None:
-        super().__init__(index, similarity, threshold or ConstantThreshold(float("-inf")))
+        super().__init__(index, similarity, threshold)
         for name, value in (("c1", c1), ("c2", c2), ("c3", c3), ("gate_margin", gate_margin)):
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, not {value:g}")
@@ -118,6 +120,7 @@ class AntiMemorizationGuidance(Observer):
         self.max_displacement = max_displacement
         self.final_correction = final_correction
         self.gradient = gradient
+        self.gated = gated
         self.force: Callable[[Tensor], Tensor] | None = None
         """Replaces the gate, (B,) σ → (B,) bool; for benchmarks of the cost."""
 
@@ -138,6 +141,8 @@ class AntiMemorizationGuidance(Observer):
         detection = self.detect(prediction)
         sigma = detection.match.sigma
         active = corrections.gate(sigma, detection.threshold - self.gate_margin)
+        if not self.gated:
+            active = torch.ones_like(active)
         if self.force is not None:
             active = self.force(sigma)
         prediction = _recorded(prediction, detection).activated(active)

@@ -25,8 +25,10 @@ class GuidanceSettings:
     """none; amg (Chen et al., 2024); multiplicity (ours); both: multiplicity, then AMG."""
     false_positive_rate: float = 0.01
     """λ_t ends (t = 0) at the threshold that this share of held-out real images exceeds."""
-    schedule: Literal["rising", "constant", "none"] = "rising"
-    """λ_t: rising as t falls (eq. 19), constant at its end point, or none: no gate (ablations)."""
+    schedule: Literal["rising", "constant"] = "rising"
+    """λ_t: rising as t falls (eq. 19), or constant at its end point (the paper's ablation)."""
+    gated: bool = True
+    """False guides every sample at every step (the paper's ablation of the gate)."""
     start_ratio: float = 1.3
     """Where λ_t starts, as a multiple of its (negative) end point; 1.95/1.5 in the paper."""
     rate: float = 0.025
@@ -72,15 +74,11 @@ class GuidanceSettings:
     def anti_memorization(self, index: ReferenceIndex) -> AntiMemorizationGuidance:
         """AMG with these settings on the index's calibrated threshold."""
         end = self.end_threshold(index)
-        threshold: ThresholdSchedule | ConstantThreshold | None = self._rising(end)
-        if self.schedule == "constant":
-            threshold = ConstantThreshold(end)
-        elif self.schedule == "none":
-            threshold = None
+        constant = self.schedule == "constant"
         return AntiMemorizationGuidance(
             index,
             default_similarity(index),
-            threshold,
+            ConstantThreshold(end) if constant else self._rising(end),
             c1=self.c1,
             c2=self.c2,
             c3=self.c3,
@@ -88,6 +86,7 @@ class GuidanceSettings:
             max_displacement=self.max_displacement or None,
             final_correction=end - self.gate_margin / 4 if self.final_correction else None,
             gradient=self.gradient,
+            gated=self.gated,
         )
 
     def _rising(self, end: float) -> ThresholdSchedule:

@@ -1,0 +1,173 @@
+"""Multiplicity guidance against the closed form in float64, and against a model that obeys it."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from memfree.guidance import MultiplicityGuidance, Prediction
+from memfree.guidance.multiplicity import EmpiricalPosterior
+from memfree.retrieval import ReferenceIndex
+from memfree.sampling import sample
+from memfree.sampling.noise import initial_noise
+
+
+def numpy_mean(x_t, references, weights, alpha_bar):
+    """μ_w(x_t) in float64, term by term."""
+    squares = ((x_t[:, None] - np.sqrt(alpha_bar) * references[None]) ** 2).sum(axis=2)
+    with np.errstate(divide="ignore"):
+        logits = -squares / (2 * (1 - alpha_bar)) + np.log(weights)
+    logits -= logits.max(axis=1, keepdims=True)
+    p = np.exp(logits)
+    return p / p.sum(axis=1, keepdims=True) @ references
+
+
+def prediction_of(x_t, alpha_bar, kind="epsilon", conditions=None, guidance_scale=1.0):
+    zeros = torch.zeros_like(x_t)
+    return Prediction(
+        x_t=x_t,
+        alpha_bar=torch.tensor(alpha_bar),
+        time=0.5,
+        output=zeros,
+        output_cond=None if conditions is None else zeros,
+        output_uncond=zeros,
+        conditions=conditions,
+        guidance_scale=guidance_scale,
+        prediction_type=kind,
+        denoise=lambda x, y: torch.zeros_like(x),
+    )
+
+
+@pytest.mark.parametrize("timestep", [0, 20, 500])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_float32_equals_float64_at_cifar_size(timestep, kind):
+    generator = torch.Generator().manual_seed(timestep)
+    alpha_bar = DDPMScheduler().alphas_cumprod[timestep].item()
+    # References far from the origin, and as near to each other as the noise is large, so that
+    # several of them share the posterior: there the expanded square fails in float32.
+    base = 0.7 * torch.rand(3, 32, 32, generator=generator) + 0.1
+    spread = (4 * (1 - alpha_bar) / alpha_bar / 3072) ** 0.5
+    images = (base + spread * torch.randn(300, 3, 32, 32, generator=generator)).clamp(-1, 1)
+    counts = torch.ones(300, dtype=torch.int64)
+    counts[:20] = 64
+    index = ReferenceIndex.build(images, counts=counts, groups=[str(i) for i in range(300)])
+    assert index.group.unique().numel() == 300
+    noise = torch.randn(8, 3, 32, 32, generator=generator)
+    source = images[torch.arange(8) * 5]
+    x_t = alpha_bar**0.5 * source + (1 - alpha_bar) ** 0.5 * noise
+    guided = MultiplicityGuidance(index)(prediction_of(x_t, alpha_bar, kind))
+    x_0 = guided.clean_estimate().flatten(1).double().numpy()
+    plain = prediction_of(x_t, alpha_bar, kind).clean_estimate().flatten(1).double().numpy()
+    flat = index.vectors.double().numpy()
+    args = (x_t.flatten(1).double().numpy(), flat)
+    expected = numpy_mean(*args, np.ones(300), np.float64(np.float32(alpha_bar))) - numpy_mean(
+        *args, index.multiplicity.numpy(), np.float64(np.float32(alpha_bar))
+    )
+    scale = np.abs(expected).max()
+    assert scale > 0.1 * spread
+    error = np.abs((x_0 - plain) - expected).max()
+    assert error < 0.01 * scale, (error, scale)
+
+
+def test_near_duplicates_share_one_record():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(12, 1, 4, 4, generator=generator) * 2 - 1
+    counts = torch.ones(12, dtype=torch.int64)
+    counts[:3] = torch.tensor([5, 3, 2])
+    groups = ["a", "a", "a"] + [str(i) for i in range(9)]
+    index = ReferenceIndex.build(images, counts=counts, groups=groups)
+    x_t = torch.randn(5, 1, 4, 4, generator=generator)
+    guided = MultiplicityGuidance(index, strength=1.5)(prediction_of(x_t, 0.3))
+    moved = guided.clean_estimate() - prediction_of(x_t, 0.3).clean_estimate()
+    share = counts.double().numpy().copy()
+    share[:3] /= 10
+    args = (x_t.flatten(1).double().numpy(), images.flatten(1).double().numpy())
+    expected = numpy_mean(*args, share, 0.3) - numpy_mean(*args, counts.numpy(), 0.3)
+    np.testing.assert_allclose(moved.flatten(1), 1.5 * expected, atol=2e-5)
+
+
+def test_each_branch_has_its_own_references():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(20, 1, 4, 4, generator=generator) * 2 - 1
+    labels = torch.arange(20) % 2
+    counts = torch.ones(20, dtype=torch.int64)
+    counts[0] = 50
+    index = ReferenceIndex.build(images, labels=labels, counts=counts)
+    x_t = torch.randn(4, 1, 4, 4, generator=generator)
+    y = torch.tensor([0, 1, 0, 1])
+    plain = prediction_of(x_t, 0.2, conditions=y, guidance_scale=3.0)
+    guided = MultiplicityGuidance(index)(plain)
+    args = (x_t.flatten(1).double().numpy(), images.flatten(1).double().numpy())
+    ones, m = np.ones(20), counts.numpy()
+    factor = -np.sqrt(0.2 / 0.8)
+    expected_uncond = factor * (numpy_mean(*args, ones, 0.2) - numpy_mean(*args, m, 0.2))
+    np.testing.assert_allclose(guided.output_uncond.flatten(1), expected_uncond, atol=2e-5)
+    for row, label in enumerate(y.tolist()):
+        inside = (labels == label).numpy()
+        one = [args[0][row : row + 1], args[1]]
+        delta = numpy_mean(*one, inside * 1.0, 0.2) - numpy_mean(*one, inside * m, 0.2)
+        np.testing.assert_allclose(guided.output_cond[row].flatten(), factor * delta[0], atol=2e-5)
+    assert guided.output_cond[1].abs().max() == 0  # no image of class 1 is duplicated
+    combined = guided.output_uncond + 3 * (guided.output_cond - guided.output_uncond)
+    assert torch.equal(guided.output, combined)
+
+
+def test_without_duplicates_nothing_changes_bit_for_bit():
+    images = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    plain = prediction_of(torch.randn(4, 1, 4, 4), 0.5)
+    guided = MultiplicityGuidance(ReferenceIndex.build(images))(plain)
+    assert torch.equal(guided.output, plain.output)
+    counts = torch.ones(20, dtype=torch.int64)
+    counts[0] = 9
+    off = MultiplicityGuidance(ReferenceIndex.build(images, counts=counts), strength=0.0)(plain)
+    assert torch.equal(off.output, plain.output)
+
+
+def test_unknown_labels_and_embeddings_are_refused():
+    images = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    counts = torch.ones(60, dtype=torch.int64)
+    counts[0] = 9
+    index = ReferenceIndex.build(images, labels=torch.arange(60) % 3, counts=counts)
+    x_t = torch.randn(2, 1, 4, 4)
+    with pytest.raises(ValueError, match="label 7 does not occur"):
+        MultiplicityGuidance(index)(prediction_of(x_t, 0.5, conditions=torch.tensor([0, 7])))
+    unlabelled = ReferenceIndex.build(images, counts=counts)
+    with pytest.raises(ValueError, match="needs an index with labels"):
+        MultiplicityGuidance(unlabelled)(prediction_of(x_t, 0.5, conditions=torch.tensor([0, 1])))
+    with pytest.raises(ValueError, match="strength"):
+        MultiplicityGuidance(index, strength=-1.0)
+
+
+def test_it_turns_a_duplicated_posterior_into_the_deduplicated_one():
+    """The optimal denoiser of the duplicated set, guided, samples as that of the unique set."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(40, 1, 4, 4, generator=generator) * 2 - 1
+    counts = torch.ones(40, dtype=torch.int64)
+    counts[:4] = 64
+    index = ReferenceIndex.build(images, counts=counts)
+    scheduler = DDIMScheduler(clip_sample=False)
+
+    def optimal(weights):
+        posterior = EmpiricalPosterior(images.flatten(1))
+
+        def denoiser(x_t, t, conditions):
+            alpha_bar = scheduler.alphas_cumprod[t]
+            logits = posterior.log_likelihood(x_t.flatten(1), alpha_bar) + weights.log()
+            x_0 = (torch.softmax(logits, dim=1) @ images.flatten(1)).reshape(x_t.shape)
+            return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+
+        return denoiser
+
+    noise = initial_noise(0, range(400), (1, 4, 4))
+    plain = sample(optimal(counts.float()), scheduler, noise, 30).images
+    guided = sample(
+        optimal(counts.float()), scheduler, noise, 30, guidance=MultiplicityGuidance(index)
+    ).images
+    oracle = sample(optimal(torch.ones(40)), scheduler, noise, 30).images
+    torch.testing.assert_close(guided, oracle, atol=5e-3, rtol=0)
+
+    def share(samples):
+        return (index.search(samples, 1).rows[:, 0] < 4).float().mean().item()
+
+    assert share(plain) > 0.7
+    assert share(guided) == pytest.approx(share(oracle), abs=0.01)

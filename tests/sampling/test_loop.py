@@ -1,0 +1,216 @@
+"""The denoising loop against plain diffusers, bit for bit, and guidance under every scheduler."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+
+from memfree.diffusion_math import alpha_bar_at
+from memfree.guidance import (
+    AntiMemorizationGuidance,
+    ConstantThreshold,
+    MultiplicityGuidance,
+    NormalizedL2,
+    Observer,
+)
+from memfree.retrieval import ReferenceIndex
+from memfree.sampling import sample
+from memfree.sampling.noise import draw, generators, initial_noise
+
+SCHEDULERS = {
+    "ddpm": lambda **kw: DDPMScheduler(**kw),
+    "ddim": lambda **kw: DDIMScheduler(clip_sample=False, **kw),
+    "dpmsolver++-karras": lambda **kw: DPMSolverMultistepScheduler(use_karras_sigmas=True, **kw),
+    "euler": lambda **kw: EulerDiscreteScheduler(**kw),
+    "unipc": lambda **kw: UniPCMultistepScheduler(**kw),
+    "pndm": lambda **kw: PNDMScheduler(**kw),
+}
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    net = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        num_class_embeds=4,
+    )
+    return net.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def denoiser(network):
+    def denoise(x_t, t, conditions):
+        labels = torch.full((len(x_t),), 3) if conditions is None else conditions
+        return network(x_t, t, class_labels=labels).sample
+
+    return denoise
+
+
+@pytest.fixture(scope="module")
+def index():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(70, 1, 8, 8, generator=generator) * 2 - 1
+    counts = torch.ones(70, dtype=torch.int64)
+    counts[:5] = 20
+    return ReferenceIndex.build(images, labels=torch.arange(70) % 3, counts=counts)
+
+
+def plain_loop(network, scheduler, noise, steps, sources, labels, guidance_scale):
+    """What a diffusers user writes by hand."""
+    scheduler.set_timesteps(steps)
+    x = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        x_in = scheduler.scale_model_input(x, t)
+        output = network(x_in, t, class_labels=labels).sample
+        if guidance_scale != 1:
+            null = network(x_in, t, class_labels=torch.full_like(labels, 3)).sample
+            output = null + guidance_scale * (output - null)
+        kwargs = {"generator": sources} if isinstance(scheduler, DDPMScheduler) else {}
+        x = scheduler.step(output, t, x, **kwargs).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_unguided_and_never_active_equal_plain_diffusers_bit_for_bit(
+    network, denoiser, index, name, guidance_scale
+):
+    labels = torch.tensor([0, 1, 2, 0])
+
+    def starts():
+        sources = generators(7, range(4))
+        return draw((1, 8, 8), sources), sources
+
+    noise, sources = starts()
+    expected = plain_loop(network, SCHEDULERS[name](), noise, 6, sources, labels, guidance_scale)
+    never = AntiMemorizationGuidance(
+        index, NormalizedL2(), ConstantThreshold(0.0), c1=1.0, c2=1.0, c3=9.0
+    )
+    for guidance in (None, Observer(index, NormalizedL2(), ConstantThreshold(0.0)), never):
+        noise, sources = starts()
+        result = sample(
+            denoiser, SCHEDULERS[name](), noise, 6, guidance, labels, guidance_scale, True, sources
+        )
+        assert torch.equal(result.images, expected)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_guidance_acts_under_every_scheduler_and_parameterisation(denoiser, index, name, kind):
+    if name == "pndm" and kind == "v_prediction":
+        pytest.skip("PNDM without the PLMS warm-up supports v only with skip_prk_steps")
+    scheduler = SCHEDULERS[name](prediction_type=kind)
+    noise = initial_noise(0, range(5), (1, 8, 8))
+    guidance = [
+        MultiplicityGuidance(index),
+        AntiMemorizationGuidance(
+            index,
+            NormalizedL2(),
+            ConstantThreshold(-2.0),
+            c1=1.0,
+            c2=1.0,
+            c3=5.0,
+            max_displacement=0.3,
+            final_correction=-1.9,
+        ),
+    ]
+    y = torch.tensor([0, 1, 2, 0, 1])
+    plain = sample(denoiser, scheduler, noise, 5, None, y, 2.0).images
+    result = sample(denoiser, scheduler, noise, 5, guidance, y, 2.0, trace=True)
+    assert torch.isfinite(result.images).all()
+    assert not torch.equal(result.images, plain)
+    assert len(result.trace["sigma"]) == len(result.trace["step"])
+    assert result.trace["active"].any()
+    # The last correction holds in what the sampler returns.
+    final = NormalizedL2()(index, result.images.clamp(-1, 1)).sigma
+    assert (final <= -1.9 + 1e-4).all()
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmsolver++-karras", "unipc"])
+def test_noise_level_comes_from_the_schedulers_sigmas(name):
+    scheduler = SCHEDULERS[name]()
+    scheduler.set_timesteps(7)
+    for step, t in enumerate(scheduler.timesteps):
+        sigma = float(scheduler.sigmas[step])
+        assert alpha_bar_at(scheduler, t, step).item() == pytest.approx(1 / (1 + sigma**2))
+
+
+def test_noise_level_of_ancestral_samplers_is_that_of_the_timestep():
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(7)
+    betas = np.linspace(1e-4, 0.02, 1000)
+    for step, t in enumerate(scheduler.timesteps):
+        expected = np.prod(1 - betas[: int(t) + 1])
+        assert alpha_bar_at(scheduler, t, step).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_sample_depends_on_seed_and_index_alone(denoiser, index):
+    guidance = [
+        MultiplicityGuidance(index),
+        AntiMemorizationGuidance(index, NormalizedL2(), ConstantThreshold(-1.5), c1=1.0, c3=5.0),
+    ]
+
+    def made(indices):
+        sources = generators(3, indices)
+        noise = draw((1, 8, 8), sources)
+        y = torch.tensor([i % 3 for i in indices])
+        return sample(
+            denoiser, DDPMScheduler(), noise, 5, guidance, y, 2.0, generators=sources
+        ).images
+
+    whole = made(range(6))
+    parts = torch.cat([made([0]), made([1, 2, 3]), made([4, 5])])
+    torch.testing.assert_close(whole, parts, atol=1 / 255, rtol=0)
+    assert torch.equal(
+        initial_noise(3, [4], (1, 8, 8))[0], initial_noise(3, range(6), (1, 8, 8))[4]
+    )
+    assert not torch.equal(initial_noise(3, [4], (1, 8, 8)), initial_noise(4, [4], (1, 8, 8)))
+
+
+def test_the_scheduler_is_not_changed_and_the_trace_has_a_row_a_sample_and_step(denoiser, index):
+    scheduler = DDIMScheduler()
+    observer = Observer(index, NormalizedL2(), ConstantThreshold(-0.7))
+    result = sample(
+        denoiser, scheduler, initial_noise(0, range(3), (1, 8, 8)), 4, observer, trace=True
+    )
+    assert scheduler.num_inference_steps is None
+    assert result.trace["sample"].tolist() == [0, 1, 2] * 4
+    assert result.trace["step"].tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert not result.trace["active"].any()
+    assert torch.isfinite(result.trace["sigma"]).all()
+    assert torch.isnan(result.trace["g_sim_norm"]).all()
+
+
+def test_nan_is_one_clear_error():
+    def broken(x_t, t, conditions):
+        return x_t * float("nan")
+
+    with pytest.raises(ValueError, match="NaN"):
+        sample(broken, DDIMScheduler(), torch.zeros(1, 1, 8, 8), 2)
+
+
+def test_works_inside_inference_mode(denoiser, index):
+    guidance = AntiMemorizationGuidance(
+        index, NormalizedL2(), ConstantThreshold(-2.0), c3=1.0, final_correction=-1.0
+    )
+    noise = initial_noise(0, range(2), (1, 8, 8))
+    y = torch.tensor([0, 1])
+    outside = sample(denoiser, DDIMScheduler(), noise, 4, guidance, y, 2.0).images
+    with torch.inference_mode():
+        inside = sample(denoiser, DDIMScheduler(), noise, 4, guidance, y, 2.0).images
+    assert torch.equal(outside, inside)
