@@ -1,0 +1,60 @@
+"""Read a finished evaluation folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from memfree.evaluation.records import HELDOUT, MetricTable, read_metrics
+from memfree.manifest import read_manifest
+
+
+class EvaluationFolder:
+    """What `memfree evaluate` wrote.
+
+    Args:
+        path: the folder.
+
+    Attributes:
+        manifest: its manifest.
+        metrics: its metrics.
+        subjects: names of the sample folders, the reference first.
+        reference: the subject that others are compared with.
+        paired: subjects that began with the reference's noise.
+        pictures: rows of ``pictures.parquet``.
+        trajectories: rows of ``trajectories.parquet``.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is unfinished, of another kind, or damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.manifest: dict[str, Any] = read_manifest(self.path, "evaluation")
+        self.metrics: MetricTable = read_metrics(self.path / "metrics.json")
+        self.reference: str = self.manifest["reference"]
+        names = list(self.manifest["samples"])
+        self.subjects = sorted(names, key=lambda name: name != self.reference)
+        self.paired = [name for name in self.subjects if name in self.manifest["paired"]]
+        self.pictures = self._table("pictures.parquet").to_pylist()
+        self.trajectories = self._table("trajectories.parquet").to_pylist()
+
+    def distances(self) -> dict[str, np.ndarray]:
+        """Per subject and for the test images: nL2 of every image, or −σ of another measure."""
+        table = self._table("per_sample.parquet")
+        subject = np.array(table["subject"].to_pylist())
+        values = -table["sigma"].to_numpy()
+        return {name: values[subject == name] for name in [*self.subjects, HELDOUT]}
+
+    def _table(self, name: str) -> pa.Table:
+        try:
+            return parquet.read_table(self.path / name)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(
+                f"{self.path / name} cannot be read; run `memfree evaluate` again"
+            ) from error

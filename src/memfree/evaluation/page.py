@@ -1,0 +1,323 @@
+"""What the report says: headline, strip of pictures, table, limits and how to make it again."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from memfree.evaluation.finished import EvaluationFolder
+from memfree.evaluation.plots import css_colours
+from memfree.evaluation.records import CHANGED, HELDOUT, Metric
+from memfree.evaluation.table import ROWS, Row, interval_text, number, percent, shown_rows
+
+SMALL_IMAGE = 64
+"""Images of fewer pixels a side are shown as squares and not smoothed."""
+
+
+def headline(folder: EvaluationFolder) -> tuple[Markup, str]:
+    """The one sentence, with the rates of copies, and the one below it, with their price."""
+    copies = {name: folder.metrics.get("copies", name) for name in folder.subjects}
+    first = copies[folder.reference]
+    assert first is not None
+    rest = [
+        f"<b>{_rate(found)}</b> with {escape(name)}"
+        for name, found in copies.items()
+        if found is not None and name != folder.reference
+    ]
+    sentence = (
+        f"<em>{_rate(first)}</em> of the {escape(folder.reference)} samples copy a training image"
+    )
+    if rest:
+        sentence += f"; {_listed(rest)}"
+    return Markup(sentence + "."), _lead(folder, first)
+
+
+def _lead(folder: EvaluationFolder, copies: Metric) -> str:
+    rate = copies.detail["false_positive_rate"]
+    held = folder.metrics.get("copies", HELDOUT)
+    parts = [
+        f"{copies.count} samples. A copy is nearer to a training image than all but "
+        f"{100 * rate:g} % of real images that were never trained on"
+        + (f"; of {held.count} others, {percent(held.value)} are called so." if held else ".")
+    ]
+    best = next((name for name in reversed(folder.subjects) if name in folder.paired), None)
+    for metric, what in (("frechet_efficientnet", "The distance to held-out images"),):
+        before = folder.metrics.get(metric, folder.reference)
+        after = folder.metrics.get(metric, best) if best else None
+        floor = folder.metrics.get(metric, HELDOUT)
+        if before and after and floor:
+            parts.append(
+                f"{what} goes from {number(before.value)} to {number(after.value)} with {best} "
+                f"(training images themselves: {number(floor.value)})."
+            )
+    return " ".join(parts)
+
+
+def _rate(found: Metric) -> str:
+    """A rate, with its upper limit where nothing was found."""
+    if found.value == 0 and found.high is not None:
+        return f"none of {found.count} (at most {percent(found.high)})"
+    return percent(found.value)
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def strip(folder: EvaluationFolder) -> dict[str, Any]:
+    """Rows of pictures: the reference's samples, their nearest training images, guided samples."""
+    if not folder.pictures:
+        return {"columns": [], "rows": []}
+    columns = sorted({row["column"] for row in folder.pictures})
+    cells = {(row["subject"], row["column"]): row for row in folder.pictures}
+    channels, height, width = folder.manifest["dataset"]["manifest"]["image_shape"]
+    order: list[tuple[str | None, str, str]] = [
+        (folder.reference, folder.reference, "sample"),
+        (None, "nearest training image", "of the sample above"),
+        *((name, name, "same noise") for name in folder.paired),
+    ]
+    rows = [
+        {
+            "label": label,
+            "note": note,
+            "cells": [_cell(cells[subject, column]) for column in columns],
+        }
+        for subject, label, note in order
+    ]
+    return {
+        "columns": columns,
+        "rows": rows,
+        "aspect": f"{width} / {height}",
+        "small": max(height, width) < SMALL_IMAGE,
+        "caption": "Chosen by rule: the first copies among the samples, each of another training "
+        "image, then what is nearest to one. The second row is the training data itself.",
+    }
+
+
+def _cell(row: dict[str, Any]) -> dict[str, Any]:
+    source = row["subject"] is None
+    if source:
+        title = f"training image {row['key']}, {row['multiplicity']} records"
+    else:
+        verdict = "a copy" if row["copy"] else "not a copy"
+        title = f"sample {row['sample']}, {verdict}, σ = {row['sigma']:.3f}, nearest {row['key']}"
+    return {
+        "png": base64.b64encode(row["png"]).decode("ascii"),
+        "kind": "source" if source else "copy" if row["copy"] else "fine",
+        "title": title,
+        "badge": f"× {row['multiplicity']}" if source and row["multiplicity"] > 1 else "",
+    }
+
+
+def figures(folder: EvaluationFolder) -> dict[str, Any]:
+    """The table: rows of metrics, a column a subject, the held-out images last."""
+    colours = css_colours(folder.subjects)
+    columns = [
+        {"label": name, "note": _column_note(folder, name), "colour": colours[name], "held": False}
+        for name in folder.subjects
+    ]
+    columns.append({"label": "held out", "note": "real images", "colour": None, "held": True})
+    rows = []
+    for row in shown_rows(folder.metrics):
+        cells = [
+            _figure(folder, row, name, name == HELDOUT) for name in [*folder.subjects, HELDOUT]
+        ]
+        rows.append({"label": row.label, "note": _row_note(folder, row), "cells": cells})
+    return {
+        "columns": columns,
+        "rows": rows,
+        "caption": "The held-out column is what real images give that were never trained on: the "
+        "floor that a model without memorization would reach.",
+    }
+
+
+def _column_note(folder: EvaluationFolder, name: str) -> str:
+    count = len_of(folder, name)
+    return f"{count} samples, same noise" if name in folder.paired else f"{count} samples"
+
+
+def len_of(folder: EvaluationFolder, name: str) -> int:
+    """How many samples a subject has."""
+    return int(folder.manifest["samples"][name]["manifest"]["count"])
+
+
+def _row_note(folder: EvaluationFolder, row: Row) -> str:
+    if row.metric == "copies":
+        return f"{row.note} Here: {100 * folder.manifest['false_positive_rate']:g} %."
+    found = folder.metrics.get(row.metric, folder.reference)
+    count = found.detail.get("equal_count") if found else None
+    return f"{row.note} {count} images on each side." if count else row.note
+
+
+def _figure(folder: EvaluationFolder, row: Row, name: str, held: bool) -> dict[str, Any]:
+    found = folder.metrics.get(row.metric, name)
+    if found is None:
+        return {"value": "", "interval": "", "extra": "", "held": held}
+    extra = ""
+    if row.metric == "duplicated_share" and not held:
+        fair = folder.metrics.get("duplicated_fair_share", name)
+        extra = f"fair: {percent(fair.value)}" if fair else ""
+    return {
+        "value": row.show(found.value),
+        "interval": interval_text(found, row),
+        "extra": extra,
+        "held": held,
+    }
+
+
+def differences(folder: EvaluationFolder) -> dict[str, Any] | None:
+    """Paired differences to the reference, None where nothing is paired."""
+    rows = []
+    for row in ROWS:
+        cells = [folder.metrics.get(f"{row.metric}_difference", name) for name in folder.paired]
+        if any(cells):
+            rows.append({"label": row.label, "cells": [_difference(row, cell) for cell in cells]})
+    return {"columns": folder.paired, "rows": rows} if rows else None
+
+
+def _difference(row: Row, found: Metric | None) -> dict[str, str]:
+    if found is None:
+        return {"value": "", "interval": ""}
+    show = (lambda value: f"{100 * value:+.1f} points") if row.show is percent else _signed
+    interval = ""
+    if found.low is not None and found.high is not None:
+        interval = f"{show(found.low)} to {show(found.high)}"
+    return {"value": show(found.value), "interval": interval}
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value > 0 else '−' if value < 0 else ''}{number(abs(value))}"
+
+
+_CHANGES = {
+    "noise_0.05": "noise of standard deviation 0.05 (pixels in −1 … 1)",
+    "noise_0.1": "noise of 0.1",
+    "noise_0.2": "noise of 0.2",
+    "darker_20": "20 % less brightness",
+    "shifted_1": "a shift by one pixel",
+}
+
+
+def limits(folder: EvaluationFolder) -> list[str]:
+    """What the measures miss, with the figures that show it."""
+    found = []
+    for name, what in _CHANGES.items():
+        first = folder.metrics.get(f"copies_of_{name}", CHANGED)
+        second = folder.metrics.get(f"second_copies_of_{name}", CHANGED)
+        if first and second:
+            found.append(f"{what}: {percent(first.value)} and {percent(second.value)}")
+    lines = []
+    if found:
+        lines.append(
+            "Known copies, training images changed on purpose, are found by the first and by the "
+            "second measure at these rates: " + "; ".join(found) + ". What both miss is not "
+            "counted as a copy."
+        )
+    lines += [
+        "A copy is a whole image that is near as a whole. Copied parts, styles and contents, and "
+        "images mirrored or cropped, are not seen by pixel distance.",
+        "Only images in the reference index can be found. What a source holds twice under other "
+        "pixels counts as two images unless it was grouped.",
+        "No copy among n samples is no proof: the intervals say what rate is still possible.",
+        "Fréchet distances depend on extractor and count; compare them within this page only.",
+        "Intervals are over samples of one trained model. Another training gives another model.",
+    ]
+    return lines
+
+
+def facts(folder: EvaluationFolder) -> list[tuple[str, str]]:
+    """Data, index, samplers and versions, as name and value."""
+    data = folder.manifest["dataset"]["manifest"]
+    index = folder.manifest["index"]["manifest"]
+    made = folder.manifest["made_by"]
+    parts = data.get("parts", {})
+    shape = " × ".join(str(side) for side in data["image_shape"])
+    rows = [
+        (
+            "Data set",
+            f"{_source(data)}, images of {shape}, SHA-256 {folder.manifest['dataset']['hash']}",
+        ),
+        ("Parts", _parts(parts)),
+        ("Repeated on purpose", _plan(data)),
+        ("Index", f"{index.get('rows')} distinct images, {_feature(index)}, {index.get('metric')}"),
+    ]
+    for name in folder.subjects:
+        rows.append((f"Samples: {name}", _sampler(folder.manifest["samples"][name]["manifest"])))
+    versions = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
+    rows.append(("Software", f"Python {made['python']}, {versions}"))
+    rows.append(("Machine", str(made["device"])))
+    rows.append(("Commit", str(made.get("git_commit") or "not from a checkout")))
+    rows.append(("Evaluated", f"{made['created']}, seed {made['seed']}"))
+    return [(name, value) for name, value in rows if value]
+
+
+def _source(data: dict[str, Any]) -> str:
+    source = data.get("source", {})
+    licence = source.get("licence")
+    return f"{source.get('name', 'unknown source')}" + (f" ({licence})" if licence else "")
+
+
+def _parts(parts: dict[str, Any]) -> str:
+    texts = []
+    for name, part in parts.items():
+        images, records = part.get("images"), part.get("records")
+        same = records in (None, images)
+        texts.append(f"{name} {images}" + ("" if same else f" ({records} records)"))
+    return ", ".join(texts)
+
+
+def _plan(data: dict[str, Any]) -> str:
+    plan = data.get("plan", {})
+    repeated = data.get("repeated_images", 0)
+    if not repeated:
+        return "nothing"
+    factors = plan.get("ladder") or [plan.get("factor")]
+    kinds = ", ".join(plan.get("kinds", []))
+    return f"{repeated} images, {', '.join(f'× {factor}' for factor in factors)} ({kinds} copies)"
+
+
+def _feature(index: dict[str, Any]) -> str:
+    return str(index.get("features", {}).get("name", "features"))
+
+
+def _sampler(manifest: dict[str, Any]) -> str:
+    shown = ("mitigation", "scheduler", "steps", "guidance_scale", "seed", "count")
+    return ", ".join(
+        f"{name.replace('_', ' ')} {manifest[name]}"
+        for name in shown
+        if manifest.get(name) is not None
+    )
+
+
+def commands(folder: EvaluationFolder) -> str:
+    """The commands of data set, index, samples and evaluation, in order, each once."""
+    manifest = folder.manifest
+    made = [manifest["dataset"]["manifest"]["made_by"]]
+    made.append(manifest["index"]["manifest"]["made_by"])
+    made += [manifest["samples"][name]["manifest"]["made_by"] for name in folder.subjects]
+    made.append(manifest["made_by"])
+    lines = [_command(entry["command"]) for entry in made]
+    lines.append(f"memfree report --evaluation {shlex.quote(str(folder.path))}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _command(words: list[str]) -> str:
+    program = Path(words[0]).name
+    words = ["python", program, *words[1:]] if program.endswith(".py") else [program, *words[1:]]
+    return shlex.join(words)
+
+
+def settings(folder: EvaluationFolder) -> str:
+    """Everything the manifests say of how samples were drawn, as indented JSON."""
+    kept = {
+        name: entry["manifest"].get("settings", {})
+        for name, entry in folder.manifest["samples"].items()
+    }
+    return json.dumps(
+        {"plan": folder.manifest["dataset"]["manifest"].get("plan"), **kept}, indent=2
+    )

@@ -1,0 +1,91 @@
+"""`memfree report`: an evaluation as one HTML page, and a picture of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from rich.console import Console
+
+from memfree.evaluation import page
+from memfree.evaluation.finished import EvaluationFolder
+from memfree.evaluation.picture import write_picture
+from memfree.evaluation.plots import distance_chart, dose_chart, trajectory_chart
+from memfree.evaluation.records import HELDOUT
+from memfree.manifest import write_atomic
+
+
+def report(evaluation: Path, out: Path | None = None) -> None:
+    """Write an evaluation as one HTML page that needs no network, and a picture for a README.
+
+    The page holds the pictures, so it contains training images; share it as you would the data.
+
+    Args:
+        evaluation: folder that `memfree evaluate` wrote.
+        out: folder for index.html and picture.png; `report` in the evaluation's folder by default.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is unfinished, damaged, or no evaluation.
+    """
+    folder = EvaluationFolder(evaluation)
+    target = evaluation / "report" if out is None else out
+    text = render(folder)
+    write_atomic(target / "index.html", lambda path: _write(path, text))
+    write_atomic(target / "picture.png", lambda path: write_picture(folder, path))
+    Console().print(f"Written to {target / 'index.html'}; it contains training images.")
+
+
+def render(folder: EvaluationFolder) -> str:
+    """The page's HTML."""
+    environment = Environment(
+        loader=PackageLoader("memfree", "evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    headline, lead = page.headline(folder)
+    data = folder.manifest["dataset"]["manifest"]
+    source = data.get("source", {}).get("name", "images")
+    return environment.get_template("report.html").render(
+        title=Markup(headline).striptags(),
+        eyebrow=f"memorization of {source}, measured {folder.manifest['made_by']['created'][:10]} "
+        "· this page contains training images",
+        headline=headline,
+        lead=lead,
+        strip=page.strip(folder),
+        table=page.figures(folder),
+        differences=page.differences(folder),
+        reference=folder.reference,
+        charts=_charts(folder),
+        limits=page.limits(folder),
+        facts=page.facts(folder),
+        commands=page.commands(folder),
+        settings=page.settings(folder),
+    )
+
+
+def _charts(folder: EvaluationFolder) -> dict[str, Markup | str | None]:
+    main = folder.metrics.get("copies", HELDOUT)
+    assert main is not None
+    nl2 = folder.metrics.get("nl2_minimum", HELDOUT) is not None
+    what = "nL2 to the nearest training image" if nl2 else "negated similarity"
+    distance = distance_chart(folder.distances(), -main.detail["threshold"], what, folder.subjects)
+    measured = [*folder.paired] if folder.paired else []
+    subjects = [folder.reference, *measured]
+    trajectory = trajectory_chart(folder.trajectories, subjects, folder.reference)
+    dose = dose_chart(folder.metrics, folder.subjects)
+    rate = 100 * main.detail["false_positive_rate"]
+    return {
+        "trajectory": Markup(trajectory) if trajectory else None,
+        "dose": Markup(dose) if dose else None,
+        "distance": Markup(distance),
+        "distance_caption": f"Distance of every image to its nearest training image, by {what}. "
+        f"Left of the line are copies; {rate:g} % of held-out images are expected there.",
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
