@@ -82,7 +82,7 @@ def prepare(
     if records_per_shard < 1:
         raise ValueError(f"--records_per_shard {records_per_shard}: use 1 or more")
     height, width = (image_size, image_size) if not isinstance(image_size, tuple) else image_size
-    if min(height or 1, width or 1) < 1:
+    if height is not None and width is not None and min(height, width) < 1:
         raise ValueError(f"--image_size {image_size}: use 1 or more")
     recipe = {
         "source": source,

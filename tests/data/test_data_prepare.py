@@ -1,0 +1,366 @@
+"""The dataset folder: what is written, that it is repeatable, and that nothing else is touched."""
+
+import json
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from memfree.data import DatasetFolder, DuplicationPlan, PartSizes, prepare, workspace
+from memfree.data.records import Items
+from memfree.data.shards import ShardWriter
+
+SMALL = PartSizes(train=60, calibration=40, test=30, fit=20)
+PLAN = DuplicationPlan(images=4, factor=8)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_default_digits_split(tmp_path):
+    prepare(tmp_path / "out", plan=DuplicationPlan(images=16, factor=64))
+    folder = DatasetFolder(tmp_path / "out", verify=True)
+    parts = {name: folder.part(name) for name in ("train", "calibration", "test", "fit")}
+    assert [len(part) for part in parts.values()] == [500, 600, 500, 197]
+    assert folder.image_shape == (1, 8, 8) and folder.num_classes == 10
+    assert len({key for part in parts.values() for key in part.keys}) == 1797
+    groups = [set(part.groups) for part in parts.values()]
+    assert sum(len(group) for group in groups) == len(set.union(*groups))  # no group crosses
+    assert len(set.union(*groups)) == 1790  # nine pairs, see test_data_grouping
+    assert Counter(parts["train"].copies.tolist()) == {1: 484, 64: 16}
+    assert folder.manifest["parts"]["train"]["records"] == 484 + 16 * 64
+    digits = load_digits()
+    for part in parts.values():
+        numbers = [int(key.split("-")[1]) for key in part.keys]
+        expected = np.rint(digits.images[numbers] * (255 / 16)) / 127.5 - 1
+        assert part.images().dtype == torch.float32
+        assert np.abs(part.images()[:, 0].numpy() - expected).max() < 1e-6
+        assert part.labels.tolist() == digits.target[numbers].tolist()
+        assert part.captions is None
+
+
+def test_shards_are_what_webdataset_reads(digits_folder):
+    import webdataset as wds
+
+    shards = sorted(str(path) for path in digits_folder.glob("train-*.tar"))
+    assert len(shards) == 5
+    records = list(wds.WebDataset(shards, shardshuffle=False).decode("rgb8"))
+    train = DatasetFolder(digits_folder).part("train")
+    assert len(records) == 88
+    assert Counter(record["json"]["image_key"] for record in records) == dict(
+        zip(train.keys, train.copies.tolist(), strict=True)
+    )
+    labels = dict(zip(train.keys, train.labels.tolist(), strict=True))
+    group = dict(zip(train.keys, train.groups, strict=True))
+    images = dict(zip(train.keys, train.images(), strict=True))
+    for record in records:
+        meta = record["json"]
+        key = meta["image_key"]
+        assert int(record["cls"]) == meta["label"] == labels[key]
+        assert meta["group"] == group[key] and meta["caption"] is None
+        image = record["png"][..., 0] / 127.5 - 1
+        assert np.abs(image - images[key][0].numpy()).max() < 1e-6
+    repeated = Counter(train.copies.tolist())
+    assert repeated == {1: 56, 8: 4}
+    spread = Counter(path.split("/")[-1] for path in (record["__url__"] for record in records))
+    assert list(spread.values()) == [20, 20, 20, 20, 8]
+    copies = {key: [] for key in train.keys}
+    for position, record in enumerate(records):
+        copies[record["json"]["image_key"]].append((record["json"]["copy"], position))
+    for found in copies.values():
+        assert sorted(number for number, _ in found) == list(range(len(found)))
+    places = [position for found in copies.values() if len(found) == 8 for _, position in found]
+    assert max(places) - min(places) > 60  # spread over the shards
+
+
+def test_same_arguments_same_bytes(tmp_path, digits_folder):
+    prepare(tmp_path / "again", parts=SMALL, plan=PLAN, records_per_shard=20)
+    first, second = files(digits_folder), files(tmp_path / "again")
+    assert first.keys() == second.keys()
+    for name in first.keys() - {"manifest.json"}:
+        assert first[name] == second[name], name
+    prepare(
+        tmp_path / "other",
+        parts=SMALL,
+        plan=DuplicationPlan(images=4, factor=8, seed=1),
+        records_per_shard=20,
+    )
+    assert files(tmp_path / "other")["train-000000.tar"] != first["train-000000.tar"]
+    assert files(tmp_path / "other")["test-000000.tar"] == first["test-000000.tar"]
+    assert DatasetFolder(tmp_path / "other").hash != DatasetFolder(digits_folder).hash
+    assert DatasetFolder(tmp_path / "again").hash == DatasetFolder(digits_folder).hash
+
+
+def test_tars_carry_no_time_or_owner(digits_folder):
+    with tarfile.open(digits_folder / "train-000000.tar") as archive:
+        for member in archive:
+            assert (member.mtime, member.uid, member.gid, member.uname) == (0, 0, 0, "")
+
+
+def test_near_copies_are_images_of_their_own(tmp_path):
+    plan = DuplicationPlan(images=3, factor=10, kinds=["crop", "flip", "brightness", "jpeg"])
+    prepare(tmp_path / "out", parts=SMALL, plan=plan)
+    train = DatasetFolder(tmp_path / "out").part("train")
+    made = [key for key in train.keys if "~" in key]
+    assert int(train.copies.sum()) == 57 + 30 and len(made) > 15
+    assert train.keys[: len(train) - len(made)] == [key for key in train.keys if "~" not in key]
+    groups = dict(zip(train.keys, train.groups, strict=True))
+    assert all(groups[key] == groups[key.split("~")[0]] for key in made)
+    sizes = Counter()
+    for group, copies in zip(train.groups, train.copies.tolist(), strict=True):
+        sizes[group] += copies
+    assert sorted(sizes.values())[-4:] == [1, 10, 10, 10] or sorted(sizes.values())[-3:] == [10] * 3
+    pixels = {image.numpy().tobytes() for image in train.images()}
+    assert len(pixels) == len(train)  # distinct keys are distinct pixels
+
+
+def test_ladder(tmp_path):
+    plan = DuplicationPlan(ladder=[1, 2, 4, 16], images_per_factor=5, choice="balanced")
+    prepare(tmp_path / "out", parts=SMALL, plan=plan)
+    train = DatasetFolder(tmp_path / "out").part("train")
+    assert Counter(train.copies.tolist()) == {1: 45, 2: 5, 4: 5, 16: 5}
+
+
+@pytest.mark.parametrize("policy", ["same", "varied", "unique"])
+def test_labels_of_copies(tmp_path, policy):
+    plan = DuplicationPlan(images=2, factor=6, conditions=policy)
+    prepare(tmp_path / "out", parts=SMALL, plan=plan)
+    folder = DatasetFolder(tmp_path / "out")
+    train = folder.part("train")
+    conditions = train.conditions.to_pylist()
+    assert sum(row["count"] for row in conditions) == 58 + 12
+    own = dict(zip(train.keys, load_digits().target[_numbers(train.keys)], strict=True))
+    repeated = [key for key, n in zip(train.keys, train.copies, strict=True) if n == 6]
+    assert len(repeated) == 2
+    for key in repeated:
+        counts = {row["label"]: row["count"] for row in conditions if row["image_key"] == key}
+        assert sum(counts.values()) == 6
+        if policy == "same":
+            assert counts == {own[key]: 6}
+        elif policy == "varied":
+            assert counts[own[key]] == 1 and max(counts) < 10
+        else:
+            assert counts[own[key]] == 1 and min(set(counts) - {own[key]}) >= 10
+            assert set(counts.values()) == {1}
+    assert folder.num_classes == (20 if policy == "unique" else 10)
+
+
+def _numbers(keys):
+    return [int(key.split("-")[1]) for key in keys]
+
+
+@pytest.mark.parametrize("policy", ["same", "varied", "unique"])
+def test_captions_of_copies(tmp_path, make_shard, policy):
+    make_shard(tmp_path, 0, 40)
+    plan = DuplicationPlan(images=2, factor=4, conditions=policy)
+    prepare(tmp_path / "out", "shards", str(tmp_path), image_size=8, plan=plan)
+    folder = DatasetFolder(tmp_path / "out")
+    train = folder.part("train")
+    assert folder.num_classes is None and train.labels is None
+    own = {key: f"picture {key.split('/')[1]}" for key in train.keys}
+    for key, copies in zip(train.keys, train.copies.tolist(), strict=True):
+        found = [row for row in train.conditions.to_pylist() if row["image_key"] == key]
+        captions = Counter({row["caption"]: row["count"] for row in found})
+        assert sum(captions.values()) == copies
+        if copies == 1 or policy == "same":
+            assert captions == {own[key]: copies}
+        elif policy == "varied":
+            assert captions[own[key]] == 1 and set(captions) <= set(own.values())
+        else:
+            assert len(captions) == 4 and all(text.startswith(own[key]) for text in captions)
+
+
+def test_duplicates_of_the_source_stay_together(tmp_path, encode):
+    generator = np.random.default_rng(0)
+    source = tmp_path / "images"
+    for number in range(40):
+        pixels = generator.integers(0, 256, (16, 16, 3)).astype(np.uint8)
+        for label in ("a", "b") if number < 10 else ("a",):  # ten exact duplicates
+            (source / label).mkdir(parents=True, exist_ok=True)
+            (source / label / f"{number}.png").write_bytes(encode(pixels))
+        if 10 <= number < 20:  # ten mirrored
+            (source / "b" / f"{number}.png").write_bytes(encode(pixels[:, ::-1]))
+    prepare(tmp_path / "out", "folder", str(source), seed=3)
+    folder = DatasetFolder(tmp_path / "out")
+    manifest = folder.manifest
+    assert manifest["grouping"]["exact_duplicates"] == 10
+    assert manifest["grouping"]["near_pairs"] == 10
+    parts = {name: folder.part(name) for name in ("train", "calibration", "test", "fit")}
+    for first, second in ((a, b) for a in parts for b in parts if a < b):
+        assert not set(parts[first].groups) & set(parts[second].groups)
+    assert sum(manifest["parts"][name]["records"] for name in parts) == 60
+    assert [manifest["parts"][name]["records"] for name in parts] == [42, 6, 6, 6]
+    copies = Counter(n for part in parts.values() for n in part.copies.tolist())
+    assert copies == {1: 40, 2: 10}
+    two = [row for row in folder.conditions.to_pylist() if row["image_key"] == "a/3.png"]
+    assert sorted((row["label"], row["count"]) for row in two) == [(0, 1), (1, 1)]
+
+
+def test_our_own_shards_are_a_source(tmp_path, digits_folder):
+    prepare(
+        tmp_path / "out",
+        "shards",
+        str(digits_folder / "train-*.tar"),
+        parts=PartSizes(train=50, calibration=10, test=10, fit=10),
+    )
+    manifest = DatasetFolder(tmp_path / "out").manifest
+    assert manifest["grouping"]["exact_duplicates"] == 28
+    assert manifest["grouping"]["source_images"] == 88
+    assert manifest["num_classes"] == 10
+
+
+def test_same_command_again_says_so(tmp_path, capsys):
+    prepare(tmp_path / "out", parts=SMALL)
+    before = files(tmp_path / "out")
+    prepare(tmp_path / "out", parts=SMALL)
+    assert "already prepared" in capsys.readouterr().err
+    assert files(tmp_path / "out") == before
+
+
+def test_another_data_set_is_not_overwritten(tmp_path):
+    prepare(tmp_path / "out", parts=SMALL)
+    before = files(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds another data set; .* --overwrite"):
+        prepare(tmp_path / "out", parts=SMALL, seed=1)
+    assert files(tmp_path / "out") == before
+    prepare(tmp_path / "out", parts=SMALL, seed=1, overwrite=True)
+    assert files(tmp_path / "out") != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_other_folders_are_never_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="exists and is not a dataset folder"):
+        prepare(tmp_path / "out", parts=SMALL, overwrite=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="exists and is not a dataset folder"):
+        prepare(tmp_path / "file", parts=SMALL, overwrite=True)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_stopped_run_leaves_nothing_and_begins_again(tmp_path, monkeypatch):
+    write = ShardWriter.write
+
+    def interrupted(self, part, *arguments):
+        if part == "test":
+            raise KeyboardInterrupt
+        write(self, part, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "out", parts=SMALL)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    prefix = f".out.{workspace.socket.gethostname()}-"
+    left = tmp_path / f"{prefix}4194304999.partial"  # of a killed process: no such number exists
+    left.mkdir()
+    (left / "train-000000.tar").write_bytes(b"half")
+    alive = tmp_path / f"{prefix}1.partial"  # of a process that runs
+    alive.mkdir()
+    prepare(tmp_path / "out", parts=SMALL)
+    assert not left.exists() and alive.exists()
+    DatasetFolder(tmp_path / "out", verify=True)
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OSError, match="needs about .* MB, but only"):
+        prepare(tmp_path / "out", parts=SMALL)
+    monkeypatch.undo()
+
+    def full(self, *arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "write", full)
+    with pytest.raises(OSError, match=r"the disk of .*out is full; nothing was left"):
+        prepare(tmp_path / "out", parts=SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_broken_images_are_counted(tmp_path, encode):
+    generator = np.random.default_rng(0)
+    source = tmp_path / "images"
+    source.mkdir()
+    for number in range(20):
+        pixels = generator.integers(0, 256, (8, 8)).astype(np.uint8)
+        (source / f"{number:02d}.png").write_bytes(encode(pixels))
+    (source / "07.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"07.png: not a PNG"):
+        prepare(tmp_path / "out", "folder", str(source))
+    assert not (tmp_path / "out").exists()
+    prepare(tmp_path / "out", "folder", str(source), on_error="skip")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["skipped"]["count"] == 1 and "07.png" in manifest["skipped"]["first"][0]
+    assert manifest["grouping"]["source_images"] == 19
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parts": PartSizes(train=5000)}, "the parts want"),
+        ({"records_per_shard": 0}, "--records_per_shard 0"),
+        ({"image_size": 0}, "--image_size 0"),
+        ({"plan": DuplicationPlan(images=501, factor=2)}, "--plan wants to repeat 501 images"),
+    ],
+)
+def test_bad_options(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(tmp_path / "out", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_part_without_room_for_any_group_is_refused(tmp_path, encode):
+    source = tmp_path / "images"
+    source.mkdir()
+    for number in range(20):  # all the same
+        (source / f"{number:02d}.png").write_bytes(encode(np.eye(8, dtype=np.uint8) * 255))
+    with pytest.raises(ValueError, match="no group of images is small enough"):
+        prepare(tmp_path / "out", "folder", str(source))
+
+
+def test_any_size_and_channels(tmp_path, encode):
+    generator = np.random.default_rng(0)
+    source = tmp_path / "images"
+    source.mkdir()
+    for number in range(12):
+        pixels = generator.integers(0, 256, (20 + number, 31, 4)).astype(np.uint8)
+        (source / f"{number:02d}.png").write_bytes(encode(pixels))
+    prepare(
+        tmp_path / "out",
+        "folder",
+        str(source),
+        image_size=(6, 10),
+        channels=2,
+        parts=PartSizes(train=6, calibration=2, test=2, fit=2),
+    )
+    folder = DatasetFolder(tmp_path / "out")
+    assert folder.image_shape == (2, 6, 10)
+    assert folder.part("train").images().shape == (6, 2, 6, 10)
+
+
+def test_index_points_at_the_images(digits_folder):
+    table = pq.read_table(digits_folder / "records.parquet").to_pylist()
+    assert Counter(row["part"] for row in table) == {
+        "train": 88,
+        "calibration": 40,
+        "test": 30,
+        "fit": 20,
+    }
+    for row in table[::7]:
+        data = (digits_folder / row["shard"]).read_bytes()
+        assert data[row["offset"] :][:8] == b"\x89PNG\r\n\x1a\n"
+        assert data[row["offset"] + row["size"] - 8 :][:4] == b"IEND"
+
+
+def test_items_agree_with_records(digits_folder):
+    items = pq.read_table(digits_folder / "items.parquet")
+    records = pq.read_table(digits_folder / "records.parquet")
+    assert items.column_names == ["image_key", "group", "copies", "part"]
+    assert Counter(records["row"].to_pylist()) == dict(enumerate(items["copies"].to_pylist()))
+    assert Items().copies() == []
