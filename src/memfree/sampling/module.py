@@ -19,6 +19,9 @@ from memfree.sampling.run import SampleRun
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
 
+ORPHAN_WAIT = 60.0
+"""Seconds in which a rank of a killed run should have noticed that it is alone."""
+
 
 @dataclass
 class SampleBatch:
@@ -56,9 +59,6 @@ class SamplingModule(LightningModule):
     Raises:
         ValueError: guidance settings are given without an index.
     """
-
-    # On resumption a rank may have nothing left to do.
-    allow_zero_length_dataloader_with_multiple_devices = True
 
     def __init__(
         self,
@@ -143,10 +143,10 @@ class SampleIndices(LightningDataModule):
         batch_size: samples drawn together on a device.
     """
 
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(self, run: SampleRun, batch_size: int) -> None:
         super().__init__()
+        # On resumption a rank may have nothing left to do.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         self.run = run
         self.batch_size = batch_size
         self.missing: list[int] = []
@@ -154,7 +154,7 @@ class SampleIndices(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Lock this rank's shards; let rank 0 clean up and say what is missing."""
         assert self.trainer is not None
-        self.run.lock(self.trainer.global_rank)
+        self.run.lock(self.trainer.global_rank, wait=ORPHAN_WAIT)
         self.trainer.strategy.barrier("all locks are held")
         if self.trainer.is_global_zero:
             self.run.clean_up()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -101,8 +102,13 @@ class SampleRun:
         """Whether the manifest is there, which is written when no sample is missing."""
         return (self.folder / "manifest.json").is_file()
 
-    def lock(self, rank: int) -> None:
+    def lock(self, rank: int, wait: float = 0.0) -> None:
         """Keep others from writing this rank's shards until this process ends, however it ends.
+
+        Args:
+            rank: the rank of this process.
+            wait: seconds to wait for another process to end: a rank whose launcher was killed
+                notices only after its batch.
 
         Raises:
             ValueError: another process writes them.
@@ -110,16 +116,21 @@ class SampleRun:
         if fcntl is None or rank in self._locks:
             return
         file = open(self.folder / f".lock-{rank:03d}", "w", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise ValueError(
-                f"another process is writing samples to --out {self.folder}; wait for it or stop it"
-            ) from error
-        except OSError:  # a file system without locks
-            file.close()
-            return
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    file.close()
+                    raise ValueError(
+                        f"another process is writing samples to --out {self.folder}; wait for it "
+                        "or stop it"
+                    ) from error
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
         self._locks[rank] = file
 
     def release(self) -> None:

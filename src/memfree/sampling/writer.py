@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,12 @@ class SampleWriter(Callback):
         self.batches_per_shard = batches_per_shard
         self._pending: list[SampleBatch] = []
         self._shard = 0
+        self._parent = os.getppid()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue behind the shards that this rank has written before."""
         self._shard = self.run.next_shard(trainer.global_rank)
+        self._parent = os.getppid()
         self._pending = []
 
     def on_predict_batch_end(
@@ -87,6 +90,9 @@ class SampleWriter(Callback):
         self._pending.append(outputs)
         if len(self._pending) >= self.batches_per_shard:
             self._flush(trainer, pl_module)
+        # Ranks do not talk while they sample: without this, those of a killed run would go on.
+        if trainer.global_rank > 0 and os.getppid() != self._parent:
+            raise ValueError("the process that started this one has ended; stopping")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last shard."""
