@@ -49,6 +49,10 @@ class Checkpoints(ModelCheckpoint):
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
+        # Lightning would keep the one that this run was resumed from for ever.
+        return previous != current
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the folder itself says which checkpoint is the newest."""
         return {}

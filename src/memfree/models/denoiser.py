@@ -83,7 +83,7 @@ def load_model(folder: Path) -> LoadedModel:
     if image_shape != expected or embeddings != (None if num_classes is None else num_classes + 1):
         raise ValueError(f"{folder}: manifest.json and {DIFFUSERS_NAME}/unet are of two models")
     return LoadedModel(
-        denoiser=Denoiser(network.eval().requires_grad_(False), num_classes),
+        denoiser=Denoiser(network, num_classes).eval().requires_grad_(False),
         scheduler=scheduler,
         image_shape=expected,
         num_classes=num_classes,
@@ -96,7 +96,13 @@ def _load_network(folder: Path) -> Any:
         raise ValueError(f"{folder} holds no network: train the model again or copy it whole")
     try:
         # Safetensors only: a pickle from a stranger could execute code.
-        return UNet2DModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        return UNet2DModel.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            # The default needs accelerate, and asks for it at every load where that is missing.
+            low_cpu_mem_usage=False,
+        )
     except Exception as error:
         raise ValueError(f"{folder} cannot be read as a diffusers network: {error}") from error
 
