@@ -137,15 +137,16 @@ def test_small_memory_bounds_change_nothing(monkeypatch):
         assert torch.equal(whole.scores, parts.scores)
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_fast_matrix_products_of_the_user_change_nothing(precision):
     vectors, group, queries = case("near", "l2")
     exact = References(vectors, Groups.of(group), "l2").search(queries, 20)
+    matmul, before = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
     try:
-        torch.set_float32_matmul_precision(precision)
+        matmul.fp32_precision = precision
         found = References(vectors, Groups.of(group), "l2").search(queries, 20)
     finally:
-        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = before
     assert torch.equal(exact.rows, found.rows)
     assert torch.equal(exact.scores, found.scores)
 
@@ -226,3 +227,19 @@ def test_backends_of_an_index_agree():
     assert other._faiss is not None
     assert torch.equal(expected.rows, found.rows)
     assert torch.equal(expected.scores, found.scores)
+
+
+def test_far_queries_keep_few_candidates(monkeypatch):
+    """An unclamped clean estimate at high noise is far away; its search must not score all rows."""
+    vectors = torch.randn(5000, 48, generator=torch.Generator().manual_seed(0))
+    references = References(vectors, Groups.of(torch.arange(5000)), "l2")
+    scored = []
+    select = references.select
+    monkeypatch.setattr(
+        references,
+        "select",
+        lambda q, query, row, k: scored.append(len(row)) or select(q, query, row, k),
+    )
+    for scale in (1, 1e3, 1e6):
+        references.search(scale * vectors[:10], 20)
+    assert max(scored) < 10 * 30

@@ -48,7 +48,7 @@ class FaissReferences:
         if wanted < k:
             return refs.search(queries, k)
         costs, rows = self._candidates(queries, wanted)
-        limit = self._kth_group(costs, rows, k) + 2 * refs.error(queries)
+        limit = self._kth_group(costs, rows, k) + 2 * self._error(queries)
         certain = (limit < costs[:, -1:]).squeeze(1) | (wanted == size)
         # Columns beyond the limit are no candidates; of uncertain queries, none are kept.
         keep = (costs <= limit) & certain[:, None]
@@ -73,6 +73,14 @@ class FaissReferences:
         if refs.metric == "cosine":
             return -costs, rows
         return costs - centred.square().sum(1, keepdim=True), rows
+
+    def _error(self, queries: Tensor) -> Tensor:
+        """As ``References.error``; FAISS also rounds the query's own square."""
+        refs = self.references
+        if refs.metric == "cosine":
+            return refs.error(queries)
+        square = (queries - refs.centre).square().sum(1, keepdim=True)
+        return refs.error(queries) + 2.0**-20 * square
 
     def _kth_group(self, costs: Tensor, rows: Tensor, k: int) -> Tensor:
         """Approximate cost (B, 1) of the k-th distinct group; infinite if there are fewer."""

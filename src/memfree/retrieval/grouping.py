@@ -74,13 +74,15 @@ def near_copies(images: Tensor) -> np.ndarray:
         * dimension**0.5
     )  # (N,)
     basis = _principal_directions(vectors[:: max(1, count // 1000)])
-    short = vectors @ basis
+    short = (vectors - vectors.mean(0)) @ basis
     found = [np.zeros((0, 2), dtype=np.int64)]
+    squares = short.square().sum(1)
+    # Slack for the rounding of expanded squares in float32.
+    limit = radius.square() * 1.001 + 1e-5 * squares.max() - squares
     for rows in torch.arange(count).split(256):
-        limit = torch.minimum(radius[rows, None], radius[rows[0] :][None])
-        # Slack for float32: cdist without a matrix product is exact to a few ulp of the values.
-        near = _distances(short[rows], short[rows[0] :]) <= limit * 1.001 + 1e-4
-        first, second = torch.nonzero(near, as_tuple=True)
+        later = slice(int(rows[0]), None)
+        apart = torch.addmm(squares[later], short[rows], short[later].T, alpha=-2)
+        first, second = torch.nonzero(apart <= limit[rows, None], as_tuple=True)
         first, second = first + rows[0], second + rows[0]
         first, second = first[first < second], second[first < second]
         for part in torch.arange(len(first)).split(max(1, (1 << 24) // dimension)):
@@ -96,10 +98,3 @@ def _principal_directions(sample: Tensor, count: int = 32) -> Tensor:
     centred = (sample - sample.mean(0)).to(torch.float64)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     return directions[:count].T.to(torch.float32)
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances (A, B) of low-dimensional vectors, by float64 expanded squares."""
-    a, b = a.to(torch.float64), b.to(torch.float64)
-    squares = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
-    return squares.clamp_min_(0).sqrt_()

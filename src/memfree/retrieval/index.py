@@ -6,20 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from memfree.retrieval.building import assemble
 from memfree.retrieval.features import Features, Metric, PixelFeatures
-from memfree.retrieval.grouping import (
-    content_hashes,
-    joined,
-    joined_by_copies,
-    near_copies,
-    numbered,
-)
 from memfree.retrieval.items import Items
-from memfree.retrieval.origin import Origin, check_images
+from memfree.retrieval.origin import Origin
 from memfree.retrieval.search import Groups, Hits, References
 
 if TYPE_CHECKING:
@@ -114,30 +107,8 @@ class ReferenceIndex:
                     "give images only"
                 )
             origin = Origin.of_dataset(_opened(images))
-        hashes, parts, shape = [], [], None
-        for batch in origin.batches(batch_size):
-            check_images(batch)
-            hashes += content_hashes(batch)
-            parts.append(features.embed(batch, batch_size).cpu())
-            shape = batch.shape
-            if advance is not None:
-                advance(len(batch))
-        assert shape is not None and len(hashes) == len(origin.keys)
-        row = numbered(hashes)
-        kept = torch.from_numpy(np.unique(row, return_index=True)[1])
-        if origin.groups is not None:
-            group = joined_by_copies(row, origin.groups)
-        else:
-            assert isinstance(images, Tensor)  # a dataset folder declares groups
-            group = joined(len(kept), near_copies(images[kept]))
-        vectors = torch.cat(parts)
-        return cls(
-            vectors if len(kept) == len(vectors) else vectors[kept],
-            features.cpu(),
-            Items.merged(origin, row, group),
-            (shape[1], shape[2], shape[3]),
-            origin.dataset_hash,
-        )
+        vectors, items, image_shape = assemble(origin, features, batch_size, advance)
+        return cls(vectors, features.cpu(), items, image_shape, origin.dataset_hash)
 
     @property
     def metric(self) -> Metric:

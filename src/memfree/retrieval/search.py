@@ -143,11 +143,12 @@ class References:
         The probabilistic bound of a D-term product, u·√D·‖q‖·‖r‖ (Higham and Mary, 2019), times a
         generous constant, with u the rounding unit of the device's matrix products.
         """
-        factor = 8 * _rounding_unit() * (self.vectors.shape[1] ** 0.5 + 1)
+        factor = 8 * _rounding_unit(queries.device) * (self.vectors.shape[1] ** 0.5 + 1)
         if self.metric == "cosine":
             return queries.new_full((len(queries), 1), factor)
-        size = torch.linalg.vector_norm(queries - self.centre, dim=1, keepdim=True)
-        return factor * (size + self.squared_norms.max().sqrt()).square()
+        query = torch.linalg.vector_norm(queries - self.centre, dim=1, keepdim=True)
+        reference = self.squared_norms.max().sqrt()
+        return factor * reference * (2 * query + reference)
 
     def _best_of_group(self, costs: Tensor) -> Tensor:
         """Lowest cost of each group (B, groups)."""
@@ -205,8 +206,10 @@ def _mean(vectors: Tensor) -> Tensor:
     return (total / len(vectors)).to(torch.float32)
 
 
-def _rounding_unit() -> float:
-    """Relative error of one operation in a float32 matrix product under the user's setting."""
-    return {"highest": 2.0**-24, "high": 2.0**-11}.get(
-        torch.get_float32_matmul_precision(), 2.0**-8
-    )
+def _rounding_unit(device: torch.device) -> float:
+    """Relative error of one operation in a float32 matrix product under the user's settings."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    precision = backend.matmul.fp32_precision
+    if precision == "none":
+        precision = torch.backends.fp32_precision
+    return {"tf32": 2.0**-11, "bf16": 2.0**-8}.get(precision, 2.0**-24)

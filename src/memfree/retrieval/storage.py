@@ -69,7 +69,7 @@ def save(index: ReferenceIndex, folder: Path, overwrite: bool = False) -> None:
     )
     check_free_space(folder, index.vectors.numel() * 4 + 100 * len(index) + (1 << 20))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
