@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -107,8 +108,9 @@ class ForeignBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        offset, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        number, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         epoch, start = self.epoch, self.start
+        offset = (start + number) % step  # the loader asks worker 0 first, also after a resume
         skipped: list[str] = []
         unit = self._rank * step + offset
         records = self._records(epoch, unit, self._world_size * step, skipped)
@@ -137,34 +139,32 @@ class ForeignBatches(IterableDataset[Batch]):
             skipped.append(message)
             warnings.warn(f"skipped: {message}", stacklevel=2)
 
-        def plain() -> Iterator[TarRecord]:
-            turn = 0
-            while True:
-                generator = np.random.Generator(np.random.PCG64([self._seed, epoch, turn, 10]))
-                order = generator.permutation(len(self._shards))
-                shared = len(self._shards) < units
-                mine = order if shared else order[unit::units]
-                found = 0
-                for shard in mine.tolist():
-                    handler = broken if self._on_error == "skip" else None
-                    for number, record in enumerate(read_shard(self._shards[shard], handler)):
-                        found += 1
-                        if not shared or number % units == unit:
-                            yield record
-                if not found:
-                    raise ValueError(f"no readable record in {len(mine)} shards")
-                turn += 1
+        def one_pass(turn: int) -> Iterator[TarRecord]:
+            generator = np.random.Generator(np.random.PCG64([self._seed, epoch, turn, 10]))
+            order = generator.permutation(len(self._shards))
+            shared = len(self._shards) < units
+            mine = order if shared else order[unit::units]
+            handler = broken if self._on_error == "skip" else None
+            found = 0
+            for shard in mine.tolist():
+                for number, record in enumerate(read_shard(self._shards[shard], handler)):
+                    found += 1
+                    if not shared or (number + turn) % units == unit:
+                        yield record
+            if not found:
+                raise ValueError(f"no readable record in {len(mine)} shards")
 
         buffer = max(self._options.shuffle_buffer, 1)
-        rng = random.Random(f"{self._seed} {epoch} {unit}")
-        return _shuffle(plain(), buffer, buffer, rng)
+        for turn in count():
+            rng = random.Random(f"{self._seed} {epoch} {turn} {unit}")
+            yield from _shuffle(one_pass(turn), buffer, buffer, rng)
 
     def _batch(
-        self, records: Iterator[TarRecord], count: int, flips: np.ndarray, skipped: list[str]
+        self, records: Iterator[TarRecord], size: int, flips: np.ndarray, skipped: list[str]
     ) -> Batch:
         images: list[np.ndarray] = []
         taken: list[TarRecord] = []
-        while len(taken) < count:
+        while len(taken) < size:
             record = next(records)
             try:
                 pixels = self._decode(record)
@@ -180,7 +180,7 @@ class ForeignBatches(IterableDataset[Batch]):
         batch: Batch = {
             "image": to_float(torch.from_numpy(np.stack(images))),
             "key": [record.image_key or record.name for record in taken],
-            "row": torch.full((count,), -1),
+            "row": torch.full((size,), -1),
         }
         if self._options.num_classes:
             batch["label"] = torch.tensor([record.label for record in taken])

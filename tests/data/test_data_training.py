@@ -1,0 +1,219 @@
+"""The data module and the exposure counter in Lightning: resume, two ranks, refusals."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import lightning
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from memfree.data import DatasetFolder, ExposureCounter, ShardDataModule, StreamOptions
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+class Recorder(lightning.LightningModule):
+    """Trains one number and notes every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch_idx, batch["key"]))
+        return (self.weight - batch["image"].mean()).square() * batch["weight"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(data, folder, steps=-1, epochs=-1, checkpoint=None, every=None, checkpoints=()):
+    """Train; returns the recorder, whose ``seen`` is what this call trained on."""
+    module = Recorder()
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        max_epochs=epochs,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[ExposureCounter(), *checkpoints],
+    )
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    return module
+
+
+def by_step(folder, steps):
+    return ModelCheckpoint(
+        folder,
+        "step{step}",
+        every_n_train_steps=steps,
+        save_top_k=-1,
+        auto_insert_metric_name=False,
+    )
+
+
+def exposures(folder):
+    return pq.read_table(folder / "exposures.parquet")
+
+
+@pytest.fixture(scope="module")
+def whole(digits_folder, tmp_path_factory):
+    """20 steps in epochs of 6 batches, with checkpoints at steps 4, 8, 12, 16 and epochs' ends."""
+    folder = tmp_path_factory.mktemp("whole")
+    ends = ModelCheckpoint(folder, "epoch{epoch}", save_top_k=-1, auto_insert_metric_name=False)
+    data = ShardDataModule(str(digits_folder), batch_size=16)
+    module = fit(data, folder, steps=20, checkpoints=[by_step(folder, 4), ends])
+    return folder, module
+
+
+def test_epochs_are_whole(whole, digits_folder):
+    _, module = whole
+    train = DatasetFolder(digits_folder).part("train")
+    for epoch in range(3):
+        keys = Counter(key for e, _, batch in module.seen if e == epoch for key in batch)
+        assert keys == dict(zip(train.keys, train.copies.tolist(), strict=True))
+    assert [len(batch) for e, _, batch in module.seen if e == 1] == [14, 15, 15, 14, 15, 15]
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [(f"step{step}", 0) for step in (4, 8, 12, 16)]
+    + [("epoch0", 0), ("epoch1", 0), ("step8", 2), ("epoch0", 2)],
+)
+def test_resumed_run_sees_the_rest(whole, digits_folder, tmp_path, name, workers):
+    folder, module = whole
+    data = ShardDataModule(str(digits_folder), batch_size=16, num_workers=workers)
+    resumed = fit(data, tmp_path, steps=20, checkpoint=folder / f"{name}.ckpt")
+    done = {"epoch0": 6, "epoch1": 12}.get(name) or int(name[4:])
+    assert resumed.seen == module.seen[done:]
+    assert torch.equal(resumed.weight, module.weight)
+    assert exposures(tmp_path).equals(exposures(folder))
+
+
+def test_exposures(whole, digits_folder):
+    folder, module = whole
+    table = exposures(folder)
+    assert table.column_names == ["image_key", "group", "copies", "exposures"]
+    counted = Counter(key for _, _, batch in module.seen for key in batch)
+    found = dict(zip(table["image_key"].to_pylist(), table["exposures"].to_pylist(), strict=True))
+    assert {key: count for key, count in found.items() if count} == counted
+    train = set(DatasetFolder(digits_folder).part("train").keys)
+    assert all(found[key] == 0 for key in found.keys() - train)
+
+
+def test_exposures_of_foreign_shards(tmp_path, make_shard):
+    make_shard(tmp_path, 0, 10)
+    options = StreamOptions(epoch_records=10, image_size=8)
+    data = ShardDataModule(str(tmp_path / "*.tar"), batch_size=4, stream=options)
+    fit(data, tmp_path, epochs=1, checkpoints=[by_step(tmp_path, 2)])
+    assert exposures(tmp_path)["exposures"].to_pylist() == [1] * 10
+    fit(data, tmp_path, epochs=2, checkpoint=tmp_path / "step2.ckpt")
+    assert exposures(tmp_path)["exposures"].to_pylist() == [2] * 10
+
+
+def test_another_dataset_seed_or_batch_is_refused(whole, digits_folder, tmp_path):
+    from memfree.data import PartSizes, prepare
+
+    folder, _ = whole
+    checkpoint = folder / "step8.ckpt"
+    prepare(tmp_path / "other", parts=PartSizes(train=88), seed=9)
+    with pytest.raises(ValueError, match="trained on another dataset than .*other"):
+        data = ShardDataModule(str(tmp_path / "other"), batch_size=16)
+        fit(data, tmp_path, steps=20, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="trained with --data.seed 0, not 1"):
+        data = ShardDataModule(str(digits_folder), batch_size=16, seed=1)
+        fit(data, tmp_path, steps=20, checkpoint=checkpoint)
+    data = ShardDataModule(str(digits_folder), batch_size=8)
+    with pytest.raises(ValueError, match="batches of 16 records on all ranks, now they have 8"):
+        fit(data, tmp_path, steps=20, checkpoint=checkpoint)
+
+
+def test_another_batch_size_after_a_whole_epoch(whole, digits_folder, tmp_path):
+    folder, _ = whole
+    data = ShardDataModule(str(digits_folder), batch_size=22)
+    resumed = fit(data, tmp_path, epochs=2, checkpoint=folder / "epoch0.ckpt")
+    assert [(epoch, batch) for epoch, batch, _ in resumed.seen] == [(1, i) for i in range(4)]
+    assert sum(len(keys) for _, _, keys in resumed.seen) == 88
+
+
+def test_bad_options(digits_folder):
+    with pytest.raises(ValueError, match="--data.batch_size 0"):
+        ShardDataModule(str(digits_folder), batch_size=0)
+    with pytest.raises(ValueError, match="--data.num_workers -1"):
+        ShardDataModule(str(digits_folder), num_workers=-1)
+
+
+def test_exposures_need_our_data(tmp_path):
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        logger=False,
+        max_steps=1,
+        callbacks=[ExposureCounter()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(ValueError, match="batches of a ShardDataModule only"):
+        trainer.fit(Recorder(), torch.utils.data.DataLoader([1], batch_size=1))
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import lightning, torch
+sys.path.insert(0, {tests!r})
+from test_data_training import Recorder, by_step
+from memfree.data import ExposureCounter, ShardDataModule
+
+data_folder, out = sys.argv[1], Path(sys.argv[2])
+for run, (steps, checkpoint) in enumerate([(4, None), (12, out / "step4.ckpt")]):
+    data = ShardDataModule(data_folder, batch_size=8)
+    module = Recorder()
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=steps, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
+        callbacks=[ExposureCounter(), by_step(out, 4)],
+    )
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    seen = {{"seen": module.seen, "weight": float(module.weight.detach())}}
+    (out / f"run{{run}}-rank{{trainer.global_rank}}.json").write_text(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks(digits_folder, tmp_path, whole):
+    """Stopped within an epoch and resumed: what one rank with the double batch trains on."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent))))
+    subprocess.run(
+        [sys.executable, script, digits_folder, tmp_path],
+        check=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    ranks = []
+    for rank in range(2):
+        runs = [json.loads((tmp_path / f"run{n}-rank{rank}.json").read_text()) for n in (0, 1)]
+        ranks.append((runs[0]["seen"] + runs[1]["seen"], runs[1]["weight"]))
+    assert len(ranks[0][0]) == len(ranks[1][0]) == 12
+    _, module = whole
+    for expected, first, second in zip(module.seen, ranks[0][0], ranks[1][0], strict=False):
+        assert first[:2] == second[:2] == list(expected[:2])
+        assert first[2] + second[2] == expected[2]
+    assert ranks[0][1] == ranks[1][1]
+    table = exposures(tmp_path)
+    train = DatasetFolder(digits_folder).part("train")
+    found = dict(zip(table["image_key"].to_pylist(), table["exposures"].to_pylist(), strict=True))
+    for key, copies in zip(train.keys, train.copies.tolist(), strict=True):
+        assert found[key] == 2 * copies  # two epochs
