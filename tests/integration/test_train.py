@@ -1,0 +1,224 @@
+"""train.py on real digits: what it leaves behind, resuming, two processes, and refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from diffusers import UNet2DModel
+
+from memfree import cli
+from memfree.data import DuplicationPlan, PartSizes, prepare
+from memfree.models import load_model
+from memfree.models.checkpoints import latest_checkpoint, step_of
+from memfree.training import train
+
+SCRIPT = Path(__file__).parents[2] / "train.py"
+CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
+SMALL = [
+    "--model.network.block_out_channels=[8, 8]",
+    "--model.network.attention=[false, true]",
+    "--model.network.norm_num_groups=4",
+    "--model.warmup_steps=2",
+    "--trainer.log_every_n_steps=2",
+    "--trainer.sample_grid_every_n_steps=5",
+    "--trainer.accelerator=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """40 training digits, one of them 8 times: 47 records."""
+    out = tmp_path_factory.mktemp("train") / "digits"
+    parts = PartSizes(train=40, calibration=20, test=10, fit=10)
+    prepare(out, parts=parts, plan=DuplicationPlan(images=1, factor=8), records_per_shard=20)
+    return out
+
+
+def options(folder, out, steps, *more):
+    return [
+        f"--config={CONFIG}",
+        f"--data.path={folder}",
+        f"--out={out}",
+        "--data.batch_size=16",
+        f"--trainer.max_steps={steps}",
+        *SMALL,
+        *more,
+    ]
+
+
+def run(folder, out, steps, *more):
+    cli.run(train, options(folder, out, steps, "--trainer.devices=1", *more))
+
+
+def refused(capsys, folder, out, steps, *more):
+    """The one line of a command that is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run(folder, out, steps, *more)
+    assert exit_.value.code == 2
+    error = [text for text in capsys.readouterr().err.splitlines() if "memfree: error" in text]
+    assert len(error) == 1
+    return error[0]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A model folder of 6 steps; do not change it."""
+    out = tmp_path_factory.mktemp("model") / "m"
+    run(folder, out, 6)
+    return out
+
+
+def weights(path):
+    network = UNet2DModel.from_pretrained(path / "diffusers" / "unet", low_cpu_mem_usage=False)
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+
+def test_a_model_folder_is_complete(finished, folder):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "checkpoints",
+        "config.yaml",
+        "diffusers",
+        "exposures.parquet",
+        "logs",
+        "manifest.json",
+        "samples",
+    }
+    manifest = json.loads((finished / "manifest.json").read_text())
+    data = json.loads((folder / "manifest.json").read_text())
+    assert manifest["kind"] == "model"
+    assert manifest["steps"] == 6
+    assert manifest["num_classes"] == 10
+    assert manifest["image_shape"] == [1, 8, 8]
+    assert manifest["dataset_hash"]
+    assert data["kind"] == "dataset"
+    # Two epochs of 47 records, in batches of at most 16.
+    assert manifest["exposures"] == {"total": 94, "images_seen": 40, "largest": 16}
+    exposures = pq.read_table(finished / "exposures.parquet").to_pydict()
+    assert sum(exposures["exposures"]) == 94
+    assert load_model(finished).denoiser.num_classes == 10
+
+
+def test_exported_weights_are_the_averaged_ones(finished):
+    path = latest_checkpoint(finished / "checkpoints")
+    state = torch.load(path, weights_only=True)
+    names = [name for name in state["state_dict"] if name.startswith("network.")]
+    averaged = torch.cat([state["state_dict"][name].flatten() for name in names])
+    trained = torch.cat([state["current_model_state"][name].flatten() for name in names])
+    assert torch.equal(weights(finished), averaged)
+    assert not torch.equal(weights(finished), trained)
+
+
+def test_the_saved_configuration_replays_to_the_same_weights(finished, tmp_path):
+    saved = finished / "config.yaml"
+    assert yaml.safe_load(saved.read_text())["data"]["batch_size"] == 16
+    cli.run(train, [f"--config={saved}", f"--out={tmp_path / 'again'}"])
+    assert torch.equal(weights(tmp_path / "again"), weights(finished))
+
+
+def test_the_same_command_again_does_nothing(finished, folder, capsys):
+    before = (finished / "manifest.json").read_bytes()
+    run(folder, finished, 6)
+    assert "already trained" in capsys.readouterr().out
+    assert (finished / "manifest.json").read_bytes() == before
+
+
+def test_other_models_and_data_are_refused(finished, folder, capsys, tmp_path_factory):
+    before = (finished / "manifest.json").read_bytes()
+    error = refused(capsys, folder, finished, 6, "--model.learning_rate=0.01")
+    assert "learning_rate is 0.001 there and 0.01 here; use another --out, or --overw" in error
+    assert "batch_size is 16 there and 8" in refused(
+        capsys, folder, finished, 6, "--data.batch_size=8"
+    )
+    assert "6 steps there and --trainer.max_steps is 4" in refused(capsys, folder, finished, 4)
+    assert "seed is 0 there and 1 here" in refused(capsys, folder, finished, 6, "--seed=1")
+    other = tmp_path_factory.mktemp("other") / "digits"
+    prepare(other, parts=PartSizes(train=20, calibration=20, test=10, fit=10), seed=3)
+    assert "data.hash is" in refused(capsys, other, finished, 6)
+    assert "holds 'dataset', not a model folder" in refused(capsys, folder, other, 6)
+    assert (finished / "manifest.json").read_bytes() == before
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys):
+    out = tmp_path / "m"
+    assert "no dataset folder at" in refused(capsys, tmp_path / "nowhere", out, 2)
+    assert "give --trainer.max_steps or --trainer.max_epochs" in refused(capsys, folder, out, -1)
+    assert "cannot be halved 4 times" in refused(
+        capsys,
+        folder,
+        out,
+        2,
+        "--model.network.block_out_channels=[8, 8, 8, 8, 8]",
+        "--model.network.attention=[false, false, false, false, false]",
+    )
+    assert not out.exists()
+    out.write_text("")
+    assert "is a file: name a folder" in refused(capsys, folder, out, 2)
+
+
+def test_overwrite_starts_again(folder, tmp_path):
+    run(folder, tmp_path, 2)
+    first = weights(tmp_path)
+    (tmp_path / "notes.txt").write_text("kept")
+    run(folder, tmp_path, 2, "--seed=1", "--overwrite=true")
+    assert json.loads((tmp_path / "manifest.json").read_text())["identity"]["seed"] == 1
+    assert not torch.equal(weights(tmp_path), first)
+    assert (tmp_path / "notes.txt").read_text() == "kept"
+
+
+def test_a_loss_that_is_nan_is_one_line(folder, tmp_path, capsys):
+    error = refused(
+        capsys, folder, tmp_path / "m", 9, "--model.learning_rate=1e30", "--model.warmup_steps=0"
+    )
+    assert "became NaN or infinite" in error
+    assert not (tmp_path / "m" / "manifest.json").exists()
+    assert not (tmp_path / "m" / "diffusers").exists()
+
+
+def test_a_killed_run_resumes_to_the_same_weights(folder, finished, tmp_path):
+    """SIGKILL between two checkpoints, then the same command."""
+    out = tmp_path / "m"
+    command = [sys.executable, str(SCRIPT), *options(folder, out, 6, "--trainer.devices=1")]
+    slow = "--trainer.checkpoint_every_n_steps=1"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, slow], env=environment, stderr=subprocess.PIPE)
+    while latest_checkpoint(out / "checkpoints") is None and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    checkpoint = latest_checkpoint(out / "checkpoints")
+    assert checkpoint is not None
+    stopped = step_of(checkpoint)
+    assert not (out / "manifest.json").exists() or stopped == 6
+    run(folder, out, 6, slow)
+    assert torch.equal(weights(out), weights(finished))
+    assert pq.read_table(out / "exposures.parquet") == pq.read_table(finished / "exposures.parquet")
+
+
+def test_two_processes_train_one_model(folder, tmp_path):
+    out = tmp_path / "m"
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        *options(folder, out, 4, "--trainer.devices=2", "--trainer.strategy=ddp"),
+        "--data.batch_size=8",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["devices"] == 2
+    assert manifest["steps"] == 4
+    # An epoch is three batches a rank of 7 or 8 records; the fourth step is of the second.
+    assert manifest["exposures"]["images_seen"] == 40
+    assert 47 + 14 <= manifest["exposures"]["total"] <= 47 + 16
+    load_model(out)
