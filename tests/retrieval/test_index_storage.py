@@ -86,6 +86,8 @@ def test_saving_again_replaces_the_same_data_only(folder):
     index = ReferenceIndex.load(folder)
     index.save(folder)  # while its own vectors are mapped
     assert torch.equal(ReferenceIndex.load(folder).vectors, build().vectors)
+    with pytest.raises(ValueError, match="another dataset"):
+        build(seed=1).save(folder)  # same keys, groups and counts
     other = ReferenceIndex.build(random_images(5, seed=9))
     with pytest.raises(ValueError, match="index of another dataset.*--overwrite"):
         other.save(folder)

@@ -270,10 +270,10 @@ class ReferenceIndex:
 
     @classmethod
     def load(cls, folder: Path | str) -> ReferenceIndex:
-        """Open an index folder, vectors memory-mapped; see ``storage.load``."""
-        from memfree.retrieval import storage
+        """Open an index folder, vectors memory-mapped; see ``loading.load``."""
+        from memfree.retrieval.loading import load
 
-        return storage.load(Path(folder))
+        return load(Path(folder))
 
 
 def _opened(dataset: DatasetFolder | Path | str) -> DatasetFolder:

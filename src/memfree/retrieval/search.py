@@ -211,5 +211,5 @@ def _rounding_unit(device: torch.device) -> float:
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     precision = backend.matmul.fp32_precision
     if precision == "none":
-        precision = torch.backends.fp32_precision
+        precision = torch.backends.fp32_precision  # type: ignore[attr-defined]
     return {"tf32": 2.0**-11, "bf16": 2.0**-8}.get(precision, 2.0**-24)

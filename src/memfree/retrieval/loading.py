@@ -1,0 +1,166 @@
+"""Opening an index folder: memory-mapped, and checked before it is believed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from memfree.manifest import read_manifest, sha256
+from memfree.retrieval.extractors import features_from
+from memfree.retrieval.features import PixelFeatures
+from memfree.retrieval.index import ReferenceIndex
+from memfree.retrieval.items import CONDITIONS, Items
+from memfree.retrieval.storage import HASHED_FILES, ITEMS
+
+
+def load(folder: Path) -> ReferenceIndex:
+    """Open an index folder. Nothing in it is executed, and sizes are checked before allocation.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is unfinished, damaged, of another kind, or its files contradict each other.
+    """
+    manifest = read_manifest(folder, "index")
+    rows, dimension, groups = (_size(manifest, folder, x) for x in ("rows", "dimension", "groups"))
+    for name, digest in _field(manifest, folder, "files", dict).items():
+        if name not in HASHED_FILES:
+            raise ValueError(f"{folder}/manifest.json names a file {name!r} that no index has")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is damaged: {name} is missing; build the index again")
+        if sha256(folder / name) != digest:
+            raise ValueError(
+                f"{folder}/{name} is not the file that manifest.json describes; "
+                "build the index again"
+            )
+    tensors = {}
+    if "features.safetensors" in manifest["files"]:
+        try:
+            tensors = safetensors.torch.load_file(folder / "features.safetensors")
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise ValueError(f"{folder}/features.safetensors cannot be read: {error}") from error
+    features = features_from(_field(manifest, folder, "features", dict), tensors)
+    shape = _field(manifest, folder, "image_shape", list)
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{folder}/manifest.json has an impossible image_shape {shape!r}")
+    if isinstance(features, PixelFeatures) and int(np.prod(shape)) != dimension:
+        raise ValueError(
+            f"{folder}/manifest.json: images of {shape} cannot have vectors of {dimension}"
+        )
+    items = _read_items(folder, rows, groups, manifest.get("num_classes"))
+    return ReferenceIndex(
+        _map_vectors(folder / "vectors.npy", rows, dimension),
+        features,
+        items,
+        (shape[0], shape[1], shape[2]),
+        manifest.get("dataset_hash"),
+        _read_calibrations(folder / "calibration.json"),
+    )
+
+
+def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
+    """Memory-map the (rows, dimension) float32 array if its header and size say just that."""
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise ValueError(f"version {version}")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            offset = file.tell()
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} is damaged: vectors.npy is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a plain float32 array: {error}") from error
+    if shape != (rows, dimension) or fortran or dtype != np.dtype("<f4"):
+        raise ValueError(
+            f"{path} holds {dtype} {shape}, but manifest.json says float32 {(rows, dimension)}"
+        )
+    if size != offset + 4 * rows * dimension:
+        raise ValueError(
+            f"{path} has {size} bytes, but {offset + 4 * rows * dimension} are needed: it is "
+            "truncated or damaged"
+        )
+    # Copy-on-write: torch wants a writable array, the file stays as it is.
+    array = np.memmap(path, dtype="<f4", mode="c", offset=offset, shape=shape)
+    return torch.from_numpy(array)
+
+
+def _read_items(folder: Path, rows: int, groups: int, num_classes: Any) -> Items:
+    table = _read_table(folder / "items.parquet", ITEMS, rows)
+    if table.num_rows != rows:
+        raise ValueError(
+            f"{folder}/items.parquet has {table.num_rows} rows, but manifest.json says {rows}"
+        )
+    conditions = _read_table(folder / "conditions.parquet", CONDITIONS, None)
+    group = torch.from_numpy(table["group"].to_numpy().astype(np.int64))
+    multiplicity = torch.from_numpy(table["multiplicity"].to_numpy().astype(np.int64))
+    labels, at = conditions["label"].drop_null().to_numpy(), conditions["row"].to_numpy()
+    sound = (
+        (num_classes is None or (isinstance(num_classes, int) and 0 < num_classes <= 1 << 20))
+        and int(group.min()) >= 0
+        and int(group.max()) < groups
+        and len(group.unique()) == groups
+        and int(multiplicity.min()) >= 1
+        and bool(((at >= 0) & (at < rows)).all())
+        and (num_classes is None or bool(((labels >= 0) & (labels < num_classes)).all()))
+    )
+    if not sound:
+        raise ValueError(
+            f"{folder}: items.parquet or conditions.parquet contradict manifest.json; "
+            "build the index again"
+        )
+    keys, shards = table["image_key"].to_pylist(), table["shard"].to_pylist()
+    return Items(keys, group, multiplicity, conditions, num_classes, shards)
+
+
+def _read_table(path: Path, schema: pa.Schema, rows: int | None) -> pa.Table:
+    """Read a parquet file of exactly this schema, refusing an absurd size beforehand."""
+    try:
+        file = pq.ParquetFile(path)
+        if not file.schema_arrow.equals(schema):
+            raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}")
+        metadata = file.metadata
+        size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+        if (rows is not None and metadata.num_rows != rows) or size > 1 << 32:
+            raise ValueError(f"it has {metadata.num_rows} rows in {size} bytes")
+        return file.read()
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} is damaged: {path.name} is missing") from None
+    except (ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{path} is not an index's {path.stem} table: {error}") from error
+
+
+def _read_calibrations(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} is damaged: {path.name} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
+        raise ValueError(f"{path} does not hold one record a similarity")
+    return value
+
+
+def _field(manifest: dict[str, Any], folder: Path, name: str, kind: type) -> Any:
+    value = manifest.get(name)
+    if not isinstance(value, kind):
+        raise ValueError(f"{folder}/manifest.json has no valid {name!r}")
+    return value
+
+
+def _size(manifest: dict[str, Any], folder: Path, name: str) -> int:
+    value = _field(manifest, folder, name, int)
+    if not 1 <= value < 1 << 40 or isinstance(value, bool):
+        raise ValueError(f"{folder}/manifest.json has an impossible {name}: {value}")
+    return value
