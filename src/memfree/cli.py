@@ -91,9 +91,14 @@ def main(args: Sequence[str] | None = None) -> Any:
             f"unknown command {verb!r}{_did_you_mean(verb, list(COMMANDS))}; "
             f"commands are {', '.join(COMMANDS)}"
         )
-    module, name = COMMANDS[verb].function.split(":")
-    function = _guarded(lambda: getattr(importlib.import_module(module), name))
+    function = _guarded(lambda: load(COMMANDS[verb]))
     return run(function, rest, prog=f"memfree {verb}")
+
+
+def load(command: Command) -> Callable[..., Any]:
+    """Import a command's function."""
+    module, name = command.function.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _overview() -> str:
