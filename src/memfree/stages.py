@@ -1,0 +1,62 @@
+"""Chains of commands: each is printed as a user would type it, then run in this process."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+
+from memfree.cli import COMMANDS, Command, load, run
+
+SCRIPTS = {
+    "train": Command("memfree.training:train", "train.py"),
+    "sample": Command("memfree.sampling.predict:predict", "sample.py"),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a chain; running it again when it is finished does nothing, or the same."""
+
+    command: str
+    """``train``, ``sample``, or a verb of ``memfree``."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options by name, without the dashes; a list or tuple is written in brackets."""
+
+    def arguments(self) -> list[str]:
+        """The options as words of a command line."""
+        return [f"--{name}={_word(value)}" for name, value in self.options.items()]
+
+    def line(self) -> str:
+        """The command as a user would type it."""
+        script = SCRIPTS.get(self.command)
+        program = ["python", script.help] if script else ["memfree", self.command]
+        return shlex.join([*program, *self.arguments()])
+
+    def run(self) -> None:
+        """Run it in this process; a failure ends the process with the command's own one line."""
+        command = SCRIPTS.get(self.command) or COMMANDS[self.command]
+        run(load(command), self.arguments(), prog=self.line().split(" --")[0])
+
+
+def run_stages(stages: list[Stage], console: Console) -> float:
+    """Run a chain, one after another; the seconds it took."""
+    begin = time.perf_counter()
+    for number, stage in enumerate(stages, 1):
+        console.rule(f"[bold]{number} of {len(stages)}: {stage.command}", align="left")
+        console.print(f"[dim]$ {stage.line()}", highlight=False, soft_wrap=True)
+        start = time.perf_counter()
+        stage.run()
+        console.print(f"[dim]{time.perf_counter() - start:.1f} s")
+    return time.perf_counter() - begin
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(_word(one) for one in value) + "]"
+    return str(value)
