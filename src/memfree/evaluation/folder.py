@@ -60,7 +60,10 @@ def write_evaluation(
             dataset=_described(inputs.dataset.path, inputs.dataset.manifest, inputs.dataset.hash),
             index=_described(index_path, read_manifest(index_path, "index"), None),
             samples={
-                name: _described(folder.path, folder.manifest, folder.manifest.get("dataset_hash"))
+                name: {
+                    **_described(folder.path, folder.manifest, folder.manifest.get("dataset_hash")),
+                    "model": _model_manifest(folder.manifest.get("model")),
+                }
                 for name, folder in inputs.samples.items()
             },
         )
@@ -179,3 +182,11 @@ def _described(path: Path, manifest: dict[str, Any], data_hash: str | None) -> d
     """Where an input lies, and its manifest, so that the evaluation says what it was made from."""
     kept = {name: value for name, value in manifest.items() if name not in ("shards", "files")}
     return {"path": str(path), "hash": data_hash, "manifest": kept}
+
+
+def _model_manifest(path: str | None) -> dict[str, Any] | None:
+    """Manifest of the model that drew samples, None if it is not where it was any more."""
+    try:
+        return None if path is None else read_manifest(Path(path), "model")
+    except (OSError, ValueError):
+        return None

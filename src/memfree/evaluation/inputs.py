@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from memfree.evaluation.records import HELDOUT
+from memfree.evaluation.records import CHANGED, HELDOUT
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.folder import SampleFolder
 
@@ -58,10 +58,8 @@ def open_inputs(
 
     if not samples:
         raise ValueError("no samples to evaluate: give at least one --samples.NAME FOLDER")
-    if HELDOUT in samples:
-        raise ValueError(
-            f"--samples.{HELDOUT}: the name is taken by the test images; choose another"
-        )
+    if taken := {HELDOUT, CHANGED} & samples.keys():
+        raise ValueError(f"--samples.{min(taken)}: this name is taken; choose another")
     data = DatasetFolder(dataset)
     for part in HELD_OUT_PARTS:
         data.part(part)  # refuses an empty one

@@ -24,11 +24,11 @@ def headline(folder: EvaluationFolder) -> tuple[Markup, str]:
     copies = {name: folder.metrics.get("copies", name) for name in folder.subjects}
     first = copies[folder.reference]
     assert first is not None
-    rest = [
-        f"<b>{_rate(found)}</b> with {escape(name)}"
-        for name, found in copies.items()
-        if found is not None and name != folder.reference
-    ]
+    names: dict[str, list[str]] = {}
+    for name, found in copies.items():
+        if found is not None and name != folder.reference:
+            names.setdefault(_rate(found), []).append(str(escape(name)))
+    rest = [f"<b>{rate}</b> with {' or '.join(same)}" for rate, same in names.items()]
     sentence = (
         f"<em>{_rate(first)}</em> of the {escape(folder.reference)} samples copy a training image"
     )
@@ -46,15 +46,16 @@ def _lead(folder: EvaluationFolder, copies: Metric) -> str:
         + (f"; of {held.count} others, {percent(held.value)} are called so." if held else ".")
     ]
     best = next((name for name in reversed(folder.subjects) if name in folder.paired), None)
-    for metric, what in (("frechet_efficientnet", "The distance to held-out images"),):
-        before = folder.metrics.get(metric, folder.reference)
-        after = folder.metrics.get(metric, best) if best else None
-        floor = folder.metrics.get(metric, HELDOUT)
-        if before and after and floor:
-            parts.append(
-                f"{what} goes from {number(before.value)} to {number(after.value)} with {best} "
-                f"(training images themselves: {number(floor.value)})."
-            )
+    before, after, floor = (
+        folder.metrics.get("frechet_efficientnet", name) if name else None
+        for name in (folder.reference, best, HELDOUT)
+    )
+    if before and after and floor:
+        parts.append(
+            f"The Fréchet distance to held-out images is {number(before.value)} {folder.reference} "
+            f"and {number(after.value)} with {best}; that of training images is "
+            f"{number(floor.value)}."
+        )
     return " ".join(parts)
 
 
@@ -122,12 +123,16 @@ def figures(folder: EvaluationFolder) -> dict[str, Any]:
         for name in folder.subjects
     ]
     columns.append({"label": "held out", "note": "real images", "colour": None, "held": True})
-    rows = []
+    rows: list[dict[str, Any]] = []
+    section = ""
     for row in shown_rows(folder.metrics):
         cells = [
             _figure(folder, row, name, name == HELDOUT) for name in [*folder.subjects, HELDOUT]
         ]
-        rows.append({"label": row.label, "note": _row_note(folder, row), "cells": cells})
+        opens = row.section if row.section != section else ""
+        note = _row_note(folder, row)
+        rows.append({"label": row.label, "note": note, "cells": cells, "opens": opens})
+        section = row.section
     return {
         "columns": columns,
         "rows": rows,
@@ -195,7 +200,7 @@ def _signed(value: float) -> str:
 
 
 _CHANGES = {
-    "noise_0.05": "noise of standard deviation 0.05 (pixels in −1 … 1)",
+    "noise_0.05": "noise of standard deviation 0.05, where pixels go from −1 to 1",
     "noise_0.1": "noise of 0.1",
     "noise_0.2": "noise of 0.2",
     "darker_20": "20 % less brightness",
@@ -203,31 +208,28 @@ _CHANGES = {
 }
 
 
-def limits(folder: EvaluationFolder) -> list[str]:
-    """What the measures miss, with the figures that show it."""
-    found = []
+def known_copies(folder: EvaluationFolder) -> list[dict[str, str]]:
+    """How many training images changed on purpose either measure finds."""
+    rows = []
     for name, what in _CHANGES.items():
         first = folder.metrics.get(f"copies_of_{name}", CHANGED)
         second = folder.metrics.get(f"second_copies_of_{name}", CHANGED)
         if first and second:
-            found.append(f"{what}: {percent(first.value)} and {percent(second.value)}")
-    lines = []
-    if found:
-        lines.append(
-            "Known copies, training images changed on purpose, are found by the first and by the "
-            "second measure at these rates: " + "; ".join(found) + ". What both miss is not "
-            "counted as a copy."
-        )
-    lines += [
-        "A copy is a whole image that is near as a whole. Copied parts, styles and contents, and "
-        "images mirrored or cropped, are not seen by pixel distance.",
-        "Only images in the reference index can be found. What a source holds twice under other "
-        "pixels counts as two images unless it was grouped.",
-        "No copy among n samples is no proof: the intervals say what rate is still possible.",
-        "Fréchet distances depend on extractor and count; compare them within this page only.",
-        "Intervals are over samples of one trained model. Another training gives another model.",
-    ]
-    return lines
+            found = {"first": percent(first.value), "second": percent(second.value)}
+            rows.append({"change": what, **found})
+    return rows
+
+
+LIMITS = (
+    "A copy is a whole image that is near as a whole. Copied parts, styles and contents, and "
+    "images mirrored or cropped, are not seen by pixel distance.",
+    "Only images in the reference index can be found. What a source holds twice under other "
+    "pixels counts as two images unless it was grouped.",
+    "No copy among n samples is no proof: the intervals say what rate is still possible.",
+    "Fréchet distances depend on extractor and count; compare them within this page only.",
+    "Intervals are over samples of one trained model. Another training gives another model.",
+)
+"""What the measures miss."""
 
 
 def facts(folder: EvaluationFolder) -> list[tuple[str, str]]:
@@ -248,6 +250,9 @@ def facts(folder: EvaluationFolder) -> list[tuple[str, str]]:
     ]
     for name in folder.subjects:
         rows.append((f"Samples: {name}", _sampler(folder.manifest["samples"][name]["manifest"])))
+        model = folder.manifest["samples"][name]["model"]
+        if model and name not in folder.paired:
+            rows.append((f"Model: {name}", _model(model)))
     versions = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
     rows.append(("Software", f"Python {made['python']}, {versions}"))
     rows.append(("Machine", str(made["device"])))
@@ -294,12 +299,25 @@ def _sampler(manifest: dict[str, Any]) -> str:
     )
 
 
+def _model(manifest: dict[str, Any]) -> str:
+    parts = [
+        f"{manifest['parameters'] / 1e6:.2f} million weights" if "parameters" in manifest else "",
+        f"{manifest['steps']} steps of {manifest.get('batch_size')}" if "steps" in manifest else "",
+    ]
+    exposures = manifest.get("exposures") or {}
+    if exposures.get("largest"):
+        parts.append(f"an image was trained on at most {exposures['largest']} times")
+    return ", ".join(part for part in parts if part)
+
+
 def commands(folder: EvaluationFolder) -> str:
-    """The commands of data set, index, samples and evaluation, in order, each once."""
+    """The commands of data set, index, models, samples and evaluation, in order, each once."""
     manifest = folder.manifest
     made = [manifest["dataset"]["manifest"]["made_by"]]
     made.append(manifest["index"]["manifest"]["made_by"])
-    made += [manifest["samples"][name]["manifest"]["made_by"] for name in folder.subjects]
+    for name in folder.subjects:
+        entry = manifest["samples"][name]
+        made += [made_by["made_by"] for made_by in (entry["model"], entry["manifest"]) if made_by]
     made.append(manifest["made_by"])
     lines = [_command(entry["command"]) for entry in made]
     lines.append(f"memfree report --evaluation {shlex.quote(str(folder.path))}")
@@ -315,9 +333,13 @@ def _command(words: list[str]) -> str:
 def settings(folder: EvaluationFolder) -> str:
     """Everything the manifests say of how samples were drawn, as indented JSON."""
     kept = {
-        name: entry["manifest"].get("settings", {})
+        name: {"samples": entry["manifest"].get("settings"), "model": _identity(entry["model"])}
         for name, entry in folder.manifest["samples"].items()
     }
     return json.dumps(
         {"plan": folder.manifest["dataset"]["manifest"].get("plan"), **kept}, indent=2
     )
+
+
+def _identity(model: dict[str, Any] | None) -> Any:
+    return None if model is None else model.get("identity")

@@ -24,20 +24,29 @@ def write_picture(folder: EvaluationFolder, path: Path) -> None:
     columns = sorted({row["column"] for row in folder.pictures})[:MAX_COLUMNS]
     subjects: list[str | None] = [folder.reference, None, *folder.paired]
     cells = {(row["subject"], row["column"]): row for row in folder.pictures}
-    height = 0.72 * len(subjects) + 0.5
+    # All in inches: labels, pictures, labels of the bars, bars.
+    side, gap, labels, bars = 0.66, 0.06, 1.25, 2.2
+    width = labels + len(columns) * (side + gap) + 1.1 + bars
+    height = len(subjects) * (side + gap) + 0.35
     with matplotlib.rc_context({"font.size": 9, "text.color": INK}):
-        figure = Figure(figsize=(9.6, height), facecolor=PAPER)
-        left, top, side = 0.145, 0.93, 0.72 / height * 0.94
-        across = side * height / 9.6
+        figure = Figure(figsize=(width, height), facecolor=PAPER)
         for line, subject in enumerate(subjects):
-            y = top - (line + 1) * 0.72 / height
+            bottom = height - 0.15 - (line + 1) * (side + gap)
             label = "nearest\ntraining image" if subject is None else subject
-            figure.text(left - 0.012, y + side / 2, label, ha="right", va="center")
+            middle = (bottom + side / 2) / height
+            figure.text((labels - 0.12) / width, middle, label, ha="right", va="center")
             for place, column in enumerate(columns):
-                axes = figure.add_axes((left + place * across * 1.08, y, across, side))
+                left = labels + place * (side + gap)
+                axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
                 _draw(axes, cells[subject, column])
-        bars = left + MAX_COLUMNS * across * 1.08 + 0.14
-        _bars(figure, folder, (bars, 0.2, 0.985 - bars, 0.62))
+        tall = min(height - 0.75, 0.42 * len(folder.subjects))
+        place_of_bars = (
+            (width - bars - 0.1) / width,
+            (height - tall - 0.05) / 2 / height,
+            bars / width,
+            tall / height,
+        )
+        _bars(figure, folder, place_of_bars)
         figure.savefig(path, format="png", dpi=200, facecolor=PAPER)
 
 
@@ -80,7 +89,9 @@ def _bars(
         axes.errorbar(
             value, line, xerr=[[value - low], [high - value]], color=INK, capsize=2, linewidth=1
         )
-        axes.text(high + 1.5, line, f"{value:.1f} %" if value else "0 %", va="center")
+        axes.text(
+            high + 3 * _highest(folder), line, f"{value:.1f} %" if value else "0 %", va="center"
+        )
     axes.set_yticks(range(len(folder.subjects)), folder.subjects)
     axes.invert_yaxis()
     axes.set_xlim(0, max(1.0, 135 * _highest(folder)))

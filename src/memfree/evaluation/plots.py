@@ -86,7 +86,7 @@ def trajectory_chart(
             same = "" if name == reference else ", same noise"
             axes.set_title(f"{name}{same}")
         panels[0].set_ylabel("similarity σ$_t$ (higher is nearer)")
-        panels[0].legend(loc="upper left", fontsize=8.5)
+        panels[0].legend(loc="lower right", fontsize=8)
         return _svg(figure, "trajectory")
 
 
@@ -196,16 +196,7 @@ def distance_chart(
             axes.spines["left"].set_visible(False)
             axes.grid(visible=False)
             shown = "held out" if name not in colours else name
-            axes.text(
-                0.995,
-                0.78,
-                shown,
-                transform=axes.transAxes,
-                ha="right",
-                va="top",
-                color=colour,
-                fontsize=10,
-            )
+            axes.set_ylabel(shown, color=colour, rotation=0, ha="right", va="center", labelpad=8)
         panels[0].annotate(
             "copies",
             (threshold, 1.02),

@@ -60,7 +60,8 @@ def render(folder: EvaluationFolder) -> str:
         differences=page.differences(folder),
         reference=folder.reference,
         charts=_charts(folder),
-        limits=page.limits(folder),
+        known_copies=page.known_copies(folder),
+        limits=page.LIMITS,
         facts=page.facts(folder),
         commands=page.commands(folder),
         settings=page.settings(folder),
@@ -71,7 +72,7 @@ def _charts(folder: EvaluationFolder) -> dict[str, Markup | str | None]:
     main = folder.metrics.get("copies", HELDOUT)
     assert main is not None
     nl2 = folder.metrics.get("nl2_minimum", HELDOUT) is not None
-    what = "nL2 to the nearest training image" if nl2 else "negated similarity"
+    what = "nL2 to the nearest training image" if nl2 else "negated similarity to it"
     distance = distance_chart(folder.distances(), -main.detail["threshold"], what, folder.subjects)
     measured = [*folder.paired] if folder.paired else []
     subjects = [folder.reference, *measured]
@@ -82,8 +83,8 @@ def _charts(folder: EvaluationFolder) -> dict[str, Markup | str | None]:
         "trajectory": Markup(trajectory) if trajectory else None,
         "dose": Markup(dose) if dose else None,
         "distance": Markup(distance),
-        "distance_caption": f"Distance of every image to its nearest training image, by {what}. "
-        f"Left of the line are copies; {rate:g} % of held-out images are expected there.",
+        "distance_caption": "How far images are from their nearest training image. Left of the "
+        f"line are copies; {rate:g} % of held-out images are expected there.",
     }
 
 

@@ -15,23 +15,21 @@ def percent(value: float) -> str:
     """A rate as a percentage: 0.4715 as 47.2 %, a tiny one with another digit."""
     shown = 100 * value
     digits = 2 if 0 < abs(shown) < 0.95 else 1
-    return f"{shown:.{digits}f} %" if value else "0 %"
+    return f"{shown:.{digits}f} %".replace("-", "−") if value else "0 %"
 
 
 def number(value: float) -> str:
-    """Three significant digits, without exponent for what people can read: 0.0123, 1.23, 123."""
-    if value == 0:
-        return "0"
+    """About three significant digits, without exponent: 0.0123, 1.23, 12.3, 1234."""
     size = abs(value)
-    if size >= 100 or size < 1e-4:
-        return f"{value:.3g}"
-    digits = 2 if size >= 1 else 3 if size >= 0.1 else 4
-    return f"{value:.{digits}f}"
+    if value == 0 or size < 5e-5:
+        return "0"
+    digits = next((d for limit, d in ((100, 0), (10, 1), (1, 2), (0.1, 3)) if size >= limit), 4)
+    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def times(value: float) -> str:
-    """A ratio: 18.4 ×."""
-    return f"{number(value)} ×"
+    """A ratio: 18.4 ×, 0.82 ×."""
+    return f"{value:.{1 if value >= 1 else 2}f} ×" if value else "0 ×"
 
 
 def seconds(value: float) -> str:
@@ -51,85 +49,82 @@ class Row:
     metric: str
     label: str
     show: Callable[[float], str]
-    better: str = ""
-    """``low``, ``high``, ``floor`` (near the held-out column) or nothing."""
     note: str = ""
     """One sentence for a reader who has not met the metric."""
+    section: str = "Memorization"
+    """Heading that it stands under."""
 
 
+QUALITY, PAPERS, COST = "Quality", "Figures that papers report", "Cost"
 ROWS = (
     Row(
         "copies",
         "Copies",
         percent,
-        "low",
         "Nearer to a training image than all but the stated share of real held-out images.",
     ),
     Row(
         "second_copies",
         "Copies, second measure",
         percent,
-        "floor",
         "The same by whitened EfficientNet features, which no guidance saw.",
     ),
     Row(
         "duplicated_share",
         "Nearest image is a duplicated one",
         percent,
-        "floor",
         "How often the nearest training image is one that the training set repeats.",
     ),
     Row(
         "duplicated_share_ratio",
         "… over its fair share",
         times,
-        "",
         "The fair share is that of test images at the samples' class mix.",
     ),
     Row(
         "frechet_efficientnet",
         "Fréchet distance, EfficientNet",
         number,
-        "low",
         "Distance of the distribution to the test images; held out: training against test images.",
+        QUALITY,
     ),
-    Row("frechet_pixels", "Fréchet distance, pixels", number, "low", "The same on pixels."),
-    Row("frechet_inception", "Fréchet distance, Inception", number, "low", "FID as published."),
+    Row("frechet_pixels", "Fréchet distance, pixels", number, "The same on pixels.", QUALITY),
+    Row("frechet_inception", "Fréchet distance, Inception", number, "FID as published.", QUALITY),
     Row(
         "kid_efficientnet",
         "KID, EfficientNet",
         number,
-        "low",
         "Kernel distance to the test images, unbiased in the number of images.",
+        QUALITY,
     ),
-    Row("kid_inception", "KID, Inception", number, "low", "The same on Inception features."),
+    Row("kid_inception", "KID, Inception", number, "The same on Inception features.", QUALITY),
     Row(
         "class_agreement",
         "Shows the class asked for",
         percent,
-        "high",
         "By a classifier of the fit images; held out: its accuracy on test images.",
+        QUALITY,
     ),
-    Row("nl2_5th_percentile", "nL2, 5th percentile", number, "", "Normalized distance, eq. 8."),
-    Row("nl2_minimum", "nL2, minimum", number, "", "The nearest sample of all."),
+    Row("nl2_5th_percentile", "nL2, 5th percentile", number, "Normalized distance, eq. 8.", PAPERS),
+    Row("nl2_minimum", "nL2, minimum", number, "The nearest sample of all.", PAPERS),
     Row(
         "nl2_below_1.4",
         "nL2 below 1.4",
         percent,
-        "",
         "The paper's fixed threshold for CIFAR-10; it does not carry over to other data.",
+        PAPERS,
     ),
-    Row("nl2_below_1.6", "nL2 below 1.6", percent, "", "Its second one."),
+    Row("nl2_below_1.6", "nL2 below 1.6", percent, "Its second one.", PAPERS),
     Row(
         "distance_ratio_below_third",
         "d₁/d₂ below 1/3",
         percent,
-        "",
         "Three times nearer to the nearest than to the second nearest image (Gu et al.).",
+        PAPERS,
     ),
-    Row("active_share", "Steps with guidance active", percent, "", "Over all steps and samples."),
-    Row("seconds_per_sample", "Time a sample", seconds, "", "Wall time of sampling."),
-    Row("peak_memory_bytes", "Peak memory", memory, "", "Of the sampling process."),
+    Row("active_share", "Steps with guidance active", percent, "Over all steps and samples.", COST),
+    Row("seconds_per_sample", "Time a sample", seconds, "Wall time of sampling.", COST),
+    Row("peak_memory_bytes", "Peak memory", memory, "Of the sampling process.", COST),
 )
 
 
@@ -145,7 +140,7 @@ def shown_rows(table: MetricTable) -> list[Row]:
                 if name.startswith("copies_at_"):
                     rate = float(name.removeprefix("copies_at_"))
                     label = f"Copies at {100 * rate:g} % false positives"
-                    rows.append(Row(name, label, percent, "", "At a laxer threshold."))
+                    rows.append(Row(name, label, percent, "At a laxer threshold."))
     return rows
 
 
@@ -166,7 +161,8 @@ def print_table(table: MetricTable, subjects: Sequence[str], console: Console) -
     shown.add_column("metric")
     for subject in subjects:
         shown.add_column("held out" if subject == HELDOUT else subject, justify="right")
-    for row in shown_rows(table):
+    rows = shown_rows(table)
+    for place, row in enumerate(rows):
         cells = []
         for subject in subjects:
             found = table.get(row.metric, subject)
@@ -174,5 +170,6 @@ def print_table(table: MetricTable, subjects: Sequence[str], console: Console) -
             value = "" if found is None else row.show(found.value)
             cells.append(f"{value}\n[dim]{interval}[/dim]" if interval else value)
         label = row.label + (rate if row.metric == "copies" else "")
-        shown.add_row(label, *cells)
+        last = place + 1 == len(rows) or rows[place + 1].section != row.section
+        shown.add_row(label, *cells, end_section=last)
     console.print(shown)
