@@ -216,6 +216,15 @@ class EpochLoader:
             self._module.skipped += batch.pop("skipped", 0)
             yield batch
 
+    @property
+    def _iterator(self) -> Any:
+        """The workers, under the name by which Lightning finds and ends them after training."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self._loader._iterator = value
+
     def state_dict(self) -> dict[str, Any]:
         """Empty: the position is the trainer's. Tells Lightning that this loader can resume."""
         return {}
