@@ -92,6 +92,14 @@ def test_a_second_process_is_refused(run):
     other.release()
 
 
+def test_leaving_the_context_lets_go(run):
+    run.release()
+    with pytest.raises(RuntimeError, match="out of memory"), run:
+        raise RuntimeError("out of memory")
+    with SampleRun(run.folder, SETTINGS, count=6) as other:
+        assert other.missing()[0] == 0
+
+
 def test_clean_up_removes_only_leftovers(run):
     add_shard(run.folder, "000-000000", [0])
     for name in ("trace-000-000000.parquet", "trace-000-000001.parquet"):

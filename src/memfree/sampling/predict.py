@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,11 +15,12 @@ import pyarrow.compute as pc
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning.pytorch import Trainer
 
-from memfree.guidance import GuidanceSettings, default_similarity
-from memfree.manifest import check_free_space, sha256
+from memfree.guidance import GuidanceSettings
+from memfree.manifest import check_free_space
 from memfree.models import LoadedModel, load_model
 from memfree.resolved import save_config
 from memfree.sampling.folder import read_records
+from memfree.sampling.identity import folder_hash, index_state
 from memfree.sampling.module import SampleIndices, SamplingModule
 from memfree.sampling.progress import SampleProgress
 from memfree.sampling.run import SampleRun
@@ -103,8 +106,8 @@ def predict(
     run = SampleRun(
         out,
         {
-            "model_sha256": _folder_hash(model / "diffusers"),
-            **_index_state(reference),
+            "model_sha256": folder_hash(model / "diffusers"),
+            **index_state(reference),
             "seed": seed,
             "steps": steps,
             "scheduler": scheduler,
@@ -115,51 +118,69 @@ def predict(
         },
         count,
     )
-    run.begin()
-    if run.finished:
-        print(f"{out} is finished: {count} samples")
-        return
-    check_free_space(out, _expected_bytes(count, loaded.image_shape, steps, reference is not None))
-    save_config(out)
+    with run:
+        if run.finished:
+            print(f"{out} is finished: {count} samples")
+            return
+        check_free_space(
+            out, _expected_bytes(count, loaded.image_shape, steps, reference is not None)
+        )
+        save_config(out)
 
-    lightning = Trainer(
-        **asdict(trainer),
-        inference_mode=False,  # guidance takes gradients
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[
-            SampleWriter(
-                run,
-                seed,
-                guidance.mitigation,
-                None if reference is None else reference.keys,
-                batches_per_shard,
-            ),
-            SampleProgress(),
-        ],
-    )
-    lightning.predict(
-        SamplingModule(
-            loaded.denoiser,
-            sampler,
-            loaded.image_shape,
-            steps,
-            seed,
-            guidance=() if reference is None else guidance,
-            guidance_scale=guidance_scale,
-            classes=classes,
-            index=reference,
-        ),
-        datamodule=SampleIndices(run, batch_size),
-        return_predictions=False,
-    )
-    lightning.strategy.barrier("all samples are written")
-    if lightning.is_global_zero:
-        _finish(run, seed, model, index, loaded, reference)
-    run.release()
+        with _without_advice():
+            lightning = Trainer(
+                **asdict(trainer),
+                inference_mode=False,  # guidance takes gradients
+                use_distributed_sampler=False,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                callbacks=[
+                    SampleWriter(
+                        run,
+                        seed,
+                        guidance.mitigation,
+                        None if reference is None else reference.keys,
+                        batches_per_shard,
+                    ),
+                    SampleProgress(),
+                ],
+            )
+            lightning.predict(
+                SamplingModule(
+                    loaded.denoiser,
+                    sampler,
+                    loaded.image_shape,
+                    steps,
+                    seed,
+                    guidance=() if reference is None else guidance,
+                    guidance_scale=guidance_scale,
+                    classes=classes,
+                    index=reference,
+                ),
+                datamodule=SampleIndices(run, batch_size),
+                return_predictions=False,
+            )
+            lightning.strategy.barrier("all samples are written")
+        if lightning.is_global_zero:
+            _finish(run, seed, model, index, loaded, reference)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep Lightning's tips and its advice to developers off the user's screen."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        # A rank that has nothing left to do is no mistake.
+        warnings.filterwarnings("ignore", "Total length of .* across ranks is zero.*")
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def _labels(
@@ -209,29 +230,6 @@ def _open_index(
     return index
 
 
-def _folder_hash(folder: Path) -> str:
-    """SHA-256 over names and contents of a folder's files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = [[path.relative_to(folder).as_posix(), sha256(path)] for path in files]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-
-
-def _index_state(index: ReferenceIndex | None) -> dict[str, str | None]:
-    """What samples depend on in an index: its rows and their counts, the calibration in use."""
-    if index is None:
-        return {"index_sha256": None, "calibration_sha256": None}
-    digest = hashlib.sha256(index.vectors.detach().cpu().contiguous().numpy().tobytes())
-    digest.update(json.dumps(index.features.describe(), sort_keys=True).encode())
-    for column in (index.group, index.multiplicity, index.label_counts):
-        if column is not None:
-            digest.update(column.cpu().contiguous().numpy().tobytes())
-    calibration = json.dumps(index.calibrations[default_similarity(index).name], sort_keys=True)
-    return {
-        "index_sha256": digest.hexdigest(),
-        "calibration_sha256": hashlib.sha256(calibration.encode()).hexdigest(),
-    }
-
-
 def _expected_bytes(count: int, shape: tuple[int, int, int], steps: int, traced: bool) -> int:
     """Disk space of a run: incompressible PNGs, tar headers and JSON, rows of the trace."""
     channels, height, width = shape
@@ -270,7 +268,9 @@ def _finish(
         trace_summary=summary,
     )
     line = f"{run.folder}: {run.count} samples, {seconds / run.count:.3f} s each"
-    print(line if summary is None else f"{line}, {summary['active_samples']:.1%} of them steered")
+    if summary is not None and settings["guidance"]["mitigation"] in ("amg", "both"):
+        line += f"; AMG acted on {summary['active_samples']:.1%} of them"
+    print(line)
 
 
 def _trace_summary(

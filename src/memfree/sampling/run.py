@@ -26,7 +26,8 @@ class SampleRun:
 
     ``run.json`` is written first and says what the samples depend on; the same run continues, any
     other is refused. A sample is finished when a shard that holds it has its final name.
-    ``manifest.json`` is written last.
+    ``manifest.json`` is written last. As a context manager it begins and, at the end, lets go of
+    the folder.
 
     Args:
         folder: the sample folder.
@@ -40,6 +41,17 @@ class SampleRun:
         self.settings = {"count": count, **json.loads(json.dumps(settings))}
         self.count = count
         self._locks: dict[int, IO[str]] = {}
+
+    def __enter__(self) -> SampleRun:
+        try:
+            self.begin()
+        except BaseException:
+            self.release()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
 
     def begin(self) -> None:
         """Create the folder, or accept it as this very run's; only the first process writes.

@@ -1,0 +1,37 @@
+"""Contents that samples depend on, as hashes: another model or index is another run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memfree.guidance import default_similarity
+from memfree.manifest import sha256
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over names and contents of a folder's files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = [[path.relative_to(folder).as_posix(), sha256(path)] for path in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def index_state(index: ReferenceIndex | None) -> dict[str, str | None]:
+    """What samples depend on in an index: its rows and their counts, the calibration in use."""
+    if index is None:
+        return {"index_sha256": None, "calibration_sha256": None}
+    digest = hashlib.sha256(index.vectors.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(json.dumps(index.features.describe(), sort_keys=True).encode())
+    for column in (index.group, index.multiplicity, index.label_counts):
+        if column is not None:
+            digest.update(column.cpu().contiguous().numpy().tobytes())
+    calibration = json.dumps(index.calibrations[default_similarity(index).name], sort_keys=True)
+    return {
+        "index_sha256": digest.hexdigest(),
+        "calibration_sha256": hashlib.sha256(calibration.encode()).hexdigest(),
+    }
