@@ -47,7 +47,9 @@ def run_stages(stages: list[Stage], console: Console) -> float:
     begin = time.perf_counter()
     for number, stage in enumerate(stages, 1):
         console.rule(f"[bold]{number} of {len(stages)}: {stage.command}", align="left")
-        console.print(f"[dim]$ {stage.line()}", highlight=False, soft_wrap=True)
+        console.print(
+            f"$ {stage.line()}", style="dim", markup=False, highlight=False, soft_wrap=True
+        )
         start = time.perf_counter()
         stage.run()
         console.print(f"[dim]{time.perf_counter() - start:.1f} s")

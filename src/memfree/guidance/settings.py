@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from jsonargparse.typing import PositiveInt
+
 from memfree.guidance.amg import AntiMemorizationGuidance, Observer
 from memfree.guidance.calibration import calibration_of, default_similarity
 from memfree.guidance.multiplicity import MultiplicityGuidance
@@ -14,7 +16,7 @@ from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
 
-Mitigation = Literal["none", "amg", "multiplicity", "both"]
+Mitigation = Literal["none", "amg", "multiplicity", "both", "reject"]
 
 
 @dataclass
@@ -22,7 +24,8 @@ class GuidanceSettings:
     """Which guidance steers the sampler, and how hard (docs/method.md explains the defaults)."""
 
     mitigation: Mitigation = "none"
-    """none; amg (Chen et al., 2024); multiplicity (ours); both: multiplicity, then AMG."""
+    """none; amg (Chen et al., 2024); multiplicity (ours); both: multiplicity, then AMG; reject:
+    draw again while the finished sample is above the calibrated threshold."""
     false_positive_rate: float = 0.01
     """λ_t ends (t = 0) at the threshold that this share of held-out real images exceeds."""
     schedule: Literal["rising", "constant"] = "rising"
@@ -49,6 +52,8 @@ class GuidanceSettings:
     """Take ∇σ through x̂_0 alone, or through the denoiser as well (slower)."""
     strength: float = 1.0
     """κ of multiplicity guidance."""
+    budget: PositiveInt = 10
+    """Draws of a sample under reject; the last one is kept whatever it is."""
 
     def build(self, index: ReferenceIndex) -> list[Guidance]:
         """The guidances, in order, for a calibrated index; an observer alone for ``none``."""

@@ -11,9 +11,11 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
-from memfree.guidance import Guidance, GuidanceSettings
-from memfree.sampling.loop import sample
+from memfree.guidance import Guidance, GuidanceSettings, default_similarity
+from memfree.sampling.loop import Result, sample
 from memfree.sampling.noise import draw, generators
+from memfree.sampling.png import from_bytes, to_bytes
+from memfree.sampling.rejection import redraw
 from memfree.sampling.run import SampleRun
 
 if TYPE_CHECKING:
@@ -107,21 +109,28 @@ class SamplingModule(LightningModule):
             ValueError: the sampler produced NaN or infinite values.
         """
         start = time.perf_counter()
-        indices = batch.tolist()
         conditions = self.conditions(batch)
-        # One generator a sample draws the initial noise and then what the scheduler's steps need.
-        sources = generators(self.seed, indices)
-        result = sample(
-            self.denoiser,
-            self.scheduler,
-            draw(self.image_shape, sources).to(self.device),
-            self.steps,
-            guidance=self.guidance or None,
-            conditions=None if conditions is None else conditions.to(self.device),
-            guidance_scale=self.guidance_scale,
-            trace=bool(self.guidance),
-            generators=sources,
-        )
+
+        def draw_attempt(positions: Tensor, attempt: int) -> Result:
+            # One generator a sample draws its initial noise and then what the steps need.
+            sources = generators(self.seed, batch.cpu()[positions].tolist(), attempt)
+            return sample(
+                self.denoiser,
+                self.scheduler,
+                draw(self.image_shape, sources).to(self.device),
+                self.steps,
+                guidance=self.guidance or None,
+                conditions=None if conditions is None else conditions[positions].to(self.device),
+                guidance_scale=self.guidance_scale,
+                trace=bool(self.guidance),
+                generators=sources,
+            )
+
+        everything = torch.arange(len(batch))
+        if self.settings is not None and self.settings.mitigation == "reject":
+            result = redraw(draw_attempt, self._is_copy, len(batch), self.settings.budget)
+        else:
+            result = draw_attempt(everything, 0)
         images = result.images.detach().float().cpu()
         trace = result.trace if self.guidance else None
         return SampleBatch(
@@ -131,6 +140,13 @@ class SamplingModule(LightningModule):
             trace=trace and {name: column.detach().cpu() for name, column in trace.items()},
             seconds=time.perf_counter() - start,
         )
+
+    def _is_copy(self, images: Tensor) -> Tensor:
+        """Whether images, as they will be saved, are above the calibrated threshold, (B,) bool."""
+        assert self.index is not None and self.settings is not None
+        saved = from_bytes(to_bytes(images.float())).to(self.device)
+        sigma = default_similarity(self.index)(self.index, saved).sigma
+        return sigma > self.settings.end_threshold(self.index)
 
 
 class SampleIndices(LightningDataModule):

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 
-def generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator a sample, seeded by (seed, index): no batch or rank changes its draws."""
+def generators(seed: int, indices: Sequence[int], attempt: int = 0) -> list[torch.Generator]:
+    """One CPU generator a sample, seeded by (seed, index): no batch or rank changes its draws.
+
+    Further attempts at the same sample (rejection) draw other numbers.
+    """
     made = []
     for index in indices:
-        state = np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)
+        words = [seed, index, attempt] if attempt else [seed, index]
+        state = np.random.SeedSequence(words).generate_state(1, np.uint64)
         made.append(torch.Generator().manual_seed(int(state[0])))
     return made
 

@@ -1,0 +1,219 @@
+"""Command `memfree study`: the same models sampled in many ways, over several training seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from rich.console import Console
+
+from memfree.stages import Stage, run_stages
+from memfree.study_results import summarise
+
+Conditioning = Literal["unconditional", "class"]
+
+DIGITS_TRAIN = 500
+"""Training images that `memfree prepare --source digits` deals out."""
+NOISE_SEED = 1000
+"""Noise seeds of studies are this plus the training seed: no other run uses them."""
+
+NO_CORRECTION = {"guidance.mitigation": "amg", "guidance.final_correction": False}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "unguided": {"guidance.mitigation": "none"},
+    "amg": {"guidance.mitigation": "amg"},
+    "multiplicity": {"guidance.mitigation": "multiplicity"},
+    "both": {"guidance.mitigation": "both"},
+    "reject": {"guidance.mitigation": "reject", "guidance.budget": 10},
+    "amg_uncorrected": NO_CORRECTION,
+    "no_gate": {**NO_CORRECTION, "guidance.gated": False},
+    "constant_threshold": {**NO_CORRECTION, "guidance.schedule": "constant"},
+    "no_spe": {**NO_CORRECTION, "guidance.c1": 0},
+    "no_dup": {**NO_CORRECTION, "guidance.c2": 0},
+    "no_sim": {**NO_CORRECTION, "guidance.c3": 0},
+    "as_published": {
+        **NO_CORRECTION,
+        "guidance.gate_margin": 0,
+        "guidance.max_displacement": 0,
+    },
+}
+"""Ways to sample by name, as options of sample.py."""
+
+SETS = {
+    "oracle": ["unguided", "amg", "multiplicity", "both", "reject"],
+    "ablation": [
+        "unguided",
+        "amg",
+        "amg_uncorrected",
+        "as_published",
+        "no_gate",
+        "constant_threshold",
+        "no_spe",
+        "no_dup",
+        "no_sim",
+    ],
+}
+"""Variants of each study."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained model: its conditioning, its duplication, its training seed."""
+
+    conditioning: Conditioning
+    factor: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder's name, the same in every run."""
+        return f"{self.conditioning}-x{self.factor}-seed{self.seed}"
+
+
+def study(
+    name: Literal["oracle", "ablation"],
+    out: Path = Path("runs/study"),
+    training_seeds: list[NonNegativeInt] = [1, 2, 3],  # noqa: B006 - read only
+    unconditional_factors: list[PositiveInt] = [1, 4, 16, 64, 256],  # noqa: B006
+    class_factors: list[PositiveInt] = [64],  # noqa: B006
+    duplicated: PositiveInt = 16,
+    steps: PositiveInt = 1500,
+    count: PositiveInt = 1000,
+    guidance_scale: float = 2.0,
+    dry_run: bool = False,
+) -> None:
+    """Train digit models with repeated images, sample them in many ways, and compare.
+
+    oracle: every mitigation against the same network trained on the deduplicated images, at equal
+    steps and at equal epochs. ablation: AMG without its parts, one at a time. Both use the same
+    models; folders have fixed names, and what is finished is not done again, so that a study goes
+    on where it stopped, and several processes may take different training seeds.
+
+    Args:
+        name: which study.
+        out: folder for all models, samples and results.
+        training_seeds: each draws its own split, repeated images, weights and noise.
+        unconditional_factors: records of a repeated image, one unconditional model each.
+        class_factors: the same for class-conditional models.
+        duplicated: training images that are repeated, of 500.
+        steps: optimizer steps of a model.
+        count: samples of a kind.
+        guidance_scale: classifier-free guidance scale of the class-conditional models.
+        dry_run: print the commands and stop.
+    """
+    console = Console()
+    factors = {"unconditional": unconditional_factors, "class": class_factors}
+    cells = [
+        Cell("class" if kind == "class" else "unconditional", factor, seed)
+        for seed in training_seeds
+        for kind, several in factors.items()
+        for factor in several
+    ]
+    plan = Plan(name, out, duplicated, steps, count, guidance_scale)
+    for number, cell in enumerate(cells, 1):
+        stages = plan.stages(cell)
+        console.rule(f"[bold]cell {number} of {len(cells)}: {cell.name}")
+        if dry_run:
+            lines = "\n".join(stage.line() for stage in stages)
+            console.print(lines, markup=False, highlight=False, soft_wrap=True)
+        elif not (plan.evaluation(cell) / "manifest.json").is_file():
+            run_stages(stages, console)
+    if not dry_run:
+        summarise(out, name, console)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study does to each of its cells."""
+
+    name: str
+    out: Path
+    duplicated: int
+    steps: int
+    count: int
+    guidance_scale: float
+
+    def evaluation(self, cell: Cell) -> Path:
+        """Folder of the cell's figures."""
+        return self.out / cell.name / f"evaluation-{self.name}"
+
+    def stages(self, cell: Cell) -> list[Stage]:
+        """The commands of one cell, in order."""
+        folder = self.out / cell.name
+        data, index = folder / "data", folder / "index"
+        stages = [
+            self._prepare(data, cell.seed, cell.factor),
+            Stage("index", {"dataset": data, "out": index}),
+            self._train(data, folder / "model", cell, self.steps),
+        ]
+        subjects = {}
+        for variant in SETS[self.name]:
+            subjects[variant] = folder / "samples" / variant
+            guided = {"index": index, **VARIANTS[variant]}
+            stages.append(self._sample(folder / "model", subjects[variant], cell, guided))
+        if self.name == "oracle" and cell.factor > 1:
+            for label, steps in {
+                "oracle_steps": self.steps,
+                "oracle_epochs": self.equal_epochs(cell.factor),
+            }.items():
+                oracle = self.out / f"{cell.conditioning}-x1-seed{cell.seed}"
+                model = oracle / ("model" if steps == self.steps else f"model-{steps}-steps")
+                stages += [
+                    self._prepare(oracle / "data", cell.seed, 1),
+                    self._train(oracle / "data", model, cell, steps),
+                ]
+                subjects[label] = model.with_name(f"samples-of-{model.name}")
+                stages.append(self._sample(model, subjects[label], cell, {}))
+        named = {f"samples.{subject}": path for subject, path in subjects.items()}
+        oracles = {"other_data": ["oracle_steps", "oracle_epochs"]} if self.name == "oracle" else {}
+        to = {"out": self.evaluation(cell)}
+        options = {"dataset": data, "index": index, **named, **oracles, **to}
+        return [*stages, Stage("evaluate", options)]
+
+    def equal_epochs(self, factor: int) -> int:
+        """Steps in which the deduplicated set is seen as often as the other's records were."""
+        unique = DIGITS_TRAIN
+        return max(1, round(self.steps * unique / (unique + self.duplicated * (factor - 1))))
+
+    def _prepare(self, data: Path, seed: int, factor: int) -> Stage:
+        options: dict[str, Any] = {"out": data, "source": "digits", "seed": seed}
+        if factor > 1:
+            options |= {
+                "plan.images": self.duplicated,
+                "plan.factor": factor,
+                "plan.choice": "balanced",
+                "plan.seed": seed,
+            }
+        return Stage("prepare", options)
+
+    def _train(self, data: Path, model: Path, cell: Cell, steps: int) -> Stage:
+        return Stage(
+            "train",
+            {
+                "data.path": data,
+                "out": model,
+                "model.class_conditional": cell.conditioning == "class",
+                "trainer.max_steps": steps,
+                "trainer.sample_grid_every_n_steps": 0,
+                "trainer.enable_progress_bar": False,
+                "seed": cell.seed,
+            },
+        )
+
+    def _sample(self, model: Path, out: Path, cell: Cell, guided: dict[str, Any]) -> Stage:
+        conditional = cell.conditioning == "class"
+        return Stage(
+            "sample",
+            {
+                "model": model,
+                "out": out,
+                "count": self.count,
+                "batch_size": 250,
+                "scheduler": "ddpm",
+                "guidance_scale": self.guidance_scale if conditional else 1.0,
+                "seed": NOISE_SEED + cell.seed,
+                **guided,
+            },
+        )

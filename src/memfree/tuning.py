@@ -1,0 +1,201 @@
+"""Command `memfree tune`: the smallest strengths that leave no copy on a trial batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from memfree.guidance import GuidanceSettings, default_similarity
+from memfree.guidance.settings import Mitigation
+from memfree.manifest import write_atomic, write_json
+from memfree.models import LoadedModel, load_model
+from memfree.retrieval import ReferenceIndex
+from memfree.sampling.loop import sample
+from memfree.sampling.noise import draw, generators
+from memfree.sampling.png import from_bytes, to_bytes
+from memfree.sampling.schedulers import SchedulerName, build_scheduler
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One strength on the trial batch."""
+
+    scale: float
+    """Multiplies c_1, c_2 and c_3."""
+    copies: float
+    """Share of samples above the calibrated threshold."""
+    duplicated_share: float
+    """Share whose nearest image is one that is repeated in the training set."""
+    active: float
+    """Share of samples that were guided at some step."""
+    displacement: float
+    """Root mean square difference to the unguided sample of the same noise, images in [−1, 1]."""
+
+
+def tune(
+    model: Path,
+    index: Path,
+    out: Path,
+    mitigation: Mitigation = "amg",
+    count: PositiveInt = 256,
+    batch_size: PositiveInt = 256,
+    seed: NonNegativeInt = 1_000_000,
+    steps: PositiveInt = 50,
+    scheduler: SchedulerName = "ddpm",
+    guidance_scale: float = 1.0,
+    scales: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0),
+    guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008 - read only; --help shows it
+) -> None:
+    """Find the smallest guidance strengths that leave no copy on a trial batch.
+
+    Multiplies c_1, c_2 and c_3 by each scale, from the smallest up, draws a trial batch from
+    seeds of its own with the last correction switched off, and stops at the first scale that
+    leaves no copy by the calibrated threshold. Tune on other noise and, where you can, on another
+    model and other duplicated images than those that you report.
+
+    Args:
+        model: model folder that train.py wrote.
+        index: calibrated reference index.
+        out: folder for tune.json, and guidance.yaml for `sample.py --config`.
+        mitigation: what to tune: amg or both.
+        count: samples of the trial batch.
+        batch_size: samples drawn together.
+        seed: of the trial batch; keep it apart from the seeds that you report.
+        steps: denoising steps.
+        scheduler: sampler.
+        guidance_scale: classifier-free guidance scale.
+        scales: multiples of the strengths, tried from the smallest up.
+        guidance: the strengths that are multiplied, and everything else.
+    """
+    if mitigation not in ("amg", "both"):
+        raise ValueError(f"--mitigation {mitigation}: only amg and both have strengths to tune")
+    if not scales or min(scales) <= 0:
+        raise ValueError("--scales needs at least one number, all above 0")
+    loaded, reference = load_model(model), ReferenceIndex.load(index)
+    batch = _Trials(loaded, reference, count, batch_size, seed, steps, scheduler, guidance_scale)
+    console = Console()
+    with console.status("unguided"):
+        unguided = batch.draw(replace(guidance, mitigation="none"))
+    trials = [batch.judge(0.0, unguided, unguided, guidance)]
+    chosen: GuidanceSettings | None = None
+    for scale in sorted(scales):
+        settings = scaled(replace(guidance, mitigation=mitigation), scale)
+        with console.status(f"strengths × {scale:g}"):
+            images = batch.draw(replace(settings, final_correction=False))
+        trials.append(batch.judge(scale, images, unguided, settings))
+        if trials[-1].copies == 0:
+            chosen = settings
+            break
+    console.print(table(trials))
+    write_json(out / "tune.json", [asdict(trial) for trial in trials])
+    if chosen is None:
+        raise ValueError(
+            f"copies remain at every scale; raise --scales, --guidance.gate_margin or "
+            f"--guidance.max_displacement ({out / 'tune.json'} has the figures)"
+        )
+    text = yaml.safe_dump({"guidance": asdict(chosen)}, sort_keys=False)
+    write_atomic(out / "guidance.yaml", lambda path: _write(path, text))
+    console.print(f"Use it: python sample.py --config {out / 'guidance.yaml'} …")
+
+
+def scaled(settings: GuidanceSettings, scale: float) -> GuidanceSettings:
+    """The settings with c_1, c_2 and c_3 multiplied by ``scale``."""
+    return replace(settings, c1=settings.c1 * scale, c2=settings.c2 * scale, c3=settings.c3 * scale)
+
+
+class _Trials:
+    """Draws and judges the trial batch."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        index: ReferenceIndex,
+        count: int,
+        batch_size: int,
+        seed: int,
+        steps: int,
+        scheduler: SchedulerName,
+        guidance_scale: float,
+    ) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model
+        self.denoiser = model.denoiser.to(device)
+        self.index = index
+        self.index.to(device)
+        self.device = device
+        self.batches = torch.arange(count).split(batch_size)
+        self.seed, self.steps = seed, steps
+        self.scheduler: Any = build_scheduler(scheduler, model.scheduler)
+        self.guidance_scale = guidance_scale
+
+    def draw(self, settings: GuidanceSettings) -> tuple[Tensor, Tensor]:
+        """Samples (N, C, H, W) as they would be saved, and which were ever active (N,)."""
+        guidance = settings.build(self.index)
+        images, active = [], []
+        for indices in self.batches:
+            sources = generators(self.seed, indices.tolist())
+            classes = self.model.num_classes
+            labels = None if classes is None else (indices % classes).to(self.device)
+            result = sample(
+                self.denoiser,
+                self.scheduler,
+                draw(self.model.image_shape, sources).to(self.device),
+                self.steps,
+                guidance,
+                labels,
+                self.guidance_scale,
+                trace=True,
+                generators=sources,
+            )
+            assert result.trace is not None
+            images.append(from_bytes(to_bytes(result.images.float().cpu())))
+            active.append(result.trace["active"].reshape(-1, len(indices)).any(dim=0))
+        return torch.cat(images), torch.cat(active)
+
+    def judge(
+        self,
+        scale: float,
+        drawn: tuple[Tensor, Tensor],
+        unguided: tuple[Tensor, Tensor],
+        settings: GuidanceSettings,
+    ) -> Trial:
+        """Measure a batch by the index's own similarity."""
+        images, active = drawn
+        match = default_similarity(self.index)(self.index, images.to(self.device))
+        repeated = self.index.group_multiplicity.to(match.rows.device)[match.rows[:, 0]] > 1
+        return Trial(
+            scale=scale,
+            copies=float((match.sigma > settings.end_threshold(self.index)).float().mean()),
+            duplicated_share=float(repeated.float().mean()),
+            active=float(active.float().mean()),
+            displacement=math.sqrt(float((images - unguided[0]).square().mean())),
+        )
+
+
+def table(trials: list[Trial]) -> Table:
+    """The trials, to print; the first row is unguided."""
+    made = Table(title="Strengths tried on the trial batch", title_justify="left")
+    for column in ("strengths ×", "copies", "nearest is repeated", "ever active", "rms moved"):
+        made.add_column(column, justify="right")
+    for trial in trials:
+        made.add_row(
+            f"{trial.scale:g}" if trial.scale else "unguided",
+            f"{100 * trial.copies:.1f} %",
+            f"{100 * trial.duplicated_share:.1f} %",
+            f"{100 * trial.active:.1f} %",
+            f"{trial.displacement:.3f}",
+        )
+    return made
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
