@@ -16,7 +16,8 @@ SchedulerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++-karras", "eu
 
 _CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {}),
-    "ddim": (DDIMScheduler, {}),
+    # Clamping x̂_0 alone leaves DDIM's ε̂ behind: under classifier-free guidance samples go astray.
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
     "dpmsolver++": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
     "dpmsolver++-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "euler": (EulerDiscreteScheduler, {}),

@@ -1,0 +1,41 @@
+# memfree: `make help` lists what there is. The environment is made once, in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint bench study clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## Make the virtual environment and install memfree with its developer tools
+
+demo: $(STAMP) ## Train on digits with repeats, show the copies, sample again without one
+	$(BIN)/memfree demo --out runs/demo
+
+test: $(STAMP) ## Run all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## Run the tests that take less than a few seconds each
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(STAMP) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## Measure speed, each figure beside its peer or its floor
+	$(BIN)/python -m benchmarks
+
+study: $(STAMP) ## Run both studies of docs/results (about two hours on two cores)
+	$(BIN)/memfree study --config configs/study/oracle.yaml
+	$(BIN)/memfree study --config configs/study/ablation.yaml
+
+clean: ## Remove the environment and everything that was made, data sets excepted
+	rm -rf $(VENV) runs build dist
