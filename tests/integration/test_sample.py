@@ -129,7 +129,8 @@ def test_two_ranks_draw_the_same(folders, unguided):
     out = folders / "ranks"
     changes = {"batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"}
     process = start(options(folders, out, **changes))
-    assert process.wait(timeout=120) == 0, process.stdout.read()
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
     samples = SampleFolder(out)
     drawn_by = {path.name[8:11] for path in out.glob("samples-*.tar")}
     assert drawn_by == {"000", "001"}
@@ -144,7 +145,8 @@ def test_two_ranks_draw_the_same(folders, unguided):
     (lost,) = [path for path in out.glob("samples-001-*.tar") if len(shard_indices(path)) == 1]
     lost.unlink()
     process = start(options(folders, out, **changes))
-    assert process.wait(timeout=120) == 0, process.stdout.read()
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
     assert torch.equal(SampleFolder(out).images(), images)
 
 
