@@ -83,13 +83,18 @@ def test_near_copies_are_brute_force():
     base = random_images(40, (1, 6, 6), seed=5)
     noise = torch.linspace(0, 0.06, 400)[:, None, None, None]
     images = base.repeat(10, 1, 1, 1) + noise * torch.randn(400, 1, 6, 6, generator=generator)
-    images = images.clamp(-1, 1)
+    # Weak pictures and the same with 9 to 12 % more contrast: here the weaker one sets the limit.
+    weak = 0.3 * base
+    more = torch.linspace(1.09, 1.12, 40)[:, None, None, None]
+    images = torch.cat([images.clamp(-1, 1), more * weak, weak])
     flat = images.flatten(1).double().numpy()
     rms = np.sqrt(((flat[:, None] - flat[None]) ** 2).mean(-1))
     spread = flat.std(1)
     limit = np.minimum(NEAR_RMS, NEAR_CONTRAST * np.minimum(spread[:, None], spread[None]))
     expected = {(a, b) for a, b in np.argwhere(rms <= limit).tolist() if a < b}
+    weaker_only = (rms <= np.minimum(NEAR_RMS, NEAR_CONTRAST * spread[:, None])) & (rms > limit)
     assert 20 < len(expected) < 2000
+    assert weaker_only.any()
     assert {tuple(pair) for pair in near_copies(images).tolist()} == expected
 
 
@@ -192,3 +197,18 @@ def test_a_dataset_folder_brings_everything_along():
     assert done == [3, 1]
     with pytest.raises(ValueError, match="has its own keys"):
         ReferenceIndex.build(FakeDataset(), keys=list("abcd"))
+
+
+def test_an_unconditional_dataset_has_no_conditions():
+    class Part(FakePart):
+        conditions = FakePart.conditions.set_column(1, "label", pa.nulls(6, pa.int64()))
+
+    class Dataset(FakeDataset):
+        num_classes = None
+
+        def part(self, name):
+            return Part()
+
+    index = ReferenceIndex.build(Dataset())
+    assert (index.labels, index.label_counts, index.captions, index.num_classes) == (None,) * 4
+    assert index.items.conditions.num_rows == 0

@@ -97,6 +97,17 @@ def test_saving_again_replaces_the_same_data_only(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["index"]
 
 
+def test_an_index_of_other_features_is_kept(tmp_path):
+    pixels, whitened = build(), build(features=Whitened.fit(PixelFeatures(), random_images(60)))
+    pixels.dataset_hash = whitened.dataset_hash = "the same"
+    pixels.save(tmp_path / "index")
+    with pytest.raises(ValueError, match="index of other features"):
+        whitened.save(tmp_path / "index")
+    assert ReferenceIndex.load(tmp_path / "index").metric == "l2"
+    whitened.save(tmp_path / "index", overwrite=True)
+    assert ReferenceIndex.load(tmp_path / "index").metric == "cosine"
+
+
 def test_what_is_no_index_is_never_replaced(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
@@ -182,6 +193,10 @@ def wrong_groups(folder):
     )
 
 
+def unused_groups(folder):
+    change_manifest(folder, groups=8)
+
+
 def unknown_extractor(folder):
     change_manifest(folder, features={"name": "os.system"})
 
@@ -220,6 +235,7 @@ def replace_items(folder):
         (lambda f: (f / "calibration.json").write_text("[1]"), "calibration.json"),
         (replace_items, "not the file that manifest.json describes"),
         (wrong_groups, "contradict"),
+        (unused_groups, "contradict"),
         (unknown_extractor, "unknown feature extractor 'os.system'"),
         (other_preprocessing, "other preprocessing or weights"),
     ],
