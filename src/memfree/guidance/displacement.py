@@ -66,9 +66,18 @@ def move_below(
         if not bool(above.any()):
             break
         rows, gradient, excess = rows[above], gradient[above], sigma.detach()[above] - target
-        square = gradient.flatten(1).square().sum(dim=1).clamp(min=1e-12)
+        gradient = _never_zero(gradient)
+        square = gradient.flatten(1).square().sum(dim=1)
         # 1 % past the target, so that rounding does not leave a sample on the line.
         step = per_sample((excess + 0.01 * abs(target)) / square, gradient) * gradient
         moved = x_0[rows] - step
         x_0[rows] = moved if image_range is None else moved.clamp(-image_range, image_range)
     return x_0
+
+
+def _never_zero(gradient: Tensor) -> Tensor:
+    """The gradient, or any direction where there is none: on top of a reference, none is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    anywhere = torch.randn(gradient.shape[1:], generator=generator).to(gradient)
+    zero = per_sample(gradient.flatten(1).abs().amax(dim=1) < 1e-6, gradient)
+    return torch.where(zero, anywhere / anywhere.norm(), gradient)

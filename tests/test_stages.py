@@ -1,0 +1,50 @@
+"""Stages are printed as a user types them and are run by the same parser."""
+
+import shlex
+
+import pytest
+from rich.console import Console
+
+from memfree.demo import demo_stages
+from memfree.stages import Stage, run_stages
+from memfree.study import Cell, Plan
+
+
+def test_a_stage_is_a_command_line():
+    stage = Stage("sample", {"count": 3, "guidance.gated": False, "classes": [1, 2]})
+    assert stage.line() == "python sample.py --count=3 --guidance.gated=false '--classes=[1,2]'"
+    assert shlex.split(stage.line())[2:] == stage.arguments()
+    assert Stage("index", {"out": "a b"}).line() == "memfree index '--out=a b'"
+
+
+def test_a_failing_stage_ends_the_chain_with_its_own_line(tmp_path, capsys):
+    stages = [Stage("index", {"dataset": tmp_path / "none", "out": tmp_path / "index"})]
+    with pytest.raises(SystemExit) as caught:
+        run_stages(stages, Console())
+    assert caught.value.code == 2
+    assert "no dataset folder" in capsys.readouterr().err
+
+
+def test_demo_samples_differ_by_the_mitigation_alone(tmp_path):
+    stages = demo_stages(tmp_path, 0, 16, 64, 1500, 1300, 2.0)
+    samples = [stage.options for stage in stages if stage.command == "sample"]
+    assert [one["guidance.mitigation"] for one in samples] == ["none", "amg", "both"]
+    for one in samples:
+        own = {"out", "guidance.mitigation"}
+        assert {k: v for k, v in one.items() if k not in own} == {
+            k: v for k, v in samples[0].items() if k not in own
+        }
+    assert samples[0]["guidance_scale"] >= 2 and samples[0]["count"] >= 1300
+
+
+def test_oracle_of_equal_epochs_sees_each_image_as_often(tmp_path):
+    plan = Plan("oracle", tmp_path, 16, 1500, 1000, 2.0)
+    assert plan.equal_epochs(1) == 1500
+    assert plan.equal_epochs(64) == round(1500 * 500 / 1508)
+    stages = plan.stages(Cell("class", 64, 2))
+    trained = [stage.options for stage in stages if stage.command == "train"]
+    assert [one["trainer.max_steps"] for one in trained] == [1500, 1500, 497]
+    assert len({one["out"] for one in trained}) == 3
+    prepared = [stage.options for stage in stages if stage.command == "prepare"]
+    assert [one.get("plan.factor", 1) for one in prepared] == [64, 1, 1]
+    assert len({one["seed"] for one in prepared}) == 1  # the same split with and without copies
