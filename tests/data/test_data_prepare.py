@@ -222,6 +222,32 @@ def test_same_command_again_says_so(tmp_path, capsys):
     assert files(tmp_path / "out") == before
 
 
+def test_changed_source_is_noticed(tmp_path, make_shard):
+    make_shard(tmp_path, 0, 20)
+    prepare(tmp_path / "out", "shards", str(tmp_path / "*.tar"), image_size=8)
+    prepare(tmp_path / "out", "shards", str(tmp_path / "*.tar"), image_size=8)
+    make_shard(tmp_path, 1, 5)
+    with pytest.raises(ValueError, match=r"--path .* changed after .*out was prepared"):
+        prepare(tmp_path / "out", "shards", str(tmp_path / "*.tar"), image_size=8)
+    for shard in tmp_path.glob("*.tar"):
+        shard.unlink()
+    prepare(tmp_path / "out", "shards", str(tmp_path / "*.tar"), image_size=8)
+
+
+def test_manifest_says_what_was_done(digits_folder):
+    manifest = DatasetFolder(digits_folder).manifest
+    assert manifest["source"]["name"] == "digits" and "CC BY 4.0" in manifest["source"]["licence"]
+    assert manifest["plan"]["images"] == 4 and manifest["plan"]["factor"] == 8
+    assert manifest["made_by"]["seed"] == 0 and manifest["repeated_images"] == 4
+    assert manifest["parts"]["train"] == {
+        "records": 88,
+        "images": 60,
+        "groups": 60,
+        "requested": 60,
+    }
+    assert manifest["shards"]["train-000000.tar"]["records"] == 20
+
+
 def test_another_data_set_is_not_overwritten(tmp_path):
     prepare(tmp_path / "out", parts=SMALL)
     before = files(tmp_path / "out")

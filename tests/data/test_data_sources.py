@@ -1,8 +1,12 @@
 """Sources, decoding within limits, and framing."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -271,8 +275,6 @@ def test_names_in_archives_are_not_paths(tmp_path, tar, encode):
 
 
 def test_links_in_archives_are_not_followed(tmp_path, encode):
-    import tarfile
-
     with tarfile.open(tmp_path / "link.tar", "w") as archive:
         link = tarfile.TarInfo("1.txt")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -315,3 +317,77 @@ def test_repeated_keys_become_unique(tmp_path, make_shard):
         make_shard(tmp_path / folder, 0, 2)
     data = load(Shards(str(tmp_path / "{x,y}")), tmp_path, Framing(8, 8, 3))
     assert len(set(data.names)) == 4
+
+
+# damage of any kind
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_any_damage_of_an_image_is_a_value_error(encode):
+    generator = np.random.default_rng(0)
+    whole = [encode(picture(0, 20, 20), kind) for kind in ("PNG", "JPEG", "WEBP")]
+    whole.append(
+        encode(picture(0, 20, 20), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0" + b"\x12\1" * 9)
+    )
+    refused = 0
+    for number in range(400):
+        data = bytearray(whole[number % 4])
+        for _ in range(int(generator.integers(1, 6))):
+            data[int(generator.integers(len(data)))] = int(generator.integers(256))
+        try:
+            image = open_image(bytes(data[: int(generator.integers(20, 2 * len(data)))]), "x")
+            Framing(8, 8, 3).apply(image, "x", Framing(8, 8, 3))
+        except ValueError as error:
+            assert str(error).startswith("x: ")
+            refused += 1
+    assert 50 < refused < 400
+
+
+def test_any_damage_of_an_archive_is_an_os_error(tmp_path, make_shard):
+    generator = np.random.default_rng(0)
+    whole = make_shard(tmp_path, 0, 3).read_bytes()
+    whole = whole[: len(whole.rstrip(b"\0")) + 600]
+    headers = [at for at in range(0, len(whole), 512) if whole[at + 257 :][:5] == b"ustar"]
+    shard = tmp_path / "damaged.tar"
+    for _ in range(300):
+        data = bytearray(whole)
+        at = headers[int(generator.integers(len(headers)))]
+        for _ in range(int(generator.integers(1, 4))):
+            data[at + int(generator.integers(512))] = int(generator.integers(256))
+        data[at + 148 : at + 156] = b" " * 8  # a valid checksum, so that the fields are believed
+        data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+        shard.write_bytes(data)
+        messages = []
+        list(read_shard(str(shard), messages.append))
+        assert all("damaged" in message for message in messages)
+        if messages:
+            with pytest.raises((OSError, ValueError), match="damaged"):
+                list(read_shard(str(shard)))
+
+
+def test_huge_extended_header_is_not_read(tmp_path):
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 1 << 40
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+    with pytest.raises(OSError, match="shard .*a.tar: .*extended header of 1099511627776 bytes"):
+        list(read_shard(str(tmp_path / "a.tar")))
+
+
+def test_chain_of_extended_headers(tmp_path):
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 0
+    (tmp_path / "a.tar").write_bytes(info.tobuf() * 5000 + bytes(2048))
+    with pytest.raises(OSError, match="shard .*a.tar: damaged archive"):
+        list(read_shard(str(tmp_path / "a.tar")))
+
+
+@pytest.mark.parametrize("mode", ["gz", "xz", "bz2"])
+def test_compressed_archives(tmp_path, make_shard, mode):
+    data = make_shard(tmp_path, 0, 3).read_bytes()
+    packed = {"gz": gzip, "xz": lzma, "bz2": bz2}[mode].compress(data)
+    shard = tmp_path / f"a.tar.{mode}"
+    shard.write_bytes(packed)
+    assert len(list(read_shard(str(shard)))) == 3
+    shard.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(OSError, match=r"shard .*a.tar"):
+        list(read_shard(str(shard)))

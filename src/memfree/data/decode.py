@@ -56,8 +56,11 @@ def open_image(data: bytes, name: str) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says."""
-    return ImageOps.exif_transpose(image)
+    """The image turned as its EXIF orientation says; damaged EXIF says nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODER_ERRORS:
+        return image
 
 
 def channels_of(image: Image.Image, name: str) -> int:

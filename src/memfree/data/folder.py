@@ -20,6 +20,8 @@ from memfree.data.reader import RecordReader
 from memfree.data.split import PARTS, PartName
 from memfree.manifest import read_manifest, sha256
 
+_BLOCK = 1024  # images decoded at a time
+
 
 class DatasetFolder:
     """Opens a dataset folder that ``memfree prepare`` finished.
@@ -184,7 +186,10 @@ class DatasetPart:
 
     def images(self) -> Tensor:
         """All images, (N, C, H, W) float32 in [-1, 1]."""
-        return torch.cat(list(self.batches(1024)))
+        images = torch.empty(len(self), *self.reader.image_shape)
+        for start, batch in enumerate(self.batches(_BLOCK)):
+            images[start * _BLOCK : (start + 1) * _BLOCK] = batch
+        return images
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """The images in order, (batch_size, C, H, W) float32 in [-1, 1]; the last may be fewer."""

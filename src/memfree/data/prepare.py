@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from memfree.data.build import build
 from memfree.data.framing import Filter, Framing, Resize
-from memfree.data.grouping import DEFAULT_DISTANCE, distinct, group, near_pairs
-from memfree.data.identity import dataset_hash
-from memfree.data.ingest import Ingested, ingest
+from memfree.data.grouping import DEFAULT_DISTANCE
 from memfree.data.plan import DuplicationPlan
-from memfree.data.records import Items, arrange
-from memfree.data.shards import RECORDS_SCHEMA, ShardWriter, record_bytes
+from memfree.data.shards import record_bytes
 from memfree.data.sources import SourceName, open_source
-from memfree.data.split import PARTS, PartSizes, deal
+from memfree.data.split import PARTS, PartSizes
 from memfree.data.workspace import put_in_place, unfinished
 from memfree.manifest import check_free_space, read_manifest, write_manifest
 
@@ -99,6 +93,7 @@ def prepare(
     recipe = json.loads(json.dumps(recipe))
     console = Console(stderr=True)
     if _is_done(out, recipe, overwrite):
+        _check_source(out, source, path)
         console.print(f"{out} is already prepared in this way", soft_wrap=True)
         return
     opened = open_source(source, path)
@@ -108,97 +103,27 @@ def prepare(
     check_free_space(out, count * (values + record_bytes(values)) + size)
 
     with unfinished(out) as folder, _progress(console) as progress:
-        skipped: list[str] = []
-        reading = progress.add_task("read", total=count or None)
-        data = ingest(
+        facts = build(
+            folder,
             opened,
             framing,
-            folder / "pixels.tmp",
-            skipped.append if on_error == "skip" else None,
-            lambda name: progress.advance(reading),
-        )
-        progress.update(reading, total=len(data.names))
-        counts = parts.counts(len(data.names), opened.default_sizes)
-
-        comparing = progress.add_task("compare", total=len(data.names))
-        image_of, first = distinct(data.pixels)
-        pairs = near_pairs(
-            data.pixels if len(first) == len(data.pixels) else data.pixels[first],
+            parts,
+            plan,
+            seed,
             near_distance,
-            lambda done, total: progress.update(comparing, completed=done, total=total),
+            records_per_shard,
+            on_error == "skip",
+            progress,
         )
-        progress.update(comparing, completed=len(first), total=len(first))
-        group_of = _groups(data, image_of, pairs)
-        sizes = np.bincount(group_of[image_of])
-        part_of = deal(sizes, counts, seed)
-        items = arrange(
-            data, image_of, group_of, part_of, plan, data.num_classes(opened.class_names), seed
+        about: dict[str, Any] = {"name": source, "path": path, "licence": licence or opened.licence}
+        about["size"] = opened.size
+        write_manifest(
+            folder, "dataset", seed, source=about, plan=recipe["plan"], recipe=recipe, **facts
         )
-        for part in PARTS:
-            if counts[part] and not items.records[part]:
-                raise ValueError(
-                    f"no group of images is small enough for --parts.{part} {counts[part]}; "
-                    "make it larger or lower --near_distance"
-                )
-
-        total = sum(len(records) for records in items.records.values())
-        check_free_space(folder, total * record_bytes(int(np.prod(data.pixels.shape[1:]))))
-        writing = progress.add_task("write", total=total)
-        writer = _write_shards(folder, items, data, records_per_shard, progress, writing)
-        _write_tables(folder, items, writer)
-        kept = Counter(items.groups)
-        fields = {
-            "hash": dataset_hash(
-                {shard.name: shard.sha256 for shard in writer.shards},
-                items.keys,
-                items.groups,
-                items.copies(),
-            ),
-            "recipe": recipe,
-            "source": {"name": source, "path": path, "licence": licence or opened.licence},
-            "image_shape": [int(side) for side in data.pixels.shape[1:]],
-            "num_classes": items.num_classes,
-            "class_names": opened.class_names,
-            "captions": data.captions is not None,
-            "plan": recipe["plan"],
-            "parts": {
-                part: {
-                    "records": len(items.records[part]),
-                    "images": items.parts.count(part),
-                    "groups": len(
-                        {g for g, p in zip(items.groups, items.parts, strict=True) if p == part}
-                    ),
-                    "requested": counts[part],
-                }
-                for part in PARTS
-            },
-            "grouping": {
-                "source_images": len(data.names),
-                "exact_duplicates": len(data.names) - len(first),
-                "near_pairs": len(pairs),
-                "largest_source_group": int(sizes.max()),
-                "largest_group": max(kept.values()),
-                "left_out": int(
-                    sum(sizes[number] for number, p in enumerate(part_of) if p is None)
-                ),
-            },
-            "repeated_images": items.repeated,
-            "skipped": {"count": len(skipped), "first": skipped[:20]},
-            "shards": {
-                shard.name: {
-                    "records": shard.records,
-                    "bytes": shard.bytes,
-                    "sha256": shard.sha256,
-                }
-                for shard in writer.shards
-            },
-        }
-        del data
-        (folder / "pixels.tmp").unlink()
-        write_manifest(folder, "dataset", seed, **fields)
         put_in_place(folder, out, overwrite)
-    sums = ", ".join(f"{part} {len(items.records[part])}" for part in PARTS)
-    note = f"; {len(skipped)} broken images skipped, see its manifest" if skipped else ""
+    sums = ", ".join(f"{part} {facts['parts'][part]['records']}" for part in PARTS)
+    broken = facts["skipped"]["count"]
+    note = f"; {broken} broken images skipped, see its manifest" if broken else ""
     console.print(f"{out}: records: {sums}{note}", soft_wrap=True)
 
 
@@ -221,62 +146,19 @@ def _is_done(out: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
     return False
 
 
-def _groups(data: Ingested, image_of: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Group of each distinct image, from pairs of them and from what the source declares."""
-    declared: list[str | None] = [None] * (int(image_of.max()) + 1)
-    leader: dict[str, int] = {}
-    links = [pairs]
-    for source, image in enumerate(image_of.tolist()):
-        name = data.groups[source]
-        if name is None:
-            continue
-        if declared[image] is None:
-            declared[image] = name
-        links.append(np.array([[leader.setdefault(name, image), image]], np.int64))
-    return group(len(declared), np.concatenate(links), declared)
-
-
-def _write_shards(
-    folder: Path,
-    items: Items,
-    data: Ingested,
-    records_per_shard: int,
-    progress: Progress,
-    task: Any,
-) -> ShardWriter:
-    writer = ShardWriter(folder, records_per_shard)
-    for part in PARTS:
-        for record in items.records[part]:
-            row = record.row
-            pixels = items.near_copies.get(row)
-            if pixels is None:
-                pixels = np.asarray(data.pixels[items.sources[row]])
-            writer.write(part, record, pixels, items.keys[row], items.groups[row])
-            progress.advance(task)
-    writer.close()
-    return writer
-
-
-def _write_tables(folder: Path, items: Items, writer: ShardWriter) -> None:
-    """``items.parquet``, ``conditions.parquet`` and the index ``records.parquet``."""
-    table = {
-        "image_key": items.keys,
-        "group": items.groups,
-        "copies": pa.array(items.copies(), pa.int64()),
-        "part": list(items.parts),
-    }
-    pq.write_table(pa.table(table), folder / "items.parquet")
-    rows, labels, captions, counts = zip(*items.conditions(), strict=True)
-    table = {
-        "image_key": [items.keys[row] for row in rows],
-        "label": pa.array(labels, pa.int64()),
-        "caption": pa.array(captions, pa.string()),
-        "count": pa.array(counts, pa.int64()),
-        "part": [items.parts[row] for row in rows],
-    }
-    pq.write_table(pa.table(table), folder / "conditions.parquet")
-    index = pa.table(writer.index, schema=RECORDS_SCHEMA)
-    pq.write_table(index, folder / "records.parquet")
+def _check_source(out: Path, source: SourceName, path: str | None) -> None:
+    """Refuse to call a folder done whose source has other files now; it need not exist any more."""
+    if source not in ("folder", "shards"):
+        return
+    try:
+        size = list(open_source(source, path).size)
+    except FileNotFoundError:
+        return
+    if size != read_manifest(out, "dataset")["source"]["size"]:
+        raise ValueError(
+            f"--path {path} changed after {out} was prepared; choose another --out or say "
+            "--overwrite true"
+        )
 
 
 def _progress(console: Console) -> Progress:

@@ -39,7 +39,7 @@ class RecordReader:
         self._files: OrderedDict[int, int] = OrderedDict()
         self._process = os.getpid()
         self._folder = folder
-        self._shape = image_shape
+        self.image_shape = image_shape
         self._names: list[str] = records["shard"].unique().to_pylist()
         number = {name: position for position, name in enumerate(self._names)}
         self._shard = np.array([number[name] for name in records["shard"].to_pylist()], np.int64)
@@ -80,7 +80,7 @@ class RecordReader:
                     raise
                 broken(number, str(error))
         if not images:
-            return torch.empty((0, *self._shape), dtype=torch.uint8)
+            return torch.empty((0, *self.image_shape), dtype=torch.uint8)
         return torch.from_numpy(np.stack(images))
 
     def _read_cached(
@@ -109,7 +109,7 @@ class RecordReader:
         data = os.pread(self._file(shard), size, offset)
         if zlib.crc32(data) != self._crc32[number]:
             raise ValueError(f"{name}: damaged, its checksum differs; prepare the dataset again")
-        return decode_record(data, name, self._shape)
+        return decode_record(data, name, self.image_shape)
 
     def _file(self, shard: int) -> int:
         """An open file of this process; the one not used for longest is closed first."""

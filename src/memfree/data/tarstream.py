@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import lzma
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +27,22 @@ MAX_LABEL = 99_999
 _IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 _TEXTS = ("txt", "cls", "json")
 _SCHEMES = ("http", "https", "s3", "gs", "hf")
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_TAR_ERRORS = (
+    tarfile.TarError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+    zlib.error,
+    lzma.LZMAError,
+)
 _HEADER_ERRORS = (
     tarfile.EmptyHeaderError,  # type: ignore[attr-defined]
     tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
@@ -48,6 +67,13 @@ class TarRecord:
 
 class _StrictTarInfo(tarfile.TarInfo):
     """Header whose damage is an error: tarfile itself takes it for the archive's end."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENSIONS and header.size > MAX_TEXT_BYTES:  # tarfile would read it all
+            raise OSError(f"extended header of {header.size} bytes")
+        return header
 
     @classmethod
     def fromtarfile(cls, tarfile: Any) -> Any:
@@ -113,7 +139,7 @@ def read_shard(shard: str, broken: Callable[[str], None] | None = None) -> Itera
                     broken(str(error))
                     continue
                 yield record
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except OSError as error:
         message = f"shard {shard}: {' '.join(str(error).split()) or type(error).__name__}"
         if broken is None:
             raise OSError(message) from error
@@ -124,27 +150,45 @@ def _members(stream: IO[bytes], shard: str) -> Iterator[tuple[str, dict[str, byt
     """(name, {suffix: content}) of each run of members with the same key."""
     base = Path(shard).name.split(".")[0]
     key, members = None, {}  # type: str | None, dict[str, bytes | str]
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
-        for member in archive:
-            found, suffix = base_plus_ext(member.name)
-            if not member.isfile() or not found or not suffix:
-                continue
-            if found != key:
-                if members:
-                    yield f"{base}/{key}", members
-                key, members = found, {}
-            suffix = suffix.lower()
-            if suffix not in _IMAGES and suffix not in _TEXTS:
-                continue
-            limit = MAX_TEXT_BYTES if suffix in _TEXTS else MAX_IMAGE_BYTES
-            if member.size > limit:
-                members["error"] = f".{suffix} has {member.size} bytes, the limit is {limit}"
-                continue
-            file = archive.extractfile(member)
-            assert file is not None
-            members[suffix] = file.read()
+    for name, size, read in _files(stream):
+        found, suffix = base_plus_ext(name)
+        if not found or not suffix:
+            continue
+        if found != key:
+            if members:
+                yield f"{base}/{key}", members
+            key, members = found, {}
+        suffix = suffix.lower()
+        if suffix not in _IMAGES and suffix not in _TEXTS:
+            continue
+        limit = MAX_TEXT_BYTES if suffix in _TEXTS else MAX_IMAGE_BYTES
+        if size > limit:
+            members["error"] = f".{suffix} has {size} bytes, the limit is {limit}"
+        else:
+            members[suffix] = read()
     if members:
         yield f"{base}/{key}", members
+
+
+def _files(stream: IO[bytes]) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    """(name, bytes, function that reads it) of each plain file; all damage is an OSError."""
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # would collect all headers
+                if member.isfile():
+                    yield member.name, member.size, partial(_content, archive, member)
+    except _TAR_ERRORS as error:
+        raise OSError(f"damaged archive ({error or type(error).__name__})") from error
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    try:
+        file = archive.extractfile(member)
+        assert file is not None
+        return file.read()
+    except _TAR_ERRORS as error:
+        raise OSError(f"damaged archive ({error or type(error).__name__})") from error
 
 
 def _record(name: str, members: dict[str, bytes | str]) -> TarRecord:
