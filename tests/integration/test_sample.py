@@ -64,6 +64,7 @@ def options(folders, out, **changes):
         "count": 7,
         "batch_size": 3,
         "steps": 4,
+        "scheduler": "ddim",
         "guidance_scale": 2,
         "trainer.accelerator": "cpu",
         **changes,
