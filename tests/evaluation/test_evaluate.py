@@ -9,10 +9,12 @@ import pytest
 import torch
 from made_samples import COUNT, make_samples
 from pyarrow import parquet
+from rich.console import Console
 
 from memfree.cli import main
 from memfree.data import DatasetFolder
 from memfree.evaluation import EvaluationFolder, evaluate, report
+from memfree.guidance import calibrate
 from memfree.manifest import read_manifest
 from memfree.retrieval import ReferenceIndex
 
@@ -292,3 +294,23 @@ def test_a_damaged_evaluation_is_one_line(evaluation, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["report", "--evaluation", str(tmp_path / "none")])
     assert "no evaluation folder" in capsys.readouterr().err
+
+
+def test_an_index_of_embeddings_is_judged_by_pixels_as_well(dataset, samples, tmp_path):
+    from memfree.evaluation.inputs import open_inputs
+    from memfree.evaluation.measuring import measure_subjects
+    from memfree.guidance import EmbeddingSimilarity
+    from memfree.retrieval import EfficientNetFeatures, Whitened
+
+    data = DatasetFolder(dataset)
+    features = Whitened.fit(EfficientNetFeatures(), data.part("fit").images())
+    built = ReferenceIndex.build(dataset, features)
+    calibrate(built, EmbeddingSimilarity(), data.part("calibration").images())
+    built.save(tmp_path / "index")
+    opened = open_inputs(dataset, tmp_path / "index", samples, "unguided", ())
+    subjects, second = measure_subjects(opened, 0.01, 256, Console(quiet=True))
+    assert second.similarity.describe == {"extractor": "pixels"}
+    unguided = subjects["unguided"]
+    assert unguided.second_copy.mean() == 0.5
+    assert unguided.found.copy.mean() == pytest.approx(0.5, abs=0.05)
+    assert (unguided.found.sigma <= 1 + 1e-5).all()

@@ -107,9 +107,10 @@ def test_no_ratio_to_a_fair_share_of_zero():
     assert table.get("duplicated_fair_share", "x").high > 0
 
 
-def test_a_class_without_test_images_is_refused():
-    with pytest.raises(ValueError, match="no test image has class 7"):
-        class_weights(np.array([0, 1]), np.array([7]), 2)
+def test_a_class_without_test_images_is_left_out_of_the_mix():
+    weights = class_weights(np.array([0, 1, 1]), np.array([1, 7]), 3)
+    assert weights.tolist() == [0, 0.25, 0.25]
+    assert class_weights(np.array([0, 1]), np.array([7]), 2).tolist() == [1, 1]
 
 
 def test_without_labels_all_weights_are_one():

@@ -53,6 +53,10 @@ class ClassJudge:
         best.classifier.fit(features[best.features], labels)
         return best
 
+    def knows(self, classes: np.ndarray) -> np.ndarray:
+        """(n,) bool: the class was among the fit images, so that it can be recognised."""
+        return np.isin(classes, self.classifier.classes_)
+
     def agrees(self, features: dict[str, np.ndarray], classes: np.ndarray) -> np.ndarray:
         """(n,) bool: the classifier names the wanted class."""
         return self.classifier.predict(features[self.features]) == classes

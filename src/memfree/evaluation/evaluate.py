@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
-from memfree.evaluation import class_agreement, memorization, quality
-from memfree.evaluation.embedding import View, Viewer, fit_components
+from memfree.evaluation import class_agreement, memorization
+from memfree.evaluation.distributions import distribution_metrics
+from memfree.evaluation.embedding import View
 from memfree.evaluation.folder import check_replaceable, write_evaluation
-from memfree.evaluation.inputs import Inputs, labels_of, open_inputs
+from memfree.evaluation.inputs import Inputs, open_inputs
 from memfree.evaluation.intervals import wilson
+from memfree.evaluation.measuring import Second, measure_subjects, step
 from memfree.evaluation.neighbours import find_neighbours
 from memfree.evaluation.power import CHANGED_IMAGES, changed_copies
 from memfree.evaluation.records import CHANGED, HELDOUT, Metric, MetricTable, metric
-from memfree.evaluation.second_similarity import SecondSimilarity
+from memfree.evaluation.second_similarity import second_copies, second_metric
 from memfree.evaluation.subject import Subject
 from memfree.evaluation.table import print_table
 from memfree.evaluation.trajectories import active_share, trace_of
@@ -68,20 +66,20 @@ def evaluate(
     """
     console = Console()
     check_replaceable(out)
-    with _step(console, "Opening data set, index and samples"):
+    with step(console, "Opening data set, index and samples"):
         inputs = open_inputs(dataset, index, samples, reference, other_data)
-    subjects, second = _measure(inputs, false_positive_rate, batch_size, console)
+    subjects, second = measure_subjects(inputs, false_positive_rate, batch_size, console)
     rates = (false_positive_rate, *other_rates)
     metrics = _memorization_metrics(inputs, subjects, second, rates, seed)
-    with _step(console, "Training the classifier of the fit images"):
-        metrics += _class_metrics(inputs, subjects, second.fit_view, seed)
-    with _step(console, "Comparing distributions: Fréchet distance and KID"):
-        metrics += _quality_metrics(inputs, subjects, second, seed)
+    with step(console, "Training the classifier of the fit images"):
+        metrics += _class_metrics(inputs, subjects, second.fit_view, seed, console)
+    with step(console, "Comparing distributions: Fréchet distance and KID"):
+        metrics += distribution_metrics(inputs, subjects, second, seed)
     metrics += _power_metrics(inputs, second, false_positive_rate, seed)
     metrics += _cost_metrics(inputs)
     metrics += _paired_metrics(inputs, subjects)
     table = MetricTable(metrics)
-    with _step(console, "Writing"):
+    with step(console, "Writing"):
         write_evaluation(
             out, inputs, index, table, subjects, seed, false_positive_rate=false_positive_rate
         )
@@ -89,58 +87,10 @@ def evaluate(
     console.print(f"Written to {out}; `memfree report --evaluation {out}` makes the page.")
 
 
-@dataclass
-class _Second:
-    """The second similarity, and the views that it was made from."""
-
-    similarity: SecondSimilarity
-    viewer: Viewer
-    fit_view: View
-    train_view: View
-
-
-def _measure(
-    inputs: Inputs, rate: float, batch_size: int, console: Console
-) -> tuple[dict[str, Subject], _Second]:
-    """Neighbours, views and both verdicts of every sample folder and of the test images."""
-    measure = default_similarity(inputs.index)
-    calibration = calibration_of(inputs.index, measure)
-    calibration.threshold(rate)  # refuses a rate that is too small before anything is computed
-    data = inputs.dataset
-    with _step(console, "Embedding the data set"):
-        fit_images = data.part("fit").images()
-        viewer = Viewer(fit_images, batch_size)
-        fit_view = viewer(fit_images)
-        train_view = viewer(data.part("train").batches(batch_size))
-        calibration_view = viewer(data.part("calibration").batches(batch_size))
-        similarity = SecondSimilarity.fit(
-            fit_view.pooled,
-            train_view.pooled,
-            calibration_view.pooled,
-            viewer.describe_pooled()["extractor"],
-        )
-    similarity.calibration.threshold(rate)
-    test = data.part("test")
-    test_labels = None if test.labels is None else test.labels.numpy()
-    sources = {name: (folder.images, labels_of(folder)) for name, folder in inputs.samples.items()}
-    sources[HELDOUT] = (test.images, test_labels)
-    subjects = {}
-    for name, (load, labels) in sources.items():
-        with _step(console, f"Measuring {name}"):
-            images = load()
-            found = find_neighbours(inputs.index, measure, calibration, images, rate, batch_size)
-            view = viewer(images)
-            sigma = similarity.sigma(view.pooled)
-            subjects[name] = Subject(
-                name, found, view, labels, sigma, similarity.copies(sigma, rate)
-            )
-    return subjects, _Second(similarity, viewer, fit_view, train_view)
-
-
 def _memorization_metrics(
     inputs: Inputs,
     subjects: dict[str, Subject],
-    second: _Second,
+    second: Second,
     rates: tuple[float, ...],
     seed: int,
 ) -> list[Metric]:
@@ -157,22 +107,19 @@ def _memorization_metrics(
     for name, subject in subjects.items():
         found = subject.found
         metrics += memorization.copy_metrics(name, found, thresholds, rate, measure.name)
-        metrics.append(second.similarity.metric(name, subject.second_copy, rate))
+        metrics.append(second_metric(second.similarity, name, subject.second_copy, rate))
         metrics += memorization.distance_metrics(
             name, found, isinstance(measure, NormalizedL2), seed
         )
         metrics += memorization.factor_metrics(name, found, per_factor)
+        weights = memorization.class_weights(heldout.labels, subject.labels, len(heldout.found))
         metrics += memorization.duplicated_share_metrics(
-            name,
-            found.multiplicity > 1,
-            heldout.found.multiplicity > 1,
-            memorization.class_weights(heldout.labels, subject.labels, len(heldout.found)),
-            seed,
+            name, found.multiplicity > 1, heldout.found.multiplicity > 1, weights, seed
         )
     return metrics
 
 
-def _power_metrics(inputs: Inputs, second: _Second, rate: float, seed: int) -> list[Metric]:
+def _power_metrics(inputs: Inputs, second: Second, rate: float, seed: int) -> list[Metric]:
     """Share of known copies, training images changed on purpose, that either measure finds."""
     train = inputs.dataset.part("train")
     images = next(iter(train.batches(CHANGED_IMAGES)))
@@ -181,10 +128,10 @@ def _power_metrics(inputs: Inputs, second: _Second, rate: float, seed: int) -> l
     metrics = []
     for name, changed in changed_copies(images, seed).items():
         found = find_neighbours(inputs.index, measure, calibration, changed, rate)
-        sigma = second.similarity.sigma(second.viewer(changed).pooled)
+        sigma = second.similarity.sigma(changed, second.viewer(changed))
         for prefix, flags in (
             ("copies", found.copy),
-            ("second_copies", second.similarity.copies(sigma, rate)),
+            ("second_copies", second_copies(second.similarity, sigma, rate)),
         ):
             share = wilson(int(flags.sum()), len(flags))
             metrics.append(metric(f"{prefix}_of_{name}", CHANGED, share, len(flags)))
@@ -192,91 +139,27 @@ def _power_metrics(inputs: Inputs, second: _Second, rate: float, seed: int) -> l
 
 
 def _class_metrics(
-    inputs: Inputs, subjects: dict[str, Subject], fit_view: View, seed: int
+    inputs: Inputs, subjects: dict[str, Subject], fit_view: View, seed: int, console: Console
 ) -> list[Metric]:
     """Class agreement of the samples that were asked for a class; sets ``agrees``."""
     labels = inputs.dataset.part("fit").labels
     if labels is None or all(subjects[name].labels is None for name in inputs.samples):
         return []
-    judge = class_agreement.ClassJudge.fit(fit_view.classifier_features(), labels.numpy(), seed)
+    try:
+        judge = class_agreement.ClassJudge.fit(fit_view.classifier_features(), labels.numpy(), seed)
+    except ValueError as error:
+        console.print(f"Class agreement is left out: {error}", markup=False)
+        return []
     metrics = []
     for name, subject in subjects.items():
-        if subject.labels is not None:
-            features = subject.view.classifier_features()
-            subject.agrees = judge.agrees(features, subject.labels)
+        if subject.labels is None:
+            continue
+        known = judge.knows(subject.labels)
+        if known.any():
+            features = subject.view.take(np.flatnonzero(known)).classifier_features()
+            subject.agrees = judge.agrees(features, subject.labels[known])
             metrics.append(judge.metric(name, subject.agrees))
     return metrics
-
-
-def _quality_metrics(
-    inputs: Inputs, subjects: dict[str, Subject], second: _Second, seed: int
-) -> list[Metric]:
-    """Fréchet distances and KID to the test images, at equal counts, with the floor."""
-    groups = np.unique(np.array(inputs.dataset.part("train").groups), return_index=True)[1]
-    floor = second.train_view.take(np.sort(groups))  # one image of every group
-    target = subjects[HELDOUT].view
-    views = {name: subjects[name].view for name in inputs.samples}
-    components = fit_components(second.fit_view.pooled)
-
-    def projected(view: View) -> np.ndarray:
-        return components.transform(view.pooled.astype(np.float64))
-
-    def pixels(view: View) -> np.ndarray:
-        return view.pixels.astype(np.float64)
-
-    metrics: list[Metric] = []
-    for space, features, detail in (
-        ("efficientnet", projected, second.viewer.describe_pooled()),
-        ("pixels", pixels, second.viewer.describe_pixels()),
-    ):
-        metrics += quality.frechet_metrics(
-            space,
-            {name: features(view) for name, view in views.items()},
-            features(floor),
-            features(target),
-            seed,
-            inputs.paired,
-            **detail,
-        )
-    metrics += quality.kid_metrics(
-        "efficientnet",
-        {name: view.pooled for name, view in views.items()},
-        floor.pooled,
-        target.pooled,
-        seed,
-        **second.viewer.describe_pooled(),
-    )
-    if target.inception is not None:
-        metrics += _inception_metrics(views, floor, target, seed)
-    return metrics
-
-
-def _inception_metrics(
-    views: dict[str, View], floor: View, target: View, seed: int
-) -> list[Metric]:
-    """FID and KID as published, on torch-fidelity's Inception; singular below 2048 images."""
-
-    def features(view: View) -> np.ndarray:
-        assert view.inception is not None
-        return view.inception
-
-    subjects = {name: features(view) for name, view in views.items()}
-    detail: dict[str, Any] = {"extractor": "torch-fidelity inception-v3-compat, 2048"}
-    double = {name: each.astype(np.float64) for name, each in subjects.items()}
-    return [
-        *quality.frechet_metrics(
-            "inception",
-            double,
-            features(floor).astype(np.float64),
-            features(target).astype(np.float64),
-            seed,
-            draws=0,
-            **detail,
-        ),
-        *quality.kid_metrics(
-            "inception", subjects, features(floor), features(target), seed, **detail
-        ),
-    ]
 
 
 def _cost_metrics(inputs: Inputs) -> list[Metric]:
@@ -316,10 +199,3 @@ def _paired_metrics(inputs: Inputs, subjects: dict[str, Subject]) -> list[Metric
             flags["class_agreement"] = (own.agrees, other.agrees)
         metrics += memorization.paired_metrics(name, reference, flags)
     return metrics
-
-
-@contextmanager
-def _step(console: Console, what: str) -> Iterator[None]:
-    """Say what is going on: a spinner on a terminal, nothing where output is a file."""
-    with console.status(f"{what} …"):
-        yield

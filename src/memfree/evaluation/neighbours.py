@@ -64,7 +64,7 @@ def find_neighbours(
         raise ValueError(f"images are {shape}, the index holds {tuple(index.image_shape)}")
     sigmas, rows, ratios = [], [], []
     with torch.no_grad():
-        for batch in images.split(batch_size):
+        for batch in images.to(index.device).split(batch_size):
             match = similarity(index, batch)
             hits = index.search(batch, 2)
             sigmas.append(match.sigma.double().cpu())

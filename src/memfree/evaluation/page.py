@@ -1,11 +1,8 @@
-"""What the report says: headline, strip of pictures, table, limits and how to make it again."""
+"""What the report shows: headline, strip of pictures, table, differences, limits."""
 
 from __future__ import annotations
 
 import base64
-import json
-import shlex
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -155,6 +152,8 @@ def _row_note(folder: EvaluationFolder, row: Row) -> str:
     if row.metric == "copies":
         return f"{row.note} Here: {100 * folder.manifest['false_positive_rate']:g} %."
     found = folder.metrics.get(row.metric, folder.reference)
+    if row.metric == "second_copies" and found:
+        return f"{row.note} Here: {found.detail['similarity']}."
     count = found.detail.get("equal_count") if found else None
     return f"{row.note} {count} images on each side." if count else row.note
 
@@ -230,116 +229,3 @@ LIMITS = (
     "Intervals are over samples of one trained model. Another training gives another model.",
 )
 """What the measures miss."""
-
-
-def facts(folder: EvaluationFolder) -> list[tuple[str, str]]:
-    """Data, index, samplers and versions, as name and value."""
-    data = folder.manifest["dataset"]["manifest"]
-    index = folder.manifest["index"]["manifest"]
-    made = folder.manifest["made_by"]
-    parts = data.get("parts", {})
-    shape = " × ".join(str(side) for side in data["image_shape"])
-    rows = [
-        (
-            "Data set",
-            f"{_source(data)}, images of {shape}, SHA-256 {folder.manifest['dataset']['hash']}",
-        ),
-        ("Parts", _parts(parts)),
-        ("Repeated on purpose", _plan(data)),
-        ("Index", f"{index.get('rows')} distinct images, {_feature(index)}, {index.get('metric')}"),
-    ]
-    for name in folder.subjects:
-        rows.append((f"Samples: {name}", _sampler(folder.manifest["samples"][name]["manifest"])))
-        model = folder.manifest["samples"][name]["model"]
-        if model and name not in folder.paired:
-            rows.append((f"Model: {name}", _model(model)))
-    versions = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
-    rows.append(("Software", f"Python {made['python']}, {versions}"))
-    rows.append(("Machine", str(made["device"])))
-    rows.append(("Commit", str(made.get("git_commit") or "not from a checkout")))
-    rows.append(("Evaluated", f"{made['created']}, seed {made['seed']}"))
-    return [(name, value) for name, value in rows if value]
-
-
-def _source(data: dict[str, Any]) -> str:
-    source = data.get("source", {})
-    licence = source.get("licence")
-    return f"{source.get('name', 'unknown source')}" + (f" ({licence})" if licence else "")
-
-
-def _parts(parts: dict[str, Any]) -> str:
-    texts = []
-    for name, part in parts.items():
-        images, records = part.get("images"), part.get("records")
-        same = records in (None, images)
-        texts.append(f"{name} {images}" + ("" if same else f" ({records} records)"))
-    return ", ".join(texts)
-
-
-def _plan(data: dict[str, Any]) -> str:
-    plan = data.get("plan", {})
-    repeated = data.get("repeated_images", 0)
-    if not repeated:
-        return "nothing"
-    factors = plan.get("ladder") or [plan.get("factor")]
-    kinds = ", ".join(plan.get("kinds", []))
-    return f"{repeated} images, {', '.join(f'× {factor}' for factor in factors)} ({kinds} copies)"
-
-
-def _feature(index: dict[str, Any]) -> str:
-    return str(index.get("features", {}).get("name", "features"))
-
-
-def _sampler(manifest: dict[str, Any]) -> str:
-    shown = ("mitigation", "scheduler", "steps", "guidance_scale", "seed", "count")
-    return ", ".join(
-        f"{name.replace('_', ' ')} {manifest[name]}"
-        for name in shown
-        if manifest.get(name) is not None
-    )
-
-
-def _model(manifest: dict[str, Any]) -> str:
-    parts = [
-        f"{manifest['parameters'] / 1e6:.2f} million weights" if "parameters" in manifest else "",
-        f"{manifest['steps']} steps of {manifest.get('batch_size')}" if "steps" in manifest else "",
-    ]
-    exposures = manifest.get("exposures") or {}
-    if exposures.get("largest"):
-        parts.append(f"an image was trained on at most {exposures['largest']} times")
-    return ", ".join(part for part in parts if part)
-
-
-def commands(folder: EvaluationFolder) -> str:
-    """The commands of data set, index, models, samples and evaluation, in order, each once."""
-    manifest = folder.manifest
-    made = [manifest["dataset"]["manifest"]["made_by"]]
-    made.append(manifest["index"]["manifest"]["made_by"])
-    for name in folder.subjects:
-        entry = manifest["samples"][name]
-        made += [made_by["made_by"] for made_by in (entry["model"], entry["manifest"]) if made_by]
-    made.append(manifest["made_by"])
-    lines = [_command(entry["command"]) for entry in made]
-    lines.append(f"memfree report --evaluation {shlex.quote(str(folder.path))}")
-    return "\n".join(dict.fromkeys(lines))
-
-
-def _command(words: list[str]) -> str:
-    program = Path(words[0]).name
-    words = ["python", program, *words[1:]] if program.endswith(".py") else [program, *words[1:]]
-    return shlex.join(words)
-
-
-def settings(folder: EvaluationFolder) -> str:
-    """Everything the manifests say of how samples were drawn, as indented JSON."""
-    kept = {
-        name: {"samples": entry["manifest"].get("settings"), "model": _identity(entry["model"])}
-        for name, entry in folder.manifest["samples"].items()
-    }
-    return json.dumps(
-        {"plan": folder.manifest["dataset"]["manifest"].get("plan"), **kept}, indent=2
-    )
-
-
-def _identity(model: dict[str, Any] | None) -> Any:
-    return None if model is None else model.get("identity")

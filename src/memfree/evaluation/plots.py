@@ -86,7 +86,8 @@ def trajectory_chart(
             same = "" if name == reference else ", same noise"
             axes.set_title(f"{name}{same}")
         panels[0].set_ylabel("similarity σ$_t$ (higher is nearer)")
-        panels[0].legend(loc="lower right", fontsize=8)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
         return _svg(figure, "trajectory")
 
 

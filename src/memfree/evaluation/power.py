@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHANGED_IMAGES = 200
+CHANGED_IMAGES = 100
 """Training images that are changed, at most."""
 
 

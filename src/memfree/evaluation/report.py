@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 
-from memfree.evaluation import page
+from memfree.evaluation import making, page
 from memfree.evaluation.finished import EvaluationFolder
 from memfree.evaluation.picture import write_picture
 from memfree.evaluation.plots import distance_chart, dose_chart, trajectory_chart
@@ -62,9 +62,9 @@ def render(folder: EvaluationFolder) -> str:
         charts=_charts(folder),
         known_copies=page.known_copies(folder),
         limits=page.LIMITS,
-        facts=page.facts(folder),
-        commands=page.commands(folder),
-        settings=page.settings(folder),
+        facts=making.facts(folder),
+        commands=making.commands(folder),
+        settings=making.settings(folder),
     )
 
 

@@ -1,84 +1,117 @@
-"""Copies by a measure that no guidance saw: whitened EfficientNet features, calibrated alone."""
+"""Copies by a measure that no guidance saw, calibrated by itself at the same error rate."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
+from torch import Tensor
 
-from memfree.evaluation.embedding import fit_components
+from memfree.evaluation.embedding import View, fit_components
 from memfree.evaluation.intervals import wilson
 from memfree.evaluation.records import Metric, metric
-from memfree.guidance import Calibration
+from memfree.guidance import Calibration, default_similarity, measure
+from memfree.retrieval import ReferenceIndex
 
-NAME = "whitened-efficientnet"
 
-
-@dataclass(frozen=True)
-class SecondSimilarity:
-    """Cosine of whitened embeddings to the nearest training image, with its own calibration.
+class SecondSimilarity(Protocol):
+    """A similarity to the nearest training image, with thresholds of its own.
 
     A guidance that is judged by its own measure can push samples just past the line. This one
-    shares nothing with it: other features, whitened on the fit part, and thresholds measured on
-    the calibration part at the same false-positive rate.
+    shares nothing with it.
+    """
+
+    calibration: Calibration
+    describe: dict[str, Any]
+    """Extractor and size, for the metrics' detail."""
+
+    def sigma(self, images: Tensor, view: View) -> np.ndarray:
+        """σ (n,) of images (n, C, H, W) and their view: higher is nearer."""
+        ...
+
+
+class WhitenedSimilarity:
+    """Cosine of whitened EfficientNet-Lite0 features to the nearest training image.
+
+    Raw features of small images are all alike (cosines near 1), so they are whitened on the fit
+    part: every principal direction gets the same variance.
+
+    Args:
+        fit: view of the fit part.
+        train: view of the distinct training images.
+        calibration: view of the calibration part.
+        extractor: what identifies the embedding.
     """
 
     components: PCA
-    references: torch.Tensor
+    references: Tensor
     """(rows, d) float64 unit vectors of the distinct training images."""
-    calibration: Calibration
-    describe: dict
-    """Extractor and size, for the metrics' detail."""
 
-    @classmethod
-    def fit(
-        cls, fit: np.ndarray, train: np.ndarray, calibration: np.ndarray, extractor: dict
-    ) -> SecondSimilarity:
-        """Whiten on ``fit``, refer to ``train``, calibrate on ``calibration``.
+    def __init__(self, fit: View, train: View, calibration: View, extractor: dict[str, Any]):
+        self.components = fit_components(fit.pooled, whiten=True)
+        self.references = self._unit(train)
+        sigmas = torch.from_numpy(self._best(calibration)).float()
+        self.calibration = Calibration("whitened-efficientnet", sigmas.sort().values)
+        self.describe = {
+            "extractor": extractor,
+            "components": int(self.components.n_components_),
+        }
 
-        Args:
-            fit: (n, D) embeddings of the fit part.
-            train: (rows, D) of the distinct training images.
-            calibration: (m, D) of the calibration part.
-            extractor: what identifies the embedding.
-        """
-        components = fit_components(fit, whiten=True)
-        references = _unit(components, train)
-        sigmas = _best_cosine(_unit(components, calibration), references).float()
-        describe = {"extractor": extractor, "components": int(components.n_components_)}
-        calibrated = Calibration(NAME, sigmas.sort().values)
-        return cls(components, references, calibrated, describe)
+    def sigma(self, images: Tensor, view: View) -> np.ndarray:
+        """Cosine to the nearest training image, (n,)."""
+        return self._best(view)
 
-    def sigma(self, embeddings: np.ndarray) -> np.ndarray:
-        """Cosine to the nearest training image, (n,), for embeddings (n, D)."""
-        return _best_cosine(_unit(self.components, embeddings), self.references).numpy()
+    def _best(self, view: View, chunk: int = 1024) -> np.ndarray:
+        parts = [(part @ self.references.T).amax(1) for part in self._unit(view).split(chunk)]
+        return torch.cat(parts).numpy()
 
-    def copies(self, sigma: np.ndarray, false_positive_rate: float) -> np.ndarray:
-        """(n,) bool: above the threshold of this false-positive rate."""
-        # float32, as the calibration is: the same image must not compare differently with itself
-        return sigma.astype(np.float32) > self.calibration.threshold(false_positive_rate)
-
-    def metric(self, subject: str, flags: np.ndarray, false_positive_rate: float) -> Metric:
-        """The rate ``second_copies`` of one subject."""
-        return metric(
-            "second_copies",
-            subject,
-            wilson(int(flags.sum()), len(flags)),
-            len(flags),
-            similarity=NAME,
-            threshold=self.calibration.threshold(false_positive_rate),
-            false_positive_rate=false_positive_rate,
-            **self.describe,
-        )
+    def _unit(self, view: View) -> Tensor:
+        whitened = torch.from_numpy(self.components.transform(view.pooled.astype(np.float64)))
+        return torch.nn.functional.normalize(whitened, dim=1)
 
 
-def _unit(components: PCA, embeddings: np.ndarray) -> torch.Tensor:
-    whitened = torch.from_numpy(components.transform(embeddings))
-    return torch.nn.functional.normalize(whitened, dim=1)
+class PixelSimilarity:
+    """nL2 on pixels: the second measure where the first is an embedding already.
+
+    Args:
+        index: pixel index of the training images.
+        calibration_images: (n, C, H, W) in [-1, 1].
+    """
+
+    def __init__(self, index: ReferenceIndex, calibration_images: Tensor):
+        self.index = index
+        self.similarity = default_similarity(index)
+        self.calibration = measure(index, self.similarity, calibration_images)
+        self.describe = {"extractor": "pixels"}
+
+    def sigma(self, images: Tensor, view: View) -> np.ndarray:
+        """−nL2 to the nearest training images, (n,)."""
+        with torch.no_grad():
+            parts = [self.similarity(self.index, part).sigma.cpu() for part in images.split(256)]
+        return torch.cat(parts).double().numpy()
 
 
-def _best_cosine(queries: torch.Tensor, references: torch.Tensor, chunk: int = 1024):
-    """(n,) largest cosine of each query to any reference."""
-    return torch.cat([(part @ references.T).amax(1) for part in queries.split(chunk)])
+def second_copies(
+    second: SecondSimilarity, sigma: np.ndarray, false_positive_rate: float
+) -> np.ndarray:
+    """(n,) bool: above the second similarity's own threshold of this false-positive rate."""
+    # float32, as the calibration is: the same image must not compare differently with itself
+    return sigma.astype(np.float32) > second.calibration.threshold(false_positive_rate)
+
+
+def second_metric(
+    second: SecondSimilarity, subject: str, flags: np.ndarray, false_positive_rate: float
+) -> Metric:
+    """The rate ``second_copies`` of one subject, with Wilson's interval."""
+    return metric(
+        "second_copies",
+        subject,
+        wilson(int(flags.sum()), len(flags)),
+        len(flags),
+        similarity=second.calibration.similarity,
+        threshold=second.calibration.threshold(false_positive_rate),
+        false_positive_rate=false_positive_rate,
+        **second.describe,
+    )

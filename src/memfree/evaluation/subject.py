@@ -24,4 +24,5 @@ class Subject:
     second_copy: np.ndarray
     """(n,) bool: its verdict."""
     agrees: np.ndarray | None = None
-    """(n,) bool: the classifier sees the class that was asked for."""
+    """(≤ n,) bool: the classifier sees the class that was asked for; without the samples of classes
+    that it does not know."""

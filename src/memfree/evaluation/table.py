@@ -67,7 +67,7 @@ ROWS = (
         "second_copies",
         "Copies, second measure",
         percent,
-        "The same by whitened EfficientNet features, which no guidance saw.",
+        "By another similarity, calibrated by itself, that no guidance saw.",
     ),
     Row(
         "duplicated_share",

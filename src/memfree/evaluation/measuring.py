@@ -1,0 +1,83 @@
+"""Look at every image once: neighbours, views, and the verdicts of both similarities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from memfree.evaluation.embedding import View, Viewer
+from memfree.evaluation.inputs import Inputs, labels_of
+from memfree.evaluation.neighbours import find_neighbours
+from memfree.evaluation.records import HELDOUT
+from memfree.evaluation.second_similarity import (
+    PixelSimilarity,
+    SecondSimilarity,
+    WhitenedSimilarity,
+    second_copies,
+)
+from memfree.evaluation.subject import Subject
+from memfree.guidance import calibration_of, default_similarity
+from memfree.retrieval import ReferenceIndex
+
+
+@dataclass
+class Second:
+    """The second similarity, and the views that it was made from."""
+
+    similarity: SecondSimilarity
+    viewer: Viewer
+    fit_view: View
+    train_view: View
+
+
+def measure_subjects(
+    inputs: Inputs, rate: float, batch_size: int, console: Console
+) -> tuple[dict[str, Subject], Second]:
+    """Neighbours, views and both verdicts of every sample folder and of the test images."""
+    measure = default_similarity(inputs.index)
+    calibration = calibration_of(inputs.index, measure)
+    calibration.threshold(rate)  # refuses a rate that is too small before anything is computed
+    with step(console, "Embedding the data set"):
+        second = _second_similarity(inputs, batch_size)
+    second.similarity.calibration.threshold(rate)
+    test = inputs.dataset.part("test")
+    test_labels = None if test.labels is None else test.labels.numpy()
+    sources = {name: (folder.images, labels_of(folder)) for name, folder in inputs.samples.items()}
+    sources[HELDOUT] = (test.images, test_labels)
+    subjects = {}
+    for name, (load, labels) in sources.items():
+        with step(console, f"Measuring {name}"):
+            images = load()
+            found = find_neighbours(inputs.index, measure, calibration, images, rate, batch_size)
+            view = second.viewer(images)
+            sigma = second.similarity.sigma(images, view)
+            copies = second_copies(second.similarity, sigma, rate)
+            subjects[name] = Subject(name, found, view, labels, sigma, copies)
+    return subjects, second
+
+
+def _second_similarity(inputs: Inputs, batch_size: int) -> Second:
+    """Embed the data set; the second measure is of embeddings unless the first one is."""
+    data = inputs.dataset
+    fit_images = data.part("fit").images()
+    viewer = Viewer(fit_images, batch_size)
+    fit_view = viewer(fit_images)
+    train_view = viewer(data.part("train").batches(batch_size))
+    second: SecondSimilarity
+    if inputs.index.metric == "l2":
+        calibration = viewer(data.part("calibration").batches(batch_size))
+        extractor = viewer.describe_pooled()["extractor"]
+        second = WhitenedSimilarity(fit_view, train_view, calibration, extractor)
+    else:
+        second = PixelSimilarity(ReferenceIndex.build(data), data.part("calibration").images())
+    return Second(second, viewer, fit_view, train_view)
+
+
+@contextmanager
+def step(console: Console, what: str) -> Iterator[None]:
+    """Say what is going on: a spinner on a terminal, nothing where output is a file."""
+    with console.status(f"{what} …"):
+        yield
