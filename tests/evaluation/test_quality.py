@@ -57,6 +57,14 @@ def test_equal_counts_floor_and_pairs(clouds):
     assert difference.high < 0
 
 
+def test_a_pair_that_differs_in_nothing_has_no_difference(clouds):
+    subjects = {"unguided": clouds["near"], "amg": clouds["near"].copy()}
+    pairs = {"amg": "unguided"}
+    metrics = frechet_metrics("x", subjects, clouds["train"], clouds["test"], 0, pairs, draws=5)
+    difference = MetricTable(metrics).get("frechet_x_difference", "amg")
+    assert (difference.value, difference.low, difference.high) == (0, 0, 0)
+
+
 def test_frechet_interval_covers_other_samples_of_the_same_size():
     generator = np.random.default_rng(3)
     target = generator.normal(size=(200, 5))
