@@ -303,8 +303,8 @@ def test_an_index_of_embeddings_is_judged_by_pixels_as_well(dataset, samples, tm
     from memfree.retrieval import EfficientNetFeatures, Whitened
 
     data = DatasetFolder(dataset)
-    features = Whitened.fit(EfficientNetFeatures(), data.part("fit").images())
-    built = ReferenceIndex.build(dataset, features)
+    features = Whitened.fit(EfficientNetFeatures(), data.part("fit").images(), batch_size=32)
+    built = ReferenceIndex.build(dataset, features, batch_size=32)
     calibrate(built, EmbeddingSimilarity(), data.part("calibration").images())
     built.save(tmp_path / "index")
     opened = open_inputs(dataset, tmp_path / "index", samples, "unguided", ())
