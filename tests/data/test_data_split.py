@@ -29,6 +29,14 @@ def test_group_without_room_stays_out():
     assert parts == [None, "train", "train"]
 
 
+def test_groups_are_not_preferred_over_single_images():
+    sizes = np.array([2] * 300 + [1] * 300)
+    counts = {"train": 60, "calibration": 20, "test": 20, "fit": 0}
+    parts = deal(sizes, counts, 0)
+    assert filled(sizes, parts) == counts
+    assert 20 < sum(part is not None for part in parts[:300]) < 46  # fair: a ninth of 300
+
+
 def test_split_is_random():
     parts = deal(np.ones(400, int), {"train": 200, "calibration": 100, "test": 50, "fit": 50}, 3)
     assert 70 < sum(part == "train" for part in parts[:200]) < 130

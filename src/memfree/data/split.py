@@ -56,10 +56,11 @@ class PartSizes:
 def deal(sizes: np.ndarray, counts: dict[PartName, int], seed: int) -> list[PartName | None]:
     """Give each group to one part.
 
-    Groups come in a random order, then the larger ones first, so that single images fill what is
-    left. A group goes to a part drawn in proportion to the room that the parts with enough of it
-    still have; where none has enough, it stays out. With single images among the groups the
-    counts are met exactly.
+    Groups are drawn in a random order until the counts are reached. Of these the larger ones come
+    first, so that single images fill what is left. A group goes to a part drawn in proportion to
+    the room that the parts with enough of it still have; where none has enough, it stays out, and
+    groups that were not drawn fill the gap. With single images among them the counts are met
+    exactly.
 
     Args:
         sizes: (G,) images a group.
@@ -71,8 +72,10 @@ def deal(sizes: np.ndarray, counts: dict[PartName, int], seed: int) -> list[Part
     """
     generator = np.random.Generator(np.random.PCG64([seed, 1]))
     order = generator.permutation(len(sizes))
-    order = order[np.argsort(-sizes[order], kind="stable")]
     draws = generator.random(len(sizes))
+    before = np.cumsum(sizes[order]) - sizes[order]
+    drawn = before < sum(counts.values())
+    order = order[np.lexsort((np.where(drawn, -sizes[order], 0), ~drawn))]
     room = np.array([counts[name] for name in PARTS], np.int64)
     parts: list[PartName | None] = [None] * len(sizes)
     for number, draw in zip(order.tolist(), draws.tolist(), strict=True):
