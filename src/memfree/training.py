@@ -30,6 +30,7 @@ from memfree.models import (
 )
 from memfree.models.checkpoints import Checkpoints, latest_checkpoint
 from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, claim
+from memfree.models.finite import NotFiniteError
 from memfree.models.progress import LossRecord, StepProgress
 from memfree.models.sample_grid import averaged_network
 from memfree.resolved import is_first_process, save_config
@@ -133,6 +134,11 @@ def train(
         )
         try:
             fit.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        except NotFiniteError:
+            # All ranks come to the same end: one line for the user.
+            if fit.is_global_zero:
+                raise
+            raise SystemExit(2) from None
         except SystemExit:
             # Lightning turns Ctrl-C into an exit with status 1.
             if fit.state.status == TrainerStatus.INTERRUPTED:

@@ -224,6 +224,33 @@ def test_progress_counts_steps_over_all_epochs(
     assert "loss 0." in text or "loss 1." in text
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_in_every_precision(make_module, make_trainer, data, precision):
+    norms = []
+
+    class Norms(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            squares = [p.grad.square().sum() for p in pl_module.parameters()]
+            norms.append(float(torch.stack(squares).sum().sqrt()))
+
+    options = {"max_steps": 3, "gradient_clip_val": 0.01, "enable_checkpointing": False}
+    trainer = make_trainer([Norms()], precision=precision, **options)
+    trainer.fit(make_module(), datamodule=data)
+    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
+
+
+def test_a_compiled_network_is_averaged_and_saved_under_its_own_names(
+    make_module, make_trainer, data, monkeypatch
+):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call, *_, **__: compiled.append(call) or call)
+    module, average = make_module(compile=True), ExponentialMovingAverage(0.8)
+    assert len(compiled) == 1
+    trainer = make_trainer([average], max_steps=2, enable_checkpointing=False)
+    trainer.fit(module, datamodule=data)
+    assert set(average.average.state_dict()) == set(make_module().state_dict())
+
+
 def test_a_module_is_itself_after_a_checkpoint(make_module, make_trainer, data, tmp_path):
     module = make_module()
     callbacks = [ExponentialMovingAverage(0.8), Checkpoints(tmp_path, 2)]

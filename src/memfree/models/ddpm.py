@@ -151,7 +151,8 @@ class DDPMModule(pl.LightningModule):
             # Plain floats: a checkpoint with jsonargparse's would not load with weights_only.
             lr=float(self.options.learning_rate),
             weight_decay=float(self.options.weight_decay),
-            fused=True,
+            # Lightning refuses to clip gradients for a fused optimizer under mixed precision.
+            fused=self.trainer.precision == "32-true",
         )
         factor = _rate_factor(self.options, float(self.trainer.estimated_stepping_batches))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 
+class NotFiniteError(ValueError):
+    """Training came to a loss or to weights that are NaN or infinite; raised by all ranks."""
+
+
 class FiniteTraining(pl.Callback):
-    """Raises ValueError on all ranks together once a loss was NaN or infinite.
+    """Raises NotFiniteError on all ranks together once a loss was NaN or infinite.
 
     Looking at a loss waits for the device, and agreeing costs a message between ranks, so both
     happen every ``every_n_steps`` only; a single process on a CPU looks at every step. Before a
@@ -45,7 +49,7 @@ class FiniteTraining(pl.Callback):
     def _raise_if_bad(self, trainer: pl.Trainer) -> None:
         ok = self._bad is None or not bool(self._bad)
         if not trainer.strategy.reduce_boolean_decision(ok, all=True):
-            raise ValueError(
+            raise NotFiniteError(
                 f"the loss or the weights became NaN or infinite by step {trainer.global_step}; "
                 f"{_kept(trainer)}; lower --model.learning_rate, or check the images"
             )
