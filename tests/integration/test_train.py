@@ -222,3 +222,35 @@ def test_two_processes_train_one_model(folder, tmp_path):
     assert manifest["exposures"]["images_seen"] == 40
     assert 47 + 14 <= manifest["exposures"]["total"] <= 47 + 16
     load_model(out)
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(train, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "Train a diffusion model and save it as a diffusers folder.",
+        "The same command again resumes from the newest checkpoint",
+        "--out OUT Model folder to write: checkpoints, logs, sample grids",
+        "--model.learning_rate LEARNING_RATE Highest learning rate of AdamW",
+        "--model.noise.prediction_type {epsilon,v_prediction} Whether the network predicts",
+        "--trainer.max_steps MAX_STEPS Optimizer steps in all; -1: as many as max_epochs needs.",
+        "records a batch on each rank, at most",
+    ):
+        assert words in text
+    options_ = [part for part in text.split(" --")[1:] if "(type: " in part or "required" in part]
+    unexplained = [part.split()[0] for part in options_ if part.split("(")[0].count(" ") < 4]
+    assert len(options_) > 40
+    assert not unexplained
+
+
+def test_two_processes_say_once_that_a_loss_is_nan(folder, tmp_path):
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", "--model.learning_rate=1e30"]
+    command = [sys.executable, str(SCRIPT), *options(folder, tmp_path / "m", 9, *more)]
+    command += ["--data.batch_size=8", "--model.warmup_steps=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("memfree: error") == 1
+    assert "became NaN or infinite" in done.stderr
+    assert not (tmp_path / "m" / "manifest.json").exists()
