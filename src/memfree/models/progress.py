@@ -110,7 +110,8 @@ class StepProgress(ProgressBar):
         elif time.monotonic() - self._last_line >= PLAIN_INTERVAL:
             self._last_line = time.monotonic()
             total = "" if self._total is None else f" of {self._total:.0f}"
-            self.console.print(f"step {trainer.global_step}{total}, {text}")
+            parts = [f"step {trainer.global_step}{total}", *([text] if text else [])]
+            self.console.print(", ".join(parts))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the finished bar on the screen."""
