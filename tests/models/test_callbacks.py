@@ -56,10 +56,10 @@ def test_average_equals_numpy(make_module, make_trainer, data):
 def test_average_ignores_batches_without_a_step(make_module, make_trainer, data):
     module, average, recorder = make_module(), ExponentialMovingAverage(0.5), Recorder()
     start = flat(module.network)
-    options = {"max_steps": 1, "accumulate_grad_batches": 2, "enable_checkpointing": False}
+    options = {"max_steps": 2, "accumulate_grad_batches": 2, "enable_checkpointing": False}
     make_trainer([average, recorder], **options).fit(module, datamodule=data)
-    assert len(recorder.weights) == 2
-    expected = 0.5 * start + 0.5 * recorder.weights[-1]
+    assert len(recorder.weights) == 4
+    expected = 0.25 * start + 0.25 * recorder.weights[1] + 0.5 * recorder.weights[3]
     torch.testing.assert_close(flat(average.average.network), expected, rtol=0, atol=1e-6)
 
 
