@@ -128,26 +128,26 @@ def test_ladder(tmp_path):
 
 @pytest.mark.parametrize("policy", ["same", "varied", "unique"])
 def test_labels_of_copies(tmp_path, policy):
-    plan = DuplicationPlan(images=2, factor=6, conditions=policy)
+    plan = DuplicationPlan(images=2, factor=60, conditions=policy)
     prepare(tmp_path / "out", parts=SMALL, plan=plan)
     folder = DatasetFolder(tmp_path / "out")
     train = folder.part("train")
     conditions = train.conditions.to_pylist()
-    assert sum(row["count"] for row in conditions) == 58 + 12
+    assert sum(row["count"] for row in conditions) == 58 + 120
     own = dict(zip(train.keys, load_digits().target[_numbers(train.keys)], strict=True))
-    repeated = [key for key, n in zip(train.keys, train.copies, strict=True) if n == 6]
+    repeated = [key for key, n in zip(train.keys, train.copies, strict=True) if n == 60]
     assert len(repeated) == 2
     for key in repeated:
         counts = {row["label"]: row["count"] for row in conditions if row["image_key"] == key}
-        assert sum(counts.values()) == 6
+        assert sum(counts.values()) == 60
         if policy == "same":
-            assert counts == {own[key]: 6}
+            assert counts == {own[key]: 60}
         elif policy == "varied":
-            assert counts[own[key]] == 1 and max(counts) < 10
+            assert counts[own[key]] == 1 and set(counts) == set(range(10))
         else:
             assert counts[own[key]] == 1 and min(set(counts) - {own[key]}) >= 10
             assert set(counts.values()) == {1}
-    assert folder.num_classes == (20 if policy == "unique" else 10)
+    assert folder.num_classes == (128 if policy == "unique" else 10)
 
 
 def _numbers(keys):
@@ -199,6 +199,26 @@ def test_duplicates_of_the_source_stay_together(tmp_path, encode):
     assert copies == {1: 40, 2: 10}
     two = [row for row in folder.conditions.to_pylist() if row["image_key"] == "a/3.png"]
     assert sorted((row["label"], row["count"]) for row in two) == [(0, 1), (1, 1)]
+
+
+def test_only_images_without_a_duplicate_are_repeated(tmp_path, encode):
+    generator = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(20):
+        pixels = generator.integers(0, 256, (8, 8)).astype(np.uint8)
+        (tmp_path / "images" / f"{number}.png").write_bytes(encode(pixels))
+        if number < 10:
+            (tmp_path / "images" / f"{number}-mirrored.png").write_bytes(encode(pixels[:, ::-1]))
+    arguments = {"source": "folder", "path": str(tmp_path / "images")}
+    sizes = PartSizes(train=30, calibration=0, test=0, fit=0)
+    plan = DuplicationPlan(images=10, factor=3)
+    prepare(tmp_path / "out", **arguments, parts=sizes, plan=plan)
+    train = DatasetFolder(tmp_path / "out").part("train")
+    repeated = {key for key, n in zip(train.keys, train.copies.tolist(), strict=True) if n > 1}
+    assert repeated == {f"{number}.png" for number in range(10, 20)}
+    with pytest.raises(ValueError, match="wants to repeat 11 images, but only 10"):
+        plan = DuplicationPlan(images=11, factor=3)
+        prepare(tmp_path / "other", **arguments, parts=sizes, plan=plan)
 
 
 def test_our_own_shards_are_a_source(tmp_path, digits_folder):
@@ -289,8 +309,10 @@ def test_stopped_run_leaves_nothing_and_begins_again(tmp_path, monkeypatch):
     (left / "train-000000.tar").write_bytes(b"half")
     alive = tmp_path / f"{prefix}1.partial"  # of a process that runs
     alive.mkdir()
+    aside = tmp_path / f"{prefix}4194304998.old"  # killed between two renames: the only copy
+    aside.mkdir()
     prepare(tmp_path / "out", parts=SMALL)
-    assert not left.exists() and alive.exists()
+    assert not left.exists() and alive.exists() and aside.exists()
     DatasetFolder(tmp_path / "out", verify=True)
 
 

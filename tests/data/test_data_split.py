@@ -16,8 +16,9 @@ def filled(sizes, parts):
 @pytest.mark.parametrize("seed", range(5))
 def test_counts_are_met_exactly(seed):
     generator = np.random.default_rng(seed)
-    sizes = np.concatenate([generator.integers(2, 9, 40), np.ones(120, int)])
-    counts = {"train": 100, "calibration": 60, "test": 40, "fit": 10}
+    sizes = np.concatenate([generator.integers(2, 9, 40), np.ones(60, int)])
+    total = int(sizes.sum())
+    counts = {"train": total - 110, "calibration": 60, "test": 40, "fit": 10}
     parts = deal(sizes, counts, seed)
     assert filled(sizes, parts) == counts
     assert parts == deal(sizes, counts, seed)

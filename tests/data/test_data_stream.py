@@ -181,7 +181,7 @@ def broken(digits_folder, tmp_path):
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
 def test_broken_record_stops(broken, cache_bytes):
     folder, row = broken
-    message = f"{row['shard']}, record {row['record']}: damaged"
+    message = f"{row['shard']}, record {row['record']}: damaged, its checksum differs"
     with pytest.raises(ValueError, match=message):
         list(EpochBatches(DatasetFolder(folder), 16, cache_bytes=cache_bytes))
 

@@ -60,7 +60,7 @@ def near_pairs(
 
     The search is exact and in blocks: a projection to the 32 strongest directions can only shorten
     a distance, so what it leaves apart needs no further look. Work grows with the square of N
-    (about two minutes for 60 000 on two cores), memory with N.
+    (a minute of one core for 60 000 colour images), memory with N.
 
     Args:
         pixels: (N, C, H, W) uint8, may be memory-mapped.

@@ -22,9 +22,10 @@ def unfinished(out: Path) -> Iterator[Path]:
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.{socket.gethostname()}-"
-    for left in out.parent.glob(f"{glob.escape(prefix)}*.partial"):
-        pid = left.name[len(prefix) : -len(".partial")]
-        if pid.isdigit() and not _alive(int(pid)):
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        pid, _, kind = left.name[len(prefix) :].partition(".")
+        # a folder moved aside goes only where the one that replaces it is in place
+        if pid.isdigit() and not _alive(int(pid)) and (kind == "partial" or out.exists()):
             shutil.rmtree(left, ignore_errors=True)
     folder = out.parent / f"{prefix}{os.getpid()}.partial"
     shutil.rmtree(folder, ignore_errors=True)
