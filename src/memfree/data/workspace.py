@@ -25,7 +25,11 @@ def unfinished(out: Path) -> Iterator[Path]:
     for left in out.parent.glob(f"{glob.escape(prefix)}*"):
         pid, _, kind = left.name[len(prefix) :].partition(".")
         # a folder moved aside goes only where the one that replaces it is in place
-        if pid.isdigit() and not _alive(int(pid)) and (kind == "partial" or out.exists()):
+        if (
+            pid.isdigit()
+            and not _alive(int(pid))
+            and (kind == "partial" or (out / "manifest.json").exists())
+        ):
             shutil.rmtree(left, ignore_errors=True)
     folder = out.parent / f"{prefix}{os.getpid()}.partial"
     shutil.rmtree(folder, ignore_errors=True)
