@@ -67,6 +67,10 @@ def move_below(
             break
         rows, gradient, excess = rows[above], gradient[above], sigma.detach()[above] - target
         gradient = _never_zero(gradient)
+        if image_range is not None:
+            # Pixels at the edge of the range cannot move outwards: the others do it.
+            outwards = (x_0[rows] * -gradient.sign()) >= image_range
+            gradient = _never_zero(gradient.masked_fill(outwards, 0.0))
         square = gradient.flatten(1).square().sum(dim=1)
         # 1 % past the target, so that rounding does not leave a sample on the line.
         step = per_sample((excess + 0.01 * abs(target)) / square, gradient) * gradient

@@ -56,7 +56,7 @@ def predict(
     batch_size: PositiveInt = 64,
     seed: NonNegativeInt = 0,
     steps: PositiveInt = 50,
-    scheduler: SchedulerName = "ddim",
+    scheduler: SchedulerName = "ddpm",
     guidance_scale: NonNegativeFloat = 1.0,
     classes: list[NonNegativeInt] | None = None,
     guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008 - read only; --help shows it
