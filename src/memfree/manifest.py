@@ -1,4 +1,4 @@
-"""Manifests and atomic files: what made a folder, and that no half-written file passes for whole."""
+"""Manifests and atomic files: what made a folder, and that nothing half-written counts as whole."""
 
 from __future__ import annotations
 
