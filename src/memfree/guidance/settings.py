@@ -50,7 +50,7 @@ class GuidanceSettings:
     """Move what is still too near at the last step just past λ_0 (and the margin)."""
     gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate"
     """Take ∇σ through x̂_0 alone, or through the denoiser as well (slower)."""
-    strength: float = 1.0
+    strength: float = 1.5
     """κ of multiplicity guidance."""
     budget: PositiveInt = 10
     """Draws of a sample under reject; the last one is kept whatever it is."""
