@@ -148,7 +148,8 @@ def test_it_turns_a_duplicated_posterior_into_the_deduplicated_one():
     scheduler = DDIMScheduler(clip_sample=False)
 
     def optimal(weights):
-        posterior = EmpiricalPosterior(images.flatten(1))
+        kept = index.references
+        posterior = EmpiricalPosterior(kept.centred, kept.centre, kept.squared_norms)
 
         def denoiser(x_t, t, conditions):
             alpha_bar = scheduler.alphas_cumprod[t]

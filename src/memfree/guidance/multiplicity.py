@@ -24,22 +24,25 @@ class EmpiricalPosterior:
 
     μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i.
 
-    References are centred once and the leading candidates' distances are recomputed from exact
-    differences: at small noise the expanded square alone loses the answer in float32.
+    References are centred, as the index keeps them, and the leading candidates' distances are
+    recomputed from exact differences: at small noise the expanded square alone loses the answer in
+    float32.
 
     Args:
-        references: r, (N, D) float32.
+        references: r − centre, (N, D) float32.
+        centre: what was subtracted from the references, (D,).
+        squared_norms: ‖r − centre‖², (N,).
     """
 
-    def __init__(self, references: Tensor) -> None:
-        self.center = references.mean(dim=0)
-        self.references = references - self.center
-        self.half_squares = self.references.square().sum(dim=1) / 2
+    def __init__(self, references: Tensor, centre: Tensor, squared_norms: Tensor) -> None:
+        self.references = references
+        self.centre = centre
+        self.half_squares = squared_norms / 2
 
     def log_likelihood(self, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
         """−‖x_t − √ᾱ r_i‖²/(2(1−ᾱ)) up to a constant a row, (B, N), for x_t (B, D)."""
         root = alpha_bar.sqrt()
-        centred = x_t - root * self.center
+        centred = x_t - root * self.centre
         logits = root * (centred @ self.references.T) - alpha_bar * self.half_squares
         logits = logits / (1 - alpha_bar)
         top, rows = logits.topk(min(EXACT_CANDIDATES, logits.shape[1]), dim=1)
@@ -82,7 +85,8 @@ class MultiplicityGuidance:
             )
         self.index = index
         self.strength = strength
-        self.posterior = EmpiricalPosterior(torch.as_tensor(index.vectors).float())
+        centred = index.references
+        self.posterior = EmpiricalPosterior(centred.centred, centred.centre, centred.squared_norms)
         groups = int(index.group.max()) + 1
         log_m, log_1 = _log_weights(index.multiplicity[:, None], index.group, groups)
         self._log_m, self._log_1 = log_m[:, 0], log_1[:, 0]

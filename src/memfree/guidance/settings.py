@@ -36,15 +36,15 @@ class GuidanceSettings:
     """Where λ_t starts, as a multiple of its (negative) end point; 1.95/1.5 in the paper."""
     rate: float = 0.025
     """c of eq. 19, per step of a 250-step grid."""
-    gate_margin: float = 0.24
+    gate_margin: float = 0.34
     """The gate opens this far below λ_t, in units of σ."""
     c1: float = 5.0
     """Despecification (eq. 13); 0 switches it off."""
     c2: float = 5.0
     """Caption or label deduplication (eq. 15); 0 switches it off."""
-    c3: float = 100.0
+    c3: float = 300.0
     """Dissimilarity guidance (eq. 17); 0 switches it off."""
-    max_displacement: float = 0.5
+    max_displacement: float = 1.0
     """G_sim moves x̂_0 by at most this root mean square a step; 0: no limit."""
     final_correction: bool = True
     """Move what is still too near at the last step just past λ_0 (and the margin)."""

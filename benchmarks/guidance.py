@@ -1,0 +1,110 @@
+"""Guided over unguided sampling with a CIFAR-size U-Net, by the share of active samples.
+
+``python benchmarks/guidance.py`` writes benchmarks/results/guidance.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detection import pictures
+from diffusers import DDPMScheduler, UNet2DModel
+from harness import compared, interleaved, write
+from torch import Tensor
+
+from memfree.guidance import (
+    AntiMemorizationGuidance,
+    ConstantThreshold,
+    Guidance,
+    MultiplicityGuidance,
+    NormalizedL2,
+)
+from memfree.retrieval import ReferenceIndex
+from memfree.sampling import sample
+from memfree.sampling.noise import draw, generators
+
+ROWS, BATCH, STEPS = 50_000, 16, 10
+SHARES = (0.0, 0.1, 1.0)
+LIMIT = 1.10
+"""Goal for the ratio at 10 % active samples."""
+
+
+def network() -> UNet2DModel:
+    """The U-Net of DDPM on CIFAR-10, 35.7 M weights, untrained: time does not depend on them."""
+    torch.manual_seed(0)
+    net: Any = UNet2DModel(
+        sample_size=32,
+        block_out_channels=(128, 256, 256, 256),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )
+    return net.eval().requires_grad_(False)
+
+
+def forced(share: float) -> Callable[[Tensor], Tensor]:
+    """A gate that opens for this share of the samples, exactly so on average over the steps."""
+    step = 0
+
+    def gate(sigma: Tensor) -> Tensor:
+        nonlocal step
+        count = int((step + 1) * share * len(sigma)) - int(step * share * len(sigma))
+        step += 1
+        return torch.arange(len(sigma), device=sigma.device) < count
+
+    return gate
+
+
+def run(repetitions: int = 5) -> list[dict[str, Any]]:
+    """Measure; one record a guidance and share (see ``harness.record``)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    counts = torch.ones(ROWS, dtype=torch.int64)
+    counts[::500] = 64
+    references = pictures(ROWS, torch.Generator().manual_seed(0))
+    index = ReferenceIndex.build(references, groups=range(ROWS), counts=counts).to(device)
+    net: Any = network().to(device)
+    multiplicity = MultiplicityGuidance(index)
+
+    def draw_batch(guidance: list[Guidance]) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            sources = generators(0, range(BATCH))
+            noise = draw((3, 32, 32), sources).to(device)
+            return sample(
+                lambda x, t, y: net(x, t).sample,
+                DDPMScheduler(),
+                noise,
+                STEPS,
+                guidance,
+                generators=sources,
+            ).images
+
+        return call
+
+    functions = {"unguided": draw_batch([])}
+    for share in SHARES:
+        amg = AntiMemorizationGuidance(
+            index, NormalizedL2(), ConstantThreshold(-0.7), c3=100.0, max_displacement=0.5
+        )
+        amg.force = forced(share)
+        functions[f"amg, {share:.0%} active"] = draw_batch([amg])
+        functions[f"both, {share:.0%} active"] = draw_batch([multiplicity, amg])
+    timings = interleaved(functions, repetitions)
+    weights = sum(weight.numel() for weight in net.parameters())
+    return [
+        compared(
+            f"{name}, batch {BATCH}, {STEPS} steps, {ROWS} references / unguided",
+            timings,
+            name,
+            "unguided",
+            parameters=weights,
+            limit=LIMIT if ", 10%" in name else None,
+        )
+        for name in functions
+        if name != "unguided"
+    ]
+
+
+if __name__ == "__main__":
+    write("guidance", run())
