@@ -15,7 +15,7 @@ SAMPLES = {"unguided": "none", "amg": "amg", "both": "both"}
 
 def demo(
     out: Path = Path("runs/demo"),
-    seed: NonNegativeInt = 0,
+    seed: NonNegativeInt = 7,
     duplicated: PositiveInt = 16,
     factor: PositiveInt = 64,
     steps: PositiveInt = 1500,

@@ -32,11 +32,11 @@ class GuidanceSettings:
     """λ_t: rising as t falls (eq. 19), or constant at its end point (the paper's ablation)."""
     gated: bool = True
     """False guides every sample at every step (the paper's ablation of the gate)."""
-    start_ratio: float = 1.3
-    """Where λ_t starts, as a multiple of its (negative) end point; 1.95/1.5 in the paper."""
+    start_ratio: float = 1.4
+    """Where λ_t starts, as a multiple of its (negative) end point; 1.3 in the paper."""
     rate: float = 0.025
     """c of eq. 19, per step of a 250-step grid."""
-    gate_margin: float = 0.34
+    gate_margin: float = 0.1
     """The gate opens this far below λ_t, in units of σ."""
     c1: float = 5.0
     """Despecification (eq. 13); 0 switches it off."""
