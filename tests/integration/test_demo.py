@@ -1,0 +1,101 @@
+"""The demo's chain, tuning and the README's Python example, on real digits at a small size."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from memfree.cli import main, run
+from memfree.demo import demo
+from memfree.evaluation import read_metrics
+from memfree.sampling import SampleFolder
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A demo of few steps: it learns little, but every command runs as it does in full."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    run(demo, [f"--out={out}", "--steps=30", "--count=40"])
+    return out
+
+
+def test_the_chain_ends_in_a_report(made):
+    table = read_metrics(made / "evaluation" / "metrics.json")
+    for subject in ("unguided", "amg", "both", "heldout"):
+        assert table.get("copies", subject) is not None
+        assert table.get("second_copies", subject) is not None
+    page = (made / "evaluation" / "report" / "index.html").read_text()
+    assert "<img" in page and "http://" not in page
+
+
+def test_samples_start_from_the_same_noise_and_classes(made):
+    folders = [SampleFolder(made / "samples" / name) for name in ("unguided", "amg", "both")]
+    for one in folders[1:]:
+        assert torch.equal(one.seeds, folders[0].seeds)
+        assert torch.equal(one.conditions, folders[0].conditions)
+    assert len(folders[0].images()) == 40
+
+
+def test_a_second_demo_repeats_nothing(made, capsys):
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*.tar")}
+    run(demo, [f"--out={made}", "--steps=30", "--count=40"])
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("*.tar")} == before
+    assert "is already trained as asked" in capsys.readouterr().out
+
+
+def test_tune_writes_strengths_that_sampling_takes(made, tmp_path, capsys):
+    out = tmp_path / "tune"
+    arguments = [f"--model={made / 'model'}", f"--index={made / 'index'}", f"--out={out}"]
+    main(["tune", *arguments, "--count=8", "--steps=5", "--guidance_scale=2", "--scales=[1,2]"])
+    assert "Strengths tried" in capsys.readouterr().out
+    trials = json.loads((out / "tune.json").read_text())
+    assert [trial["scale"] for trial in trials][:1] == [0.0] and trials[-1]["copies"] == 0
+    chosen = yaml.safe_load((out / "guidance.yaml").read_text())["guidance"]
+    assert chosen["mitigation"] == "amg"
+    from memfree.sampling.predict import predict
+
+    run(
+        predict,
+        [
+            f"--config={out / 'guidance.yaml'}",
+            *arguments[:2],
+            f"--out={tmp_path / 'samples'}",
+            "--count=4",
+            "--steps=4",
+        ],
+    )
+    assert SampleFolder(tmp_path / "samples").manifest["mitigation"] == "amg"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mitigation=none"], "only amg and both"),
+        (["--scales=[]"], "--scales"),
+        (["--model=nowhere"], "no model folder at nowhere"),
+    ],
+)
+def test_tune_refuses_in_one_line(made, tmp_path, capsys, options, message):
+    arguments = [f"--model={made / 'model'}", f"--index={made / 'index'}", f"--out={tmp_path}/t"]
+    with pytest.raises(SystemExit) as caught:
+        main(["tune", *arguments, *options])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "t").exists()
+
+
+def test_the_python_example_of_the_readme_runs_as_written(made, monkeypatch, tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(made / "model")
+    (tmp_path / "runs" / "index").symlink_to(made / "index")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["result"].images.shape == (10, 1, 8, 8)
