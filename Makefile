@@ -33,9 +33,10 @@ lint: $(STAMP) ## Check style and types
 bench: $(STAMP) ## Measure speed, each figure beside its peer or its floor
 	for name in detection guidance training stream; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-study: $(STAMP) ## Run both studies of docs/results (about two hours on two cores)
+study: $(STAMP) ## Run the studies of docs/results.md (about two hours on two cores)
 	$(BIN)/memfree study --config configs/study/oracle.yaml
 	$(BIN)/memfree study --config configs/study/ablation.yaml
+	$(BIN)/memfree study --config configs/study/settings.yaml
 
 clean: ## Remove the environment and everything that was made, data sets excepted
 	rm -rf $(VENV) runs build dist

@@ -38,6 +38,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "guidance.gate_margin": 0,
         "guidance.max_displacement": 0,
     },
+    "kappa_1": {"guidance.mitigation": "both", "guidance.strength": 1.0},
+    "kappa_2": {"guidance.mitigation": "both", "guidance.strength": 2.0},
+    "kappa_3": {"guidance.mitigation": "both", "guidance.strength": 3.0},
+    "wide_gate": {"guidance.mitigation": "both", "guidance.gate_margin": 0.34},
+    "weak": {"guidance.mitigation": "both", "guidance.c3": 30},
+    "short_steps": {"guidance.mitigation": "both", "guidance.max_displacement": 0.25},
+    "late_gate": {"guidance.mitigation": "both", "guidance.start_ratio": 1.1},
 }
 """Ways to sample by name, as options of sample.py."""
 
@@ -53,6 +60,18 @@ SETS = {
         "no_spe",
         "no_dup",
         "no_sim",
+    ],
+    "settings": [
+        "unguided",
+        "amg",
+        "both",
+        "kappa_1",
+        "kappa_2",
+        "kappa_3",
+        "wide_gate",
+        "weak",
+        "short_steps",
+        "late_gate",
     ],
 }
 """Variants of each study."""
@@ -73,7 +92,7 @@ class Cell:
 
 
 def study(
-    name: Literal["oracle", "ablation"],
+    name: Literal["oracle", "ablation", "settings"],
     out: Path = Path("runs/study"),
     training_seeds: list[NonNegativeInt] = [1, 2, 3],  # noqa: B006 - read only
     unconditional_factors: list[PositiveInt] = [1, 4, 16, 64, 256],  # noqa: B006
@@ -87,7 +106,8 @@ def study(
     """Train digit models with repeated images, sample them in many ways, and compare.
 
     oracle: every mitigation against the same network trained on the deduplicated images, at equal
-    steps and at equal epochs. ablation: AMG without its parts, one at a time. Both use the same
+    steps and at equal epochs. ablation: AMG without its parts, one at a time. settings: the
+    recommended strengths beside others, on seeds that no result is reported from. All use the same
     models; folders have fixed names, and what is finished is not done again, so that a study goes
     on where it stopped, and several processes may take different training seeds.
 
@@ -153,7 +173,7 @@ class Plan:
             subjects[variant] = folder / "samples" / variant
             guided = {"index": index, **VARIANTS[variant]}
             stages.append(self._sample(folder / "model", subjects[variant], cell, guided))
-        if self.name == "oracle" and cell.factor > 1:
+        if self.name != "ablation" and cell.factor > 1:
             for label, steps in {
                 "oracle_steps": self.steps,
                 "oracle_epochs": self.equal_epochs(cell.factor),
@@ -167,7 +187,9 @@ class Plan:
                 subjects[label] = model.with_name(f"samples-of-{model.name}")
                 stages.append(self._sample(model, subjects[label], cell, {}))
         named = {f"samples.{subject}": path for subject, path in subjects.items()}
-        oracles = {"other_data": ["oracle_steps", "oracle_epochs"]} if self.name == "oracle" else {}
+        oracles = (
+            {"other_data": ["oracle_steps", "oracle_epochs"]} if self.name != "ablation" else {}
+        )
         to = {"out": self.evaluation(cell)}
         options = {"dataset": data, "index": index, **named, **oracles, **to}
         return [*stages, Stage("evaluate", options)]
