@@ -72,6 +72,7 @@ def demo_stages(
                 "out": model,
                 "model.class_conditional": True,
                 "trainer.max_steps": steps,
+                "trainer.devices": 1,
                 "seed": seed,
             },
         ),
@@ -89,6 +90,7 @@ def demo_stages(
             "guidance_scale": guidance_scale,
             "guidance.mitigation": mitigation,
             "seed": seed,
+            "trainer.devices": 1,
         }
         stages.append(Stage("sample", options))
     named = {f"samples.{name}": folder for name, folder in folders.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,16 +31,24 @@ class Stage:
         """The options as words of a command line."""
         return [f"--{name}={_word(value)}" for name, value in self.options.items()]
 
+    def words(self) -> list[str]:
+        """The program and its options, as ``sys.argv`` has them."""
+        script = SCRIPTS.get(self.command)
+        return [*([script.help] if script else ["memfree", self.command]), *self.arguments()]
+
     def line(self) -> str:
         """The command as a user would type it."""
-        script = SCRIPTS.get(self.command)
-        program = ["python", script.help] if script else ["memfree", self.command]
-        return shlex.join([*program, *self.arguments()])
+        return shlex.join((["python"] if self.command in SCRIPTS else []) + self.words())
 
     def run(self) -> None:
         """Run it in this process; a failure ends the process with the command's own one line."""
         command = SCRIPTS.get(self.command) or COMMANDS[self.command]
-        run(load(command), self.arguments(), prog=self.line().split(" --")[0])
+        before = sys.argv
+        sys.argv = self.words()  # manifests and reports name this command, not the whole chain
+        try:
+            run(load(command), self.arguments(), prog=self.line().split(" --")[0])
+        finally:
+            sys.argv = before
 
 
 def run_stages(stages: list[Stage], console: Console) -> float:

@@ -33,10 +33,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_spe": {**NO_CORRECTION, "guidance.c1": 0},
     "no_dup": {**NO_CORRECTION, "guidance.c2": 0},
     "no_sim": {**NO_CORRECTION, "guidance.c3": 0},
-    "as_published": {
+    "published_form": {
         **NO_CORRECTION,
         "guidance.gate_margin": 0,
         "guidance.max_displacement": 0,
+        "guidance.start_ratio": 1.3,
     },
     "kappa_1": {"guidance.mitigation": "both", "guidance.strength": 1.0},
     "kappa_2": {"guidance.mitigation": "both", "guidance.strength": 2.0},
@@ -54,7 +55,7 @@ SETS = {
         "unguided",
         "amg",
         "amg_uncorrected",
-        "as_published",
+        "published_form",
         "no_gate",
         "constant_threshold",
         "no_spe",
@@ -218,6 +219,7 @@ class Plan:
                 "out": model,
                 "model.class_conditional": cell.conditioning == "class",
                 "trainer.max_steps": steps,
+                "trainer.devices": 1,
                 "trainer.sample_grid_every_n_steps": 0,
                 "trainer.enable_progress_bar": False,
                 "seed": cell.seed,
@@ -236,6 +238,7 @@ class Plan:
                 "scheduler": "ddpm",
                 "guidance_scale": self.guidance_scale if conditional else 1.0,
                 "seed": NOISE_SEED + cell.seed,
+                "trainer.devices": 1,
                 **guided,
             },
         )

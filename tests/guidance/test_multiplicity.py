@@ -69,6 +69,53 @@ def test_float32_equals_float64_at_cifar_size(timestep, kind):
     assert error < 0.01 * scale, (error, scale)
 
 
+def test_spread_references_with_near_neighbours_at_almost_no_noise():
+    """Large centred norms: the logits are millions, and what decides between two of them is 1."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(200, 3, 32, 32, generator=generator) * 1.8 - 0.9
+    alpha_bar = DDPMScheduler().alphas_cumprod[0].item()
+    spread = (4 * (1 - alpha_bar) / alpha_bar / 3072) ** 0.5
+    for i in range(8):  # each has a neighbour as near as the noise is large
+        images[100 + i] = images[i] + spread * torch.randn(3, 32, 32, generator=generator)
+    counts = torch.ones(200, dtype=torch.int64)
+    counts[:8] = 64
+    index = ReferenceIndex.build(images, counts=counts, groups=[str(i) for i in range(200)])
+    noise = torch.randn(8, 3, 32, 32, generator=generator)
+    x_t = alpha_bar**0.5 * images[100:108] + (1 - alpha_bar) ** 0.5 * noise
+    guided = MultiplicityGuidance(index)(prediction_of(x_t, alpha_bar))
+    moved = -guided.output.flatten(1).double() * ((1 - alpha_bar) / alpha_bar) ** 0.5
+    exact = np.float64(np.float32(alpha_bar))
+    args = (x_t.flatten(1).double().numpy(), index.vectors.double().numpy())
+    expected = numpy_mean(*args, np.ones(200), exact) - numpy_mean(*args, counts.numpy(), exact)
+    scale = np.abs(expected).max()
+    assert scale > 1e-5
+    assert np.abs(moved.numpy() - expected).max() < 0.03 * scale
+
+
+def test_further_denoiser_calls_are_corrected_as_the_branches_are():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(20, 1, 4, 4, generator=generator) * 2 - 1
+    counts = torch.ones(20, dtype=torch.int64)
+    counts[:2] = 50
+    index = ReferenceIndex.build(images, labels=torch.arange(20) % 2, counts=counts)
+    x_t, y = torch.randn(4, 1, 4, 4, generator=generator), torch.tensor([0, 1, 0, 1])
+    guided = MultiplicityGuidance(index)(prediction_of(x_t, 0.2, conditions=y, guidance_scale=2.0))
+    assert torch.equal(guided.denoise(x_t, y), guided.output_cond)
+    assert torch.equal(guided.denoise(x_t, None), guided.output_uncond)
+
+
+def test_half_precision_outside_does_not_reach_it():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(20, 1, 4, 4, generator=generator) * 2 - 1
+    counts = torch.ones(20, dtype=torch.int64)
+    counts[:2] = 50
+    guidance = MultiplicityGuidance(ReferenceIndex.build(images, counts=counts))
+    plain = prediction_of(torch.randn(4, 1, 4, 4, generator=generator), 0.2)
+    expected = guidance(plain).output
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(guidance(plain).output, expected)
+
+
 def test_near_duplicates_share_one_record():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(12, 1, 4, 4, generator=generator) * 2 - 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 EXACT_CANDIDATES = 32
 """How many leading references get exact differences in the softmax."""
 MAX_ELEMENTS = 1 << 26
-"""Largest (samples × references) matrix held at once; larger batches go in chunks."""
+"""Largest (samples × references) or (samples × candidates × D) tensor held at once; larger batches
+go in chunks."""
 
 
 class EmpiricalPosterior:
@@ -48,9 +51,9 @@ class EmpiricalPosterior:
         top, rows = logits.topk(min(EXACT_CANDIDATES, logits.shape[1]), dim=1)
         differences = centred[:, None] - root * self.references[rows]  # (B, candidates, D)
         exact = -differences.square().sum(dim=2) / (2 * (1 - alpha_bar))
-        # Both are known up to a constant a row: let them agree at the leading candidate.
-        exact = exact - exact[:, :1] + top[:, :1]
-        return logits.scatter(1, rows, exact)
+        # Both are known up to a constant a row; relative to the leading candidate they agree, and
+        # are small where float32 is fine enough.
+        return (logits - top[:, :1]).scatter(1, rows, exact - exact[:, :1])
 
     def mean_difference(
         self, log_likelihood: Tensor, log_weights_1: Tensor, log_weights_m: Tensor
@@ -99,37 +102,56 @@ class MultiplicityGuidance:
 
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
-        """Correct both branches and recombine them."""
+        """Correct both branches and recombine them; further denoiser calls are corrected too."""
         norm = torch.zeros(len(prediction.x_t), device=prediction.x_t.device)
         recorded = prediction.recorded(g_mul_norm=norm)
         if self.strength == 0 or bool((self._log_m == self._log_1).all()):
             return recorded
-        x_t = prediction.x_t.flatten(1).float()
         cond, uncond = prediction.output_cond, prediction.output_uncond
-        new_cond = None if cond is None else torch.empty_like(cond)
-        new_uncond = None if uncond is None else torch.empty_like(uncond)
-        chunk = max(1, MAX_ELEMENTS // len(self.posterior.references))
-        for rows in torch.arange(len(x_t), device=x_t.device).split(chunk):
-            likelihood = self.posterior.log_likelihood(x_t[rows], prediction.alpha_bar)
-            if uncond is not None and new_uncond is not None:
-                delta = self.posterior.mean_difference(likelihood, self._log_1, self._log_m)
-                new_uncond[rows] = uncond[rows] + self._change(prediction, delta, uncond[rows])
-            if cond is not None and new_cond is not None:
-                log_1, log_m = self._conditional_weights(prediction, rows)
-                delta = self.posterior.mean_difference(likelihood, log_1, log_m)
-                new_cond[rows] = cond[rows] + self._change(prediction, delta, cond[rows])
-        corrected = recorded.with_branches(new_cond, new_uncond)
+        given = {"cond": (cond, prediction.conditions), "uncond": (uncond, None)}
+        branches = {name: (out, y) for name, (out, y) in given.items() if out is not None}
+        new = dict(
+            zip(
+                branches,
+                self._corrected(prediction, prediction.x_t, [*branches.values()]),
+                strict=True,
+            )
+        )
+
+        def denoise(x_t: Tensor, conditions: Tensor | None) -> Tensor:
+            output = prediction.denoise(x_t, conditions)
+            return self._corrected(prediction, x_t, [(output, conditions)])[0]
+
+        corrected = replace(recorded, denoise=denoise).with_branches(
+            new.get("cond"), new.get("uncond")
+        )
         return corrected.recorded(g_mul_norm=row_norm(corrected.output - prediction.output))
 
-    def _conditional_weights(self, prediction: Prediction, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-weights (len(rows), N) of the references that carry each row's label."""
-        assert prediction.conditions is not None
+    def _corrected(
+        self, prediction: Prediction, x_t: Tensor, branches: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> list[Tensor]:
+        """Outputs of the denoiser at x_t, each with its conditions (None: all references)."""
+        flat, (count, size) = x_t.flatten(1).float(), self.posterior.references.shape
+        chunk = max(1, MAX_ELEMENTS // max(count, EXACT_CANDIDATES * size))
+        parts: list[list[Tensor]] = [[] for _ in branches]
+        with torch.autocast(x_t.device.type, enabled=False):
+            for rows in torch.arange(len(flat), device=flat.device).split(chunk):
+                likelihood = self.posterior.log_likelihood(flat[rows], prediction.alpha_bar)
+                for part, (output, conditions) in zip(parts, branches, strict=True):
+                    log_1, log_m = self._log_1, self._log_m
+                    if conditions is not None:
+                        log_1, log_m = self._conditional_weights(conditions[rows])
+                    delta = self.posterior.mean_difference(likelihood, log_1, log_m)
+                    part.append(output[rows] + self._change(prediction, delta, output[rows]))
+        return [torch.cat(part) for part in parts]
+
+    def _conditional_weights(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-weights (len(labels), N) of the references that carry each label."""
         if self._label_log_m is None or self._label_log_1 is None:
             raise ValueError(
                 "class-conditional multiplicity guidance needs an index with labels: build it on "
                 "a labelled data set"
             )
-        labels = prediction.conditions[rows]
         known = self._label_log_m.isfinite().any(dim=0).nonzero().squeeze(1)
         unknown = labels[~torch.isin(labels, known)]
         if len(unknown):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,12 +105,8 @@ def sample(
 
 def _generator_argument(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
     """``generator=`` for the schedulers whose step takes it; the others draw nothing."""
-    code = (
-        type(scheduler).step.__wrapped__
-        if hasattr(type(scheduler).step, "__wrapped__")
-        else (type(scheduler).step)
-    )
-    return {"generator": generators} if "generator" in code.__code__.co_varnames else {}
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    return {"generator": generators} if takes else {}
 
 
 def _trace_rows(prediction: Prediction, step: int, t: Tensor) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from torch import Tensor
 def generators(seed: int, indices: Sequence[int], attempt: int = 0) -> list[torch.Generator]:
     """One CPU generator a sample, seeded by (seed, index): no batch or rank changes its draws.
 
-    Further attempts at the same sample (rejection) draw other numbers.
+    Further attempts at the same sample (rejection) draw other numbers. torch's CPU generator keeps
+    32 bits of a seed: among n samples, n²/2³³ pairs with the same noise are to be expected.
     """
     made = []
     for index in indices:
