@@ -5,12 +5,13 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "memfree"
 LAYERS = [
-    {"manifest", "resolved", "diffusion_math"},
+    {"manifest", "resolved", "quiet", "diffusion_math"},
     {"data", "models", "retrieval"},
     {"guidance"},
     {"sampling", "indexing", "training"},
     {"evaluation", "tuning"},
-    {"stages", "study_results", "cli"},
+    {"stages", "study_statistics", "cli"},
+    {"study_results"},
     {"demo", "study"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -8,24 +8,37 @@ from scipy import stats
 
 from memfree.evaluation.records import metric, write_metrics
 from memfree.manifest import write_manifest
-from memfree.study_results import (
-    by_key,
-    differences,
-    gather,
-    markdown,
-    mean_and_half_width,
+from memfree.study import Plan
+from memfree.study_results import by_key, differences, gather, markdown
+from memfree.study_statistics import (
+    Measured,
+    over_seeds,
+    rate_over_seeds,
     upper_limit,
+    upper_limit_of_rates,
 )
 
 
 def test_interval_over_seeds_is_students():
     values = [0.1, 0.4, 0.25]
-    mean, half = mean_and_half_width(values)
+    found = over_seeds(values)
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
-    assert mean - half == pytest.approx(low) and mean + half == pytest.approx(high)
+    assert (found.low, found.high) == pytest.approx((low, high))
     one_sided = np.mean(values) + stats.t.ppf(0.95, 2) * stats.sem(values)
     assert upper_limit(values) == pytest.approx(one_sided)
-    assert math.isnan(mean_and_half_width([0.3])[1]) and math.isnan(upper_limit([0.3]))
+    assert over_seeds([0.3]).low is None and math.isnan(upper_limit([0.3]))
+
+
+def test_rates_of_zero_keep_the_width_of_their_counts():
+    zero = [Measured(0.0, 1000)] * 3
+    found = rate_over_seeds(zero)
+    expected = stats.binomtest(0, 3000).proportion_ci(0.95, "wilson")
+    assert (found.low, found.high) == pytest.approx((0.0, expected.high))
+    # Against an oracle at zero too: Newcombe's limit of two pooled rates, one-sided 95 %.
+    one_sided = stats.binomtest(0, 3000).proportion_ci(0.90, "wilson").high
+    assert upper_limit_of_rates(zero, zero) == pytest.approx(one_sided)
+    spread = [Measured(value, 1000) for value in (0.0, 0.1, 0.2)]
+    assert upper_limit_of_rates(spread, zero) == pytest.approx(upper_limit([0.0, 0.1, 0.2]))
 
 
 @pytest.fixture
@@ -49,12 +62,23 @@ def finished(tmp_path):
 
 
 def test_finished_cells_are_gathered_and_compared(finished):
-    rows = gather(finished, "oracle")
+    names = {f"class-x64-seed{seed}" for seed in (1, 2, 3)}
+    rows = gather(finished, "oracle", names)
     assert len(rows) == 12 and {row["training_seed"] for row in rows} == {1, 2, 3}
+    assert len(gather(finished, "oracle", {"class-x64-seed2"})) == 4
     values = by_key(rows)
     text = markdown(values)
-    assert "class, repeated images × 64 (3 training seeds)" in text
-    assert "| both | 0.20 ± 0.25 %" in text
+    assert "class, repeated images × 64 (training seeds: 3)" in text
+    assert "| both | 0.20 (0.00–0.45) | 1.30 (1.30–1.30) |" in text
     verdicts = differences(values)
-    assert "| -0.40 points | -0.40 points | +0.5 points | within |" in verdicts
+    assert "| -0.40 points | -0.1" in verdicts and "| +0.5 points | within |" in verdicts
     assert "| +30.00 % | +30.00 % | +15.0 % | not within |" in verdicts
+    without = {key: value for key, value in values.items() if not key[2].startswith("oracle")}
+    assert differences(without) == ""
+
+
+def test_a_study_of_another_size_is_refused(tmp_path):
+    Plan("oracle", tmp_path, 16, 1500, 1000, 2.0).claim()
+    Plan("ablation", tmp_path, 16, 1500, 1000, 2.0).claim()
+    with pytest.raises(ValueError, match="holds a study with --count 1000, not 200"):
+        Plan("oracle", tmp_path, 16, 1500, 200, 2.0).claim()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from memfree.manifest import write_atomic
+from memfree.manifest import write_text
 
 CONFIG_NAME = "config.yaml"
 
@@ -34,11 +34,7 @@ def save_config(folder: Path) -> None:
     text = _resolved.get()
     if text is None or not is_first_process():
         return
-    write_atomic(folder / CONFIG_NAME, lambda path: _write(path, text))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    write_text(folder / CONFIG_NAME, text)
 
 
 def is_first_process() -> bool:

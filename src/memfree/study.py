@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
+from memfree.manifest import write_json
 from memfree.stages import Stage, run_stages
 from memfree.study_results import summarise
 
@@ -133,6 +135,8 @@ def study(
         for factor in several
     ]
     plan = Plan(name, out, duplicated, steps, count, guidance_scale)
+    if not dry_run:
+        plan.claim()
     for number, cell in enumerate(cells, 1):
         stages = plan.stages(cell)
         console.rule(f"[bold]cell {number} of {len(cells)}: {cell.name}")
@@ -142,7 +146,7 @@ def study(
         elif not (plan.evaluation(cell) / "manifest.json").is_file():
             run_stages(stages, console)
     if not dry_run:
-        summarise(out, name, console)
+        summarise(out, name, {cell.name for cell in cells}, console)
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,25 @@ class Plan:
     steps: int
     count: int
     guidance_scale: float
+
+    def claim(self) -> None:
+        """Refuse a folder that holds a study of another size; its figures would be taken for ours.
+
+        Raises:
+            ValueError: ``out`` was begun with other numbers.
+        """
+        asked = {key: value for key, value in asdict(self).items() if key not in ("name", "out")}
+        path = self.out / "study.json"
+        if not path.is_file():
+            write_json(path, asked)
+            return
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in asked.items():
+            if begun.get(key) != value:
+                raise ValueError(
+                    f"{self.out} holds a study with --{key} {begun.get(key)}, not {value}; "
+                    "choose another --out"
+                )
 
     def evaluation(self, cell: Cell) -> Path:
         """Folder of the cell's figures."""

@@ -2,65 +2,89 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
+from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student_t
 
 from memfree.evaluation.records import read_metrics
-from memfree.manifest import write_atomic
+from memfree.manifest import write_atomic, write_text
+from memfree.study_statistics import (
+    Measured,
+    over_seeds,
+    rate_over_seeds,
+    upper_limit,
+    upper_limit_of_rates,
+)
 
 _CELL = re.compile(r"(?P<conditioning>[a-z]+)-x(?P<factor>\d+)-seed(?P<seed>\d+)")
 Key = tuple[str, int, str, str]
 """Conditioning, duplication factor, subject, metric."""
+Values = dict[Key, dict[int, Measured]]
+"""What was measured, by key and training seed."""
 
-SHOWN = {
-    "copies": ("copies", 100.0, " %"),
-    "second_copies": ("copies, second measure", 100.0, " %"),
-    "duplicated_share": ("nearest is repeated", 100.0, " %"),
-    "frechet_pixels": ("Fréchet, pixels", 1.0, ""),
-    "frechet_efficientnet": ("Fréchet, EfficientNet", 1.0, ""),
-    "class_agreement": ("class agreement", 100.0, " %"),
-    "seconds_per_sample": ("ms a sample", 1000.0, ""),
+RATES = {
+    "copies": "copies, %",
+    "second_copies": "second measure, %",
+    "duplicated_share": "nearest is repeated, %",
+    "class_agreement": "class agreement, %",
 }
-"""Columns of the printed table: title, factor, unit."""
+DISTANCES = {
+    "frechet_pixels": "Fréchet, pixels",
+    "frechet_efficientnet": "Fréchet, EfficientNet",
+}
+SHOWN = {**RATES, **DISTANCES, "seconds_per_sample": "seconds a sample"}
+"""Metrics of the tables and their titles. Seconds include the search that fills the trace."""
 
-MARGINS = {"copies": 0.005, "duplicated_share": 0.015, "frechet_pixels": 0.15}
+MARGINS = {
+    "copies": 0.005,
+    "second_copies": 0.005,
+    "duplicated_share": 0.015,
+    "frechet_pixels": 0.15,
+    "frechet_efficientnet": 0.15,
+}
 """Goals, fixed beforehand: upper limits of (both − oracle); Fréchet distances relative to it."""
 
 
-def summarise(out: Path, name: str, console: Console) -> None:
-    """Gather every finished evaluation of a study: results.parquet, .csv and .md in ``out``.
+def summarise(out: Path, name: str, cells: Container[str], console: Console) -> None:
+    """Gather the finished evaluations of a study: NAME.parquet, .csv and .md in ``out``.
+
+    Args:
+        out: the study's folder.
+        name: the study.
+        cells: names of the cells that belong to it.
+        console: where the table is printed.
 
     Raises:
         ValueError: nothing is finished yet.
     """
-    rows = gather(out, name)
+    rows = gather(out, name, cells)
     if not rows:
         raise ValueError(f"{out} has no finished evaluation of the study {name}")
     table = pa.Table.from_pylist(rows)
     write_atomic(out / f"{name}.parquet", lambda path: pq.write_table(table, path))
     write_atomic(out / f"{name}.csv", lambda path: pa_csv.write_csv(table, path))
     values = by_key(rows)
-    text = markdown(values) + (differences(values) if name == "oracle" else "")
-    write_atomic(out / f"{name}.md", lambda path: _write(path, text))
+    text = markdown(values) + differences(values)
+    write_text(out / f"{name}.md", text)
     console.print(_printed(values))
     console.print(f"Written: {out / name}.parquet, .csv, .md")
 
 
-def gather(out: Path, name: str) -> list[dict[str, object]]:
-    """One row a metric, subject and cell of every evaluation below ``out``."""
-    rows: list[dict[str, object]] = []
+def gather(out: Path, name: str, cells: Container[str]) -> list[dict[str, Any]]:
+    """One row a metric, subject and cell of the evaluations below ``out``."""
+    rows: list[dict[str, Any]] = []
     for manifest in sorted(out.glob(f"*/evaluation-{name}/manifest.json")):
-        cell = _CELL.fullmatch(manifest.parent.parent.name)
-        if cell is None:
+        folder = manifest.parent.parent.name
+        cell = _CELL.fullmatch(folder)
+        if cell is None or folder not in cells:
             continue
         for one in read_metrics(manifest.parent / "metrics.json").metrics:
             rows.append(
@@ -79,121 +103,127 @@ def gather(out: Path, name: str) -> list[dict[str, object]]:
     return rows
 
 
-def by_key(rows: list[dict[str, object]]) -> dict[Key, dict[int, float]]:
-    """Values by training seed of every conditioning, factor, subject and metric."""
-    values: dict[Key, dict[int, float]] = defaultdict(dict)
+def by_key(rows: list[dict[str, Any]]) -> Values:
+    """What was measured, by conditioning, factor, subject and metric, then by training seed."""
+    values: Values = defaultdict(dict)
     for row in rows:
         key = (row["conditioning"], row["factor"], row["subject"], row["metric"])
-        values[key].setdefault(row["training_seed"], row["value"])  # type: ignore[index,arg-type]
+        values[key].setdefault(row["training_seed"], Measured(row["value"], row["count"]))
     return dict(values)
 
 
-def mean_and_half_width(values: list[float], level: float = 0.95) -> tuple[float, float]:
-    """Mean over training seeds and half of its two-sided interval (Student's t); NaN for one."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, math.nan
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    return mean, float(student_t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
-
-
-def upper_limit(values: list[float], level: float = 0.95) -> float:
-    """One-sided upper limit of the mean over training seeds (Student's t); NaN for one."""
-    n = len(values)
-    mean, half = mean_and_half_width(values, 2 * level - 1)
-    return mean + half if n > 1 else math.nan
-
-
-def markdown(values: dict[Key, dict[int, float]]) -> str:
-    """A table a cell: subjects down, metrics across, mean ± half width over training seeds."""
+def markdown(values: Values) -> str:
+    """A table a cell: subjects down, metrics across, means over seeds with 95 % intervals."""
     parts = []
-    for conditioning, factor in sorted({(key[0], key[1]) for key in values}, reverse=False):
+    for conditioning, factor in _cells(values):
         subjects = _subjects(values, conditioning, factor)
         columns = [
             metric
             for metric in SHOWN
             if any((conditioning, factor, subject, metric) in values for subject in subjects)
         ]
-        seeds = max(
-            len(values.get((conditioning, factor, subject, "copies"), {})) for subject in subjects
-        )
+        seeds = max(len(values[conditioning, factor, one, "copies"]) for one in subjects)
         lines = [
-            f"### {conditioning}, repeated images × {factor} ({seeds} training seeds)",
+            f"### {conditioning}, repeated images × {factor} (training seeds: {seeds})",
             "",
-            "| | " + " | ".join(SHOWN[metric][0] for metric in columns) + " |",
+            "| | " + " | ".join(SHOWN[metric] for metric in columns) + " |",
             "|---" * (len(columns) + 1) + "|",
         ]
         for subject in subjects:
             cells = [
-                _cell(values.get((conditioning, factor, subject, one)), one) for one in columns
+                _shown(values.get((conditioning, factor, subject, one)), one) for one in columns
             ]
             lines.append(f"| {subject} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
-def differences(values: dict[Key, dict[int, float]], subject: str = "both") -> str:
-    """The goal of a mitigation: (subject − oracle) per training seed, with its upper limit."""
-    lines = [
-        "",
-        f"### {subject} − oracle",
-        "",
-        "Mean over training seeds of the difference, and its one-sided 95 % upper limit "
-        "(Student's t over seeds); Fréchet distances relative to the oracle's.",
-        "",
-        "| | oracle at | metric | difference | upper limit | margin | |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for conditioning, factor in sorted({(key[0], key[1]) for key in values}):
+def differences(values: Values, subject: str = "both") -> str:
+    """The goal of a mitigation: (subject − oracle), with its upper limit; empty without oracles."""
+    rows = []
+    for conditioning, factor in _cells(values):
         for oracle in ("oracle_steps", "oracle_epochs"):
             for metric, margin in MARGINS.items():
                 own = values.get((conditioning, factor, subject, metric), {})
                 other = values.get((conditioning, factor, oracle, metric), {})
                 seeds = sorted(own.keys() & other.keys())
-                if not seeds:
-                    continue
-                relative = metric.startswith("frechet")
-                each = [
-                    own[seed] / other[seed] - 1 if relative else own[seed] - other[seed]
-                    for seed in seeds
-                ]
-                mean, limit = sum(each) / len(each), upper_limit(each)
-                unit = " %" if relative else " points"
-                verdict = "within" if limit <= margin else "not within"
-                lines.append(
-                    f"| {conditioning} × {factor} | equal {oracle.removeprefix('oracle_')} | "
-                    f"{SHOWN[metric][0]} | {100 * mean:+.2f}{unit} | {100 * limit:+.2f}{unit} | "
-                    f"{100 * margin:+.1f}{unit} | {verdict} |"
-                )
-    return "\n".join(lines) + "\n"
+                if seeds:
+                    pairs = [own[seed] for seed in seeds], [other[seed] for seed in seeds]
+                    title = f"{conditioning} × {factor}", oracle.removeprefix("oracle_"), metric
+                    rows.append(_difference(*title, *pairs, margin))
+    if not rows:
+        return ""
+    return "\n".join(
+        [
+            "",
+            f"### {subject} − oracle",
+            "",
+            "Mean difference over training seeds and its one-sided 95 % upper limit: Student's t",
+            "over seeds, for rates the larger of that and of Newcombe's limit for the pooled",
+            "counts. Fréchet distances are relative to the oracle's.",
+            "",
+            "| | oracle at equal | metric | difference | upper limit | margin | |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
-def _subjects(values: dict[Key, dict[int, float]], conditioning: str, factor: int) -> list[str]:
-    found = [key[2] for key in values if key[:2] == (conditioning, factor)]
-    ordered = list(dict.fromkeys(found))
-    return [one for one in ordered if (conditioning, factor, one, "copies") in values]
+def _difference(
+    cell: str,
+    oracle: str,
+    metric: str,
+    own: list[Measured],
+    other: list[Measured],
+    margin: float,
+) -> str:
+    pairs = list(zip(own, other, strict=True))
+    if metric in DISTANCES:
+        each, unit = [a.value / b.value - 1 for a, b in pairs], " %"
+        limit = upper_limit(each)
+    else:
+        each, unit = [a.value - b.value for a, b in pairs], " points"
+        limit = upper_limit_of_rates(own, other)
+    mean = sum(each) / len(each)
+    return (
+        f"| {cell} | {oracle} | {SHOWN[metric].removesuffix(', %')} | {100 * mean:+.2f}{unit} | "
+        f"{100 * limit:+.2f}{unit} | {100 * margin:+.1f}{unit} | "
+        f"{'within' if limit <= margin else 'not within'} |"
+    )
 
 
-def _cell(by_seed: dict[int, float] | None, metric: str) -> str:
+def _cells(values: Values) -> list[tuple[str, int]]:
+    return sorted({(key[0], key[1]) for key in values})
+
+
+def _subjects(values: Values, conditioning: str, factor: int) -> list[str]:
+    """Subjects of a cell that copies were counted of, in the order of their evaluation."""
+    found = dict.fromkeys(key[2] for key in values if key[:2] == (conditioning, factor))
+    return [one for one in found if (conditioning, factor, one, "copies") in values]
+
+
+def _shown(by_seed: dict[int, Measured] | None, metric: str) -> str:
+    """Mean over seeds with its interval in parentheses; seconds without one."""
     if not by_seed:
         return ""
-    _, scale, unit = SHOWN[metric]
-    mean, half = mean_and_half_width(list(by_seed.values()))
-    spread = "" if math.isnan(half) else f" ± {scale * half:.2f}"
-    return f"{scale * mean:.2f}{spread}{unit}"
+    measured = list(by_seed.values())
+    if metric in RATES:
+        found = rate_over_seeds(measured)
+        return f"{100 * found.value:.2f} ({100 * found.low:.2f}–{100 * found.high:.2f})"  # type: ignore[operator]
+    found = over_seeds([one.value for one in measured])
+    if metric == "seconds_per_sample":
+        return f"{found.value:.3f}"
+    interval = "" if found.low is None else f" ({found.low:.2f}–{found.high:.2f})"
+    return f"{found.value:.2f}{interval}"
 
 
-def _printed(values: dict[Key, dict[int, float]]) -> Table:
-    table = Table(title="Means over training seeds")
-    for title in ("model", "subject", *(SHOWN[metric][0] for metric in SHOWN)):
+def _printed(values: Values) -> Table:
+    table = Table(title="Means over training seeds, 95 % intervals")
+    for title in ("model", "subject", *SHOWN.values()):
         table.add_column(title)
-    for conditioning, factor in sorted({(key[0], key[1]) for key in values}):
+    for conditioning, factor in _cells(values):
         for subject in _subjects(values, conditioning, factor):
-            cells = [_cell(values.get((conditioning, factor, subject, one)), one) for one in SHOWN]
+            cells = [_shown(values.get((conditioning, factor, subject, one)), one) for one in SHOWN]
             table.add_row(f"{conditioning} × {factor}", subject, *cells)
     return table
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,9 +29,17 @@ from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, claim
 from memfree.models.finite import NotFiniteError
 from memfree.models.progress import LossRecord, StepProgress
 from memfree.models.sample_grid import averaged_network
+from memfree.quiet import quiet
 from memfree.resolved import is_first_process, save_config
 
 EXPOSURES = "exposures.parquet"
+ADVICE = (
+    # Reading is a small part of a step here, and small sets are read without workers.
+    ".*does not have many workers.*",
+    "Checkpoint directory .* exists and is not empty.*",
+    ".*smaller than the logging interval.*",
+)
+"""Lightning's warnings that do not apply."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def train(
     checkpoint = latest_checkpoint(out / CHECKPOINTS)
     if checkpoint is not None and is_first_process():
         print(f"resuming from {checkpoint}")
-    with _without_advice():
+    with quiet(*ADVICE):
         fit = pl.Trainer(
             accelerator=trainer.accelerator,
             devices=trainer.devices,
@@ -200,24 +204,6 @@ def _callbacks(
     if options.enable_progress_bar:
         callbacks.append(StepProgress())
     return callbacks
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Keep Lightning's tips and its advice to developers off the user's screen."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        # Reading is a small part of a step here, and small sets are read without workers.
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        warnings.filterwarnings("ignore", ".*LeafSpec.*")
-        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty.*")
-        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-        try:
-            yield
-        finally:
-            log.setLevel(level)
 
 
 def _exposure_summary(path: Path) -> dict[str, Any]:

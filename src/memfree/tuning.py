@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from memfree.guidance import GuidanceSettings, default_similarity
 from memfree.guidance.settings import Mitigation
-from memfree.manifest import write_atomic, write_json
+from memfree.manifest import write_json, write_text
 from memfree.models import LoadedModel, load_model
 from memfree.retrieval import ReferenceIndex
-from memfree.sampling.loop import sample
-from memfree.sampling.noise import draw, generators
+from memfree.sampling import SamplingModule
+from memfree.sampling.checks import index_for, labels_in_turn
 from memfree.sampling.png import from_bytes, to_bytes
 from memfree.sampling.schedulers import SchedulerName, build_scheduler
 
@@ -54,6 +55,7 @@ def tune(
     guidance_scale: float = 1.0,
     scales: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0),
     guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008 - read only; --help shows it
+    allow_other_dataset: bool = False,
 ) -> None:
     """Find the smallest guidance strengths that leave no copy on a trial batch.
 
@@ -75,13 +77,19 @@ def tune(
         guidance_scale: classifier-free guidance scale.
         scales: multiples of the strengths, tried from the smallest up.
         guidance: the strengths that are multiplied, and everything else.
+        allow_other_dataset: accept an index of other images than the model was trained on.
     """
     if mitigation not in ("amg", "both"):
         raise ValueError(f"--mitigation {mitigation}: only amg and both have strengths to tune")
     if not scales or min(scales) <= 0:
         raise ValueError("--scales needs at least one number, all above 0")
-    loaded, reference = load_model(model), ReferenceIndex.load(index)
-    batch = _Trials(loaded, reference, count, batch_size, seed, steps, scheduler, guidance_scale)
+    loaded = load_model(model)
+    classes = labels_in_turn(None, loaded, guidance_scale)
+    reference = index_for(index, loaded, guidance, allow_other_dataset)
+    reference.to("cuda" if torch.cuda.is_available() else "cpu")
+    sampler = build_scheduler(scheduler, loaded.scheduler)
+    batches = torch.arange(count).split(batch_size)
+    batch = _Trials(loaded, reference, batches, seed, steps, sampler, guidance_scale, classes)
     console = Console()
     with console.status("unguided"):
         unguided = batch.draw(replace(guidance, mitigation="none"))
@@ -103,7 +111,7 @@ def tune(
             f"--guidance.max_displacement ({out / 'tune.json'} has the figures)"
         )
     text = yaml.safe_dump({"guidance": asdict(chosen)}, sort_keys=False)
-    write_atomic(out / "guidance.yaml", lambda path: _write(path, text))
+    write_text(out / "guidance.yaml", text)
     console.print(f"Use it: python sample.py --config {out / 'guidance.yaml'} …")
 
 
@@ -112,53 +120,39 @@ def scaled(settings: GuidanceSettings, scale: float) -> GuidanceSettings:
     return replace(settings, c1=settings.c1 * scale, c2=settings.c2 * scale, c3=settings.c3 * scale)
 
 
+@dataclass(frozen=True)
 class _Trials:
     """Draws and judges the trial batch."""
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        index: ReferenceIndex,
-        count: int,
-        batch_size: int,
-        seed: int,
-        steps: int,
-        scheduler: SchedulerName,
-        guidance_scale: float,
-    ) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model
-        self.denoiser = model.denoiser.to(device)
-        self.index = index
-        self.index.to(device)
-        self.device = device
-        self.batches = torch.arange(count).split(batch_size)
-        self.seed, self.steps = seed, steps
-        self.scheduler: Any = build_scheduler(scheduler, model.scheduler)
-        self.guidance_scale = guidance_scale
+    model: LoadedModel
+    index: ReferenceIndex
+    batches: Sequence[Tensor]
+    seed: int
+    steps: int
+    scheduler: Any
+    guidance_scale: float
+    classes: list[int] | None
 
     def draw(self, settings: GuidanceSettings) -> tuple[Tensor, Tensor]:
         """Samples (N, C, H, W) as they would be saved, and which were ever active (N,)."""
-        guidance = settings.build(self.index)
+        module = SamplingModule(
+            self.model.denoiser,
+            self.scheduler,
+            self.model.image_shape,
+            self.steps,
+            self.seed,
+            settings,
+            self.guidance_scale,
+            self.classes,
+            self.index,
+        ).to(self.index.device)
+        module.on_predict_start()
         images, active = [], []
         for indices in self.batches:
-            sources = generators(self.seed, indices.tolist())
-            classes = self.model.num_classes
-            labels = None if classes is None else (indices % classes).to(self.device)
-            result = sample(
-                self.denoiser,
-                self.scheduler,
-                draw(self.model.image_shape, sources).to(self.device),
-                self.steps,
-                guidance,
-                labels,
-                self.guidance_scale,
-                trace=True,
-                generators=sources,
-            )
-            assert result.trace is not None
-            images.append(from_bytes(to_bytes(result.images.float().cpu())))
-            active.append(result.trace["active"].reshape(-1, len(indices)).any(dim=0))
+            drawn = module.predict_step(indices)
+            assert drawn.trace is not None
+            images.append(from_bytes(to_bytes(drawn.images)))
+            active.append(drawn.trace["active"].reshape(-1, len(indices)).any(dim=0))
         return torch.cat(images), torch.cat(active)
 
     def judge(
@@ -170,7 +164,7 @@ class _Trials:
     ) -> Trial:
         """Measure a batch by the index's own similarity."""
         images, active = drawn
-        match = default_similarity(self.index)(self.index, images.to(self.device))
+        match = default_similarity(self.index)(self.index, images.to(self.index.device))
         repeated = self.index.group_multiplicity.to(match.rows.device)[match.rows[:, 0]] > 1
         return Trial(
             scale=scale,
@@ -195,7 +189,3 @@ def table(trials: list[Trial]) -> Table:
             f"{trial.displacement:.3f}",
         )
     return made
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

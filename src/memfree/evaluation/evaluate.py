@@ -12,7 +12,7 @@ from memfree.evaluation import class_agreement, memorization
 from memfree.evaluation.distributions import distribution_metrics
 from memfree.evaluation.embedding import View
 from memfree.evaluation.folder import check_replaceable, write_evaluation
-from memfree.evaluation.inputs import Inputs, open_inputs
+from memfree.evaluation.inputs import DEFAULT_REFERENCE, Inputs, open_inputs
 from memfree.evaluation.intervals import wilson
 from memfree.evaluation.measuring import Second, measure_subjects, step
 from memfree.evaluation.neighbours import find_neighbours
@@ -32,7 +32,7 @@ def evaluate(
     out: Path,
     false_positive_rate: float = 0.01,
     other_rates: tuple[float, ...] = (0.05, 0.1),
-    reference: str = "unguided",
+    reference: str = DEFAULT_REFERENCE,
     other_data: tuple[str, ...] = ("oracle",),
     batch_size: PositiveInt = 256,
     seed: int = 0,

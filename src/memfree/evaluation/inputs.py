@@ -20,6 +20,10 @@ HELD_OUT_PARTS: tuple[Literal["calibration", "test", "fit"], ...] = ("calibratio
 """Thresholds, rates of real images, and the classifier: three purposes, three disjoint parts."""
 
 
+DEFAULT_REFERENCE = "unguided"
+"""Samples that others are compared with; where there are none of this name, the first."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """A data set, its index, and the sample folders to judge, all of the same data."""
@@ -73,6 +77,10 @@ def open_inputs(
     for name, folder in folders.items():
         _check_samples(name, folder, data, other_data)
     if reference not in folders:
+        if reference != DEFAULT_REFERENCE:
+            raise ValueError(
+                f"--reference {reference} is none of the samples: {', '.join(folders)}"
+            )
         reference = next(iter(folders))
     paired = {
         name: reference
@@ -101,7 +109,12 @@ def _check_samples(
 
 
 def same_noise(first: SampleFolder, second: SampleFolder) -> bool:
-    """Whether sample i of both began with the same noise and the same condition."""
+    """Whether sample i of both began with the same noise and the same condition.
+
+    Rejected samples were drawn again from other noise.
+    """
+    if "reject" in (first.manifest.get("mitigation"), second.manifest.get("mitigation")):
+        return False
     if len(first) != len(second) or not torch.equal(first.seeds, second.seeds):
         return False
     if first.conditions is None or second.conditions is None:

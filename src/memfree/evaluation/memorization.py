@@ -182,12 +182,13 @@ def _bootstrap_ratio(
     """Ratio of two independent rates; both sides are resampled, draws of a zero floor left out."""
     generator = np.random.default_rng(seed)
     value = float(duplicated.mean() / np.average(heldout, weights=weights))
+    found = int(duplicated.sum())  # Jeffreys' posterior keeps a width where none is found
     ratios = []
     for _ in range(draws):
         rows = generator.integers(0, len(heldout), len(heldout))
         floor = float((weights[rows] * heldout[rows]).sum() / max(weights[rows].sum(), 1e-300))
         if floor > 0:
-            share = generator.binomial(len(duplicated), duplicated.mean()) / len(duplicated)
+            share = generator.beta(found + 0.5, len(duplicated) - found + 0.5)
             ratios.append(share / floor)
     low, high = np.quantile(ratios, tail_quantiles())
     return Interval(value, float(low), float(high))

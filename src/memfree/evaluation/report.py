@@ -13,7 +13,7 @@ from memfree.evaluation.finished import EvaluationFolder
 from memfree.evaluation.picture import write_picture
 from memfree.evaluation.plots import distance_chart, dose_chart, trajectory_chart
 from memfree.evaluation.records import HELDOUT
-from memfree.manifest import write_atomic
+from memfree.manifest import write_atomic, write_text
 
 
 def report(evaluation: Path, out: Path | None = None) -> None:
@@ -32,7 +32,7 @@ def report(evaluation: Path, out: Path | None = None) -> None:
     folder = EvaluationFolder(evaluation)
     target = evaluation / "report" if out is None else out
     text = render(folder)
-    write_atomic(target / "index.html", lambda path: _write(path, text))
+    write_text(target / "index.html", text)
     write_atomic(target / "picture.png", lambda path: write_picture(folder, path))
     Console().print(f"Written to {target / 'index.html'}; it contains training images.")
 
@@ -86,7 +86,3 @@ def _charts(folder: EvaluationFolder) -> dict[str, Markup | str | None]:
         "distance_caption": "How far images are from their nearest training image. Left of the "
         f"line are copies; {rate:g} % of held-out images are expected there.",
     }
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

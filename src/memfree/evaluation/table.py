@@ -123,8 +123,14 @@ ROWS = (
         PAPERS,
     ),
     Row("active_share", "Steps with guidance active", percent, "Over all steps and samples.", COST),
-    Row("seconds_per_sample", "Time a sample", seconds, "Wall time of sampling.", COST),
-    Row("peak_memory_bytes", "Peak memory", memory, "Of the sampling process.", COST),
+    Row(
+        "seconds_per_sample",
+        "Time a sample",
+        seconds,
+        "With the search that fills the trace.",
+        COST,
+    ),
+    Row("peak_memory_bytes", "Peak memory", memory, "Of the process, up to then.", COST),
 )
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +14,9 @@ from lightning.pytorch import Trainer
 from memfree.guidance import GuidanceSettings
 from memfree.manifest import check_free_space
 from memfree.models import LoadedModel, load_model
+from memfree.quiet import quiet
 from memfree.resolved import save_config
+from memfree.sampling.checks import index_for, labels_in_turn
 from memfree.sampling.folder import read_records
 from memfree.sampling.identity import folder_hash, index_state
 from memfree.sampling.module import SampleIndices, SamplingModule
@@ -30,6 +28,9 @@ from memfree.sampling.writer import SampleWriter
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
+
+IDLE_RANK = "Total length of .* across ranks is zero.*"
+"""A warning that is none: on resumption a rank may have nothing left to do."""
 
 
 @dataclass
@@ -93,8 +94,8 @@ def predict(
         FileNotFoundError: a folder is missing.
     """
     loaded = load_model(model)
-    classes = _labels(classes, loaded, guidance_scale)
-    reference = None if index is None else _open_index(index, loaded, guidance, allow_other_dataset)
+    classes = labels_in_turn(classes, loaded, guidance_scale)
+    reference = None if index is None else index_for(index, loaded, guidance, allow_other_dataset)
     if reference is None and guidance.mitigation != "none":
         raise ValueError(f"--guidance.mitigation {guidance.mitigation} needs --index")
     trained: Any = loaded.scheduler
@@ -127,7 +128,7 @@ def predict(
         )
         save_config(out)
 
-        with _without_advice():
+        with quiet(IDLE_RANK):
             lightning = Trainer(
                 **asdict(trainer),
                 inference_mode=False,  # guidance takes gradients
@@ -165,69 +166,6 @@ def predict(
             lightning.strategy.barrier("all samples are written")
         if lightning.is_global_zero:
             _finish(run, seed, model, index, loaded, reference)
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Keep Lightning's tips and its advice to developers off the user's screen."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*LeafSpec.*")
-        # A rank that has nothing left to do is no mistake.
-        warnings.filterwarnings("ignore", "Total length of .* across ranks is zero.*")
-        try:
-            yield
-        finally:
-            log.setLevel(level)
-
-
-def _labels(
-    classes: list[int] | None, model: LoadedModel, guidance_scale: float
-) -> list[int] | None:
-    """The labels to take in turn; None for an unconditional model."""
-    if model.num_classes is None:
-        if classes is not None:
-            raise ValueError("--classes needs a class-conditional model; this one has no classes")
-        if guidance_scale != 1:
-            raise ValueError(
-                f"--guidance_scale {guidance_scale:g} needs a class-conditional model; "
-                "leave it at 1 for this one"
-            )
-        return None
-    if classes is None:
-        return list(range(model.num_classes))
-    if not classes:
-        raise ValueError("--classes is empty; leave it out for all classes in turn")
-    if max(classes) >= model.num_classes:
-        raise ValueError(
-            f"--classes {max(classes)} is not a class of this model: 0 to {model.num_classes - 1}"
-        )
-    return classes
-
-
-def _open_index(
-    path: Path, model: LoadedModel, guidance: GuidanceSettings, allow_other_dataset: bool
-) -> ReferenceIndex:
-    """Load the index; refuse one that cannot guide this model."""
-    from memfree.retrieval import ReferenceIndex
-
-    index = ReferenceIndex.load(path)
-    if tuple(index.image_shape) != tuple(model.image_shape):
-        raise ValueError(
-            f"--index {path} is of images {tuple(index.image_shape)}, but the model makes "
-            f"{tuple(model.image_shape)}"
-        )
-    trained_on = model.manifest.get("dataset_hash")
-    known = None not in (trained_on, index.dataset_hash)
-    if known and trained_on != index.dataset_hash and not allow_other_dataset:
-        raise ValueError(
-            f"--index {path} is of another data set than the model was trained on; index the "
-            "model's, or say --allow_other_dataset true"
-        )
-    guidance.end_threshold(index)  # refuses an index that is not calibrated
-    return index
 
 
 def _expected_bytes(count: int, shape: tuple[int, int, int], steps: int, traced: bool) -> int:

@@ -1,0 +1,54 @@
+"""Whether labels, guidance scale and index fit the model that samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from memfree.guidance import GuidanceSettings
+from memfree.models import LoadedModel
+from memfree.retrieval import ReferenceIndex
+
+
+def labels_in_turn(
+    classes: list[int] | None, model: LoadedModel, guidance_scale: float
+) -> list[int] | None:
+    """The labels to take in turn; None for an unconditional model."""
+    if model.num_classes is None:
+        if classes is not None:
+            raise ValueError("--classes needs a class-conditional model; this one has no classes")
+        if guidance_scale != 1:
+            raise ValueError(
+                f"--guidance_scale {guidance_scale:g} needs a class-conditional model; "
+                "leave it at 1 for this one"
+            )
+        return None
+    if classes is None:
+        return list(range(model.num_classes))
+    if not classes:
+        raise ValueError("--classes is empty; leave it out for all classes in turn")
+    if max(classes) >= model.num_classes:
+        raise ValueError(
+            f"--classes {max(classes)} is not a class of this model: 0 to {model.num_classes - 1}"
+        )
+    return classes
+
+
+def index_for(
+    path: Path, model: LoadedModel, guidance: GuidanceSettings, allow_other_dataset: bool
+) -> ReferenceIndex:
+    """Load the index; refuse one that cannot guide this model."""
+    index = ReferenceIndex.load(path)
+    if tuple(index.image_shape) != tuple(model.image_shape):
+        raise ValueError(
+            f"--index {path} is of images {tuple(index.image_shape)}, but the model makes "
+            f"{tuple(model.image_shape)}"
+        )
+    trained_on = model.manifest.get("dataset_hash")
+    known = None not in (trained_on, index.dataset_hash)
+    if known and trained_on != index.dataset_hash and not allow_other_dataset:
+        raise ValueError(
+            f"--index {path} is of another data set than the model was trained on; index the "
+            "model's, or say --allow_other_dataset true"
+        )
+    guidance.end_threshold(index)  # refuses an index that is not calibrated
+    return index
