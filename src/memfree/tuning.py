@@ -16,7 +16,6 @@ from rich.table import Table
 from torch import Tensor
 
 from memfree.guidance import GuidanceSettings, default_similarity
-from memfree.guidance.settings import Mitigation
 from memfree.manifest import write_json, write_text
 from memfree.models import LoadedModel, load_model
 from memfree.retrieval import ReferenceIndex
@@ -46,7 +45,6 @@ def tune(
     model: Path,
     index: Path,
     out: Path,
-    mitigation: Mitigation = "amg",
     count: PositiveInt = 256,
     batch_size: PositiveInt = 256,
     seed: NonNegativeInt = 1_000_000,
@@ -54,7 +52,7 @@ def tune(
     scheduler: SchedulerName = "ddpm",
     guidance_scale: float = 1.0,
     scales: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0),
-    guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008 - read only; --help shows it
+    guidance: GuidanceSettings = GuidanceSettings("amg"),  # noqa: B008 - read only
     allow_other_dataset: bool = False,
 ) -> None:
     """Find the smallest guidance strengths that leave no copy on a trial batch.
@@ -68,7 +66,6 @@ def tune(
         model: model folder that train.py wrote.
         index: calibrated reference index.
         out: folder for tune.json, and guidance.yaml for `sample.py --config`.
-        mitigation: what to tune: amg or both.
         count: samples of the trial batch.
         batch_size: samples drawn together.
         seed: of the trial batch; keep it apart from the seeds that you report.
@@ -76,11 +73,14 @@ def tune(
         scheduler: sampler.
         guidance_scale: classifier-free guidance scale.
         scales: multiples of the strengths, tried from the smallest up.
-        guidance: the strengths that are multiplied, and everything else.
+        guidance: what is tuned (mitigation amg or both), the strengths that are multiplied, and
+            everything else.
         allow_other_dataset: accept an index of other images than the model was trained on.
     """
-    if mitigation not in ("amg", "both"):
-        raise ValueError(f"--mitigation {mitigation}: only amg and both have strengths to tune")
+    if guidance.mitigation not in ("amg", "both"):
+        raise ValueError(
+            f"--guidance.mitigation {guidance.mitigation}: only amg and both have strengths to tune"
+        )
     if not scales or min(scales) <= 0:
         raise ValueError("--scales needs at least one number, all above 0")
     loaded = load_model(model)
@@ -91,13 +91,18 @@ def tune(
     batches = torch.arange(count).split(batch_size)
     batch = _Trials(loaded, reference, batches, seed, steps, sampler, guidance_scale, classes)
     console = Console()
-    with console.status("unguided"):
+    with console.status("drawing unguided samples"):
         unguided = batch.draw(replace(guidance, mitigation="none"))
     trials = [batch.judge(0.0, unguided, unguided, guidance)]
+    if trials[0].copies == 0:
+        raise ValueError(
+            f"unguided sampling leaves no copy among {count}: there is nothing to tune; "
+            "raise --count, or use the recommended strengths"
+        )
     chosen: GuidanceSettings | None = None
     for scale in sorted(scales):
-        settings = scaled(replace(guidance, mitigation=mitigation), scale)
-        with console.status(f"strengths × {scale:g}"):
+        settings = scaled(guidance, scale)
+        with console.status(f"drawing samples with strengths × {scale:g}"):
             images = batch.draw(replace(settings, final_correction=False))
         trials.append(batch.judge(scale, images, unguided, settings))
         if trials[-1].copies == 0:
@@ -110,7 +115,13 @@ def tune(
             f"copies remain at every scale; raise --scales, --guidance.gate_margin or "
             f"--guidance.max_displacement ({out / 'tune.json'} has the figures)"
         )
-    text = yaml.safe_dump({"guidance": asdict(chosen)}, sort_keys=False)
+    tuned = {
+        "steps": int(steps),
+        "scheduler": scheduler,
+        "guidance_scale": float(guidance_scale),
+        "guidance": asdict(chosen),
+    }
+    text = yaml.safe_dump(tuned, sort_keys=False)
     write_text(out / "guidance.yaml", text)
     console.print(f"Use it: python sample.py --config {out / 'guidance.yaml'} …")
 

@@ -2,16 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from memfree import tuning
 from memfree.cli import main, run
 from memfree.demo import demo
 from memfree.evaluation import read_metrics
+from memfree.guidance import GuidanceSettings
 from memfree.sampling import SampleFolder
+from memfree.sampling.predict import predict
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -49,36 +53,40 @@ def test_a_second_demo_repeats_nothing(made, capsys):
     assert "is already trained as asked" in capsys.readouterr().out
 
 
-def test_tune_writes_strengths_that_sampling_takes(made, tmp_path, capsys):
+def test_tune_writes_strengths_that_sampling_takes(made, tmp_path, capsys, monkeypatch):
+    # The model has learned too little to copy: say how many copies each strength leaves.
+    judge = tuning._Trials.judge
+    copies = {0.0: 0.5, 1.0: 0.1, 2.0: 0.0}
+    monkeypatch.setattr(
+        tuning._Trials,
+        "judge",
+        lambda self, scale, *rest: replace(judge(self, scale, *rest), copies=copies[scale]),
+    )
     out = tmp_path / "tune"
     arguments = [f"--model={made / 'model'}", f"--index={made / 'index'}", f"--out={out}"]
-    main(["tune", *arguments, "--count=8", "--steps=5", "--guidance_scale=2", "--scales=[1,2]"])
+    options = ["--count=8", "--steps=5", "--guidance_scale=2", "--scales=[2,1,4]"]
+    main(["tune", *arguments, *options])
     assert "Strengths tried" in capsys.readouterr().out
     trials = json.loads((out / "tune.json").read_text())
-    assert [trial["scale"] for trial in trials][:1] == [0.0] and trials[-1]["copies"] == 0
-    chosen = yaml.safe_load((out / "guidance.yaml").read_text())["guidance"]
-    assert chosen["mitigation"] == "amg"
-    from memfree.sampling.predict import predict
+    assert [trial["scale"] for trial in trials] == [0.0, 1.0, 2.0]
+    assert trials[0]["displacement"] == 0
+    chosen = yaml.safe_load((out / "guidance.yaml").read_text())
+    assert chosen["guidance"]["mitigation"] == "amg" and chosen["guidance_scale"] == 2
+    assert chosen["guidance"]["c3"] == 2 * GuidanceSettings().c3
 
-    run(
-        predict,
-        [
-            f"--config={out / 'guidance.yaml'}",
-            *arguments[:2],
-            f"--out={tmp_path / 'samples'}",
-            "--count=4",
-            "--steps=4",
-        ],
-    )
-    assert SampleFolder(tmp_path / "samples").manifest["mitigation"] == "amg"
+    config = f"--config={out / 'guidance.yaml'}"
+    run(predict, [config, *arguments[:2], f"--out={tmp_path / 'samples'}", "--count=4"])
+    manifest = SampleFolder(tmp_path / "samples").manifest
+    assert manifest["mitigation"] == "amg" and manifest["steps"] == 5
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mitigation=none"], "only amg and both"),
+        (["--guidance.mitigation=none"], "only amg and both"),
         (["--scales=[]"], "--scales"),
         (["--model=nowhere"], "no model folder at nowhere"),
+        (["--count=4", "--steps=2"], "there is nothing to tune"),
     ],
 )
 def test_tune_refuses_in_one_line(made, tmp_path, capsys, options, message):
