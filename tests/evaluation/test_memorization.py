@@ -14,6 +14,7 @@ from memfree.evaluation.memorization import (
     factor_metrics,
     images_per_factor,
     paired_metrics,
+    same_image_metrics,
 )
 from memfree.evaluation.neighbours import Neighbours, distance_ratio
 from memfree.evaluation.records import MetricTable
@@ -129,3 +130,24 @@ def test_paired_metrics_name_their_reference():
 def test_no_false_positive_rate_below_five_in_n():
     assert allowed_rates([0.001, 0.01, 0.05], 600) == [0.01, 0.05]
     assert allowed_rates([0.01], 500) == [0.01]
+
+
+def test_same_image_counts_noises_that_were_copies_and_their_chance():
+    reference_group = np.array([5, 5, 7, 7, 1, 2])
+    reference_copy = np.array([True, True, True, False, False, False])
+    group = np.array([5, 3, 7, 5, 7, 5])
+    labels = np.array([0, 0, 1, 0, 1, 1])
+    found = {
+        one.metric: one
+        for one in same_image_metrics(
+            "amg", "unguided", group, reference_group, reference_copy, labels
+        )
+    }
+    assert found["same_image"].value == pytest.approx(2 / 3)
+    assert found["same_image"].count == 3
+    # Noise 0: others of class 0 are 1 and 3, one of them at 5; noise 1: 0 and 3, both at 5;
+    # noise 2: 4 and 5 of class 1, one of them at 7.
+    assert found["same_image_chance"].value == pytest.approx((0.5 + 1.0 + 0.5) / 3)
+    none = np.zeros(6, dtype=bool)
+    args = ("amg", "unguided", group, reference_group, none, labels)
+    assert same_image_metrics(*args) == []

@@ -198,4 +198,13 @@ def _paired_metrics(inputs: Inputs, subjects: dict[str, Subject]) -> list[Metric
         if own.agrees is not None and other.agrees is not None:
             flags["class_agreement"] = (own.agrees, other.agrees)
         metrics += memorization.paired_metrics(name, reference, flags)
+        group = inputs.index.group.cpu().numpy()
+        metrics += memorization.same_image_metrics(
+            name,
+            reference,
+            group[own.found.row],
+            group[other.found.row],
+            other.found.copy,
+            own.labels,
+        )
     return metrics

@@ -217,6 +217,48 @@ def paired_metrics(
     ]
 
 
+def same_image_metrics(
+    subject: str,
+    reference: str,
+    group: np.ndarray,
+    reference_group: np.ndarray,
+    reference_copy: np.ndarray,
+    labels: np.ndarray | None,
+) -> list[Metric]:
+    """Of noises that become a copy unguided: how many stay nearest to the same image, guided.
+
+    A guidance that stops just past its own threshold leaves the same picture; this sees it without
+    any threshold. The chance level is that of *other* noises of the same class.
+
+    Args:
+        subject: the guided one.
+        reference: the unguided one of the same noise.
+        group: (n,) group of the nearest reference of each guided sample.
+        reference_group: (n,) the same unguided.
+        reference_copy: (n,) bool, whether the unguided sample is a copy.
+        labels: (n,) classes that were asked for; None if unconditional.
+
+    Returns:
+        ``same_image`` and ``same_image_chance``; nothing where the reference has no copies.
+    """
+    if not reference_copy.any():
+        return []
+    same = (group == reference_group)[reference_copy]
+    pools = np.zeros(len(group), dtype=np.int64) if labels is None else labels
+    expected = []
+    for i in np.flatnonzero(reference_copy):
+        others = pools == pools[i]
+        others[i] = False
+        if others.any():
+            expected.append(float((group[others] == reference_group[i]).mean()))
+    found = wilson(int(same.sum()), len(same))
+    metrics = [metric("same_image", subject, found, len(same), reference=reference)]
+    if expected:
+        chance = float(np.mean(expected))
+        metrics.append(metric("same_image_chance", subject, chance, len(expected)))
+    return metrics
+
+
 def allowed_rates(wanted: Sequence[float], calibration_images: int) -> list[float]:
     """The false-positive rates that so many calibration images can support: at least 5/n."""
     return [rate for rate in wanted if rate * calibration_images >= 5 - 1e-9]

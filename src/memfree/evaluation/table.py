@@ -82,6 +82,13 @@ ROWS = (
         "The fair share is that of test images at the samples' class mix.",
     ),
     Row(
+        "same_image",
+        "Copies still nearest to the same image",
+        percent,
+        "Of the noises that become a copy unguided; needs no threshold.",
+    ),
+    Row("same_image_chance", "… by chance", percent, "The same for other noises of the class."),
+    Row(
         "frechet_efficientnet",
         "Fréchet distance, EfficientNet",
         number,
