@@ -40,8 +40,9 @@ DISTANCES = {
     "frechet_pixels": "Fréchet, pixels",
     "frechet_efficientnet": "Fréchet, EfficientNet",
 }
-SHOWN = {**RATES, **DISTANCES, "seconds_per_sample": "seconds a sample"}
-"""Metrics of the tables and their titles. Seconds include the search that fills the trace."""
+SHOWN = {**RATES, **DISTANCES}
+"""Metrics of the tables and their titles. Seconds are left to quiet machines: studies may share
+theirs, and the first sampling of a model pays for its warm-up."""
 
 MARGINS = {
     "copies": 0.005,
@@ -204,7 +205,7 @@ def _subjects(values: Values, conditioning: str, factor: int) -> list[str]:
 
 
 def _shown(by_seed: dict[int, Measured] | None, metric: str) -> str:
-    """Mean over seeds with its interval in parentheses; seconds without one."""
+    """Mean over seeds with its interval in parentheses."""
     if not by_seed:
         return ""
     measured = list(by_seed.values())
@@ -212,9 +213,7 @@ def _shown(by_seed: dict[int, Measured] | None, metric: str) -> str:
         found = rate_over_seeds(measured)
         return f"{100 * found.value:.2f} ({100 * found.low:.2f}–{100 * found.high:.2f})"  # type: ignore[operator]
     found = over_seeds([one.value for one in measured])
-    if metric == "seconds_per_sample":
-        return f"{found.value:.3f}"
-    interval = "" if found.low is None else f" ({found.low:.2f}–{found.high:.2f})"
+    interval = "" if found.low is None else f" ({max(found.low, 0):.2f}–{found.high:.2f})"
     return f"{found.value:.2f}{interval}"
 
 
