@@ -1,7 +1,6 @@
 """Draw samples from a trained model, with or without a mitigation of memorization."""
 
-from memfree.cli import run
-from memfree.sampling.predict import predict
+from memfree.cli import run_command
 
 if __name__ == "__main__":
-    run(predict)
+    run_command("sample")

@@ -1,7 +1,6 @@
 """Train a diffusion model on a dataset folder: python train.py --help."""
 
-from memfree.cli import run
-from memfree.training import train
+from memfree.cli import run_command
 
 if __name__ == "__main__":
-    run(train)
+    run_command("train")

@@ -21,12 +21,7 @@ def function_of(path):
     """The function of the command in a configuration's header, or of its name's first word."""
     found = HEADER.search(path.read_text())
     word = (found["verb"] or found["script"]) if found else path.stem.split("_")[0]
-    if word in cli.COMMANDS:
-        module, name = cli.COMMANDS[word].function.split(":")
-    else:
-        text = (CONFIGS.parent / f"{word}.py").read_text()
-        module, name = re.search(r"from (memfree\.[\w.]+) import (?!run\b)(\w+)", text).groups()
-    return getattr(__import__(module, fromlist=[name]), name)
+    return cli.load(cli.COMMANDS.get(word) or cli.SCRIPTS[word])
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

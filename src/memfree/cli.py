@@ -12,21 +12,29 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from jsonargparse import ArgumentParser, set_parsing_settings
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memfree import __version__
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 DEBUG_VARIABLE = "MEMFREE_DEBUG"
 
 # What jsonargparse says of a YAML key that no option has, and how it spells types.
 _UNKNOWN_KEY = re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'")
-_TYPE_NOISE = re.compile(r"<class '(?P<name>[^']+)'>|typing\.(?=[A-Z])")
+_TYPE_NOISE = re.compile(
+    r"<class '(?P<name>[^']+)'>|typing\.(?=[A-Z])|jsonargparse\.(?:typing\.)?(?=[A-Z])"
+)
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes\s+Subtypes: \[(?P<types>.*?)\]\s+Errors:"
+    r".*\sGiven value: (?P<value>.*)",
+    re.DOTALL,
+)
 
 
 class Command(NamedTuple):
-    """One verb of ``memfree``: where its function is, imported only when it is called."""
+    """One command: where its function is, imported only when it is called."""
 
     function: str
     help: str
@@ -41,6 +49,13 @@ COMMANDS = {
     "study": Command("memfree.study:study", "run a grid of configurations and tabulate it"),
     "demo": Command("memfree.demo:demo", "induce, measure and remove memorization on digits"),
 }
+"""Verbs of ``memfree``."""
+
+SCRIPTS = {
+    "train": Command("memfree.training:train", "train a model on a dataset folder"),
+    "sample": Command("memfree.sampling.predict:predict", "draw samples from a trained model"),
+}
+"""Commands that are scripts of the checkout, ``train.py`` and ``sample.py``."""
 
 
 def run(
@@ -67,13 +82,16 @@ def run(
             ValueError or OSError of the function; with 130 after Ctrl-C. The environment variable
             MEMFREE_DEBUG=1 adds the traceback.
     """
-    parser = _parser(function, prog)
-    arguments = sys.argv[1:] if args is None else list(args)
-    try:
-        config = parser.parse_args(arguments)
-    except argparse.ArgumentError as error:
-        _exit_with_error(_option_message(str(error), parser))
-    return _guarded(lambda: _call(function, parser, config))
+    return _guarded(lambda: _run(function, args, prog))
+
+
+def run_command(name: str, args: Sequence[str] | None = None, prog: str | None = None) -> Any:
+    """``run`` the function of a command: a verb, ``train`` or ``sample``.
+
+    It is imported here, which takes seconds, so that Ctrl-C ends that too in one line.
+    """
+    command = COMMANDS.get(name) or SCRIPTS[name]
+    return _guarded(lambda: _run(load(command), args, prog))
 
 
 def main(args: Sequence[str] | None = None) -> Any:
@@ -91,8 +109,7 @@ def main(args: Sequence[str] | None = None) -> Any:
             f"unknown command {verb!r}{_did_you_mean(verb, list(COMMANDS))}; "
             f"commands are {', '.join(COMMANDS)}"
         )
-    function = _guarded(lambda: load(COMMANDS[verb]))
-    return run(function, rest, prog=f"memfree {verb}")
+    return run_command(verb, rest, prog=f"memfree {verb}")
 
 
 def load(command: Command) -> Callable[..., Any]:
@@ -102,8 +119,6 @@ def load(command: Command) -> Callable[..., Any]:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: memfree COMMAND [options]",
@@ -111,15 +126,21 @@ def _overview() -> str:
             "Induce, measure and remove the memorization of training images in diffusion models.",
             "",
             "commands:",
-            *lines,
+            *(f"  {name:<9}  {command.help}" for name, command in COMMANDS.items()),
             "",
-            "memfree COMMAND --help explains a command's options; train.py and sample.py train and",
-            f"sample. {DEBUG_VARIABLE}=1 shows where an error came from.",
+            "scripts:",
+            *(f"  {name + '.py':<9}  {command.help}" for name, command in SCRIPTS.items()),
+            "",
+            "memfree COMMAND --help and python train.py --help explain the options.",
+            f"{DEBUG_VARIABLE}=1 shows where an error came from.",
         ]
     )
 
 
 def _parser(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
+    # Here, not above: a script is in the care of _guarded before anything slow is imported.
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True, subclasses_disabled=[_is_data_module]
     )
@@ -151,7 +172,12 @@ def _description(function: Callable[..., Any]) -> str:
     return "\n".join(lines).strip()
 
 
-def _call(function: Callable[..., Any], parser: ArgumentParser, config: Any) -> Any:
+def _run(function: Callable[..., Any], args: Sequence[str] | None, prog: str | None) -> Any:
+    parser = _parser(function, prog)
+    try:
+        config = parser.parse_args(sys.argv[1:] if args is None else list(args))
+    except argparse.ArgumentError as error:
+        _exit_with_error(_option_message(str(error), parser))
     # Here, not above: manifest imports torch, and `memfree --help` should not wait for it.
     from memfree.resolved import resolved_config, save_config
 
@@ -173,20 +199,40 @@ def _guarded(call: Callable[[], Any]) -> Any:
         # The reader of our output has gone (``| head``); the interpreter must not flush to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except (ValueError, OSError) as error:
+    except _mendable() as error:
         if os.environ.get(DEBUG_VARIABLE):
             traceback.print_exc()
-        _exit_with_error(_os_message(error) if isinstance(error, OSError) else str(error))
+        _exit_with_error(_message(error))
     except KeyboardInterrupt:
-        print("memfree: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        _exit_interrupted()
+    except SystemExit as error:
+        # Lightning turns Ctrl-C into an exit with status 1.
+        if error.code == 1 and isinstance(error.__context__, KeyboardInterrupt):
+            _exit_interrupted()
+        raise
 
 
-def _os_message(error: OSError) -> str:
-    """The message of an OSError, without Python's ``[Errno 2]``."""
-    if error.strerror is None:
+def _mendable() -> tuple[type[Exception], ...]:
+    """What is raised for the user to mend; Lightning's only if it is imported at all."""
+    module = sys.modules.get("lightning.fabric.utilities.exceptions")
+    error = getattr(module, "MisconfigurationException", None)  # the import may be interrupted
+    return (ValueError, OSError) if error is None else (ValueError, OSError, error)
+
+
+def _message(error: Exception) -> str:
+    """What an error says, without Python's ``[Errno 2]`` and Lightning's addresses."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, (ValueError, OSError)):
         return str(error)
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    from memfree.trainers import first_line
+
+    return first_line(error)
+
+
+def _exit_interrupted() -> Any:
+    print("memfree: interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
 
 
 def _exit_with_error(message: str) -> Any:
@@ -210,11 +256,17 @@ def _option_message(message: str, parser: ArgumentParser) -> str:
     if message.startswith('Parser key "'):
         key, _, reason = message.removeprefix('Parser key "').partition('"')
         message = f"--{key}:{reason.lstrip(':')}"
+    message = _UNION.sub(_one_of, message)
     return f"{_TYPE_NOISE.sub(_type_name, message)}; see --help"
 
 
 def _type_name(match: re.Match[str]) -> str:
     return match["name"] or ""
+
+
+def _one_of(match: re.Match[str]) -> str:
+    types = match["types"].replace("NoneType", "null")
+    return f"Expected one of {types}. Got value: {match['value']}"
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:

@@ -111,7 +111,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict) or value.get("kind") != kind:
         found = value.get("kind") if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"{folder} holds {found!r}, not a {kind} folder")
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise ValueError(f"{folder} holds {found!r}, not {article} {kind} folder")
     if value.get("format") != FORMAT_VERSION:
         raise ValueError(
             f"{folder} has format {value.get('format')!r}; this version reads {FORMAT_VERSION}"

@@ -10,12 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from memfree.cli import COMMANDS, Command, load, run
-
-SCRIPTS = {
-    "train": Command("memfree.training:train", "train.py"),
-    "sample": Command("memfree.sampling.predict:predict", "sample.py"),
-}
+from memfree.cli import SCRIPTS, run_command
 
 
 @dataclass(frozen=True)
@@ -33,8 +28,8 @@ class Stage:
 
     def words(self) -> list[str]:
         """The program and its options, as ``sys.argv`` has them."""
-        script = SCRIPTS.get(self.command)
-        return [*([script.help] if script else ["memfree", self.command]), *self.arguments()]
+        script = [f"{self.command}.py"] if self.command in SCRIPTS else ["memfree", self.command]
+        return [*script, *self.arguments()]
 
     def line(self) -> str:
         """The command as a user would type it."""
@@ -42,11 +37,10 @@ class Stage:
 
     def run(self) -> None:
         """Run it in this process; a failure ends the process with the command's own one line."""
-        command = SCRIPTS.get(self.command) or COMMANDS[self.command]
         before = sys.argv
         sys.argv = self.words()  # manifests and reports name this command, not the whole chain
         try:
-            run(load(command), self.arguments(), prog=self.line().split(" --")[0])
+            run_command(self.command, self.arguments(), prog=self.line().split(" --")[0])
         finally:
             sys.argv = before
 

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerStatus
 
 from memfree.data import ExposureCounter, ShardDataModule
 from memfree.models import (
@@ -25,12 +24,13 @@ from memfree.models import (
     export_model,
 )
 from memfree.models.checkpoints import Checkpoints, latest_checkpoint
-from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, claim
+from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, claim, clear
 from memfree.models.finite import NotFiniteError
 from memfree.models.progress import LossRecord, StepProgress
 from memfree.models.sample_grid import averaged_network
 from memfree.quiet import quiet
 from memfree.resolved import is_first_process, save_config
+from memfree.trainers import build_trainer
 
 EXPOSURES = "exposures.parquet"
 ADVICE = (
@@ -103,21 +103,17 @@ def train(
             no longer finite.
         OSError: a folder that cannot be read or written.
     """
-    if trainer.max_steps < 0 and trainer.max_epochs < 0:
-        raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
+    _check_length(trainer)
     read = {"hash": data.dataset_hash, "seed": data.seed, "random_flip": data.random_flip}
     module = DDPMModule(model, data.image_shape, data.num_classes, seed, read)
     limits = trainer.max_steps, trainer.max_epochs
-    if claim(out, module.identity(), data.batch_size, *limits, overwrite):
+    found = claim(out, module.identity(), data.batch_size, *limits, overwrite)
+    if found == "finished":
         print(f"{out} is already trained as asked")
         return
-    save_config(out)
-
-    checkpoint = latest_checkpoint(out / CHECKPOINTS)
-    if checkpoint is not None and is_first_process():
-        print(f"resuming from {checkpoint}")
+    losses = LossRecord(trainer.log_every_n_steps)
     with quiet(*ADVICE):
-        fit = pl.Trainer(
+        fit = build_trainer(
             accelerator=trainer.accelerator,
             devices=trainer.devices,
             num_nodes=trainer.num_nodes,
@@ -129,13 +125,23 @@ def train(
             gradient_clip_val=trainer.gradient_clip_val or None,
             log_every_n_steps=trainer.log_every_n_steps,
             logger=_logger(trainer.logger, out),
-            callbacks=_callbacks(out, model, trainer, seed),
+            callbacks=[
+                FiniteTraining(trainer.log_every_n_steps),
+                losses,
+                *_callbacks(out, model, trainer, seed),
+            ],
             default_root_dir=out,
             enable_progress_bar=trainer.enable_progress_bar,
             enable_model_summary=False,
             # The data module shares the records out among the ranks itself.
             use_distributed_sampler=False,
         )
+        if found == "other":
+            clear(out)
+        save_config(out)
+        checkpoint = latest_checkpoint(out / CHECKPOINTS)
+        if checkpoint is not None and is_first_process():
+            print(f"resuming from {checkpoint}")
         try:
             fit.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except NotFiniteError:
@@ -143,11 +149,6 @@ def train(
             if fit.is_global_zero:
                 raise
             raise SystemExit(2) from None
-        except SystemExit:
-            # Lightning turns Ctrl-C into an exit with status 1.
-            if fit.state.status == TrainerStatus.INTERRUPTED:
-                raise KeyboardInterrupt from None
-            raise
     if fit.is_global_zero:
         export_model(
             out,
@@ -165,7 +166,21 @@ def train(
             identity=module.identity(),
             exposures=_exposure_summary(out / EXPOSURES),
         )
+        loss = losses.last()
+        print(
+            f"{out}: trained {fit.global_step} step{'s' * (fit.global_step != 1)}"
+            + ("" if loss is None else f", loss {loss:.3g}")
+        )
     fit.strategy.barrier()
+
+
+def _check_length(options: TrainerOptions) -> None:
+    for name in ("max_steps", "max_epochs"):
+        value = getattr(options, name)
+        if value < -1 or value == 0:
+            raise ValueError(f"--trainer.{name} {value}: give 1 or more, or -1 for no such limit")
+    if options.max_steps == options.max_epochs == -1:
+        raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
 
 
 def _precision(options: TrainerOptions) -> Any:
@@ -192,8 +207,6 @@ def _callbacks(
     out: Path, model: ModelOptions, options: TrainerOptions, seed: int
 ) -> list[pl.Callback]:
     callbacks: list[pl.Callback] = [
-        FiniteTraining(options.log_every_n_steps),
-        LossRecord(options.log_every_n_steps),
         ExposureCounter(str(out)),
         Checkpoints(out / CHECKPOINTS, options.checkpoint_every_n_steps),
     ]

@@ -196,15 +196,23 @@ def test_the_recorded_loss_is_the_mean_since_the_last_record(
             losses.append(float(outputs["loss"]))
 
     logger = CSVLogger(tmp_path, name="logs")
-    callbacks = [Losses(), LossRecord(3)]
-    options = {"max_steps": 6, "log_every_n_steps": 3, "enable_checkpointing": False}
+    record = LossRecord(3)
+    assert record.last() is None
+    callbacks = [Losses(), record]
+    options = {"max_steps": 7, "log_every_n_steps": 3, "enable_checkpointing": False}
     make_trainer(callbacks, logger=logger, **options).fit(make_module(), datamodule=data)
     with open(tmp_path / "logs" / "version_0" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [2, 5]
     found = [float(row["loss"]) for row in rows]
-    assert found == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=1e-5)
+    assert found == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:6]) / 3], rel=1e-5)
     assert [float(row["learning_rate"]) for row in rows][-1] < 1e-3
+    assert record.last() == pytest.approx(found[-1])
+
+    few = LossRecord(50)
+    options["max_steps"] = 2
+    make_trainer([few], **options).fit(make_module(), datamodule=data)
+    assert few.last() == pytest.approx(sum(losses[:2]) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -6,7 +6,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
-from memfree.models import ExponentialMovingAverage, NoiseOptions, export_model, load_model
+from memfree.models import (
+    ExponentialMovingAverage,
+    NetworkOptions,
+    NoiseOptions,
+    export_model,
+    load_model,
+)
 
 FIELDS = {"image_shape": [1, 4, 4], "num_classes": 3}
 
@@ -126,6 +132,29 @@ def edit(path, **changes):
     path.write_text(json.dumps({**value, **changes}))
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "options", "name"),
+    [
+        (3, {"network": NetworkOptions([16, 8], [False, True], 1, 4, 4)}, "does not fit"),
+        (None, {}, "class_embedding.weight does not fit"),
+    ],
+)
+def test_weights_of_another_network_are_one_short_line(
+    exported, make_module, tmp_path, capfd, num_classes, options, name
+):
+    """Of other sizes; or one that lacks weights, which diffusers would leave random."""
+    folder, _ = exported
+    other = make_module(num_classes=num_classes, **options)
+    export_model(tmp_path / "other", other.network, other.noise_scheduler, 0, **FIELDS)
+    weights = "diffusers/unet/diffusion_pytorch_model.safetensors"
+    (folder / weights).write_bytes((tmp_path / "other" / weights).read_bytes())
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=f"weights are of another network.*{name}") as error:
+        load_model(folder)
+    assert len(str(error.value)) < 160 + len(str(folder))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_folders_that_do_not_load_are_explained(exported, tmp_path):
     folder, _ = exported
     with pytest.raises(FileNotFoundError, match="no model folder at"):
@@ -136,6 +165,12 @@ def test_folders_that_do_not_load_are_explained(exported, tmp_path):
     weights.write_bytes(kept[: len(kept) // 2])
     with pytest.raises(ValueError, match="unet cannot be read as a diffusers network"):
         load_model(folder)
+    (unet / "config.json").rename(unet / "kept.json")
+    (unet / "config.json").write_text(json.dumps({"long": "x" * 999, "_class_name": "UNet2DModel"}))
+    with pytest.raises(ValueError) as error:
+        load_model(folder)
+    assert len(str(error.value)) < 250 + len(str(unet))
+    (unet / "kept.json").rename(unet / "config.json")
     weights.unlink()
     torch.save({}, unet / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match="unet cannot be read as a diffusers network"):

@@ -226,7 +226,7 @@ def replace_items(folder):
         (lambda f: change_manifest(f, image_shape=[1, 4]), "impossible image_shape"),
         (lambda f: change_manifest(f, image_shape=[1, 4, 5]), "cannot have vectors"),
         (lambda f: change_manifest(f, files={"../../secret": "00"}), "no index has"),
-        (lambda f: change_manifest(f, kind="model"), "holds 'model', not a index folder"),
+        (lambda f: change_manifest(f, kind="model"), "holds 'model', not an index folder"),
         (lambda f: change_manifest(f, format=99), "format 99"),
         (lambda f: change_manifest(f, num_classes=2), "contradict"),
         (lambda f: (f / "manifest.json").unlink(), "not a finished index folder"),

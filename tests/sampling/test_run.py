@@ -49,11 +49,11 @@ def test_the_same_run_continues(run):
 @pytest.mark.parametrize(
     ("changed", "count", "message"),
     [
-        ({"steps": 20}, 6, "steps = 50, not 20"),
-        ({"guidance": {"c1": 1.0}}, 6, "guidance.c1 = 5.0, not 1.0"),
-        ({"model_sha256": "b" * 64}, 6, "samples of another model;"),
-        ({"new": 1}, 6, "new = null, not 1"),
-        ({}, 7, "count = 6, not 7"),
+        ({"steps": 20}, 6, "steps is 50 there and 20 here"),
+        ({"guidance": {"c1": 1.0}}, 6, r"guidance\.c1 is 5\.0 there and 1\.0 here"),
+        ({"model_sha256": "b" * 64}, 6, "samples: made with another model;"),
+        ({"new": 1}, 6, "new is None there and 1 here"),
+        ({}, 7, "count is 6 there and 7 here"),
     ],
 )
 def test_another_run_is_refused(run, changed, count, message):
@@ -127,6 +127,65 @@ def test_finish_refuses_gaps_and_repeats(run):
     assert manifest["shards"] == ["samples-000-000000.tar", "samples-001-000000.tar"]
     assert run.finished
     assert not list(run.folder.glob(".lock-*"))
+
+
+def finished(run):
+    """Two shards with three samples each, the first with a trace."""
+    add_shard(run.folder, "000-000000", [0, 1, 2])
+    (run.folder / "trace-000-000000.parquet").write_bytes(bytes(50))
+    add_shard(run.folder, "000-000001", [3, 4, 5])
+    run.finish(seed=0)
+    run.release()
+    return SampleRun(run.folder, SETTINGS, count=6)
+
+
+def test_a_file_that_was_cut_is_named_with_the_shard_to_delete(run):
+    again = finished(run)
+    again.verify()
+    shard = run.folder / "samples-000-000000.tar"
+    trace = run.folder / "trace-000-000000.parquet"
+    for path in (trace, shard):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:40])
+        with pytest.raises(ValueError) as error:
+            again.verify()
+        text = str(error.value)
+        assert f"{path} has 40 bytes, not {len(whole)}: delete {shard} and repeat" in text
+        path.write_bytes(whole)
+    trace.unlink()
+    with pytest.raises(ValueError, match="parquet has 0 bytes, not 50: delete .*000000.tar"):
+        again.verify()
+
+
+def test_a_folder_without_recorded_sizes_is_believed(run):
+    again = finished(run)
+    manifest = run.folder / "manifest.json"
+    value = json.loads(manifest.read_text())
+    assert value.pop("files")["trace-000-000000.parquet"] == 50
+    manifest.write_text(json.dumps(value))
+    run.shards()[0].write_bytes(b"")
+    again.verify()
+
+
+@pytest.mark.parametrize("lost", [[0], [0, 1]])
+def test_a_folder_that_lost_shards_is_begun_again(run, lost):
+    again = finished(run)
+    shards = run.shards()
+    for number in lost:
+        shards[number].unlink()
+    again.check()
+    assert (run.folder / "manifest.json").is_file()
+    assert not again.finished
+    with again:
+        assert not (run.folder / "manifest.json").exists()
+        assert again.missing() == [i for number in lost for i in range(3 * number, 3 * number + 3)]
+        again.clean_up()
+        assert not list(run.folder.glob("trace-*"))
+
+
+def test_checking_writes_nothing(tmp_path):
+    SampleRun(tmp_path / "out", SETTINGS, 6).check()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_shard_is_named(run):

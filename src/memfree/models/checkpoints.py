@@ -29,8 +29,12 @@ class Checkpoints(ModelCheckpoint):
             save_top_k=1,
             enable_version_counter=False,
         )
-        # Resolved like the names Lightning compares it with when it removes the older one.
-        newest = latest_checkpoint(folder.resolve())
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the checkpoint that is there, which the next one replaces."""
+        super().setup(trainer, pl_module, stage)
+        # Below dirpath, which is resolved like the names that Lightning compares it with.
+        newest = latest_checkpoint(Path(str(self.dirpath)))
         self.best_model_path = str(newest) if newest else ""
 
     def on_train_batch_end(

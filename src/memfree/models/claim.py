@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from memfree.difference import first_difference
 from memfree.manifest import read_manifest
 from memfree.models.checkpoints import latest_checkpoint, read_identity, step_of
-from memfree.models.ddpm import first_difference
 from memfree.models.export import DIFFUSERS_NAME
 from memfree.resolved import is_first_process
 
@@ -24,8 +24,8 @@ def claim(
     max_steps: int,
     max_epochs: int,
     overwrite: bool,
-) -> bool:
-    """Accept ``out`` as the folder of the model that ``identity`` describes.
+) -> Literal["open", "finished", "other"]:
+    """Accept ``out`` as the folder of the model that ``identity`` describes; writes nothing.
 
     Args:
         out: the model folder, which need not exist.
@@ -33,10 +33,11 @@ def claim(
         batch_size: images of a step on each device; must be that of a finished model.
         max_steps: optimizer steps wanted, negative: no such limit.
         max_epochs: epochs wanted, negative: no such limit.
-        overwrite: whether another model in it is deleted.
+        overwrite: whether another model in it may be deleted.
 
     Returns:
-        Whether the model is finished already.
+        ``open``: to be trained, from a checkpoint if there is one; ``finished``: trained already;
+        ``other``: it holds another model, which ``clear`` deletes.
 
     Raises:
         ValueError: it holds another model and ``overwrite`` is not set, or something else.
@@ -62,15 +63,19 @@ def claim(
             "use another --out, or --overwrite true to delete it"
         )
     if difference:
-        if is_first_process():
-            _delete(out)
-        return False
+        return "other"
     enough_epochs = 0 <= max_epochs <= manifest.get("epochs", 0)
-    return bool(manifest) and (0 <= max_steps <= manifest["steps"] or enough_epochs)
+    finished = bool(manifest) and (0 <= max_steps <= manifest["steps"] or enough_epochs)
+    return "finished" if finished else "open"
 
 
-def _delete(out: Path) -> None:
-    """Delete what training writes, and nothing else that may lie in the folder."""
+def clear(out: Path) -> None:
+    """Delete what training writes, and nothing else that may lie in the folder.
+
+    Under several processes only the first deletes.
+    """
+    if not is_first_process():
+        return
     (out / "manifest.json").unlink(missing_ok=True)
     for name in (CHECKPOINTS, DIFFUSERS_NAME, LOGS, GRIDS):
         shutil.rmtree(out / name, ignore_errors=True)

@@ -18,6 +18,7 @@ from jsonargparse.typing import (
 )
 from torch import Tensor
 
+from memfree.difference import first_difference
 from memfree.diffusion_math import per_sample, training_target
 from memfree.models.network import NetworkOptions, build_network
 from memfree.models.noise_schedule import NoiseOptions, build_scheduler
@@ -200,21 +201,3 @@ def _rate_factor(options: ModelOptions, total_steps: float) -> Any:
         return 0.5 * (1 + math.cos(math.pi * done))
 
     return factor
-
-
-def first_difference(found: Any, wanted: Any, name: str = "") -> str | None:
-    """Say where two nested dicts of JSON values differ first, None where they are equal."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in [*wanted, *(key for key in found if key not in wanted)]:
-            path = f"{name}.{key}" if name else str(key)
-            difference = first_difference(found.get(key), wanted.get(key), path)
-            if difference:
-                return difference
-        return None
-    same = found == wanted
-    return None if same else f"{name or 'it'} is {_short(found)} there and {_short(wanted)} here"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 24 else f"{text[:20]}..."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,17 +96,32 @@ def load_model(folder: Path) -> LoadedModel:
 def _load_network(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no network: train the model again or copy it whole")
+    log = logging.getLogger("diffusers.models.modeling_utils")
+    log.disabled = True  # what is wrong is said below, in one line
     try:
         # Safetensors only: a pickle from a stranger could execute code.
-        return UNet2DModel.from_pretrained(
+        network, keys = UNet2DModel.from_pretrained(
             folder,
             use_safetensors=True,
             local_files_only=True,
             # The default needs accelerate, and asks for it at every load where that is missing.
             low_cpu_mem_usage=False,
+            # diffusers would go on with random weights, or list every weight that does not fit.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except Exception as error:
-        raise ValueError(f"{folder} cannot be read as a diffusers network: {error}") from error
+        reason = textwrap.shorten(str(error), 120, placeholder=" ...")
+        raise ValueError(f"{folder} cannot be read as a diffusers network: {reason}") from error
+    finally:
+        log.disabled = False
+    mismatched = [name for name, *_ in keys["mismatched_keys"]]
+    if wrong := [*keys["missing_keys"], *keys["unexpected_keys"], *mismatched]:
+        raise ValueError(
+            f"{folder}: the weights are of another network than config.json ({wrong[0]} does not "
+            "fit): copy the model folder whole"
+        )
+    return network
 
 
 def _load_scheduler(folder: Path) -> Any:

@@ -35,6 +35,7 @@ class LossRecord(pl.Callback):
         self._sum: Tensor | None = None
         self._batches = 0
         self._last_step = -1
+        self._recorded: Tensor | None = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
@@ -47,9 +48,16 @@ class LossRecord(pl.Callback):
         step = trainer.global_step
         if step % self.every_n_steps == 0 and step != self._last_step:
             rate = trainer.optimizers[0].param_groups[0]["lr"]
-            pl_module.log("loss", self._sum / self._batches, prog_bar=True, batch_size=1)
+            self._recorded = self._sum / self._batches
+            pl_module.log("loss", self._recorded, prog_bar=True, batch_size=1)
             pl_module.log("learning_rate", rate, batch_size=1)
             self._sum, self._batches, self._last_step = None, 0, step
+
+    def last(self) -> float | None:
+        """The last record; where there is none yet, the mean of the steps so far, if any."""
+        if self._recorded is None and self._sum is not None:
+            return float(self._sum / self._batches)
+        return None if self._recorded is None else float(self._recorded)
 
 
 class StepProgress(ProgressBar):

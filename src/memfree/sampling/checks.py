@@ -1,18 +1,22 @@
-"""Whether labels, guidance scale and index fit the model that samples."""
+"""Whether labels, guidance scale, steps and index fit the model that samples."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from memfree.guidance import GuidanceSettings
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
+from memfree.sampling.schedulers import SchedulerName, build_scheduler
 
 
 def labels_in_turn(
-    classes: list[int] | None, model: LoadedModel, guidance_scale: float
+    classes: list[int] | int | None, model: LoadedModel, guidance_scale: float
 ) -> list[int] | None:
     """The labels to take in turn; None for an unconditional model."""
+    if isinstance(classes, int):
+        classes = [classes]
     if model.num_classes is None:
         if classes is not None:
             raise ValueError("--classes needs a class-conditional model; this one has no classes")
@@ -31,6 +35,14 @@ def labels_in_turn(
             f"--classes {max(classes)} is not a class of this model: 0 to {model.num_classes - 1}"
         )
     return classes
+
+
+def scheduler_for(name: SchedulerName, model: LoadedModel, steps: int) -> Any:
+    """The sampler ``name`` for this model; refuses more steps than it was trained with."""
+    trained_steps = model.scheduler.config.num_train_timesteps
+    if steps > trained_steps:
+        raise ValueError(f"--steps {steps} is more than the model's {trained_steps} timesteps")
+    return build_scheduler(name, model.scheduler)
 
 
 def index_for(

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
-from lightning.pytorch import Trainer
 
 from memfree.guidance import GuidanceSettings
 from memfree.manifest import check_free_space
 from memfree.models import LoadedModel, load_model
 from memfree.quiet import quiet
 from memfree.resolved import save_config
-from memfree.sampling.checks import index_for, labels_in_turn
+from memfree.sampling.checks import index_for, labels_in_turn, scheduler_for
 from memfree.sampling.folder import read_records
 from memfree.sampling.identity import folder_hash, index_state
 from memfree.sampling.module import SampleIndices, SamplingModule
 from memfree.sampling.progress import SampleProgress
 from memfree.sampling.run import SampleRun
-from memfree.sampling.schedulers import SchedulerName, build_scheduler
+from memfree.sampling.schedulers import SchedulerName
 from memfree.sampling.summary import trace_summary
 from memfree.sampling.writer import SampleWriter
+from memfree.trainers import build_trainer
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
@@ -59,7 +59,7 @@ def predict(
     steps: PositiveInt = 50,
     scheduler: SchedulerName = "ddpm",
     guidance_scale: NonNegativeFloat = 1.0,
-    classes: list[NonNegativeInt] | None = None,
+    classes: list[NonNegativeInt] | NonNegativeInt | None = None,
     guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008 - read only; --help shows it
     batches_per_shard: PositiveInt = 1,
     allow_other_dataset: bool = False,
@@ -82,7 +82,8 @@ def predict(
         steps: number of denoising steps.
         scheduler: sampler, with the noise schedule of the model.
         guidance_scale: classifier-free guidance; 1 is the conditional model by itself.
-        classes: labels, taken in turn; all classes in turn by default.
+        classes: one label, as 3, or several that are taken in turn, as [0,1]; all classes in turn
+            by default.
         guidance: the mitigation and its strengths.
         batches_per_shard: batches written together as one shard; a killed run repeats at most
             these.
@@ -94,15 +95,11 @@ def predict(
         FileNotFoundError: a folder is missing.
     """
     loaded = load_model(model)
-    classes = labels_in_turn(classes, loaded, guidance_scale)
+    labels = labels_in_turn(classes, loaded, guidance_scale)
     reference = None if index is None else index_for(index, loaded, guidance, allow_other_dataset)
     if reference is None and guidance.mitigation != "none":
         raise ValueError(f"--guidance.mitigation {guidance.mitigation} needs --index")
-    trained: Any = loaded.scheduler
-    trained_steps = trained.config.num_train_timesteps
-    if steps > trained_steps:
-        raise ValueError(f"--steps {steps} is more than the model's {trained_steps} timesteps")
-    sampler = build_scheduler(scheduler, trained)
+    sampler = scheduler_for(scheduler, loaded, steps)
 
     run = SampleRun(
         out,
@@ -113,41 +110,42 @@ def predict(
             "steps": steps,
             "scheduler": scheduler,
             "guidance_scale": guidance_scale,
-            "classes": classes,
+            "classes": labels,
             "guidance": asdict(guidance),
             "trainer.precision": trainer.precision,
         },
         count,
     )
+    run.check()
+    if run.finished:
+        run.verify()
+        print(f"{out} is finished: {count} samples")
+        return
+    writer = SampleWriter(
+        run,
+        seed,
+        guidance.mitigation,
+        None if reference is None else reference.keys,
+        batches_per_shard,
+    )
+    with quiet(IDLE_RANK):
+        lightning = build_trainer(
+            **asdict(trainer),
+            inference_mode=False,  # guidance takes gradients
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[writer, SampleProgress()],
+        )
     with run:
-        if run.finished:
-            print(f"{out} is finished: {count} samples")
-            return
         check_free_space(
             out, _expected_bytes(count, loaded.image_shape, steps, reference is not None)
         )
         save_config(out)
 
         with quiet(IDLE_RANK):
-            lightning = Trainer(
-                **asdict(trainer),
-                inference_mode=False,  # guidance takes gradients
-                use_distributed_sampler=False,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                callbacks=[
-                    SampleWriter(
-                        run,
-                        seed,
-                        guidance.mitigation,
-                        None if reference is None else reference.keys,
-                        batches_per_shard,
-                    ),
-                    SampleProgress(),
-                ],
-            )
             lightning.predict(
                 SamplingModule(
                     loaded.denoiser,
@@ -157,7 +155,7 @@ def predict(
                     seed,
                     guidance=() if reference is None else guidance,
                     guidance_scale=guidance_scale,
-                    classes=classes,
+                    classes=labels,
                     index=reference,
                 ),
                 datamodule=SampleIndices(run, batch_size),

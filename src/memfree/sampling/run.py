@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from memfree.difference import first_difference
 from memfree.manifest import read_manifest, write_json, write_manifest
 from memfree.resolved import CONFIG_NAME, is_first_process
 
@@ -53,25 +54,33 @@ class SampleRun:
     def __exit__(self, *exception: object) -> None:
         self.release()
 
-    def begin(self) -> None:
-        """Create the folder, or accept it as this very run's; only the first process writes.
+    def check(self) -> None:
+        """Accept the folder as this very run's, or as empty; writes nothing.
 
         Raises:
-            ValueError: it holds samples of other settings, or files that are no samples, or
-                another process is writing there.
-            OSError: it cannot be written.
+            ValueError: it holds samples of other settings, or files that are no samples.
         """
         begun = self.folder / RUN_FILE
-        if begun.is_file() and (self.finished or self.shards()):
+        if begun.is_file() and (self._manifest.is_file() or self.shards()):
             self._compare(begun)
         else:
             self._check_empty()
+
+    def begin(self) -> None:
+        """Create the folder, or ``check`` it; only the first process writes.
+
+        Raises:
+            ValueError: it is refused, or another process is writing there.
+            OSError: it cannot be written.
+        """
+        self.check()
         # Lightning's own launcher gives the first process of each further machine a NODE_RANK only.
         first = is_first_process() and int(os.environ.get("NODE_RANK", 0)) == 0
         if first and not self.finished:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock(0)
-            write_json(begun, self.settings)
+            self._manifest.unlink(missing_ok=True)  # of a folder that has lost a shard since
+            write_json(self.folder / RUN_FILE, self.settings)
 
     def _check_empty(self) -> None:
         if self.folder.exists():
@@ -91,28 +100,45 @@ class SampleRun:
 
     def _compare(self, begun: Path) -> None:
         try:
-            there = _flat(json.loads(begun.read_text(encoding="utf-8")))
-        except (ValueError, AttributeError) as error:
+            there = json.loads(begun.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise ValueError(f"{begun} is damaged ({error}); choose another --out") from error
-        here = _flat(self.settings)
-        for name in [*here, *there]:
-            if here.get(name) == there.get(name):
-                continue
-            if name.endswith("_sha256"):
-                raise ValueError(
-                    f"--out {self.folder} holds samples of another {name[:-7]}; choose another "
-                    "--out, or repeat the command that began it"
-                )
+        if difference := first_difference(there, self.settings):
             raise ValueError(
-                f"--out {self.folder} holds samples with {name} = {_short(there.get(name))}, "
-                f"not {_short(here.get(name))}; choose another --out, or repeat the command "
-                "that began it"
+                f"--out {self.folder} holds other samples: {difference}; choose another --out, "
+                "or repeat the command that began it"
             )
 
     @property
+    def _manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    @property
     def finished(self) -> bool:
-        """Whether the manifest is there, which is written when no sample is missing."""
-        return (self.folder / "manifest.json").is_file()
+        """Whether the manifest is there, written when no sample was missing, and its shards are.
+
+        Raises:
+            ValueError: the manifest is damaged.
+        """
+        if not self._manifest.is_file():
+            return False
+        return all((self.folder / name).is_file() for name in self.manifest()["shards"])
+
+    def verify(self) -> None:
+        """Compare the sizes of a finished folder's files with those in its manifest.
+
+        Raises:
+            ValueError: a file is not as it was written; names the shard to delete.
+        """
+        for name, size in self.manifest().get("files", {}).items():
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else 0
+            if found != size:
+                shard = path.with_name(f"samples-{path.stem.split('-', 1)[1]}.tar")
+                raise ValueError(
+                    f"{path} has {found} bytes, not {size}: delete {shard} and repeat the command "
+                    "to draw its samples again"
+                )
 
     def lock(self, rank: int, wait: float = 0.0) -> None:
         """Keep others from writing this rank's shards until this process ends, however it ends.
@@ -200,13 +226,15 @@ class SampleRun:
             )
         for lock in self.folder.glob(".lock-*"):
             lock.unlink(missing_ok=True)
+        shards, traces = self.shards(), sorted(self.folder.glob("trace-*.parquet"))
         write_manifest(
             self.folder,
             "samples",
             seed,
             count=self.count,
             settings=self.settings,
-            shards=[path.name for path in self.shards()],
+            shards=[path.name for path in shards],
+            files={path.name: path.stat().st_size for path in [*shards, *traces]},
             **fields,
         )
 
@@ -229,28 +257,3 @@ def shard_indices(shard: Path) -> list[int]:
         raise ValueError(
             f"{shard} is damaged ({error}); remove it and repeat the command that drew it"
         ) from error
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        if isinstance(item, dict):
-            flat.update(_flat(item, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = item
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def process_peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes; 0 where unknown."""
-    try:
-        import resource
-    except ImportError:  # pragma: no cover - Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024

@@ -19,22 +19,9 @@ from torch import Tensor
 
 from memfree.manifest import write_atomic
 from memfree.sampling import png
+from memfree.sampling.loop import TRACE_COLUMNS
 from memfree.sampling.module import SampleBatch
-from memfree.sampling.run import SampleRun, process_peak_memory
-
-TRACE_COLUMNS = (
-    "sample",
-    "step",
-    "t",
-    "sigma",
-    "lambda",
-    "active",
-    "nearest",
-    "s1",
-    "s2",
-    "g_sim_norm",
-    "g_mul_norm",
-)
+from memfree.sampling.run import SampleRun
 
 
 class SampleWriter(Callback):
@@ -170,7 +157,8 @@ def trace_table(index: Tensor, trace: dict[str, Tensor], keys: Sequence[str] | N
         keys: image keys by row of the reference index; None leaves ``nearest`` null.
     """
     columns: dict[str, Any] = {}
-    for name in [*TRACE_COLUMNS, *sorted(trace.keys() - set(TRACE_COLUMNS))]:
+    known = ["sample", "step", "t", *TRACE_COLUMNS]
+    for name in [*known, *sorted(trace.keys() - set(known))]:
         if name == "sample":
             columns[name] = index[trace["sample"]].numpy()
         elif name == "nearest":
@@ -214,6 +202,12 @@ def summaries(
 
 
 def _peak_memory(device: torch.device) -> int:
+    """Of the GPU, or the largest resident size of this process so far, bytes; 0 where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return process_peak_memory()
+    try:
+        import resource
+    except ImportError:  # pragma: no cover - Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024
