@@ -51,6 +51,21 @@ def test_sizes_are_numbers_or_shares():
 
 
 @pytest.mark.parametrize(
+    ("sizes", "images", "expected"),
+    [
+        (PartSizes(), 79, [58, 7, 7, 7]),
+        (PartSizes(), 9, [9, 0, 0, 0]),
+        (PartSizes(train=0.5), 79, [42, 7, 7, 7]),  # 0.8 of 79 are 63
+        (PartSizes(calibration=0), 79, [57, 0, 7, 7]),  # 0.9 of 79 are 71
+        (PartSizes(train=50), 79, [50, 7, 7, 7]),
+        (PartSizes(fit=9), 79, [56, 7, 7, 9]),
+    ],
+)
+def test_what_rounding_leaves_goes_to_train(sizes, images, expected):
+    assert list(sizes.counts(images, (0.7, 0.1, 0.1, 0.1)).values()) == expected
+
+
+@pytest.mark.parametrize(
     ("sizes", "message"),
     [
         (PartSizes(train=900), "the parts want 1200 images"),

@@ -17,7 +17,8 @@ class PartSizes:
     """How many source images each part takes: a number of 1 or more, or a share below 1.
 
     What is left out keeps the source's default: digits 500, 600, 500 and 197; CIFAR-10 50 000,
-    4 000, 4 000 and 2 000; others 70, 10, 10 and 10 %.
+    4 000, 4 000 and 2 000; others 70, 10, 10 and 10 %. What rounding leaves of the shares goes
+    to train, if its size is a share.
     """
 
     train: float | None = None
@@ -36,12 +37,18 @@ class PartSizes:
             ValueError: a size is negative, train is empty, or there are too few images.
         """
         counts: dict[PartName, int] = {}
+        shares: dict[PartName, float] = {}
         for name, default in zip(PARTS, defaults, strict=True):
             value = getattr(self, name)
             value = default if value is None else value
             if value < 0 or (value >= 1 and value != int(value)):
                 raise ValueError(f"--parts.{name} {value:g}: use a whole number or a share below 1")
+            if value < 1:
+                shares[name] = value
             counts[name] = int(value) if value >= 1 else int(value * images + 1e-9)
+        if shares.get("train"):
+            rest = int(sum(shares.values()) * images + 1e-9) - sum(counts[name] for name in shares)
+            counts["train"] += max(min(rest, images - sum(counts.values())), 0)
         if counts["train"] < 1:
             raise ValueError(f"--parts.train leaves no training image out of {images}")
         if sum(counts.values()) > images:
