@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 
 from memfree import cli
 from memfree.resolved import is_first_process, save_config
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -44,7 +47,12 @@ class Numbers(LightningDataModule):
 
 
 def work(
-    data: Numbers, out: Path, shape: Shape, rate: float = 0.5, fail: str = ""
+    data: Numbers,
+    out: Path,
+    shape: Shape,
+    rate: float = 0.5,
+    fail: str = "",
+    picks: list[int] | int | None = None,
 ) -> tuple[Numbers, Path, Shape, float]:
     """Do some work.
 
@@ -56,6 +64,7 @@ def work(
         shape: its shape.
         rate: how fast.
         fail: how to fail.
+        picks: one or several.
 
     Raises:
         ValueError: always, if told so.
@@ -65,7 +74,13 @@ def work(
         "os": FileNotFoundError(2, "No such file or directory", "x.png"),
         "interrupt": KeyboardInterrupt(),
         "bug": RuntimeError("a bug"),
+        "lightning": MisconfigurationException("No `x`. See https://lightning.ai/x.\nAnd so on."),
     }
+    if fail == "exit":
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # as Lightning does
     if fail:
         raise errors[fail]
     out.mkdir(exist_ok=True)
@@ -148,7 +163,9 @@ def test_print_config_is_complete_yaml(good, capsys):
         ("--rate=fast", "--rate: Expected a float. Got value: fast"),
         ("--shape.kind=oval", "--shape.kind: Expected a Literal['round', 'square']"),
         ("--config=nowhere.yaml", "--config: File does not exist"),
+        ("--picks=x", "--picks: Expected one of list[int], int, null. Got value: x; see --help"),
         ("--fail=value", "two lines"),
+        ("--fail=lightning", "memfree: error: No x.\n"),
         ("--fail=os", "x.png: No such file or directory"),
         ("--data.path=nowhere", "no numbers at nowhere"),
     ],
@@ -173,10 +190,44 @@ def test_wrong_yaml_is_one_line(good, capsys, tmp_path, text, message):
     assert message in line(capsys, f"--config={tmp_path / 'bad.yaml'}", *good)
 
 
-def test_interrupt_exits_with_130(good, capsys):
+@pytest.mark.parametrize("kind", ["interrupt", "exit"])
+def test_interrupt_exits_with_130(good, capsys, kind):
     with pytest.raises(SystemExit) as exit_:
-        cli.run(work, [*good, "--fail=interrupt"])
+        cli.run(work, [*good, f"--fail={kind}"])
     assert exit_.value.code == 130
+    assert capsys.readouterr().err == "memfree: interrupted\n"
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_other_exits_pass(status):
+    def leave() -> None:
+        raise SystemExit(status)
+
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(leave, [])
+    assert exit_.value.code == status
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+@pytest.mark.parametrize("module", ["jsonargparse", "torch", "lightning.fabric"])
+def test_interrupt_during_the_imports_is_one_line(script, module):
+    """Even where the library that is imported catches every exception."""
+    code = f"""
+import os, runpy, signal, sys
+class Interrupt:
+    def find_spec(self, name, *rest):
+        try:
+            if name == {module!r}:
+                os.kill(os.getpid(), signal.SIGINT)
+        except BaseException:
+            pass
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = [{script!r}]
+runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "memfree: interrupted\n")
 
 
 def test_bugs_keep_their_traceback(good):
@@ -219,7 +270,7 @@ def test_first_process(monkeypatch, variables, first):
 def test_main_lists_its_commands_without_heavy_imports(capsys):
     cli.main([])
     text = capsys.readouterr().out
-    assert all(f"  {name}" in text for name in cli.COMMANDS)
+    assert all(f"  {name}" in text for name in (*cli.COMMANDS, "train.py", "sample.py"))
     code = (
         "import sys; from memfree.cli import main; main(['--help']); print('torch' in sys.modules)"
     )

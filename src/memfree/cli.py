@@ -8,7 +8,9 @@ import importlib
 import inspect
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,11 +22,12 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 DEBUG_VARIABLE = "MEMFREE_DEBUG"
+INTERRUPTED = "memfree: interrupted"
 
 # What jsonargparse says of a YAML key that no option has, and how it spells types.
 _UNKNOWN_KEY = re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'")
 _TYPE_NOISE = re.compile(
-    r"<class '(?P<name>[^']+)'>|typing\.(?=[A-Z])|jsonargparse\.(?:typing\.)?(?=[A-Z])"
+    r"<class '(?:[\w.]+\.)?(?P<name>\w+)'>|typing\.(?=[A-Z])|jsonargparse\.(?:typing\.)?(?=[A-Z])"
 )
 _UNION = re.compile(
     r"Does not validate against any of the Union subtypes\s+Subtypes: \[(?P<types>.*?)\]\s+Errors:"
@@ -91,7 +94,7 @@ def run_command(name: str, args: Sequence[str] | None = None, prog: str | None =
     It is imported here, which takes seconds, so that Ctrl-C ends that too in one line.
     """
     command = COMMANDS.get(name) or SCRIPTS[name]
-    return _guarded(lambda: _run(load(command), args, prog))
+    return _guarded(lambda: _run(_load_or_leave(command), args, prog))
 
 
 def main(args: Sequence[str] | None = None) -> Any:
@@ -116,6 +119,29 @@ def load(command: Command) -> Callable[..., Any]:
     """Import a command's function."""
     module, name = command.function.split(":")
     return getattr(importlib.import_module(module), name)
+
+
+def _load_or_leave(command: Command) -> Callable[..., Any]:
+    """``load``, which Ctrl-C ends together with the process.
+
+    As an exception in the middle of an import it would abort torch, or be caught on its way.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        return load(command)
+
+    def leave(*_: object) -> None:
+        sys.stdout.flush()
+        print(INTERRUPTED, file=sys.stderr, flush=True)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, leave)
+    try:
+        return load(command)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _overview() -> str:
@@ -231,7 +257,7 @@ def _message(error: Exception) -> str:
 
 
 def _exit_interrupted() -> Any:
-    print("memfree: interrupted", file=sys.stderr)
+    print(INTERRUPTED, file=sys.stderr)
     raise SystemExit(130) from None
 
 

@@ -192,6 +192,44 @@ def test_a_killed_run_continues(folders):
     assert samples.records["nearest"] == expected.records["nearest"]
 
 
+def test_interrupt_is_one_line(folders, tmp_path):
+    out = tmp_path / "out"
+    process = start(options(folders, out, count=4000, batch_size=2))
+    while not list(out.glob("samples-*.tar")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert text.splitlines()[-1] == "memfree: interrupted"
+    assert text.count("interrupt") == 1 and "Traceback" not in text
+    assert not (out / "manifest.json").exists()
+
+
+def test_a_shard_that_was_cut_is_named_and_can_be_drawn_again(folders, tmp_path, capsys):
+    arguments = options(folders, tmp_path / "out")
+    run(predict, arguments)
+    before = SampleFolder(tmp_path / "out").images()
+    shard = tmp_path / "out" / "samples-000-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:700])
+    for _ in range(2):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run(predict, arguments)
+        assert exit_.value.code == 2
+        assert f"{shard} has 700 bytes, not" in capsys.readouterr().err
+    shard.unlink()
+    run(predict, arguments)
+    assert "7 samples" in capsys.readouterr().out
+    assert torch.equal(SampleFolder(tmp_path / "out").images(), before)
+    run(predict, arguments)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_one_class(folders):
+    run(predict, options(folders, folders / "one", index=None, classes=1, count=2, steps=2))
+    assert SampleFolder(folders / "one").conditions.tolist() == [1, 1]
+
+
 def test_classes_and_no_index(folders):
     out = folders / "classes"
     run(predict, options(folders, out, index=None, classes="[2,0]", count=3, steps=2))
@@ -218,6 +256,15 @@ def test_unconditional(folders):
         ({"index": "small_index"}, "the model makes (1, 8, 8)"),
         ({"index": "uncalibrated"}, "calibrat"),
         ({"classes": "[3]"}, "0 to 2"),
+        ({"classes": "3"}, "--classes 3 is not a class of this model: 0 to 2"),
+        ({"classes": "cat"}, "--classes: Expected one of list[NonNegativeInt], NonNegativeInt,"),
+        ({"trainer.devices": 0}, "--trainer.devices 0: Trainer(devices=0) value is not"),
+        ({"trainer.strategy": "dpp"}, "--trainer.strategy dpp: You selected an invalid"),
+        pytest.param(
+            {"trainer.accelerator": "gpu"},
+            "error: --trainer.accelerator gpu: No supported gpu backend found!",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         ({"classes": "[]"}, "--classes is empty"),
         ({"steps": 1001}, "--steps 1001"),
         ({"count": 0}, "count"),
@@ -279,6 +326,7 @@ def test_help_explains_every_option(capsys):
     assert "sample i depends on (seed, i)" in text
     assert "--guidance.mitigation" in text
     assert "--trainer.strategy" in text
+    assert "one label, as 3, or several that are taken in turn, as [0,1]" in text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """train.py on real digits: what it leaves behind, resuming, two processes, and refusals."""
 
+import csv
 import json
 import os
 import signal
@@ -152,6 +153,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys):
     out = tmp_path / "m"
     assert "no dataset folder at" in refused(capsys, tmp_path / "nowhere", out, 2)
     assert "give --trainer.max_steps or --trainer.max_epochs" in refused(capsys, folder, out, -1)
+    assert "--trainer.max_steps 0: give 1 or more, or -1" in refused(capsys, folder, out, 0)
+    assert "--trainer.max_steps -2: give 1 or more" in refused(capsys, folder, out, -2)
+    assert "--trainer.max_epochs 0: give 1" in refused(
+        capsys, folder, out, -1, "--trainer.max_epochs=0"
+    )
     assert "cannot be halved 4 times" in refused(
         capsys,
         folder,
@@ -163,6 +169,62 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys):
     assert not out.exists()
     out.write_text("")
     assert "is a file: name a folder" in refused(capsys, folder, out, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["accelerator=tpu"], "--trainer.accelerator tpu --trainer.devices 1: "),
+        (["devices=0"], "--trainer.devices 0: Trainer(devices=0) value is not a valid input"),
+        (["devices=0,1"], "--trainer.devices 0,1: devices selected with CPUAccelerator"),
+        (["strategy=dpp"], "--trainer.strategy dpp: You selected an invalid strategy name"),
+        pytest.param(
+            ["accelerator=gpu", "devices=auto"],
+            "error: --trainer.accelerator gpu: No supported gpu backend found!",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_devices_that_are_not_there_are_one_line(
+    folder, finished, tmp_path, capsys, options, message
+):
+    """Before anything is written, or a model that stands there deleted."""
+    out = tmp_path / "m"
+    more = [f"--trainer.{option}" for option in options]
+    error = refused(capsys, folder, out, 2, *more)
+    assert message in error
+    assert "`" not in error and "http" not in error
+    assert not out.exists()
+    before = sorted(finished.rglob("*"))
+    refused(capsys, folder, finished, 6, *more, "--seed=1", "--overwrite=true")
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_the_last_line_says_what_was_done(folder, tmp_path, capsys):
+    run(folder, tmp_path / "m", 3)
+    last = capsys.readouterr().out.splitlines()[-1]
+    with open(tmp_path / "m" / "logs" / "version_0" / "metrics.csv") as file:
+        loss = float([row for row in csv.DictReader(file) if row["loss"]][-1]["loss"])
+    assert last == f"{tmp_path / 'm'}: trained 3 steps, loss {loss:.3g}"
+
+
+def test_interrupt_is_one_line_and_the_same_command_resumes(folder, tmp_path, capsys):
+    out = tmp_path / "m"
+    more = ["--trainer.devices=1", "--trainer.checkpoint_every_n_steps=1"]
+    command = [sys.executable, str(SCRIPT), *options(folder, out, 4000, *more)]
+    process = subprocess.Popen(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
+    while latest_checkpoint(out / "checkpoints") is None and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1] == "memfree: interrupted"
+    assert error.count("interrupt") == 1 and "Traceback" not in error
+    steps = step_of(latest_checkpoint(out / "checkpoints")) + 1
+    run(folder, out, steps, more[1])
+    assert f"trained {steps} steps" in capsys.readouterr().out
 
 
 def test_overwrite_starts_again(folder, tmp_path):
