@@ -5,7 +5,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "memfree"
 LAYERS = [
-    {"manifest", "resolved", "quiet", "difference", "trainers", "diffusion_math"},
+    {"manifest", "resolved", "quiet", "bars", "difference", "trainers", "diffusion_math"},
     {"data", "models", "retrieval"},
     {"guidance"},
     {"sampling", "indexing", "training"},

@@ -7,10 +7,11 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from memfree.bars import counting_bar
 from memfree.data import DatasetFolder
+from memfree.data.calibration_size import too_few_images
 from memfree.guidance.calibration import (
     MIN_EXPECTED,
     Calibration,
@@ -72,7 +73,7 @@ def index(
     check_free_space(out, len(training.keys) * (4 * dimension + 100))
 
     console = Console(stderr=True)
-    with _progress(console) as progress:
+    with counting_bar(console) as progress:
         task = progress.add_task("index", total=len(training.keys))
         built = ReferenceIndex.build(
             folder,
@@ -88,6 +89,9 @@ def index(
         progress.update(task, total=len(calibration.keys), completed=len(calibration.keys))
         built.save(out, overwrite)
     Console().print(summary(built), thresholds(calibration_of(built, similarity)))
+    warning = too_few_images(len(calibration.keys))
+    if warning:
+        console.print(f"{out}: {warning}", soft_wrap=True)
 
 
 def _extractor(features: FeatureName, fit: DatasetFolder | None, batch_size: int) -> Features:
@@ -105,6 +109,7 @@ def summary(index: ReferenceIndex) -> Table:
     """Rows, groups, records and duplicated groups of an index, to print."""
     totals = torch.zeros(int(index.group.max()) + 1, dtype=torch.int64)
     totals[index.group.cpu()] = index.group_multiplicity.cpu()
+    repeated = int((totals > 1).sum())
     table = Table(title="Reference index", title_justify="left")
     for column in ("distinct images", "groups", "training records", "duplicated groups"):
         table.add_column(column, justify="right")
@@ -112,7 +117,7 @@ def summary(index: ReferenceIndex) -> Table:
         f"{len(index):,}",
         f"{len(totals):,}",
         f"{int(totals.sum()):,}",
-        f"{int((totals > 1).sum()):,} (up to {int(totals.max()):,} records)",
+        f"{repeated:,}" + (f" (up to {int(totals.max()):,} records)" if repeated else ""),
     )
     return table
 
@@ -136,13 +141,3 @@ def thresholds(calibration: Calibration) -> Table:
             threshold = calibration.threshold(rate)
             table.add_row(f"{100 * rate:.3g} %", f"{threshold:.3f}", f"{low:.3f} … {high:.3f}")
     return table
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )

@@ -1,0 +1,36 @@
+"""How many held-out images a false-positive rate needs, said before it is too late."""
+
+from __future__ import annotations
+
+import math
+
+MIN_EXPECTED = 5
+"""As in memfree.guidance.calibration: images that must be expected above a threshold."""
+DEFAULT_RATE = 0.01
+"""False-positive rate of sample.py and memfree evaluate."""
+
+
+def too_few_images(images: int) -> str | None:
+    """One line where so many calibration images do not allow the default false-positive rate.
+
+    Args:
+        images: in the calibration part.
+
+    Returns:
+        What is missing and which rate can be used instead; None where the default rate can.
+    """
+    needed = math.ceil(MIN_EXPECTED / DEFAULT_RATE - 1e-9)
+    if images >= needed:
+        return None
+    line = (
+        f"a false-positive rate of {100 * DEFAULT_RATE:g} % needs {needed} calibration images; "
+        f"there {'is' if images == 1 else 'are'} {images}"
+    )
+    if images <= MIN_EXPECTED:
+        return f"{line}, too few for any rate: prepare more with --parts.calibration"
+    # Rounded up: the rate that is printed must be one that is accepted.
+    smallest = math.ceil(1e4 * MIN_EXPECTED / images - 1e-9) / 1e4
+    return (
+        f"{line}: the smallest rate is {100 * smallest:g} %, use --false_positive_rate "
+        f"{smallest:g} (sample.py: --guidance.false_positive_rate {smallest:g})"
+    )

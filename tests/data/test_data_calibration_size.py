@@ -1,0 +1,40 @@
+"""A calibration part that is too small for the default rate is said when it is made and used."""
+
+import torch
+
+from memfree.data import PartSizes, calibration_size, prepare
+from memfree.guidance import calibration
+from memfree.guidance.settings import GuidanceSettings
+from memfree.indexing import index
+
+
+def test_the_rate_that_is_advised_can_be_used():
+    assert calibration_size.MIN_EXPECTED == calibration.MIN_EXPECTED
+    assert GuidanceSettings().false_positive_rate == calibration_size.DEFAULT_RATE
+    assert calibration_size.too_few_images(500) is None
+    for images in range(6, 500):
+        line = calibration_size.too_few_images(images)
+        rate = float(line.split("--false_positive_rate ")[1].split(" ")[0])
+        assert rate < calibration.MIN_EXPECTED / images + 1e-4
+        calibration.Calibration("x", torch.arange(float(images))).threshold(rate)
+    for images in range(6):
+        assert "too few for any rate" in calibration_size.too_few_images(images)
+    assert "there is 1, too few" in calibration_size.too_few_images(1)
+
+
+def test_index_says_it_too(tmp_path, capsys):
+    prepare(tmp_path / "few", parts=PartSizes(train=60, calibration=100, test=0, fit=0))
+    prepare(tmp_path / "enough", parts=PartSizes(train=60, calibration=500, test=0, fit=0))
+    capsys.readouterr()
+    index(tmp_path / "few", tmp_path / "index")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "needs 500" in line]
+    assert len(lines) == 1
+    assert "there are 100: the smallest rate is 5 %, use --false_positive_rate 0.05 " in lines[0]
+    index(tmp_path / "enough", tmp_path / "another")
+    assert "needs 500" not in capsys.readouterr().err
+
+
+def test_singular_in_the_index_table(tmp_path, capsys):
+    prepare(tmp_path / "data", parts=PartSizes(train=60, calibration=100, test=0, fit=0))
+    index(tmp_path / "data", tmp_path / "index")
+    assert "records)" not in capsys.readouterr().out  # not "0 (up to 1 records)"
