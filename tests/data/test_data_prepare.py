@@ -10,7 +10,13 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from memfree.data import DatasetFolder, DuplicationPlan, PartSizes, prepare, workspace
+from memfree.data import (
+    DatasetFolder,
+    DuplicationPlan,
+    PartSizes,
+    prepare,
+    workspace,
+)
 from memfree.data.records import Items
 from memfree.data.shards import ShardWriter
 
@@ -331,7 +337,7 @@ def test_full_disk(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_broken_images_are_counted(tmp_path, encode):
+def test_broken_images_are_counted(tmp_path, encode, capsys):
     generator = np.random.default_rng(0)
     source = tmp_path / "images"
     source.mkdir()
@@ -344,8 +350,10 @@ def test_broken_images_are_counted(tmp_path, encode):
     assert not (tmp_path / "out").exists()
     prepare(tmp_path / "out", "folder", str(source), on_error="skip")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["skipped"]["count"] == 1 and "07.png" in manifest["skipped"]["first"][0]
+    assert manifest["skipped"]["images"] == 1 and "07.png" in manifest["skipped"]["first"][0]
+    assert manifest["skipped"]["shards"] == []
     assert manifest["grouping"]["source_images"] == 19
+    assert "; 1 of 20 images skipped, see its manifest" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

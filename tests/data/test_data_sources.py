@@ -17,6 +17,7 @@ from memfree.data import decode
 from memfree.data.decode import channels_of, encode_png, open_image, to_array, with_channels
 from memfree.data.framing import Framing
 from memfree.data.ingest import ingest
+from memfree.data.skipped import Skipped
 from memfree.data.sources import Digits, ImageFolder, Shards, open_source
 from memfree.data.tarstream import expand_shards, read_shard
 
@@ -26,8 +27,8 @@ def picture(seed, height=10, width=10, channels=3):
     return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
 
 
-def load(source, tmp_path, framing=None, broken=None):
-    return ingest(source, framing or Framing(None, None, None), tmp_path / "px.tmp", broken)
+def load(source, tmp_path, framing=None, skipped=None):
+    return ingest(source, framing or Framing(None, None, None), tmp_path / "px.tmp", skipped)
 
 
 # decoding
@@ -99,7 +100,7 @@ def test_crop_keeps_the_centre_and_pad_keeps_all():
 def test_nothing_is_converted_silently(tmp_path, encode):
     (tmp_path / "a.png").write_bytes(encode(picture(0)))
     (tmp_path / "b.png").write_bytes(encode(picture(1, channels=1)))
-    with pytest.raises(ValueError, match="b.png: 1 channels, but the first image has 3"):
+    with pytest.raises(ValueError, match="b.png: 1 channel, but the first image has 3"):
         load(ImageFolder(tmp_path), tmp_path)
     (tmp_path / "b.png").write_bytes(encode(picture(1, 11)))
     (tmp_path / "px.tmp").unlink()
@@ -157,7 +158,7 @@ def test_folder_errors(tmp_path, encode):
     (tmp_path / "class").mkdir()
     for name in ("a.png", "class/b.png"):
         (tmp_path / name).write_bytes(encode(picture(0)))
-    with pytest.raises(ValueError, match="1 images lie outside of the class folders"):
+    with pytest.raises(ValueError, match="1 image outside of the class folders"):
         ImageFolder(tmp_path)
 
 
@@ -167,9 +168,10 @@ def test_unreadable_image_stops_or_is_counted(tmp_path, encode):
     with pytest.raises(ValueError, match=r"b.png: not a PNG"):
         load(ImageFolder(tmp_path), tmp_path)
     (tmp_path / "px.tmp").unlink()
-    skipped = []
-    data = load(ImageFolder(tmp_path), tmp_path, broken=skipped.append)
-    assert len(data.names) == 1 and len(skipped) == 1 and "b.png" in skipped[0]
+    skipped = Skipped()
+    data = load(ImageFolder(tmp_path), tmp_path, skipped=skipped)
+    assert len(data.names) == 1 and "b.png" in skipped.messages[0]
+    assert (skipped.records, skipped.kept, skipped.shards) == (1, 1, set())
 
 
 def test_open_source_says_what_is_missing(tmp_path):
@@ -243,9 +245,9 @@ def test_bad_records_are_named(tmp_path, tar, members, message):
     tar(tmp_path / "bad.tar", members)
     with pytest.raises(ValueError, match=message):
         list(read_shard(str(tmp_path / "bad.tar")))
-    messages = []
-    assert list(read_shard(str(tmp_path / "bad.tar"), messages.append)) == []
-    assert len(messages) == 1
+    skipped = Skipped()
+    assert list(read_shard(str(tmp_path / "bad.tar"), skipped)) == []
+    assert skipped.records == 1 and not skipped.shards
 
 
 @pytest.mark.parametrize("damage", ["cut in a member", "cut at a header", "garbage"])
@@ -262,9 +264,10 @@ def test_damaged_archives_are_named(tmp_path, make_shard, damage):
     shard.write_bytes(data)
     with pytest.raises(OSError, match="shard .*00000.tar: "):
         list(read_shard(str(shard)))
-    messages = []
-    found = list(read_shard(str(shard), messages.append))
-    assert len(messages) == 1 and "00000.tar" in messages[0] and len(found) < 5
+    skipped = Skipped()
+    found = list(read_shard(str(shard), skipped))
+    assert skipped.shards == {str(shard)} and skipped.records == 0 and len(found) < 5
+    assert len(skipped.messages) == 1 and "00000.tar" in skipped.messages[0]
 
 
 def test_names_in_archives_are_not_paths(tmp_path, tar, encode):
@@ -357,10 +360,10 @@ def test_any_damage_of_an_archive_is_an_os_error(tmp_path, make_shard):
         data[at + 148 : at + 156] = b" " * 8  # a valid checksum, so that the fields are believed
         data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
         shard.write_bytes(data)
-        messages = []
-        list(read_shard(str(shard), messages.append))
-        assert all("damaged" in message for message in messages)
-        if messages:
+        skipped = Skipped()
+        list(read_shard(str(shard), skipped))
+        assert all("damaged" in message for message in skipped.messages)
+        if skipped:
             with pytest.raises((OSError, ValueError), match="damaged"):
                 list(read_shard(str(shard)))
 

@@ -47,6 +47,8 @@ def test_same_global_batch_on_other_ranks():
 def test_too_few_records():
     with pytest.raises(ValueError, match="3 training records cannot feed 4 ranks"):
         batches_per_epoch(3, 8, 4)
+    with pytest.raises(ValueError, match="1 training record cannot feed 2 ranks"):
+        batches_per_epoch(1, 8, 2)
     with pytest.raises(ValueError, match="--data.batch_size 0"):
         batches_per_epoch(3, 0, 1)
 
@@ -190,33 +192,39 @@ def test_broken_record_stops(broken, cache_bytes):
 def test_broken_record_is_skipped_and_counted(broken, cache_bytes):
     folder, row = broken
     dataset = EpochBatches(DatasetFolder(folder), 16, cache_bytes=cache_bytes, on_error="skip")
-    with pytest.warns(UserWarning, match=f"skipped: .*record {row['record']}: damaged"):
-        batches = list(dataset)
+    batches = list(dataset)
     assert sum(len(batch["key"]) for batch in batches) == 87
-    assert sum(batch["skipped"] for batch in batches) == 1
+    assert sum(batch["skipped"].kept for batch in batches) == 87
+    (message,) = [message for batch in batches for message in batch["skipped"].messages]
+    assert f"record {row['record']}: damaged" in message
     assert all(len(batch["image"]) == len(batch["key"]) == len(batch["row"]) for batch in batches)
     assert row["row"] not in torch.cat([batch["row"] for batch in batches])
 
 
 def test_batch_without_a_readable_record_has_no_weight(broken):
     folder, row = broken
-    with pytest.warns(UserWarning, match="skipped"):
-        batches = list(EpochBatches(DatasetFolder(folder), 1, on_error="skip"))
+    batches = list(EpochBatches(DatasetFolder(folder), 1, on_error="skip"))
+    assert sum(batch["skipped"].kept for batch in batches) == 87
     assert len(batches) == 88
     assert [batch["weight"] for batch in batches].count(0.0) == 1
     assert all(len(batch["key"]) == 1 for batch in batches)
 
 
-def test_missing_shard_is_skipped_and_counted(digits_folder, tmp_path):
+def test_missing_shard_is_skipped_and_counted(digits_folder, tmp_path, caplog):
     folder = shutil.copytree(digits_folder, tmp_path / "copy")
     (folder / "train-000002.tar").unlink()
     data = ShardDataModule(str(folder), batch_size=16)
     with pytest.raises(ValueError, match=r"train-000002.tar is missing"):
         data.train_dataloader()
     data = ShardDataModule(str(folder), batch_size=16, on_error="skip")
-    with pytest.warns(UserWarning, match=r"train-000002.tar (is missing|cannot be read)"):
-        batches = list(data.train_dataloader())
-    assert data.skipped > 10 and sum(len(batch["key"]) for batch in batches) == 88 - data.skipped
+    batches = list(data.train_dataloader())
+    assert "1 shard damaged or missing; first" in caplog.messages[0]
+    assert "train-000002.tar is missing" in caplog.messages[0]
+    assert "train-000002.tar cannot be read" in caplog.messages[1]
+    skipped = data.skipped.records
+    assert skipped > 10 and sum(len(batch["key"]) for batch in batches) == 88 - skipped
+    data.teardown("fit")
+    assert caplog.messages[-1] == f"{skipped} of 88 records skipped"
 
 
 def test_captions(tmp_path, make_shard):

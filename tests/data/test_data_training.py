@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import lightning
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -120,6 +121,25 @@ def test_exposures_of_foreign_shards(tmp_path, make_shard):
     assert exposures(tmp_path)["exposures"].to_pylist() == [1] * 10
     fit(data, tmp_path, epochs=2, checkpoint=tmp_path / "step2.ckpt")
     assert exposures(tmp_path)["exposures"].to_pylist() == [2] * 10
+
+
+def test_skipped_records_are_counted_through_a_restart(tmp_path, tar, encode, caplog):
+    good = encode(np.zeros((9, 9, 3), np.uint8))
+    members = [(f"{number:02d}.png", good) for number in range(2, 10)]
+    tar(tmp_path / "a.tar", [("00.txt", b"no image"), ("01.png", b"broken"), *members])
+    options = StreamOptions(epoch_records=8, image_size=8, shuffle_buffer=1)
+
+    def run(folder, epochs, checkpoint=None):
+        data = ShardDataModule(str(tmp_path), batch_size=4, stream=options, on_error="skip")
+        fit(data, folder, epochs=epochs, checkpoint=checkpoint, checkpoints=[by_step(folder, 3)])
+        counts = exposures(folder).schema.metadata[b"skipped"]
+        return json.loads(counts)
+
+    counts = run(tmp_path / "whole", 3)
+    assert counts["kept"] == 24 and counts["records"] == 6 and counts["shards"] == []
+    assert caplog.messages[-1] == "6 of 30 records skipped"
+    assert sum("a/01: not a PNG" in message for message in caplog.messages) == 1
+    assert run(tmp_path / "rest", 3, tmp_path / "whole" / "step3.ckpt") == counts
 
 
 def test_another_dataset_seed_or_batch_is_refused(whole, digits_folder, tmp_path):

@@ -17,6 +17,7 @@ from memfree.data.ingest import Ingested, ingest
 from memfree.data.plan import DuplicationPlan
 from memfree.data.records import Items, arrange
 from memfree.data.shards import RECORDS_SCHEMA, ShardWriter, record_bytes
+from memfree.data.skipped import Skipped
 from memfree.data.sources import Source
 from memfree.data.split import PARTS, PartName, PartSizes, deal
 from memfree.manifest import check_free_space
@@ -31,7 +32,7 @@ def build(
     seed: int,
     near_distance: float,
     records_per_shard: int,
-    skip_broken: bool,
+    skipped: Skipped | None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Read, group, split, repeat, write; see :func:`memfree.data.prepare.prepare`.
@@ -39,14 +40,13 @@ def build(
     Returns:
         What the manifest says of the result.
     """
-    skipped: list[str] = []
     scratch = folder / "pixels.tmp"
     task = progress.add_task("read", total=source.size[0] or None)
     data = ingest(
         source,
         framing,
         scratch,
-        skipped.append if skip_broken else None,
+        skipped,
         lambda name: progress.advance(task),
     )
     count = len(data.names)
@@ -86,7 +86,11 @@ def build(
             "left_out": int(sum(sizes[number] for number, p in enumerate(part_of) if p is None)),
         },
         "repeated_images": items.repeated,
-        "skipped": {"count": len(skipped), "first": skipped[:20]},
+        "skipped": {
+            "images": skipped.records if skipped else 0,
+            "shards": sorted(skipped.shards) if skipped else [],
+            "first": skipped.messages if skipped else [],
+        },
         "shards": {
             shard.name: {"records": shard.records, "bytes": shard.bytes, "sha256": shard.sha256}
             for shard in writer.shards

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from torch import distributed
 from torch.utils.data import DataLoader
 
 from memfree.data.folder import DatasetFolder
 from memfree.data.foreign import ForeignBatches, StreamOptions
-from memfree.data.stream import Batch, EpochBatches, OnError
+from memfree.data.rank_batches import Batch, OnError
+from memfree.data.skipped import Skipped
+from memfree.data.stream import EpochBatches
+from memfree.data.wording import counted
 
 _NO_STREAM = StreamOptions()
+_NAMED = 3  # things skipped that are named; the others are counted
+_log = logging.getLogger(__name__)
 
 
 class ShardDataModule(LightningDataModule):
@@ -39,9 +46,13 @@ class ShardDataModule(LightningDataModule):
         cache_bytes: keep decoded images in memory if all of them take at most so many bytes
             (without workers only).
         random_flip: mirror each record with probability 1/2.
-        on_error: stop at a broken record or shard, or skip and count it.
+        on_error: stop at a broken record or shard, or skip and count it; the first few are named,
+            and how many there were is said after training.
         verify: compare the SHA-256 of every shard at the start, not only its size.
         stream: how shards without a manifest are read.
+
+    Attributes:
+        skipped: what this rank has left out so far; on rank 0, of the run that is resumed too.
     """
 
     def __init__(
@@ -65,7 +76,7 @@ class ShardDataModule(LightningDataModule):
         self.num_workers, self.cache_bytes = num_workers, cache_bytes
         self.random_flip, self.on_error, self.verify = random_flip, on_error, verify
         self.stream = stream
-        self.skipped = 0
+        self.skipped = Skipped()
         self._folder: DatasetFolder | None = None
         self._stopped_at: dict[str, Any] | None = None
 
@@ -89,12 +100,17 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of all images."""
+        """(C, H, W) of all images.
+
+        Raises:
+            ValueError: an option of foreign shards is missing.
+            FileNotFoundError: some of them are.
+        """
         if self.folder is not None:
             return self.folder.image_shape
-        size = self.stream.image_size
-        height, width = size if isinstance(size, tuple) else (size, size)
-        return int(self.stream.channels), height, width
+        stream = self.dataset()
+        assert isinstance(stream, ForeignBatches)
+        return stream.image_shape
 
     @property
     def num_classes(self) -> int | None:
@@ -137,7 +153,42 @@ class ShardDataModule(LightningDataModule):
         """Batches of this rank, one epoch an iteration."""
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return EpochLoader(self, self.dataset(rank, world_size))
+        dataset = self.dataset(rank, world_size)
+        if isinstance(dataset, ForeignBatches):
+            self.skipped.shards |= dataset.missing.shards
+            if dataset.missing and rank == 0:
+                count = counted(len(dataset.missing.shards), "shard")
+                _log.warning("skipped %s; first: %s", count, dataset.missing.messages[0])
+        return EpochLoader(self, dataset)
+
+    def count(self, batch: Batch) -> None:
+        """Count what was left out for a batch, and name it if it is among the first."""
+        named = len(self.skipped.messages)
+        self.skipped.add(batch.pop("skipped", Skipped()))
+        for message in self.skipped.messages[named:_NAMED]:
+            _log.warning("skipped %s", message)
+        if named < _NAMED <= len(self.skipped.messages):
+            _log.warning("what else is broken is counted, not named")
+
+    def skipped_on_all_ranks(self) -> Skipped:
+        """What all ranks together left out; all of them must ask."""
+        if self.on_error == "stop" or not (
+            distributed.is_available() and distributed.is_initialized()
+        ):
+            return self.skipped
+        gathered: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(gathered, self.skipped)
+        total = Skipped()
+        for part in gathered:
+            total.add(part)
+        return total
+
+    def teardown(self, stage: str) -> None:
+        """Say how much was left out in training."""
+        if stage == "fit":
+            total = self.skipped_on_all_ranks()
+            if total and (self.trainer is None or self.trainer.is_global_zero):
+                _log.warning("%s", total.text())
 
     def state_dict(self) -> dict[str, Any]:
         """What must be the same for a run that resumes; Lightning itself keeps the position."""
@@ -146,7 +197,7 @@ class ShardDataModule(LightningDataModule):
             "dataset_hash": self.dataset_hash,
             "seed": self.seed,
             "global_batch_size": self.batch_size * world_size,
-            "skipped": self.skipped,
+            "skipped": self.skipped_on_all_ranks().counts(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -165,7 +216,8 @@ class ShardDataModule(LightningDataModule):
                 f"the checkpoint was trained with --data.seed {state_dict['seed']}, "
                 f"not {self.seed}: its order of records would be lost"
             )
-        self.skipped = int(state_dict["skipped"])
+        if self.trainer is None or self.trainer.is_global_zero:  # the counts are of all ranks
+            self.skipped = Skipped.from_counts(state_dict["skipped"])
         self._stopped_at = state_dict
 
     def position(self, global_batch_size: int) -> tuple[int, int]:
@@ -213,7 +265,7 @@ class EpochLoader:
         """
         self.epochs.epoch, self.epochs.start = self._module.position(self.epochs.global_batch_size)
         for batch in self._loader:
-            self._module.skipped += batch.pop("skipped", 0)
+            self._module.count(batch)
             yield batch
 
     @property

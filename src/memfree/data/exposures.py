@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ class ExposureCounter(Callback):
 
     At the end of training ``exposures.parquet`` is written: ``image_key, group, copies,
     exposures``, one row an item of the dataset. For foreign shards, groups and copies are null and
-    only images that were seen appear.
+    only images that were seen appear. What was left out as broken is counted in the file's schema
+    metadata, as JSON under ``skipped``.
 
     Args:
         folder: where to; default: the trainer's root folder.
@@ -62,6 +64,7 @@ class ExposureCounter(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table."""
         state = self.state_dict()
+        skipped = _data(trainer).skipped_on_all_ranks()
         if not trainer.is_global_zero:
             return
         dataset = _data(trainer).folder
@@ -78,6 +81,7 @@ class ExposureCounter(Callback):
                     "exposures": [state["keys"][key] for key in keys],
                 }
             )
+        table = table.replace_schema_metadata({"skipped": json.dumps(skipped.counts())})
         folder = Path(self.folder or trainer.default_root_dir)
         write_atomic(folder / "exposures.parquet", lambda path: pq.write_table(table, path))
 

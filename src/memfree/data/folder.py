@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from memfree.data.identity import dataset_hash
 from memfree.data.reader import RecordReader
+from memfree.data.skipped import Skipped
 from memfree.data.split import PARTS, PartName
+from memfree.data.wording import counted
 from memfree.manifest import read_manifest, sha256
 
 _BLOCK = 1024  # images decoded at a time
+_log = logging.getLogger(__name__)
 
 
 class DatasetFolder:
@@ -61,10 +64,13 @@ class DatasetFolder:
                 f"{self.path}/manifest.json lacks {error}; prepare it again"
             ) from error
         self.items = self._table("items.parquet")
-        for problem in self._problems(shards, verify):
+        skipped = Skipped()
+        for name, problem in self._problems(shards, verify):
             if on_error == "stop":
                 raise ValueError(f"{problem}; prepare the dataset again")
-            warnings.warn(problem, stacklevel=2)
+            skipped.shard(name, problem)
+        if skipped:
+            _log.warning("%s; first: %s", skipped.text(), skipped.messages[0])
         columns = (self.items[name].to_pylist() for name in ("image_key", "group", "copies"))
         if dataset_hash({name: digest for name, (_, digest) in shards.items()}, *columns) != (
             self.hash
@@ -86,19 +92,22 @@ class DatasetFolder:
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path} is damaged; prepare the dataset again") from error
 
-    def _problems(self, shards: dict[str, tuple[int, str]], verify: bool) -> Iterator[str]:
+    def _problems(
+        self, shards: dict[str, tuple[int, str]], verify: bool
+    ) -> Iterator[tuple[str, str]]:
+        """(shard, what is wrong with it)."""
         for name, (size, digest) in shards.items():
             path = self.path / name
             if Path(name).name != name:
                 raise ValueError(f"{self.path}/manifest.json: {name!r} is no shard name")
             if not path.is_file():
-                yield f"shard {path} is missing"
+                yield name, f"shard {path} is missing"
                 continue
             found = path.stat().st_size
             if found != size:
-                yield f"shard {path} has {found} bytes, its manifest says {size}"
+                yield name, f"shard {path} has {counted(found, 'byte')}, its manifest says {size}"
             elif verify and sha256(path) != digest:
-                yield f"shard {path} does not have the SHA-256 of its manifest"
+                yield name, f"shard {path} does not have the SHA-256 of its manifest"
 
     @cached_property
     def records(self) -> pa.Table:

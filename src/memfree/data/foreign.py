@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -11,15 +10,17 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import get_worker_info
 from webdataset.filters import _shuffle
 
 from memfree.data.decode import open_image
 from memfree.data.folder import to_float
 from memfree.data.framing import Framing, Resize
-from memfree.data.order import batches_per_epoch, global_slice, rank_slice
-from memfree.data.stream import Batch, OnError
+from memfree.data.order import global_slice, rank_slice
+from memfree.data.rank_batches import Batch, OnError, RankBatches
+from memfree.data.skipped import Skipped
 from memfree.data.tarstream import TarRecord, expand_shards, read_shard
+from memfree.data.wording import counted
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class StreamOptions:
     """Records held back a worker, from which the next one is drawn."""
 
 
-class ForeignBatches(IterableDataset[Batch]):
+class ForeignBatches(RankBatches):
     """Batches of one rank, drawn from shards in an order of their own each epoch.
 
     The shards are shuffled by (seed, epoch) and dealt out to all workers of all ranks; where there
@@ -59,7 +60,10 @@ class ForeignBatches(IterableDataset[Batch]):
         rank: of this process.
         world_size: number of processes.
         random_flip: mirror each record with probability 1/2.
-        on_error: stop at a broken record or shard, or leave it out.
+        on_error: stop at a broken or missing record or shard, or leave it out.
+
+    Attributes:
+        missing: takes local shards that are not there.
     """
 
     def __init__(
@@ -82,36 +86,21 @@ class ForeignBatches(IterableDataset[Batch]):
         height, width = size if isinstance(size, tuple) else (size, size)
         if min(height, width) < 1:
             raise ValueError("--data.stream.image_size: give the height and width of the images")
-        self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
-        self._shards = expand_shards(shards)
+        super().__init__(
+            options.epoch_records, batch_size, seed, rank, world_size, random_flip, on_error
+        )
+        self.missing = Skipped()
+        self._shards = expand_shards(shards, self.missing if on_error == "skip" else None)
         self._options = options
         self._framing = Framing(height, width, options.channels, options.resize)
         self.image_shape = (int(options.channels), height, width)
-        self._seed = seed
-        self._rank, self._world_size = rank, world_size
-        self._random_flip, self._on_error = random_flip, on_error
-        self.records = options.epoch_records
-        self.batches = batches_per_epoch(self.records, batch_size, world_size)
-        self.global_batch_size = batch_size * world_size
-
-    epoch = property(
-        lambda self: int(self._position[0]), lambda self, value: self._position[0].fill_(value)
-    )
-    """Which order, from 0."""
-    start = property(
-        lambda self: int(self._position[1]), lambda self, value: self._position[1].fill_(value)
-    )
-    """Batches of the epoch that were trained on already."""
-
-    def __len__(self) -> int:
-        return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         epoch, start = self.epoch, self.start
         offset = (start + number) % step  # the loader asks worker 0 first, also after a resume
-        skipped: list[str] = []
+        skipped = Skipped()
         unit = self._rank * step + offset
         records = self._records(epoch, unit, self._world_size * step, skipped)
         generator = np.random.Generator(np.random.PCG64([self._seed, epoch, unit, 9]))
@@ -122,29 +111,25 @@ class ForeignBatches(IterableDataset[Batch]):
             if batch < start:  # trained on before the run was stopped: pass over, decode nothing
                 for _ in range(high - low):
                     next(records)
+                skipped.take()
                 continue
-            before = len(skipped)
             made = self._batch(records, high - low, flips, skipped)
             made["weight"] = (high - low) * self._world_size / (last - first)
             if self._on_error == "skip":
-                made["skipped"] = len(skipped) - before
+                made["skipped"] = skipped.take()
             yield made
 
-    def _records(
-        self, epoch: int, unit: int, units: int, skipped: list[str]
-    ) -> Iterator[TarRecord]:
+    def _records(self, epoch: int, unit: int, units: int, skipped: Skipped) -> Iterator[TarRecord]:
         """Records of one worker without end, shuffled within its buffer."""
-
-        def broken(message: str) -> None:
-            skipped.append(message)
-            warnings.warn(f"skipped: {message}", stacklevel=2)
+        shared = len(self._shards) < units
+        # Where everyone reads all shards, one of them counts what is broken.
+        counter = Skipped() if shared and unit else skipped
+        handler = counter if self._on_error == "skip" else None
 
         def one_pass(turn: int) -> Iterator[TarRecord]:
             generator = np.random.Generator(np.random.PCG64([self._seed, epoch, turn, 10]))
             order = generator.permutation(len(self._shards))
-            shared = len(self._shards) < units
             mine = order if shared else order[unit::units]
-            handler = broken if self._on_error == "skip" else None
             found = 0
             for shard in mine.tolist():
                 for number, record in enumerate(read_shard(self._shards[shard], handler)):
@@ -152,7 +137,8 @@ class ForeignBatches(IterableDataset[Batch]):
                     if not shared or (number + turn) % units == unit:
                         yield record
             if not found:
-                raise ValueError(f"no readable record in {len(mine)} shards")
+                first = f"; first {counter.messages[0]}" if counter.messages else ""
+                raise ValueError(f"no readable record in {counted(len(mine), 'shard')}{first}")
 
         buffer = max(self._options.shuffle_buffer, 1)
         for turn in count():
@@ -160,7 +146,7 @@ class ForeignBatches(IterableDataset[Batch]):
             yield from _shuffle(one_pass(turn), buffer, buffer, rng)
 
     def _batch(
-        self, records: Iterator[TarRecord], size: int, flips: np.ndarray, skipped: list[str]
+        self, records: Iterator[TarRecord], size: int, flips: np.ndarray, skipped: Skipped
     ) -> Batch:
         images: list[np.ndarray] = []
         taken: list[TarRecord] = []
@@ -171,12 +157,12 @@ class ForeignBatches(IterableDataset[Batch]):
             except ValueError as error:
                 if self._on_error == "stop":
                     raise
-                skipped.append(str(error))
-                warnings.warn(f"skipped: {error}", stacklevel=2)
+                skipped.record(str(error))
                 continue
             flip = self._random_flip and flips[len(taken)]
             images.append(pixels[:, :, ::-1] if flip else pixels)
             taken.append(record)
+        skipped.kept += size
         batch: Batch = {
             "image": to_float(torch.from_numpy(np.stack(images))),
             "key": [record.image_key or record.name for record in taken],

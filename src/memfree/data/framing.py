@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from memfree.data.decode import channels_of, to_array, upright, with_channels
+from memfree.data.wording import counted
 
 Resize = Literal["crop", "squash", "pad"]
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
@@ -64,7 +65,7 @@ class Framing:
         found = channels_of(image, name)
         if requested.channels is None and found != self.channels:
             raise ValueError(
-                f"{name}: {found} channels, but the first image has {self.channels}; "
+                f"{name}: {counted(found, 'channel')}, but the first image has {self.channels}; "
                 f"convert all with --channels {self.channels}"
             )
         image = with_channels(upright(image), self.channels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from memfree.data.decode import channels_of, open_image, to_image
 from memfree.data.framing import Framing
-from memfree.data.sources import Broken, Source, SourceImage
+from memfree.data.skipped import Skipped
+from memfree.data.sources import Source, SourceImage
 
 
 @dataclass
@@ -35,8 +37,8 @@ def ingest(
     source: Source,
     framing: Framing,
     file: Path,
-    broken: Broken | None,
-    progress: Broken | None = None,
+    skipped: Skipped | None,
+    progress: Callable[[str], None] | None = None,
 ) -> Ingested:
     """Decode, frame and store every image.
 
@@ -44,8 +46,7 @@ def ingest(
         source: where they come from.
         framing: size and channels; what is unset is taken from the first image.
         file: scratch file for the pixels, so that sets larger than memory work.
-        broken: takes the message for an image that cannot be used, which is then left out; None:
-            the first one is an error.
+        skipped: takes what cannot be used and is left out; None: the first one is an error.
         progress: called with each image's name.
 
     Raises:
@@ -57,7 +58,7 @@ def ingest(
     seen: dict[str, int] = {}
     shape: tuple[int, ...] = ()
     with open(file, "xb") as out:
-        for item in source.images(broken):
+        for item in source.images(skipped):
             try:
                 if isinstance(item.pixels, bytes):
                     image = open_image(item.pixels, item.name)
@@ -70,9 +71,9 @@ def ingest(
                     fixed = framing.fixed_by(image, item.name)
                 array = fixed.apply(image, item.name, framing)
             except ValueError as error:
-                if broken is None:
+                if skipped is None:
                     raise
-                broken(str(error))
+                skipped.record(str(error))
                 continue
             out.write(array.tobytes())
             shape = array.shape
@@ -82,6 +83,8 @@ def ingest(
             items.append(item)
             if progress is not None:
                 progress(item.name)
+    if skipped is not None:
+        skipped.kept += len(items)
     if not items:
         raise ValueError("the source has no readable image")
     return Ingested(

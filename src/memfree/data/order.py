@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from memfree.data.wording import counted
+
 
 def permutation(records: int, seed: int, epoch: int) -> np.ndarray:
     """Order of all records in one epoch; ranks, workers and batch size play no part.
@@ -32,7 +34,8 @@ def batches_per_epoch(records: int, batch_size: int, world_size: int) -> int:
         raise ValueError(f"--data.batch_size {batch_size}: use 1 or more")
     if records < world_size:
         raise ValueError(
-            f"{records} training records cannot feed {world_size} ranks; use fewer devices"
+            f"{counted(records, 'training record')} cannot feed {world_size} ranks; "
+            "use fewer devices"
         )
     return min(-(-records // (batch_size * world_size)), records // world_size)
 

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from memfree.bars import counting_bar
 from memfree.data.build import build
+from memfree.data.calibration_size import too_few_images
 from memfree.data.framing import Filter, Framing, Resize
 from memfree.data.grouping import DEFAULT_DISTANCE
 from memfree.data.plan import DuplicationPlan
 from memfree.data.shards import record_bytes
+from memfree.data.skipped import Skipped
 from memfree.data.sources import SourceName, open_source
 from memfree.data.split import PARTS, PartSizes
+from memfree.data.wording import counted
 from memfree.data.workspace import put_in_place, unfinished
 from memfree.manifest import check_free_space, read_manifest, write_manifest
 
@@ -65,7 +68,7 @@ def prepare(
         near_distance: largest distance of near duplicates, see memfree.data.grouping; 0 groups
             exact duplicates only.
         records_per_shard: records in each tar.
-        on_error: stop at the first broken image, or skip and count it.
+        on_error: stop at the first broken image or missing shard, or skip and count it.
         licence: terms of the images, kept in the manifest; default: what the source says.
         overwrite: replace the dataset folder that is there.
 
@@ -102,7 +105,8 @@ def prepare(
     values = (height or 1) * (width or 1) * (channels or 3)
     check_free_space(out, count * (values + record_bytes(values)) + size)
 
-    with unfinished(out) as folder, _progress(console) as progress:
+    skipped = Skipped() if on_error == "skip" else None
+    with unfinished(out) as folder, counting_bar(console) as progress:
         facts = build(
             folder,
             opened,
@@ -112,7 +116,7 @@ def prepare(
             seed,
             near_distance,
             records_per_shard,
-            on_error == "skip",
+            skipped,
             progress,
         )
         about: dict[str, Any] = {"name": source, "path": path, "licence": licence or opened.licence}
@@ -121,10 +125,23 @@ def prepare(
             folder, "dataset", seed, source=about, plan=recipe["plan"], recipe=recipe, **facts
         )
         put_in_place(folder, out, overwrite)
+    warning = too_few_images(facts["parts"]["calibration"]["images"])
+    if warning:
+        console.print(f"{out}: {warning}", soft_wrap=True)
+    console.print(f"{out}: {_result(facts, skipped)}", soft_wrap=True)
+
+
+def _result(facts: dict[str, Any], skipped: Skipped | None) -> str:
+    """Records of each part, and what is in none of them."""
     sums = ", ".join(f"{part} {facts['parts'][part]['records']}" for part in PARTS)
-    broken = facts["skipped"]["count"]
-    note = f"; {broken} broken images skipped, see its manifest" if broken else ""
-    console.print(f"{out}: records: {sums}{note}", soft_wrap=True)
+    notes = [f"records: {sums}"]
+    if skipped:
+        notes.append(f"{skipped.text('image')}, see its manifest")
+    left_out = facts["grouping"]["left_out"]
+    if left_out:
+        images = counted(facts["grouping"]["source_images"], "image")
+        notes.append(f"{left_out} of {images} left out, in no part")
+    return "; ".join(notes)
 
 
 def _is_done(out: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
@@ -159,13 +176,3 @@ def _check_source(out: Path, source: SourceName, path: str | None) -> None:
             f"--path {path} changed after {out} was prepared; choose another --out or say "
             "--overwrite true"
         )
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )

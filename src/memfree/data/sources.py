@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -10,10 +10,11 @@ from typing import Literal, Protocol
 import numpy as np
 
 from memfree.data.decode import MAX_IMAGE_BYTES, SUFFIXES
+from memfree.data.skipped import Skipped
 from memfree.data.tarstream import expand_shards, read_shard
+from memfree.data.wording import counted
 
 SourceName = Literal["digits", "cifar10", "folder", "shards"]
-Broken = Callable[[str], None]
 
 
 @dataclass
@@ -43,8 +44,8 @@ class Source(Protocol):
     size: tuple[int, int]
     """(number of images, bytes of their files) where known beforehand, 0 otherwise."""
 
-    def images(self, broken: Broken | None) -> Iterator[SourceImage]:
-        """All images in a fixed order; ``broken`` takes what cannot be read instead of an error."""
+    def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
+        """All images in a fixed order; ``skipped`` takes what is broken instead of an error."""
 
 
 _SHARES = (0.7, 0.1, 0.1, 0.1)
@@ -58,7 +59,7 @@ class Digits:
     default_sizes = (500.0, 600.0, 500.0, 197.0)
     size = (1797, 0)
 
-    def images(self, broken: Broken | None) -> Iterator[SourceImage]:
+    def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
         """See :class:`Source`; values 0 to 16 become 0 to 255."""
         from sklearn.datasets import load_digits
 
@@ -86,7 +87,7 @@ class Cifar10:
             raise OSError(f"CIFAR-10 could not be downloaded to {path}: {reason}") from error
         self.class_names: list[str] | None = list(self._parts[0].classes)
 
-    def images(self, broken: Broken | None) -> Iterator[SourceImage]:
+    def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
         """See :class:`Source`."""
         for name, part in zip(("train", "test"), self._parts, strict=True):
             pixels = part.data.transpose(0, 3, 1, 2)
@@ -118,7 +119,7 @@ class ImageFolder:
         loose = sum(len(parts) == 1 for parts in tops)
         if 0 < loose < len(tops):
             raise ValueError(
-                f"--path {path}: {loose} images lie outside of the class folders; "
+                f"--path {path}: {counted(loose, 'image')} outside of the class folders; "
                 "put all images in class folders, or none"
             )
         names = sorted({parts[0] for parts in tops if len(parts) > 1})
@@ -126,16 +127,16 @@ class ImageFolder:
         self._captioned = any(file.with_suffix(".txt").is_file() for file in self._files)
         self.size = (len(self._files), sum(file.stat().st_size for file in self._files))
 
-    def images(self, broken: Broken | None) -> Iterator[SourceImage]:
+    def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
         """See :class:`Source`."""
         for file in self._files:
             relative = file.relative_to(self._path)
             try:
                 yield self._image(file, relative)
             except (OSError, ValueError) as error:
-                if broken is None:
+                if skipped is None:
                     raise
-                broken(str(error))
+                skipped.record(str(error))
 
     def _image(self, file: Path, relative: Path) -> SourceImage:
         if file.stat().st_size > MAX_IMAGE_BYTES:
@@ -164,14 +165,14 @@ class Shards:
     default_sizes = _SHARES
 
     def __init__(self, pattern: str) -> None:
-        self._shards = expand_shards(pattern)
-        local = [Path(shard) for shard in self._shards if Path(shard).is_file()]
-        self.size = (0, sum(file.stat().st_size for file in local))
+        self._pattern = pattern
+        there = [Path(shard) for shard in expand_shards(pattern, Skipped())]
+        self.size = (0, sum(file.stat().st_size for file in there if file.is_file()))
 
-    def images(self, broken: Broken | None) -> Iterator[SourceImage]:
+    def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
         """See :class:`Source`."""
-        for shard in self._shards:
-            for record in read_shard(shard, broken):
+        for shard in expand_shards(self._pattern, skipped):
+            for record in read_shard(shard, skipped):
                 yield SourceImage(
                     record.name, record.image, record.label, record.caption, record.group
                 )

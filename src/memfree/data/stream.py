@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from memfree.data.folder import DatasetFolder, to_float
-from memfree.data.order import batches_per_epoch, global_slice, permutation, rank_slice
+from memfree.data.order import global_slice, permutation, rank_slice
+from memfree.data.rank_batches import Batch, OnError, RankBatches
 from memfree.data.reader import RecordReader
-
-OnError = Literal["stop", "skip"]
-Batch = dict[str, Any]
+from memfree.data.skipped import Skipped
 
 
-class EpochBatches(IterableDataset[Batch]):
+class EpochBatches(RankBatches):
     """Batches of one rank, whole and in order, for one epoch after another.
 
-    Set :attr:`epoch` and :attr:`start` before each iteration. The attributes live in shared
-    memory, so workers that stay between epochs see them. Worker w of W makes every W-th batch,
-    and a DataLoader hands them out in turn, so workers change nothing.
+    Worker w of W makes every W-th batch, and a DataLoader hands them out in turn, so workers
+    change nothing.
 
     Args:
         folder: the dataset.
@@ -47,14 +43,8 @@ class EpochBatches(IterableDataset[Batch]):
         random_flip: bool = False,
         on_error: OnError = "stop",
     ) -> None:
-        self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
-        self._seed = seed
-        self._rank, self._world_size = rank, world_size
-        self._random_flip, self._on_error = random_flip, on_error
         records = folder.part_records("train")
-        self.records = len(records)
-        self.batches = batches_per_epoch(self.records, batch_size, world_size)
-        self.global_batch_size = batch_size * world_size
+        super().__init__(len(records), batch_size, seed, rank, world_size, random_flip, on_error)
         self._reader = RecordReader(folder.path, records, folder.image_shape, cache_bytes)
         self._rows = torch.from_numpy(records["row"].to_numpy().copy())
         self._keys: list[str] = folder.items["image_key"].to_pylist()
@@ -63,18 +53,6 @@ class EpochBatches(IterableDataset[Batch]):
             self._labels = torch.from_numpy(records["label"].to_numpy().copy())
         captions = records["caption"]
         self._captions = captions.combine_chunks() if captions.null_count == 0 else None
-
-    epoch = property(
-        lambda self: int(self._position[0]), lambda self, value: self._position[0].fill_(value)
-    )
-    """Which permutation, from 0."""
-    start = property(
-        lambda self: int(self._position[1]), lambda self, value: self._position[1].fill_(value)
-    )
-    """Batches of the epoch that were trained on already."""
-
-    def __len__(self) -> int:
-        return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -98,13 +76,19 @@ class EpochBatches(IterableDataset[Batch]):
         flips: torch.Tensor | None,
     ) -> Batch:
         lost: list[int] = []
-        broken = _warn(lost) if self._on_error == "skip" else None
+        skipped = Skipped()
+
+        def broken(number: int, message: str) -> None:
+            lost.append(number)
+            skipped.record(message)
+
         numbers = order[mine[0] : mine[1]]
-        pixels = self._reader.read(numbers.tolist(), broken)
+        skip = self._on_error == "skip"
+        pixels = self._reader.read(numbers.tolist(), broken if skip else None)
         weight = len(numbers) * self._world_size / total
-        skipped = len(lost)
         if lost:
             numbers = numbers[~np.isin(numbers, lost)]
+        skipped.kept = len(numbers)
         if len(numbers) == 0:  # other ranks wait for this one: fill in a record without weight
             numbers, pixels = self._readable(order, mine[1])
             weight = 0.0
@@ -123,7 +107,7 @@ class EpochBatches(IterableDataset[Batch]):
             batch["label"] = self._labels[index]
         if self._captions is not None:
             batch["caption"] = self._captions.take(numbers).to_pylist()
-        if self._on_error == "skip":
+        if skip:
             batch["skipped"] = skipped
         return batch
 
@@ -134,11 +118,3 @@ class EpochBatches(IterableDataset[Batch]):
             if len(pixels):
                 return np.array([number]), pixels
         raise ValueError("no training record can be read; prepare the dataset again")
-
-
-def _warn(lost: list[int]) -> Callable[[int, str], None]:
-    def broken(number: int, message: str) -> None:
-        lost.append(number)
-        warnings.warn(f"skipped: {message}", stacklevel=2)
-
-    return broken

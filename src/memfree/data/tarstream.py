@@ -18,6 +18,7 @@ from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext
 
 from memfree.data.decode import MAX_IMAGE_BYTES, SUFFIXES
+from memfree.data.skipped import Skipped
 
 MAX_TEXT_BYTES = 1 << 20
 """Largest caption, class or JSON member that is read, bytes."""
@@ -83,46 +84,66 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise OSError("truncated or damaged archive") from error
 
 
-def expand_shards(pattern: str) -> list[str]:
+def expand_shards(pattern: str, skipped: Skipped | None = None) -> list[str]:
     """Shards that a path or pattern names, sorted.
 
     Args:
         pattern: a folder of ``.tar`` files, one file, a glob, or addresses
             (``https://host/{00000..00099}.tar``; also s3, gs, hf), braces expanded.
+        skipped: takes what braces name and is not there, instead of an error. Addresses are not
+            looked up.
 
     Raises:
-        FileNotFoundError: nothing matches.
+        FileNotFoundError: nothing matches, or some of what the braces name is not there.
         ValueError: an address that would run a command or is of an unknown kind.
     """
     found: list[str] = []
-    for item in braceexpand.braceexpand(pattern):
+    absent: list[str] = []
+    items = list(braceexpand.braceexpand(pattern))
+    for item in items:
         scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", item)
         if scheme and scheme.group(1).lower() in _SCHEMES and not re.search(r"[\s'\"`$;|<>]", item):
             found.append(item)
             continue
         if scheme:
             raise ValueError(f"{item!r} is no shard address; use a path or {', '.join(_SCHEMES)}")
-        path = Path(item)
-        if path.is_dir():
-            found += sorted(str(tar) for tar in path.glob("*.tar*") if tar.is_file())
-        elif path.is_file():
-            found.append(str(path))
-        else:
-            anchor = Path(path.anchor) if path.is_absolute() else Path()
-            relative = item[len(path.anchor) :] if path.is_absolute() else item
-            found += sorted(str(tar) for tar in anchor.glob(relative) if tar.is_file())
+        local = _local_shards(item)
+        found += local
+        if not local:
+            absent.append(item)
     if not found:
         raise FileNotFoundError(f"no tar shards at {pattern}")
+    if absent and skipped is None:
+        are = "is" if len(absent) == 1 else "are"
+        raise FileNotFoundError(
+            f"{len(absent)} of {len(items)} shards {are} missing, the first is {absent[0]}; "
+            "on_error skip goes on without"
+        )
+    if skipped is not None:
+        for item in absent:
+            skipped.shard(item, f"shard {item} is missing")
     return found
 
 
-def read_shard(shard: str, broken: Callable[[str], None] | None = None) -> Iterator[TarRecord]:
+def _local_shards(item: str) -> list[str]:
+    """Tars of a folder, one file, or what a glob matches."""
+    path = Path(item)
+    if path.is_dir():
+        return sorted(str(tar) for tar in path.glob("*.tar*") if tar.is_file())
+    if path.is_file():
+        return [str(path)]
+    anchor = Path(path.anchor) if path.is_absolute() else Path()
+    relative = item[len(path.anchor) :] if path.is_absolute() else item
+    return sorted(str(tar) for tar in anchor.glob(relative) if tar.is_file())
+
+
+def read_shard(shard: str, skipped: Skipped | None = None) -> Iterator[TarRecord]:
     """Records of one shard in their order.
 
     Args:
         shard: path or address.
-        broken: called with a message that names what is wrong, instead of raising it; a damaged
-            archive is then left at that point.
+        skipped: takes what is wrong, instead of an error; a damaged archive is then left at that
+            point.
 
     Raises:
         ValueError: a record is too large, has no image, or its class or JSON is unreadable.
@@ -134,16 +155,16 @@ def read_shard(shard: str, broken: Callable[[str], None] | None = None) -> Itera
                 try:
                     record = _record(name, members)
                 except ValueError as error:
-                    if broken is None:
+                    if skipped is None:
                         raise
-                    broken(str(error))
+                    skipped.record(str(error))
                     continue
                 yield record
     except OSError as error:
         message = f"shard {shard}: {' '.join(str(error).split()) or type(error).__name__}"
-        if broken is None:
+        if skipped is None:
             raise OSError(message) from error
-        broken(message)
+        skipped.shard(shard, message)
 
 
 def _members(stream: IO[bytes], shard: str) -> Iterator[tuple[str, dict[str, bytes | str]]]:
