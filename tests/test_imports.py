@@ -10,8 +10,7 @@ LAYERS = [
     {"guidance"},
     {"sampling", "indexing", "training"},
     {"evaluation", "tuning"},
-    {"stages", "study_statistics", "cli"},
-    {"study_results"},
+    {"stages", "cli"},
     {"demo", "study"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

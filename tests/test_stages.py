@@ -7,7 +7,7 @@ from rich.console import Console
 
 from memfree.demo import demo_stages
 from memfree.stages import Stage, run_stages
-from memfree.study import Cell, Plan
+from memfree.study.grid import Cell, Plan
 
 
 def test_a_stage_is_a_command_line():

@@ -8,9 +8,9 @@ from scipy import stats
 
 from memfree.evaluation.records import metric, write_metrics
 from memfree.manifest import write_manifest
-from memfree.study import Plan
-from memfree.study_results import by_key, differences, gather, markdown
-from memfree.study_statistics import (
+from memfree.study.grid import Plan
+from memfree.study.results import by_key, differences, gather, markdown
+from memfree.study.statistics import (
     Measured,
     over_seeds,
     rate_over_seeds,

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from memfree.manifest import write_json
 from memfree.stages import Stage, run_stages
-from memfree.study_results import summarise
+from memfree.study.plot import write_dose_response
+from memfree.study.results import summarise
 
 Conditioning = Literal["unconditional", "class"]
 
@@ -146,7 +147,8 @@ def study(
         elif not (plan.evaluation(cell) / "manifest.json").is_file():
             run_stages(stages, console)
     if not dry_run:
-        summarise(out, name, {cell.name for cell in cells}, console)
+        values = summarise(out, name, {cell.name for cell in cells}, console)
+        write_dose_response(out / f"{name}.png", values)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from memfree.evaluation.intervals import Interval
 from memfree.evaluation.records import read_metrics
 from memfree.manifest import write_atomic, write_text
-from memfree.study_statistics import (
+from memfree.study.statistics import (
     Measured,
     over_seeds,
     rate_over_seeds,
@@ -54,7 +55,7 @@ MARGINS = {
 """Goals, fixed beforehand: upper limits of (both − oracle); Fréchet distances relative to it."""
 
 
-def summarise(out: Path, name: str, cells: Container[str], console: Console) -> None:
+def summarise(out: Path, name: str, cells: Container[str], console: Console) -> Values:
     """Gather the finished evaluations of a study: NAME.parquet, .csv and .md in ``out``.
 
     Args:
@@ -62,6 +63,9 @@ def summarise(out: Path, name: str, cells: Container[str], console: Console) -> 
         name: the study.
         cells: names of the cells that belong to it.
         console: where the table is printed.
+
+    Returns:
+        What was measured, by key and training seed.
 
     Raises:
         ValueError: nothing is finished yet.
@@ -77,6 +81,7 @@ def summarise(out: Path, name: str, cells: Container[str], console: Console) -> 
     write_text(out / f"{name}.md", text)
     console.print(_printed(values))
     console.print(f"Written: {out / name}.parquet, .csv, .md")
+    return values
 
 
 def gather(out: Path, name: str, cells: Container[str]) -> list[dict[str, Any]]:
@@ -208,13 +213,20 @@ def _shown(by_seed: dict[int, Measured] | None, metric: str) -> str:
     """Mean over seeds with its interval in parentheses."""
     if not by_seed:
         return ""
+    found = interval(by_seed, metric)
+    scale = 100 if metric in RATES else 1
+    if found.low is None or found.high is None:
+        return f"{scale * found.value:.2f}"
+    return f"{scale * found.value:.2f} ({scale * found.low:.2f}–{scale * found.high:.2f})"
+
+
+def interval(by_seed: dict[int, Measured], metric: str) -> Interval:
+    """Mean over training seeds of a rate or a distance, with its 95 % interval, never below 0."""
     measured = list(by_seed.values())
     if metric in RATES:
-        found = rate_over_seeds(measured)
-        return f"{100 * found.value:.2f} ({100 * found.low:.2f}–{100 * found.high:.2f})"  # type: ignore[operator]
+        return rate_over_seeds(measured)
     found = over_seeds([one.value for one in measured])
-    interval = "" if found.low is None else f" ({max(found.low, 0):.2f}–{found.high:.2f})"
-    return f"{found.value:.2f}{interval}"
+    return Interval(found.value, found.low and max(found.low, 0.0), found.high)
 
 
 def _printed(values: Values) -> Table:
