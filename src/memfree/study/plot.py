@@ -23,7 +23,9 @@ PANELS = ("copies", "duplicated_share", "frechet_pixels")
 
 
 def write_dose_response(path: Path, values: Values, conditioning: str = "unconditional") -> None:
-    """Write a PNG with one panel a metric: lines are means, dots training seeds; nothing where fewer than two factors are known.
+    """Write a PNG with a panel a metric; nothing where fewer than two factors are known.
+
+    Lines are means over training seeds, dots single seeds.
 
     Args:
         path: the file.
