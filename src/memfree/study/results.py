@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Container
@@ -192,10 +193,13 @@ def _difference(
         each, unit = [a.value - b.value for a, b in pairs], " points"
         limit = upper_limit_of_rates(own, other)
     mean = sum(each) / len(each)
+    verdict = "within" if limit <= margin else "not within"
+    known = f"{100 * limit:+.2f}{unit}"
+    if math.isnan(limit):
+        known, verdict = "", "one seed"
     return (
         f"| {cell} | {oracle} | {SHOWN[metric].removesuffix(', %')} | {100 * mean:+.2f}{unit} | "
-        f"{100 * limit:+.2f}{unit} | {100 * margin:+.1f}{unit} | "
-        f"{'within' if limit <= margin else 'not within'} |"
+        f"{known} | {100 * margin:+.1f}{unit} | {verdict} |"
     )
 
 
