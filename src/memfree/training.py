@@ -149,6 +149,7 @@ def train(
             if fit.is_global_zero:
                 raise
             raise SystemExit(2) from None
+    skipped = data.skipped_on_all_ranks().counts()
     if fit.is_global_zero:
         export_model(
             out,
@@ -165,6 +166,7 @@ def train(
             epochs=fit.current_epoch,
             identity=module.identity(),
             exposures=_exposure_summary(out / EXPOSURES),
+            skipped=skipped,
         )
         loss = losses.last()
         print(

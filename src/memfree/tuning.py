@@ -20,9 +20,9 @@ from memfree.manifest import write_json, write_text
 from memfree.models import LoadedModel, load_model
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import SamplingModule
-from memfree.sampling.checks import index_for, labels_in_turn
+from memfree.sampling.checks import index_for, labels_in_turn, scheduler_for
 from memfree.sampling.png import from_bytes, to_bytes
-from memfree.sampling.schedulers import SchedulerName, build_scheduler
+from memfree.sampling.schedulers import SchedulerName
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def tune(
     classes = labels_in_turn(None, loaded, guidance_scale)
     reference = index_for(index, loaded, guidance, allow_other_dataset)
     reference.to("cuda" if torch.cuda.is_available() else "cpu")
-    sampler = build_scheduler(scheduler, loaded.scheduler)
+    sampler = scheduler_for(scheduler, loaded, steps)
     batches = torch.arange(count).split(batch_size)
     batch = _Trials(loaded, reference, batches, seed, steps, sampler, guidance_scale, classes)
     console = Console()
