@@ -44,17 +44,18 @@ def network() -> UNet2DModel:
     return net.eval().requires_grad_(False)
 
 
-def forced(share: float) -> Callable[[Tensor], Tensor]:
-    """A gate that opens for this share of the samples, exactly so on average over the steps."""
+class ForcedGuidance(AntiMemorizationGuidance):
+    """AMG whose gate opens for a share of the samples, exactly so on average over the steps."""
+
+    share = 0.0
     step = 0
 
-    def gate(sigma: Tensor) -> Tensor:
-        nonlocal step
-        count = int((step + 1) * share * len(sigma)) - int(step * share * len(sigma))
-        step += 1
+    def opens(self, sigma: Tensor, threshold: float) -> Tensor:
+        """The first so many rows, whatever σ is."""
+        each = self.share * len(sigma)
+        count = int((self.step + 1) * each) - int(self.step * each)
+        self.step += 1
         return torch.arange(len(sigma), device=sigma.device) < count
-
-    return gate
 
 
 def run(repetitions: int = 5) -> list[dict[str, Any]]:
@@ -84,10 +85,10 @@ def run(repetitions: int = 5) -> list[dict[str, Any]]:
 
     functions = {"unguided": draw_batch([])}
     for share in SHARES:
-        amg = AntiMemorizationGuidance(
+        amg = ForcedGuidance(
             index, NormalizedL2(), ConstantThreshold(-0.7), c3=100.0, max_displacement=0.5
         )
-        amg.force = forced(share)
+        amg.share = share
         functions[f"amg, {share:.0%} active"] = draw_batch([amg])
         functions[f"both, {share:.0%} active"] = draw_batch([multiplicity, amg])
     timings = interleaved(functions, repetitions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -121,8 +120,6 @@ class AntiMemorizationGuidance(Observer):
         self.final_correction = final_correction
         self.gradient = gradient
         self.gated = gated
-        self.force: Callable[[Tensor], Tensor] | None = None
-        """Replaces the gate, (B,) σ → (B,) bool; for benchmarks of the cost."""
 
     @classmethod
     def recommended(
@@ -140,11 +137,7 @@ class AntiMemorizationGuidance(Observer):
         """Correct the active rows; all others keep their bits."""
         detection = self.detect(prediction)
         sigma = detection.match.sigma
-        active = corrections.gate(sigma, detection.threshold - self.gate_margin)
-        if not self.gated:
-            active = torch.ones_like(active)
-        if self.force is not None:
-            active = self.force(sigma)
+        active = self.opens(sigma, detection.threshold)
         prediction = _recorded(prediction, detection).activated(active)
         rows = active.nonzero().squeeze(1)
         zeros = torch.zeros_like(sigma)
@@ -154,6 +147,12 @@ class AntiMemorizationGuidance(Observer):
         if prediction.is_last and self.final_correction is not None:
             prediction = self._correct_last(prediction, self.final_correction)
         return prediction.recorded(**columns)
+
+    def opens(self, sigma: Tensor, threshold: float) -> Tensor:
+        """The gate of eq. 10 with its margin, (B,) bool; open to all if ``gated`` is False."""
+        if not self.gated:
+            return torch.ones_like(sigma, dtype=torch.bool)
+        return corrections.gate(sigma, threshold - self.gate_margin)
 
     def _guide(
         self, prediction: Prediction, detection: Detection, rows: Tensor, columns: dict[str, Tensor]
