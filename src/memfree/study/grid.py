@@ -111,7 +111,7 @@ def study(
 
     oracle: every mitigation against the same network trained on the deduplicated images, at equal
     steps and at equal epochs. ablation: AMG without its parts, one at a time. settings: the
-    recommended strengths beside others, on seeds that no result is reported from. All use the same
+    recommended strengths beside others, on seeds that no result is reported from. They share
     models; folders have fixed names, and what is finished is not done again, so that a study goes
     on where it stopped, and several processes may take different training seeds.
 
@@ -199,26 +199,27 @@ class Plan:
             subjects[variant] = folder / "samples" / variant
             guided = {"index": index, **VARIANTS[variant]}
             stages.append(self._sample(folder / "model", subjects[variant], cell, guided))
-        if self.name != "ablation" and cell.factor > 1:
-            for label, steps in {
-                "oracle_steps": self.steps,
-                "oracle_epochs": self.equal_epochs(cell.factor),
-            }.items():
-                oracle = self.out / f"{cell.conditioning}-x1-seed{cell.seed}"
-                model = oracle / ("model" if steps == self.steps else f"model-{steps}-steps")
-                stages += [
-                    self._prepare(oracle / "data", cell.seed, 1),
-                    self._train(oracle / "data", model, cell, steps),
-                ]
-                subjects[label] = model.with_name(f"samples-of-{model.name}")
-                stages.append(self._sample(model, subjects[label], cell, {}))
+        oracles = self._oracles(cell)
+        for label, steps in oracles.items():
+            folder = self.out / f"{cell.conditioning}-x1-seed{cell.seed}"
+            model = folder / ("model" if steps == self.steps else f"model-{steps}-steps")
+            subjects[label] = model.with_name(f"samples-of-{model.name}")
+            stages += [
+                self._prepare(folder / "data", cell.seed, 1),
+                self._train(folder / "data", model, cell, steps),
+                self._sample(model, subjects[label], cell, {}),
+            ]
         named = {f"samples.{subject}": path for subject, path in subjects.items()}
-        oracles = (
-            {"other_data": ["oracle_steps", "oracle_epochs"]} if self.name != "ablation" else {}
-        )
-        to = {"out": self.evaluation(cell)}
-        options = {"dataset": data, "index": index, **named, **oracles, **to}
+        options = {"dataset": data, "index": index, **named, "out": self.evaluation(cell)}
+        if oracles:
+            options["other_data"] = list(oracles)
         return [*stages, Stage("evaluate", options)]
+
+    def _oracles(self, cell: Cell) -> dict[str, int]:
+        """Trainings on the deduplicated data that a cell is compared with, and their steps."""
+        if self.name != "oracle" or cell.factor == 1:
+            return {}
+        return {"oracle_steps": self.steps, "oracle_epochs": self.equal_epochs(cell.factor)}
 
     def equal_epochs(self, factor: int) -> int:
         """Steps in which the deduplicated set is seen as often as the other's records were."""
