@@ -210,9 +210,9 @@ class Plan:
                 self._sample(model, subjects[label], cell, {}),
             ]
         named = {f"samples.{subject}": path for subject, path in subjects.items()}
-        options = {"dataset": data, "index": index, **named, "out": self.evaluation(cell)}
-        if oracles:
-            options["other_data"] = list(oracles)
+        other_data = {"other_data": list(oracles)} if oracles else {}
+        to = {"out": self.evaluation(cell)}
+        options = {"dataset": data, "index": index, **named, **other_data, **to}
         return [*stages, Stage("evaluate", options)]
 
     def _oracles(self, cell: Cell) -> dict[str, int]:
