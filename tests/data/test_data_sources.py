@@ -305,6 +305,16 @@ def test_addresses_run_nothing(address):
         expand_shards(address)
 
 
+def test_a_file_whose_name_is_a_command_is_read_as_a_file(tmp_path, make_shard, monkeypatch):
+    make_shard(tmp_path, 0, 1)
+    (tmp_path / "00000.tar").rename(tmp_path / "pipe:touch run; cat 00000 #.tar")
+    monkeypatch.chdir(tmp_path)
+    for pattern in (".", "*.tar"):
+        (shard,) = expand_shards(pattern)
+        assert len(list(read_shard(shard))) == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_mixture_of_conditions_is_refused(tmp_path, tar, encode):
     tar(
         tmp_path / "a.tar",

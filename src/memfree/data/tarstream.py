@@ -27,6 +27,7 @@ MAX_LABEL = 99_999
 
 _IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 _TEXTS = ("txt", "cls", "json")
+_SCHEME = r"([A-Za-z][A-Za-z0-9+.-]+):"
 _SCHEMES = ("http", "https", "s3", "gs", "hf")
 _EXTENSIONS = (
     tarfile.XHDTYPE,
@@ -101,11 +102,10 @@ def expand_shards(pattern: str, skipped: Skipped | None = None) -> list[str]:
     absent: list[str] = []
     items = list(braceexpand.braceexpand(pattern))
     for item in items:
-        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", item)
-        if scheme and scheme.group(1).lower() in _SCHEMES and not re.search(r"[\s'\"`$;|<>]", item):
+        if _is_address(item):
             found.append(item)
             continue
-        if scheme:
+        if re.match(_SCHEME, item):
             raise ValueError(f"{item!r} is no shard address; use a path or {', '.join(_SCHEMES)}")
         local = _local_shards(item)
         found += local
@@ -123,6 +123,13 @@ def expand_shards(pattern: str, skipped: Skipped | None = None) -> list[str]:
         for item in absent:
             skipped.shard(item, f"shard {item} is missing")
     return found
+
+
+def _is_address(item: str) -> bool:
+    """Whether webdataset may open it: a known scheme, and nothing that a shell would read."""
+    scheme = re.match(_SCHEME, item)
+    known = scheme is not None and scheme.group(1).lower() in _SCHEMES
+    return known and not re.search(r"[\s'\"`$;|<>]", item)
 
 
 def _local_shards(item: str) -> list[str]:
@@ -150,7 +157,8 @@ def read_shard(shard: str, skipped: Skipped | None = None) -> Iterator[TarRecord
         OSError: the archive cannot be opened, is truncated or damaged.
     """
     try:
-        with gopen(shard, "rb") as stream:
+        # webdataset would run what a file named "pipe:…" says: plain files are opened as files.
+        with gopen(shard, "rb") if _is_address(shard) else open(shard, "rb") as stream:
             for name, members in _members(stream, shard):
                 try:
                     record = _record(name, members)
