@@ -92,6 +92,38 @@ def test_spread_references_with_near_neighbours_at_almost_no_noise():
     assert np.abs(moved.numpy() - expected).max() < 0.03 * scale
 
 
+@pytest.mark.parametrize("timestep", [0, 20, 500])
+def test_float32_of_a_class_whose_images_are_not_the_nearest(timestep):
+    """Forty images of another class lie nearer than the two that the label leaves."""
+    generator = torch.Generator().manual_seed(3)
+    alpha_bar = np.float32(DDPMScheduler().alphas_cumprod[timestep].item())
+    spread = float((4 * (1 - alpha_bar) / alpha_bar / 3072) ** 0.5)
+    base = 0.7 * torch.rand(3, 32, 32, generator=generator) + 0.1
+
+    def around(count, distance):
+        return base + distance * torch.randn(count, 3, 32, 32, generator=generator)
+
+    images = torch.cat([around(40, 0.1 * spread), around(2, spread), around(20, 1.0)]).clamp(-1, 1)
+    labels = torch.tensor([0] * 40 + [1] * 2 + [0] * 20)
+    counts = torch.ones(62, dtype=torch.int64)
+    counts[40] = 4
+    index = ReferenceIndex.build(
+        images, labels=labels, counts=counts, groups=[str(i) for i in range(62)]
+    )
+    noise = torch.randn(4, 3, 32, 32, generator=generator)
+    x_t = float(alpha_bar) ** 0.5 * base + (1 - float(alpha_bar)) ** 0.5 * noise
+    y = torch.ones(4, dtype=torch.int64)
+    plain = prediction_of(x_t, alpha_bar, conditions=y, guidance_scale=2.0)
+    moved = MultiplicityGuidance(index)(plain).output_cond.flatten(1).double().numpy()
+    args = (x_t.flatten(1).double().numpy(), index.vectors.double().numpy())
+    inside = (labels == 1).numpy()
+    wide = np.float64(alpha_bar)
+    expected = -np.sqrt(wide / (1 - wide)) * (
+        numpy_mean(*args, inside * 1.0, wide) - numpy_mean(*args, inside * counts.numpy(), wide)
+    )
+    assert np.abs(moved - expected).max() < 0.01 * np.abs(expected).max()
+
+
 def test_further_denoiser_calls_are_corrected_as_the_branches_are():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(20, 1, 4, 4, generator=generator) * 2 - 1
@@ -200,7 +232,9 @@ def test_it_turns_a_duplicated_posterior_into_the_deduplicated_one():
 
         def denoiser(x_t, t, conditions):
             alpha_bar = scheduler.alphas_cumprod[t]
-            logits = posterior.log_likelihood(x_t.flatten(1), alpha_bar) + weights.log()
+            flat, log_weights = x_t.flatten(1), weights.log()
+            square = posterior.expanded_square(flat, alpha_bar)
+            logits = posterior.refined(square, flat, alpha_bar, log_weights) + log_weights
             x_0 = (torch.softmax(logits, dim=1) @ images.flatten(1)).reshape(x_t.shape)
             return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
 

@@ -42,13 +42,21 @@ class EmpiricalPosterior:
         self.centre = centre
         self.half_squares = squared_norms / 2
 
-    def log_likelihood(self, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+    def expanded_square(self, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
         """−‖x_t − √ᾱ r_i‖²/(2(1−ᾱ)) up to a constant a row, (B, N), for x_t (B, D)."""
         root = alpha_bar.sqrt()
         centred = x_t - root * self.centre
         logits = root * (centred @ self.references.T) - alpha_bar * self.half_squares
-        logits = logits / (1 - alpha_bar)
-        top, rows = logits.topk(min(EXACT_CANDIDATES, logits.shape[1]), dim=1)
+        return logits / (1 - alpha_bar)
+
+    def refined(
+        self, logits: Tensor, x_t: Tensor, alpha_bar: Tensor, log_weights: Tensor
+    ) -> Tensor:
+        """``logits`` with exact differences for those that lead among references of weight > 0."""
+        root = alpha_bar.sqrt()
+        counted = logits.masked_fill(log_weights == -torch.inf, -torch.inf)
+        top, rows = counted.topk(min(EXACT_CANDIDATES, logits.shape[1]), dim=1)
+        centred = x_t - root * self.centre
         differences = centred[:, None] - root * self.references[rows]  # (B, candidates, D)
         exact = -differences.square().sum(dim=2) / (2 * (1 - alpha_bar))
         # Both are known up to a constant a row; relative to the leading candidate they agree, and
@@ -56,9 +64,15 @@ class EmpiricalPosterior:
         return (logits - top[:, :1]).scatter(1, rows, exact - exact[:, :1])
 
     def mean_difference(
-        self, log_likelihood: Tensor, log_weights_1: Tensor, log_weights_m: Tensor
+        self,
+        logits: Tensor,
+        x_t: Tensor,
+        alpha_bar: Tensor,
+        log_weights_1: Tensor,
+        log_weights_m: Tensor,
     ) -> Tensor:
-        """μ_1 − μ_m, (B, D), from log-weights (N,) or (B, N)."""
+        """μ_1 − μ_m at x_t, (B, D), from ``expanded_square`` and log-weights (N,) or (B, N)."""
+        log_likelihood = self.refined(logits, x_t, alpha_bar, log_weights_m)
         p_1 = torch.softmax(log_likelihood + log_weights_1, dim=1)
         p_m = torch.softmax(log_likelihood + log_weights_m, dim=1)
         # Σ (p_1 − p_m) = 0: the centre drops out.
@@ -136,12 +150,13 @@ class MultiplicityGuidance:
         parts: list[list[Tensor]] = [[] for _ in branches]
         with torch.autocast(x_t.device.type, enabled=False):
             for rows in torch.arange(len(flat), device=flat.device).split(chunk):
-                likelihood = self.posterior.log_likelihood(flat[rows], prediction.alpha_bar)
+                noisy, alpha_bar = flat[rows], prediction.alpha_bar
+                logits = self.posterior.expanded_square(noisy, alpha_bar)
                 for part, (output, conditions) in zip(parts, branches, strict=True):
                     log_1, log_m = self._log_1, self._log_m
                     if conditions is not None:
                         log_1, log_m = self._conditional_weights(conditions[rows])
-                    delta = self.posterior.mean_difference(likelihood, log_1, log_m)
+                    delta = self.posterior.mean_difference(logits, noisy, alpha_bar, log_1, log_m)
                     part.append(output[rows] + self._change(prediction, delta, output[rows]))
         return [torch.cat(part) for part in parts]
 
