@@ -1,5 +1,7 @@
 """AMG as a whole: the paper's formula, who pays, who keeps their bits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -229,6 +231,37 @@ def test_final_correction_leaves_nothing_above_its_target(index, images, kind):
     # Only the last step corrects.
     _, early = prediction_near(images, [3, 4, -1, 9], kind, distance=0.05)
     assert torch.equal(guidance(early).output, early.output)
+
+
+def test_final_correction_moves_latents_by_what_they_decode_to(index, images):
+    """x̂_0 at half the images' scale, decoded by doubling: the decoded images leave the copies."""
+    _, plain = prediction_near(0.5 * images, [3, 4, 9], distance=0.02, last=True)
+    plain = replace(plain, decode=lambda latent: 2 * latent, image_range=None)
+    guidance = AntiMemorizationGuidance(
+        index, NormalizedL2(), ConstantThreshold(0.0), final_correction=-0.8
+    )
+    assert (NormalizedL2()(index, 2 * plain.clean_estimate()).sigma > -0.8).all()
+    returned = guidance(plain).clean_estimate()
+    assert (NormalizedL2()(index, 2 * returned).sigma <= -0.8 + 1e-5).all()
+
+
+def test_no_further_call_where_despecification_leaves_nothing_to_deduplicate(index, images):
+    """s_1 = s_0 − 1 makes s_2 = 0 (eq. 15), whatever y_N is."""
+    network, plain = prediction_near(images, [3, 17])
+    amg = AntiMemorizationGuidance(index, NormalizedL2(), ANY, c1=1e4, c2=1.0)
+    guided = amg(plain)
+    assert (guided.trace["s1"] == 2.0).all() and (guided.trace["s2"] == 0.0).all()
+    assert network.calls == []
+
+
+def test_below_the_gate_an_open_gate_leaves_distances_to_dissimilarity(index, images):
+    """nL2's strength is how far σ is above the gate: c_1 and c_2 have nothing to multiply there."""
+    _, plain = prediction_near(images, [-1, -1])
+    guided = AntiMemorizationGuidance(
+        index, NormalizedL2(), ConstantThreshold(0.0), c1=5.0, c2=5.0, gated=False
+    )(plain)
+    assert guided.active.all()
+    assert torch.equal(guided.output, plain.output)
 
 
 def test_observer_records_and_changes_nothing(index, images):

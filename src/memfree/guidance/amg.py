@@ -89,7 +89,9 @@ class AntiMemorizationGuidance(Observer):
             None: no correction.
         gradient: take ∇_{x_t} σ_t through x̂_0 with ε̂ held constant (default), or through the
             denoiser as well.
-        gated: False guides every sample at every step: the ablation of eq. 10.
+        gated: False opens the gate to every sample at every step: the ablation of eq. 10. With
+            ``NormalizedL2`` only G_sim then acts below λ_t: c_1 and c_2 multiply how far σ_t is
+            above the gate, which is 0 there.
     """
 
     def __init__(
@@ -169,7 +171,7 @@ class AntiMemorizationGuidance(Observer):
         if cond is not None and uncond is not None and s_0 > 1:
             change = corrections.despecification(s_1, cond[rows], uncond[rows])
             if self.c2 > 0:
-                neighbour = self._neighbour_output(prediction, match, rows)
+                neighbour = self._neighbour_output(prediction, match, rows, s_2)
                 change = change + corrections.deduplication(s_2, neighbour, uncond[rows])
             # Differences of outputs: the same formula for ε and for v (see Prediction).
             result = result.with_output_change(change, rows)
@@ -184,14 +186,16 @@ class AntiMemorizationGuidance(Observer):
             columns["g_sim_norm"][rows] = row_norm(g_sim)
         return result
 
-    def _neighbour_output(self, prediction: Prediction, match: Match, rows: Tensor) -> Tensor:
-        """ε_θ(x_t, y_N) of eq. 16; the denoiser is called only where y_N differs from y."""
+    def _neighbour_output(
+        self, prediction: Prediction, match: Match, rows: Tensor, s_2: Tensor
+    ) -> Tensor:
+        """ε_θ(x_t, y_N) of eq. 16; the denoiser is called only where y_N ≠ y and s_2 > 0."""
         assert prediction.output_cond is not None and prediction.conditions is not None
         if self.index.labels is None:
             raise ValueError("c2 needs an index with labels: build it on a labelled data set")
         labels = self.index.labels.to(match.rows.device)[match.rows[rows, 0]]
         output = prediction.output_cond[rows].clone()
-        other = (labels != prediction.conditions[rows]).nonzero().squeeze(1)
+        other = ((labels != prediction.conditions[rows]) & (s_2 > 0)).nonzero().squeeze(1)
         if len(other):
             output[other] = prediction.denoise(prediction.x_t[rows[other]], labels[other])
         return output
@@ -222,7 +226,14 @@ class AntiMemorizationGuidance(Observer):
         if not len(rows):
             return prediction
         with torch.inference_mode(False):
-            moved = move_below(self.index, self.similarity, returned[rows].clone(), target, limit)
+            moved = move_below(
+                self.index,
+                self.similarity,
+                returned[rows].clone(),
+                target,
+                limit,
+                prediction.decode,
+            )
         return prediction.with_clean_change(moved - x_0[rows], rows).activated(above)
 
 

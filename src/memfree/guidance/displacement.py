@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,9 +37,10 @@ def move_below(
     x_0: Tensor,
     target: float,
     image_range: float | None,
+    decode: Callable[[Tensor], Tensor] = lambda x_0: x_0,
     iterations: int = 20,
 ) -> Tensor:
-    """Move clean images along −∇σ until every σ is at most ``target``, by Newton steps.
+    """Move clean estimates along −∇σ until every σ is at most ``target``, by Newton steps.
 
     A step of (σ − target)/‖∇σ‖² reaches the target exactly where σ is linear; the neighbour is
     searched again each time, since another may come near. It is the smallest change that leaves
@@ -47,21 +49,22 @@ def move_below(
     Args:
         index: the references.
         similarity: σ.
-        x_0: images (B, C, H, W).
+        x_0: clean estimates (B, ...): images, or what ``decode`` makes images of.
         target: σ to reach, in units of the similarity.
-        image_range: keep the images in ±image_range; None for no limit.
+        image_range: keep x_0 in ±image_range; None for no limit.
+        decode: from x_0 to images (B, C, H, W) in [−1, 1].
         iterations: the most steps taken.
 
     Returns:
-        The moved images, like x_0; rows at or below the target keep their bits.
+        The moved estimates, like x_0; rows at or below the target keep their bits.
     """
     x_0 = x_0.clone()
     rows = torch.arange(len(x_0), device=x_0.device)
     for _ in range(iterations):
         with torch.enable_grad():
-            images = x_0[rows].requires_grad_()
-            sigma = similarity(index, images).sigma
-            (gradient,) = torch.autograd.grad(sigma.sum(), images)
+            moving = x_0[rows].requires_grad_()
+            sigma = similarity(index, decode(moving)).sigma
+            (gradient,) = torch.autograd.grad(sigma.sum(), moving)
         above = sigma.detach() > target
         if not bool(above.any()):
             break

@@ -31,7 +31,7 @@ class GuidanceSettings:
     schedule: Literal["rising", "constant"] = "rising"
     """λ_t: rising as t falls (eq. 19), or constant at its end point (the paper's ablation)."""
     gated: bool = True
-    """False guides every sample at every step (the paper's ablation of the gate)."""
+    """False opens the gate to every sample at every step (the paper's ablation)."""
     start_ratio: float = 1.4
     """Where λ_t starts, as a multiple of its (negative) end point; 1.3 in the paper."""
     rate: float = 0.025

@@ -31,8 +31,8 @@ def trace_summary(
         and of sample-steps steered; ``undecided_samples``: number of samples with
         |σ_t − gate| < 1e-4 at some step, whose bits may depend on the batch size;
         ``other_label_steps``: share of the steered sample-steps whose nearest image has another
-        label than the sample, so that eq. 16 costs a denoiser call; None where nothing was steered
-        or there are no labels.
+        label than the sample, so that eq. 16 may cost a denoiser call; None where nothing was
+        steered or there are no labels.
     """
     rows = active_rows = other = 0
     samples: set[int] = set()
