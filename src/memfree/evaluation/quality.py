@@ -77,7 +77,7 @@ def frechet_metrics(
     """
     everyone = {**subjects, HELDOUT: floor}
     n = min(len(target), *(len(features) for features in everyone.values()))
-    target = target[np.sort(np.random.default_rng([seed, 0]).permutation(len(target))[:n])]
+    target = _rows(target, n, seed)
     distance = FrechetDistance(target)
     detail = {"equal_count": n, "dimensions": int(target.shape[1]), **detail}
     results = {name: _draw(distance, each, n, seed, draws) for name, each in everyone.items()}
@@ -112,6 +112,11 @@ def _draw(
     )
 
 
+def _rows(features: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """n of the rows, the same for all features of one count."""
+    return features[np.sort(np.random.default_rng([seed, 0]).permutation(len(features))[:n])]
+
+
 def _centred(value: float, resampled: np.ndarray) -> Interval:
     """Interval of ``value`` with the spread, but not the bias, of the resampled values."""
     if len(resampled) == 0:
@@ -131,8 +136,9 @@ def kid_metrics(
 ) -> list[Metric]:
     """Kernel inception distance (unbiased, cubic kernel) of every subject and of the floor.
 
-    The interval is 1.96 standard deviations over subsets of half the smallest count: their spread
-    about the whole is that of the whole about the truth (delete-half jackknife).
+    All sides have the same count n, the smallest. The interval is 1.96 standard deviations over
+    subsets of n/2: their spread about the whole is that of the whole about the truth (delete-half
+    jackknife).
 
     Args:
         space: name of the features; the metric is ``kid_{space}``.
@@ -145,9 +151,10 @@ def kid_metrics(
     """
     everyone = {**subjects, HELDOUT: floor}
     n = min(len(target), *(len(features) for features in everyone.values()))
+    target = _rows(target, n, seed)
     metrics = []
     for name, features in everyone.items():
-        mean, deviation = _kid(features, target, max(2, n // 2), subsets, seed)
+        mean, deviation = _kid(_rows(features, n, seed), target, max(2, n // 2), subsets, seed)
         interval = Interval(mean, mean - 1.96 * deviation, mean + 1.96 * deviation)
         notes = {"compared": "distinct training images"} if name == HELDOUT else {}
         metrics.append(
