@@ -20,6 +20,7 @@ def make_samples(
     mitigation: str,
     seed: int = 0,
     trace: bool = True,
+    index_features: str | None = None,
 ) -> Path:
     """A finished sample folder of given images, with a trace that rises towards the end."""
     n = len(images)
@@ -54,6 +55,7 @@ def make_samples(
         image_shape=list(images.shape[1:]),
         shards=["samples-000-000000.tar"],
         mitigation=mitigation,
+        index_features=index_features,
         dataset_hash=dataset_hash,
         seconds_per_sample=0.01,
         peak_memory_bytes=3e8,

@@ -199,6 +199,22 @@ def test_samples_of_another_data_set_are_refused_unless_named(dataset, index, tm
     assert list(opened.samples) == ["oracle"]
 
 
+@pytest.mark.parametrize("mitigation, refuses", [("amg", True), ("none", False)])
+def test_the_second_measure_has_not_steered(dataset, index, tmp_path, mitigation, refuses):
+    """Guided by EfficientNet, judged by pixels: the second measure would be EfficientNet."""
+    from memfree.evaluation.inputs import open_inputs
+
+    images = DatasetFolder(dataset).part("fit").images()[:20]
+    folder = make_samples(
+        tmp_path / "s", images, None, None, mitigation, index_features="efficientnet-lite0"
+    )
+    if refuses:
+        with pytest.raises(ValueError, match="would be what steered"):
+            open_inputs(dataset, index, {"x": folder}, "unguided", ())
+    else:
+        assert open_inputs(dataset, index, {"x": folder}, "unguided", ()).samples
+
+
 def test_other_bad_input_is_one_line(dataset, index, samples, evaluation, tmp_path, capsys):
     unguided = f"--samples.unguided={samples['unguided']}"
     good = ["--dataset", dataset, "--index", index, unguided]

@@ -55,8 +55,8 @@ def open_inputs(
 
     Raises:
         FileNotFoundError: a folder is missing.
-        ValueError: there are no samples, a held-out part is empty, or index or samples are of
-            another data set or image shape.
+        ValueError: there are no samples, a held-out part is empty, index or samples are of
+            another data set or image shape, or samples were steered by other features.
     """
     from memfree.data import DatasetFolder
 
@@ -76,6 +76,7 @@ def open_inputs(
     folders = {name: SampleFolder(path) for name, path in samples.items()}
     for name, folder in folders.items():
         _check_samples(name, folder, data, other_data)
+        _check_unseen(name, folder, references)
     if reference not in folders:
         if reference != DEFAULT_REFERENCE:
             raise ValueError(
@@ -105,6 +106,17 @@ def _check_samples(
         raise ValueError(
             f"--samples.{name} {folder.path} is of a model of another data set than --dataset "
             f"{data.path}; name it in --other_data if that is what you want to compare"
+        )
+
+
+def _check_unseen(name: str, folder: SampleFolder, index: ReferenceIndex) -> None:
+    """Refuse samples steered by other features than the index's: the second measure's, perhaps."""
+    own = index.features.describe()["name"]
+    steered_by = folder.manifest.get("index_features")
+    if folder.manifest.get("mitigation") != "none" and steered_by not in (None, own):
+        raise ValueError(
+            f"--samples.{name} {folder.path} was steered by an index of {steered_by}, --index is "
+            f"of {own}: the second measure would be what steered; give the index that steered"
         )
 
 

@@ -220,6 +220,9 @@ def known_copies(folder: EvaluationFolder) -> list[dict[str, str]]:
 
 
 LIMITS = (
+    "AMG steers by the first measure, and its last step moves what is left just past that "
+    "measure's threshold; rejection draws again by it. Judge them by the rows below it: the second "
+    "measure, the share of repeated images, and the distances.",
     "A copy is a whole image that is near as a whole. Copied parts, styles and contents, and "
     "images mirrored or cropped, are not seen by pixel distance.",
     "Only images in the reference index can be found. What a source holds twice under other "

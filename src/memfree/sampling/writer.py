@@ -21,6 +21,7 @@ from memfree.manifest import write_atomic
 from memfree.sampling import png
 from memfree.sampling.loop import TRACE_COLUMNS
 from memfree.sampling.module import SampleBatch
+from memfree.sampling.peak_memory import peak_memory, reset_peak_memory
 from memfree.sampling.run import SampleRun
 
 
@@ -30,7 +31,7 @@ class SampleWriter(Callback):
     A sample's PNG has a JSON beside it: ``index``, ``seed`` (of the run), ``condition`` (label or
     null), ``mitigation``, ``peak_sigma`` (largest σ_t), ``nearest`` (image key at the last step),
     ``active_steps``, ``seconds`` (its part of the batch) and ``peak_memory_bytes`` (of the process
-    or its GPU so far).
+    or its GPU while sampling).
 
     Args:
         run: the sample folder.
@@ -63,6 +64,7 @@ class SampleWriter(Callback):
         self._shard = self.run.next_shard(trainer.global_rank)
         self._parent = os.getppid()
         self._pending = []
+        reset_peak_memory(pl_module.device)
 
     def on_predict_batch_end(
         self,
@@ -88,7 +90,7 @@ class SampleWriter(Callback):
 
     def _flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = f"{trainer.global_rank:03d}-{self._shard:06d}"
-        memory = _peak_memory(pl_module.device)
+        memory = peak_memory(pl_module.device)
         traces = [
             trace_table(batch.index, batch.trace, self.keys)
             for batch in self._pending
@@ -199,15 +201,3 @@ def summaries(
             active[row] = int(batch.trace["active"].numpy()[here].astype(bool).sum())
     assert all(peak is None or math.isfinite(peak) for peak in peaks)
     return peaks, nearest, active
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Of the GPU, or the largest resident size of this process so far, bytes; 0 where unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # pragma: no cover - Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024
