@@ -136,6 +136,20 @@ def test_further_denoiser_calls_are_corrected_as_the_branches_are():
     assert torch.equal(guided.denoise(x_t, None), guided.output_uncond)
 
 
+def test_the_traces_norm_is_of_eps_in_every_parameterisation():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(20, 1, 4, 4, generator=generator) * 2 - 1
+    counts = torch.ones(20, dtype=torch.int64)
+    counts[0] = 50
+    guidance = MultiplicityGuidance(ReferenceIndex.build(images, counts=counts))
+    x_t = torch.randn(4, 1, 4, 4, generator=generator)
+    of_eps = guidance(prediction_of(x_t, 0.3))
+    expected = of_eps.output.flatten(1).norm(dim=1)  # the prediction was 0
+    assert (expected > 0).all()
+    for guided in (of_eps, guidance(prediction_of(x_t, 0.3, "v_prediction"))):
+        torch.testing.assert_close(guided.trace["g_mul_norm"], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_half_precision_outside_does_not_reach_it():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(20, 1, 4, 4, generator=generator) * 2 - 1

@@ -34,20 +34,26 @@ def test_progress(terminal):
     trainer = SimpleNamespace(is_global_zero=True, global_rank=0, world_size=2, datamodule=data)
     data.trainer = trainer
     data.missing = list(range(12))
-    progress = SampleProgress(console)
+    progress = SampleProgress(console=console)
     progress.on_predict_start(trainer, None)
     for number in range(2):
         progress.on_predict_batch_end(trainer, None, batch([[1, 0, 0]]), None, number)
     progress.on_predict_end(trainer, None)
     text = stream.getvalue()
-    assert "33% active (rank 0 of 2)" in text
+    assert "33% steered by AMG (rank 0 of 2)" in text
     assert ("6/6" if terminal else "6 of 6 samples") in text
+
+
+def test_without_amg_no_share_is_told():
+    progress = SampleProgress(steered=False, console=Console(file=io.StringIO()))
+    progress._ranks = 1
+    assert progress.text() == "0.0 samples/s"
 
 
 def test_other_ranks_are_silent():
     stream = io.StringIO()
     trainer = SimpleNamespace(is_global_zero=False)
-    progress = SampleProgress(Console(file=stream))
+    progress = SampleProgress(console=Console(file=stream))
     progress.on_predict_start(trainer, None)
     progress.on_predict_batch_end(trainer, None, batch([[1]]), None, 0)
     progress.on_predict_end(trainer, None)

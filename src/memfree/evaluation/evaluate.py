@@ -180,7 +180,8 @@ def _cost_metrics(inputs: Inputs) -> list[Metric]:
                         steps=folder.manifest.get("steps"),
                     )
                 )
-        if (trace := trace_of(folder)) is not None:
+        steered = folder.manifest.get("mitigation") in ("amg", "both")
+        if steered and (trace := trace_of(folder)) is not None:
             metrics.append(metric("active_share", name, active_share(trace), n))
     return metrics
 

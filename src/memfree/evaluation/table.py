@@ -129,7 +129,7 @@ ROWS = (
         "Three times nearer to the nearest than to the second nearest image (Gu et al.).",
         PAPERS,
     ),
-    Row("active_share", "Steps with guidance active", percent, "Over all steps and samples.", COST),
+    Row("active_share", "Steps steered by AMG", percent, "Over all steps and samples.", COST),
     Row(
         "seconds_per_sample",
         "Time a sample",
@@ -137,7 +137,7 @@ ROWS = (
         "With the search that fills the trace.",
         COST,
     ),
-    Row("peak_memory_bytes", "Peak memory", memory, "Of the process, up to then.", COST),
+    Row("peak_memory_bytes", "Peak memory", memory, "Of the process while it sampled.", COST),
 )
 
 

@@ -139,7 +139,9 @@ class MultiplicityGuidance:
         corrected = replace(recorded, denoise=denoise).with_branches(
             new.get("cond"), new.get("uncond")
         )
-        return corrected.recorded(g_mul_norm=row_norm(corrected.output - prediction.output))
+        moved = corrected.clean_estimate() - prediction.clean_estimate()
+        in_eps = (prediction.alpha_bar / (1 - prediction.alpha_bar)).sqrt()
+        return corrected.recorded(g_mul_norm=in_eps * row_norm(moved))
 
     def _corrected(
         self, prediction: Prediction, x_t: Tensor, branches: Sequence[tuple[Tensor, Tensor | None]]

@@ -18,6 +18,8 @@ Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x_t, t, conditions or None) → what ``scheduler.config.prediction_type`` says."""
 
 TRACE_COLUMNS = ("sigma", "lambda", "active", "nearest", "s1", "s2", "g_sim_norm", "g_mul_norm")
+"""σ_t, λ_t, whether AMG acted, the row of n_0, s_1 and s_2, and the norms of G_sim and G_mul as
+changes of ε̂."""
 
 
 @dataclass(frozen=True)

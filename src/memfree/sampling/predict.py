@@ -137,7 +137,7 @@ def predict(
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[writer, SampleProgress()],
+            callbacks=[writer, SampleProgress(guidance.mitigation in ("amg", "both"))],
         )
     with run:
         check_free_space(
@@ -197,6 +197,7 @@ def _finish(
         model=str(model),
         index=None if index is None else str(index),
         dataset_hash=loaded.manifest.get("dataset_hash"),
+        index_features=None if reference is None else reference.features.describe()["name"],
         index_dataset_hash=None if reference is None else reference.dataset_hash,
         seconds=seconds,
         seconds_per_sample=seconds / run.count,

@@ -22,10 +22,12 @@ class SampleProgress(Callback):
     so and the rate is of all ranks together.
 
     Args:
+        steered: whether AMG may act, so that its share is worth telling.
         console: where to write; standard error by default, so that results can be piped.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, steered: bool = True, console: Console | None = None) -> None:
+        self.steered = steered
         self.console = console or Console(stderr=True)
         self._bar: Progress | None = None
         self._total = self._done = self._active = self._ranks = 0
@@ -90,13 +92,14 @@ class SampleProgress(Callback):
     def text(self) -> str:
         """Rate and share of active samples so far."""
         elapsed = max(time.monotonic() - self._start, 1e-9)
-        text = f"{self._ranks * self._done / elapsed:.1f} samples/s, "
-        text += f"{self._active / max(self._done, 1):.0%} active"
+        text = f"{self._ranks * self._done / elapsed:.1f} samples/s"
+        if self.steered:
+            text += f", {self._active / max(self._done, 1):.0%} steered by AMG"
         return text if self._ranks == 1 else f"{text} (rank 0 of {self._ranks})"
 
 
 def active_samples(batch: SampleBatch) -> int:
-    """How many samples of the batch some guidance has steered at one step or more."""
+    """How many samples of the batch AMG has steered at one step or more."""
     if batch.trace is None or "active" not in batch.trace:
         return 0
     return len(batch.trace["sample"][batch.trace["active"].bool()].unique())
