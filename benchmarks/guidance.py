@@ -1,5 +1,8 @@
 """Guided over unguided sampling with a CIFAR-size U-Net, by the share of active samples.
 
+Unconditional with G_sim; class-conditional with all three guidances and a nearest image of another
+class for every active sample, so that eq. 16 always costs a call of the denoiser.
+
 ``python benchmarks/guidance.py`` writes benchmarks/results/guidance.json.
 """
 
@@ -29,13 +32,16 @@ ROWS, BATCH, STEPS = 50_000, 16, 10
 SHARES = (0.0, 0.1, 1.0)
 LIMIT = 1.10
 """Goal for the ratio at 10 % active samples."""
+ASKED, NEAREST = 0, 1
+"""The class that is asked for, and that of all references."""
 
 
-def network() -> UNet2DModel:
+def network(classes: int | None = None) -> UNet2DModel:
     """The U-Net of DDPM on CIFAR-10, 35.7 M weights, untrained: time does not depend on them."""
     torch.manual_seed(0)
     net: Any = UNet2DModel(
         sample_size=32,
+        num_class_embeds=classes,
         block_out_channels=(128, 256, 256, 256),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
@@ -64,29 +70,58 @@ def run(repetitions: int = 5) -> list[dict[str, Any]]:
     counts = torch.ones(ROWS, dtype=torch.int64)
     counts[::500] = 64
     references = pictures(ROWS, torch.Generator().manual_seed(0))
-    index = ReferenceIndex.build(references, groups=range(ROWS), counts=counts).to(device)
-    net: Any = network().to(device)
-    multiplicity = MultiplicityGuidance(index)
+    # The class that is asked for has few images: the nearest one is of the other class.
+    labels = torch.full((ROWS,), NEAREST)
+    labels[:BATCH] = ASKED
+    index = ReferenceIndex.build(references, labels=labels, groups=range(ROWS), counts=counts)
+    index = index.to(device)
+    return [
+        *_compare("unconditional", index, network().to(device), SHARES, repetitions),
+        *_compare("class, scale 3", index, network(3).to(device), (0.1,), max(2, repetitions - 2)),
+    ]
+
+
+def _compare(
+    kind: str, index: ReferenceIndex, net: Any, shares: tuple[float, ...], repetitions: int
+) -> list[dict[str, Any]]:
+    conditional = kind != "unconditional"
+    device = index.vectors.device
+
+    def denoiser(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        if not conditional:
+            return net(x, t).sample
+        # Class 2 stands for "no class", as in our own models.
+        asked = torch.full((len(x),), 2, device=device) if y is None else y
+        return net(x, t, class_labels=asked).sample
 
     def draw_batch(guidance: list[Guidance]) -> Callable[[], Tensor]:
         def call() -> Tensor:
             sources = generators(0, range(BATCH))
-            noise = draw((3, 32, 32), sources).to(device)
             return sample(
-                lambda x, t, y: net(x, t).sample,
+                denoiser,
                 DDPMScheduler(),
-                noise,
+                draw((3, 32, 32), sources).to(device),
                 STEPS,
                 guidance,
+                conditions=torch.full((BATCH,), ASKED, device=device) if conditional else None,
+                guidance_scale=3.0 if conditional else 1.0,
                 generators=sources,
             ).images
 
         return call
 
+    multiplicity = MultiplicityGuidance(index)
     functions = {"unguided": draw_batch([])}
-    for share in SHARES:
+    for share in shares:
+        # λ below any σ: eq. 13 and 15 have something to multiply; the override opens the gate.
         amg = ForcedGuidance(
-            index, NormalizedL2(), ConstantThreshold(-0.7), c3=100.0, max_displacement=0.5
+            index,
+            NormalizedL2(),
+            ConstantThreshold(-10.0),
+            c1=0.01,
+            c2=0.01,
+            c3=100.0,
+            max_displacement=0.5,
         )
         amg.share = share
         functions[f"amg, {share:.0%} active"] = draw_batch([amg])
@@ -95,11 +130,14 @@ def run(repetitions: int = 5) -> list[dict[str, Any]]:
     weights = sum(weight.numel() for weight in net.parameters())
     return [
         compared(
-            f"{name}, batch {BATCH}, {STEPS} steps, {ROWS} references / unguided",
+            f"{kind}: {name} / unguided",
             timings,
             name,
             "unguided",
             parameters=weights,
+            batch=BATCH,
+            steps=STEPS,
+            references=ROWS,
             limit=LIMIT if ", 10%" in name else None,
         )
         for name in functions

@@ -16,10 +16,17 @@ from diffusers import DDPMScheduler
 from harness import Timing, compared, write
 from lightning.pytorch.callbacks import Callback
 
-from memfree.data import ShardDataModule, prepare
+from memfree.data import ExposureCounter, ShardDataModule, prepare
 from memfree.data.plan import DuplicationPlan
-from memfree.models import DDPMModule, ExponentialMovingAverage, ModelOptions, build_network
+from memfree.models import (
+    DDPMModule,
+    ExponentialMovingAverage,
+    FiniteTraining,
+    ModelOptions,
+    build_network,
+)
 from memfree.models.network import NetworkOptions
+from memfree.models.progress import LossRecord
 
 BATCH, STEPS, WARMUP = 64, 60, 10
 LIMIT = 1.05
@@ -40,8 +47,12 @@ class Clock(Callback):
             self.seconds = time.perf_counter() - self.started
 
 
-def ours(data: Path) -> float:
-    """Seconds a step of what ``train.py`` runs: data module, module, average, clipping."""
+def ours(data: Path, out: Path) -> float:
+    """Seconds a step of what ``train.py`` runs between two checkpoints and sample grids.
+
+    Data module, module, averaged weights, clipping, exposures, the check for finite losses and the
+    record of the loss.
+    """
     module_data = ShardDataModule(str(data), batch_size=BATCH)
     module = DDPMModule(ModelOptions(), (1, 8, 8))
     clock = Clock()
@@ -54,7 +65,14 @@ def ours(data: Path) -> float:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[ExponentialMovingAverage(0.995), clock],
+        log_every_n_steps=50,
+        callbacks=[
+            FiniteTraining(50),
+            LossRecord(50),
+            ExposureCounter(str(out)),
+            ExponentialMovingAverage(0.995),
+            clock,
+        ],
     )
     trainer.fit(module, datamodule=module_data)
     return clock.seconds / STEPS
@@ -97,7 +115,7 @@ def run(repetitions: int = 7) -> list[dict[str, Any]]:
         images = module_data.folder.part("train").images()
         timings: dict[str, list[float]] = {"ours": [], "bare": []}
         for _ in range(repetitions):
-            timings["ours"].append(ours(data))
+            timings["ours"].append(ours(data, Path(folder) / "out"))
             timings["bare"].append(bare(images))
     return [
         compared(
