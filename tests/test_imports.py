@@ -5,7 +5,16 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "memfree"
 LAYERS = [
-    {"manifest", "resolved", "quiet", "bars", "difference", "trainers", "diffusion_math"},
+    {
+        "manifest",
+        "resolved",
+        "quiet",
+        "bars",
+        "difference",
+        "trainers",
+        "diffusion_math",
+        "calibration_size",
+    },
     {"data", "models", "retrieval"},
     {"guidance"},
     {"sampling", "indexing", "training"},

@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from memfree.bars import counting_bar
+from memfree.calibration_size import MIN_EXPECTED, too_few_images
 from memfree.data import DatasetFolder
-from memfree.data.calibration_size import too_few_images
 from memfree.guidance.calibration import (
-    MIN_EXPECTED,
     Calibration,
     calibration_of,
     default_similarity,

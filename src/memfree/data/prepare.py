@@ -10,8 +10,8 @@ from typing import Any, Literal
 from rich.console import Console
 
 from memfree.bars import counting_bar
+from memfree.calibration_size import too_few_images
 from memfree.data.build import build
-from memfree.data.calibration_size import too_few_images
 from memfree.data.framing import Filter, Framing, Resize
 from memfree.data.grouping import DEFAULT_DISTANCE
 from memfree.data.plan import DuplicationPlan

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from memfree.calibration_size import MIN_EXPECTED
 from memfree.evaluation.intervals import (
     Interval,
     bootstrap,
@@ -261,4 +262,4 @@ def same_image_metrics(
 
 def allowed_rates(wanted: Sequence[float], calibration_images: int) -> list[float]:
     """The false-positive rates that so many calibration images can support: at least 5/n."""
-    return [rate for rate in wanted if rate * calibration_images >= 5 - 1e-9]
+    return [rate for rate in wanted if rate * calibration_images >= MIN_EXPECTED - 1e-9]

@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from memfree.calibration_size import MIN_EXPECTED
 from memfree.guidance.similarity import EmbeddingSimilarity, NormalizedL2, Similarity
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-
-MIN_EXPECTED = 5
-"""A false-positive rate needs at least this many expected calibration images above it."""
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,20 @@
 
 import torch
 
-from memfree.data import PartSizes, calibration_size, prepare
+from memfree import calibration_size
+from memfree.data import PartSizes, prepare
 from memfree.guidance import calibration
 from memfree.guidance.settings import GuidanceSettings
 from memfree.indexing import index
 
 
 def test_the_rate_that_is_advised_can_be_used():
-    assert calibration_size.MIN_EXPECTED == calibration.MIN_EXPECTED
     assert GuidanceSettings().false_positive_rate == calibration_size.DEFAULT_RATE
     assert calibration_size.too_few_images(500) is None
     for images in range(6, 500):
         line = calibration_size.too_few_images(images)
         rate = float(line.split("--false_positive_rate ")[1].split(" ")[0])
-        assert rate < calibration.MIN_EXPECTED / images + 1e-4
+        assert rate < calibration_size.MIN_EXPECTED / images + 1e-4
         calibration.Calibration("x", torch.arange(float(images))).threshold(rate)
     for images in range(6):
         assert "too few for any rate" in calibration_size.too_few_images(images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 MIN_EXPECTED = 5
-"""As in memfree.guidance.calibration: images that must be expected above a threshold."""
+"""A false-positive rate needs so many calibration images expected above its threshold."""
 DEFAULT_RATE = 0.01
 """False-positive rate of sample.py and memfree evaluate."""
 
