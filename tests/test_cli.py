@@ -15,7 +15,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 
 from memfree import cli
-from memfree.resolved import is_first_process, save_config
+from memfree.first_process import is_first_process
+from memfree.resolved import save_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,6 +8,7 @@ LAYERS = [
     {
         "manifest",
         "resolved",
+        "first_process",
         "quiet",
         "bars",
         "difference",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+from memfree.first_process import is_first_process
 from memfree.manifest import write_text
 
 CONFIG_NAME = "config.yaml"
@@ -35,12 +35,3 @@ def save_config(folder: Path) -> None:
     if text is None or not is_first_process():
         return
     write_text(folder / CONFIG_NAME, text)
-
-
-def is_first_process() -> bool:
-    """Whether this is the only process, or the first of those that a launcher started."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return int(os.environ[name]) == 0
-    # Lightning's own launcher: the first process of a further machine knows its NODE_RANK only.
-    return all(int(os.environ.get(name, 0)) == 0 for name in ("LOCAL_RANK", "NODE_RANK"))

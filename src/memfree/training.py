@@ -15,6 +15,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from memfree.data import ExposureCounter, ShardDataModule
+from memfree.first_process import is_first_process
 from memfree.models import (
     DDPMModule,
     ExponentialMovingAverage,
@@ -29,7 +30,7 @@ from memfree.models.finite import NotFiniteError
 from memfree.models.progress import LossRecord, StepProgress
 from memfree.models.sample_grid import averaged_network
 from memfree.quiet import quiet
-from memfree.resolved import is_first_process, save_config
+from memfree.resolved import save_config
 from memfree.trainers import build_trainer
 
 EXPOSURES = "exposures.parquet"

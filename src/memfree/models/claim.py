@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memfree.difference import first_difference
+from memfree.first_process import is_first_process
 from memfree.manifest import read_manifest
 from memfree.models.checkpoints import latest_checkpoint, read_identity, step_of
 from memfree.models.export import DIFFUSERS_NAME
-from memfree.resolved import is_first_process
 
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from memfree.difference import first_difference
+from memfree.first_process import is_first_process
 from memfree.manifest import read_manifest, write_json, write_manifest
-from memfree.resolved import CONFIG_NAME, is_first_process
+from memfree.resolved import CONFIG_NAME
 
 try:
     import fcntl
