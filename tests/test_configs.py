@@ -24,7 +24,7 @@ def function_of(path):
     return cli.load(cli.COMMANDS.get(word) or cli.SCRIPTS[word])
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_parses(path, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.run(function_of(path), [f"--config={path}", "--print_config"])
