@@ -113,7 +113,8 @@ def study(
     steps and at equal epochs. ablation: AMG without its parts, one at a time. settings: the
     recommended strengths beside others, on seeds that no result is reported from. They share
     models; folders have fixed names, and what is finished is not done again, so that a study goes
-    on where it stopped, and several processes may take different training seeds.
+    on where it stopped, and several processes may take different training seeds. Each of them
+    summarises its own cells only: run the full configuration once at the end.
 
     Args:
         name: which study.
