@@ -127,6 +127,12 @@ def test_a_conditional_model_needs_labels(make_module):
         make_module(num_classes=None, class_conditional=True)
 
 
+def test_an_average_that_never_moves_is_refused(make_module):
+    with pytest.raises(ValueError, match=r"--model\.ema_decay 1 would keep the initial weights"):
+        make_module(ema_decay=1)
+    make_module(ema_decay=0.9999)
+
+
 def test_draws_differ_between_batches_epochs_ranks_and_seeds(make_module, monkeypatch):
     module = make_module()
 

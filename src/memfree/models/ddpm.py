@@ -45,7 +45,7 @@ class ModelOptions:
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: down to 0 at the last step along a cosine, or constant."""
     ema_decay: ClosedUnitInterval = 0.995
-    """Decay a step of the moving average of the weights, which is what is saved; 0: no average."""
+    """Decay a step, below 1, of the average of the weights, which is what is saved; 0: none."""
     compile: bool = False
     """Whether torch.compile compiles the network."""
 
@@ -83,6 +83,11 @@ class DDPMModule(pl.LightningModule):
             ValueError: options that do not fit together, or no labels for a conditional model.
         """
         super().__init__()
+        if options.ema_decay >= 1:
+            raise ValueError(
+                f"--model.ema_decay {options.ema_decay:g} would keep the initial weights for ever: "
+                "use a number below 1, or 0 for no average"
+            )
         if options.class_conditional and num_classes is None:
             raise ValueError(
                 "--model.class_conditional needs labels, and the dataset has none: "
