@@ -84,7 +84,9 @@ def work(
             sys.exit(1)  # as Lightning does
     if fail:
         raise errors[fail]
-    out.mkdir(exist_ok=True)
+    if not out.exists():
+        out.mkdir()
+        save_config(out)
     return data, out, shape, rate
 
 
@@ -125,6 +127,13 @@ def test_saved_configuration_replays(good, tmp_path):
     again = cli.run(work, [f"--config={tmp_path / 'out' / 'config.yaml'}"])
     assert again[1:] == first[1:]
     assert again[0].batch_size == first[0].batch_size
+
+
+def test_a_command_that_makes_nothing_keeps_the_configuration_of_what_is_there(good, tmp_path):
+    cli.run(work, good)
+    before = (tmp_path / "out" / "config.yaml").read_text()
+    cli.run(work, [*good, "--rate=0.25"])
+    assert (tmp_path / "out" / "config.yaml").read_text() == before
 
 
 def test_a_failed_run_leaves_no_configuration(good, tmp_path, capsys):

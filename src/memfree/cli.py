@@ -13,7 +13,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memfree import __version__
@@ -68,8 +67,8 @@ def run(
 
     Every parameter is an option; fields of dataclasses and of a data module are options below it
     (``--data.batch_size``). ``--config FILE`` reads options from YAML, several files layer, and
-    what stands later on the line wins. Where the function has a parameter ``out`` and leaves a
-    folder there, the resolved configuration is saved in it as ``config.yaml``.
+    what stands later on the line wins. The function itself saves the resolved configuration beside
+    what it makes, by ``memfree.resolved.save_config``: it knows whether it makes anything.
 
     Args:
         function: annotated and documented; its docstring and those of its dataclasses are the
@@ -205,16 +204,12 @@ def _run(function: Callable[..., Any], args: Sequence[str] | None, prog: str | N
     except argparse.ArgumentError as error:
         _exit_with_error(_option_message(str(error), parser))
     # Here, not above: manifest imports torch, and `memfree --help` should not wait for it.
-    from memfree.resolved import resolved_config, save_config
+    from memfree.resolved import resolved_config
 
     arguments = parser.instantiate(config)
     arguments.pop("config", None)
     with resolved_config(parser.dump(config)):
-        result = function(**arguments)
-        out = arguments.get("out")
-        if isinstance(out, Path) and out.is_dir():
-            save_config(out)
-    return result
+        return function(**arguments)
 
 
 def _guarded(call: Callable[[], Any]) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
+from memfree.resolved import save_config
 from memfree.stages import Stage, run_stages
 
 SAMPLES = {"unguided": "none", "amg": "amg", "both": "both"}
@@ -41,6 +42,7 @@ def demo(
     console = Console()
     stages = demo_stages(out, seed, duplicated, factor, steps, count, guidance_scale)
     seconds = run_stages(stages, console)
+    save_config(out)
     page = out / "evaluation" / "report" / "index.html"
     console.print(f"\n[bold]Done in {seconds / 60:.1f} minutes. Open {page} in a browser.")
 

@@ -28,8 +28,9 @@ def resolved_config(text: str) -> Iterator[None]:
 def save_config(folder: Path) -> None:
     """Write ``folder/config.yaml``, which replays the running command with ``--config``.
 
-    A function called from a command line calls this once it has accepted ``folder`` as its own;
-    called from Python it writes nothing. Under several processes only the first writes.
+    A function called from a command line calls this once it has accepted ``folder`` as its own and
+    makes something there, never where that is finished already; called from Python it writes
+    nothing. Under several processes only the first writes.
     """
     text = _resolved.get()
     if text is None or not is_first_process():

@@ -18,6 +18,7 @@ from torch import Tensor
 from memfree.guidance import GuidanceSettings, default_similarity
 from memfree.manifest import write_json, write_text
 from memfree.models import LoadedModel, load_model
+from memfree.resolved import save_config
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import SamplingModule
 from memfree.sampling.checks import index_for, labels_in_turn, scheduler_for
@@ -110,6 +111,7 @@ def tune(
             break
     console.print(table(trials))
     write_json(out / "tune.json", [asdict(trial) for trial in trials])
+    save_config(out)
     if chosen is None:
         raise ValueError(
             f"copies remain at every scale; raise --scales, --guidance.gate_margin or "

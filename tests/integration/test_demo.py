@@ -38,6 +38,12 @@ def test_the_chain_ends_in_a_report(made):
     assert "<img" in page and "http://" not in page
 
 
+def test_every_folder_says_how_to_repeat_it(made):
+    folders = ["", "data", "index", "model", "evaluation", "evaluation/report"]
+    for folder in [*folders, *(f"samples/{name}" for name in ("unguided", "amg", "both"))]:
+        assert (made / folder / "config.yaml").is_file(), folder
+
+
 def test_samples_start_from_the_same_noise_and_classes(made):
     folders = [SampleFolder(made / "samples" / name) for name in ("unguided", "amg", "both")]
     for one in folders[1:]:

@@ -127,10 +127,11 @@ def test_the_saved_configuration_replays_to_the_same_weights(finished, tmp_path)
 
 
 def test_the_same_command_again_does_nothing(finished, folder, capsys):
-    before = (finished / "manifest.json").read_bytes()
-    run(folder, finished, 6)
+    names = ("manifest.json", "config.yaml")
+    before = [(finished / name).read_bytes() for name in names]
+    run(folder, finished, 6, "--trainer.log_every_n_steps=3", "--data.verify=true")
     assert "already trained" in capsys.readouterr().out
-    assert (finished / "manifest.json").read_bytes() == before
+    assert [(finished / name).read_bytes() for name in names] == before
 
 
 def test_other_models_and_data_are_refused(finished, folder, capsys, tmp_path_factory):

@@ -22,6 +22,7 @@ from memfree.data.split import PARTS, PartSizes
 from memfree.data.wording import counted
 from memfree.data.workspace import put_in_place, unfinished
 from memfree.manifest import check_free_space, read_manifest, write_manifest
+from memfree.resolved import save_config
 
 _NO_COPIES = DuplicationPlan()
 _DEFAULT_SIZES = PartSizes()
@@ -119,6 +120,7 @@ def prepare(
             skipped,
             progress,
         )
+        save_config(folder)
         about: dict[str, Any] = {"name": source, "path": path, "licence": licence or opened.licence}
         about["size"] = opened.size
         write_manifest(

@@ -23,6 +23,7 @@ from memfree.evaluation.subject import Subject
 from memfree.evaluation.table import print_table
 from memfree.evaluation.trajectories import active_share, trace_of
 from memfree.guidance import NormalizedL2, calibration_of, default_similarity
+from memfree.resolved import save_config
 
 
 def evaluate(
@@ -83,6 +84,7 @@ def evaluate(
         write_evaluation(
             out, inputs, index, table, subjects, seed, false_positive_rate=false_positive_rate
         )
+        save_config(out)
     print_table(table, [*inputs.samples, HELDOUT], console)
     console.print(f"Written to {out}; `memfree report --evaluation {out}` makes the page.")
 

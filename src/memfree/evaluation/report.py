@@ -14,6 +14,7 @@ from memfree.evaluation.picture import write_picture
 from memfree.evaluation.plots import distance_chart, dose_chart, trajectory_chart
 from memfree.evaluation.records import HELDOUT
 from memfree.manifest import write_atomic, write_text
+from memfree.resolved import save_config
 
 
 def report(evaluation: Path, out: Path | None = None) -> None:
@@ -34,6 +35,7 @@ def report(evaluation: Path, out: Path | None = None) -> None:
     text = render(folder)
     write_text(target / "index.html", text)
     write_atomic(target / "picture.png", lambda path: write_picture(folder, path))
+    save_config(target)
     Console().print(f"Written to {target / 'index.html'}; it contains training images.")
 
 

@@ -11,6 +11,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
 from memfree.manifest import write_json
+from memfree.resolved import save_config
 from memfree.stages import Stage, run_stages
 from memfree.study.plot import write_dose_response
 from memfree.study.results import summarise
@@ -150,6 +151,7 @@ def study(
     if not dry_run:
         values = summarise(out, name, {cell.name for cell in cells}, console)
         write_dose_response(out / f"{name}.png", values)
+        save_config(out)
 
 
 @dataclass(frozen=True)
