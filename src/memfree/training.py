@@ -105,8 +105,13 @@ def train(
         OSError: a folder that cannot be read or written.
     """
     _check_length(trainer)
-    read = {"hash": data.dataset_hash, "seed": data.seed, "random_flip": data.random_flip}
-    module = DDPMModule(model, data.image_shape, data.num_classes, seed, read)
+    # Not devices: a run may go on with another number of them.
+    stepping = {
+        "precision": _precision(trainer),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+    }
+    module = DDPMModule(model, data.image_shape, data.num_classes, seed, data.identity(), stepping)
     limits = trainer.max_steps, trainer.max_epochs
     found = claim(out, module.identity(), data.batch_size, *limits, overwrite)
     if found == "finished":
@@ -119,7 +124,7 @@ def train(
             devices=trainer.devices,
             num_nodes=trainer.num_nodes,
             strategy=trainer.strategy,
-            precision=_precision(trainer),
+            precision=stepping["precision"],
             max_steps=trainer.max_steps,
             max_epochs=trainer.max_epochs,
             accumulate_grad_batches=trainer.accumulate_grad_batches,
@@ -163,6 +168,7 @@ def train(
             dataset_hash=data.dataset_hash,
             batch_size=data.batch_size,
             devices=fit.world_size,
+            **stepping,
             steps=fit.global_step,
             epochs=fit.current_epoch,
             identity=module.identity(),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -148,15 +149,32 @@ def test_another_dataset_seed_or_batch_is_refused(whole, digits_folder, tmp_path
     folder, _ = whole
     checkpoint = folder / "step8.ckpt"
     prepare(tmp_path / "other", parts=PartSizes(train=88), seed=9)
-    with pytest.raises(ValueError, match="trained on another dataset than .*other"):
+    with pytest.raises(ValueError, match=r"on other records than .*other gives now: data\.hash is"):
         data = ShardDataModule(str(tmp_path / "other"), batch_size=16)
         fit(data, tmp_path, steps=20, checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="trained with --data.seed 0, not 1"):
+    with pytest.raises(ValueError, match=r"data\.seed is 0 there and 1 here"):
         data = ShardDataModule(str(digits_folder), batch_size=16, seed=1)
         fit(data, tmp_path, steps=20, checkpoint=checkpoint)
     data = ShardDataModule(str(digits_folder), batch_size=8)
     with pytest.raises(ValueError, match="batches of 16 records on all ranks, now they have 8"):
         fit(data, tmp_path, steps=20, checkpoint=checkpoint)
+
+
+def test_other_foreign_shards_or_another_way_to_read_them_is_refused(tmp_path, make_shard):
+    make_shard(tmp_path, 0, 10)
+    options = StreamOptions(epoch_records=10, image_size=8)
+
+    def run(path, stream, checkpoint=None):
+        data = ShardDataModule(path, batch_size=4, stream=stream)
+        fit(data, tmp_path, steps=4, checkpoint=checkpoint, checkpoints=[by_step(tmp_path, 2)])
+
+    run(str(tmp_path / "*.tar"), options)
+    checkpoint = tmp_path / "step2.ckpt"
+    run(str(tmp_path / "*.tar"), options, checkpoint)
+    with pytest.raises(ValueError, match=r"data\.path is"):
+        run(str(tmp_path), options, checkpoint)
+    with pytest.raises(ValueError, match=r"data\.stream\.resize is 'crop' there and 'pad' here"):
+        run(str(tmp_path / "*.tar"), replace(options, resize="pad"), checkpoint)
 
 
 def test_another_batch_size_after_a_whole_epoch(whole, digits_folder, tmp_path):

@@ -101,6 +101,9 @@ def test_a_model_folder_is_complete(finished, folder):
     assert manifest["num_classes"] == 10
     assert manifest["image_shape"] == [1, 8, 8]
     assert manifest["dataset_hash"]
+    stepping = {"precision": "32-true", "accumulate_grad_batches": 1, "gradient_clip_val": 1.0}
+    assert manifest["identity"]["trainer"] == stepping
+    assert {name: manifest[name] for name in stepping} == stepping
     assert data["kind"] == "dataset"
     # Two epochs of 47 records, in batches of at most 16.
     assert manifest["exposures"] == {"total": 94, "images_seen": 40, "largest": 16}
@@ -143,11 +146,30 @@ def test_other_models_and_data_are_refused(finished, folder, capsys, tmp_path_fa
     )
     assert "6 steps there and --trainer.max_steps is 4" in refused(capsys, folder, finished, 4)
     assert "seed is 0 there and 1 here" in refused(capsys, folder, finished, 6, "--seed=1")
+    for option, difference in (
+        ("gradient_clip_val=0", "gradient_clip_val is 1.0 there and 0.0 here"),
+        ("accumulate_grad_batches=2", "accumulate_grad_batches is 1 there and 2 here"),
+        ("precision=bf16-mixed", "precision is '32-true' there and 'bf16-mixed' here"),
+    ):
+        error = refused(capsys, folder, finished, 6, f"--trainer.{option}")
+        assert f"trainer.{difference}" in error
     other = tmp_path_factory.mktemp("other") / "digits"
     prepare(other, parts=PartSizes(train=20, calibration=20, test=10, fit=10), seed=3)
     assert "data.hash is" in refused(capsys, other, finished, 6)
     assert "holds 'dataset', not a model folder" in refused(capsys, folder, other, 6)
     assert (finished / "manifest.json").read_bytes() == before
+
+
+def test_foreign_shards_are_known_by_their_address_and_options(folder, tmp_path, capsys):
+    out = tmp_path / "m"
+    stream = {"epoch_records": 40, "image_size": 8, "channels": 1, "num_classes": 10}
+    more = [f"--data.stream.{name}={value}" for name, value in stream.items()]
+    run(f"{folder}/*.tar", out, 2, *more)
+    run(f"{folder}/*.tar", out, 3, *more)
+    assert f"resuming from {out}" in capsys.readouterr().out
+    error = refused(capsys, f"{folder}/*.tar", out, 3, *more, "--data.stream.shuffle_buffer=2")
+    assert "data.stream.shuffle_buffer is 1000 there and 2 here" in error
+    assert "data.path is" in refused(capsys, f"{folder}/train*.tar", out, 3, *more)
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys):

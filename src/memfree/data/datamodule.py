@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from memfree.data.rank_batches import Batch, OnError
 from memfree.data.skipped import Skipped
 from memfree.data.stream import EpochBatches
 from memfree.data.wording import counted
+from memfree.difference import first_difference
 
 _NO_STREAM = StreamOptions()
 _NAMED = 3  # things skipped that are named; the others are counted
@@ -124,6 +127,20 @@ class ShardDataModule(LightningDataModule):
         """Identity of the dataset folder, None for foreign shards."""
         return self.folder.hash if self.folder is not None else None
 
+    def identity(self) -> dict[str, Any]:
+        """Which records are read, and in which order, as JSON values.
+
+        Foreign shards have no hash: their address and how they are read stand for them.
+        """
+        read: dict[str, Any] = {
+            "hash": self.dataset_hash,
+            "seed": self.seed,
+            "random_flip": self.random_flip,
+        }
+        if self.folder is None:
+            read |= {"path": self.path, "stream": json.loads(json.dumps(asdict(self.stream)))}
+        return read
+
     def dataset(self, rank: int = 0, world_size: int = 1) -> EpochBatches | ForeignBatches:
         """The batches of one rank."""
         folder = self.folder
@@ -194,8 +211,7 @@ class ShardDataModule(LightningDataModule):
         """What must be the same for a run that resumes; Lightning itself keeps the position."""
         world_size = self.trainer.world_size if self.trainer else 1
         return {
-            "dataset_hash": self.dataset_hash,
-            "seed": self.seed,
+            "identity": self.identity(),
             "global_batch_size": self.batch_size * world_size,
             "skipped": self.skipped_on_all_ranks().counts(),
         }
@@ -206,15 +222,10 @@ class ShardDataModule(LightningDataModule):
         Raises:
             ValueError: it was trained on another dataset, or in another order.
         """
-        if state_dict["dataset_hash"] != self.dataset_hash:
+        if difference := first_difference(state_dict.get("identity"), self.identity(), "data"):
             raise ValueError(
-                f"the checkpoint was trained on another dataset than {self.path}; "
-                "give that one, or start a new run"
-            )
-        if state_dict["seed"] != self.seed:
-            raise ValueError(
-                f"the checkpoint was trained with --data.seed {state_dict['seed']}, "
-                f"not {self.seed}: its order of records would be lost"
+                f"the checkpoint was trained on other records than {self.path} gives now: "
+                f"{difference}; give the same options, or start a new run"
             )
         if self.trainer is None or self.trainer.is_global_zero:  # the counts are of all ranks
             self.skipped = Skipped.from_counts(state_dict["skipped"])

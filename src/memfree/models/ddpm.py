@@ -68,6 +68,7 @@ class DDPMModule(pl.LightningModule):
         num_classes: int | None = None,
         seed: int = 0,
         data: dict[str, Any] | None = None,
+        stepping: dict[str, Any] | None = None,
     ) -> None:
         """Build the network with weights drawn from ``seed``.
 
@@ -78,6 +79,8 @@ class DDPMModule(pl.LightningModule):
             seed: of weights and of all that training draws.
             data: what the images are, JSON values (hash, order, augmentation); recorded in
                 checkpoints, so that one of other data is not resumed.
+            stepping: how the Trainer takes a step, JSON values (clipping, accumulation, precision);
+                recorded like ``data``.
 
         Raises:
             ValueError: options that do not fit together, or no labels for a conditional model.
@@ -98,6 +101,7 @@ class DDPMModule(pl.LightningModule):
         self.num_classes = num_classes if options.class_conditional else None
         self.seed = seed
         self.data = data
+        self.stepping = stepping
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = build_network(options.network, image_shape, self.num_classes)
@@ -177,6 +181,7 @@ class DDPMModule(pl.LightningModule):
             "image_shape": list(self.image_shape),
             "num_classes": self.num_classes,
             "data": self.data,
+            "trainer": self.stepping,
             "seed": self.seed,
         }
         # Through JSON: numbers become plain ones, which a checkpoint may hold.
