@@ -312,6 +312,21 @@ def test_a_damaged_evaluation_is_one_line(evaluation, tmp_path, capsys):
     assert "no evaluation folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("field", ["reference", "samples", "paired", "made_by", "dataset"])
+def test_an_evaluation_whose_manifest_lacks_something_is_one_line(
+    evaluation, tmp_path, capsys, field
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(evaluation, broken)
+    manifest = read_manifest(broken, "evaluation")
+    del manifest[field]
+    (broken / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit):
+        main(["report", "--evaluation", str(broken)])
+    error = capsys.readouterr().err
+    assert f"manifest.json lacks '{field}'; run `memfree evaluate` again" in error
+
+
 def test_an_index_of_embeddings_is_judged_by_pixels_as_well(dataset, samples, tmp_path):
     from memfree.evaluation.inputs import open_inputs
     from memfree.evaluation.measuring import measure_subjects

@@ -1,7 +1,10 @@
 """SampleFolder gives back what was written, in order, and refuses what is damaged."""
 
+import json
+
 import pytest
 import torch
+import webdataset as wds
 from test_writer import KEYS, batch, write
 
 from memfree.sampling import SampleFolder, SampleRun, png
@@ -90,6 +93,36 @@ def test_damage_is_named(tmp_path, batches, name, damage, message):
     with pytest.raises(ValueError, match=message):
         SampleFolder(folder.path).images()
         folder.trace()
+
+
+@pytest.mark.parametrize("field", ["made_by", "image_shape", "shards", "count"])
+def test_a_manifest_that_lacks_something_is_named(tmp_path, batches, field):
+    path = finished(tmp_path / "out", batches).path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({key: manifest[key] for key in manifest if key != field}))
+    with pytest.raises(ValueError, match=f"manifest.json lacks '{field}'; draw the samples again"):
+        SampleFolder(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"seed": 5, "condition": 1}, "00000001.json has no valid index"),
+        ({"index": "1", "seed": 5, "condition": 1}, "00000001.json has no valid index"),
+        ({"index": 1, "condition": 1}, "00000001.json has no valid seed"),
+        ({"index": 1, "seed": 5}, "00000001.json has no valid condition"),
+        ([], "00000001.json is no record of a sample"),
+    ],
+)
+def test_a_record_that_lacks_something_is_named(tmp_path, batches, record, message):
+    folder = finished(tmp_path / "out", batches)
+    shard = folder.path / "samples-000-000001.tar"
+    pixels = png.encode(torch.zeros(1, 5, 3, dtype=torch.uint8))
+    with wds.TarWriter(str(shard), encoder=False) as tar:
+        data = json.dumps(record).encode()
+        tar.write({"__key__": "00000001", "png": pixels, "json": data})
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged: {message}"):
+        SampleFolder(folder.path)
 
 
 def test_a_lost_sample_is_noticed(tmp_path, batches):

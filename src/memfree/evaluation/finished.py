@@ -37,10 +37,16 @@ class EvaluationFolder:
         self.path = Path(path)
         self.manifest: dict[str, Any] = read_manifest(self.path, "evaluation")
         self.metrics: MetricTable = read_metrics(self.path / "metrics.json")
-        self.reference: str = self.manifest["reference"]
-        names = list(self.manifest["samples"])
-        self.subjects = sorted(names, key=lambda name: name != self.reference)
-        self.paired = [name for name in self.subjects if name in self.manifest["paired"]]
+        try:
+            self.reference: str = self.manifest["reference"]
+            names = list(self.manifest["samples"])
+            self.subjects = sorted(names, key=lambda name: name != self.reference)
+            self.paired = [name for name in self.subjects if name in self.manifest["paired"]]
+            _check_makers(self.manifest)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path}/manifest.json lacks {error}; run `memfree evaluate` again"
+            ) from error
         self.pictures = self._table("pictures.parquet").to_pylist()
         self.trajectories = self._table("trajectories.parquet").to_pylist()
 
@@ -58,3 +64,19 @@ class EvaluationFolder:
             raise ValueError(
                 f"{self.path / name} cannot be read; run `memfree evaluate` again"
             ) from error
+
+
+def _check_makers(manifest: dict[str, Any]) -> None:
+    """Look up what the report says of how the evaluation and its inputs were made.
+
+    Raises:
+        AttributeError, KeyError, TypeError: something of it is not there.
+    """
+    for name in ("packages", "python", "device", "created", "seed"):
+        manifest["made_by"][name]
+    inputs = [manifest["dataset"], manifest["index"], *manifest["samples"].values()]
+    for made in (manifest, *(one["manifest"] for one in inputs)):
+        made["made_by"]["command"][0]
+    for one in manifest["samples"].values():
+        one["model"], one["manifest"]["count"]
+    manifest["dataset"]["manifest"]["image_shape"]

@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pyarrow as pa
@@ -40,21 +41,27 @@ class SampleFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         manifest = read_manifest(self.path, "samples")
-        self.manifest: dict[str, Any] = {**manifest, "seed": manifest["made_by"]["seed"]}
-        shape = manifest["image_shape"]
-        self.image_shape: tuple[int, int, int] = (shape[0], shape[1], shape[2])
+        try:
+            self.manifest: dict[str, Any] = {**manifest, "seed": manifest["made_by"]["seed"]}
+            channels, height, width = (int(side) for side in manifest["image_shape"])
+            count = int(manifest["count"])
+            self._shards = [self.path / Path(name).name for name in manifest["shards"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}/manifest.json lacks {error}; draw the samples again"
+            ) from error
+        self.image_shape: tuple[int, int, int] = (channels, height, width)
         records: dict[int, dict[str, Any]] = {}
         self._places: dict[int, tuple[Path, int, int]] = {}
-        for name in manifest["shards"]:
-            shard = self.path / Path(name).name
+        for shard in self._shards:
             for record, offset, size in _scan(shard):
                 if record["index"] in records:
                     raise ValueError(f"{shard} repeats sample {record['index']}")
                 records[record["index"]] = record
                 self._places[record["index"]] = (shard, offset, size)
-        if sorted(records) != list(range(manifest["count"])):
+        if len(records) != count or sorted(records) != list(range(count)):
             raise ValueError(
-                f"{self.path} holds {len(records)} of {manifest['count']} samples; draw them again"
+                f"{self.path} holds {len(records)} of {count} samples; draw them again"
             )
         ordered = [records[i] for i in range(len(records))]
         self.records: pa.Table = pa.Table.from_pylist(ordered)
@@ -104,9 +111,7 @@ class SampleFolder:
         Raises:
             ValueError: the samples were drawn without an index, so there is none.
         """
-        names = [
-            self.path / f"trace-{Path(name).stem[8:]}.parquet" for name in self.manifest["shards"]
-        ]
+        names = [self.path / f"trace-{shard.stem[8:]}.parquet" for shard in self._shards]
         if not any(name.is_file() for name in names):
             raise ValueError(
                 f"{self.path} has no trace: sample with --index to observe the similarity"
@@ -138,7 +143,17 @@ def _scan(shard: Path) -> list[tuple[dict[str, Any], int, int]]:
                 elif kind == "json":
                     file = tar.extractfile(member)
                     assert file is not None
-                    records[key] = json.loads(file.read())
+                    records[key] = _record(member.name, json.loads(file.read()))
         return [(records[key], *place) for key, place in places.items()]
     except (tarfile.TarError, EOFError, KeyError, ValueError, AssertionError) as error:
         raise ValueError(f"{shard} is damaged: {error or type(error).__name__}") from error
+
+
+def _record(name: str, value: Any) -> dict[str, Any]:
+    """A sample's record, refused without what every record has."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is no record of a sample")
+    for field, kind in (("index", int), ("seed", int), ("condition", (int, str, NoneType))):
+        if field not in value or not isinstance(value[field], kind):
+            raise ValueError(f"{name} has no valid {field}")
+    return value
