@@ -85,7 +85,8 @@ def write_manifest(folder: Path, kind: str, seed: int | None = None, **fields: A
 
     Args:
         folder: the folder that is now complete.
-        kind: what it holds: ``dataset``, ``model``, ``index``, ``samples`` or ``evaluation``.
+        kind: what it holds: ``dataset``, ``model``, ``index``, ``samples``, ``evaluation``
+            or ``tuning``.
         seed: seed of the run, None where nothing random happened.
         fields: what else a reader needs, JSON values.
     """
@@ -118,6 +119,24 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
             f"{folder} has format {value.get('format')!r}; this version reads {FORMAT_VERSION}"
         )
     return value
+
+
+def check_replaceable(out: Path, kind: str) -> None:
+    """Refuse to replace what is not a finished folder of this ``kind``.
+
+    Raises:
+        ValueError: ``out`` is a file, or a folder with other contents.
+    """
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            read_manifest(out, kind)
+        except ValueError as error:
+            raise ValueError(
+                f"--out {out} holds files of something else ({error}); "
+                "choose an empty or a new folder"
+            ) from error
 
 
 def sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from memfree.guidance import GuidanceSettings, default_similarity
-from memfree.manifest import write_json, write_text
+from memfree.manifest import check_replaceable, write_json, write_manifest, write_text
 from memfree.models import LoadedModel, load_model
 from memfree.resolved import save_config
 from memfree.retrieval import ReferenceIndex
@@ -66,7 +66,8 @@ def tune(
     Args:
         model: model folder that train.py wrote.
         index: calibrated reference index.
-        out: folder for tune.json, and guidance.yaml for `sample.py --config`.
+        out: folder for tune.json, and guidance.yaml for `sample.py --config`; new, empty, or of
+            an earlier tuning, which is replaced.
         count: samples of the trial batch.
         batch_size: samples drawn together.
         seed: of the trial batch; keep it apart from the seeds that you report.
@@ -84,6 +85,7 @@ def tune(
         )
     if not scales or min(scales) <= 0:
         raise ValueError("--scales needs at least one number, all above 0")
+    check_replaceable(out, "tuning")
     loaded = load_model(model)
     classes = labels_in_turn(None, loaded, guidance_scale)
     reference = index_for(index, loaded, guidance, allow_other_dataset)
@@ -110,22 +112,37 @@ def tune(
             chosen = settings
             break
     console.print(table(trials))
-    write_json(out / "tune.json", [asdict(trial) for trial in trials])
-    save_config(out)
-    if chosen is None:
+    tuned = (
+        None
+        if chosen is None
+        else {
+            "steps": int(steps),
+            "scheduler": scheduler,
+            "guidance_scale": float(guidance_scale),
+            "guidance": asdict(chosen),
+        }
+    )
+    _write(out, trials, tuned, seed, model=str(model), index=str(index), count=count)
+    if tuned is None:
         raise ValueError(
             f"copies remain at every scale; raise --scales, --guidance.gate_margin or "
             f"--guidance.max_displacement ({out / 'tune.json'} has the figures)"
         )
-    tuned = {
-        "steps": int(steps),
-        "scheduler": scheduler,
-        "guidance_scale": float(guidance_scale),
-        "guidance": asdict(chosen),
-    }
-    text = yaml.safe_dump(tuned, sort_keys=False)
-    write_text(out / "guidance.yaml", text)
     console.print(f"Use it: python sample.py --config {out / 'guidance.yaml'} …")
+
+
+def _write(
+    out: Path, trials: list[Trial], tuned: dict[str, Any] | None, seed: int, **fields: Any
+) -> None:
+    """Write the folder; an earlier tuning in it is replaced, also by one that found nothing."""
+    for name in ("manifest.json", "guidance.yaml"):
+        (out / name).unlink(missing_ok=True)
+    write_json(out / "tune.json", [asdict(trial) for trial in trials])
+    save_config(out)
+    if tuned is not None:
+        write_text(out / "guidance.yaml", yaml.safe_dump(tuned, sort_keys=False))
+    scale = None if tuned is None else trials[-1].scale
+    write_manifest(out, "tuning", seed, scale=scale, **fields)
 
 
 def scaled(settings: GuidanceSettings, scale: float) -> GuidanceSettings:

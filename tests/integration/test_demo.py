@@ -14,6 +14,7 @@ from memfree.cli import main, run
 from memfree.demo import demo
 from memfree.evaluation import read_metrics
 from memfree.guidance import GuidanceSettings
+from memfree.manifest import read_manifest
 from memfree.sampling import SampleFolder
 from memfree.sampling.predict import predict
 
@@ -79,11 +80,37 @@ def test_tune_writes_strengths_that_sampling_takes(made, tmp_path, capsys, monke
     chosen = yaml.safe_load((out / "guidance.yaml").read_text())
     assert chosen["guidance"]["mitigation"] == "amg" and chosen["guidance_scale"] == 2
     assert chosen["guidance"]["c3"] == 2 * GuidanceSettings().c3
+    manifest = read_manifest(out, "tuning")
+    assert (manifest["scale"], manifest["count"], manifest["made_by"]["seed"]) == (2, 8, 1_000_000)
+    assert manifest["model"] == str(made / "model")
 
     config = f"--config={out / 'guidance.yaml'}"
     run(predict, [config, *arguments[:2], f"--out={tmp_path / 'samples'}", "--count=4"])
     manifest = SampleFolder(tmp_path / "samples").manifest
     assert manifest["mitigation"] == "amg" and manifest["steps"] == 5
+
+    # Into the folder of an earlier tuning, whose strengths do not outlive it.
+    with pytest.raises(SystemExit):
+        main(["tune", *arguments, "--count=8", "--steps=5", "--scales=[1]"])
+    assert "copies remain at every scale" in capsys.readouterr().err
+    assert not (out / "guidance.yaml").exists()
+    assert read_manifest(out, "tuning")["scale"] is None
+    assert yaml.safe_load((out / "config.yaml").read_text())["scales"] == [1.0]
+
+
+def test_tune_refuses_a_folder_of_something_else(made, tmp_path, capsys):
+    def refused(out):
+        with pytest.raises(SystemExit) as caught:
+            main(["tune", f"--model={made / 'model'}", f"--index={made / 'index'}", f"--out={out}"])
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    before = {path: path.read_bytes() for path in made.joinpath("model").glob("*.*")}
+    assert "holds 'model', not a tuning folder" in refused(made / "model")
+    assert {path: path.read_bytes() for path in made.joinpath("model").glob("*.*")} == before
+    (tmp_path / "thesis.tex").touch()
+    assert "holds files of something else" in refused(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(

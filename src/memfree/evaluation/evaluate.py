@@ -11,7 +11,7 @@ from rich.console import Console
 from memfree.evaluation import class_agreement, memorization
 from memfree.evaluation.distributions import distribution_metrics
 from memfree.evaluation.embedding import View
-from memfree.evaluation.folder import check_replaceable, write_evaluation
+from memfree.evaluation.folder import write_evaluation
 from memfree.evaluation.inputs import DEFAULT_REFERENCE, Inputs, open_inputs
 from memfree.evaluation.intervals import wilson
 from memfree.evaluation.measuring import Second, measure_subjects, step
@@ -23,6 +23,7 @@ from memfree.evaluation.subject import Subject
 from memfree.evaluation.table import print_table
 from memfree.evaluation.trajectories import active_share, trace_of
 from memfree.guidance import NormalizedL2, calibration_of, default_similarity
+from memfree.manifest import check_replaceable
 from memfree.resolved import save_config
 
 
@@ -66,7 +67,7 @@ def evaluate(
             are no held-out images.
     """
     console = Console()
-    check_replaceable(out)
+    check_replaceable(out, "evaluation")
     with step(console, "Opening data set, index and samples"):
         inputs = open_inputs(dataset, index, samples, reference, other_data)
     subjects, second = measure_subjects(inputs, false_positive_rate, batch_size, console)

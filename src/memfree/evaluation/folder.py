@@ -19,7 +19,7 @@ from memfree.evaluation.records import MetricTable, write_metrics
 from memfree.evaluation.subject import Subject
 from memfree.evaluation.trajectories import trace_of, trajectory_rows
 from memfree.guidance import NormalizedL2, default_similarity
-from memfree.manifest import read_manifest, write_manifest
+from memfree.manifest import check_replaceable, read_manifest, write_manifest
 
 CONTAINS = "pictures.parquet and the report contain training images"
 
@@ -38,7 +38,7 @@ def write_evaluation(
     Raises:
         ValueError: ``out`` holds something that is not an evaluation.
     """
-    check_replaceable(out)
+    check_replaceable(out, "evaluation")
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -70,23 +70,6 @@ def write_evaluation(
         _put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def check_replaceable(out: Path) -> None:
-    """Refuse to replace what is not an evaluation.
-
-    Raises:
-        ValueError: ``out`` is a file, or a folder with other contents.
-    """
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()):
-        try:
-            read_manifest(out, "evaluation")
-        except ValueError as error:
-            raise ValueError(
-                f"--out {out} holds files of something else; choose an empty or a new folder"
-            ) from error
 
 
 def _put_in_place(partial: Path, out: Path) -> None:
