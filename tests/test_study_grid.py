@@ -2,7 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from memfree.study.grid import SETS, Cell, Plan
+from memfree import cli
+from memfree.evaluation.records import metric, write_metrics
+from memfree.manifest import read_manifest, write_manifest
+from memfree.study.grid import SETS, Cell, Plan, study
 
 
 def plan(name):
@@ -39,3 +42,17 @@ def test_other_cells_train_one_model_and_sample_it_in_every_way(name, factor):
 def test_every_way_of_sampling_starts_from_the_same_noise():
     stages = plan("oracle").stages(Cell("class", 64, 2))
     assert {one["seed"] for one in options(stages, "sample")} == {1002}
+
+
+def test_a_summarised_study_says_what_made_it(tmp_path):
+    done = tmp_path / "class-x64-seed1" / "evaluation-settings"
+    write_metrics(done / "metrics.json", [metric("copies", "unguided", 0.5, 10)])
+    write_manifest(done, "evaluation")
+    sizes = ["--training_seeds=[1]", "--unconditional_factors=[]", "--class_factors=[64]"]
+    cli.run(study, ["--name=settings", f"--out={tmp_path}", *sizes])
+    manifest = read_manifest(tmp_path, "study")
+    assert (manifest["name"], manifest["cells"]) == ("settings", ["class-x64-seed1"])
+    saved = (tmp_path / "config.yaml").read_text()
+    assert "name: settings" in saved
+    cli.run(study, ["--name=oracle", f"--out={tmp_path}", *sizes, "--dry_run=true"])
+    assert (tmp_path / "config.yaml").read_text() == saved

@@ -7,6 +7,7 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
+from memfree.manifest import check_kind, write_manifest
 from memfree.resolved import save_config
 from memfree.stages import Stage, run_stages
 
@@ -40,9 +41,11 @@ def demo(
         guidance_scale: classifier-free guidance scale s_0.
     """
     console = Console()
+    check_kind(out, "demo")
     stages = demo_stages(out, seed, duplicated, factor, steps, count, guidance_scale)
     seconds = run_stages(stages, console)
     save_config(out)
+    write_manifest(out, "demo", seed)
     page = out / "evaluation" / "report" / "index.html"
     console.print(f"\n[bold]Done in {seconds / 60:.1f} minutes. Open {page} in a browser.")
 

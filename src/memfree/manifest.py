@@ -85,8 +85,8 @@ def write_manifest(folder: Path, kind: str, seed: int | None = None, **fields: A
 
     Args:
         folder: the folder that is now complete.
-        kind: what it holds: ``dataset``, ``model``, ``index``, ``samples``, ``evaluation``
-            or ``tuning``.
+        kind: what it holds: ``dataset``, ``model``, ``index``, ``samples``, ``evaluation``,
+            ``report``, ``tuning``, ``study`` or ``demo``.
         seed: seed of the run, None where nothing random happened.
         fields: what else a reader needs, JSON values.
     """
@@ -137,6 +137,16 @@ def check_replaceable(out: Path, kind: str) -> None:
                 f"--out {out} holds files of something else ({error}); "
                 "choose an empty or a new folder"
             ) from error
+
+
+def check_kind(folder: Path, kind: str) -> None:
+    """Refuse a folder whose manifest is of another kind; without a manifest it may hold anything.
+
+    Raises:
+        ValueError: it holds something else, or a manifest that cannot be read.
+    """
+    if (folder / "manifest.json").is_file():
+        read_manifest(folder, kind)
 
 
 def sha256(path: Path) -> str:

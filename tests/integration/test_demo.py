@@ -43,6 +43,24 @@ def test_every_folder_says_how_to_repeat_it(made):
     folders = ["", "data", "index", "model", "evaluation", "evaluation/report"]
     for folder in [*folders, *(f"samples/{name}" for name in ("unguided", "amg", "both"))]:
         assert (made / folder / "config.yaml").is_file(), folder
+        assert json.loads((made / folder / "manifest.json").read_text())["made_by"], folder
+    assert read_manifest(made, "demo")["made_by"]["seed"] == 7
+    read_manifest(made / "evaluation" / "report", "report")
+
+
+@pytest.mark.parametrize("command", ["demo", "report", "study"])
+def test_chains_and_pages_leave_other_folders_alone(made, capsys, command):
+    options = {
+        "demo": [f"--out={made / 'model'}"],
+        "report": [f"--evaluation={made / 'evaluation'}", f"--out={made / 'model'}"],
+        "study": ["--name=settings", f"--out={made / 'model'}"],
+    }
+    before = {path: path.stat().st_mtime_ns for path in made.joinpath("model").rglob("*")}
+    with pytest.raises(SystemExit) as caught:
+        main([command, *options[command]])
+    assert caught.value.code == 2
+    assert f"holds 'model', not a {command} folder" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in made.joinpath("model").rglob("*")} == before
 
 
 def test_samples_start_from_the_same_noise_and_classes(made):

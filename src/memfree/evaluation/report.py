@@ -13,7 +13,7 @@ from memfree.evaluation.finished import EvaluationFolder
 from memfree.evaluation.picture import write_picture
 from memfree.evaluation.plots import distance_chart, dose_chart, trajectory_chart
 from memfree.evaluation.records import HELDOUT
-from memfree.manifest import write_atomic, write_text
+from memfree.manifest import check_kind, write_atomic, write_manifest, write_text
 from memfree.resolved import save_config
 
 
@@ -28,14 +28,16 @@ def report(evaluation: Path, out: Path | None = None) -> None:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is unfinished, damaged, or no evaluation.
+        ValueError: it is unfinished, damaged, or no evaluation, or ``out`` holds something else.
     """
-    folder = EvaluationFolder(evaluation)
     target = evaluation / "report" if out is None else out
+    check_kind(target, "report")
+    folder = EvaluationFolder(evaluation)
     text = render(folder)
     write_text(target / "index.html", text)
     write_atomic(target / "picture.png", lambda path: write_picture(folder, path))
     save_config(target)
+    write_manifest(target, "report", evaluation=str(evaluation), contains="training images")
     Console().print(f"Written to {target / 'index.html'}; it contains training images.")
 
 

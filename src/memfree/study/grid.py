@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
-from memfree.manifest import write_json
+from memfree.manifest import check_kind, write_json, write_manifest
 from memfree.resolved import save_config
 from memfree.stages import Stage, run_stages
 from memfree.study.plot import write_dose_response
@@ -119,7 +119,8 @@ def study(
 
     Args:
         name: which study.
-        out: folder for all models, samples and results.
+        out: folder for all models, samples and results; its config.yaml and manifest.json are of
+            the study that was summarised last.
         training_seeds: each draws its own split, repeated images, weights and noise.
         unconditional_factors: records of a repeated image, one unconditional model each.
         class_factors: the same for class-conditional models.
@@ -152,6 +153,7 @@ def study(
         values = summarise(out, name, {cell.name for cell in cells}, console)
         write_dose_response(out / f"{name}.png", values)
         save_config(out)
+        write_manifest(out, "study", name=name, cells=[cell.name for cell in cells])
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,9 @@ class Plan:
         """Refuse a folder that holds a study of another size; its figures would be taken for ours.
 
         Raises:
-            ValueError: ``out`` was begun with other numbers.
+            ValueError: ``out`` was begun with other numbers, or holds something else.
         """
+        check_kind(self.out, "study")
         asked = {key: value for key, value in asdict(self).items() if key not in ("name", "out")}
         path = self.out / "study.json"
         if not path.is_file():
