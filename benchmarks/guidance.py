@@ -64,7 +64,7 @@ class ForcedGuidance(AntiMemorizationGuidance):
         return torch.arange(len(sigma), device=sigma.device) < count
 
 
-def run(repetitions: int = 5) -> list[dict[str, Any]]:
+def run(repetitions: int = 3) -> list[dict[str, Any]]:
     """Measure; one record a guidance and share (see ``harness.record``)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     counts = torch.ones(ROWS, dtype=torch.int64)
@@ -77,7 +77,7 @@ def run(repetitions: int = 5) -> list[dict[str, Any]]:
     index = index.to(device)
     return [
         *_compare("unconditional", index, network().to(device), SHARES, repetitions),
-        *_compare("class, scale 3", index, network(3).to(device), (0.1,), max(2, repetitions - 2)),
+        *_compare("class, scale 3", index, network(3).to(device), (0.1,), repetitions),
     ]
 
 
