@@ -1,5 +1,6 @@
 """Every YAML file of configs parses for its command; those of CIFAR-10 train on fake data."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from memfree import cli
 from memfree.data import PartSizes, prepare
+from memfree.demo import demo, demo_stages
 from memfree.models import load_model
 from memfree.training import train
 
@@ -32,6 +34,45 @@ def test_every_configuration_parses(path, capsys):
     resolved = yaml.safe_load(capsys.readouterr().out)
     given = yaml.safe_load(path.read_text())
     assert given.keys() <= resolved.keys()
+
+
+def resolved(command, arguments, capsys):
+    """All options of a command as it would run, by dotted name."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.run_command(command, [*arguments, "--print_config"])
+    assert exit_.value.code == 0
+
+    def flat(value, name):
+        if not isinstance(value, dict) or not value:
+            return {name: value}
+        parts = [flat(one, f"{name}.{key}".lstrip(".")) for key, one in value.items()]
+        return {key: one for part in parts for key, one in part.items()}
+
+    return flat(yaml.safe_load(capsys.readouterr().out), "")
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "own"),
+    [
+        ("train", "digits", {"data.path", "out", "seed"}),
+        (
+            "sample",
+            "sample_digits",
+            {"model", "index", "out", "count", "batch_size", "seed", "guidance.mitigation"},
+        ),
+    ],
+)
+def test_the_demo_runs_what_the_readme_shows_with_configurations(command, config, own, capsys):
+    defaults = {name: one.default for name, one in inspect.signature(demo).parameters.items()}
+    stages = [stage for stage in demo_stages(**defaults) if stage.command == command]
+    assert len(stages) == (3 if command == "sample" else 1)
+    for stage in stages:
+        demos = resolved(command, stage.arguments(), capsys)
+        paths = [f"--{name}={value}" for name, value in stage.options.items() if name in own]
+        shown = resolved(command, [f"--config={CONFIGS / config}.yaml", *paths], capsys)
+        # The demo keeps to one device; the configurations take what a machine has.
+        different = {name for name in demos if demos[name] != shown[name]}
+        assert demos.keys() == shown.keys() and different <= {"trainer.devices"}
 
 
 @pytest.fixture(scope="module")
