@@ -236,7 +236,12 @@ def test_interrupt_is_one_line_and_the_same_command_resumes(folder, tmp_path, ca
     more = ["--trainer.devices=1", "--trainer.checkpoint_every_n_steps=1"]
     command = [sys.executable, str(SCRIPT), *options(folder, out, 4000, *more)]
     process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores interrupts, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while latest_checkpoint(out / "checkpoints") is None and process.poll() is None:
         time.sleep(0.01)
