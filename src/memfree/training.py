@@ -15,6 +15,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from memfree.data import ExposureCounter, ShardDataModule
+from memfree.data.wording import counted
 from memfree.first_process import is_first_process
 from memfree.models import (
     DDPMModule,
@@ -177,7 +178,7 @@ def train(
         )
         loss = losses.last()
         print(
-            f"{out}: trained {fit.global_step} step{'s' * (fit.global_step != 1)}"
+            f"{out}: trained {counted(fit.global_step, 'step')}"
             + ("" if loss is None else f", loss {loss:.3g}")
         )
     fit.strategy.barrier()

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from memfree.guidance import GuidanceSettings, default_similarity
+from memfree.guidance import WITH_AMG, GuidanceSettings, default_similarity
 from memfree.manifest import check_replaceable, write_json, write_manifest, write_text
 from memfree.models import LoadedModel, load_model
 from memfree.resolved import save_config
@@ -79,7 +79,7 @@ def tune(
             everything else.
         allow_other_dataset: accept an index of other images than the model was trained on.
     """
-    if guidance.mitigation not in ("amg", "both"):
+    if guidance.mitigation not in WITH_AMG:
         raise ValueError(
             f"--guidance.mitigation {guidance.mitigation}: only amg and both have strengths to tune"
         )

@@ -1,6 +1,5 @@
 """sample.py on a tiny untrained model: processes, interruption, refusals."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from processes import start
 
 from memfree.cli import run
 from memfree.guidance import NormalizedL2, calibrate
@@ -72,17 +72,9 @@ def options(folders, out, **changes):
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
-def start(arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A shell's background job ignores interrupts, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def begin(arguments):
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +122,7 @@ def test_the_saved_configuration_replays(folders, unguided):
 def test_two_ranks_draw_the_same(folders, unguided):
     out = folders / "ranks"
     changes = {"batch_size": 2, "trainer.devices": 2, "trainer.strategy": "ddp"}
-    process = start(options(folders, out, **changes))
+    process = begin(options(folders, out, **changes))
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     samples = SampleFolder(out)
@@ -146,7 +138,7 @@ def test_two_ranks_draw_the_same(folders, unguided):
     (out / "manifest.json").unlink()
     (lost,) = [path for path in out.glob("samples-001-*.tar") if len(shard_indices(path)) == 1]
     lost.unlink()
-    process = start(options(folders, out, **changes))
+    process = begin(options(folders, out, **changes))
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert torch.equal(SampleFolder(out).images(), images)
@@ -163,7 +155,7 @@ def test_a_killed_run_continues(folders):
         "guidance.mitigation": "both",
     }
     arguments = options(folders, out, **changes)
-    process = start(arguments)
+    process = begin(arguments)
     deadline = time.monotonic() + 60
     while len(list(out.glob("samples-*.tar"))) < 2 and process.poll() is None:
         assert time.monotonic() < deadline
@@ -195,7 +187,7 @@ def test_a_killed_run_continues(folders):
 
 def test_interrupt_is_one_line(folders, tmp_path):
     out = tmp_path / "out"
-    process = start(options(folders, out, count=4000, batch_size=2))
+    process = begin(options(folders, out, count=4000, batch_size=2))
     while not list(out.glob("samples-*.tar")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

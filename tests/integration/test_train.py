@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import torch
 import yaml
 from diffusers import UNet2DModel
+from processes import start
 
 from memfree import cli
 from memfree.data import DuplicationPlan, PartSizes, prepare
@@ -235,14 +235,7 @@ def test_interrupt_is_one_line_and_the_same_command_resumes(folder, tmp_path, ca
     out = tmp_path / "m"
     more = ["--trainer.devices=1", "--trainer.checkpoint_every_n_steps=1"]
     command = [sys.executable, str(SCRIPT), *options(folder, out, 4000, *more)]
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores interrupts, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start(command, stderr=subprocess.PIPE)
     while latest_checkpoint(out / "checkpoints") is None and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -279,8 +272,7 @@ def test_a_killed_run_resumes_to_the_same_weights(folder, finished, tmp_path):
     out = tmp_path / "m"
     command = [sys.executable, str(SCRIPT), *options(folder, out, 6, "--trainer.devices=1")]
     slow = "--trainer.checkpoint_every_n_steps=1"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, slow], env=environment, stderr=subprocess.PIPE)
+    process = start([*command, slow], stderr=subprocess.PIPE)
     while latest_checkpoint(out / "checkpoints") is None and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
@@ -302,8 +294,7 @@ def test_two_processes_train_one_model(folder, tmp_path):
         *options(folder, out, 4, "--trainer.devices=2", "--trainer.strategy=ddp"),
         "--data.batch_size=8",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["devices"] == 2
@@ -338,8 +329,7 @@ def test_two_processes_say_once_that_a_loss_is_nan(folder, tmp_path):
     more = ["--trainer.devices=2", "--trainer.strategy=ddp", "--model.learning_rate=1e30"]
     command = [sys.executable, str(SCRIPT), *options(folder, tmp_path / "m", 9, *more)]
     command += ["--data.batch_size=8", "--model.warmup_steps=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("memfree: error") == 1
     assert "became NaN or infinite" in done.stderr

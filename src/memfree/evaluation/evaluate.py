@@ -22,7 +22,7 @@ from memfree.evaluation.second_similarity import second_copies, second_metric
 from memfree.evaluation.subject import Subject
 from memfree.evaluation.table import print_table
 from memfree.evaluation.trajectories import active_share, trace_of
-from memfree.guidance import NormalizedL2, calibration_of, default_similarity
+from memfree.guidance import WITH_AMG, NormalizedL2, calibration_of, default_similarity
 from memfree.manifest import check_replaceable
 from memfree.resolved import save_config
 
@@ -183,7 +183,7 @@ def _cost_metrics(inputs: Inputs) -> list[Metric]:
                         steps=folder.manifest.get("steps"),
                     )
                 )
-        steered = folder.manifest.get("mitigation") in ("amg", "both")
+        steered = folder.manifest.get("mitigation") in WITH_AMG
         if steered and (trace := trace_of(folder)) is not None:
             metrics.append(metric("active_share", name, active_share(trace), n))
     return metrics

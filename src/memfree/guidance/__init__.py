@@ -10,11 +10,12 @@ from memfree.guidance.calibration import (
 )
 from memfree.guidance.multiplicity import MultiplicityGuidance
 from memfree.guidance.prediction import Guidance, Prediction, apply
-from memfree.guidance.settings import GuidanceSettings
+from memfree.guidance.settings import WITH_AMG, GuidanceSettings
 from memfree.guidance.similarity import EmbeddingSimilarity, Match, NormalizedL2, Similarity
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 
 __all__ = [
+    "WITH_AMG",
     "AntiMemorizationGuidance",
     "Calibration",
     "ConstantThreshold",

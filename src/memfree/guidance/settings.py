@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
 
 Mitigation = Literal["none", "amg", "multiplicity", "both", "reject"]
+WITH_AMG = ("amg", "both")
+"""Mitigations that AMG is part of."""
 
 
 @dataclass
@@ -60,7 +62,7 @@ class GuidanceSettings:
         guidances: list[Guidance] = []
         if self.mitigation in ("multiplicity", "both"):
             guidances.append(MultiplicityGuidance(index, self.strength))
-        if self.mitigation in ("amg", "both"):
+        if self.mitigation in WITH_AMG:
             guidances.append(self.anti_memorization(index))
         else:
             guidances.append(self.observer(index))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from memfree.guidance import GuidanceSettings
+from memfree.guidance import WITH_AMG, GuidanceSettings
 from memfree.manifest import check_free_space
 from memfree.models import LoadedModel, load_model
 from memfree.quiet import quiet
@@ -137,7 +137,7 @@ def predict(
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[writer, SampleProgress(guidance.mitigation in ("amg", "both"))],
+            callbacks=[writer, SampleProgress(guidance.mitigation in WITH_AMG)],
         )
     with run:
         check_free_space(
@@ -205,7 +205,7 @@ def _finish(
         trace_summary=summary,
     )
     line = f"{run.folder}: {run.count} samples, {seconds / run.count:.3f} s each"
-    if summary is not None and settings["guidance"]["mitigation"] in ("amg", "both"):
+    if summary is not None and settings["guidance"]["mitigation"] in WITH_AMG:
         line += f"; AMG acted on {summary['active_samples']:.1%} of them"
     print(line)
 
@@ -214,7 +214,7 @@ def _trace_summary(
     run: SampleRun, records: pa.Table, index: ReferenceIndex
 ) -> dict[str, float | int | None]:
     guidance = run.settings["guidance"]
-    steered = guidance["mitigation"] in ("amg", "both")
+    steered = guidance["mitigation"] in WITH_AMG
     conditions = dict(
         zip(records["index"].to_pylist(), records["condition"].to_pylist(), strict=True)
     )

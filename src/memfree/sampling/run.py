@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 import time
 from collections.abc import Mapping
@@ -75,9 +74,7 @@ class SampleRun:
             OSError: it cannot be written.
         """
         self.check()
-        # Lightning's own launcher gives the first process of each further machine a NODE_RANK only.
-        first = is_first_process() and int(os.environ.get("NODE_RANK", 0)) == 0
-        if first and not self.finished:
+        if is_first_process() and not self.finished:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock(0)
             self._manifest.unlink(missing_ok=True)  # of a folder that has lost a shard since

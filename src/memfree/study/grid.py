@@ -207,12 +207,12 @@ class Plan:
             stages.append(self._sample(folder / "model", subjects[variant], cell, guided))
         oracles = self._oracles(cell)
         for label, steps in oracles.items():
-            folder = self.out / f"{cell.conditioning}-x1-seed{cell.seed}"
-            model = folder / ("model" if steps == self.steps else f"model-{steps}-steps")
+            unique = self.out / f"{cell.conditioning}-x1-seed{cell.seed}"
+            model = unique / ("model" if steps == self.steps else f"model-{steps}-steps")
             subjects[label] = model.with_name(f"samples-of-{model.name}")
             stages += [
-                self._prepare(folder / "data", cell.seed, 1),
-                self._train(folder / "data", model, cell, steps),
+                self._prepare(unique / "data", cell.seed, 1),
+                self._train(unique / "data", model, cell, steps),
                 self._sample(model, subjects[label], cell, {}),
             ]
         named = {f"samples.{subject}": path for subject, path in subjects.items()}
