@@ -36,6 +36,10 @@ ASKED, NEAREST = 0, 1
 """The class that is asked for, and that of all references."""
 
 
+CLASSES = 3
+"""Labels of the class-conditional network; the last stands for no class, as in our own models."""
+
+
 def network(classes: int | None = None) -> UNet2DModel:
     """The U-Net of DDPM on CIFAR-10, 35.7 M weights, untrained: time does not depend on them."""
     torch.manual_seed(0)
@@ -76,22 +80,22 @@ def run(repetitions: int = 3) -> list[dict[str, Any]]:
     index = ReferenceIndex.build(references, labels=labels, groups=range(ROWS), counts=counts)
     index = index.to(device)
     return [
-        *_compare("unconditional", index, network().to(device), SHARES, repetitions),
-        *_compare("class, scale 3", index, network(3).to(device), (0.1,), repetitions),
+        *_compare(index, False, SHARES, repetitions),
+        *_compare(index, True, (0.1,), repetitions),
     ]
 
 
 def _compare(
-    kind: str, index: ReferenceIndex, net: Any, shares: tuple[float, ...], repetitions: int
+    index: ReferenceIndex, conditional: bool, shares: tuple[float, ...], repetitions: int
 ) -> list[dict[str, Any]]:
-    conditional = kind != "unconditional"
+    kind = "class, scale 3" if conditional else "unconditional"
     device = index.vectors.device
+    net: Any = network(CLASSES if conditional else None).to(device)
 
     def denoiser(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         if not conditional:
             return net(x, t).sample
-        # Class 2 stands for "no class", as in our own models.
-        asked = torch.full((len(x),), 2, device=device) if y is None else y
+        asked = torch.full((len(x),), CLASSES - 1, device=device) if y is None else y
         return net(x, t, class_labels=asked).sample
 
     def draw_batch(guidance: list[Guidance]) -> Callable[[], Tensor]:
