@@ -1,4 +1,4 @@
-"""Detection against 50 000 references, over the bare matrix product of the same sizes.
+"""Detection against 50 000 references, over the bare matrix product (queries @ references.T).
 
 ``python benchmarks/detection.py`` writes benchmarks/results/detection.json.
 """

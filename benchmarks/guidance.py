@@ -68,7 +68,7 @@ class ForcedGuidance(AntiMemorizationGuidance):
         return torch.arange(len(sigma), device=sigma.device) < count
 
 
-def run(repetitions: int = 3) -> list[dict[str, Any]]:
+def run(repetitions: int = 5) -> list[dict[str, Any]]:
     """Measure; one record a guidance and share (see ``harness.record``)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     counts = torch.ones(ROWS, dtype=torch.int64)

@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from memfree.guidance import MultiplicityGuidance, Prediction
-from memfree.guidance.multiplicity import EmpiricalPosterior
+from memfree.guidance.multiplicity import EmpiricalPosterior, _weighted_sum
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import sample
 from memfree.sampling.noise import initial_noise
@@ -241,14 +241,13 @@ def test_it_turns_a_duplicated_posterior_into_the_deduplicated_one():
     scheduler = DDIMScheduler(clip_sample=False)
 
     def optimal(weights):
-        kept = index.references
-        posterior = EmpiricalPosterior(kept.centred, kept.centre, kept.squared_norms)
+        posterior = EmpiricalPosterior(index.references)
 
         def denoiser(x_t, t, conditions):
             alpha_bar = scheduler.alphas_cumprod[t]
-            flat, log_weights = x_t.flatten(1), weights.log()
-            square = posterior.expanded_square(flat, alpha_bar)
-            logits = posterior.refined(square, flat, alpha_bar, log_weights) + log_weights
+            centred, log_weights = posterior.centred(x_t.flatten(1), alpha_bar), weights.log()
+            square = posterior.expanded_square(centred, alpha_bar)
+            logits = posterior.refined(square, centred, alpha_bar, log_weights) + log_weights
             x_0 = (torch.softmax(logits, dim=1) @ images.flatten(1)).reshape(x_t.shape)
             return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
 
@@ -267,3 +266,15 @@ def test_it_turns_a_duplicated_posterior_into_the_deduplicated_one():
 
     assert share(plain) > 0.7
     assert share(guided) == pytest.approx(share(oracle), abs=0.01)
+
+
+@pytest.mark.parametrize("used", [0, 1, 3, 40])
+def test_references_without_weight_are_left_out_of_the_mean(used):
+    """Gathered or not, the sum is that of float64."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(40, 6, generator=generator)
+    weights = torch.zeros(3, 40)
+    weights[:, :used] = torch.randn(3, used, generator=generator)
+    expected = weights.numpy().astype(np.float64) @ vectors.numpy().astype(np.float64)
+    got = _weighted_sum(weights, vectors).numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from memfree.guidance.prediction import Prediction, row_norm
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
+    from memfree.retrieval.search import References
 
 EXACT_CANDIDATES = 32
 """How many leading references get exact differences in the softmax."""
@@ -32,33 +33,29 @@ class EmpiricalPosterior:
     float32.
 
     Args:
-        references: r − centre, (N, D) float32.
-        centre: what was subtracted from the references, (D,).
-        squared_norms: ‖r − centre‖², (N,).
+        references: an index's vectors, prepared for search.
     """
 
-    def __init__(self, references: Tensor, centre: Tensor, squared_norms: Tensor) -> None:
+    def __init__(self, references: References) -> None:
         self.references = references
-        self.centre = centre
-        self.half_squares = squared_norms / 2
 
-    def expanded_square(self, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-        """−‖x_t − √ᾱ r_i‖²/(2(1−ᾱ)) up to a constant a row, (B, N), for x_t (B, D)."""
-        root = alpha_bar.sqrt()
-        centred = x_t - root * self.centre
-        logits = root * (centred @ self.references.T) - alpha_bar * self.half_squares
-        return logits / (1 - alpha_bar)
+    def centred(self, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+        """x_t − √ᾱ·centre: the noisy images (B, D) of centred ones."""
+        return x_t - alpha_bar.sqrt() * self.references.centre
+
+    def expanded_square(self, centred: Tensor, alpha_bar: Tensor) -> Tensor:
+        """−‖x_t − √ᾱ r_i‖²/(2(1−ᾱ)) up to a constant a row, (B, N), for a centred x_t (B, D)."""
+        products = self.references.products(centred).mul_(alpha_bar.sqrt())
+        return products.sub_(alpha_bar / 2 * self.references.squared_norms).div_(1 - alpha_bar)
 
     def refined(
-        self, logits: Tensor, x_t: Tensor, alpha_bar: Tensor, log_weights: Tensor
+        self, logits: Tensor, centred: Tensor, alpha_bar: Tensor, log_weights: Tensor
     ) -> Tensor:
         """``logits`` with exact differences for those that lead among references of weight > 0."""
-        root = alpha_bar.sqrt()
         counted = logits.masked_fill(log_weights == -torch.inf, -torch.inf)
         top, rows = counted.topk(min(EXACT_CANDIDATES, logits.shape[1]), dim=1)
-        centred = x_t - root * self.centre
-        differences = centred[:, None] - root * self.references[rows]  # (B, candidates, D)
-        exact = -differences.square().sum(dim=2) / (2 * (1 - alpha_bar))
+        leading = alpha_bar.sqrt() * self.references.centred[rows]  # (B, candidates, D)
+        exact = -(centred[:, None] - leading).square().sum(dim=2) / (2 * (1 - alpha_bar))
         # Both are known up to a constant a row; relative to the leading candidate they agree, and
         # are small where float32 is fine enough.
         return (logits - top[:, :1]).scatter(1, rows, exact - exact[:, :1])
@@ -66,17 +63,28 @@ class EmpiricalPosterior:
     def mean_difference(
         self,
         logits: Tensor,
-        x_t: Tensor,
+        centred: Tensor,
         alpha_bar: Tensor,
         log_weights_1: Tensor,
         log_weights_m: Tensor,
     ) -> Tensor:
         """μ_1 − μ_m at x_t, (B, D), from ``expanded_square`` and log-weights (N,) or (B, N)."""
-        log_likelihood = self.refined(logits, x_t, alpha_bar, log_weights_m)
+        log_likelihood = self.refined(logits, centred, alpha_bar, log_weights_m)
         p_1 = torch.softmax(log_likelihood + log_weights_1, dim=1)
         p_m = torch.softmax(log_likelihood + log_weights_m, dim=1)
         # Σ (p_1 − p_m) = 0: the centre drops out.
-        return (p_1 - p_m) @ self.references
+        return _weighted_sum(p_1 - p_m, self.references.centred)
+
+
+def _weighted_sum(weights: Tensor, vectors: Tensor) -> Tensor:
+    """``weights @ vectors``, of the vectors alone that have a weight where those are few.
+
+    At little noise, or among the images of one label, nearly all weights are exactly 0.
+    """
+    used = weights.any(dim=0).nonzero().squeeze(1)
+    if len(used) > len(vectors) // 4:
+        return weights @ vectors
+    return weights[:, used] @ vectors[used]
 
 
 class MultiplicityGuidance:
@@ -102,8 +110,7 @@ class MultiplicityGuidance:
             )
         self.index = index
         self.strength = strength
-        centred = index.references
-        self.posterior = EmpiricalPosterior(centred.centred, centred.centre, centred.squared_norms)
+        self.posterior = EmpiricalPosterior(index.references)
         groups = int(index.group.max()) + 1
         log_m, log_1 = _log_weights(index.multiplicity[:, None], index.group, groups)
         self._log_m, self._log_1 = log_m[:, 0], log_1[:, 0]
@@ -147,18 +154,19 @@ class MultiplicityGuidance:
         self, prediction: Prediction, x_t: Tensor, branches: Sequence[tuple[Tensor, Tensor | None]]
     ) -> list[Tensor]:
         """Outputs of the denoiser at x_t, each with its conditions (None: all references)."""
-        flat, (count, size) = x_t.flatten(1).float(), self.posterior.references.shape
+        flat, (count, size) = x_t.flatten(1).float(), self.index.vectors.shape
         chunk = max(1, MAX_ELEMENTS // max(count, EXACT_CANDIDATES * size))
         parts: list[list[Tensor]] = [[] for _ in branches]
         with torch.autocast(x_t.device.type, enabled=False):
             for rows in torch.arange(len(flat), device=flat.device).split(chunk):
-                noisy, alpha_bar = flat[rows], prediction.alpha_bar
-                logits = self.posterior.expanded_square(noisy, alpha_bar)
+                alpha_bar = prediction.alpha_bar
+                centred = self.posterior.centred(flat[rows], alpha_bar)
+                logits = self.posterior.expanded_square(centred, alpha_bar)
                 for part, (output, conditions) in zip(parts, branches, strict=True):
                     log_1, log_m = self._log_1, self._log_m
                     if conditions is not None:
                         log_1, log_m = self._conditional_weights(conditions[rows])
-                    delta = self.posterior.mean_difference(logits, noisy, alpha_bar, log_1, log_m)
+                    delta = self.posterior.mean_difference(logits, centred, alpha_bar, log_1, log_m)
                     part.append(output[rows] + self._change(prediction, delta, output[rows]))
         return [torch.cat(part) for part in parts]
 
