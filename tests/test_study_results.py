@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from memfree.evaluation.records import metric, write_metrics
+from memfree.evaluation.metrics import metric, write_metrics
 from memfree.manifest import write_manifest
 from memfree.study.grid import Plan
-from memfree.study.results import by_key, differences, gather, markdown
+from memfree.study.results import by_key, gather
 from memfree.study.statistics import (
     Measured,
     over_seeds,
@@ -17,6 +17,7 @@ from memfree.study.statistics import (
     upper_limit,
     upper_limit_of_rates,
 )
+from memfree.study.tables import as_markdown, by_metric, differences
 
 
 def test_interval_over_seeds_is_students():
@@ -67,14 +68,41 @@ def test_finished_cells_are_gathered_and_compared(finished):
     assert len(rows) == 12 and {row["training_seed"] for row in rows} == {1, 2, 3}
     assert len(gather(finished, "oracle", {"class-x64-seed2"})) == 4
     values = by_key(rows)
-    text = markdown(values)
+    text = as_markdown(values)
     assert "class, repeated images × 64 (training seeds: 3)" in text
     assert "| both | 0.20 (0.00–0.45) | 1.30 (1.30–1.30) |" in text
     verdicts = differences(values)
-    assert "| -0.40 points | -0.1" in verdicts and "| +0.5 points | within |" in verdicts
-    assert "| +30.00 % | +30.00 % | +15.0 % | not within |" in verdicts
+    row = verdicts.splitlines()[-1]
+    assert row.startswith("| class × 64 | steps | **-0.40 (≤ -0.1")  # counts keep it from −0.40
+    assert row.endswith("|  |  | +30.00 (≤ +30.00) |  |")
+    assert "in bold: the limit is within it (1 of 2)" in verdicts and verdicts in text
     without = {key: value for key, value in values.items() if not key[2].startswith("oracle")}
     assert differences(without) == ""
+    assert by_metric(values) == "", "one model: its own table says all"
+
+
+def test_means_stand_in_a_table_a_metric():
+    def measured(*values):
+        return {seed: Measured(value, 100) for seed, value in enumerate(values)}
+
+    values = {
+        ("class", 64, "unguided", "copies"): measured(0.5, 0.6),
+        ("class", 64, "unguided", "frechet_pixels"): measured(1.0),
+        ("unconditional", 4, "unguided", "copies"): measured(0.25),
+        ("unconditional", 4, "both", "copies"): measured(0.0),
+        ("unconditional", 4, "unguided", "frechet_pixels"): measured(1234.5),
+    }
+    copies, distance = by_metric(values).split("### ")[1:]
+    assert copies.splitlines() == [
+        "Copies, %",
+        "",
+        "|  | unguided | both |",
+        "|---|---|---|",
+        "| unconditional × 4 | 25.0 | 0.0 |",
+        "| class × 64 | 55.0 |  |",
+        "",
+    ]
+    assert "| unconditional × 4 | 1234 |  |" in distance and "| class × 64 | 1.00 |" in distance
 
 
 def test_a_study_of_another_size_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from memfree.evaluation.plots import PRINTED_COLOURS
 from memfree.manifest import write_atomic
-from memfree.study.results import DISTANCES, RATES, Values
+from memfree.study.values import DISTANCES, RATES, Values
 
 SUBJECTS = {
     "unguided": PRINTED_COLOURS[0],

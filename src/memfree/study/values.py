@@ -1,0 +1,47 @@
+"""What a study measures: its metrics, their names, the goals, and the figures by key."""
+
+from __future__ import annotations
+
+from memfree.study.statistics import Measured
+
+Key = tuple[str, int, str, str]
+"""Conditioning, duplication factor, subject, metric."""
+Values = dict[Key, dict[int, Measured]]
+"""What was measured, by key and training seed."""
+
+RATES = {
+    "copies": "copies, %",
+    "second_copies": "second measure, %",
+    "duplicated_share": "nearest is repeated, %",
+    "class_agreement": "class agreement, %",
+}
+DISTANCES = {
+    "frechet_pixels": "Fréchet, pixels",
+    "frechet_efficientnet": "Fréchet, EfficientNet",
+}
+SHOWN = {**RATES, **DISTANCES}
+"""Metrics of the tables and their titles. Seconds are left to quiet machines: studies may share
+theirs, and the first sampling of a model pays for its warm-up."""
+
+MARGINS = {
+    "copies": 0.005,
+    "second_copies": 0.005,
+    "duplicated_share": 0.015,
+    "frechet_pixels": 0.15,
+    "frechet_efficientnet": 0.15,
+}
+"""Goals, fixed beforehand: upper limits of (both − oracle); Fréchet distances relative to it."""
+
+ORACLES = {"oracle_steps": "steps", "oracle_epochs": "epochs"}
+"""Subjects that were trained on the deduplicated data, and what they have equal."""
+
+
+def cells_of(values: Values) -> list[tuple[str, int]]:
+    """Conditioning and factor of every cell, unconditional ones first, by factor."""
+    return sorted({(key[0], key[1]) for key in values}, key=lambda cell: (cell[0] == "class", cell))
+
+
+def subjects_of(values: Values, conditioning: str, factor: int) -> list[str]:
+    """Subjects of a cell that copies were counted of, in the order of their evaluation."""
+    found = dict.fromkeys(key[2] for key in values if key[:2] == (conditioning, factor))
+    return [one for one in found if (conditioning, factor, one, "copies") in values]
