@@ -15,6 +15,7 @@ LAYERS = [
         "trainers",
         "diffusion_math",
         "calibration_size",
+        "whole_folder",
     },
     {"data", "models", "retrieval"},
     {"guidance"},

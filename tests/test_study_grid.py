@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from memfree import cli
-from memfree.evaluation.records import metric, write_metrics
+from memfree.evaluation.metrics import metric, write_metrics
 from memfree.manifest import read_manifest, write_manifest
 from memfree.study.grid import SETS, Cell, Plan, study
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 
-def counting_bar(console: Console) -> Progress:
-    """A bar for each task: its description, how many of how many, and the time that is left."""
+def counting_bar(console: Console, *columns: ProgressColumn) -> Progress:
+    """A bar for each task: its description, how many of how many, the time left, more columns."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        *columns,
         console=console,
     )

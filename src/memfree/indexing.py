@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memfree.bars import counting_bar
-from memfree.calibration_size import MIN_EXPECTED, too_few_images
+from memfree.calibration_size import DEFAULT_RATE, MIN_EXPECTED, too_few_images
 from memfree.data import DatasetFolder
 from memfree.guidance.calibration import (
     Calibration,
@@ -136,7 +136,7 @@ def thresholds(calibration: Calibration) -> Table:
     )
     for column in ("false positives", "threshold on σ", "95 % interval"):
         table.add_column(column, justify="right")
-    for rate in sorted({0.05, 0.01, smallest}, reverse=True):
+    for rate in sorted({0.05, DEFAULT_RATE, smallest}, reverse=True):
         if smallest <= rate < 1:
             low, high = calibration.threshold_interval(rate)
             threshold = calibration.threshold(rate)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from memfree import whole_folder
 from memfree.data import (
     DatasetFolder,
     DuplicationPlan,
     PartSizes,
     prepare,
-    workspace,
 )
 from memfree.data.records import Items
 from memfree.data.shards import ShardWriter
@@ -190,7 +190,7 @@ def test_stopped_run_leaves_nothing_and_begins_again(tmp_path, monkeypatch):
         prepare(tmp_path / "out", parts=SMALL)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    prefix = f".out.{workspace.socket.gethostname()}-"
+    prefix = f".out.{whole_folder.socket.gethostname()}-"
     left = tmp_path / f"{prefix}4194304999.partial"  # of a killed process: no such number exists
     left.mkdir()
     (left / "train-000000.tar").write_bytes(b"half")

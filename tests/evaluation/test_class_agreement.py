@@ -5,7 +5,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from memfree.evaluation.class_agreement import ClassJudge
-from memfree.evaluation.records import HELDOUT
+from memfree.evaluation.metrics import HELDOUT
 
 
 @pytest.fixture(scope="module")

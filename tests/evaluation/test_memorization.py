@@ -16,8 +16,8 @@ from memfree.evaluation.memorization import (
     paired_metrics,
     same_image_metrics,
 )
+from memfree.evaluation.metrics import MetricTable
 from memfree.evaluation.neighbours import Neighbours, distance_ratio
-from memfree.evaluation.records import MetricTable
 
 
 def neighbours(nl2, multiplicity=None, ratio=None, threshold=-0.66):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import linalg
 
+from memfree.evaluation.metrics import HELDOUT, MetricTable
 from memfree.evaluation.quality import FrechetDistance, frechet_metrics, kid_metrics
-from memfree.evaluation.records import HELDOUT, MetricTable
 
 
 def by_definition(a, b):

@@ -20,9 +20,9 @@ from memfree.data.skipped import Skipped
 from memfree.data.sources import SourceName, open_source
 from memfree.data.split import PARTS, PartSizes
 from memfree.data.wording import counted
-from memfree.data.workspace import put_in_place, unfinished
 from memfree.manifest import check_free_space, read_manifest, write_manifest
 from memfree.resolved import save_config
+from memfree.whole_folder import put_in_place, unfinished
 
 _NO_COPIES = DuplicationPlan()
 _DEFAULT_SIZES = PartSizes()

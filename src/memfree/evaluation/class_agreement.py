@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from memfree.evaluation.intervals import wilson
-from memfree.evaluation.records import HELDOUT, Metric, metric
+from memfree.evaluation.metrics import HELDOUT, Metric, metric
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from memfree.evaluation import quality
 from memfree.evaluation.embedding import View, fit_components
 from memfree.evaluation.inputs import Inputs
 from memfree.evaluation.measuring import Second
-from memfree.evaluation.records import HELDOUT, Metric
+from memfree.evaluation.metrics import HELDOUT, Metric
 from memfree.evaluation.subject import Subject
 
 

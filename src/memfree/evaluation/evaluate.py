@@ -8,20 +8,21 @@ import numpy as np
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
+from memfree.calibration_size import DEFAULT_RATE
 from memfree.evaluation import class_agreement, memorization
 from memfree.evaluation.distributions import distribution_metrics
 from memfree.evaluation.embedding import View
-from memfree.evaluation.folder import write_evaluation
 from memfree.evaluation.inputs import DEFAULT_REFERENCE, Inputs, open_inputs
 from memfree.evaluation.intervals import wilson
 from memfree.evaluation.measuring import Second, measure_subjects, step
+from memfree.evaluation.metrics import CHANGED, HELDOUT, Metric, MetricTable, metric
 from memfree.evaluation.neighbours import find_neighbours
 from memfree.evaluation.power import CHANGED_IMAGES, changed_copies
-from memfree.evaluation.records import CHANGED, HELDOUT, Metric, MetricTable, metric
 from memfree.evaluation.second_similarity import second_copies, second_metric
 from memfree.evaluation.subject import Subject
 from memfree.evaluation.table import print_table
 from memfree.evaluation.trajectories import active_share, trace_of
+from memfree.evaluation.writer import write_evaluation
 from memfree.guidance import WITH_AMG, NormalizedL2, calibration_of, default_similarity
 from memfree.manifest import check_replaceable
 from memfree.resolved import save_config
@@ -32,7 +33,7 @@ def evaluate(
     index: Path,
     samples: dict[str, Path],
     out: Path,
-    false_positive_rate: float = 0.01,
+    false_positive_rate: float = DEFAULT_RATE,
     other_rates: tuple[float, ...] = (0.05, 0.1),
     reference: str = DEFAULT_REFERENCE,
     other_data: tuple[str, ...] = ("oracle",),

@@ -1,175 +1,94 @@
-"""The evaluation folder: metrics, one row a sample, and what the report draws."""
+"""Read a finished evaluation folder."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Mapping
+import functools
+import operator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
-from torch import Tensor
 
-from memfree.evaluation.inputs import Inputs
-from memfree.evaluation.pictures import choose_samples, picture_rows
-from memfree.evaluation.records import MetricTable, write_metrics
-from memfree.evaluation.subject import Subject
-from memfree.evaluation.trajectories import trace_of, trajectory_rows
-from memfree.guidance import NormalizedL2, default_similarity
-from memfree.manifest import check_replaceable, read_manifest, write_manifest
-
-CONTAINS = "pictures.parquet and the report contain training images"
+from memfree.evaluation.metrics import HELDOUT, MetricTable, read_metrics
+from memfree.manifest import read_manifest
 
 
-def write_evaluation(
-    out: Path,
-    inputs: Inputs,
-    index_path: Path,
-    table: MetricTable,
-    subjects: Mapping[str, Subject],
-    seed: int,
-    false_positive_rate: float,
-) -> None:
-    """Write the folder beside ``out`` and put it in place when it is complete.
-
-    Raises:
-        ValueError: ``out`` holds something that is not an evaluation.
-    """
-    check_replaceable(out, "evaluation")
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        write_metrics(partial / "metrics.json", table.metrics)
-        nl2 = isinstance(default_similarity(inputs.index), NormalizedL2)
-        rows = per_sample_table(subjects, inputs.index.keys, nl2)
-        parquet.write_table(rows, partial / "per_sample.parquet")
-        _write_rows(partial / "trajectories.parquet", _trajectories(inputs, subjects))
-        _write_rows(partial / "pictures.parquet", _pictures(inputs, subjects))
-        write_manifest(
-            partial,
-            "evaluation",
-            seed,
-            contains=CONTAINS,
-            reference=inputs.reference,
-            paired=inputs.paired,
-            false_positive_rate=false_positive_rate,
-            dataset=_described(inputs.dataset.path, inputs.dataset.manifest, inputs.dataset.hash),
-            index=_described(index_path, read_manifest(index_path, "index"), None),
-            samples={
-                name: {
-                    **_described(folder.path, folder.manifest, folder.manifest.get("dataset_hash")),
-                    "model": _model_manifest(folder.manifest.get("model")),
-                }
-                for name, folder in inputs.samples.items()
-            },
-        )
-        _put_in_place(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _put_in_place(partial: Path, out: Path) -> None:
-    if out.exists():
-        old = out.with_name(f".{out.name}.{os.getpid()}.old")
-        out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old)
-    else:
-        partial.rename(out)
-
-
-def per_sample_table(subjects: Mapping[str, Subject], keys: list[str], nl2: bool) -> pa.Table:
-    """One row an image: its nearest training image, both similarities, p-value and verdicts.
+class EvaluationFolder:
+    """What `memfree evaluate` wrote.
 
     Args:
-        subjects: the sample folders and the test images.
-        keys: image key per row of the index.
-        nl2: whether σ is −nL2; otherwise the column ``nl2`` is null.
+        path: the folder.
+
+    Attributes:
+        manifest: its manifest.
+        metrics: its metrics.
+        subjects: names of the sample folders, the reference first.
+        reference: the subject that others are compared with.
+        paired: subjects that began with the reference's noise.
+        pictures: rows of ``pictures.parquet``.
+        trajectories: rows of ``trajectories.parquet``.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is unfinished, of another kind, or damaged.
     """
-    parts = []
-    for name, subject in subjects.items():
-        found, n = subject.found, len(subject.found)
-        labels = [None] * n if subject.labels is None else subject.labels.tolist()
-        parts.append(
-            pa.table(
-                {
-                    "subject": pa.array([name] * n),
-                    "sample": pa.array(range(n), pa.int64()),
-                    "condition": pa.array(labels, pa.int64()),
-                    "nearest_key": pa.array([keys[row] for row in found.row]),
-                    "nearest_row": found.row,
-                    "nearest_multiplicity": found.multiplicity,
-                    "nl2": pa.array(-found.sigma if nl2 else [None] * n, pa.float64()),
-                    "sigma": found.sigma,
-                    "distance_ratio": found.distance_ratio,
-                    "p_value": found.p_value,
-                    "copy": found.copy,
-                    "second_sigma": subject.second_sigma,
-                    "second_copy": subject.second_copy,
-                }
-            )
-        )
-    return pa.concat_tables(parts)
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.manifest: dict[str, Any] = read_manifest(self.path, "evaluation")
+        self.metrics: MetricTable = read_metrics(self.path / "metrics.json")
+        try:
+            self.reference: str = self.manifest["reference"]
+            names = list(self.manifest["samples"])
+            self.subjects = sorted(names, key=lambda name: name != self.reference)
+            self.paired = [name for name in self.subjects if name in self.manifest["paired"]]
+            _check_makers(self.manifest)
+        except KeyError as error:
+            raise ValueError(
+                f"{self.path}/manifest.json lacks {error}; run `memfree evaluate` again"
+            ) from error
+        except (AttributeError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{self.path}/manifest.json is damaged ({error}); run `memfree evaluate` again"
+            ) from error
+        self.pictures = self._table("pictures.parquet").to_pylist()
+        self.trajectories = self._table("trajectories.parquet").to_pylist()
+
+    def distances(self) -> dict[str, np.ndarray]:
+        """Per subject and for the test images: nL2 of every image, or −σ of another measure."""
+        table = self._table("per_sample.parquet")
+        subject = np.array(table["subject"].to_pylist())
+        values = -table["sigma"].to_numpy()
+        return {name: values[subject == name] for name in [*self.subjects, HELDOUT]}
+
+    def _table(self, name: str) -> pa.Table:
+        try:
+            return parquet.read_table(self.path / name)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(
+                f"{self.path / name} cannot be read; run `memfree evaluate` again"
+            ) from error
 
 
-def _trajectories(inputs: Inputs, subjects: Mapping[str, Subject]) -> list[dict[str, object]]:
-    """σ_t of copies and others; guided samples are grouped by what their noise became unguided."""
-    rows: list[dict[str, object]] = []
-    for name, folder in inputs.samples.items():
-        trace = trace_of(folder)
-        if trace is None:
-            continue
-        judged = subjects[inputs.paired.get(name, name)].found.copy
-        groups = {"copies": np.flatnonzero(judged), "others": np.flatnonzero(~judged)}
-        rows += trajectory_rows(name, trace, groups)
-    return rows
+def _check_makers(manifest: dict[str, Any]) -> None:
+    """Refuse a manifest without what the report says of how the evaluation was made.
+
+    Raises:
+        KeyError, IndexError, TypeError: something of it is not there.
+    """
+    samples = manifest["samples"].values()
+    for name in ("packages", "python", "device", "created", "seed"):
+        _look_up(manifest, "made_by", name)
+    _look_up(manifest, "made_by", "command", 0)
+    for made in (manifest["dataset"], manifest["index"], *samples):
+        _look_up(made, "manifest", "made_by", "command", 0)
+    for sample in samples:
+        _look_up(sample, "model")
+        _look_up(sample, "manifest", "count")
+    _look_up(manifest, "dataset", "manifest", "image_shape")
 
 
-def _pictures(inputs: Inputs, subjects: Mapping[str, Subject]) -> list[dict[str, object]]:
-    names = [inputs.reference, *inputs.paired]
-    keys = inputs.index.keys
-    found = subjects[inputs.reference].found
-    nearest = [keys[row] for row in found.row]
-    chosen = choose_samples(found, nearest)
-    wanted = {nearest[sample] for sample in chosen}
-    return picture_rows(
-        chosen,
-        {name: (inputs.samples[name].images(), subjects[name].found) for name in names},
-        inputs.reference,
-        keys,
-        _training_images(inputs, wanted),
-    )
-
-
-def _training_images(inputs: Inputs, wanted: set[str], batch_size: int = 1024) -> dict[str, Tensor]:
-    """The training images of these keys, without holding all of them in memory."""
-    train = inputs.dataset.part("train")
-    found, start = {}, 0
-    for batch in train.batches(batch_size):
-        for place, key in enumerate(train.keys[start : start + len(batch)]):
-            if key in wanted:
-                found[key] = batch[place]
-        start += len(batch)
-    return found
-
-
-def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    parquet.write_table(pa.Table.from_pylist(rows), path)
-
-
-def _described(path: Path, manifest: dict[str, Any], data_hash: str | None) -> dict[str, Any]:
-    """Where an input lies, and its manifest, so that the evaluation says what it was made from."""
-    kept = {name: value for name, value in manifest.items() if name not in ("shards", "files")}
-    return {"path": str(path), "hash": data_hash, "manifest": kept}
-
-
-def _model_manifest(path: str | None) -> dict[str, Any] | None:
-    """Manifest of the model that drew samples, None if it is not where it was any more."""
-    try:
-        return None if path is None else read_manifest(Path(path), "model")
-    except (OSError, ValueError):
-        return None
+def _look_up(value: Any, *keys: str | int) -> Any:
+    return functools.reduce(operator.getitem, keys, value)

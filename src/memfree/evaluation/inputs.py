@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from memfree.evaluation.records import CHANGED, HELDOUT
+from memfree.evaluation.metrics import CHANGED, HELDOUT
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.folder import SampleFolder
 

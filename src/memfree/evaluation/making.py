@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from memfree.evaluation.finished import EvaluationFolder
+from memfree.evaluation.folder import EvaluationFolder
 
 
 def facts(folder: EvaluationFolder) -> list[tuple[str, str]]:

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from memfree.evaluation.embedding import View, Viewer
 from memfree.evaluation.inputs import Inputs, labels_of
+from memfree.evaluation.metrics import HELDOUT
 from memfree.evaluation.neighbours import find_neighbours
-from memfree.evaluation.records import HELDOUT
 from memfree.evaluation.second_similarity import (
     PixelSimilarity,
     SecondSimilarity,

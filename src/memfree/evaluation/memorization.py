@@ -15,8 +15,8 @@ from memfree.evaluation.intervals import (
     weighted_rate,
     wilson,
 )
+from memfree.evaluation.metrics import Metric, metric
 from memfree.evaluation.neighbours import Neighbours
-from memfree.evaluation.records import Metric, metric
 
 PAPER_THRESHOLDS = (1.4, 1.6)
 """Fixed thresholds on nL2 that the AMG paper reports for CIFAR-10."""

@@ -7,9 +7,9 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from memfree.evaluation.finished import EvaluationFolder
+from memfree.evaluation.folder import EvaluationFolder
+from memfree.evaluation.metrics import CHANGED, HELDOUT, Metric
 from memfree.evaluation.plots import css_colours
-from memfree.evaluation.records import CHANGED, HELDOUT, Metric
 from memfree.evaluation.table import ROWS, Row, interval_text, number, percent, shown_rows
 
 SMALL_IMAGE = 64

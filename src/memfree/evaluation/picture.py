@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from memfree.evaluation.finished import EvaluationFolder
+from memfree.evaluation.folder import EvaluationFolder
 from memfree.evaluation.page import SMALL_IMAGE
 from memfree.evaluation.plots import PRINTED_COLOURS
 

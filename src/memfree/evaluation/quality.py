@@ -11,7 +11,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from memfree.evaluation.intervals import Interval, tail_quantiles
-from memfree.evaluation.records import HELDOUT, Metric, metric
+from memfree.evaluation.metrics import HELDOUT, Metric, metric
 
 SUBSETS = 20
 """Subsets without repetition whose mean is a Fréchet distance at a count below the samples'."""

@@ -9,10 +9,10 @@ from markupsafe import Markup
 from rich.console import Console
 
 from memfree.evaluation import making, page
-from memfree.evaluation.finished import EvaluationFolder
+from memfree.evaluation.folder import EvaluationFolder
+from memfree.evaluation.metrics import HELDOUT
 from memfree.evaluation.picture import write_picture
 from memfree.evaluation.plots import distance_chart, dose_chart, trajectory_chart
-from memfree.evaluation.records import HELDOUT
 from memfree.manifest import check_kind, write_atomic, write_manifest, write_text
 from memfree.resolved import save_config
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memfree.evaluation.embedding import View, fit_components
 from memfree.evaluation.intervals import wilson
-from memfree.evaluation.records import Metric, metric
+from memfree.evaluation.metrics import Metric, metric
 from memfree.guidance import Calibration, default_similarity, measure
 from memfree.retrieval import ReferenceIndex
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from memfree.evaluation.records import HELDOUT, Metric, MetricTable
+from memfree.evaluation.metrics import HELDOUT, Metric, MetricTable
 
 
 def percent(value: float) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from memfree.calibration_size import DEFAULT_RATE
 from memfree.diffusion_math import predicted_x_0
 from memfree.guidance import corrections
 from memfree.guidance.displacement import limit_displacement, move_below
@@ -125,7 +126,7 @@ class AntiMemorizationGuidance(Observer):
 
     @classmethod
     def recommended(
-        cls, index: ReferenceIndex, false_positive_rate: float = 0.01
+        cls, index: ReferenceIndex, false_positive_rate: float = DEFAULT_RATE
     ) -> AntiMemorizationGuidance:
         """The settings that docs/method.md explains, on the index's calibrated threshold."""
         from memfree.guidance.settings import GuidanceSettings

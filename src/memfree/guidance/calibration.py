@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memfree.calibration_size import MIN_EXPECTED
+from memfree.calibration_size import DEFAULT_RATE, MIN_EXPECTED
 from memfree.guidance.similarity import EmbeddingSimilarity, NormalizedL2, Similarity
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def calibrate(
     index: ReferenceIndex,
     similarity: Similarity,
     calibration_images: Tensor,
-    false_positive_rate: float = 0.01,
+    false_positive_rate: float = DEFAULT_RATE,
 ) -> float:
     """Measure held-out images, keep the result with the index, return the threshold in σ."""
     calibration = measure(index, similarity, calibration_images)

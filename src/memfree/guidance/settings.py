@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import PositiveInt
 
+from memfree.calibration_size import DEFAULT_RATE
 from memfree.guidance.amg import AntiMemorizationGuidance, Observer
 from memfree.guidance.calibration import calibration_of, default_similarity
 from memfree.guidance.multiplicity import MultiplicityGuidance
@@ -28,7 +29,7 @@ class GuidanceSettings:
     mitigation: Mitigation = "none"
     """none; amg (Chen et al., 2024); multiplicity (ours); both: multiplicity, then AMG; reject:
     draw again while the finished sample is above the calibrated threshold."""
-    false_positive_rate: float = 0.01
+    false_positive_rate: float = DEFAULT_RATE
     """λ_t ends (t = 0) at the threshold that this share of held-out real images exceeds."""
     schedule: Literal["rising", "constant"] = "rising"
     """λ_t: rising as t falls (eq. 19), or constant at its end point (the paper's ablation)."""
@@ -76,16 +77,15 @@ class GuidanceSettings:
     def observer(self, index: ReferenceIndex) -> Observer:
         """What records σ_t against λ_t and changes nothing."""
         end = self.end_threshold(index)
-        return Observer(index, default_similarity(index), self._rising(end))
+        return Observer(index, default_similarity(index), self._threshold(end))
 
     def anti_memorization(self, index: ReferenceIndex) -> AntiMemorizationGuidance:
         """AMG with these settings on the index's calibrated threshold."""
         end = self.end_threshold(index)
-        constant = self.schedule == "constant"
         return AntiMemorizationGuidance(
             index,
             default_similarity(index),
-            ConstantThreshold(end) if constant else self._rising(end),
+            self._threshold(end),
             c1=self.c1,
             c2=self.c2,
             c3=self.c3,
@@ -96,7 +96,9 @@ class GuidanceSettings:
             gated=self.gated,
         )
 
-    def _rising(self, end: float) -> ThresholdSchedule:
+    def _threshold(self, end: float) -> ThresholdSchedule | ConstantThreshold:
+        if self.schedule == "constant":
+            return ConstantThreshold(end)
         # A distance's σ is negative: a multiple above 1 is lower. A cosine's is positive.
         start = end * self.start_ratio if end < 0 else end / self.start_ratio
         return ThresholdSchedule(start, end, self.rate)

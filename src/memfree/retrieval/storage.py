@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ import safetensors.torch
 
 from memfree.manifest import check_free_space, read_manifest, sha256, write_json, write_manifest
 from memfree.retrieval.features import PixelFeatures
+from memfree.whole_folder import put_in_place, unfinished
 
 if TYPE_CHECKING:
     from memfree.retrieval.index import ReferenceIndex
@@ -65,15 +64,9 @@ def save(index: ReferenceIndex, folder: Path, overwrite: bool = False) -> None:
         folder, index.dataset_hash, index.features.describe(), overwrite, content_hash(index)
     )
     check_free_space(folder, index.vectors.numel() * 4 + 100 * len(index) + (1 << 20))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        _write(index, temporary)
-        _replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with unfinished(folder) as partial:
+        _write(index, partial)
+        put_in_place(partial, folder, overwrite=True)
 
 
 def _write(index: ReferenceIndex, folder: Path) -> None:
@@ -153,18 +146,6 @@ def check_replaceable(
         raise ValueError(
             f"{folder} holds the index {other}; choose another --out or give --overwrite true"
         )
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Put a finished folder in the place of another; at every moment one of them is whole."""
-    if not folder.exists():
-        os.rename(temporary, folder)
-        return
-    old = temporary.with_suffix(".old")
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(folder, old)
-    os.rename(temporary, folder)
-    shutil.rmtree(old)
 
 
 def save_calibrations(folder: Path, calibrations: dict[str, dict[str, Any]]) -> None:

@@ -46,9 +46,13 @@ class SampleFolder:
             channels, height, width = (int(side) for side in manifest["image_shape"])
             count = int(manifest["count"])
             self._shards = [self.path / Path(name).name for name in manifest["shards"]]
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
             raise ValueError(
                 f"{self.path}/manifest.json lacks {error}; draw the samples again"
+            ) from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}/manifest.json is damaged ({error}); draw the samples again"
             ) from error
         self.image_shape: tuple[int, int, int] = (channels, height, width)
         records: dict[int, dict[str, Any]] = {}

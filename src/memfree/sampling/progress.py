@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 
+from memfree.bars import counting_bar
 from memfree.sampling.module import SampleBatch, SampleIndices
 
 PLAIN_INTERVAL = 10.0
@@ -43,15 +44,8 @@ class SampleProgress(Callback):
         self._ranks = trainer.world_size
         self._start = self._last = time.monotonic()
         if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("sampling"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=self.console,
-            )
-            self._bar.add_task("", total=self._total)
+            self._bar = counting_bar(self.console, TextColumn("{task.fields[text]}"))
+            self._bar.add_task("sampling", total=self._total, text="")
             self._bar.start()
 
     def on_predict_batch_end(
@@ -69,7 +63,7 @@ class SampleProgress(Callback):
         self._done += len(outputs.index)
         self._active += active_samples(outputs)
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done, description=self.text())
+            self._bar.update(self._bar.task_ids[0], completed=self._done, text=self.text())
         elif time.monotonic() - self._last >= PLAIN_INTERVAL or self._done == self._total:
             self._last = time.monotonic()
             self.console.print(f"{self._done} of {self._total} samples, {self.text()}")

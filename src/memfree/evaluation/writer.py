@@ -1,0 +1,159 @@
+"""The evaluation folder: metrics, one row a sample, and what the report draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+from torch import Tensor
+
+from memfree.evaluation.inputs import Inputs
+from memfree.evaluation.metrics import MetricTable, write_metrics
+from memfree.evaluation.subject import Subject
+from memfree.evaluation.trajectories import trace_of, trajectory_rows
+from memfree.evaluation.triples import choose_samples, picture_rows
+from memfree.guidance import NormalizedL2, default_similarity
+from memfree.manifest import check_replaceable, read_manifest, write_manifest
+from memfree.whole_folder import put_in_place, unfinished
+
+CONTAINS = "pictures.parquet and the report contain training images"
+
+
+def write_evaluation(
+    out: Path,
+    inputs: Inputs,
+    index_path: Path,
+    table: MetricTable,
+    subjects: Mapping[str, Subject],
+    seed: int,
+    false_positive_rate: float,
+) -> None:
+    """Write the folder beside ``out`` and put it in place when it is complete.
+
+    Raises:
+        ValueError: ``out`` holds something that is not an evaluation.
+    """
+    check_replaceable(out, "evaluation")
+    with unfinished(out) as partial:
+        write_metrics(partial / "metrics.json", table.metrics)
+        nl2 = isinstance(default_similarity(inputs.index), NormalizedL2)
+        rows = per_sample_table(subjects, inputs.index.keys, nl2)
+        parquet.write_table(rows, partial / "per_sample.parquet")
+        _write_rows(partial / "trajectories.parquet", _trajectories(inputs, subjects))
+        _write_rows(partial / "pictures.parquet", _pictures(inputs, subjects))
+        write_manifest(
+            partial,
+            "evaluation",
+            seed,
+            contains=CONTAINS,
+            reference=inputs.reference,
+            paired=inputs.paired,
+            false_positive_rate=false_positive_rate,
+            dataset=_described(inputs.dataset.path, inputs.dataset.manifest, inputs.dataset.hash),
+            index=_described(index_path, read_manifest(index_path, "index"), None),
+            samples={
+                name: {
+                    **_described(folder.path, folder.manifest, folder.manifest.get("dataset_hash")),
+                    "model": _model_manifest(folder.manifest.get("model")),
+                }
+                for name, folder in inputs.samples.items()
+            },
+        )
+        put_in_place(partial, out, overwrite=True)
+
+
+def per_sample_table(subjects: Mapping[str, Subject], keys: list[str], nl2: bool) -> pa.Table:
+    """One row an image: its nearest training image, both similarities, p-value and verdicts.
+
+    Args:
+        subjects: the sample folders and the test images.
+        keys: image key per row of the index.
+        nl2: whether σ is −nL2; otherwise the column ``nl2`` is null.
+    """
+    parts = []
+    for name, subject in subjects.items():
+        found, n = subject.found, len(subject.found)
+        labels = [None] * n if subject.labels is None else subject.labels.tolist()
+        parts.append(
+            pa.table(
+                {
+                    "subject": pa.array([name] * n),
+                    "sample": pa.array(range(n), pa.int64()),
+                    "condition": pa.array(labels, pa.int64()),
+                    "nearest_key": pa.array([keys[row] for row in found.row]),
+                    "nearest_row": found.row,
+                    "nearest_multiplicity": found.multiplicity,
+                    "nl2": pa.array(-found.sigma if nl2 else [None] * n, pa.float64()),
+                    "sigma": found.sigma,
+                    "distance_ratio": found.distance_ratio,
+                    "p_value": found.p_value,
+                    "copy": found.copy,
+                    "second_sigma": subject.second_sigma,
+                    "second_copy": subject.second_copy,
+                }
+            )
+        )
+    return pa.concat_tables(parts)
+
+
+def _trajectories(inputs: Inputs, subjects: Mapping[str, Subject]) -> list[dict[str, object]]:
+    """σ_t of copies and others; guided samples are grouped by what their noise became unguided."""
+    rows: list[dict[str, object]] = []
+    for name, folder in inputs.samples.items():
+        trace = trace_of(folder)
+        if trace is None:
+            continue
+        judged = subjects[inputs.paired.get(name, name)].found.copy
+        groups = {"copies": np.flatnonzero(judged), "others": np.flatnonzero(~judged)}
+        rows += trajectory_rows(name, trace, groups)
+    return rows
+
+
+def _pictures(inputs: Inputs, subjects: Mapping[str, Subject]) -> list[dict[str, object]]:
+    names = [inputs.reference, *inputs.paired]
+    keys = inputs.index.keys
+    found = subjects[inputs.reference].found
+    nearest = [keys[row] for row in found.row]
+    chosen = choose_samples(found, nearest)
+    wanted = {nearest[sample] for sample in chosen}
+    return picture_rows(
+        chosen,
+        {name: (inputs.samples[name].images(), subjects[name].found) for name in names},
+        inputs.reference,
+        keys,
+        _training_images(inputs, wanted),
+    )
+
+
+def _training_images(inputs: Inputs, wanted: set[str], batch_size: int = 1024) -> dict[str, Tensor]:
+    """The training images of these keys, without holding all of them in memory."""
+    train = inputs.dataset.part("train")
+    found, start = {}, 0
+    for batch in train.batches(batch_size):
+        for place, key in enumerate(train.keys[start : start + len(batch)]):
+            if key in wanted:
+                found[key] = batch[place]
+        start += len(batch)
+    return found
+
+
+def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+
+
+def _described(path: Path, manifest: dict[str, Any], data_hash: str | None) -> dict[str, Any]:
+    """Where an input lies, and its manifest, so that the evaluation says what it was made from."""
+    kept = {name: value for name, value in manifest.items() if name not in ("shards", "files")}
+    return {"path": str(path), "hash": data_hash, "manifest": kept}
+
+
+def _model_manifest(path: str | None) -> dict[str, Any] | None:
+    """Manifest of the model that drew samples, None if it is not where it was any more."""
+    try:
+        return None if path is None else read_manifest(Path(path), "model")
+    except (OSError, ValueError):
+        return None
