@@ -135,8 +135,8 @@ class References:
     def products(self, queries: Tensor) -> Tensor:
         """Inner products (B, N) of queries (B, D) with the centred references.
 
-        The references stand on the left and come in parts that fit a processor's cache: for few
-        queries a CPU takes a third of the time of ``queries @ centred.T`` (docs/results.md).
+        The references stand on the left and come in parts: for few queries a CPU is much faster
+        so than with ``queries @ centred.T`` (docs/results.md, "What it costs").
         """
         with torch.autocast(queries.device.type, enabled=False):
             parts = [part @ queries.T for part in self.centred_parts()]
