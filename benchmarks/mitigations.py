@@ -27,7 +27,7 @@ COUNT, STEPS, SEED = 100, 50, 1001
 """Samples a call, all in one batch; denoising steps; the studies' noise of that training seed."""
 
 
-def run(repetitions: int = 3) -> list[dict[str, Any]]:
+def run(repetitions: int = 5) -> list[dict[str, Any]]:
     """Measure; one record a model and mitigation (see ``harness.record``), in seconds a sample."""
     return [entry for cell in CELLS for entry in _cell(STUDY / cell, repetitions)]
 
@@ -60,7 +60,7 @@ def _sampler(folder: Path, mitigation: Mitigation) -> Callable[[], object]:
         model.image_shape,
         STEPS,
         SEED,
-        guidance=GuidanceSettings(mitigation=mitigation),
+        guidance=() if mitigation == "none" else GuidanceSettings(mitigation=mitigation),
         guidance_scale=1.0 if classes is None else 2.0,
         classes=classes,
         index=index,

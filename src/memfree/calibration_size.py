@@ -7,7 +7,7 @@ import math
 MIN_EXPECTED = 5
 """A false-positive rate needs so many calibration images expected above its threshold."""
 DEFAULT_RATE = 0.01
-"""False-positive rate of sample.py and memfree evaluate."""
+"""False-positive rate where none is given."""
 
 
 def too_few_images(images: int) -> str | None:

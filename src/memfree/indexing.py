@@ -19,7 +19,6 @@ from memfree.guidance.calibration import (
     measure,
 )
 from memfree.manifest import check_free_space
-from memfree.resolved import save_config
 from memfree.retrieval import (
     EfficientNetFeatures,
     Features,
@@ -88,7 +87,6 @@ def index(
         built.calibrations[similarity.name] = measured.to_json()
         progress.update(task, total=len(calibration.keys), completed=len(calibration.keys))
         built.save(out, overwrite)
-        save_config(out)
     Console().print(summary(built), thresholds(calibration_of(built, similarity)))
     warning = too_few_images(len(calibration.keys))
     if warning:

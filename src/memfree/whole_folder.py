@@ -19,7 +19,7 @@ def unfinished(out: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk became full.
     """
-    out = out.absolute()
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.{socket.gethostname()}-"
     for left in out.parent.glob(f"{glob.escape(prefix)}*"):
@@ -38,7 +38,7 @@ def unfinished(out: Path) -> Iterator[Path]:
         yield folder
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise OSError(f"the disk of {out} is full; nothing was left there") from error
+            raise OSError(f"the disk of {out} is full; nothing was written to it") from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -57,10 +57,13 @@ def _alive(pid: int) -> bool:
 def put_in_place(folder: Path, out: Path, overwrite: bool) -> None:
     """Rename the finished folder; an old one is moved aside first and removed last.
 
+    A run that is killed between the two leaves the old one beside ``out``, under a hidden name,
+    until the next has put another in its place.
+
     Raises:
         ValueError: ``out`` came into being while ``folder`` was written.
     """
-    old = folder.with_suffix(".old")
+    out, old = out.resolve(), folder.with_suffix(".old")
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise ValueError(f"--out {out} appeared in the meantime; nothing was written to it")

@@ -213,7 +213,7 @@ def test_full_disk(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ShardWriter, "write", full)
-    with pytest.raises(OSError, match=r"the disk of .*out is full; nothing was left"):
+    with pytest.raises(OSError, match=r"the disk of .*out is full; nothing was written"):
         prepare(tmp_path / "out", parts=SMALL)
     assert list(tmp_path.iterdir()) == []
 

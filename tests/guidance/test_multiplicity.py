@@ -245,9 +245,9 @@ def test_it_turns_a_duplicated_posterior_into_the_deduplicated_one():
 
         def denoiser(x_t, t, conditions):
             alpha_bar = scheduler.alphas_cumprod[t]
-            centred, log_weights = posterior.centred(x_t.flatten(1), alpha_bar), weights.log()
-            square = posterior.expanded_square(centred, alpha_bar)
-            logits = posterior.refined(square, centred, alpha_bar, log_weights) + log_weights
+            shifted, log_weights = posterior.shifted(x_t.flatten(1), alpha_bar), weights.log()
+            square = posterior.expanded_square(shifted, alpha_bar)
+            logits = posterior.refined(square, shifted, alpha_bar, log_weights) + log_weights
             x_0 = (torch.softmax(logits, dim=1) @ images.flatten(1)).reshape(x_t.shape)
             return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
 

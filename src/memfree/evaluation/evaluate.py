@@ -25,7 +25,6 @@ from memfree.evaluation.trajectories import active_share, trace_of
 from memfree.evaluation.writer import write_evaluation
 from memfree.guidance import WITH_AMG, NormalizedL2, calibration_of, default_similarity
 from memfree.manifest import check_replaceable
-from memfree.resolved import save_config
 
 
 def evaluate(
@@ -86,7 +85,6 @@ def evaluate(
         write_evaluation(
             out, inputs, index, table, subjects, seed, false_positive_rate=false_positive_rate
         )
-        save_config(out)
     print_table(table, [*inputs.samples, HELDOUT], console)
     console.print(f"Written to {out}; `memfree report --evaluation {out}` makes the page.")
 

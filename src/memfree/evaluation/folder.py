@@ -76,7 +76,7 @@ def _check_makers(manifest: dict[str, Any]) -> None:
     """Refuse a manifest without what the report says of how the evaluation was made.
 
     Raises:
-        KeyError, IndexError, TypeError: something of it is not there.
+        AttributeError, KeyError, IndexError, TypeError: something of it is not there.
     """
     samples = manifest["samples"].values()
     for name in ("packages", "python", "device", "created", "seed"):
@@ -85,9 +85,12 @@ def _check_makers(manifest: dict[str, Any]) -> None:
     for made in (manifest["dataset"], manifest["index"], *samples):
         _look_up(made, "manifest", "made_by", "command", 0)
     for sample in samples:
-        _look_up(sample, "model")
         _look_up(sample, "manifest", "count")
+        if _look_up(sample, "model") is not None:
+            _look_up(sample, "model", "made_by", "command", 0)
     _look_up(manifest, "dataset", "manifest", "image_shape")
+    _look_up(manifest, "dataset", "hash")
+    _look_up(manifest, "false_positive_rate")
 
 
 def _look_up(value: Any, *keys: str | int) -> Any:

@@ -1,4 +1,4 @@
-"""The evaluation folder: metrics, one row a sample, and what the report draws."""
+"""Write an evaluation folder: metrics, one row a sample, and what the report draws."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from memfree.evaluation.trajectories import trace_of, trajectory_rows
 from memfree.evaluation.triples import choose_samples, picture_rows
 from memfree.guidance import NormalizedL2, default_similarity
 from memfree.manifest import check_replaceable, read_manifest, write_manifest
+from memfree.resolved import save_config
 from memfree.whole_folder import put_in_place, unfinished
 
 CONTAINS = "pictures.parquet and the report contain training images"
@@ -37,7 +38,6 @@ def write_evaluation(
     Raises:
         ValueError: ``out`` holds something that is not an evaluation.
     """
-    check_replaceable(out, "evaluation")
     with unfinished(out) as partial:
         write_metrics(partial / "metrics.json", table.metrics)
         nl2 = isinstance(default_similarity(inputs.index), NormalizedL2)
@@ -45,6 +45,7 @@ def write_evaluation(
         parquet.write_table(rows, partial / "per_sample.parquet")
         _write_rows(partial / "trajectories.parquet", _trajectories(inputs, subjects))
         _write_rows(partial / "pictures.parquet", _pictures(inputs, subjects))
+        save_config(partial)
         write_manifest(
             partial,
             "evaluation",
@@ -63,6 +64,7 @@ def write_evaluation(
                 for name, folder in inputs.samples.items()
             },
         )
+        check_replaceable(out, "evaluation")
         put_in_place(partial, out, overwrite=True)
 
 

@@ -28,9 +28,8 @@ class EmpiricalPosterior:
 
     μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i.
 
-    References are centred, as the index keeps them, and the leading candidates' distances are
-    recomputed from exact differences: at small noise the expanded square alone loses the answer in
-    float32.
+    References are centred, and the leading candidates' distances are recomputed from exact
+    differences: at small noise the expanded square alone loses the answer in float32.
 
     Args:
         references: an index's vectors, prepared for search.
@@ -39,23 +38,23 @@ class EmpiricalPosterior:
     def __init__(self, references: References) -> None:
         self.references = references
 
-    def centred(self, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-        """x_t − √ᾱ·centre: the noisy images (B, D) of centred ones."""
+    def shifted(self, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+        """x_t − √ᾱ·centre, (B, D): noisy images of the centred references."""
         return x_t - alpha_bar.sqrt() * self.references.centre
 
-    def expanded_square(self, centred: Tensor, alpha_bar: Tensor) -> Tensor:
-        """−‖x_t − √ᾱ r_i‖²/(2(1−ᾱ)) up to a constant a row, (B, N), for a centred x_t (B, D)."""
-        products = self.references.products(centred).mul_(alpha_bar.sqrt())
+    def expanded_square(self, shifted: Tensor, alpha_bar: Tensor) -> Tensor:
+        """−‖x_t − √ᾱ r_i‖²/(2(1−ᾱ)) up to a constant a row, (B, N), from ``shifted``."""
+        products = self.references.products(shifted).mul_(alpha_bar.sqrt())
         return products.sub_(alpha_bar / 2 * self.references.squared_norms).div_(1 - alpha_bar)
 
     def refined(
-        self, logits: Tensor, centred: Tensor, alpha_bar: Tensor, log_weights: Tensor
+        self, logits: Tensor, shifted: Tensor, alpha_bar: Tensor, log_weights: Tensor
     ) -> Tensor:
         """``logits`` with exact differences for those that lead among references of weight > 0."""
         counted = logits.masked_fill(log_weights == -torch.inf, -torch.inf)
         top, rows = counted.topk(min(EXACT_CANDIDATES, logits.shape[1]), dim=1)
         leading = alpha_bar.sqrt() * self.references.centred[rows]  # (B, candidates, D)
-        exact = -(centred[:, None] - leading).square().sum(dim=2) / (2 * (1 - alpha_bar))
+        exact = -(shifted[:, None] - leading).square().sum(dim=2) / (2 * (1 - alpha_bar))
         # Both are known up to a constant a row; relative to the leading candidate they agree, and
         # are small where float32 is fine enough.
         return (logits - top[:, :1]).scatter(1, rows, exact - exact[:, :1])
@@ -63,13 +62,13 @@ class EmpiricalPosterior:
     def mean_difference(
         self,
         logits: Tensor,
-        centred: Tensor,
+        shifted: Tensor,
         alpha_bar: Tensor,
         log_weights_1: Tensor,
         log_weights_m: Tensor,
     ) -> Tensor:
         """μ_1 − μ_m at x_t, (B, D), from ``expanded_square`` and log-weights (N,) or (B, N)."""
-        log_likelihood = self.refined(logits, centred, alpha_bar, log_weights_m)
+        log_likelihood = self.refined(logits, shifted, alpha_bar, log_weights_m)
         p_1 = torch.softmax(log_likelihood + log_weights_1, dim=1)
         p_m = torch.softmax(log_likelihood + log_weights_m, dim=1)
         # Σ (p_1 − p_m) = 0: the centre drops out.
@@ -82,7 +81,7 @@ def _weighted_sum(weights: Tensor, vectors: Tensor) -> Tensor:
     At little noise, or among the images of one label, nearly all weights are exactly 0.
     """
     used = weights.any(dim=0).nonzero().squeeze(1)
-    if len(used) > len(vectors) // 4:
+    if len(used) > min(len(vectors) // 4, MAX_ELEMENTS // vectors.shape[1]):
         return weights @ vectors
     return weights[:, used] @ vectors[used]
 
@@ -155,18 +154,18 @@ class MultiplicityGuidance:
     ) -> list[Tensor]:
         """Outputs of the denoiser at x_t, each with its conditions (None: all references)."""
         flat, (count, size) = x_t.flatten(1).float(), self.index.vectors.shape
+        alpha_bar = prediction.alpha_bar
         chunk = max(1, MAX_ELEMENTS // max(count, EXACT_CANDIDATES * size))
         parts: list[list[Tensor]] = [[] for _ in branches]
         with torch.autocast(x_t.device.type, enabled=False):
             for rows in torch.arange(len(flat), device=flat.device).split(chunk):
-                alpha_bar = prediction.alpha_bar
-                centred = self.posterior.centred(flat[rows], alpha_bar)
-                logits = self.posterior.expanded_square(centred, alpha_bar)
+                shifted = self.posterior.shifted(flat[rows], alpha_bar)
+                logits = self.posterior.expanded_square(shifted, alpha_bar)
                 for part, (output, conditions) in zip(parts, branches, strict=True):
                     log_1, log_m = self._log_1, self._log_m
                     if conditions is not None:
                         log_1, log_m = self._conditional_weights(conditions[rows])
-                    delta = self.posterior.mean_difference(logits, centred, alpha_bar, log_1, log_m)
+                    delta = self.posterior.mean_difference(logits, shifted, alpha_bar, log_1, log_m)
                     part.append(output[rows] + self._change(prediction, delta, output[rows]))
         return [torch.cat(part) for part in parts]
 

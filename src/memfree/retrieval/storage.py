@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 
 from memfree.manifest import check_free_space, read_manifest, sha256, write_json, write_manifest
+from memfree.resolved import save_config
 from memfree.retrieval.features import PixelFeatures
 from memfree.whole_folder import put_in_place, unfinished
 
@@ -94,6 +95,7 @@ def _write(index: ReferenceIndex, folder: Path) -> None:
     if tensors:
         safetensors.torch.save_file(tensors, folder / "features.safetensors")
     write_json(folder / "calibration.json", index.calibrations)
+    save_config(folder)
     write_manifest(
         folder,
         "index",

@@ -64,11 +64,11 @@ def differences(values: Values, subject: str = "both") -> str:
                 if not seeds:
                     row.append("")
                     continue
-                mean, limit = difference(
+                mean, limit = _mean_and_limit(
                     metric, [own[seed] for seed in seeds], [other[seed] for seed in seeds]
                 )
                 within, total = within + (limit <= margin), total + (not math.isnan(limit))
-                row.append(_difference(mean, limit, margin))
+                row.append(_difference_text(mean, limit, margin))
             if any(row[2:]):
                 rows.append(row)
     if not rows:
@@ -89,7 +89,7 @@ def differences(values: Values, subject: str = "both") -> str:
     return _markdown_table("\n".join(text), ["", "oracle at equal", *titles], rows)
 
 
-def difference(metric: str, own: list[Measured], other: list[Measured]) -> tuple[float, float]:
+def _mean_and_limit(metric: str, own: list[Measured], other: list[Measured]) -> tuple[float, float]:
     """Mean over seeds of own − other, and its one-sided 95 % upper limit.
 
     Rates are subtracted; distances are relative to the other's, and have no limit (NaN) with one
@@ -140,7 +140,7 @@ def printed(values: Values) -> Table:
     return table
 
 
-def interval(by_seed: dict[int, Measured], metric: str) -> Interval:
+def _interval(by_seed: dict[int, Measured], metric: str) -> Interval:
     """Mean over training seeds of a rate or a distance, with its 95 % interval, never below 0."""
     measured = list(by_seed.values())
     if metric in RATES:
@@ -166,7 +166,7 @@ def _capital(title: str) -> str:
     return title[0].upper() + title[1:]
 
 
-def _difference(mean: float, limit: float, margin: float) -> str:
+def _difference_text(mean: float, limit: float, margin: float) -> str:
     if math.isnan(limit):
         return f"{100 * mean:+.2f} (one seed)"
     text = f"{100 * mean:+.2f} (≤ {100 * limit:+.2f})"
@@ -187,7 +187,7 @@ def _shown(by_seed: dict[int, Measured] | None, metric: str) -> str:
     """Mean over seeds with its interval in parentheses."""
     if not by_seed:
         return ""
-    found = interval(by_seed, metric)
+    found = _interval(by_seed, metric)
     scale = 100 if metric in RATES else 1
     if found.low is None or found.high is None:
         return f"{scale * found.value:.2f}"

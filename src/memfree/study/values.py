@@ -30,7 +30,8 @@ MARGINS = {
     "frechet_pixels": 0.15,
     "frechet_efficientnet": 0.15,
 }
-"""Goals, fixed beforehand: upper limits of (both − oracle); Fréchet distances relative to it."""
+"""Goals, fixed beforehand: upper limits of (both − oracle), of Fréchet distances relative to the
+oracle's."""
 
 ORACLES = {"oracle_steps": "steps", "oracle_epochs": "epochs"}
 """Subjects that were trained on the deduplicated data, and what they have equal."""
