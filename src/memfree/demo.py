@@ -20,7 +20,7 @@ def demo(
     seed: NonNegativeInt = 7,
     duplicated: PositiveInt = 16,
     factor: PositiveInt = 64,
-    steps: PositiveInt = 1500,
+    steps: PositiveInt = 1200,
     count: PositiveInt = 1300,
     guidance_scale: float = 2.0,
 ) -> None:
@@ -36,7 +36,7 @@ def demo(
         seed: of the split, the duplicated images, the training and the noise.
         duplicated: training images that are repeated, of 500.
         factor: records of each of them in the training set.
-        steps: optimizer steps.
+        steps: optimizer steps; fewer than in the studies, for the sake of slow machines.
         count: samples of each kind.
         guidance_scale: classifier-free guidance scale s_0.
     """
