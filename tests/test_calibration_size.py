@@ -29,7 +29,10 @@ def test_index_says_it_too(tmp_path, capsys):
     index(tmp_path / "few", tmp_path / "index")
     lines = [line for line in capsys.readouterr().err.splitlines() if "needs 500" in line]
     assert len(lines) == 1
-    assert "there are 100: the smallest rate is 5 %, use --false_positive_rate 0.05 " in lines[0]
+    assert (
+        "there are 100: the smallest rate is 5 %, use memfree evaluate --false_positive_rate 0.05 "
+        in lines[0]
+    )
     index(tmp_path / "enough", tmp_path / "another")
     assert "needs 500" not in capsys.readouterr().err
 

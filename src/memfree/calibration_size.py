@@ -28,9 +28,14 @@ def too_few_images(images: int) -> str | None:
     )
     if images <= MIN_EXPECTED:
         return f"{line}, too few for any rate: prepare more with --parts.calibration"
-    # Rounded up: the rate that is printed must be one that is accepted.
-    smallest = math.ceil(1e4 * MIN_EXPECTED / images - 1e-9) / 1e4
+    smallest = smallest_rate(images)
     return (
-        f"{line}: the smallest rate is {100 * smallest:g} %, use --false_positive_rate "
-        f"{smallest:g} (sample.py: --guidance.false_positive_rate {smallest:g})"
+        f"{line}: the smallest rate is {100 * smallest:g} %, use "
+        f"memfree evaluate --false_positive_rate {smallest:g} and "
+        f"sample.py --guidance.false_positive_rate {smallest:g}"
     )
+
+
+def smallest_rate(images: int) -> float:
+    """The smallest false-positive rate for so many images, rounded up so that it is accepted."""
+    return math.ceil(1e4 * MIN_EXPECTED / images - 1e-9) / 1e4

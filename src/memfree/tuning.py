@@ -100,7 +100,7 @@ def tune(
     if trials[0].copies == 0:
         raise ValueError(
             f"unguided sampling leaves no copy among {count}: there is nothing to tune; "
-            "raise --count, or use the recommended strengths"
+            "raise --count, or use the recommended strengths, which are the defaults of sample.py"
         )
     chosen: GuidanceSettings | None = None
     for scale in sorted(scales):

@@ -14,6 +14,13 @@ from memfree.evaluation.table import ROWS, Row, interval_text, number, percent, 
 
 SMALL_IMAGE = 64
 """Images of fewer pixels a side are shown as squares and not smoothed."""
+MITIGATIONS = {
+    "amg": "Anti-Memorization Guidance; ",
+    "multiplicity": "multiplicity guidance; ",
+    "both": "multiplicity guidance, then AMG; ",
+    "reject": "copies drawn again; ",
+}
+"""What sample folders were made with, for the heads of the table."""
 
 
 def headline(folder: EvaluationFolder) -> tuple[Markup, str]:
@@ -25,10 +32,12 @@ def headline(folder: EvaluationFolder) -> tuple[Markup, str]:
     for name, found in copies.items():
         if found is not None and name != folder.reference:
             names.setdefault(_rate(found), []).append(str(escape(name)))
-    rest = [f"<b>{rate}</b> with {' or '.join(same)}" for rate, same in names.items()]
-    sentence = (
-        f"<em>{_rate(first)}</em> of the {escape(folder.reference)} samples copy a training image"
-    )
+    rest = [f"<b>{rate}</b> with {' and with '.join(same)}" for rate, same in names.items()]
+    reference = escape(folder.reference)
+    if first.value == 0:
+        sentence = f"Of the {reference} samples {_rate(first)} copies a training image"
+    else:
+        sentence = f"<em>{_rate(first)}</em> of the {reference} samples copy a training image"
     if rest:
         sentence += f"; {_listed(rest)}"
     return Markup(sentence + "."), _lead(folder, first)
@@ -92,8 +101,8 @@ def strip(folder: EvaluationFolder) -> dict[str, Any]:
         "rows": rows,
         "aspect": f"{width} / {height}",
         "small": max(height, width) < SMALL_IMAGE,
-        "caption": "Chosen by rule: the first copies among the samples, each of another training "
-        "image, then what is nearest to one. The second row is the training data itself.",
+        "caption": "Chosen by rule: the first copies among the samples, if any, each of another "
+        "training image, then what is nearest to one. The second row is the training data itself.",
     }
 
 
@@ -140,7 +149,8 @@ def figures(folder: EvaluationFolder) -> dict[str, Any]:
 
 def _column_note(folder: EvaluationFolder, name: str) -> str:
     count = len_of(folder, name)
-    return f"{count} samples, same noise" if name in folder.paired else f"{count} samples"
+    how = MITIGATIONS.get(str(folder.manifest["samples"][name]["manifest"].get("mitigation")), "")
+    return f"{how}{count} samples, same noise" if name in folder.paired else f"{how}{count} samples"
 
 
 def len_of(folder: EvaluationFolder, name: str) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memfree.calibration_size import DEFAULT_RATE, MIN_EXPECTED
+from memfree.calibration_size import DEFAULT_RATE, MIN_EXPECTED, smallest_rate
 from memfree.guidance.similarity import EmbeddingSimilarity, NormalizedL2, Similarity
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Calibration:
         if not MIN_EXPECTED / n <= false_positive_rate < 1:
             raise ValueError(
                 f"false_positive_rate {false_positive_rate:g} cannot be calibrated on {n} images; "
-                f"choose one from {MIN_EXPECTED / n:.4f} up to 1, or calibrate on more images"
+                f"choose one from {smallest_rate(n):g} up to 1, or calibrate on more images"
             )
         rank = math.floor(false_positive_rate * (n + 1) + 1e-9)
         return float(self.sigmas[n - rank])
