@@ -1,5 +1,6 @@
 """A calibration part that is too small for the default rate is said when it is made and used."""
 
+import pytest
 import torch
 
 from memfree import calibration_size
@@ -16,7 +17,11 @@ def test_the_rate_that_is_advised_can_be_used():
         line = calibration_size.too_few_images(images)
         rate = float(line.split("--false_positive_rate ")[1].split(" ")[0])
         assert rate < calibration_size.MIN_EXPECTED / images + 1e-4
-        calibration.Calibration("x", torch.arange(float(images))).threshold(rate)
+        calibrated = calibration.Calibration("x", torch.arange(float(images)))
+        calibrated.threshold(rate)
+        with pytest.raises(ValueError, match="choose one from") as refused:
+            calibrated.threshold(0.5 * calibration_size.MIN_EXPECTED / images)
+        calibrated.threshold(float(str(refused.value).split("choose one from ")[1].split()[0]))
     for images in range(6):
         assert "too few for any rate" in calibration_size.too_few_images(images)
     assert "there is 1, too few" in calibration_size.too_few_images(1)

@@ -153,7 +153,7 @@ def test_unconditional_samples_without_trace_and_a_name_like_markup(dataset, ind
     assert found.metrics.get("class_agreement", "<b>mine</b>") is None
     report(tmp_path / "e", tmp_path / "page")
     page = (tmp_path / "page" / "index.html").read_text()
-    assert "f the &lt;b&gt;mine&lt;/b&gt; samples" in page
+    assert "Of the &lt;b&gt;mine&lt;/b&gt; samples none of" in page
     assert "<b>mine</b>" not in page
 
 

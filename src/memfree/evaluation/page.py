@@ -150,7 +150,7 @@ def figures(folder: EvaluationFolder) -> dict[str, Any]:
 def _column_note(folder: EvaluationFolder, name: str) -> str:
     count = len_of(folder, name)
     how = MITIGATIONS.get(str(folder.manifest["samples"][name]["manifest"].get("mitigation")), "")
-    return f"{how}{count} samples, same noise" if name in folder.paired else f"{how}{count} samples"
+    return f"{how}{count} samples" + (", same noise" if name in folder.paired else "")
 
 
 def len_of(folder: EvaluationFolder, name: str) -> int:

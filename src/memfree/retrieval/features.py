@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 Metric = Literal["l2", "cosine"]
 
 
-class Features(nn.Module):
+class Features(nn.Module, ABC):
     """A frozen, differentiable map from images (B, C, H, W) in [-1, 1] to vectors (B, D) float32.
 
     Attributes:
@@ -20,9 +21,9 @@ class Features(nn.Module):
 
     metric: Metric
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """JSON that identifies the extractor, its preprocessing and its weights."""
-        raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors that an index must store beside ``describe()`` to make the extractor again."""
