@@ -14,6 +14,7 @@ LAYERS = [
         "difference",
         "trainers",
         "diffusion_math",
+        "conditions",
         "calibration_size",
         "whole_folder",
     },

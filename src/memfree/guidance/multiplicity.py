@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memfree.conditions import Conditions, TextConditions
 from memfree.diffusion_math import output_change_from_x_0
 from memfree.guidance.prediction import Prediction, row_norm
 
@@ -138,7 +139,7 @@ class MultiplicityGuidance:
             )
         )
 
-        def denoise(x_t: Tensor, conditions: Tensor | None) -> Tensor:
+        def denoise(x_t: Tensor, conditions: Conditions | None) -> Tensor:
             output = prediction.denoise(x_t, conditions)
             return self._corrected(prediction, x_t, [(output, conditions)])[0]
 
@@ -150,7 +151,10 @@ class MultiplicityGuidance:
         return corrected.recorded(g_mul_norm=in_eps * row_norm(moved))
 
     def _corrected(
-        self, prediction: Prediction, x_t: Tensor, branches: Sequence[tuple[Tensor, Tensor | None]]
+        self,
+        prediction: Prediction,
+        x_t: Tensor,
+        branches: Sequence[tuple[Tensor, Conditions | None]],
     ) -> list[Tensor]:
         """Outputs of the denoiser at x_t, each with its conditions (None: all references)."""
         flat, (count, size) = x_t.flatten(1).float(), self.index.vectors.shape
@@ -169,8 +173,9 @@ class MultiplicityGuidance:
                     part.append(output[rows] + self._change(prediction, delta, output[rows]))
         return [torch.cat(part) for part in parts]
 
-    def _conditional_weights(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _conditional_weights(self, labels: Conditions) -> tuple[Tensor, Tensor]:
         """Log-weights (len(labels), N) of the references that carry each label."""
+        assert not isinstance(labels, TextConditions)
         if self._label_log_m is None or self._label_log_1 is None:
             raise ValueError(
                 "class-conditional multiplicity guidance needs an index with labels: build it on "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from memfree.conditions import Conditions
 from memfree.diffusion_math import (
     PredictionType,
     output_change_from_eps,
@@ -37,20 +38,27 @@ class Prediction:
     """The conditional branch; None without conditions."""
     output_uncond: Tensor | None
     """The unconditional branch; None where the combination does not need it (s_0 = 1)."""
-    conditions: Tensor | None
-    """The user's conditions y (B, ...): labels (B,) int64."""
+    conditions: Conditions | None
+    """The user's conditions y (B, ...): labels (B,) int64, or encoded prompts."""
     guidance_scale: float
     """s_0 of classifier-free guidance; 1 means the conditional prediction alone."""
     prediction_type: PredictionType
     """What ``output`` is, as in ``scheduler.config.prediction_type``."""
-    denoise: Callable[[Tensor, Tensor | None], Tensor]
+    denoise: Callable[[Tensor, Conditions | None], Tensor]
     """The denoiser at this step's t: (rows of x_t, their conditions or None) → output."""
+    step: int = 0
+    """Number of this denoising step, from 0."""
     is_last: bool = False
     """Whether the sampler returns the clean estimate of this step."""
     image_range: float | None = None
     """Finished x_0 are clamped to ±image_range (1 for pixels); None: they are not."""
     decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)
     """From x̂_0 to images (B, C, H, W) in [−1, 1]: the identity in pixel space."""
+    encode: Callable[[Sequence[str]], Conditions] | None = None
+    """The text encoder: captions → conditions, one each; None where there is none."""
+    memory: dict[Any, Any] = field(default_factory=dict)
+    """What guidances keep from earlier steps of this batch, each under a key of its own (itself);
+    the same dictionary at every step, empty at the first."""
     active: Tensor | None = None
     """(B,) bool: rows that some guidance of this step changed on purpose."""
     trace: dict[str, Tensor] = field(default_factory=dict)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memfree.conditions import Conditions
 from memfree.diffusion_math import alpha_bar_at
 from memfree.guidance.prediction import Guidance, Prediction, apply, combine
 
-Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Denoise = Callable[[Tensor, Tensor, Conditions | None], Tensor]
 """(x_t, t, conditions or None) → what ``scheduler.config.prediction_type`` says."""
 
 TRACE_COLUMNS = ("sigma", "lambda", "active", "nearest", "s1", "s2", "g_sim_norm", "g_mul_norm")
@@ -38,11 +39,12 @@ def sample(
     noise: Tensor,
     steps: int,
     guidance: Guidance | Sequence[Guidance] | None = None,
-    conditions: Tensor | None = None,
+    conditions: Conditions | None = None,
     guidance_scale: float = 1.0,
     trace: bool = False,
     generators: list[torch.Generator] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
+    encode: Callable[[Sequence[str]], Conditions] | None = None,
 ) -> Result:
     """Denoise ``noise`` with a scheduler, passing every prediction through the guidance.
 
@@ -58,6 +60,7 @@ def sample(
         trace: return what the guidances recorded.
         generators: one a sample, for schedulers that draw noise at every step.
         decode: from x̂_0 to images, for latents; identity by default.
+        encode: from captions to conditions, for guidances that ask for the nearest caption's.
 
     Raises:
         ValueError: the prediction type is unknown, or NaN appears in the samples.
@@ -70,10 +73,11 @@ def sample(
     kwargs = {} if generators is None else _generator_argument(scheduler, generators)
     x_t = noise * scheduler.init_noise_sigma
     rows: list[dict[str, Tensor]] = []
+    memory: dict[Any, Any] = {}
     for step, t in enumerate(scheduler.timesteps):
         x_in = scheduler.scale_model_input(x_t, t)
 
-        def denoise(x: Tensor, y: Tensor | None, t: Tensor = t) -> Tensor:
+        def denoise(x: Tensor, y: Conditions | None, t: Tensor = t) -> Tensor:
             return denoiser(x, t, y)
 
         with torch.no_grad():
@@ -91,9 +95,12 @@ def sample(
                 guidance_scale=guidance_scale if conditions is not None else 1.0,
                 prediction_type=prediction_type,
                 denoise=denoise,
+                step=step,
                 is_last=step == len(scheduler.timesteps) - 1,
                 image_range=1.0 if decode is None else None,
                 decode=decode or (lambda x_0: x_0),
+                encode=encode,
+                memory=memory,
             )
             prediction = apply(guidance, prediction)
             x_t = scheduler.step(prediction.output, t, x_t, **kwargs).prev_sample

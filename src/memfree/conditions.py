@@ -1,0 +1,72 @@
+"""What a sample is asked for: class labels, or what text encoders made of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextConditions:
+    """Encoded prompts of a batch, as a text-to-image denoiser takes them; indexed by rows."""
+
+    embeddings: Tensor
+    """(B, L, D): one vector a token."""
+    pooled: Tensor | None = None
+    """(B, P): one vector a prompt, for denoisers that take it (SDXL, SD3)."""
+    mask: Tensor | None = None
+    """(B, L): which tokens count, for denoisers that take it (PixArt)."""
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def __getitem__(self, rows: Tensor | slice) -> TextConditions:
+        return self._each(lambda value: value[rows])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextConditions:
+        """The same on another device, and of another floating type if given."""
+        return self._each(
+            lambda value: value.to(device, dtype if value.is_floating_point() else None)
+        )
+
+    def expand(self, count: int) -> TextConditions:
+        """One encoded prompt (a batch of 1) for ``count`` samples, without copies."""
+        return self._each(lambda value: value.expand(count, *value.shape[1:]))
+
+    def sentence(self) -> Tensor:
+        """(B, D) float32 of length 1: the mean of the token vectors, to compare prompts by."""
+        return torch.nn.functional.normalize(self.embeddings.float().mean(dim=1), dim=1)
+
+    @classmethod
+    def cat(cls, parts: Sequence[TextConditions]) -> TextConditions:
+        """Batches one after another."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        mask = [part.mask for part in parts if part.mask is not None]
+        return cls(
+            torch.cat([part.embeddings for part in parts]),
+            torch.cat(pooled) if pooled else None,
+            torch.cat(mask) if mask else None,
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TextConditions:
+        return TextConditions(
+            change(self.embeddings),
+            None if self.pooled is None else change(self.pooled),
+            None if self.mask is None else change(self.mask),
+        )
+
+
+Conditions = Tensor | TextConditions
+"""Labels (B,) int64, or encoded prompts; both are indexed by rows."""
+
+
+def differ(first: Conditions, second: Conditions) -> Tensor:
+    """(B,) bool: which rows are asked for different things."""
+    if isinstance(first, Tensor):
+        assert isinstance(second, Tensor)
+        return first != second
+    assert isinstance(second, TextConditions)
+    return (first.embeddings != second.embeddings).flatten(1).any(dim=1)
