@@ -29,7 +29,7 @@ from memfree.models.checkpoints import Checkpoints, latest_checkpoint
 from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, claim, clear
 from memfree.models.finite import NotFiniteError
 from memfree.models.progress import LossRecord, StepProgress
-from memfree.models.sample_grid import averaged_network
+from memfree.models.sample_grid import averaged_module
 from memfree.quiet import quiet
 from memfree.resolved import save_config
 from memfree.trainers import build_trainer
@@ -160,11 +160,10 @@ def train(
     if fit.is_global_zero:
         export_model(
             out,
-            averaged_network(fit, module),
-            module.noise_scheduler,
+            averaged_module(fit, module).pipeline(),
             seed,
             image_shape=list(module.image_shape),
-            num_classes=module.num_classes,
+            **module.facts(),
             dataset=data.path,
             dataset_hash=data.dataset_hash,
             batch_size=data.batch_size,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from processes import start
 
 from memfree.cli import run
@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
             num_class_embeds=None if num_classes is None else num_classes + 1,
         )
         fields = {"num_classes": num_classes, "image_shape": SHAPE, "dataset_hash": DATASET}
-        export_model(root / name, network, DDPMScheduler(), seed=0, **fields)
+        export_model(root / name, DDPMPipeline(network, DDPMScheduler()), seed=0, **fields)
     images = torch.rand(64, *SHAPE) * 2 - 1
     index = ReferenceIndex.build(images, labels=torch.arange(64) % 3)
     index.dataset_hash = DATASET
@@ -303,7 +303,7 @@ def test_not_a_number_is_one_line(folders, tmp_path, capsys):
     with torch.no_grad():
         network.conv_out.bias.fill_(float("nan"))
     fields = {"num_classes": None, "image_shape": SHAPE, "dataset_hash": DATASET}
-    export_model(tmp_path / "model", network, DDPMScheduler(), seed=0, **fields)
+    export_model(tmp_path / "model", DDPMPipeline(network, DDPMScheduler()), seed=0, **fields)
     changes = {"model": tmp_path / "model", "guidance_scale": None, "index": None}
     with pytest.raises(SystemExit) as exit_:
         run(predict, options(folders, tmp_path / "out", **changes))

@@ -12,7 +12,7 @@ from rich.console import Console
 from memfree.models import DDPMModule, ExponentialMovingAverage, FiniteTraining, SampleGrid
 from memfree.models.checkpoints import Checkpoints, latest_checkpoint, read_identity, step_of
 from memfree.models.progress import LossRecord, StepProgress
-from memfree.models.sample_grid import averaged_network
+from memfree.models.sample_grid import averaged_module
 
 
 class Recorder(pl.Callback):
@@ -50,7 +50,7 @@ def test_average_equals_numpy(make_module, make_trainer, data):
     torch.testing.assert_close(flat(average.average.network), expected, rtol=0, atol=1e-6)
     # The module itself goes on with its own weights.
     torch.testing.assert_close(flat(module.network), recorder.weights[-1], rtol=0, atol=0)
-    assert averaged_network(trainer, module) is average.average.network
+    assert averaged_module(trainer, module) is average.average
 
 
 def test_average_ignores_batches_without_a_step(make_module, make_trainer, data):
@@ -180,9 +180,9 @@ def test_grids_show_the_same_noise_by_the_averaged_weights(
     assert names == ["samples-0000002.png", "samples-0000003.png"]
     with Image.open(tmp_path / "grids" / names[0]) as image:
         assert image.size == (2 * 4 + 3 * 2, 2 * 4 + 3 * 2)
-    images = grid.sample(module, average.average.network)
+    images = average.average.preview(grid.count, grid.steps, grid.seed)
     assert images.shape == (4, 1, 4, 4)
-    assert torch.equal(images, grid.sample(module, average.average.network))
+    assert torch.equal(images, average.average.preview(grid.count, grid.steps, grid.seed))
     assert average.average.network.training
 
 

@@ -21,7 +21,7 @@ FIELDS = {"image_shape": [1, 4, 4], "num_classes": 3}
 def exported(make_module, tmp_path):
     """A class-conditional model folder and its module."""
     module = make_module(noise=NoiseOptions(num_train_timesteps=50, beta_schedule="linear"))
-    export_model(tmp_path / "m", module.network, module.noise_scheduler, 0, **FIELDS)
+    export_model(tmp_path / "m", DDPMPipeline(module.network, module.noise_scheduler), 0, **FIELDS)
     return tmp_path / "m", module
 
 
@@ -45,7 +45,7 @@ def test_diffusers_loads_it_without_memfree(exported):
 def test_diffusers_samples_an_unconditional_export(make_module, tmp_path):
     module = make_module(num_classes=None)
     fields = {"image_shape": [1, 4, 4], "num_classes": None}
-    export_model(tmp_path, module.network, module.noise_scheduler, 0, **fields)
+    export_model(tmp_path, DDPMPipeline(module.network, module.noise_scheduler), 0, **fields)
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "diffusers", local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
@@ -55,7 +55,9 @@ def test_diffusers_samples_an_unconditional_export(make_module, tmp_path):
 def test_averaged_weights_are_what_is_exported(make_module, make_trainer, data, tmp_path):
     module, average = make_module(), ExponentialMovingAverage(0.8)
     make_trainer([average], max_steps=3, enable_checkpointing=False).fit(module, datamodule=data)
-    export_model(tmp_path, average.average.network, module.noise_scheduler, 0, **FIELDS)
+    export_model(
+        tmp_path, DDPMPipeline(average.average.network, module.noise_scheduler), 0, **FIELDS
+    )
     loaded = load_model(tmp_path)
     assert same_weights(loaded.denoiser.network, average.average.network)
     assert not same_weights(loaded.denoiser.network, module.network)
@@ -91,7 +93,7 @@ def test_denoiser_means_no_label_by_none(exported):
 def test_labels_for_an_unconditional_model_are_refused(make_module, tmp_path):
     module = make_module(num_classes=None)
     fields = {"image_shape": [1, 4, 4], "num_classes": None}
-    export_model(tmp_path, module.network, module.noise_scheduler, 0, **fields)
+    export_model(tmp_path, DDPMPipeline(module.network, module.noise_scheduler), 0, **fields)
     denoiser = load_model(tmp_path).denoiser
     assert denoiser(torch.zeros(1, 1, 4, 4), 3).shape == (1, 1, 4, 4)
     with pytest.raises(ValueError, match="the model is unconditional"):
@@ -101,7 +103,7 @@ def test_labels_for_an_unconditional_model_are_refused(make_module, tmp_path):
 def test_a_new_export_replaces_an_old_one_whole(exported, make_module):
     folder, _ = exported
     other = make_module(seed=5)
-    export_model(folder, other.network, DDIMScheduler(), 5, **FIELDS)
+    export_model(folder, DDPMPipeline(other.network, DDIMScheduler()), 5, **FIELDS)
     assert same_weights(load_model(folder).denoiser.network, other.network)
     assert sorted(path.name for path in folder.iterdir()) == ["diffusers", "manifest.json"]
 
@@ -114,7 +116,9 @@ def test_a_failed_export_leaves_the_old_one(exported, make_module, monkeypatch):
 
     monkeypatch.setattr(UNet2DModel, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left"):
-        export_model(folder, make_module(seed=5).network, DDIMScheduler(), 5, **FIELDS)
+        export_model(
+            folder, DDPMPipeline(make_module(seed=5).network, DDIMScheduler()), 5, **FIELDS
+        )
     monkeypatch.undo()
     assert same_weights(load_model(folder).denoiser.network, module.network)
 
@@ -123,7 +127,9 @@ def test_too_little_disk_is_said_before_writing(make_module, tmp_path, monkeypat
     module = make_module()
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 10}))
     with pytest.raises(OSError, match="only 0.0 MB is free"):
-        export_model(tmp_path / "m", module.network, module.noise_scheduler, 0, **FIELDS)
+        export_model(
+            tmp_path / "m", DDPMPipeline(module.network, module.noise_scheduler), 0, **FIELDS
+        )
     assert not (tmp_path / "m").exists()
 
 
@@ -145,7 +151,9 @@ def test_weights_of_another_network_are_one_short_line(
     """Of other sizes; or one that lacks weights, which diffusers would leave random."""
     folder, _ = exported
     other = make_module(num_classes=num_classes, **options)
-    export_model(tmp_path / "other", other.network, other.noise_scheduler, 0, **FIELDS)
+    export_model(
+        tmp_path / "other", DDPMPipeline(other.network, other.noise_scheduler), 0, **FIELDS
+    )
     weights = "diffusers/unet/diffusion_pytorch_model.safetensors"
     (folder / weights).write_bytes((tmp_path / "other" / weights).read_bytes())
     capfd.readouterr()

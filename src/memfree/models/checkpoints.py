@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from memfree.models.ddpm import CHECKPOINT_KEY
+from memfree.models.module import CHECKPOINT_KEY
 
 
 class Checkpoints(ModelCheckpoint):

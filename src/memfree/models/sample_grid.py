@@ -6,21 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from diffusers import DDIMScheduler
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor, nn
 from torchvision.utils import make_grid, save_image
 
-from memfree.models.ddpm import DDPMModule
 from memfree.models.ema import ExponentialMovingAverage
+from memfree.models.module import DiffusionModule
 
 
 class SampleGrid(pl.Callback):
     """Writes ``samples-STEP.png``: one grid from fixed noise, by DDIM, from the averaged weights.
 
-    The noise and, for a class-conditional model, the labels (0, 1, 2, ... in turn) are the same
-    each time. Images also go to TensorBoard where that is the logger.
+    The noise and the conditions (labels in turn, or training captions) are the same each time.
+    Images also go to TensorBoard where that is the logger.
     """
 
     def __init__(
@@ -63,40 +60,22 @@ class SampleGrid(pl.Callback):
         if not trainer.is_global_zero or trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        assert isinstance(pl_module, DDPMModule)
-        images = self.sample(pl_module, averaged_network(trainer, pl_module))
-        grid = make_grid(images.clamp(-1, 1) / 2 + 0.5, nrow=round(self.count**0.5))
+        assert isinstance(pl_module, DiffusionModule)
+        averaged = averaged_module(trainer, pl_module)
+        images = averaged.preview(self.count, self.steps, self.seed).float()
+        grid = make_grid(images / 2 + 0.5, nrow=round(self.count**0.5))
         self.folder.mkdir(parents=True, exist_ok=True)
         save_image(grid, self.folder / f"samples-{trainer.global_step:07d}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", grid, trainer.global_step)
 
-    @torch.no_grad()
-    def sample(self, module: DDPMModule, network: nn.Module) -> Tensor:
-        """Sample the grid's images (count, C, H, W) on the module's device."""
-        generator = torch.Generator().manual_seed(self.seed)
-        x_t = torch.randn((self.count, *module.image_shape), generator=generator)
-        x_t = x_t.to(module.device)
-        labels = None
-        if module.num_classes is not None:
-            labels = torch.arange(self.count, device=module.device) % module.num_classes
-        scheduler = DDIMScheduler.from_config(
-            module.noise_scheduler.config, timestep_spacing="trailing"
-        )
-        scheduler.set_timesteps(min(self.steps, module.options.noise.num_train_timesteps))
-        was_training = network.training
-        network.eval()
-        for t in scheduler.timesteps:
-            output = network(x_t, t.to(x_t.device), class_labels=labels, return_dict=False)[0]
-            x_t = scheduler.step(output, t, x_t, return_dict=False)[0]
-        network.train(was_training)
-        return x_t
 
-
-def averaged_network(trainer: pl.Trainer, module: DDPMModule) -> Any:
-    """The network with averaged weights, or the one in training where nothing is averaged."""
+def averaged_module(trainer: pl.Trainer, module: DiffusionModule) -> DiffusionModule:
+    """The module with averaged weights, or the one in training where nothing is averaged."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ExponentialMovingAverage):
-            return callback.average.network
-    return module.network
+            average = callback.average
+            assert isinstance(average, DiffusionModule)
+            return average
+    return module
