@@ -20,7 +20,7 @@ LAYERS = [
     },
     {"data", "models", "retrieval"},
     {"guidance"},
-    {"sampling", "indexing", "training"},
+    {"sampling", "indexing", "training", "scratch"},
     {"evaluation", "tuning"},
     {"stages", "cli"},
     {"demo", "study"},

@@ -44,6 +44,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "prepare": Command("memfree.data:prepare", "turn a source into a dataset folder of shards"),
+    "scratch": Command("memfree.scratch:scratch", "build a small text-to-image model from nothing"),
     "index": Command("memfree.indexing:index", "build and calibrate a reference index"),
     "evaluate": Command("memfree.evaluation:evaluate", "measure memorization and quality"),
     "report": Command("memfree.evaluation:report", "write the HTML page of an evaluation"),

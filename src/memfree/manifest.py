@@ -181,3 +181,10 @@ def check_free_space(folder: Path, needed: int) -> None:
             f"{folder} needs about {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB is free; "
             "choose another --out or make room"
         )
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over names and contents of a folder's files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = [[path.relative_to(folder).as_posix(), sha256(path)] for path in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()

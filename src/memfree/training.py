@@ -19,6 +19,7 @@ from memfree.data.wording import counted
 from memfree.first_process import is_first_process
 from memfree.models import (
     DDPMModule,
+    DiffusionModule,
     ExponentialMovingAverage,
     FiniteTraining,
     ModelOptions,
@@ -30,11 +31,14 @@ from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, claim, clear
 from memfree.models.finite import NotFiniteError
 from memfree.models.progress import LossRecord, StepProgress
 from memfree.models.sample_grid import averaged_module
+from memfree.models.text_pipeline import load_pipeline
+from memfree.models.text_to_image import TextToImageModule
 from memfree.quiet import quiet
 from memfree.resolved import save_config
 from memfree.trainers import build_trainer
 
 EXPOSURES = "exposures.parquet"
+LORA = "lora"
 ADVICE = (
     # Reading is a small part of a step here, and small sets are read without workers.
     ".*does not have many workers.*",
@@ -94,7 +98,7 @@ def train(
     Args:
         data: The dataset folder and how its records are read.
         out: Model folder to write: checkpoints, logs, sample grids, and at the end diffusers/
-            (averaged weights) and manifest.json.
+            (averaged weights), lora/ (adapters, if those were trained) and manifest.json.
         model: The model and how its weights are found.
         trainer: How long, on what and with which records of it.
         seed: Seed of the weights and of all noise in training.
@@ -112,7 +116,7 @@ def train(
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
     }
-    module = DDPMModule(model, data.image_shape, data.num_classes, seed, data.identity(), stepping)
+    module = _module(model, data, seed, stepping)
     limits = trainer.max_steps, trainer.max_epochs
     found = claim(out, module.identity(), data.batch_size, *limits, overwrite)
     if found == "finished":
@@ -158,9 +162,12 @@ def train(
             raise SystemExit(2) from None
     skipped = data.skipped_on_all_ranks().counts()
     if fit.is_global_zero:
+        averaged = averaged_module(fit, module)
+        if isinstance(averaged, TextToImageModule) and model.finetune.lora_rank:
+            averaged.save_adapters(out / LORA)
         export_model(
             out,
-            averaged_module(fit, module).pipeline(),
+            averaged.pipeline(),
             seed,
             image_shape=list(module.image_shape),
             **module.facts(),
@@ -181,6 +188,19 @@ def train(
             + ("" if loss is None else f", loss {loss:.3g}")
         )
     fit.strategy.barrier()
+
+
+def _module(
+    model: ModelOptions, data: ShardDataModule, seed: int, stepping: dict[str, Any]
+) -> DiffusionModule:
+    """A pixel model from nothing, or a pretrained text-to-image pipeline to fine-tune."""
+    read = data.identity()
+    if model.pretrained is None:
+        return DDPMModule(model, data.image_shape, data.num_classes, seed, read, stepping)
+    if model.class_conditional:
+        raise ValueError("--model.class_conditional is for pixel models, not --model.pretrained")
+    pipe = load_pipeline(model.pretrained)
+    return TextToImageModule(model, pipe, data.image_shape, seed, read, stepping)
 
 
 def _check_length(options: TrainerOptions) -> None:

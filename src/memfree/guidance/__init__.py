@@ -1,6 +1,6 @@
 """Similarity, thresholds, calibration, AMG and multiplicity guidance: tensors in, tensors out."""
 
-from memfree.guidance.amg import AntiMemorizationGuidance, Observer
+from memfree.guidance.amg import AntiMemorizationGuidance
 from memfree.guidance.calibration import (
     Calibration,
     calibrate,
@@ -8,6 +8,7 @@ from memfree.guidance.calibration import (
     default_similarity,
     measure,
 )
+from memfree.guidance.detection import Cadence, Observer
 from memfree.guidance.multiplicity import MultiplicityGuidance
 from memfree.guidance.prediction import Guidance, Prediction, apply
 from memfree.guidance.settings import WITH_AMG, GuidanceSettings
@@ -17,6 +18,7 @@ from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 __all__ = [
     "WITH_AMG",
     "AntiMemorizationGuidance",
+    "Cadence",
     "Calibration",
     "ConstantThreshold",
     "EmbeddingSimilarity",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from memfree.calibration_size import DEFAULT_RATE
+from memfree.conditions import Conditions, TextConditions, differ
 from memfree.diffusion_math import predicted_x_0
 from memfree.guidance import corrections
+from memfree.guidance.detection import EVERY_STEP, Cadence, Detection, Observer, recorded
 from memfree.guidance.displacement import limit_displacement, move_below
 from memfree.guidance.prediction import Prediction, combine, row_norm
 from memfree.guidance.similarity import Match, Similarity
@@ -18,56 +19,6 @@ from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-
-
-@dataclass(frozen=True)
-class Detection:
-    """σ_t beside λ_t for a batch, before anything is changed."""
-
-    match: Match
-    threshold: float
-    """λ_t of this step."""
-
-
-class Observer:
-    """Detects as AMG does, records σ_t and λ_t in the trace, and changes nothing.
-
-    Args:
-        index: references, on the device of the samples.
-        similarity: σ.
-        threshold: λ_t, a function of time in [0, 1].
-    """
-
-    def __init__(
-        self,
-        index: ReferenceIndex,
-        similarity: Similarity,
-        threshold: ThresholdSchedule | ConstantThreshold,
-    ) -> None:
-        self.index = index
-        self.similarity = similarity
-        self.threshold = threshold
-
-    @torch.no_grad()
-    def detect(self, prediction: Prediction) -> Detection:
-        """Search the neighbours of x̂_0 of the combined prediction (eq. 8, 9 and 12)."""
-        images = prediction.decode(prediction.clean_estimate())
-        return Detection(self.similarity(self.index, images), self.threshold(prediction.time))
-
-    def __call__(self, prediction: Prediction) -> Prediction:
-        """Record σ, λ and the nearest row."""
-        return _recorded(prediction, self.detect(prediction))
-
-
-def _recorded(prediction: Prediction, detection: Detection) -> Prediction:
-    sigma = detection.match.sigma
-    return prediction.recorded(
-        **{
-            "sigma": sigma,
-            "lambda": torch.full_like(sigma, detection.threshold),
-            "nearest": detection.match.rows[:, 0],
-        }
-    )
 
 
 class AntiMemorizationGuidance(Observer):
@@ -93,6 +44,7 @@ class AntiMemorizationGuidance(Observer):
         gated: False opens the gate to every sample at every step: the ablation of eq. 10. With
             ``NormalizedL2`` only G_sim then acts below λ_t: c_1 and c_2 multiply how far σ_t is
             above the gate, which is 0 there.
+        cadence: when neighbours are searched; see ``Cadence``.
     """
 
     def __init__(
@@ -108,8 +60,9 @@ class AntiMemorizationGuidance(Observer):
         final_correction: float | None = None,
         gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate",
         gated: bool = True,
+        cadence: Cadence = EVERY_STEP,
     ) -> None:
-        super().__init__(index, similarity, threshold)
+        super().__init__(index, similarity, threshold, cadence)
         for name, value in (("c1", c1), ("c2", c2), ("c3", c3), ("gate_margin", gate_margin)):
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, not {value:g}")
@@ -141,7 +94,7 @@ class AntiMemorizationGuidance(Observer):
         detection = self.detect(prediction)
         sigma = detection.match.sigma
         active = self.opens(sigma, detection.threshold)
-        prediction = _recorded(prediction, detection).activated(active)
+        prediction = recorded(prediction, detection).activated(active)
         rows = active.nonzero().squeeze(1)
         zeros = torch.zeros_like(sigma)
         columns = {"s1": zeros.clone(), "s2": zeros.clone(), "g_sim_norm": zeros.clone()}
@@ -192,14 +145,33 @@ class AntiMemorizationGuidance(Observer):
     ) -> Tensor:
         """ε_θ(x_t, y_N) of eq. 16; the denoiser is called only where y_N ≠ y and s_2 > 0."""
         assert prediction.output_cond is not None and prediction.conditions is not None
-        if self.index.labels is None:
-            raise ValueError("c2 needs an index with labels: build it on a labelled data set")
-        labels = self.index.labels.to(match.rows.device)[match.rows[rows, 0]]
+        y_n = self._neighbour_conditions(prediction, match, rows)
         output = prediction.output_cond[rows].clone()
-        other = ((labels != prediction.conditions[rows]) & (s_2 > 0)).nonzero().squeeze(1)
+        other = (differ(y_n, prediction.conditions[rows]) & (s_2 > 0)).nonzero().squeeze(1)
         if len(other):
-            output[other] = prediction.denoise(prediction.x_t[rows[other]], labels[other])
+            output[other] = prediction.denoise(prediction.x_t[rows[other]], y_n[other])
         return output
+
+    def _neighbour_conditions(
+        self, prediction: Prediction, match: Match, rows: Tensor
+    ) -> Conditions:
+        """y_N: the label or the encoded caption of the nearest image, one a row of ``rows``."""
+        if not isinstance(prediction.conditions, TextConditions):
+            if self.index.labels is None:
+                raise ValueError("c2 needs an index with labels: build it on a labelled data set")
+            return self.index.labels.to(match.rows.device)[match.rows[rows, 0]]
+        if self.index.captions is None or prediction.encode is None:
+            raise ValueError(
+                "c2 needs the caption of the nearest image and a text encoder: build the index on "
+                "a captioned data set, or set c2 to 0"
+            )
+        captions = [self.index.captions[row] for row in match.rows[rows, 0].tolist()]
+        known = prediction.memory.setdefault((self, "captions"), {})
+        if new := [text for text in dict.fromkeys(captions) if text not in known]:
+            encoded = prediction.encode(new)
+            assert isinstance(encoded, TextConditions)
+            known.update({text: encoded[slice(i, i + 1)] for i, text in enumerate(new)})
+        return TextConditions.cat([known[text] for text in captions])
 
     def _sigma_gradient(self, prediction: Prediction, match: Match, rows: Tensor) -> Tensor:
         """∇_{x_t} σ_t (len(rows), ...) in float32; the neighbours are not differentiated."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memfree.conditions import Conditions, TextConditions
 from memfree.diffusion_math import output_change_from_x_0
+from memfree.guidance.condition_weights import CaptionWeights, LabelWeights, log_weights
 from memfree.guidance.prediction import Prediction, row_norm
 
 if TYPE_CHECKING:
@@ -92,15 +93,21 @@ class MultiplicityGuidance:
 
     m counts the records of each reference; 1 gives every group of references one record,
     shared among its members in proportion: m_i / Σ_group m. The conditional branch counts the
-    records of its own label alone. The correction vanishes, exactly, where every group has one
-    record.
+    records of its own label alone, or weighs records by how their captions fit the prompt. The
+    correction vanishes, exactly, where every group has one record. It cannot help where a caption
+    belongs to one repeated image alone and no other caption counts: all the weight is then on that
+    image, repeated or not, and AMG has to act.
 
     Args:
-        index: pixel references with multiplicities (and label counts for class-conditional use).
+        index: references in the denoiser's own space, pixels or latents, with multiplicities (and
+            labels or captions for conditional use).
         strength: κ; 1 is the difference itself, 0 changes nothing.
+        caption_bandwidth: how far captions other than the prompt count; see ``CaptionWeights``.
     """
 
-    def __init__(self, index: ReferenceIndex, strength: float = 1.0) -> None:
+    def __init__(
+        self, index: ReferenceIndex, strength: float = 1.0, caption_bandwidth: float = 0.0
+    ) -> None:
         if strength < 0:
             raise ValueError(f"strength must be at least 0, not {strength:g}")
         if index.metric != "l2":
@@ -110,16 +117,13 @@ class MultiplicityGuidance:
             )
         self.index = index
         self.strength = strength
+        self.caption_bandwidth = caption_bandwidth
         self.posterior = EmpiricalPosterior(index.references)
         groups = int(index.group.max()) + 1
-        log_m, log_1 = _log_weights(index.multiplicity[:, None], index.group, groups)
+        log_m, log_1 = log_weights(index.multiplicity[:, None], index.group, groups)
         self._log_m, self._log_1 = log_m[:, 0], log_1[:, 0]
-        self._label_log_m: Tensor | None = None
-        self._label_log_1: Tensor | None = None
-        if index.label_counts is not None:
-            self._label_log_m, self._label_log_1 = _log_weights(
-                index.label_counts, index.group, groups
-            )
+        self._labels = None if index.label_counts is None else LabelWeights(index)
+        self._captions: CaptionWeights | None = None
 
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
@@ -168,24 +172,25 @@ class MultiplicityGuidance:
                 for part, (output, conditions) in zip(parts, branches, strict=True):
                     log_1, log_m = self._log_1, self._log_m
                     if conditions is not None:
-                        log_1, log_m = self._conditional_weights(conditions[rows])
+                        log_1, log_m = self._conditional_weights(prediction, conditions[rows])
                     delta = self.posterior.mean_difference(logits, shifted, alpha_bar, log_1, log_m)
                     part.append(output[rows] + self._change(prediction, delta, output[rows]))
         return [torch.cat(part) for part in parts]
 
-    def _conditional_weights(self, labels: Conditions) -> tuple[Tensor, Tensor]:
-        """Log-weights (len(labels), N) of the references that carry each label."""
-        assert not isinstance(labels, TextConditions)
-        if self._label_log_m is None or self._label_log_1 is None:
+    def _conditional_weights(
+        self, prediction: Prediction, conditions: Conditions
+    ) -> tuple[Tensor, Tensor]:
+        """Log-weights (len(conditions), N) of the references under each condition."""
+        if isinstance(conditions, TextConditions):
+            if self._captions is None:
+                self._captions = CaptionWeights(self.index, self.caption_bandwidth)
+            return self._captions(conditions, prediction.encode)
+        if self._labels is None:
             raise ValueError(
                 "class-conditional multiplicity guidance needs an index with labels: build it on "
                 "a labelled data set"
             )
-        known = self._label_log_m.isfinite().any(dim=0).nonzero().squeeze(1)
-        unknown = labels[~torch.isin(labels, known)]
-        if len(unknown):
-            raise ValueError(f"label {int(unknown[0])} does not occur in the reference index")
-        return self._label_log_1.T[labels], self._label_log_m.T[labels]
+        return self._labels(conditions)
 
     def _change(self, prediction: Prediction, delta: Tensor, like: Tensor) -> Tensor:
         return output_change_from_x_0(
@@ -193,12 +198,3 @@ class MultiplicityGuidance:
             prediction.alpha_bar,
             prediction.prediction_type,
         ).to(like.dtype)
-
-
-def _log_weights(counts: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """log m_i and log(m_i / Σ_group m) of counts (N, L), each (N, L); −∞ where there is none."""
-    m = counts.to(torch.float64)
-    total = torch.zeros(groups, m.shape[1], dtype=torch.float64, device=m.device)
-    total.index_add_(0, group.to(m.device), m)
-    share = m / total[group].clamp(min=1)
-    return m.log().float(), share.log().float()

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse.typing import PositiveInt
 
 from memfree.calibration_size import DEFAULT_RATE
-from memfree.guidance.amg import AntiMemorizationGuidance, Observer
+from memfree.guidance.amg import AntiMemorizationGuidance
 from memfree.guidance.calibration import calibration_of, default_similarity
+from memfree.guidance.detection import Observer
 from memfree.guidance.multiplicity import MultiplicityGuidance
 from memfree.guidance.prediction import Guidance
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from memfree.manifest import read_manifest
 from memfree.models.export import DIFFUSERS_NAME
+from memfree.models.latents import decode_latents, latent_shape
 from memfree.models.noise_schedule import scheduler_class_named
+from memfree.models.text_pipeline import TextDenoiser, encode, load_pipeline
 
 
 class Denoiser(nn.Module):
@@ -54,27 +56,45 @@ class Denoiser(nn.Module):
 class LoadedModel:
     """A model folder in memory."""
 
-    denoiser: Denoiser
-    """In evaluation mode, on the CPU, without gradients to its weights."""
+    denoiser: nn.Module
+    """Called as ``denoiser(x_t, t, conditions)``; in evaluation mode, on the CPU, without
+    gradients to its weights."""
     scheduler: Any
     """The diffusers scheduler saved with the model."""
     image_shape: tuple[int, int, int]
     """(C, H, W)."""
     num_classes: int | None
-    """None for an unconditional model."""
+    """None for a model without classes."""
     manifest: dict[str, Any]
-    """``manifest.json`` of the folder."""
+    """``manifest.json`` of the folder; empty for a diffusers folder without one."""
+    pipe: Any = None
+    """The whole pipeline of a text-to-image model, None for a pixel model."""
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the denoiser denoises: images or latents."""
+        if self.pipe is None:
+            return self.image_shape
+        return latent_shape(self.pipe.vae, self.image_shape)
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Images (B, C, H, W) of clean samples; differentiable."""
+        return x_0 if self.pipe is None else decode_latents(self.pipe.vae, x_0)
 
 
 def load_model(folder: Path) -> LoadedModel:
-    """Load the model folder that training left behind.
+    """Load the model folder that training left behind, or a Stable-Diffusion-style pipeline.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it is not a finished model folder, or its parts do not belong together.
     """
     folder = Path(folder)
+    if (folder / "model_index.json").is_file():
+        return _load_text_model(folder, {})
     manifest = read_manifest(folder, "model")
+    if manifest.get("pipeline") is not None:
+        return _load_text_model(folder, manifest)
     network = _load_network(folder / DIFFUSERS_NAME / "unet")
     scheduler = _load_scheduler(folder / DIFFUSERS_NAME / "scheduler")
     num_classes = manifest.get("num_classes")
@@ -90,6 +110,28 @@ def load_model(folder: Path) -> LoadedModel:
         image_shape=expected,
         num_classes=num_classes,
         manifest=manifest,
+    )
+
+
+def _load_text_model(folder: Path, manifest: dict[str, Any]) -> LoadedModel:
+    pipe = load_pipeline(folder)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+    if manifest:
+        channels, height, width = manifest["image_shape"]
+    else:
+        channels = pipe.vae.config.in_channels
+        height = width = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    with torch.no_grad():
+        null = encode(pipe, [""])
+    return LoadedModel(
+        denoiser=TextDenoiser(pipe.unet, (height, width), null),
+        scheduler=pipe.scheduler,
+        image_shape=(channels, height, width),
+        num_classes=None,
+        manifest=manifest,
+        pipe=pipe,
     )
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import transformers
 from torch import nn
 
 from memfree.manifest import check_free_space, write_manifest
@@ -14,7 +18,22 @@ from memfree.manifest import check_free_space, write_manifest
 DIFFUSERS_NAME = "diffusers"
 
 
-def export_model(folder: Path, pipeline: Any, seed: int, **fields: Any) -> None:
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Keep the bars that diffusers and transformers show for every file off the screen."""
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [log.is_progress_bar_enabled() for log in logs]
+    for log in logs:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, was_shown in zip(logs, shown, strict=True):
+            if was_shown:
+                log.enable_progress_bar()
+
+
+def export_model(folder: Path, exported: Any, seed: int, **fields: Any) -> None:
     """Write ``folder/diffusers`` (safetensors) and ``folder/manifest.json`` of kind ``model``.
 
     The new model is complete on disk before it takes the place of an older one, and the manifest
@@ -22,14 +41,14 @@ def export_model(folder: Path, pipeline: Any, seed: int, **fields: Any) -> None:
 
     Args:
         folder: the model folder; made if need be.
-        pipeline: the diffusers pipeline to save.
+        exported: the diffusers pipeline to save.
         seed: of the training.
         fields: further manifest fields, JSON values.
 
     Raises:
         OSError: too little disk space.
     """
-    modules = [one for one in pipeline.components.values() if isinstance(one, nn.Module)]
+    modules = [one for one in exported.components.values() if isinstance(one, nn.Module)]
     size = sum(p.numel() * p.element_size() for one in modules for p in one.parameters())
     check_free_space(folder, size + 1_000_000)
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +56,8 @@ def export_model(folder: Path, pipeline: Any, seed: int, **fields: Any) -> None:
     new, old = (folder / f".{DIFFUSERS_NAME}.{state}" for state in ("new", "old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    pipeline.save_pretrained(new, safe_serialization=True)
+    with quiet_bars():
+        exported.save_pretrained(new, safe_serialization=True)
     (folder / "manifest.json").unlink(missing_ok=True)
     if target.exists():
         os.replace(target, old)
@@ -46,8 +66,8 @@ def export_model(folder: Path, pipeline: Any, seed: int, **fields: Any) -> None:
         folder,
         "model",
         seed,
-        prediction_type=pipeline.scheduler.config["prediction_type"],
-        parameters=sum(p.numel() for p in pipeline.unet.parameters()),
+        prediction_type=exported.scheduler.config["prediction_type"],
+        parameters=sum(p.numel() for p in exported.unet.parameters()),
         **fields,
     )
     shutil.rmtree(old, ignore_errors=True)

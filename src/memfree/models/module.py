@@ -65,7 +65,7 @@ class DiffusionModule(pl.LightningModule, ABC):
                 "use a number below 1, or 0 for no average"
             )
         self.options = options
-        self.image_shape = tuple(image_shape)
+        self.image_shape = image_shape
         self.seed = seed
         self.data = data
         self.stepping = stepping

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memfree.guidance import default_similarity
-from memfree.manifest import sha256
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-
-
-def folder_hash(folder: Path) -> str:
-    """SHA-256 over names and contents of a folder's files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = [[path.relative_to(folder).as_posix(), sha256(path)] for path in files]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def index_state(index: ReferenceIndex | None) -> dict[str, str | None]:

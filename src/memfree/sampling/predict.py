@@ -11,13 +11,13 @@ import pyarrow.compute as pc
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from memfree.guidance import WITH_AMG, GuidanceSettings
-from memfree.manifest import check_free_space
+from memfree.manifest import check_free_space, folder_hash
 from memfree.models import LoadedModel, load_model
 from memfree.quiet import quiet
 from memfree.resolved import save_config
 from memfree.sampling.checks import index_for, labels_in_turn, scheduler_for
 from memfree.sampling.folder import read_records
-from memfree.sampling.identity import folder_hash, index_state
+from memfree.sampling.identity import index_state
 from memfree.sampling.module import SampleIndices, SamplingModule
 from memfree.sampling.progress import SampleProgress
 from memfree.sampling.run import SampleRun

@@ -1,0 +1,124 @@
+"""How much each reference counts under a condition: by its labels, or by how its captions fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memfree.conditions import Conditions, TextConditions
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+ENCODED_AT_ONCE = 256
+"""Captions that are encoded together."""
+
+
+def log_weights(counts: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """log m_i and log(m_i / Σ_group m) of counts (N, L), each (N, L); −∞ where there is none."""
+    m = counts.to(torch.float64)
+    total = torch.zeros(groups, m.shape[1], dtype=torch.float64, device=m.device)
+    total.index_add_(0, group.to(m.device), m)
+    share = m / total[group].clamp(min=1)
+    return m.log().float(), share.log().float()
+
+
+class LabelWeights:
+    """Records of each reference under a label.
+
+    Args:
+        index: references with label counts.
+    """
+
+    def __init__(self, index: ReferenceIndex) -> None:
+        assert index.label_counts is not None
+        groups = int(index.group.max()) + 1
+        self._log_m, self._log_1 = log_weights(index.label_counts, index.group, groups)
+
+    def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-weights for one record a group and for all records, each (len(labels), N).
+
+        Raises:
+            ValueError: a label that no reference carries.
+        """
+        known = self._log_m.isfinite().any(dim=0).nonzero().squeeze(1)
+        unknown = labels[~torch.isin(labels, known)]
+        if len(unknown):
+            raise ValueError(f"label {int(unknown[0])} does not occur in the reference index")
+        return self._log_1.T[labels], self._log_m.T[labels]
+
+
+class CaptionWeights:
+    """Records of each reference, weighed by how well their captions fit a prompt.
+
+    m_i(y) = Σ_c K(y, c)·(records of i with caption c), with K = 1 for equal embeddings and else
+    exp(−(1 − cos)/bandwidth) of the sentence vectors; without bandwidth only equal captions count.
+    Deduplicated, a group has one record, whose caption is any of its records': m_i(y) / Σ_group m.
+
+    Args:
+        index: references with captions.
+        bandwidth: of the kernel, in units of cosine distance; 0: equal captions only.
+    """
+
+    def __init__(self, index: ReferenceIndex, bandwidth: float) -> None:
+        if index.captions is None:
+            raise ValueError(
+                "multiplicity guidance of text-to-image needs an index with captions: build it on "
+                "a captioned data set"
+            )
+        if bandwidth < 0:
+            raise ValueError(f"caption_bandwidth must be at least 0, not {bandwidth:g}")
+        self.bandwidth = bandwidth
+        table = index.items.conditions.filter(index.items.conditions["caption"].is_valid())
+        columns = {name: table[name].to_pylist() for name in ("row", "caption", "count")}
+        self.captions = sorted(set(columns["caption"]))
+        number = {caption: i for i, caption in enumerate(self.captions)}
+        device = index.device
+        self._caption = torch.tensor([number[one] for one in columns["caption"]], device=device)
+        self._row = torch.tensor(columns["row"], device=device)
+        self._count = torch.tensor(columns["count"], dtype=torch.float32, device=device)
+        self._rows = len(index)
+        self._log_group = index.group_multiplicity.float().log().to(device)
+        self._sentences: Tensor | None = None
+        self._encoder: object = None
+
+    def __call__(
+        self, prompts: TextConditions, encode: Callable[[Sequence[str]], Conditions] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-weights for one record a group and for all records, each (len(prompts), N).
+
+        Args:
+            prompts: encoded prompts y.
+            encode: the text encoder that made them; captions are encoded by it once.
+
+        Raises:
+            ValueError: there is no text encoder.
+        """
+        cosine = prompts.sentence() @ self._encoded(encode).T  # (B, captions)
+        equal = cosine > 1 - 1e-6
+        kernel = equal.float()
+        if self.bandwidth > 0:
+            kernel = torch.where(equal, 1.0, ((cosine - 1) / self.bandwidth).exp())
+        m = torch.zeros(len(prompts), self._rows, device=cosine.device)
+        m.index_add_(1, self._row, kernel[:, self._caption] * self._count)
+        log_m = m.log()
+        log_1 = log_m - self._log_group
+        # Where no caption fits, all references weigh the same in both: nothing is corrected.
+        none = (m.sum(dim=1) == 0)[:, None]
+        return log_1.masked_fill(none, 0.0), log_m.masked_fill(none, 0.0)
+
+    def _encoded(self, encode: Callable[[Sequence[str]], Conditions] | None) -> Tensor:
+        """Sentence vectors (captions, D) of all captions."""
+        if encode is None:
+            raise ValueError("captions cannot be compared with prompts without a text encoder")
+        if self._sentences is None or self._encoder != encode:
+            parts = []
+            for start in range(0, len(self.captions), ENCODED_AT_ONCE):
+                encoded = encode(self.captions[start : start + ENCODED_AT_ONCE])
+                assert isinstance(encoded, TextConditions)
+                parts.append(encoded.sentence())
+            self._sentences, self._encoder = torch.cat(parts), encode
+        return self._sentences

@@ -1,0 +1,133 @@
+"""Stable-Diffusion-style pipelines: loading one, encoding prompts, calling its denoiser."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from memfree.conditions import Conditions, TextConditions
+from memfree.models.export import DIFFUSERS_NAME, quiet_bars
+
+PIPELINES: Any = (StableDiffusionPipeline, StableDiffusionXLPipeline)
+XL: Any = StableDiffusionXLPipeline
+
+
+def load_pipeline(name: str | Path) -> Any:
+    """Load a Stable-Diffusion-style pipeline: SD 1.x, 2.x or SDXL, in float32 on the CPU.
+
+    Args:
+        name: a diffusers folder, a model folder of memfree, or a name on the hub.
+
+    Raises:
+        ValueError: it is no such pipeline, or lacks a part.
+        OSError: there is none of this name.
+    """
+    folder = Path(name)
+    inner = folder / DIFFUSERS_NAME
+    source = inner if (inner / "model_index.json").is_file() else folder
+    local = source.is_dir()
+    if local and not (source / "model_index.json").is_file():
+        raise ValueError(f"{name} is no diffusers pipeline: it has no model_index.json")
+    try:
+        with quiet_bars():
+            pipe: Any = DiffusionPipeline.from_pretrained(
+                # Safetensors only: a pickle from a stranger could execute code.
+                str(source) if local else str(name),
+                use_safetensors=True,
+                local_files_only=local,
+            )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = textwrap.shorten(str(error), 160, placeholder=" ...")
+        raise ValueError(f"{name} cannot be loaded as a diffusers pipeline: {reason}") from error
+    check_pipeline(pipe, str(name))
+    return pipe
+
+
+def check_pipeline(pipe: Any, name: str) -> None:
+    """Refuse what is not a whole Stable Diffusion (XL) pipeline for text-to-image.
+
+    Raises:
+        ValueError: in one line, with the reason.
+    """
+    if not isinstance(pipe, PIPELINES):
+        raise ValueError(
+            f"{name} is a {type(pipe).__name__}: only StableDiffusionPipeline and "
+            "StableDiffusionXLPipeline are trained and sampled here; memfree.guard takes more"
+        )
+    needed = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+    if isinstance(pipe, XL):
+        needed += ["text_encoder_2", "tokenizer_2"]
+    if missing := [part for part in needed if getattr(pipe, part, None) is None]:
+        raise ValueError(f"{name} has no {missing[0]}: give a whole text-to-image pipeline")
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise ValueError(
+            f"{name}: its U-Net takes {pipe.unet.config.in_channels} channels, its autoencoder "
+            f"makes {pipe.vae.config.latent_channels}; inpainting models are not for text-to-image"
+        )
+
+
+def encode(pipe: Any, prompts: Sequence[str]) -> TextConditions:
+    """What the pipeline's text encoders make of prompts; gradients flow where they are enabled."""
+    device = pipe.text_encoder.device
+    if isinstance(pipe, XL):
+        embeddings, _, pooled, _ = pipe.encode_prompt(
+            list(prompts), device=device, do_classifier_free_guidance=False
+        )
+        return TextConditions(embeddings, pooled)
+    embeddings, _ = pipe.encode_prompt(
+        list(prompts), device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    return TextConditions(embeddings)
+
+
+class TextDenoiser(nn.Module):
+    """A conditional U-Net with the calling convention of ``Denoiser``, for encoded prompts.
+
+    Args:
+        network: the UNet2DConditionModel.
+        image_size: (H, W) of the images, which SDXL's network is told.
+        null: the encoded empty prompt, a batch of 1; used where no conditions are given.
+    """
+
+    def __init__(
+        self, network: Any, image_size: tuple[int, int], null: TextConditions | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.image_size = image_size
+        self.null = null
+
+    def forward(self, x_t: Tensor, t: Tensor | int, conditions: Conditions | None = None) -> Tensor:
+        """Predict what the scheduler's ``config.prediction_type`` says, like x_t (B, C, h, w).
+
+        Args:
+            x_t: noisy latents.
+            t: timestep of all, 0-d or int, or of each, (B,).
+            conditions: encoded prompts (B, ...); None: the empty prompt.
+        """
+        if conditions is None:
+            assert self.null is not None
+            conditions = self.null.to(x_t.device).expand(len(x_t))
+        assert isinstance(conditions, TextConditions)
+        added = None
+        if conditions.pooled is not None:
+            height, width = self.image_size
+            # Original size, top left corner of the crop, target size (SDXL, section 2.2).
+            times = torch.tensor([height, width, 0, 0, height, width], device=x_t.device)
+            added = {
+                "text_embeds": conditions.pooled,
+                "time_ids": times.to(x_t.dtype).expand(len(x_t), 6),
+            }
+        return self.network(
+            x_t,
+            t,
+            encoder_hidden_states=conditions.embeddings,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]

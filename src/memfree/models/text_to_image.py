@@ -1,0 +1,252 @@
+"""Fine-tuning of Stable-Diffusion-style pipelines in latent space as a Lightning module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from memfree.conditions import TextConditions
+from memfree.diffusion_math import per_sample, training_target
+from memfree.manifest import folder_hash
+from memfree.models.caches import EmbeddingCache, LatentCache
+from memfree.models.export import DIFFUSERS_NAME
+from memfree.models.latents import latent_shape, posterior
+from memfree.models.module import DiffusionModule, weighted_mean
+from memfree.models.options import ModelOptions
+from memfree.models.text_pipeline import TextDenoiser, encode
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+"""The layers that get low-rank adapters: all projections of the U-Net's attention."""
+
+
+class TextToImageModule(DiffusionModule):
+    """Trains the U-Net of a pipeline, or adapters in it, to denoise latents given captions.
+
+    A batch is a dict: ``image`` (B, 3, H, W) in [-1, 1]; ``caption``, B strings; ``row`` (B,)
+    int64, which image it is, for the cache; optionally ``weight``. The autoencoder is frozen, and
+    so is the text encoder unless ``finetune.train_text_encoder``.
+    """
+
+    def __init__(
+        self,
+        options: ModelOptions,
+        pipe: Any,
+        image_shape: tuple[int, int, int],
+        seed: int = 0,
+        data: dict[str, Any] | None = None,
+        stepping: dict[str, Any] | None = None,
+    ) -> None:
+        """Take a pipeline apart into what is trained and what is frozen.
+
+        Args:
+            options: optimisation; ``finetune``.
+            pipe: StableDiffusionPipeline or StableDiffusionXLPipeline; its networks are trained in
+                place.
+            image_shape: (3, H, W) of the training images.
+            seed: of the adapters and of all that training draws.
+            data: what the images are; see ``DiffusionModule``.
+            stepping: how the Trainer takes a step; see ``DiffusionModule``.
+
+        Raises:
+            ValueError: the images do not fit the autoencoder, or options contradict each other.
+        """
+        super().__init__(options, image_shape, seed, data, stepping)
+        latent_shape(pipe.vae, image_shape)
+        choice = options.finetune
+        if choice.cache and data is not None and data.get("random_flip"):
+            raise ValueError(
+                "--model.finetune.cache keeps one latent an image, but --data.random_flip makes "
+                "two: leave one of them out"
+            )
+        if choice.lora_alpha and not choice.lora_rank:
+            raise ValueError("--model.finetune.lora_alpha needs --model.finetune.lora_rank")
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        if choice.lora_rank:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                pipe.unet.add_adapter(_adapters(options))
+        else:
+            pipe.unet.requires_grad_(True)
+        if choice.gradient_checkpointing:
+            pipe.unet.enable_gradient_checkpointing()
+        self.set_network(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config))
+        encoders = [pipe.text_encoder, getattr(pipe, "text_encoder_2", None)]
+        trained = [one for one in encoders if one is not None and choice.train_text_encoder]
+        self.text_encoders = nn.ModuleList(trained).requires_grad_(True)
+        self._shared = _Shared(pipe, _contents(options.pretrained))
+        self.denoiser = TextDenoiser(self.network, (image_shape[1], image_shape[2]))
+        self.latent_cache = LatentCache() if choice.cache else None
+        self.embedding_cache = EmbeddingCache() if choice.cache and not trained else None
+
+    def on_fit_start(self) -> None:
+        """Move what is frozen to the device."""
+        self._shared.pipe.vae.to(self.device)
+        for name in ("text_encoder", "text_encoder_2"):
+            if getattr(self._shared.pipe, name, None) is not None:
+                getattr(self._shared.pipe, name).to(self.device)
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        """Loss of a batch, 0-d: mean over images of weight · mean over the latent of the square.
+
+        Raises:
+            ValueError: the data has no captions.
+        """
+        if "caption" not in batch:
+            raise ValueError(
+                "fine-tuning text-to-image needs captions, and the data has none: prepare "
+                "captioned images"
+            )
+        captions: list[str] = list(batch["caption"])
+        self._shared.captions = self._shared.captions or sorted(set(captions))
+        x_0 = self._latents(batch, generator)
+        count, device = len(x_0), x_0.device
+        noise = torch.randn(x_0.shape, generator=generator, device=device)
+        t = torch.randint(len(self.alphas_cumprod), (count,), generator=generator, device=device)
+        dropped = torch.rand(count, generator=generator, device=device) < self.options.label_dropout
+        alpha_bar = self.alphas_cumprod[t]  # (B,)
+        a = per_sample(alpha_bar, x_0)
+        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
+        shown = [
+            "" if drop else text for drop, text in zip(dropped.tolist(), captions, strict=True)
+        ]
+        prediction = self.denoiser(x_t, t, self._encoded(shown))
+        kind = self.noise_scheduler.config.prediction_type
+        target = training_target(x_0, noise, alpha_bar, kind)
+        error = (prediction.float() - target).square()
+        if self.options.finetune.min_snr_gamma:
+            gamma = float(self.options.finetune.min_snr_gamma)
+            error = error * per_sample(min_snr_weight(alpha_bar, gamma, kind), error)
+        return weighted_mean(error, batch.get("weight", 1.0))
+
+    def _latents(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        """Scaled latents drawn from the autoencoder's posterior, (B, C, h, w)."""
+        images, vae = batch["image"], self._shared.pipe.vae
+        with torch.autocast(images.device.type, enabled=False):
+            if self.latent_cache is None:
+                mean, std = posterior(vae, images)
+            else:
+                mean, std = self.latent_cache(vae, images, batch["row"])
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        return mean + std * noise
+
+    def _encoded(self, captions: Sequence[str]) -> TextConditions:
+        pipe = self._shared.pipe
+        if len(self.text_encoders):
+            return encode(self._live(), captions)
+        with torch.no_grad():
+            if self.embedding_cache is None:
+                return encode(pipe, captions)
+            return self.embedding_cache(pipe, captions)
+
+    def facts(self) -> dict[str, Any]:
+        """The class of its pipeline."""
+        return {"pipeline": type(self._shared.pipe).__name__, "num_classes": None}
+
+    def identity(self) -> dict[str, Any]:
+        """As of every module, and the contents of a local folder that is fine-tuned."""
+        return {**super().identity(), "pretrained_sha256": self._shared.sha256}
+
+    def _live(self) -> Any:
+        """The pipeline around this module's own networks."""
+        pipe = copy.copy(self._shared.pipe)
+        pipe.unet = self.network
+        for name, encoder in zip(
+            ("text_encoder", "text_encoder_2"), self.text_encoders, strict=False
+        ):
+            setattr(pipe, name, encoder)
+        return pipe
+
+    def pipeline(self) -> Any:
+        """The pipeline as it is saved: adapters are merged into a copy of the U-Net."""
+        pipe = self._live()
+        if self.options.finetune.lora_rank:
+            merged: Any = copy.deepcopy(self.network)
+            merged.fuse_lora()
+            merged.unload_lora()
+            pipe.unet = merged
+        return pipe
+
+    def save_adapters(self, folder: Path) -> None:
+        """Write the adapters alone, as ``pipe.load_lora_weights(folder)`` reads them."""
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.network))
+        type(self._shared.pipe).save_lora_weights(
+            folder, unet_lora_layers=layers, safe_serialization=True
+        )
+
+    @torch.no_grad()
+    def preview(self, count: int, steps: int, seed: int) -> Tensor:
+        """Samples (count, 3, H, W) of captions of the first batch, in turn."""
+        pipe = self._live()
+        pipe.scheduler = DDIMScheduler.from_config(
+            self.noise_scheduler.config, timestep_spacing="trailing"
+        )
+        pipe.set_progress_bar_config(disable=True)
+        captions = self._shared.captions or [""]
+        prompts = [captions[i % len(captions)] for i in range(count)]
+        shape = latent_shape(pipe.vae, self.image_shape)
+        noise = torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
+        was_training = self.training
+        self.eval()
+        images = pipe(
+            prompts,
+            height=self.image_shape[1],
+            width=self.image_shape[2],
+            num_inference_steps=steps,
+            guidance_scale=3.0,
+            latents=noise.to(self.device),
+            output_type="pt",
+        ).images
+        self.train(was_training)
+        return images * 2 - 1
+
+
+class _Shared:
+    """What the module and its average share: the pipeline, whose frozen parts are not copied, and
+    captions to draw previews for."""
+
+    def __init__(self, pipe: Any, sha256: str | None) -> None:
+        self.pipe = pipe
+        self.sha256 = sha256
+        self.captions: list[str] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+def _contents(pretrained: str | None) -> str | None:
+    """Hash of a local folder's files; None for a name on the hub."""
+    if pretrained is None or not Path(pretrained).is_dir():
+        return None
+    inner = Path(pretrained) / DIFFUSERS_NAME
+    return folder_hash(inner if inner.is_dir() else Path(pretrained))
+
+
+def _adapters(options: ModelOptions) -> LoraConfig:
+    rank = int(options.finetune.lora_rank)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=options.finetune.lora_alpha or rank,
+        init_lora_weights="gaussian",
+        target_modules=ATTENTION,
+    )
+
+
+def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Min-SNR-γ weights (B,) of the loss (Hang et al., ICCV 2023, arXiv 2303.09556, section 3.4).
+
+    min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v, with SNR = ᾱ/(1 − ᾱ).
+    """
+    snr = alpha_bar / (1 - alpha_bar)
+    capped = snr.clamp(max=gamma)
+    return capped / (snr + 1) if prediction_type == "v_prediction" else capped / snr

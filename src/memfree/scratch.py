@@ -1,0 +1,140 @@
+"""Command ``memfree scratch``: a small, complete Stable Diffusion from captioned images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse.typing import NonNegativeInt
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from memfree.data import DatasetFolder
+from memfree.first_process import is_first_process
+from memfree.models.autoencoder import AutoencoderModule, AutoencoderOptions
+from memfree.models.checkpoints import Checkpoints, latest_checkpoint
+from memfree.models.claim import CHECKPOINTS, claim, clear
+from memfree.models.export import export_model
+from memfree.models.finite import FiniteTraining
+from memfree.models.latents import latent_shape
+from memfree.models.progress import StepProgress
+from memfree.models.small_pipeline import ScratchOptions, build_pipeline
+from memfree.quiet import quiet
+from memfree.resolved import save_config
+from memfree.trainers import build_trainer
+
+ADVICE = (".*does not have many workers.*", "Checkpoint directory .* exists and is not empty.*")
+SHOWN = 16
+"""Test images in the picture of reconstructions."""
+
+
+def scratch(
+    dataset: Path,
+    out: Path,
+    model: ScratchOptions = ScratchOptions(),  # noqa: B008 - read only; --help shows it
+    autoencoder: AutoencoderOptions = AutoencoderOptions(),  # noqa: B008
+    accelerator: str = "auto",
+    seed: NonNegativeInt = 0,
+    overwrite: bool = False,
+) -> None:
+    """Build a small Stable Diffusion from nothing, for work without pretrained weights.
+
+    Trains an autoencoder on the images of the train and fit parts and a tokenizer on the training
+    captions; text encoder and U-Net get fresh weights. The result is an ordinary diffusers folder,
+    which train.py --model.pretrained then trains with --model.finetune.train_text_encoder true.
+    The same command again resumes, or does nothing where it is finished.
+
+    Args:
+        dataset: captioned dataset folder that `memfree prepare` wrote, of RGB images.
+        out: model folder to write: diffusers/, manifest.json and reconstructions.png, test images
+            above what the autoencoder makes of them.
+        model: sizes of text encoder and U-Net.
+        autoencoder: shape and training of the autoencoder.
+        accelerator: kind of device: auto, cpu, gpu, mps, ...
+        seed: of all weights and draws.
+        overwrite: whether a model of another data set or configuration in out is deleted.
+
+    Raises:
+        ValueError: the images are not RGB or have no captions, options that do not fit, or a
+            folder that holds another model.
+        OSError: a folder that cannot be read or written.
+    """
+    data = DatasetFolder(dataset)
+    training, held_out = data.part("train"), data.part("test")
+    if training.captions is None:
+        raise ValueError(f"--dataset {dataset} has no captions: a text-to-image model needs them")
+    images = torch.cat([training.images(), data.part("fit").images()])
+    module = AutoencoderModule(autoencoder, images, seed, data.hash)
+    latents = latent_shape(module.network, data.image_shape)
+    identity = {**module.identity(), "model": asdict(model)}
+    steps = int(autoencoder.steps)
+    found = claim(out, identity, int(autoencoder.batch_size), steps, -1, overwrite)
+    if found == "finished":
+        print(f"{out} is already built as asked")
+        return
+    with quiet(*ADVICE):
+        fit = build_trainer(
+            accelerator=accelerator,
+            devices=1,
+            max_steps=steps,
+            gradient_clip_val=1.0,
+            logger=False,
+            callbacks=[Checkpoints(out / CHECKPOINTS, 500), FiniteTraining(), StepProgress()],
+            default_root_dir=out,
+            enable_model_summary=False,
+        )
+        if found == "other":
+            clear(out)
+        save_config(out)
+        checkpoint = latest_checkpoint(out / CHECKPOINTS)
+        if checkpoint is not None and is_first_process():
+            print(f"resuming from {checkpoint}")
+        fit.fit(module, ckpt_path=checkpoint, weights_only=True)
+    vae = module.cpu().finish()
+    errors = {
+        "train": _error(vae, training.images()),
+        "test": _error(vae, held_out.images(), out / "reconstructions.png"),
+    }
+    pipeline: Any = build_pipeline(vae, _captions(data), model, seed)
+    export_model(
+        out,
+        pipeline,
+        seed,
+        image_shape=list(data.image_shape),
+        num_classes=None,
+        pipeline="StableDiffusionPipeline",
+        dataset=str(dataset),
+        dataset_hash=data.hash,
+        batch_size=int(autoencoder.batch_size),
+        steps=steps,
+        epochs=0,
+        identity=identity,
+        reconstruction_rms=errors,
+        tokens=len(pipeline.tokenizer),
+    )
+    shape = "x".join(map(str, latents))
+    print(
+        f"{out}: latents {shape}, {len(pipeline.tokenizer)} tokens; reconstructions are off by "
+        f"{errors['train']:.3f} (train) and {errors['test']:.3f} (test), root mean square of "
+        "values in [-1, 1]"
+    )
+
+
+def _captions(data: DatasetFolder) -> list[str]:
+    """Captions of the training records, in a fixed order, each once."""
+    captions = data.part("train").conditions["caption"].to_pylist()
+    return sorted({caption for caption in captions if caption})
+
+
+@torch.no_grad()
+def _error(vae: Any, images: Tensor, picture: Path | None = None) -> float:
+    """Root mean square error of reconstructions of images (N, 3, H, W); a picture of the first."""
+    made = torch.cat(
+        [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in images.split(64)]
+    ).clamp(-1, 1)
+    if picture is not None:
+        grid = make_grid(torch.cat([images[:SHOWN], made[:SHOWN]]) / 2 + 0.5, nrow=SHOWN)
+        save_image(grid, picture)
+    return float((made - images).square().mean().sqrt())
