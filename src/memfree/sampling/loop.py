@@ -105,7 +105,7 @@ def sample(
             prediction = apply(guidance, prediction)
             x_t = scheduler.step(prediction.output, t, x_t, **kwargs).prev_sample
         if trace:
-            rows.append(_trace_rows(prediction, step, t))
+            rows.append(trace_rows(prediction, step, t))
     if not bool(torch.isfinite(x_t).all()):
         raise ValueError("the sampler produced NaN or infinite values; check the model's weights")
     columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else None
@@ -118,7 +118,7 @@ def _generator_argument(scheduler: Any, generators: list[torch.Generator]) -> di
     return {"generator": generators} if takes else {}
 
 
-def _trace_rows(prediction: Prediction, step: int, t: Tensor) -> dict[str, Tensor]:
+def trace_rows(prediction: Prediction, step: int, t: Tensor) -> dict[str, Tensor]:
     """This step's rows of the trace; what no guidance recorded is NaN (nearest: −1)."""
     batch = len(prediction.x_t)
     rows = {

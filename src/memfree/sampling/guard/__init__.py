@@ -1,0 +1,6 @@
+"""The guard: guidance and verdicts for diffusers pipelines."""
+
+from memfree.sampling.guard.context import guard
+from memfree.sampling.guard.report import GuardReport, Verdict
+
+__all__ = ["GuardReport", "Verdict", "guard"]

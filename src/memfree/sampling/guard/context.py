@@ -1,0 +1,157 @@
+"""``memfree.guard``: any supported diffusers pipeline, kept from copying inside a block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from memfree.calibration_size import DEFAULT_RATE
+from memfree.guidance import (
+    Guidance,
+    GuidanceSettings,
+    calibration_of,
+    default_similarity,
+)
+from memfree.guidance.mitigation import Mitigation
+from memfree.sampling.guard.decode import Decoder
+from memfree.sampling.guard.families import family_of
+from memfree.sampling.guard.noise_level import check_scheduler
+from memfree.sampling.guard.report import GuardReport
+from memfree.sampling.guard.session import Judge, OnCopy, Session
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+_MARK = "_memfree_guarded"
+
+
+@contextmanager
+def guard(
+    pipe: Any,
+    index: ReferenceIndex,
+    guidance: Guidance | Sequence[Guidance] | GuidanceSettings | None = None,
+    mitigation: Mitigation | None = None,
+    on_copy: OnCopy = "keep",
+    budget: int = 4,
+    false_positive_rate: float = DEFAULT_RATE,
+    decoder: Any = None,
+    chunk_size: int | None = None,
+    seed: int = 0,
+) -> Iterator[GuardReport]:
+    """Guide and judge every call of a diffusers pipeline inside a ``with`` block.
+
+    The pipeline keeps its own call: prompts, negative prompts, schedulers, LoRAs, batch sizes,
+    generators. A forward hook on its denoiser passes every prediction through the guidance (Chen,
+    Liu, Xu, 2024, eq. 10), and finished images are compared with the index. Where no guidance is
+    active, images have the bits of the unguarded pipeline. Supported: Stable Diffusion 1, 2 and XL
+    with their img2img pipelines, PixArt, Stable Diffusion 3.
+
+    Inside the block the pipeline's class is a subclass of its own, which sees ``__call__`` and
+    ``prepare_latents``; hooks stand on the denoiser during a call. Afterwards, also after an
+    exception, the pipeline is as it was.
+
+    Args:
+        pipe: the pipeline.
+        index: calibrated references; it is moved to the pipeline's device for the block.
+        guidance: one guidance, several in order, or settings; None:
+            ``AntiMemorizationGuidance.recommended(index)`` (without its caption term where the index
+            has no captions), or with a ``mitigation`` its own guidances alone. An empty list guides
+            nothing and judges all the same.
+        mitigation: all stages of a mitigation; its guidances come before ``guidance``.
+        on_copy: what happens to a finished image that is a copy: ``keep`` returns it with its
+            verdict; ``refuse`` puts None in its place; ``resample`` draws it again with other seeds
+            and refuses what is still a copy when the budget is spent. With None among them,
+            images are a list whatever the ``output_type``.
+        budget: draws of an image at most, the first included, for ``resample`` and for what the
+            mitigation does not accept.
+        false_positive_rate: of the verdict, within what the index's calibration allows.
+        decoder: a cheaper autoencoder of the same latents for the clean estimates, such as
+            ``AutoencoderTiny``; None: the pipeline's own.
+        chunk_size: latents decoded and images judged at a time; None: the whole batch.
+        seed: of further draws and of what a mitigation draws; the pipeline's first draw has the
+            generators of its own call.
+
+    Yields:
+        The report: trace and verdicts, filled by every pipeline call in the block.
+
+    Raises:
+        ValueError: the pipeline, its scheduler or its arguments are not supported, or the index is
+            not calibrated.
+        torch.OutOfMemoryError: with a line that says which option lowers the memory.
+    """
+    if on_copy not in ("keep", "resample", "refuse"):
+        raise ValueError(f"on_copy must be keep, resample or refuse, not {on_copy!r}")
+    for name, value in (("budget", budget), ("chunk_size", chunk_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    kind = type(pipe)
+    if getattr(kind, _MARK, False):
+        raise ValueError("memfree.guard: this pipeline is guarded already; guards do not nest")
+    family = family_of(pipe)
+    check_scheduler(pipe.scheduler, family.flow)
+    similarity = default_similarity(index)
+    calibration = calibration_of(index, similarity)
+    calibration.threshold(false_positive_rate)  # refuses a rate that it does not allow
+    before = index.device
+    index.to(pipe._execution_device)
+    try:
+        judge = Judge(index, similarity, calibration, false_positive_rate, chunk_size)
+        session = Session(
+            kind,
+            family,
+            _guidances(guidance, mitigation, index, false_positive_rate),
+            mitigation,
+            judge,
+            Decoder(pipe.vae if decoder is None else decoder, index, chunk_size),
+            on_copy,
+            budget,
+            seed,
+        )
+        pipe.__class__ = _guarded(kind, session)
+        try:
+            yield session.report
+        finally:
+            pipe.__class__ = kind
+    finally:
+        index.to(before)
+
+
+def _guidances(
+    guidance: Guidance | Sequence[Guidance] | GuidanceSettings | None,
+    mitigation: Mitigation | None,
+    index: ReferenceIndex,
+    false_positive_rate: float,
+) -> list[Guidance]:
+    if guidance is None:
+        if mitigation is not None:
+            return []
+        settings = GuidanceSettings("amg", false_positive_rate)
+        if index.captions is None:
+            settings.c2 = 0.0  # there is no caption y_N to steer away from (eq. 15)
+        return [settings.anti_memorization(index)]
+    if isinstance(guidance, GuidanceSettings):
+        return guidance.build(index)
+    return list(guidance) if isinstance(guidance, Sequence) else [guidance]
+
+
+def _guarded(kind: Any, session: Session) -> type:
+    """A subclass of the pipeline's class that goes through the session; it keeps the name."""
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return session.call(self, args, kwargs)
+
+    @functools.wraps(kind.prepare_latents)
+    def prepare_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return session.prepared(kind.prepare_latents(self, *args, **kwargs))
+
+    names = {
+        "__call__": call,
+        "prepare_latents": prepare_latents,
+        "__module__": kind.__module__,
+        "__doc__": kind.__doc__,
+        _MARK: True,
+    }
+    return type(kind.__name__, (kind,), names)

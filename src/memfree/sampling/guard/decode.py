@@ -1,0 +1,97 @@
+"""From latents to images for the guidance and the verdicts: in pieces, and of the index's size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from memfree.models.latents import decode_latents
+from memfree.retrieval import PixelFeatures
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+
+class Decoder:
+    """Decodes clean estimates with the pipeline's autoencoder or a smaller one; differentiable.
+
+    Args:
+        autoencoder: an ``AutoencoderKL``, or an ``AutoencoderTiny`` of the same latents.
+        index: what the images are compared with.
+        chunk_size: latents decoded at a time; None: the whole batch. Gradients of a piece are made
+            by decoding it again, so that one piece's activations are held at a time.
+    """
+
+    def __init__(self, autoencoder: Any, index: ReferenceIndex, chunk_size: int | None) -> None:
+        self.autoencoder = autoencoder
+        self.index = index
+        self.chunk_size = chunk_size
+        self._copy: Any = None
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about in [−1, 1], of the denoiser's latents (B, C, h, w).
+
+        Raises:
+            ValueError: the index cannot be compared with images of this size.
+        """
+        autoencoder = self._float32() if self._overflows() else self.autoencoder
+        pieces = latents.split(self.chunk_size or max(1, len(latents)))
+        if len(pieces) > 1 and latents.requires_grad and torch.is_grad_enabled():
+            parts = [
+                checkpoint(decode_latents, autoencoder, piece, use_reentrant=False)
+                for piece in pieces
+            ]
+        else:
+            parts = [decode_latents(autoencoder, piece) for piece in pieces]
+        images = torch.cat(parts)
+        check_size(self.index, images)
+        return images
+
+    def _overflows(self) -> bool:
+        """Stable Diffusion XL's autoencoder in half precision; its pipeline casts it at the end."""
+        forced = getattr(self.autoencoder.config, "force_upcast", False)
+        return bool(forced) and self.autoencoder.dtype == torch.float16
+
+    def _float32(self) -> Any:
+        if self._copy is None:
+            self._copy = copy.deepcopy(self.autoencoder).to(dtype=torch.float32)
+        return self._copy
+
+
+def check_size(index: ReferenceIndex, images: Tensor) -> None:
+    """Refuse images whose features cannot be compared with the index's.
+
+    Embeddings resize images themselves; pixels and latents have a size.
+    """
+    shape = tuple(images.shape[1:])
+    if shape == tuple(index.image_shape):
+        return
+    with torch.no_grad():
+        fits = not isinstance(index.features, PixelFeatures) and (
+            index.features(images[:1].detach()).shape[1] == index.vectors.shape[1]
+        )
+    if not fits:
+        raise ValueError(
+            f"memfree.guard: the pipeline makes images of {shape}, the index compares "
+            f"{index.features.describe()['name']} of {tuple(index.image_shape)}: ask the pipeline "
+            "for that height and width, or build the index with an embedding"
+        )
+
+
+@contextmanager
+def explained_memory(what: str, count: int, chunk_size: int | None) -> Iterator[None]:
+    """Say which option lowers the memory where it runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        now = f"now {chunk_size}" if chunk_size else f"now the whole batch of {count}"
+        raise torch.OutOfMemoryError(
+            f"memfree.guard: out of memory while {what} {count} samples: give a smaller chunk_size "
+            f"({now}), or a decoder such as diffusers' AutoencoderTiny"
+        ) from error

@@ -1,0 +1,232 @@
+"""The forward hook on the denoiser: a record out of its call, the guidances, and back (eq. 10)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memfree.conditions import Conditions, TextConditions
+from memfree.diffusion_math import PredictionType
+from memfree.guidance import Guidance, Prediction
+from memfree.guidance.prediction import combine
+from memfree.sampling.guard.decode import Decoder, explained_memory
+from memfree.sampling.guard.families import Arguments, Family, rescaled, rows_of, usable
+from memfree.sampling.guard.noise_level import NoiseLevel, NoiseLevels
+from memfree.sampling.loop import trace_rows
+
+
+class Draw:
+    """One call of the pipeline, seen from its denoiser.
+
+    Rows in which a guidance is active get the corrected prediction in both halves of the batch of
+    classifier-free guidance, so that the pipeline's ``u + s·(c − u)`` leaves it as it is, in any
+    precision, and multistep schedulers keep it in their history. All other rows leave as they came.
+
+    Args:
+        pipe: the pipeline.
+        family: its kind.
+        call: arguments of the pipeline call by name, defaults included.
+        guidances: in order.
+        decoder: from latents to images.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        family: Family,
+        call: Mapping[str, Any],
+        guidances: Sequence[Guidance],
+        decoder: Decoder,
+    ) -> None:
+        self.pipe = pipe
+        self.family = family
+        self.call = call
+        self.guidances = guidances
+        self.decoder = decoder
+        self.trace: list[dict[str, Tensor]] = []
+        self._levels = NoiseLevels(pipe.scheduler, family.flow)
+        self._memory: dict[Any, Any] = {}
+
+    @property
+    def denoiser(self) -> Any:
+        """The pipeline's denoiser."""
+        return getattr(self.pipe, self.family.denoiser)
+
+    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The forward hook: the denoiser's output with the active rows corrected."""
+        if not self.guidances:
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            arguments = usable(self.bound(args, kwargs))
+            is_tuple = isinstance(output, tuple)
+            raw = usable(output[0] if is_tuple else output.sample)
+            view = self.view(arguments, self._levels.next(arguments["timestep"]))
+            changed = self._guided(view, raw)
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if is_tuple else type(output)(sample=changed)
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        """The denoiser's arguments by name: pipelines differ in what they name."""
+        module = getattr(self.denoiser, "_orig_mod", self.denoiser)  # under torch.compile
+        return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+    def view(self, arguments: Arguments, level: NoiseLevel) -> View:
+        """The denoiser's call in the terms of a guidance."""
+        scale = getattr(self.pipe, "guidance_scale", self.call.get("guidance_scale", 1.0))
+        twice = getattr(self.pipe, "do_classifier_free_guidance", scale > 1)
+        return View(self, arguments, level, float(scale) if twice else 1.0, bool(twice))
+
+    def _guided(self, view: View, raw: Tensor) -> Tensor | None:
+        """The raw output with corrected rows; None where no row is corrected."""
+        native = self.family.prediction(raw, view.channels)
+        uncond, cond = native.chunk(2) if view.twice else (None, native)
+        amount = float(getattr(self.pipe, "guidance_rescale", 0.0)) if view.twice else 0.0
+        base = Prediction(
+            x_t=view.x_t,
+            alpha_bar=view.level.alpha_bar,
+            time=view.level.time,
+            output=view.from_native(combine(cond, uncond, view.scale)),
+            output_cond=view.from_native(cond),
+            output_uncond=None if uncond is None else view.from_native(uncond),
+            conditions=view.conditions,
+            guidance_scale=view.scale,
+            prediction_type=view.prediction_type,
+            denoise=view.denoise,
+            step=view.level.step,
+            is_last=view.level.is_last,
+            decode=self.decoder,
+            encode=lambda captions: self.family.encode(self.pipe, captions, self.call).to(
+                raw.device, view.conditions.embeddings.dtype
+            ),
+            memory=self._memory,
+        )
+        base = _rescaled(base, amount)
+        with explained_memory("guiding", view.count, self.decoder.chunk_size):
+            result = base
+            for guidance in self.guidances:
+                branch = result.output_cond
+                result = guidance(result)
+                if result.output_cond is not branch:
+                    result = _rescaled(result, amount)  # recombined from other branches
+        self.trace.append(trace_rows(result, view.level.step, torch.tensor(view.level.t)))
+        rows = (result.output != base.output).flatten(1).any(dim=1).nonzero().squeeze(1)
+        if not len(rows):
+            return None
+        corrected = view.to_native(result.output[rows], base.output[rows], native, rows, amount)
+        changed = raw.clone()
+        target = self.family.prediction(changed, view.channels)
+        target[rows] = corrected
+        if view.twice:
+            target[rows + view.count] = corrected
+        return changed
+
+
+def _rescaled(prediction: Prediction, amount: float) -> Prediction:
+    """The record whose combined prediction the pipeline will step with (``guidance_rescale``)."""
+    if amount <= 0:
+        return prediction
+    assert prediction.output_cond is not None
+    return replace(prediction, output=rescaled(prediction.output, prediction.output_cond, amount))
+
+
+@dataclass
+class View:
+    """One call of the denoiser: rows, conditions and parameterisation, and calls like it.
+
+    Flow matching has x_t = (1−σ)·x_0 + σ·ε and v = ε − x_0, which is not variance preserving. With
+    n = √((1−σ)² + σ²), x_t/n is, with √ᾱ = (1−σ)/n, and n·v + (1−2σ)·x_t/n is its v prediction
+    √ᾱ·ε − √(1−ᾱ)·x_0: guidances see that, and what they change of it goes back divided by n.
+    """
+
+    draw: Draw
+    arguments: Arguments
+    level: NoiseLevel
+    scale: float
+    """s_0; 1 without classifier-free guidance."""
+    twice: bool
+    """Whether the batch holds an unconditional half, before the conditional one."""
+    x_t: Tensor = field(init=False)
+    """(B, C, h, w), variance preserving."""
+    conditions: TextConditions = field(init=False)
+    """Of the conditional half."""
+
+    def __post_init__(self) -> None:
+        everything = self.arguments[self.draw.family.sample]
+        self.total = len(everything)
+        self.count = self.total // 2 if self.twice else self.total
+        self.channels = everything.shape[1]
+        self.dtype = everything.dtype
+        x_t = everything[: self.count]
+        self.norm = 1.0
+        if self.level.flow_sigma is not None:
+            sigma = self.level.flow_sigma
+            self.norm = float(((1 - sigma) ** 2 + sigma**2) ** 0.5)
+            x_t = x_t.float() / self.norm
+        self.x_t = x_t
+        self.conditions = self.draw.family.conditions(self.arguments)[
+            slice(self.total - self.count, self.total)
+        ]
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """In which terms guidances see the prediction."""
+        if self.level.flow_sigma is not None:
+            return "v_prediction"
+        kind: PredictionType = self.draw.pipe.scheduler.config.prediction_type
+        return kind
+
+    def from_native(self, output: Tensor, x_t: Tensor | None = None) -> Tensor:
+        """The model's prediction as guidances see it; ``x_t`` if it is of other samples."""
+        if self.level.flow_sigma is None:
+            return output
+        samples = self.x_t if x_t is None else x_t
+        return self.norm * output.float() + (1 - 2 * self.level.flow_sigma) * samples.float()
+
+    def to_native(
+        self, corrected: Tensor, before: Tensor, native: Tensor, rows: Tensor, amount: float
+    ) -> Tensor:
+        """What the denoiser should have said in some rows: the inverse of ``from_native``."""
+        if self.level.flow_sigma is None:
+            return corrected.to(native.dtype)
+        uncond, cond = native.chunk(2) if self.twice else (None, native)
+        combined = combine(cond, uncond, self.scale)[rows].float()
+        return (combined + (corrected - before) / self.norm).to(native.dtype)
+
+    def denoise(self, x: Tensor, conditions: Conditions | None) -> Tensor:
+        """The denoiser at this step for rows of x_t; through ``forward``, which fires no hook.
+
+        Raises:
+            ValueError: the unconditional prediction is asked for and the pipeline makes none.
+        """
+        if conditions is None and not self.twice:
+            raise ValueError(
+                "memfree.guard: this guidance needs the unconditional prediction, which the "
+                "pipeline makes with a guidance_scale above 1 only"
+            )
+        rows = self._rows(x)
+        half = rows if conditions is None else rows + (self.total - self.count)
+        family = self.draw.family
+        arguments = rows_of(self.arguments, half, self.total)
+        arguments[family.sample] = (x * self.norm).to(self.dtype)
+        if conditions is not None:
+            assert isinstance(conditions, TextConditions)
+            like = self.conditions.embeddings
+            arguments = family.told(arguments, conditions.to(like.device, like.dtype))
+        arguments["return_dict"] = False
+        output = self.draw.denoiser.forward(**arguments)[0]
+        return self.from_native(family.prediction(output, self.channels), x)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Which rows of x_t these are: each has arguments of its own (sizes, image prompts)."""
+        everyone = torch.arange(self.count, device=x.device)
+        if len(x) == self.count:
+            return everyone
+        same = (x.detach()[:, None] == self.x_t[None]).flatten(2).all(dim=2)
+        # A sample that is none of x_t's rows takes the first row's arguments.
+        return same.float().argmax(dim=1)

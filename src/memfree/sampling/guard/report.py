@@ -1,0 +1,130 @@
+"""What the guard saw and decided: the trace of every step, and a verdict an image."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import pyarrow as pa
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from torch import Tensor
+
+from memfree.sampling.loop import TRACE_COLUMNS
+
+NOT_COVERED = (
+    "A copy is a whole image that is near a whole image of the index. Not covered: crops and "
+    "mirrored images (as far as the index's features miss them), copied parts, style and content, "
+    "and every image that is not in the index."
+)
+"""What no verdict says."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the index says of one finished image."""
+
+    call: int
+    """Number of the pipeline call in the block, from 0."""
+    image: int
+    """Position among the images of that call."""
+    nearest: str
+    """Key of the nearest image in the index."""
+    similarity: float
+    """σ of the index's own similarity, higher is nearer."""
+    threshold: float
+    """σ above which an image is called a copy."""
+    false_positive_rate: float
+    """Share of held-out real images that the threshold calls copies."""
+    p_value: float
+    """Share of held-out real images that are as near: (1 + how many) / (1 + all)."""
+    copy: bool
+    """Whether σ is above the threshold."""
+    draws: int = 1
+    """How often the image was drawn, this one included."""
+    refused: bool = False
+    """Whether the guard returned None in its place."""
+    reason: str = ""
+    """Why it was drawn again or refused; empty for an image that was fine at once."""
+
+
+@dataclass
+class GuardReport:
+    """Trace and verdicts of all pipeline calls in the block; printable."""
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    """One an image, in the order of the calls."""
+    not_covered: str = NOT_COVERED
+    """What no verdict says."""
+    calls: int = 0
+    """Pipeline calls so far."""
+    _trace: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
+
+    @property
+    def trace(self) -> pa.Table:
+        """One row an image and step: call, draw (0 is the first), sample, step, t, and
+        ``TRACE_COLUMNS``; ``nearest`` is a row of the index. What no guidance recorded is NaN."""
+        names = ("call", "draw", "sample", "step", "t", *TRACE_COLUMNS)
+        if not self._trace:
+            return pa.table({name: pa.array([], pa.float64()) for name in names})
+        return pa.table(
+            {name: torch.cat([part[name] for part in self._trace]).numpy() for name in names}
+        )
+
+    @property
+    def copies(self) -> list[Verdict]:
+        """The images that were still copies at the end, returned or refused."""
+        return [verdict for verdict in self.verdicts if verdict.copy]
+
+    def table(self) -> pa.Table:
+        """The verdicts as a table, a column a field of ``Verdict``."""
+        names = [one.name for one in fields(Verdict)]
+        return pa.table(
+            {name: [getattr(verdict, name) for verdict in self.verdicts] for name in names}
+        )
+
+    def add_trace(self, call: int, draw: int, images: list[int], rows: dict[str, Tensor]) -> None:
+        """Keep one step of one draw; its samples are these images of the call."""
+        count = len(rows["sample"])
+        self._trace.append(
+            {
+                **{name: column.detach().cpu() for name, column in rows.items()},
+                "call": torch.full((count,), call),
+                "draw": torch.full((count,), draw),
+                "sample": torch.tensor(images),
+            }
+        )
+
+    def __rich__(self) -> Group:
+        """For rich's print and consoles."""
+        table = Table(title="memfree.guard", title_justify="left")
+        for name in ("image", "nearest", "similarity", "threshold", "p", "verdict"):
+            table.add_column(name, justify="left" if name in ("nearest", "verdict") else "right")
+        for verdict in self.verdicts:
+            table.add_row(
+                f"{verdict.call}.{verdict.image}",
+                verdict.nearest,
+                f"{verdict.similarity:.3f}",
+                f"{verdict.threshold:.3f}",
+                f"{verdict.p_value:.3g}",
+                _said(verdict),
+            )
+        parts: list[Any] = [table]
+        if self.verdicts:
+            rate = 100 * self.verdicts[0].false_positive_rate
+            parts.append(f"The threshold calls {rate:g} % of held-out real images copies.")
+        return Group(*parts, self.not_covered)
+
+    def __str__(self) -> str:
+        """The verdicts as text."""
+        console = Console(file=io.StringIO(), width=100, color_system=None)
+        console.print(self.__rich__())
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue().rstrip()
+
+
+def _said(verdict: Verdict) -> str:
+    words = "refused" if verdict.refused else "copy" if verdict.copy else "no copy"
+    return f"{words}: {verdict.reason}" if verdict.reason else words

@@ -1,0 +1,80 @@
+"""Indexes, guidances and calls of every family for the tests of the guard."""
+
+import torch
+import tiny_pipelines
+
+from memfree.guidance import AntiMemorizationGuidance, ConstantThreshold, NormalizedL2, calibrate
+from memfree.retrieval import ReferenceIndex
+
+SHAPE = (3, tiny_pipelines.PIXELS, tiny_pipelines.PIXELS)
+PROMPTS = ["a cat", "two dogs"]
+FAMILIES = (
+    "stable_diffusion",
+    "stable_diffusion_xl",
+    "stable_diffusion_img2img",
+    "stable_diffusion_xl_img2img",
+    "pixart",
+    "pixart_sigma",
+    "stable_diffusion_3",
+)
+NEVER, ALWAYS = 1.0, -99.0
+"""Thresholds of σ = −nL2 that no sample and every sample is above."""
+
+
+def random_images(count, seed):
+    return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def make_index(images=None, captions=True):
+    """60 references, the first ones given, calibrated on 500 random images."""
+    references = random_images(60, 1)
+    if images is not None:
+        references[: len(images)] = images
+    texts = [f"picture {i}" for i in range(60)] if captions else None
+    index = ReferenceIndex.build(
+        references, captions=texts, keys=[f"img{i}" for i in range(60)], groups=range(60)
+    )
+    calibrate(index, NormalizedL2(), random_images(500, 2))
+    return index
+
+
+def amg(index, threshold=ALWAYS, **strengths):
+    strengths = strengths or {"c1": 1.0, "c2": 1.0, "c3": 30.0, "max_displacement": 0.5}
+    return AntiMemorizationGuidance(index, NormalizedL2(), ConstantThreshold(threshold), **strengths)
+
+
+class ActiveRows:
+    """A guidance that adds a fixed change to x̂_0 of some rows."""
+
+    def __init__(self, rows, change=0.3):
+        self.rows = torch.tensor(rows)
+        self.change = change
+        self.seen = []
+
+    def __call__(self, prediction):
+        self.seen.append(prediction)
+        moved = torch.full_like(prediction.x_t[self.rows], self.change, dtype=torch.float32)
+        active = torch.zeros(len(prediction.x_t), dtype=torch.bool)
+        active[self.rows] = True
+        return prediction.with_clean_change(moved, self.rows).activated(active)
+
+
+def noise(count=2):
+    return [torch.Generator().manual_seed(i) for i in range(count)]
+
+
+def options(name, count=2):
+    """The call of a family on ``count`` images, from fixed noise."""
+    call = {"num_inference_steps": 4, "output_type": "pt", "generator": noise(count)}
+    if "img2img" in name:
+        call |= {"image": random_images(count, 3) / 2 + 0.5, "strength": 0.8}
+    if "pixart" in name:
+        call |= {
+            "use_resolution_binning": False,
+            "clean_caption": False,
+            "height": SHAPE[1],
+            "width": SHAPE[2],
+        }
+    if name == "stable_diffusion_3":
+        call |= {"max_sequence_length": 16}
+    return call

@@ -1,0 +1,311 @@
+"""The guard on every family: bits where nothing is active, and what acts where something is."""
+
+import copy
+
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from guard_parts import FAMILIES, NEVER, PROMPTS, ActiveRows, amg, make_index, noise, options
+
+import memfree
+from memfree.guidance import MultiplicityGuidance, NormalizedL2, Observer, ThresholdSchedule
+
+SCHEDULERS = (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+
+@pytest.fixture(scope="module")
+def index():
+    return make_index()
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {name: getattr(tiny_pipelines, name)() for name in FAMILIES}
+
+
+def observer(index):
+    return Observer(index, NormalizedL2(), ThresholdSchedule(-1.5, -0.5))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_where_nothing_is_active_images_have_the_pipelines_bits(index, pipes, name, scale):
+    pipe = pipes[name]
+    expected = pipe(PROMPTS, guidance_scale=scale, **options(name)).images
+    never = amg(index, NEVER)
+    with memfree.guard(pipe, index, [observer(index), never]) as report:
+        images = pipe(PROMPTS, guidance_scale=scale, **options(name)).images
+    assert torch.equal(images, expected)
+    steps = len(report.trace) // 2
+    assert steps >= 3 and not any(report.trace["active"].to_pylist())
+    assert report.trace["sample"].to_pylist() == [0, 1] * steps
+    assert torch.isfinite(torch.tensor(report.trace["sigma"].to_pylist())).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_guidance_moves_the_clean_estimate_by_what_it_asks_and_only_in_its_rows(
+    index, pipes, name, scale
+):
+    pipe, estimates = pipes[name], []
+    scheduler, step = pipe.scheduler, pipe.scheduler.step
+
+    def watched(output, t, sample, **kwargs):
+        """x̂_0 by the definition of the noise process, in float64."""
+        if "Flow" in type(scheduler).__name__:
+            index = scheduler.index_for_timestep(t) if scheduler.step_index is None else None
+            sigma = scheduler.sigmas[scheduler.step_index if index is None else index].double()
+            estimates.append(sample.double() - sigma * output.double())
+        elif hasattr(scheduler, "sigmas"):
+            sigma = scheduler.sigmas[scheduler.step_index].double()
+            estimates.append(sample.double() - sigma * output.double())
+        else:
+            a = scheduler.alphas_cumprod[t].double()
+            estimates.append((sample.double() - (1 - a).sqrt() * output.double()) / a.sqrt())
+        return step(output, t, sample, **kwargs)
+
+    scheduler.step = watched
+    try:
+        expected = pipe(PROMPTS, guidance_scale=scale, **options(name)).images
+        plain, estimates[:] = list(estimates), []
+        with memfree.guard(pipe, index, ActiveRows([1])):
+            images = pipe(PROMPTS, guidance_scale=scale, **options(name)).images
+    finally:
+        del scheduler.step
+    assert torch.equal(images[0], expected[0])
+    assert not torch.equal(images[1], expected[1])
+    # At the first step x_t is the same, so that the estimate moved by the change alone.
+    moved = estimates[0] - plain[0]
+    assert torch.equal(moved[0], torch.zeros_like(moved[0]))
+    # At σ = 1 of flow matching the clean estimate is x_t − σ·v to 2⁻¹² of v.
+    torch.testing.assert_close(moved[1], torch.full_like(moved[1], 0.3), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_guidances_of_amg_run_on_every_family(index, pipes, name):
+    pipe = pipes[name]
+    expected = pipe(PROMPTS, guidance_scale=4.0, **options(name)).images
+    with memfree.guard(pipe, index, amg(index)) as report:
+        images = pipe(PROMPTS, guidance_scale=4.0, **options(name)).images
+    assert not torch.equal(images, expected) and torch.isfinite(images).all()
+    trace = report.trace.to_pydict()
+    assert all(trace["active"]) and min(trace["g_sim_norm"]) > 0
+    assert max(trace["s1"]) > 0 and max(trace["s2"]) > 0
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_the_noise_level_is_the_schedulers_whatever_it_is(index, kind, prediction):
+    """A model that predicts the noise of a known image: its clean estimate is that image."""
+    pipe = tiny_pipelines.stable_diffusion(
+        tiny_pipelines.noise_schedule(kind, prediction_type=prediction)
+    )
+    observed = ActiveRows([0], 0.0)
+    with memfree.guard(pipe, index, observed):
+        pipe(PROMPTS, **options("stable_diffusion"))
+    levels = torch.stack([one.alpha_bar for one in observed.seen])
+    scheduler = kind.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(4)
+    assert len(levels) == len(scheduler.timesteps)
+    # Schedules between two timesteps are interpolated in log σ: compare at the timesteps.
+    curve = scheduler.alphas_cumprod.double()
+    at = torch.tensor([float(t) for t in scheduler.timesteps], dtype=torch.float64)
+    low, high = at.floor().long(), at.ceil().long().clamp(max=999)
+    logs = ((1 - curve) / curve).log() / 2
+    sigma = (logs[low] + (at - low) * (logs[high] - logs[low])).exp()
+    torch.testing.assert_close(levels.double(), 1 / (1 + sigma**2), rtol=2e-2, atol=1e-6)
+    assert [one.is_last for one in observed.seen] == [False] * (len(levels) - 1) + [True]
+    assert [one.step for one in observed.seen] == list(range(len(levels)))
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler])
+def test_image_to_image_begins_within_the_schedule(index, kind):
+    pipe = tiny_pipelines.stable_diffusion_img2img(tiny_pipelines.noise_schedule(kind))
+    observed = ActiveRows([0], 0.0)
+    call = {**options("stable_diffusion_img2img"), "num_inference_steps": 6, "strength": 0.5}
+    with memfree.guard(pipe, index, observed):
+        pipe(PROMPTS, **call)
+    scheduler = kind.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(6)
+    t = scheduler.timesteps[-len(observed.seen)]
+    assert float(observed.seen[0].time) == pytest.approx(float(t) / 1000)
+    expected = float(scheduler.alphas_cumprod[round(float(t))])
+    assert float(observed.seen[0].alpha_bar) == pytest.approx(expected, rel=5e-2)
+    assert [one.is_last for one in observed.seen] == [False] * (len(observed.seen) - 1) + [True]
+
+
+class Karras(DPMSolverMultistepScheduler):
+    """DPM-Solver++ (2M) with Karras' sigmas."""
+
+    def __init__(self, **config):
+        super().__init__(**{"use_karras_sigmas": True, **config})
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, Karras])
+def test_active_rows_equal_a_guided_loop_written_by_hand(index, kind):
+    """In float32, bit for bit: the pipeline's own loop with the prediction corrected in place."""
+    from diffusers import DPMSolverMultistepScheduler as Solver
+
+    made = tiny_pipelines.noise_schedule
+    scheduler = made(Solver, use_karras_sigmas=True) if kind is Karras else made(kind)
+    pipe = tiny_pipelines.stable_diffusion(scheduler)
+    guidance = amg(index, c3=30.0, max_displacement=0.5)
+    with memfree.guard(pipe, index, guidance):
+        images = pipe(PROMPTS, guidance_scale=4.0, **options("")).images
+    expected = by_hand(pipe, copy.deepcopy(scheduler), index, 4.0)
+    assert torch.equal(images, expected)
+
+
+@torch.no_grad()
+def by_hand(pipe, scheduler, index, scale, steps=4):
+    """Equations 8, 10, 12 and 17, written out for ε prediction and pixel similarity."""
+    embeddings, empty = pipe.encode_prompt(PROMPTS, "cpu", 1, True)
+    both = torch.cat([empty, embeddings])
+    scheduler.set_timesteps(steps)
+    x = torch.cat([torch.randn(1, 4, 8, 8, generator=one) for one in noise()])
+    x = x * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        x_in = scheduler.scale_model_input(x, t)
+        output = pipe.unet(torch.cat([x_in] * 2), t, encoder_hidden_states=both).sample
+        uncond, cond = output.chunk(2)
+        eps = uncond + scale * (cond - uncond)
+        if hasattr(scheduler, "sigmas"):
+            a = (1 / (1 + scheduler.sigmas[i].double() ** 2)).float()
+        else:
+            a = scheduler.alphas_cumprod[t]
+        with torch.enable_grad():
+            x_0 = ((x_in - (1 - a).sqrt() * eps) / a.sqrt()).requires_grad_()
+            decoded = pipe.vae.decode(x_0 / pipe.vae.config.scaling_factor).sample.flatten(1)
+            distances = torch.cdist(decoded.detach().double(), index.vectors.double())
+            nearest = distances.topk(50, largest=False)
+            gaps = decoded[:, None] - index.vectors[nearest.indices]
+            spread = torch.linalg.vector_norm(gaps.detach(), dim=2).mean(1)
+            sigma = -torch.linalg.vector_norm(gaps[:, 0], dim=1) / (0.5 * spread)
+            gradient = torch.autograd.grad(sigma.sum(), x_0)[0] / a.sqrt()
+        g_sim = 30.0 * (1 - a).sqrt() * gradient
+        moved = g_sim.flatten(1).square().mean(1).sqrt() * ((1 - a) / a).sqrt()
+        g_sim = (0.5 / moved).clamp(max=1)[:, None, None, None] * g_sim
+        x = scheduler.step(eps + g_sim, t, x).prev_sample
+    image = pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample
+    return (image / 2 + 0.5).clamp(0, 1)
+
+
+def test_low_precision_keeps_bits_and_the_corrected_prediction(index):
+    pipe = tiny_pipelines.stable_diffusion().to(torch.bfloat16)
+    call = options("stable_diffusion")
+    outputs, step = [], pipe.scheduler.step
+
+    def watched(output, t, sample, **kwargs):
+        outputs.append(output)
+        return step(output, t, sample, **kwargs)
+
+    expected = pipe(PROMPTS, **{**call, "generator": noise()}).images
+    pipe.scheduler.step = watched
+    guidance = ActiveRows([1])
+    with memfree.guard(pipe, index, guidance):
+        images = pipe(PROMPTS, **{**call, "generator": noise()}).images
+    assert torch.equal(images[0], expected[0]) and not torch.equal(images[1], expected[1])
+    # The pipeline's combination of two equal halves left the correction as it was written.
+    seen = guidance.seen[0]
+    corrected = guidance(seen).output
+    assert outputs[0].dtype == torch.bfloat16 and torch.equal(outputs[0], corrected)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl"])
+def test_guidance_rescale_is_the_pipelines_own(index, pipes, name):
+    pipe, outputs = pipes[name], []
+    call = {**options(name), "guidance_rescale": 0.7, "guidance_scale": 6.0}
+    expected = pipe(PROMPTS, **{**call, "generator": noise()}).images
+    with memfree.guard(pipe, index, amg(index, NEVER)):
+        assert torch.equal(pipe(PROMPTS, **{**call, "generator": noise()}).images, expected)
+    step, plain = pipe.scheduler.step, []
+    pipe.scheduler.step = lambda out, *a, **k: (plain.append(out), step(out, *a, **k))[1]
+    pipe(PROMPTS, **{**call, "generator": noise()})
+    pipe.scheduler.step = lambda out, *a, **k: (outputs.append(out), step(out, *a, **k))[1]
+    guidance = ActiveRows([1])
+    with memfree.guard(pipe, index, guidance):
+        images = pipe(PROMPTS, **{**call, "generator": noise()}).images
+    del pipe.scheduler.step
+    assert torch.equal(images[0], expected[0])
+    seen = guidance.seen[0]
+    torch.testing.assert_close(seen.output, plain[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(outputs[0][1], guidance(seen).output[1], rtol=1e-5, atol=1e-6)
+
+
+def test_samples_of_a_batch_have_a_gate_each_and_prompts_have_several_images(index, pipes):
+    pipe = pipes["stable_diffusion"]
+    call = {**options("", 4), "num_images_per_prompt": 2, "negative_prompt": ["red", "blue"]}
+    expected = pipe(PROMPTS, **{**call, "generator": noise(4)}).images
+    with memfree.guard(pipe, index, ActiveRows([1, 2])) as report:
+        images = pipe(PROMPTS, **{**call, "generator": noise(4)}).images
+    same = [torch.equal(a, b) for a, b in zip(images, expected, strict=True)]
+    assert same == [True, False, False, True]
+    assert [one.image for one in report.verdicts] == [0, 1, 2, 3]
+
+
+def test_works_inside_inference_mode_and_with_gradients_through_the_denoiser(index, pipes):
+    pipe = pipes["stable_diffusion_xl"]
+
+    def made():
+        guidance = amg(index, c3=30.0, c2=1.0, gradient="denoiser", final_correction=-1.0)
+        with memfree.guard(pipe, index, guidance):
+            return pipe(PROMPTS, **options("stable_diffusion_xl")).images
+
+    outside = made()
+    with torch.inference_mode():
+        inside = made()
+    assert torch.equal(outside, inside)
+
+
+def test_a_smaller_decoder_and_chunks_are_used(index, pipes):
+    pipe = pipes["stable_diffusion"]
+    call = options("stable_diffusion")
+
+    def made(**extra):
+        with memfree.guard(pipe, index, amg(index), **extra) as report:
+            images = pipe(PROMPTS, **{**call, "generator": noise()}).images
+        return images, torch.tensor(report.trace["sigma"].to_pylist())
+
+    whole, chunked = made(), made(chunk_size=1)
+    torch.testing.assert_close(whole[0], chunked[0], atol=1e-4, rtol=0)
+    tiny = made(decoder=tiny_pipelines.tiny_autoencoder())
+    assert not torch.allclose(tiny[1], whole[1])
+
+
+def test_multiplicity_guidance_changes_both_branches(pipes):
+    """Its references are latents in use; here pixels of the latents' shape stand for them."""
+    from memfree.guidance import calibrate
+    from memfree.retrieval import ReferenceIndex
+
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.ones(60, dtype=torch.int64)
+    counts[:5] = 50
+    latents = torch.rand(60, 4, 8, 8, generator=generator) * 2 - 1
+    references = ReferenceIndex.build(latents, counts=counts, groups=range(60))
+    calibrate(references, NormalizedL2(), torch.rand(500, 4, 8, 8, generator=generator))
+    judge = make_index()
+    pipe = pipes["stable_diffusion"]
+    call = options("stable_diffusion")
+    expected = pipe(PROMPTS, **{**call, "generator": noise()}).images
+    with memfree.guard(pipe, judge, MultiplicityGuidance(references, 1.0)):
+        images = pipe(PROMPTS, **{**call, "generator": noise(), "guidance_rescale": 0.5}).images
+    assert not torch.equal(images, expected) and torch.isfinite(images).all()
