@@ -140,9 +140,14 @@ def unet(in_channels=4, **config):
 
 def noise_schedule(kind=DDIMScheduler, **config):
     """A scheduler of Stable Diffusion's noise levels."""
-    levels = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    levels = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+    }
     if kind is DDIMScheduler:
-        levels |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+        levels |= {"clip_sample": False, "set_alpha_to_one": False}
     return kind(**{**levels, **config})
 
 

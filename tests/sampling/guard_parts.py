@@ -1,7 +1,7 @@
 """Indexes, guidances and calls of every family for the tests of the guard."""
 
-import torch
 import tiny_pipelines
+import torch
 
 from memfree.guidance import AntiMemorizationGuidance, ConstantThreshold, NormalizedL2, calibrate
 from memfree.retrieval import ReferenceIndex
@@ -39,8 +39,10 @@ def make_index(images=None, captions=True):
 
 
 def amg(index, threshold=ALWAYS, **strengths):
-    strengths = strengths or {"c1": 1.0, "c2": 1.0, "c3": 30.0, "max_displacement": 0.5}
-    return AntiMemorizationGuidance(index, NormalizedL2(), ConstantThreshold(threshold), **strengths)
+    strengths = strengths or {"c1": 0.01, "c2": 0.01, "c3": 30.0, "max_displacement": 0.5}
+    return AntiMemorizationGuidance(
+        index, NormalizedL2(), ConstantThreshold(threshold), **strengths
+    )
 
 
 class ActiveRows:

@@ -144,8 +144,7 @@ def test_image_to_image_begins_within_the_schedule(index, kind):
     call = {**options("stable_diffusion_img2img"), "num_inference_steps": 6, "strength": 0.5}
     with memfree.guard(pipe, index, observed):
         pipe(PROMPTS, **call)
-    scheduler = kind.from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(6)
+    scheduler = pipe.scheduler
     t = scheduler.timesteps[-len(observed.seen)]
     assert float(observed.seen[0].time) == pytest.approx(float(t) / 1000)
     expected = float(scheduler.alphas_cumprod[round(float(t))])
@@ -300,12 +299,20 @@ def test_multiplicity_guidance_changes_both_branches(pipes):
     counts = torch.ones(60, dtype=torch.int64)
     counts[:5] = 50
     latents = torch.rand(60, 4, 8, 8, generator=generator) * 2 - 1
-    references = ReferenceIndex.build(latents, counts=counts, groups=range(60))
+    references = ReferenceIndex.build(
+        latents, captions=PROMPTS * 30, counts=counts, groups=range(60)
+    )
     calibrate(references, NormalizedL2(), torch.rand(500, 4, 8, 8, generator=generator))
-    judge = make_index()
+    after = ActiveRows([0], 0.0)
     pipe = pipes["stable_diffusion"]
-    call = options("stable_diffusion")
+    call = {**options("stable_diffusion"), "guidance_rescale": 0.5, "guidance_scale": 4.0}
     expected = pipe(PROMPTS, **{**call, "generator": noise()}).images
-    with memfree.guard(pipe, judge, MultiplicityGuidance(references, 1.0)):
-        images = pipe(PROMPTS, **{**call, "generator": noise(), "guidance_rescale": 0.5}).images
+    with memfree.guard(pipe, make_index(), [MultiplicityGuidance(references, 1.0), after]):
+        images = pipe(PROMPTS, **{**call, "generator": noise()}).images
     assert not torch.equal(images, expected) and torch.isfinite(images).all()
+    # What comes after it sees the branches recombined, and rescaled as the pipeline does.
+    for one in after.seen:
+        combined = one.output_uncond + 4 * (one.output_cond - one.output_uncond)
+        ratio = one.output_cond.flatten(1).std(1) / combined.flatten(1).std(1)
+        combined = combined * (0.5 * ratio + 0.5)[:, None, None, None]
+        torch.testing.assert_close(one.output, combined)

@@ -56,9 +56,9 @@ def guard(
         pipe: the pipeline.
         index: calibrated references; it is moved to the pipeline's device for the block.
         guidance: one guidance, several in order, or settings; None:
-            ``AntiMemorizationGuidance.recommended(index)`` (without its caption term where the index
-            has no captions), or with a ``mitigation`` its own guidances alone. An empty list guides
-            nothing and judges all the same.
+            ``AntiMemorizationGuidance.recommended(index)`` (without its caption term where the
+            index has no captions), or with a ``mitigation`` its own guidances alone. An empty list
+            guides nothing and judges all the same.
         mitigation: all stages of a mitigation; its guidances come before ``guidance``.
         on_copy: what happens to a finished image that is a copy: ``keep`` returns it with its
             verdict; ``refuse`` puts None in its place; ``resample`` draws it again with other seeds
@@ -145,7 +145,7 @@ def _guarded(kind: Any, session: Session) -> type:
 
     @functools.wraps(kind.prepare_latents)
     def prepare_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return session.prepared(kind.prepare_latents(self, *args, **kwargs))
+        return session.prepared(self, kind.prepare_latents(self, *args, **kwargs))
 
     names = {
         "__call__": call,

@@ -84,11 +84,11 @@ class NoiseLevels:
         return self._first + self._calls
 
     def _alpha_bar(self, t: Tensor, index: int) -> Tensor:
-        # Schedulers that scale the denoiser's input divide by √(σ² + 1): they are asked for it,
-        # because second-order ones keep the σ of their middle points to themselves.
-        one = torch.ones(1, dtype=torch.float64, device=t.device)
-        scale = self.scheduler.scale_model_input(one, t).double()
-        if bool(scale != 1):
+        if hasattr(self.scheduler, "state_in_first_order"):
+            # Second-order schedulers keep the σ of their middle points to themselves, but divide
+            # the denoiser's input by √(σ² + 1).
+            one = torch.ones(1, dtype=torch.float64, device=t.device)
+            scale = self.scheduler.scale_model_input(one, t).double()
             return scale.square().squeeze().float().cpu()
         timestep = t if t.is_floating_point() else int(t)
         return alpha_bar_at(self.scheduler, timestep, index).detach().clone()

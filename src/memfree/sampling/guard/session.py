@@ -15,7 +15,7 @@ from memfree.guidance import Calibration, Guidance, Similarity
 from memfree.guidance.mitigation import Mitigation
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.guard.arguments import check_call, for_images, image_count, texts
-from memfree.sampling.guard.decode import Decoder, explained_memory
+from memfree.sampling.guard.decode import Decoder, check_size, explained_memory
 from memfree.sampling.guard.families import Family
 from memfree.sampling.guard.hook import Draw
 from memfree.sampling.guard.images import (
@@ -47,6 +47,7 @@ class Judge:
 
     def verdicts(self, images: Tensor, call: int, places: Sequence[int]) -> list[Verdict]:
         """One an image (n, C, H, W) in [−1, 1]; they are these places of the call."""
+        check_size(self.index, images)
         threshold = self.calibration.threshold(self.false_positive_rate)
         sigmas, rows = [], []
         with torch.no_grad(), explained_memory("judging", len(images), self.chunk_size):
@@ -139,8 +140,15 @@ class Session:
         self.report.verdicts += verdicts
         return with_images(output, without(images, refused))
 
-    def prepared(self, latents: Any) -> Any:
-        """What ``prepare_latents`` returned, before the pipeline goes on with it."""
+    def prepared(self, pipe: Any, latents: Tensor) -> Tensor:
+        """What ``prepare_latents`` returned, before the pipeline goes on with it.
+
+        Raises:
+            ValueError: the index cannot be compared with images of this size.
+        """
+        height, width = (pipe.vae_scale_factor * side for side in latents.shape[2:])
+        image = torch.zeros(1, 3, height, width, device=self.judge.index.device)
+        check_size(self.judge.index, image)
         if self._stages is not None:
             self._stages.latents = latents
         return latents

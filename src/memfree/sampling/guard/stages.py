@@ -77,10 +77,10 @@ class Stages:
         level = NoiseLevels(draw.pipe.scheduler, draw.family.flow).next(arguments["timestep"])
         view = draw.view(arguments, level)
         start = Start(
-            noise=view.x_t,
+            noise=self._noise(view),
             conditions=view.conditions,
             unconditional=self._unconditional(view),
-            denoise=view.denoise,
+            denoise=lambda noise, conditions: view.denoise(self._scaled(noise), conditions),
             alpha_bar=level.alpha_bar,
             prediction_type=view.prediction_type,
             guidance_scale=view.scale,
@@ -95,7 +95,7 @@ class Stages:
         noise = self.mitigation.initial_noise(start)
         if noise is start.noise:
             return None
-        self._refuse(draw.family.flow or draw.family.from_image, "the initial noise")
+        self._refuse(not self._draws_noise, "the initial noise")
         return noise.detach()
 
     def _refuse(self, refused: bool, what: str) -> None:
@@ -105,6 +105,27 @@ class Stages:
                 f"defined for {type(self.draw.pipe).__name__}: it starts from ε prediction of "
                 "pure noise"
             )
+
+    def _noise(self, view: View) -> Tensor:
+        """x_T as it was drawn; where it is none that changes, the sample of the first step."""
+        if not self._draws_noise:
+            return view.x_t.clone()
+        assert self.latents is not None, "prepare_latents was not seen"
+        return usable(self.latents) / self.draw.pipe.scheduler.init_noise_sigma
+
+    def _scaled(self, noise: Tensor) -> Tensor:
+        """The denoiser's input at the first step, of any noise."""
+        scheduler = self.draw.pipe.scheduler
+        if not self._draws_noise:
+            return noise
+        return torch.as_tensor(
+            scheduler.scale_model_input(noise * scheduler.init_noise_sigma, scheduler.timesteps[0])
+        )
+
+    @property
+    def _draws_noise(self) -> bool:
+        """Whether sampling starts from pure noise in the terms of a diffusion model."""
+        return not (self.draw.family.flow or self.draw.family.from_image)
 
     def _unconditional(self, view: View) -> TextConditions:
         family = self.draw.family
@@ -116,8 +137,8 @@ class Stages:
 
     def _replace_noise(self, sample: Tensor, noise: Tensor) -> Tensor:
         """Write x_T where the pipeline keeps it; the denoiser's input that goes with it."""
-        latents, scheduler = self.latents, self.draw.pipe.scheduler
+        latents = self.latents
         assert latents is not None, "prepare_latents was not seen"
-        latents.copy_(noise.to(latents) * scheduler.init_noise_sigma)
-        scaled = scheduler.scale_model_input(latents, scheduler.timesteps[0])
+        latents.copy_(noise.to(latents) * self.draw.pipe.scheduler.init_noise_sigma)
+        scaled = self._scaled(noise.to(latents))
         return torch.cat([scaled] * (len(sample) // len(latents)))
