@@ -40,6 +40,8 @@ class Command(NamedTuple):
 
     function: str
     help: str
+    positional: str | None = None
+    """Option that the first word stands for, where it is no option."""
 
 
 COMMANDS = {
@@ -48,6 +50,9 @@ COMMANDS = {
     "index": Command("memfree.indexing:index", "build and calibrate a reference index"),
     "evaluate": Command("memfree.evaluation:evaluate", "measure memorization and quality"),
     "report": Command("memfree.evaluation:report", "write the HTML page of an evaluation"),
+    "audit": Command(
+        "memfree.evaluation:audit", "find copies among images from anywhere", positional="images"
+    ),
     "tune": Command("memfree.tuning:tune", "find the smallest strengths that leave no copy"),
     "study": Command("memfree.study:study", "run a grid of configurations and tabulate it"),
     "demo": Command("memfree.demo:demo", "induce, measure and remove memorization on digits"),
@@ -94,6 +99,9 @@ def run_command(name: str, args: Sequence[str] | None = None, prog: str | None =
     It is imported here, which takes seconds, so that Ctrl-C ends that too in one line.
     """
     command = COMMANDS.get(name) or SCRIPTS[name]
+    given = list(sys.argv[1:] if args is None else args)
+    if command.positional is not None and given and not given[0].startswith("-"):
+        args = [f"--{command.positional}={given[0]}", *given[1:]]
     return _guarded(lambda: _run(_load_or_leave(command), args, prog))
 
 

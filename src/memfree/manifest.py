@@ -86,7 +86,7 @@ def write_manifest(folder: Path, kind: str, seed: int | None = None, **fields: A
     Args:
         folder: the folder that is now complete.
         kind: what it holds: ``dataset``, ``model``, ``index``, ``samples``, ``evaluation``,
-            ``report``, ``tuning``, ``study`` or ``demo``.
+            ``report``, ``audit``, ``tuning``, ``study`` or ``demo``.
         seed: seed of the run, None where nothing random happened.
         fields: what else a reader needs, JSON values.
     """

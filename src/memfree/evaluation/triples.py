@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from memfree.evaluation.neighbours import Neighbours
 from memfree.sampling import png
+
+if TYPE_CHECKING:
+    from memfree.data import DatasetFolder
 
 COLUMNS = 12
 """How many samples of the reference subject are shown."""
@@ -81,3 +85,17 @@ def picture_rows(
                 }
             )
     return rows
+
+
+def training_images(
+    dataset: DatasetFolder, wanted: set[str], batch_size: int = 1024
+) -> dict[str, Tensor]:
+    """The training images of these keys, without holding all of them in memory."""
+    train = dataset.part("train")
+    found, start = {}, 0
+    for batch in train.batches(batch_size):
+        for place, key in enumerate(train.keys[start : start + len(batch)]):
+            if key in wanted:
+                found[key] = batch[place]
+        start += len(batch)
+    return found

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
-from torch import Tensor
 
 from memfree.evaluation.inputs import Inputs
 from memfree.evaluation.metrics import MetricTable, write_metrics
 from memfree.evaluation.subject import Subject
 from memfree.evaluation.trajectories import trace_of, trajectory_rows
-from memfree.evaluation.triples import choose_samples, picture_rows
+from memfree.evaluation.triples import choose_samples, picture_rows, training_images
 from memfree.guidance import NormalizedL2, default_similarity
 from memfree.manifest import check_replaceable, read_manifest, write_manifest
 from memfree.resolved import save_config
@@ -127,20 +126,8 @@ def _pictures(inputs: Inputs, subjects: Mapping[str, Subject]) -> list[dict[str,
         {name: (inputs.samples[name].images(), subjects[name].found) for name in names},
         inputs.reference,
         keys,
-        _training_images(inputs, wanted),
+        training_images(inputs.dataset, wanted),
     )
-
-
-def _training_images(inputs: Inputs, wanted: set[str], batch_size: int = 1024) -> dict[str, Tensor]:
-    """The training images of these keys, without holding all of them in memory."""
-    train = inputs.dataset.part("train")
-    found, start = {}, 0
-    for batch in train.batches(batch_size):
-        for place, key in enumerate(train.keys[start : start + len(batch)]):
-            if key in wanted:
-                found[key] = batch[place]
-        start += len(batch)
-    return found
 
 
 def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:

@@ -1,0 +1,267 @@
+"""`memfree audit`: which images from anywhere are copies of indexed ones, and how sure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jsonargparse.typing import OpenUnitInterval, PositiveInt
+from pyarrow import parquet
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from memfree.calibration_size import DEFAULT_RATE
+from memfree.evaluation.audit_page import render
+from memfree.evaluation.audited_images import AuditedImages
+from memfree.evaluation.false_discovery import adjusted, fewest_discoveries
+from memfree.evaluation.neighbours import Neighbours, find_neighbours
+from memfree.evaluation.triples import training_images
+from memfree.guidance import Calibration, calibration_of, default_similarity
+from memfree.manifest import check_replaceable, write_manifest, write_text
+from memfree.resolved import save_config
+from memfree.retrieval import PixelFeatures, ReferenceIndex
+from memfree.whole_folder import put_in_place, unfinished
+
+
+@dataclass
+class Audit:
+    """What was found, most suspicious first."""
+
+    table: pa.Table
+    """One row an image; columns as in ``audit.parquet``."""
+    pictures: Tensor
+    """(≤ pairs, C, H, W) in [−1, 1]: the first images of the table."""
+    facts: dict[str, str]
+    """What was compared and how, to be shown."""
+    warning: str
+    """Why there are no discoveries where there cannot be any; empty otherwise."""
+
+
+def audit(
+    images: Path,
+    index: Path,
+    out: Path | None = None,
+    dataset: Path | None = None,
+    false_discovery_rate: OpenUnitInterval = 0.05,
+    false_positive_rate: OpenUnitInterval = DEFAULT_RATE,
+    pairs: PositiveInt = 40,
+    batch_size: PositiveInt = 256,
+) -> None:
+    """Give a verdict on images from anywhere: is one a copy of an indexed image, and how sure?
+
+    Every image gets the nearest indexed image, its similarity, and a p-value: the share of held-out
+    real images that are as near. Over all images, discoveries are those that Benjamini and
+    Hochberg's procedure calls copies at the false discovery rate; the verdict `copy` is that of one
+    image by itself at the false-positive rate. Images of another size are scaled and cropped to the
+    index's, as `memfree prepare` does by default.
+
+    Args:
+        images: folder, image file, tar shards or sample folder; `memfree audit IMAGES` is enough.
+        index: calibrated reference index folder.
+        out: folder for audit.parquet and index.html, which shows images beside their nearest
+            training images; by default only the table is printed.
+        dataset: dataset folder of the index, to show training images where the index holds none.
+        false_discovery_rate: share of discoveries that may be wrong, expected.
+        false_positive_rate: share of real images that the verdict on a single image may call
+            copies.
+        pairs: most suspicious images to show on the page; half of them in the terminal.
+        batch_size: images measured at a time.
+
+    Raises:
+        FileNotFoundError: a folder is missing, or there is no image.
+        ValueError: the index is not calibrated or not for that rate, or ``out`` holds something
+            else.
+    """
+    console = Console()
+    if out is not None:
+        check_replaceable(out, "audit")
+    references = ReferenceIndex.load(index)
+    result = measure(
+        references, images, false_discovery_rate, false_positive_rate, pairs, batch_size
+    )
+    _print(result, max(1, pairs // 2), console)
+    if out is None:
+        return
+    nearest = _nearest_images(references, dataset, result.table["nearest_key"].to_pylist()[:pairs])
+    with unfinished(out) as partial:
+        parquet.write_table(result.table, partial / "audit.parquet")
+        page = render(result.table, result.pictures, nearest, result.facts, result.warning)
+        write_text(partial / "index.html", page)
+        save_config(partial)
+        write_manifest(
+            partial,
+            "audit",
+            images=str(images),
+            index=str(index),
+            false_discovery_rate=false_discovery_rate,
+            false_positive_rate=false_positive_rate,
+            facts=result.facts,
+            contains="index.html contains the images, and training images where they were given",
+        )
+        put_in_place(partial, out, overwrite=True)
+    console.print(f"Written to {out}: audit.parquet and index.html.", soft_wrap=True)
+
+
+def measure(
+    index: ReferenceIndex,
+    images: Path,
+    false_discovery_rate: float,
+    false_positive_rate: float = DEFAULT_RATE,
+    pairs: int = 40,
+    batch_size: int = 256,
+) -> Audit:
+    """Measure all images against the index; arguments as of ``audit``."""
+    similarity = default_similarity(index)
+    calibration = calibration_of(index, similarity)
+    calibration.threshold(false_positive_rate)  # refuses a rate before anything is read
+    source = AuditedImages(images, index.image_shape)
+    names: list[str] = []
+    parts: list[Neighbours] = []
+    top, top_sigma = torch.empty(0, *index.image_shape), np.empty(0)
+    for batch_names, batch in source.batches(batch_size):
+        found = find_neighbours(
+            index, similarity, calibration, batch, false_positive_rate, batch_size
+        )
+        names += batch_names
+        parts.append(found)
+        # Only the pictures that are shown are kept; equal ones stay in their order.
+        top, top_sigma = torch.cat([top, batch]), np.concatenate([top_sigma, found.sigma])
+        kept = np.argsort(-top_sigma, kind="stable")[:pairs]
+        top, top_sigma = top[torch.from_numpy(kept)], top_sigma[kept]
+    if not parts:
+        raise ValueError(f"--images {images}: no image could be read; {source.skipped.text()}")
+    found = Neighbours(
+        **{
+            one.name: np.concatenate([getattr(part, one.name) for part in parts])
+            for one in fields(Neighbours)
+        }
+    )
+    table = _table(names, found, index.keys, false_discovery_rate)
+    discoveries = int(np.sum(table["discovery"].to_numpy()))
+    fewest = fewest_discoveries(len(names), len(calibration.sigmas), false_discovery_rate)
+    return Audit(
+        table,
+        top,
+        _facts(source, index, calibration, found, discoveries, fewest, false_discovery_rate)
+        | _rates(false_positive_rate, found, calibration),
+        _warning(found.p_value, calibration, discoveries, fewest),
+    )
+
+
+def _table(names: list[str], found: Neighbours, keys: list[str], rate: float) -> pa.Table:
+    order = np.argsort(-found.sigma, kind="stable")
+    q_value = adjusted(found.p_value)
+    return pa.table(
+        {
+            "image": pa.array([names[i] for i in order]),
+            "nearest_key": pa.array([keys[found.row[i]] for i in order]),
+            "nearest_row": found.row[order],
+            "nearest_multiplicity": found.multiplicity[order],
+            "sigma": found.sigma[order],
+            "distance_ratio": found.distance_ratio[order],
+            "p_value": found.p_value[order],
+            "q_value": q_value[order],
+            "copy": found.copy[order],
+            "discovery": q_value[order] <= rate,
+        }
+    )
+
+
+def _facts(
+    source: AuditedImages,
+    index: ReferenceIndex,
+    calibration: Calibration,
+    found: Neighbours,
+    discoveries: int,
+    fewest: int,
+    rate: float,
+) -> dict[str, str]:
+    shape = " × ".join(str(side) for side in index.image_shape)
+    facts = {
+        "Images": f"{len(found)} from {source.path}",
+        "Index": f"{len(index)} distinct images of {shape}, "
+        f"{index.features.describe()['name']}, similarity {calibration.similarity}",
+        "Discoveries": f"{discoveries} at a false discovery rate of {100 * rate:g} % "
+        "(Benjamini–Hochberg)",
+        "Smallest p-value": f"1/{len(calibration.sigmas) + 1}, with {len(calibration.sigmas)} "
+        f"calibration images; so discoveries are none or at least {fewest}",
+    }
+    if source.changed:
+        facts["Resized"] = (
+            f"{source.changed} images of another size or number of channels were scaled and "
+            f"cropped to {shape}"
+        )
+    if source.skipped:
+        facts["Left out"] = "; ".join([source.skipped.text("image"), *source.skipped.messages])
+    return facts
+
+
+def _rates(rate: float, found: Neighbours, calibration: Calibration) -> dict[str, str]:
+    return {
+        "Verdict": f"{int(found.copy.sum())} copies: σ above {calibration.threshold(rate):.3f}, "
+        f"which {100 * rate:g} % of real images are; {rate * len(found):.1f} such images are "
+        "expected where none is a copy"
+    }
+
+
+def _warning(p_value: np.ndarray, calibration: Calibration, discoveries: int, fewest: int) -> str:
+    if discoveries:
+        return ""
+    n = len(calibration.sigmas)
+    if fewest > len(p_value):
+        return (
+            f"No discovery is possible: with {n} calibration images no p-value is below 1/{n + 1}. "
+            "Calibrate on more images, or audit at a higher false discovery rate."
+        )
+    nearest = int((p_value <= 1 / (n + 1) + 1e-12).sum())
+    if nearest:
+        return (
+            f"{nearest} of the images are nearer than all {n} calibration images, but among "
+            f"{len(p_value)} it takes at least {fewest} such for a discovery: calibrate on more "
+            "images, or audit fewer images at a time."
+        )
+    return ""
+
+
+def _print(result: Audit, rows: int, console: Console) -> None:
+    table = Table("image", "nearest", title="Most suspicious first", title_justify="left")
+    for name in ("σ", "p", "q", "copy", "discovery"):
+        table.add_column(name, justify="right")
+    for row in result.table.slice(0, rows).to_pylist():
+        table.add_row(
+            row["image"],
+            row["nearest_key"],
+            f"{row['sigma']:.3f}",
+            f"{row['p_value']:.4f}",
+            f"{row['q_value']:.4f}",
+            "yes" if row["copy"] else "no",
+            "yes" if row["discovery"] else "no",
+        )
+    console.print(table)
+    for name, text in result.facts.items():
+        console.print(f"{name}: {text}", markup=False, highlight=False, soft_wrap=True)
+    if result.warning:
+        console.print(f"Warning: {result.warning}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _nearest_images(
+    index: ReferenceIndex, dataset: Path | None, keys: list[str]
+) -> dict[str, Tensor]:
+    """Training images by key, as far as the index or the data set holds them."""
+    if isinstance(index.features, PixelFeatures):
+        places = {key: row for row, key in enumerate(index.keys)}
+        wanted = list(dict.fromkeys(keys))
+        images = index.images(torch.tensor([places[key] for key in wanted]))
+        return dict(zip(wanted, images.clamp(-1, 1), strict=True))
+    if dataset is None:
+        return {}
+    from memfree.data import DatasetFolder
+
+    data = DatasetFolder(dataset)
+    if index.dataset_hash is not None and data.hash != index.dataset_hash:
+        raise ValueError(f"--dataset {dataset} is not the data set that the index was built from")
+    return training_images(data, set(keys))

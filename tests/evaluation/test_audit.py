@@ -1,0 +1,168 @@
+"""Audits: p-values, false discovery rate by its definition, images from anywhere, the page."""
+
+import base64
+import io
+import re
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+from memfree import cli
+from memfree.data import DatasetFolder
+from memfree.evaluation import audit
+from memfree.evaluation.audit import measure
+from memfree.evaluation.false_discovery import adjusted, fewest_discoveries
+from memfree.guidance import NormalizedL2, calibrate, calibration_of
+from memfree.manifest import read_manifest
+from memfree.retrieval import EfficientNetFeatures, ReferenceIndex
+from memfree.sampling import png
+
+
+def step_up(p_values, rate):
+    """Benjamini and Hochberg by definition: reject the k smallest, k the last under its line."""
+    m = len(p_values)
+    order = sorted(range(m), key=lambda i: p_values[i])
+    k = max((i + 1 for i in range(m) if p_values[order[i]] <= rate * (i + 1) / m), default=0)
+    return {order[i] for i in range(k)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_discoveries_are_those_of_the_definition(seed):
+    generator = np.random.default_rng(seed)
+    # Ties and the discrete values of a small calibration set, as p-values here have them.
+    p_values = generator.integers(1, 40, 60) / 40
+    p_values[: seed * 2] = 1 / 40
+    for rate in (0.01, 0.05, 0.1, 0.3, 0.9):
+        found = set(np.flatnonzero(adjusted(p_values) <= rate + 1e-12).tolist())
+        assert found == step_up(p_values, rate + 1e-12)
+    assert (adjusted(p_values) >= p_values - 1e-12).all() and adjusted(p_values).max() <= 1
+
+
+@pytest.mark.parametrize(("m", "n", "rate"), [(60, 500, 0.05), (10, 19, 0.05), (1000, 99, 0.1)])
+def test_the_fewest_images_of_a_discovery(m, n, rate):
+    fewest = fewest_discoveries(m, n, rate)
+    for k, possible in ((fewest, True), (fewest - 1, False)):
+        p_values = np.ones(m)
+        p_values[: min(k, m)] = 1 / (n + 1)
+        assert bool(step_up(p_values, rate + 1e-12)) == (possible and k <= m)
+
+
+@pytest.fixture(scope="module")
+def folder(dataset, tmp_path_factory):
+    """Ten training images under other names and sizes, and forty held-out ones."""
+    data, out = DatasetFolder(dataset), tmp_path_factory.mktemp("pictures")
+    (out / "deep").mkdir()
+    train, fit = data.part("train"), data.part("fit")
+    for i in range(10):
+        image = Image.fromarray(png.to_bytes(train.images()[i, 0]).numpy())
+        if i % 2:
+            image.resize((16, 16), Image.Resampling.NEAREST).convert("RGB").save(
+                out / "deep" / f"b{i}.png"
+            )
+        else:
+            image.save(out / f"a{i}.png")
+    for i in range(40):
+        Image.fromarray(png.to_bytes(fit.images()[i, 0]).numpy()).save(out / f"real{i:02d}.png")
+    (out / "broken.png").write_bytes(b"nothing")
+    return out
+
+
+def test_an_audit_of_a_folder(dataset, index, folder, tmp_path, capsys):
+    audit(folder, index, tmp_path / "audit", false_discovery_rate=0.1)
+    table = parquet.read_table(tmp_path / "audit" / "audit.parquet")
+    rows = table.to_pylist()
+    assert len(rows) == 50
+    keys = DatasetFolder(dataset).part("train").keys
+    loaded = ReferenceIndex.load(index)
+    groups = dict(zip(loaded.keys, loaded.group.tolist(), strict=True))
+    exact = {row["image"]: row for row in rows}
+    for i in range(0, 10, 2):
+        row = exact[f"a{i}.png"]
+        assert groups[row["nearest_key"]] == groups[keys[i]]
+        assert row["sigma"] == 0 and row["copy"] and row["p_value"] == row["p_value"]
+    assert [row["sigma"] for row in rows] == sorted((row["sigma"] for row in rows), reverse=True)
+    held = calibration_of(loaded, NormalizedL2()).sigmas.double().numpy()
+    p_values = [(1 + (held >= row["sigma"]).sum()) / (1 + len(held)) for row in rows]
+    assert [row["p_value"] for row in rows] == pytest.approx(p_values)
+    found = {i for i, row in enumerate(rows) if row["discovery"]}
+    assert found == step_up(p_values, 0.1) and len(found) >= 5
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"{len(found)} at a false discovery rate of 10 %" in text
+    assert "5 images of another size or number of channels were scaled" in text
+    assert "1 of 51 images skipped" in text and "broken.png" in text
+    assert f"1/{len(held) + 1}" in text
+    manifest = read_manifest(tmp_path / "audit", "audit")
+    assert manifest["false_discovery_rate"] == 0.1
+
+
+def test_the_page_shows_pairs(index, folder, tmp_path):
+    audit(folder, index, tmp_path / "audit", pairs=6)
+    page = (tmp_path / "audit" / "index.html").read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(pictures) == 12 and "this page contains training images" in page
+    first, nearest = (np.array(Image.open(io.BytesIO(base64.b64decode(p)))) for p in pictures[:2])
+    assert np.array_equal(first, nearest)  # exact copies come first
+    assert "<script" not in page and "--page:" in page
+
+
+def test_other_kinds_of_images(dataset, index, folder, samples, tmp_path):
+    loaded = ReferenceIndex.load(index)
+    one = measure(loaded, folder / "a2.png", 0.05)
+    assert one.table["image"].to_pylist() == ["a2.png"] and one.table["copy"].to_pylist() == [True]
+    drawn = measure(loaded, samples["unguided"], 0.05, batch_size=7, pairs=5)
+    whole = measure(loaded, samples["unguided"], 0.05, pairs=5)
+    assert drawn.table.equals(whole.table) and torch.equal(drawn.pictures, whole.pictures)
+    assert drawn.table.num_rows == 60 and sum(drawn.table["copy"].to_pylist()) >= 25
+    shard = tmp_path / "some.tar"
+    with tarfile.open(shard, "w") as tar:
+        tar.add(folder / "a4.png", "a4.png")
+    by_name = measure(loaded, shard, 0.05)
+    assert by_name.table["copy"].to_pylist() == [True]
+
+
+def test_it_says_where_no_discovery_is_possible(dataset, index, folder):
+    loaded = ReferenceIndex.load(index)
+    held = DatasetFolder(dataset).part("calibration").images()[:19]
+    calibrate(loaded, NormalizedL2(), held, 0.5)
+    result = measure(loaded, folder, 0.01, 0.5)
+    assert "No discovery is possible" in result.warning and "below 1/20" in result.warning
+    assert not any(result.table["discovery"].to_pylist())
+    # Possible in principle, but not with so few copies among so many.
+    assert "it takes at least 42 such" in measure(loaded, folder, 0.06, 0.5).warning
+
+
+def test_an_index_of_embeddings_shows_the_data_sets_images(dataset, index, folder, tmp_path):
+    data = DatasetFolder(dataset)
+    embedded = ReferenceIndex.build(dataset, EfficientNetFeatures())
+    from memfree.guidance import EmbeddingSimilarity
+
+    calibrate(embedded, EmbeddingSimilarity(), data.part("calibration").images())
+    embedded.save(tmp_path / "embedded")
+    audit(folder, tmp_path / "embedded", tmp_path / "without", pairs=3)
+    audit(folder, tmp_path / "embedded", tmp_path / "with", dataset, pairs=3)
+    pages = [(tmp_path / name / "index.html").read_text() for name in ("without", "with")]
+    assert [page.count("data:image/png") for page in pages] == [3, 6]
+    assert ["contains training images" in page for page in pages] == [False, True]
+
+
+def test_the_command_takes_images_as_its_first_word(index, folder, capsys, tmp_path):
+    cli.main(["audit", str(folder / "a2.png"), f"--index={index}"])
+    assert "a2.png" in capsys.readouterr().out
+    cli.main(["audit", f"--images={folder / 'a2.png'}", f"--index={index}"])
+    for arguments, message in [
+        ([str(tmp_path / "none"), f"--index={index}"], "no tar shards at"),
+        ([str(tmp_path), f"--index={index}"], "no PNG, JPEG or WEBP images and no tar shards"),
+        ([str(folder / "no.png"), f"--index={index}"], "no such file"),
+        ([str(folder), "--index=nowhere"], "no index folder"),
+        ([str(folder), f"--index={index}", "--false_positive_rate=1e-6"], "cannot be calibrated"),
+        ([str(folder), f"--index={index}", f"--out={folder}"], "holds files of something else"),
+        ([f"{folder}/broken.png", f"--index={index}"], "no image could be read"),
+    ]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["audit", *arguments])
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err
