@@ -1,7 +1,10 @@
 """What the guard promises around the pipeline: restored, refused, judged, drawn again."""
 
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -222,6 +225,23 @@ def flux():
 
 def inpainting():
     return object.__new__(diffusers.StableDiffusionInpaintPipeline)
+
+
+def test_the_readme_guards_a_pipeline_in_three_lines(pipe, index, tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (block,) = (block for block in blocks if "memfree.guard(" in block)
+    index.save(tmp_path / "runs" / "index")
+    monkeypatch.chdir(tmp_path)
+    names = {"pipe": pipe, "prompts": PROMPTS}
+    exec(compile(block, "README.md", "exec"), names)
+    assert len(names["images"]) == 2 and len(names["report"].verdicts) == 2
+    assert "no copy" in capsys.readouterr().out
+
+
+def test_importing_memfree_stays_fast():
+    code = "import sys, memfree; assert 'torch' not in sys.modules; memfree.guard"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_guards_do_not_nest(pipe, index):

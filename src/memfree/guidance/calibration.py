@@ -48,10 +48,10 @@ class Calibration:
         return float(self.sigmas[n - rank])
 
     def p_values(self, sigma: Tensor) -> Tensor:
-        """(1 + number of calibration images at least as similar) / (n + 1), for σ (B,)."""
+        """(1 + number of calibration images at least as similar) / (n + 1), for σ (B,); float64."""
         n = len(self.sigmas)
         below = torch.searchsorted(self.sigmas, sigma.detach().float().cpu().contiguous())
-        return (1 + n - below) / (n + 1)
+        return (1 + n - below).double() / (n + 1)
 
     def threshold_interval(
         self, false_positive_rate: float, level: float = 0.95, resamples: int = 1000, seed: int = 0

@@ -49,7 +49,7 @@ class Draw:
         self.guidances = guidances
         self.decoder = decoder
         self.trace: list[dict[str, Tensor]] = []
-        self._levels = NoiseLevels(pipe.scheduler, family.flow)
+        self.levels = NoiseLevels(pipe.scheduler, family.flow)
         self._memory: dict[Any, Any] = {}
 
     @property
@@ -65,10 +65,15 @@ class Draw:
             arguments = usable(self.bound(args, kwargs))
             is_tuple = isinstance(output, tuple)
             raw = usable(output[0] if is_tuple else output.sample)
-            view = self.view(arguments, self._levels.next(arguments["timestep"]))
-            changed = self._guided(view, raw)
-        if changed is None:
+            view = self.view(arguments, self.levels.next(arguments["timestep"]))
+            found = self.guided(view, raw)
+        if found is None:
             return None
+        rows, corrected = found
+        changed = raw.clone()
+        target = self.family.prediction(changed, view.channels)
+        for half in range(0, view.total, view.count):
+            target[rows + half] = corrected
         return (changed, *output[1:]) if is_tuple else type(output)(sample=changed)
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -82,8 +87,13 @@ class Draw:
         twice = getattr(self.pipe, "do_classifier_free_guidance", scale > 1)
         return View(self, arguments, level, float(scale) if twice else 1.0, bool(twice))
 
-    def _guided(self, view: View, raw: Tensor) -> Tensor | None:
-        """The raw output with corrected rows; None where no row is corrected."""
+    def guided(self, view: View, raw: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Which rows are corrected, and the prediction to step with there; None if none is.
+
+        Args:
+            view: the denoiser's call.
+            raw: what the denoiser returned, all halves.
+        """
         native = self.family.prediction(raw, view.channels)
         uncond, cond = native.chunk(2) if view.twice else (None, native)
         amount = float(getattr(self.pipe, "guidance_rescale", 0.0)) if view.twice else 0.0
@@ -118,13 +128,7 @@ class Draw:
         rows = (result.output != base.output).flatten(1).any(dim=1).nonzero().squeeze(1)
         if not len(rows):
             return None
-        corrected = view.to_native(result.output[rows], base.output[rows], native, rows, amount)
-        changed = raw.clone()
-        target = self.family.prediction(changed, view.channels)
-        target[rows] = corrected
-        if view.twice:
-            target[rows + view.count] = corrected
-        return changed
+        return rows, view.to_native(result.output[rows], base.output[rows], native, rows)
 
 
 def _rescaled(prediction: Prediction, amount: float) -> Prediction:
@@ -188,9 +192,7 @@ class View:
         samples = self.x_t if x_t is None else x_t
         return self.norm * output.float() + (1 - 2 * self.level.flow_sigma) * samples.float()
 
-    def to_native(
-        self, corrected: Tensor, before: Tensor, native: Tensor, rows: Tensor, amount: float
-    ) -> Tensor:
+    def to_native(self, corrected: Tensor, before: Tensor, native: Tensor, rows: Tensor) -> Tensor:
         """What the denoiser should have said in some rows: the inverse of ``from_native``."""
         if self.level.flow_sigma is None:
             return corrected.to(native.dtype)
