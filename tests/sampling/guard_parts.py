@@ -48,13 +48,16 @@ def amg(index, threshold=ALWAYS, **strengths):
 class ActiveRows:
     """A guidance that adds a fixed change to x̂_0 of some rows."""
 
-    def __init__(self, rows, change=0.3):
+    def __init__(self, rows, change=0.3, first_step=0):
         self.rows = torch.tensor(rows)
         self.change = change
+        self.first_step = first_step
         self.seen = []
 
     def __call__(self, prediction):
         self.seen.append(prediction)
+        if prediction.step < self.first_step:
+            return prediction
         moved = torch.full_like(prediction.x_t[self.rows], self.change, dtype=torch.float32)
         active = torch.zeros(len(prediction.x_t), dtype=torch.bool)
         active[self.rows] = True

@@ -158,6 +158,15 @@ def test_a_copy_is_drawn_again_with_other_seeds(pipe, return_dict):
     assert torch.equal(made(0)[0], images) and not torch.equal(made(1)[0][1], images[1])
 
 
+def test_images_of_one_prompt_are_drawn_again_apart(pipe):
+    prompts = ["a cat", "a cat"]
+    index = holding(drawn(pipe, prompt=prompts))
+    with memfree.guard(pipe, index, [], on_copy="resample") as report:
+        images = drawn(pipe, prompt=prompts)
+    assert [one.draws for one in report.verdicts] == [2, 2]
+    assert not torch.equal(images[0], images[1])
+
+
 def test_redrawn_images_have_their_own_prompt_and_trace(pipe):
     call = {"num_images_per_prompt": 2, "negative_prompt": ["x", "y"]}
     index = holding(drawn(pipe, 4, **call)[2:3])

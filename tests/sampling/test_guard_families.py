@@ -87,17 +87,62 @@ def test_a_guidance_moves_the_clean_estimate_by_what_it_asks_and_only_in_its_row
     try:
         expected = pipe(PROMPTS, guidance_scale=scale, **options(name)).images
         plain, estimates[:] = list(estimates), []
-        with memfree.guard(pipe, index, ActiveRows([1])):
+        # From the second step on: the first of flow matching is pure noise, where n = 1.
+        with memfree.guard(pipe, index, ActiveRows([1], first_step=1)):
             images = pipe(PROMPTS, guidance_scale=scale, **options(name)).images
     finally:
         del scheduler.step
     assert torch.equal(images[0], expected[0])
     assert not torch.equal(images[1], expected[1])
-    # At the first step x_t is the same, so that the estimate moved by the change alone.
-    moved = estimates[0] - plain[0]
+    # There x_t is still the same, so that the estimate moved by the change alone.
+    assert torch.equal(estimates[0], plain[0])
+    moved = estimates[1] - plain[1]
     assert torch.equal(moved[0], torch.zeros_like(moved[0]))
-    # At σ = 1 of flow matching the clean estimate is x_t − σ·v to 2⁻¹² of v.
-    torch.testing.assert_close(moved[1], torch.full_like(moved[1], 0.3), atol=2e-3, rtol=0)
+    torch.testing.assert_close(moved[1], torch.full_like(moved[1], 0.3), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_records_hold_the_noise_process_in_the_terms_of_guidances(index, pipes, name):
+    """x̂_0 of the record is the pipeline's, and calls of the denoiser return its branches."""
+    pipe, observed = pipes[name], ActiveRows([0], 0.0)
+    call = options(name)
+    scheduler, step, estimates = pipe.scheduler, pipe.scheduler.step, []
+
+    def watched(output, t, sample, **kwargs):
+        if name == "stable_diffusion_3":
+            at = len(estimates)
+            estimates.append(sample.double() - scheduler.sigmas[at].double() * output.double())
+        elif not hasattr(scheduler, "sigmas"):
+            a = scheduler.alphas_cumprod[t].double()
+            estimates.append((sample.double() - (1 - a).sqrt() * output.double()) / a.sqrt())
+        else:
+            sigma = scheduler.sigmas[scheduler.step_index].double()
+            estimates.append(sample.double() - sigma * output.double())
+        return step(output, t, sample, **kwargs)
+
+    scheduler.step = watched
+    try:
+        with memfree.guard(pipe, index, observed):
+            pipe(PROMPTS, guidance_scale=4.0, **call)
+    finally:
+        del scheduler.step
+    for one, estimate in zip(observed.seen, estimates, strict=True):
+        torch.testing.assert_close(one.clean_estimate().double(), estimate, atol=4e-3, rtol=1e-4)
+        for conditions, branch in ((one.conditions, one.output_cond), (None, one.output_uncond)):
+            torch.testing.assert_close(one.denoise(one.x_t, conditions), branch)
+            rows = None if conditions is None else conditions[slice(1, 2)]
+            torch.testing.assert_close(
+                one.denoise(one.x_t[1:], rows), branch[1:], atol=1e-4, rtol=1e-4
+            )
+        encoded = one.encode(PROMPTS)
+        torch.testing.assert_close(encoded.embeddings, one.conditions.embeddings)
+        for other, own in (
+            (encoded.pooled, one.conditions.pooled),
+            (encoded.mask, one.conditions.mask),
+        ):
+            assert (other is None) == (own is None)
+            if own is not None:
+                torch.testing.assert_close(other.float(), own.float())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -110,6 +155,16 @@ def test_all_guidances_of_amg_run_on_every_family(index, pipes, name):
     trace = report.trace.to_pydict()
     assert all(trace["active"]) and min(trace["g_sim_norm"]) > 0
     assert max(trace["s1"]) > 0 and max(trace["s2"]) > 0
+
+
+def test_further_calls_get_the_other_arguments_of_their_own_half(index, pipes):
+    pipe, observed = pipes["stable_diffusion_xl"], ActiveRows([0], 0.0)
+    sizes = {"negative_original_size": (400, 9), "negative_target_size": (500, 500)}
+    with memfree.guard(pipe, index, observed):
+        pipe("a cat", guidance_scale=4.0, **sizes, **options("stable_diffusion_xl", 1))
+    one = observed.seen[0]
+    torch.testing.assert_close(one.denoise(one.x_t, one.conditions), one.output_cond)
+    torch.testing.assert_close(one.denoise(one.x_t, None), one.output_uncond)
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
