@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from memfree.calibration_size import DEFAULT_RATE
 from memfree.guidance.amg import AntiMemorizationGuidance
 from memfree.guidance.calibration import calibration_of, default_similarity
-from memfree.guidance.detection import Observer
+from memfree.guidance.detection import Cadence, Observer
 from memfree.guidance.multiplicity import MultiplicityGuidance
 from memfree.guidance.prediction import Guidance
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
@@ -56,14 +56,28 @@ class GuidanceSettings:
     """Take ∇σ through x̂_0 alone, or through the denoiser as well (slower)."""
     strength: float = 1.5
     """κ of multiplicity guidance."""
+    caption_bandwidth: NonNegativeFloat = 0.0
+    """How far captions other than the prompt count in multiplicity guidance of text-to-image:
+    exp(−(1 − cosine)/caption_bandwidth) of their embeddings; 0: equal captions alone."""
+    cadence: PositiveInt = 1
+    """Search the nearest images every so many steps only, until λ_t has risen (time 0.3): cheaper,
+    but guidance may begin late by as many steps."""
     budget: PositiveInt = 10
     """Draws of a sample under reject; the last one is kept whatever it is."""
 
-    def build(self, index: ReferenceIndex) -> list[Guidance]:
-        """The guidances, in order, for a calibrated index; an observer alone for ``none``."""
+    def build(self, index: ReferenceIndex, latents: ReferenceIndex | None = None) -> list[Guidance]:
+        """The guidances, in order; an observer alone for ``none``.
+
+        Args:
+            index: calibrated; what AMG compares with.
+            latents: references of multiplicity guidance where the denoiser does not work on the
+                pixels of ``index``.
+        """
         guidances: list[Guidance] = []
         if self.mitigation in ("multiplicity", "both"):
-            guidances.append(MultiplicityGuidance(index, self.strength))
+            guidances.append(
+                MultiplicityGuidance(latents or index, self.strength, self.caption_bandwidth)
+            )
         if self.mitigation in WITH_AMG:
             guidances.append(self.anti_memorization(index))
         else:
@@ -78,7 +92,9 @@ class GuidanceSettings:
     def observer(self, index: ReferenceIndex) -> Observer:
         """What records σ_t against λ_t and changes nothing."""
         end = self.end_threshold(index)
-        return Observer(index, default_similarity(index), self._threshold(end))
+        return Observer(
+            index, default_similarity(index), self._threshold(end), Cadence(int(self.cadence))
+        )
 
     def anti_memorization(self, index: ReferenceIndex) -> AntiMemorizationGuidance:
         """AMG with these settings on the index's calibrated threshold."""
@@ -95,6 +111,7 @@ class GuidanceSettings:
             final_correction=end - self.gate_margin / 4 if self.final_correction else None,
             gradient=self.gradient,
             gated=self.gated,
+            cadence=Cadence(int(self.cadence)),
         )
 
     def _threshold(self, end: float) -> ThresholdSchedule | ConstantThreshold:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
+from memfree.conditions import Conditions
 from memfree.guidance import Guidance, GuidanceSettings, default_similarity
+from memfree.models import LoadedModel
 from memfree.sampling.loop import Result, sample
 from memfree.sampling.noise import draw, generators
 from memfree.sampling.png import from_bytes, to_bytes
@@ -33,8 +35,8 @@ class SampleBatch:
     """Sample indices, (B,) int64."""
     images: Tensor
     """(B, C, H, W) float32 in [-1, 1], up to overshoot."""
-    conditions: Tensor | None
-    """Labels, (B,) int64; None without."""
+    conditions: list[int] | list[str] | None
+    """The label or the prompt of each; None without."""
     trace: dict[str, Tensor] | None
     """One row a sample and step, column by column; None without guidance."""
     seconds: float
@@ -47,15 +49,14 @@ class SamplingModule(LightningModule):
     Use it with ``Trainer(inference_mode=False)``: guidance needs gradients.
 
     Args:
-        denoiser: called as ``denoiser(x_t, t, conditions)``.
+        model: what draws: denoiser, and for text-to-image the pipeline around it.
         scheduler: a diffusers scheduler.
-        image_shape: (C, H, W) of a sample.
         steps: number of denoising steps.
         seed: seed of the run.
         guidance: guidances, applied in order (none: no trace); or settings, from which they are
             built on the device, for ``index``.
         guidance_scale: classifier-free guidance scale s_0; 1 = the plain conditional model.
-        classes: sample i has the label ``classes[i % len(classes)]``; None = unconditional.
+        asked: sample i has the label or the prompt ``asked[i % len(asked)]``; None = unconditional.
         index: reference index of the guidances, moved to the device with the denoiser.
 
     Raises:
@@ -64,20 +65,20 @@ class SamplingModule(LightningModule):
 
     def __init__(
         self,
-        denoiser: nn.Module,
+        model: LoadedModel,
         scheduler: Any,
-        image_shape: tuple[int, int, int],
         steps: int,
         seed: int,
         guidance: Sequence[Guidance] | GuidanceSettings = (),
         guidance_scale: float = 1.0,
-        classes: Sequence[int] | None = None,
+        asked: Sequence[int] | Sequence[str] | None = None,
         index: ReferenceIndex | None = None,
+        latents: ReferenceIndex | None = None,
     ) -> None:
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser = model.denoiser
+        self.model = model
         self.scheduler = scheduler
-        self.image_shape = tuple(image_shape)
         self.steps = steps
         self.seed = seed
         self.guidance = [] if isinstance(guidance, GuidanceSettings) else list(guidance)
@@ -85,22 +86,31 @@ class SamplingModule(LightningModule):
         if self.settings is not None and index is None:
             raise ValueError("guidance settings need a reference index")
         self.guidance_scale = guidance_scale
-        self.classes = None if classes is None else torch.tensor(classes, dtype=torch.int64)
+        self.asked = None if asked is None else list(asked)
         self.index = index
+        self.latents = latents
 
     def on_predict_start(self) -> None:
         """Move the references to the device of the denoiser, and build the guidances there."""
-        if self.index is not None:
-            self.index.to(self.device)
+        for index in (self.index, self.latents):
+            if index is not None:
+                index.to(self.device)
+        self.model.to(self.device)
         if self.settings is not None:
             assert self.index is not None
-            self.guidance = self.settings.build(self.index)
+            self.guidance = self.settings.build(self.index, self.latents)
 
-    def conditions(self, index: Tensor) -> Tensor | None:
-        """Labels of the samples ``index`` (B,), on the CPU; None for an unconditional run."""
-        if self.classes is None:
+    def asked_of(self, index: Tensor) -> list[int] | list[str] | None:
+        """Label or prompt of each of the samples ``index`` (B,); None for an unconditional run."""
+        if self.asked is None:
             return None
-        return self.classes[index.cpu() % len(self.classes)]
+        return [self.asked[i % len(self.asked)] for i in index.tolist()]  # type: ignore[return-value]
+
+    def _conditions(self, asked: Sequence[int] | Sequence[str]) -> Conditions:
+        """What the denoiser is told, on its device."""
+        if self.model.pipe is None:
+            return torch.tensor(asked, dtype=torch.int64, device=self.device)
+        return self.model.encode([str(prompt) for prompt in asked])
 
     def predict_step(self, batch: Tensor, batch_idx: int = 0) -> SampleBatch:
         """Draw the samples whose indices are in ``batch``, (B,) int64.
@@ -109,22 +119,27 @@ class SamplingModule(LightningModule):
             ValueError: the sampler produced NaN or infinite values.
         """
         start = time.perf_counter()
-        conditions = self.conditions(batch)
+        asked = self.asked_of(batch)
 
         def draw_attempt(positions: Tensor, attempt: int) -> Result:
             # One generator a sample draws its initial noise and then what the steps need.
             sources = generators(self.seed, batch.cpu()[positions].tolist(), attempt)
-            return sample(
+            here: Any = None if asked is None else [asked[i] for i in positions.tolist()]
+            result = sample(
                 self.denoiser,
                 self.scheduler,
-                draw(self.image_shape, sources).to(self.device),
+                draw(self.model.noise_shape, sources).to(self.device),
                 self.steps,
                 guidance=self.guidance or None,
-                conditions=None if conditions is None else conditions[positions].to(self.device),
+                conditions=None if here is None else self._conditions(here),
                 guidance_scale=self.guidance_scale,
                 trace=bool(self.guidance),
                 generators=sources,
+                decode=None if self.model.pipe is None else self.model.decode,
+                encode=None if self.model.pipe is None else self.model.encode,
             )
+            with torch.no_grad():
+                return Result(self.model.decode(result.images), result.trace)
 
         everything = torch.arange(len(batch))
         if self.settings is not None and self.settings.mitigation == "reject":
@@ -136,7 +151,7 @@ class SamplingModule(LightningModule):
         return SampleBatch(
             index=batch.cpu(),
             images=images,
-            conditions=conditions,
+            conditions=asked,
             trace=trace and {name: column.detach().cpu() for name, column in trace.items()},
             seconds=time.perf_counter() - start,
         )
