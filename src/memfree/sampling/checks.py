@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from memfree.guidance import GuidanceSettings
+from memfree.guidance import TEXT_ONLY, GuidanceSettings
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.schedulers import SchedulerName, build_scheduler
+
+
+def refuse_text_only(guidance: GuidanceSettings) -> None:
+    """Refuse a mitigation of prompts and text embeddings: this model has none."""
+    if guidance.mitigation in TEXT_ONLY:
+        raise ValueError(
+            f"--guidance.mitigation {guidance.mitigation} needs a text-to-image model; this one "
+            "makes images from labels or from nothing"
+        )
 
 
 def labels_in_turn(

@@ -15,7 +15,7 @@ from memfree.manifest import check_free_space
 from memfree.models import LoadedModel, load_model
 from memfree.quiet import quiet
 from memfree.resolved import save_config
-from memfree.sampling.checks import index_for, labels_in_turn, scheduler_for
+from memfree.sampling.checks import index_for, labels_in_turn, refuse_text_only, scheduler_for
 from memfree.sampling.folder import read_records
 from memfree.sampling.identity import folder_hash, index_state
 from memfree.sampling.module import SampleIndices, SamplingModule
@@ -94,6 +94,7 @@ def predict(
         ValueError: the options contradict each other, the model or each other's folders.
         FileNotFoundError: a folder is missing.
     """
+    refuse_text_only(guidance)
     loaded = load_model(model)
     labels = labels_in_turn(classes, loaded, guidance_scale)
     reference = None if index is None else index_for(index, loaded, guidance, allow_other_dataset)
