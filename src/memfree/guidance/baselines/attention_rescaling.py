@@ -111,8 +111,8 @@ class AttentionRescaling(Mitigation):
                 layer.set_processor(processor)
 
 
-def cross_attention_layers(network: Any) -> list[Attention]:
-    """The cross-attention layers of a UNet2DConditionModel.
+def cross_attention_layers(network: Any) -> list[Any]:
+    """The cross-attention layers (diffusers' ``Attention``) of a UNet2DConditionModel.
 
     Raises:
         ValueError: it is another model, or has processors that cannot be rescaled.
@@ -120,7 +120,8 @@ def cross_attention_layers(network: Any) -> list[Attention]:
     from diffusers import UNet2DConditionModel
     from diffusers.models import attention_processor
 
-    if not isinstance(network, UNet2DConditionModel) or network.encoder_hid_proj is not None:
+    projection = getattr(network, "encoder_hid_proj", None)
+    if not isinstance(network, UNet2DConditionModel) or projection is not None:
         raise ValueError(
             "attention rescaling (ren) needs a UNet2DConditionModel that attends to the text "
             f"embedding itself (Stable Diffusion 1, 2 or XL), not {type(network).__name__}"
@@ -131,9 +132,10 @@ def cross_attention_layers(network: Any) -> list[Attention]:
         attention_processor.SlicedAttnProcessor,
         attention_processor.XFormersAttnProcessor,
     )
+    modules: Any = network
     layers = [
         module
-        for module in network.modules()
+        for module in modules.modules()
         if isinstance(module, attention_processor.Attention) and module.is_cross_attention
     ]
     for layer in layers:
