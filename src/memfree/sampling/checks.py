@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from memfree.data import DatasetFolder
 from memfree.data.prompts import prompt_set, read_prompts
-from memfree.guidance import GuidanceSettings
+from memfree.guidance import TEXT_ONLY, GuidanceSettings
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.schedulers import SchedulerName, build_scheduler
@@ -26,6 +26,15 @@ class PromptOptions:
     captions: Literal["duplicated", "other", "unseen"] = "duplicated"
     """Which captions of it: of repeated training images, of the other training images, or of the
     test part."""
+
+
+def refuse_text_only(guidance: GuidanceSettings, model: LoadedModel) -> None:
+    """Refuse a mitigation of prompts and text embeddings where the model takes no text."""
+    if model.pipe is None and guidance.mitigation in TEXT_ONLY:
+        raise ValueError(
+            f"--guidance.mitigation {guidance.mitigation} needs a text-to-image model; this one "
+            "makes images from labels or from nothing"
+        )
 
 
 def labels_in_turn(

@@ -21,6 +21,7 @@ from memfree.sampling.checks import (
     labels_in_turn,
     latents_for,
     prompts_in_turn,
+    refuse_text_only,
     scheduler_for,
 )
 from memfree.sampling.folder import read_records
@@ -106,6 +107,7 @@ def predict(
         FileNotFoundError: a folder is missing.
     """
     loaded = load_model(model)
+    refuse_text_only(guidance, loaded)
     asked: list[int] | list[str] | None = prompts_in_turn(prompts, loaded)
     if asked is None:
         asked = labels_in_turn(classes, loaded, guidance_scale)
