@@ -269,11 +269,13 @@ class ReferenceIndex:
         storage.save_calibrations(Path(folder), self.calibrations)
 
     @classmethod
-    def load(cls, folder: Path | str) -> ReferenceIndex:
+    def load(
+        cls, folder: Path | str, weights: Path | str | None = None, trust_file: bool = False
+    ) -> ReferenceIndex:
         """Open an index folder, vectors memory-mapped; see ``loading.load``."""
         from memfree.retrieval.loading import load
 
-        return load(Path(folder))
+        return load(Path(folder), None if weights is None else Path(weights), trust_file)
 
 
 def _opened(dataset: DatasetFolder | Path | str) -> DatasetFolder:

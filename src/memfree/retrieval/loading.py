@@ -23,11 +23,17 @@ from memfree.retrieval.items import CONDITIONS, Items
 from memfree.retrieval.storage import HASHED_FILES, ITEMS
 
 
-def load(folder: Path) -> ReferenceIndex:
+def load(folder: Path, weights: Path | None = None, trust_file: bool = False) -> ReferenceIndex:
     """Open an index folder. Nothing in it is executed, and sizes are checked before allocation.
 
+    Args:
+        folder: what ``save`` wrote.
+        weights: where the extractor's file or folder is now, if not where it was at building; it
+            must have the same weights.
+        trust_file: run the TorchScript file of an SSCD extractor whatever its hash is.
+
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder, or the extractor's weights are not in place.
         ValueError: it is unfinished, damaged, of another kind, or its files contradict each other.
     """
     manifest = read_manifest(folder, "index")
@@ -48,7 +54,8 @@ def load(folder: Path) -> ReferenceIndex:
             tensors = safetensors.torch.load_file(folder / "features.safetensors")
         except (safetensors.SafetensorError, ValueError) as error:
             raise ValueError(f"{folder}/features.safetensors cannot be read: {error}") from error
-    features = features_from(_field(manifest, folder, "features", dict), tensors)
+    description = _field(manifest, folder, "features", dict)
+    features = features_from(description, tensors, weights, trust_file)
     shape = _field(manifest, folder, "image_shape", list)
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"{folder}/manifest.json has an impossible image_shape {shape!r}")
