@@ -487,3 +487,21 @@ def test_options_make_extractors(sscd_file, clip_folder, vae_folder):
     ]:
         with pytest.raises(ValueError, match=message):
             make_features(name, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_finds_the_same(name, extractors):
+    images = images_of(6)
+    expected = extractors[name].embed(images)
+    try:
+        extractors[name].to("cuda")
+        found = extractors[name].embed(images, batch_size=4)
+        assert found.device.type == "cuda"
+        assert (found.cpu() - expected).norm() < 1e-2 * expected.norm()  # TF32 convolutions
+        assert Whitened.fit(extractors[name], images).mean.shape == expected.shape[1:]
+        index = ReferenceIndex.build(images, extractors[name]).to("cuda")
+        assert index.search(images, 1).rows[:, 0].tolist() == list(range(6))
+    finally:
+        extractors[name].to("cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from torch import Tensor
 from memfree.retrieval.features import Features, Metric
 from memfree.retrieval.network import Arithmetic, state_hash
 from memfree.retrieval.weights_file import UNREADABLE, last_line
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 
 class LatentFeatures(Features):
@@ -24,7 +21,7 @@ class LatentFeatures(Features):
     an index of them holds the training set.
 
     Args:
-        vae: an autoencoder with a posterior; frozen here.
+        vae: diffusers' AutoencoderKL; frozen here.
         path: folder that it was loaded from; without one the index's loader must be told.
         dtype: arithmetic of the encoder.
     """
@@ -33,14 +30,14 @@ class LatentFeatures(Features):
     reveals_images = True
 
     def __init__(
-        self, vae: AutoencoderKL, path: Path | str | None = None, dtype: Arithmetic = "float32"
+        self, vae: Any, path: Path | str | None = None, dtype: Arithmetic = "float32"
     ) -> None:
         super().__init__()
         self.path = None if path is None else Path(path).absolute()
         self.vae = vae
-        self.weights_sha256 = state_hash(vae)
-        self.scaling_factor = float(vae.config.scaling_factor)
-        self.shift_factor = float(getattr(vae.config, "shift_factor", None) or 0.0)
+        self.weights_sha256 = state_hash(self.vae)
+        self.scaling_factor = float(self.vae.config.scaling_factor)
+        self.shift_factor = float(getattr(self.vae.config, "shift_factor", None) or 0.0)
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.vae.to(self.dtype)
         self.vae.requires_grad_(False)

@@ -27,9 +27,12 @@ ITEMS = pa.schema(
         ("group", pa.int64()),
         ("multiplicity", pa.int64()),
         ("shard", pa.string()),
+        ("content", pa.string()),
     ]
 )
 HASHED_FILES = ("items.parquet", "conditions.parquet", "features.safetensors")
+
+
 def _notice(features: Features) -> str:
     if isinstance(features, PixelFeatures):
         held = "the training images themselves"
@@ -90,6 +93,7 @@ def _write(index: ReferenceIndex, folder: Path) -> None:
             "group": items.group.cpu().numpy(),
             "multiplicity": items.multiplicity.cpu().numpy(),
             "shard": items.shards,
+            "content": items.contents,
         },
         schema=ITEMS,
     )
