@@ -109,6 +109,9 @@ def test_old_rows_that_were_declared_apart_stay_apart():
     images = images_of(2)
     index = ReferenceIndex.build(torch.cat([images, near(images)]), groups=range(4))
     assert index.add(images_of(1, seed=4)).group.tolist() == [0, 1, 2, 3, 4]
+    # And so do new ones that are declared to be alone.
+    added = ReferenceIndex.build(images).add(near(images), groups=["x", "y"])
+    assert added.group.tolist() == [0, 1, 2, 3]
 
 
 def test_declared_groups_name_each_other_and_indexed_keys():
@@ -381,7 +384,7 @@ def test_the_example_of_the_method_runs_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    keys = [f"digits-{i:05d}" for i in range(60)]
+    keys = [f"digits-{i:04d}" for i in range(60)]
     images, labels = images_of(60), torch.arange(60) % 10
     ReferenceIndex.build(images, keys=keys, labels=labels).save("runs/index")
     names = {
