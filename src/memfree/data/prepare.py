@@ -171,9 +171,7 @@ def _is_done(out: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
     return False
 
 
-def _check_source(
-    out: Path, source: SourceName, path: str | None, emoji_variants: bool
-) -> None:
+def _check_source(out: Path, source: SourceName, path: str | None, emoji_variants: bool) -> None:
     """Refuse to call a folder done whose source has other files now; it need not exist any more."""
     if source not in ("emoji", "folder", "shards"):
         return
