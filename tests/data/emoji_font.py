@@ -7,9 +7,9 @@ import numpy as np
 from fontTools.feaLib.builder import addOpenTypeFeaturesFromString
 from fontTools.fontBuilder import FontBuilder
 from fontTools.ttLib import newTable
+from fontTools.ttLib.tables._g_l_y_f import Glyph
 from fontTools.ttLib.tables.BitmapGlyphMetrics import SmallGlyphMetrics
 from fontTools.ttLib.tables.C_B_D_T_ import cbdt_bitmap_format_17
-from fontTools.ttLib.tables._g_l_y_f import Glyph
 from fontTools.ttLib.tables.E_B_L_C_ import SbitLineMetrics, Strike, eblc_index_sub_table_1
 from PIL import Image
 
@@ -36,6 +36,11 @@ FEATURES = """feature ccmp {
 } ccmp;"""
 WITHOUT_PICTURE = (".notdef", "joiner", "heart")
 PICTURED = [name for name in [*CODES, *LIGATURES] if name not in WITHOUT_PICTURE]
+LINE_METRICS = [
+    *("ascender", "descender", "widthMax", "caretOffset", "pad1", "pad2"),
+    *("caretSlopeNumerator", "caretSlopeDenominator"),
+    *("minOriginSB", "minAdvanceSB", "maxBeforeBL", "minAfterBL"),
+]
 LICENCE = "licensed under the SIL Open Font License, Version 1.1."
 
 
@@ -100,10 +105,7 @@ def _strike(names, size):
     table.ppemX = table.ppemY = size
     table.hori, table.vert = SbitLineMetrics(), SbitLineMetrics()
     for line in (table.hori, table.vert):
-        for metric in (
-            "ascender descender widthMax caretSlopeNumerator caretSlopeDenominator caretOffset "
-            "minOriginSB minAdvanceSB maxBeforeBL minAfterBL pad1 pad2"
-        ).split():
+        for metric in LINE_METRICS:
             setattr(line, metric, 0)
     for name in names:  # a glyph each, so that gaps in the glyph order do not matter
         part = eblc_index_sub_table_1(b"", None)

@@ -1,6 +1,8 @@
 """Emoji of a font: which pictures, which captions, and which font."""
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from fontTools.ttLib import TTFont
 from memfree.cli import run
 from memfree.data import DatasetFolder, PartSizes, emoji, prepare
 from memfree.data.emoji import Emoji
+from memfree.data.prompts import prompt_set
 from memfree.data.skipped import Skipped
 
 RUNNER = "emoji-1f3c3"
@@ -175,3 +178,18 @@ def test_noto_color_emoji(noto):
     assert len(shapes) == 1 and all(side[1] == side[2] for side in shapes)
     corners = np.stack([image.pixels[:, 0, 0] for image in images.values()])
     assert (corners == 255).all(axis=1).mean() > 0.99
+
+
+def test_command_of_the_readme(noto, tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (line,) = re.findall(r"^    memfree prepare (--source emoji .*)$", readme, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    run(prepare, line.split())
+    folder = DatasetFolder(tmp_path / "data" / "emoji")
+    assert folder.image_shape == (3, 32, 32) and folder.manifest["repeated_images"] == 10
+    assert folder.manifest["parts"]["train"]["records"] == 490 + 10 * 100
+    grouping = folder.manifest["grouping"]
+    assert grouping["largest_group"] <= 4 and grouping["left_out"] == 0
+    assert 10 <= len(prompt_set(folder, "duplicated")) < 50  # with near duplicates of the font
+    assert len(prompt_set(folder, "duplicated", least_records=100)) == 10
+    assert len(prompt_set(folder, "unseen")) == 250

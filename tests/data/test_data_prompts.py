@@ -67,6 +67,13 @@ def test_near_copies_and_duplicates_of_the_source_count(tmp_path, encode):
     near = {key.split("~")[0] for key in folder.items["image_key"].to_pylist() if "~" in key}
     expected = {f"thing {int(key[:2])}" for key in near} | {"thing 0", "thing 0 in a mirror"}
     assert len(near) == 2 and set(prompt_set(folder, "duplicated")) == expected
+    planned = prompt_set(folder, "duplicated", least_records=3)
+    assert set(planned) == {f"thing {int(key[:2])}" for key in near}
+    assert {"thing 0", "thing 0 in a mirror"} <= set(prompt_set(folder, "other", least_records=3))
+    with pytest.raises(ValueError, match="no duplicated prompts: no training image has 4 records"):
+        prompt_set(folder, "duplicated", least_records=4)
+    with pytest.raises(ValueError, match="least_records 1: use 2 or more"):
+        prompt_set(folder, "duplicated", least_records=1)
     with pytest.raises(ValueError, match="no unseen prompts: .*or it has no test part"):
         prompt_set(folder, "unseen")
 

@@ -78,28 +78,15 @@ class Emoji:
         """Glyph of each emoji: a code point, or a base with its modifiers."""
         for code, glyph in sorted(codes.items()):
             if glyph in self._bitmaps and _is_emoji(code):
-                self._glyphs[code,] = glyph
+                self._glyphs[(code,)] = glyph
                 for modifiers, variant in sequences.get(code, []):
                     if variant in self._bitmaps:
-                        self._glyphs[code, *modifiers] = variant
+                        self._glyphs[(code, *modifiers)] = variant
         count = len(self._glyphs)
         if not count:
             raise ValueError(f"{self.font}: none of its colour bitmaps is an emoji with a name")
         self.size = (count, self.font.stat().st_size)
-
-    @property
-    def default_sizes(self) -> tuple[float, float, float, float]:
-        """500 for calibration, so that a false-positive rate of 1 % has a threshold, 250 for test.
-
-        Without variants 500 for train and the rest, some 150, for fit; with them 150 for fit and
-        the rest for train. A small font is split by shares.
-        """
-        count = self.size[0]
-        if count < 1300:
-            return SHARES
-        if self._variants:
-            return (count - 900.0, 500.0, 250.0, 150.0)
-        return (500.0, 500.0, 250.0, count - 1250.0)
+        self.default_sizes = _sizes(count, variants)
 
     def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
         """See :class:`memfree.data.sources.Source`; (3, S, S), S the longer side of the bitmap."""
@@ -116,6 +103,19 @@ class Emoji:
                 continue
             group = key if self._variants else None
             yield SourceImage(name, pixels, caption=", ".join(words), group=group)
+
+
+def _sizes(count: int, variants: bool) -> tuple[float, float, float, float]:
+    """500 for calibration, so that a false-positive rate of 1 % has a threshold, 250 for test.
+
+    Without variants 500 for train and the rest, some 100, for fit; with them 150 for fit and the
+    rest for train. A small font is split by shares.
+    """
+    if count < 1300:
+        return SHARES
+    if variants:
+        return (count - 900.0, 500.0, 250.0, 150.0)
+    return (500.0, 500.0, 250.0, count - 1250.0)
 
 
 def _find(font: Path | None) -> Path:
@@ -192,7 +192,7 @@ def _on_white(data: bytes, name: str) -> np.ndarray:
 
 def _licence(table: TTFont) -> str:
     """The licence by its short name where it is the usual one, and whose font it is."""
-    names = table["name"] if "name" in table else None
+    names = table.get("name")
     family, version, owner, terms = (
         " ".join((names.getDebugName(number) or "").split()) if names is not None else ""
         for number in (1, 5, 0, 13)

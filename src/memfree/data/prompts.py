@@ -13,22 +13,28 @@ PromptSet = Literal["duplicated", "other", "unseen"]
 _MAX_BYTES = 64 << 20  # of a prompt file; more is not a list of prompts
 
 
-def prompt_set(dataset: DatasetFolder, name: PromptSet) -> list[str]:
+def prompt_set(dataset: DatasetFolder, name: PromptSet, least_records: int = 2) -> list[str]:
     """Captions of one kind, each once; the three sets have none in common.
 
     Args:
         dataset: prepared with captions.
         name: ``duplicated``: all captions under which repeated images are trained on, that is
-            images with more than one training record in their group (planned copies, and
-            duplicates in the source); ``other``: captions of the other training images;
-            ``unseen``: captions of test images that no training record has.
+            images with ``least_records`` or more in their group (planned copies, and duplicates in
+            the source); ``other``: captions of the other training images; ``unseen``: captions of
+            test images that no training record has.
+        least_records: training records of a group from which on its images count as repeated.
+            Near duplicates of the source make small groups, of two images mostly: with the
+            factor of the plan, only images that the plan repeats are left.
 
     Returns:
         in the order of the dataset's items.
 
     Raises:
-        ValueError: the dataset has no captions, or none of this kind.
+        ValueError: the dataset has no captions, or none of this kind; or ``least_records`` is less
+            than 2.
     """
+    if least_records < 2:
+        raise ValueError(f"least_records {least_records}: use 2 or more")
     if name not in get_args(PromptSet):
         raise ValueError(f"{name!r} is no prompt set; use {', '.join(get_args(PromptSet))}")
     if not dataset.manifest.get("captions"):
@@ -41,10 +47,17 @@ def prompt_set(dataset: DatasetFolder, name: PromptSet) -> list[str]:
     for row in trained:
         records[group_of[row["image_key"]]] += row["count"]
 
-    repeated = {row["caption"]: None for row in trained if records[group_of[row["image_key"]]] > 1}
+    repeated = {
+        row["caption"]: None
+        for row in trained
+        if records[group_of[row["image_key"]]] >= least_records
+    }
     if name == "duplicated":
         found = list(repeated)
-        empty = "no training image is repeated; prepare it with --plan.images and --plan.factor"
+        empty = (
+            f"no training image has {least_records} records; "
+            "prepare it with --plan.images and --plan.factor"
+        )
     elif name == "other":
         found = list(dict.fromkeys(row["caption"] for row in trained))
         found = [caption for caption in found if caption not in repeated]
