@@ -138,7 +138,10 @@ class GuidanceSettings:
         return guidances
 
     def for_text(
-        self, index: ReferenceIndex | None = None, text: baselines.TextTools | None = None
+        self,
+        index: ReferenceIndex | None = None,
+        text: baselines.TextTools | None = None,
+        latents: ReferenceIndex | None = None,
     ) -> Mitigation:
         """The mitigation with all its stages, for a text-to-image model.
 
@@ -146,6 +149,7 @@ class GuidanceSettings:
             index: calibrated references, on the device of the samples; with one, whatever does not
                 detect copies itself is followed by an observer, so that every trace has σ_t.
             text: the model's tokenizer, and prompts for PRSS to search.
+            latents: references of multiplicity guidance, in the denoiser's own space.
 
         Raises:
             ValueError: the mitigation needs an index or the text side, and it is missing.
@@ -154,7 +158,7 @@ class GuidanceSettings:
             raise ValueError(f"--guidance.mitigation {self.mitigation} needs --index")
         guided: list[Mitigation] = []
         if index is not None:
-            guided = [baselines.Guided(self.build(index))]
+            guided = [baselines.Guided(self.build(index, latents))]
         if self.mitigation == "reject":
             assert index is not None
             end = self.end_threshold(index)

@@ -11,14 +11,15 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 
-from memfree.conditions import Conditions
-from memfree.guidance import Guidance, GuidanceSettings, default_similarity
+from memfree.guidance import Guidance, GuidanceSettings, Mitigation, default_similarity
+from memfree.guidance.baselines import TextTools
 from memfree.models import LoadedModel
 from memfree.sampling.loop import Result, sample
 from memfree.sampling.noise import draw, generators
 from memfree.sampling.png import from_bytes, to_bytes
 from memfree.sampling.rejection import redraw
 from memfree.sampling.run import SampleRun
+from memfree.sampling.text import sample_text
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
@@ -58,6 +59,7 @@ class SamplingModule(LightningModule):
         guidance_scale: classifier-free guidance scale s_0; 1 = the plain conditional model.
         asked: sample i has the label or the prompt ``asked[i % len(asked)]``; None = unconditional.
         index: reference index of the guidances, moved to the device with the denoiser.
+        latents: references of multiplicity guidance of a text-to-image model.
 
     Raises:
         ValueError: guidance settings are given without an index.
@@ -83,12 +85,13 @@ class SamplingModule(LightningModule):
         self.seed = seed
         self.guidance = [] if isinstance(guidance, GuidanceSettings) else list(guidance)
         self.settings = guidance if isinstance(guidance, GuidanceSettings) else None
-        if self.settings is not None and index is None:
+        if self.settings is not None and index is None and model.pipe is None:
             raise ValueError("guidance settings need a reference index")
         self.guidance_scale = guidance_scale
         self.asked = None if asked is None else list(asked)
         self.index = index
         self.latents = latents
+        self.mitigation: Mitigation | None = None
 
     def on_predict_start(self) -> None:
         """Move the references to the device of the denoiser, and build the guidances there."""
@@ -96,21 +99,20 @@ class SamplingModule(LightningModule):
             if index is not None:
                 index.to(self.device)
         self.model.to(self.device)
-        if self.settings is not None:
+        if self.model.pipe is not None:
+            captions = (self.index.captions if self.index is not None else None) or []
+            tools = TextTools(self.model.pipe.tokenizer, sorted(set(captions)))
+            settings = self.settings or GuidanceSettings()
+            self.mitigation = settings.for_text(self.index, tools, self.latents)
+        elif self.settings is not None:
             assert self.index is not None
-            self.guidance = self.settings.build(self.index, self.latents)
+            self.guidance = self.settings.build(self.index)
 
     def asked_of(self, index: Tensor) -> list[int] | list[str] | None:
         """Label or prompt of each of the samples ``index`` (B,); None for an unconditional run."""
         if self.asked is None:
             return None
         return [self.asked[i % len(self.asked)] for i in index.tolist()]  # type: ignore[return-value]
-
-    def _conditions(self, asked: Sequence[int] | Sequence[str]) -> Conditions:
-        """What the denoiser is told, on its device."""
-        if self.model.pipe is None:
-            return torch.tensor(asked, dtype=torch.int64, device=self.device)
-        return self.model.encode([str(prompt) for prompt in asked])
 
     def predict_step(self, batch: Tensor, batch_idx: int = 0) -> SampleBatch:
         """Draw the samples whose indices are in ``batch``, (B,) int64.
@@ -125,21 +127,29 @@ class SamplingModule(LightningModule):
             # One generator a sample draws its initial noise and then what the steps need.
             sources = generators(self.seed, batch.cpu()[positions].tolist(), attempt)
             here: Any = None if asked is None else [asked[i] for i in positions.tolist()]
-            result = sample(
+            noise = draw(self.model.noise_shape, sources).to(self.device)
+            if self.mitigation is not None:
+                return sample_text(
+                    self.model,
+                    self.mitigation,
+                    here,
+                    noise,
+                    self.scheduler,
+                    self.steps,
+                    self.guidance_scale,
+                    sources,
+                )
+            return sample(
                 self.denoiser,
                 self.scheduler,
-                draw(self.model.noise_shape, sources).to(self.device),
+                noise,
                 self.steps,
                 guidance=self.guidance or None,
-                conditions=None if here is None else self._conditions(here),
+                conditions=None if here is None else torch.tensor(here, device=self.device),
                 guidance_scale=self.guidance_scale,
                 trace=bool(self.guidance),
                 generators=sources,
-                decode=None if self.model.pipe is None else self.model.decode,
-                encode=None if self.model.pipe is None else self.model.encode,
             )
-            with torch.no_grad():
-                return Result(self.model.decode(result.images), result.trace)
 
         everything = torch.arange(len(batch))
         if self.settings is not None and self.settings.mitigation == "reject":
@@ -147,7 +157,7 @@ class SamplingModule(LightningModule):
         else:
             result = draw_attempt(everything, 0)
         images = result.images.detach().float().cpu()
-        trace = result.trace if self.guidance else None
+        trace = result.trace
         return SampleBatch(
             index=batch.cpu(),
             images=images,

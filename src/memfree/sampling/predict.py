@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from memfree.guidance import WITH_AMG, GuidanceSettings
+from memfree.guidance import WITH_AMG, WITH_INDEX, GuidanceSettings
 from memfree.manifest import check_free_space, folder_hash
 from memfree.models import LoadedModel, load_model
 from memfree.quiet import quiet
@@ -112,7 +112,7 @@ def predict(
     if asked is None:
         asked = labels_in_turn(classes, loaded, guidance_scale)
     reference = None if index is None else index_for(index, loaded, guidance, allow_other_dataset)
-    if reference is None and guidance.mitigation != "none":
+    if reference is None and guidance.mitigation in WITH_INDEX:
         raise ValueError(f"--guidance.mitigation {guidance.mitigation} needs --index")
     references = latents_for(latents, loaded, guidance)
     sampler = scheduler_for(scheduler, loaded, steps)
@@ -170,7 +170,7 @@ def predict(
                     sampler,
                     steps,
                     seed,
-                    guidance=() if reference is None else guidance,
+                    guidance=() if reference is None and loaded.pipe is None else guidance,
                     guidance_scale=guidance_scale,
                     asked=asked,
                     index=reference,
