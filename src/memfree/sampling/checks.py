@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse.typing import PositiveInt
+
 from memfree.data import DatasetFolder
 from memfree.data.prompts import prompt_set, read_prompts
 from memfree.guidance import TEXT_ONLY, GuidanceSettings
@@ -26,6 +28,8 @@ class PromptOptions:
     captions: Literal["duplicated", "other", "unseen"] = "duplicated"
     """Which captions of it: of repeated training images, of the other training images, or of the
     test part."""
+    least_records: PositiveInt = 2
+    """Training records from which on an image counts as repeated."""
 
 
 def refuse_text_only(guidance: GuidanceSettings, model: LoadedModel) -> None:
@@ -75,7 +79,9 @@ def prompts_in_turn(prompts: PromptOptions, model: LoadedModel) -> list[str] | N
     if prompts.file is not None:
         return read_prompts(prompts.file)
     if prompts.dataset is not None:
-        return prompt_set(DatasetFolder(prompts.dataset), prompts.captions)
+        return prompt_set(
+            DatasetFolder(prompts.dataset), prompts.captions, int(prompts.least_records)
+        )
     raise ValueError("a text-to-image model needs --prompts.file, or --prompts.dataset")
 
 
