@@ -50,10 +50,11 @@ class DistinctImages(Dataset[dict[str, Any]]):
         return len(self.groups)
 
     def __getitem__(self, numbers: list[int]) -> dict[str, Any]:
-        """A batch: ``image`` (B, C, H, W) in [-1, 1], ``group`` (B,), ``caption`` if there are."""
+        """A batch: ``image`` (B, C, H, W) in [-1, 1], ``group`` and ``row`` (B,), ``caption``."""
         batch: dict[str, Any] = {
             "image": to_float(self._reader.read(numbers)),
             "group": self.groups[numbers],
+            "row": torch.tensor(numbers),
         }
         if self.captions is not None:
             batch["caption"] = [self.captions[number] for number in numbers]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 from torch import Tensor
@@ -15,6 +13,7 @@ from torch.nn import functional
 
 from memfree.models.augmentation import AugmentationOptions, augment
 from memfree.models.contrastive import info_nce, koleo
+from memfree.models.short_training import adamw_with_cosine, step_generator
 from memfree.retrieval.copy_detection import CopyDetectionNetwork, CopyDetectionShape, resized
 
 
@@ -24,7 +23,7 @@ class CopyDetectionOptions:
 
     temperature: PositiveFloat = 0.1
     """Temperature of InfoNCE; SSCD's 0.05 is for batches of thousands."""
-    entropy_weight: NonNegativeFloat = 1.0
+    entropy_weight: NonNegativeFloat = 3.0
     """Weight λ of the differential entropy; SSCD's 30 is for batches of thousands."""
     learning_rate: PositiveFloat = 2e-3
     """Highest learning rate of AdamW; it falls to 0 along a cosine."""
@@ -59,9 +58,7 @@ class CopyDetectionModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Loss of two random views of a batch."""
-        words = np.random.SeedSequence([self.seed, batch_idx]).generate_state(1, np.uint64)
-        generator = torch.Generator(self.device).manual_seed(int(words[0] >> 1))
-        return self.loss(batch, generator)
+        return self.loss(batch, step_generator(self.seed, batch_idx, self.device))
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """InfoNCE + λ · KoLeo, 0-d.
@@ -84,26 +81,3 @@ class CopyDetectionModule(pl.LightningModule):
         return adamw_with_cosine(
             self, float(self.options.learning_rate), float(self.options.weight_decay)
         )
-
-
-def adamw_with_cosine(module: pl.LightningModule, rate: float, decay: float) -> Any:
-    """AdamW whose rate rises over a twentieth of all steps and falls to 0 along a cosine.
-
-    Weight decay is for matrices and kernels only.
-    """
-    total = float(module.trainer.estimated_stepping_batches)
-    warm = max(1, round(0.05 * total))
-    trained = [value for value in module.parameters() if value.requires_grad]
-    groups = [
-        {"params": [value for value in trained if value.ndim > 1], "weight_decay": decay},
-        {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=rate)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

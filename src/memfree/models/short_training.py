@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from memfree.difference import first_difference
@@ -54,7 +57,11 @@ def fit(
         ValueError: there is no such device, or the loss is no longer finite.
     """
     losses = LossRecord(min(50, steps))
-    with quiet(".*does not have many workers.*", ".*smaller than the logging interval.*"):
+    with quiet(
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*module.s. in eval mode.*",
+    ):
         trainer = build_trainer(
             accelerator=accelerator,
             devices=1,
@@ -77,3 +84,32 @@ def write_folder(out: Path, write: Callable[[Path], None]) -> None:
         save_config(partial)
         write(partial)
         put_in_place(partial, out, overwrite=True)
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """The generator of all that one training step draws."""
+    words = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(words[0] >> 1))
+
+
+def adamw_with_cosine(module: pl.LightningModule, rate: float, decay: float) -> Any:
+    """AdamW whose rate rises over a twentieth of all steps and falls to 0 along a cosine.
+
+    Weight decay is for matrices and kernels only.
+    """
+    total = float(module.trainer.estimated_stepping_batches)
+    warm = max(1, round(0.05 * total))
+    trained = [value for value in module.parameters() if value.requires_grad]
+    groups = [
+        {"params": [value for value in trained if value.ndim > 1], "weight_decay": decay},
+        {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from memfree.manifest import read_manifest, sha256
-from memfree.retrieval.features import Features, Metric
+from memfree.retrieval.network import NetworkFeatures, state_hash
 
 WEIGHTS = "copy_detection.safetensors"
-NAME = "copy-detection"
+_GROUPS = 8
 _LARGEST = 4096  # of any number in a description, so that a damaged one allocates no memory
 
 
@@ -53,8 +52,9 @@ class CopyDetectionShape:
             raise ValueError(f"no copy-detection network has the shape {value}")
         return shape
 
-
-_GROUPS = 8
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, as a manifest has them."""
+        return {**asdict(self), "widths": list(self.widths)}
 
 
 class CopyDetectionNetwork(nn.Module):
@@ -99,37 +99,36 @@ class _Block(nn.Module):
         return self.skip(hidden) + inner
 
 
-class CopyDetectionFeatures(Features):
+class CopyDetectionFeatures(NetworkFeatures):
     """Embedding of a copy-detection network, of length 1, compared by cosine.
 
-    Trained by ``memfree train-embedding`` with SSCD's recipe (Pizzi et al., CVPR 2022). Weights are
-    frozen; the map is differentiable in the images.
+    Trained by ``memfree train-embedding`` with SSCD's recipe (Pizzi et al., CVPR 2022). An index
+    holds the weights, so it needs the folder no more.
 
     Args:
         shape: size of the network.
         weights: its state dictionary.
+        path: folder that they came from, where it is known.
 
     Raises:
         ValueError: the weights are of another network.
     """
 
-    metric: Metric = "cosine"
-
-    def __init__(self, shape: CopyDetectionShape, weights: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.shape = shape
-        self.network = CopyDetectionNetwork(shape)
+    def __init__(
+        self, shape: CopyDetectionShape, weights: dict[str, Tensor], path: Path | None = None
+    ) -> None:
+        network = CopyDetectionNetwork(shape)
         try:
-            self.network.load_state_dict(weights, strict=True)
+            network.load_state_dict(weights, strict=True)
         except RuntimeError as error:
             raise ValueError(
                 "the weights of a copy-detection network do not fit its shape: copy its folder "
                 "whole, or build the index again"
             ) from error
-        self.requires_grad_(False)
-        self.eval()
-        # A buffer tells Features.embed which device to move images to.
-        self.register_buffer("_device", torch.zeros(0), persistent=False)
+        super().__init__(network, None)
+        self.shape = shape
+        self.path = path
+        self.weights_sha256 = state_hash(network)
 
     @classmethod
     def load(cls, folder: Path) -> CopyDetectionFeatures:
@@ -142,13 +141,24 @@ class CopyDetectionFeatures(Features):
         manifest = read_manifest(folder, "embedding")
         shape = CopyDetectionShape.from_json(manifest.get("shape"))
         path = folder / WEIGHTS
-        if not path.is_file() or sha256(path) != manifest.get("weights_sha256"):
+        if not path.is_file() or sha256(path) != manifest.get("file_sha256"):
             raise ValueError(f"{path} is not the file that manifest.json describes; train it again")
         try:
             weights = safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        return cls(shape, weights)
+        return cls(shape, weights, folder.absolute())
+
+    @classmethod
+    def from_description(
+        cls, description: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> CopyDetectionFeatures:
+        """Make the extractor again from ``describe()``, and ``tensors()`` or the folder."""
+        if not tensors and description["path"] is not None:
+            return cls.load(Path(description["path"]))
+        path = description["path"]
+        shape = CopyDetectionShape.from_json(description["shape"])
+        return cls(shape, tensors, None if path is None else Path(path))
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images (B, 1 or 3, H, W) in [-1, 1] as the network's input (B, C, size, size)."""
@@ -160,23 +170,18 @@ class CopyDetectionFeatures(Features):
             )
         return resized(images.to(torch.float32).expand(-1, wanted, -1, -1), self.shape.size)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Embeddings (B, D) float32 of length 1."""
-        with torch.autocast(images.device.type, enabled=False):
-            return functional.normalize(self.network(self.prepare(images)), dim=1)
-
     def tensors(self) -> dict[str, Tensor]:
-        """The weights, so that an index needs nothing beside it."""
+        """The weights."""
         return dict(self.network.state_dict())
 
     def describe(self) -> dict[str, Any]:
         """Name, shape, preprocessing, weights' hash and metric."""
-        shape = asdict(self.shape)
         return {
-            "name": NAME,
-            "shape": {**shape, "widths": list(shape["widths"])},
+            "name": "copy-detection",
+            "path": None if self.path is None else str(self.path),
+            "shape": self.shape.to_json(),
             "preprocessing": f"{self.shape.size}x{self.shape.size} bilinear antialiased, [-1, 1]",
-            "weights_sha256": weights_hash(self.tensors()),
+            "weights_sha256": self.weights_sha256,
             "output": "GeM pooling (p = 3), linear, L2-normalised",
             "metric": self.metric,
         }
@@ -187,12 +192,3 @@ def resized(images: Tensor, size: int) -> Tensor:
     if images.shape[-2:] == (size, size):
         return images
     return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-
-
-def weights_hash(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names and values, in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
