@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def margins(
 
 def alignment_metrics(
     scorer: ClipScorer,
-    subjects: dict[str, tuple[Tensor, Sequence[str]]],
+    subjects: Mapping[str, tuple[Tensor, Sequence[str]]],
     paired: dict[str, str],
     seed: int,
 ) -> list[Metric]:

@@ -31,6 +31,7 @@ class SampleFolder:
         index: sample indices, (N,) int64: 0 to N − 1.
         seeds: seed of the run that drew each, (N,) int64.
         conditions: labels, (N,) int64; None for an unconditional run.
+        captions: the text that each sample was asked for; None where one has none.
         records: pyarrow table of what is recorded beside each sample.
 
     Raises:
@@ -77,6 +78,9 @@ class SampleFolder:
             if all(isinstance(label, int) for label in labels)
             else None
         )
+        captions = [record.get("caption") for record in ordered]
+        texts = [caption for caption in captions if isinstance(caption, str)]
+        self.captions: list[str] | None = texts if len(texts) == len(captions) else None
 
     def __len__(self) -> int:
         return len(self.index)
