@@ -83,7 +83,8 @@ def index(
         out: folder of the index; one of the same dataset and features is replaced.
         features: what images are compared by: pixels (normalized L2 distance); efficientnet
             (EfficientNet-Lite0, pretrained on ImageNet), sscd (copy detection), clip (open_clip) or
-            timm (any of its networks): cosine similarity; latents (of a VAE, L2 distance).
+            timm (any of its networks): cosine similarity; latents (of a VAE, L2 distance);
+            copy_detection (of `memfree train-embedding`, cosine similarity).
         extractor: what the features are made of.
         whiten: whiten a network's features on the dataset's fit part, which spreads small or
             uniform images out.

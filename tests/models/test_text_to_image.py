@@ -54,12 +54,8 @@ def test_the_loss_is_that_of_latent_diffusion(kind, gamma):
         if gamma:
             a = scheduler.alphas_cumprod[t].double()
             snr = a / (1 - a)
-            errors *= (
-                torch.minimum(snr, torch.tensor(gamma)) / (snr + (kind != "epsilon") - 0.0)
-                if kind != "epsilon"
-                else torch.minimum(snr, torch.tensor(gamma)) / snr
-            )
-    assert float(loss) == pytest.approx(float(errors.mean()), rel=1e-4)
+            errors *= snr.clamp(max=gamma) / (snr if kind == "epsilon" else snr + 1)
+    assert loss.item() == pytest.approx(float(errors.mean()), rel=1e-4)
 
 
 def test_min_snr_weights():

@@ -129,7 +129,7 @@ def same_noise(first: SampleFolder, second: SampleFolder) -> bool:
         return False
     if len(first) != len(second) or not torch.equal(first.seeds, second.seeds):
         return False
-    if first.prompts != second.prompts:
+    if first.captions != second.captions:
         return False
     if first.conditions is None or second.conditions is None:
         return first.conditions is second.conditions

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from memfree.retrieval.clip import CLIPFeatures
+from memfree.retrieval.copy_detection import CopyDetectionFeatures
 from memfree.retrieval.efficientnet import EfficientNetFeatures
 from memfree.retrieval.features import Features, PixelFeatures, identity
 from memfree.retrieval.latents import LatentFeatures
@@ -17,7 +18,7 @@ from memfree.retrieval.sscd import SSCDFeatures, SSCDModel, SSCDPreprocessing
 from memfree.retrieval.timm_features import TimmFeatures
 from memfree.retrieval.whitening import Whitened
 
-FeatureName = Literal["pixels", "efficientnet", "sscd", "clip", "timm", "latents"]
+FeatureName = Literal["pixels", "efficientnet", "sscd", "clip", "timm", "latents", "copy_detection"]
 
 _APPLIES: dict[FeatureName, tuple[str, ...]] = {
     "pixels": (),
@@ -26,6 +27,7 @@ _APPLIES: dict[FeatureName, tuple[str, ...]] = {
     "clip": ("path", "model", "pretrained", "dtype"),
     "timm": ("path", "model", "pretrained", "seed", "dtype"),
     "latents": ("path", "dtype"),
+    "copy_detection": ("path",),
 }
 """Which options each extractor has."""
 
@@ -36,7 +38,8 @@ class ExtractorOptions:
 
     path: Path | None = None
     """Local weights. sscd: the TorchScript file; clip: a checkpoint, or a folder with
-    open_clip_config.json; timm: safetensors or a state dict; latents: a VAE or pipeline folder."""
+    open_clip_config.json; timm: safetensors or a state dict; latents: a VAE or pipeline folder;
+    copy_detection: the folder of `memfree train-embedding`."""
     model: str | None = None
     """Architecture, by open_clip's name (clip: ViT-B-32 by default) or timm's (timm)."""
     pretrained: str | None = None
@@ -71,12 +74,15 @@ def make_features(name: FeatureName, options: ExtractorOptions) -> Features:
         return PixelFeatures()
     if name == "efficientnet":
         return EfficientNetFeatures()
-    if name in ("sscd", "latents") and options.path is None:
+    if name in ("sscd", "latents", "copy_detection") and options.path is None:
         raise ValueError(f"--features {name} needs --extractor.path")
     if name == "sscd":
         return _sscd({**given, "model": options.sscd_model}, options.trust_file)
     if name == "latents":
         return _latents(given)
+    if name == "copy_detection":
+        assert options.path is not None
+        return CopyDetectionFeatures.load(options.path)
     if name == "clip":
         if (options.path is None) == (options.pretrained is None):
             raise ValueError(
@@ -146,6 +152,8 @@ def _made(
         return _sscd({**description, "preprocessing": description["preset"]}, trust_file)
     if name == "clip":
         return _clip(description)
+    if name == "copy-detection":
+        return CopyDetectionFeatures.from_description(description, tensors)
     if name == "timm":
         return _timm({**description, "seed": description["seed"] or 0})
     if name == "vae-latents":
@@ -157,7 +165,7 @@ def _made(
         return _latents(description)
     raise ValueError(
         f"unknown feature extractor {name!r}; this version has pixels, efficientnet-lite0, sscd, "
-        "clip, timm, vae-latents and whitened"
+        "clip, timm, vae-latents, copy-detection and whitened"
     )
 
 

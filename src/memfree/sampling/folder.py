@@ -31,7 +31,7 @@ class SampleFolder:
         index: sample indices, (N,) int64: 0 to N − 1.
         seeds: seed of the run that drew each, (N,) int64.
         conditions: labels, (N,) int64; None for an unconditional run.
-        prompts: what a text-to-image model was asked for, N strings; None for a pixel model.
+        captions: the prompt of each sample, N strings; None for a pixel model.
         records: pyarrow table of what is recorded beside each sample.
 
     Raises:
@@ -78,7 +78,7 @@ class SampleFolder:
             if all(isinstance(label, int) for label in labels)
             else None
         )
-        self.prompts: list[str] | None = (
+        self.captions: list[str] | None = (
             labels if all(isinstance(label, str) for label in labels) else None
         )
 
