@@ -35,6 +35,7 @@ from memfree.guidance.baselines import (
 from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.multiplicity import MultiplicityGuidance
 from memfree.guidance.settings import TEXT_ONLY, WITH_INDEX, MitigationName
+from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.checks import refuse_text_only
 
@@ -163,11 +164,12 @@ def test_without_an_index_the_plain_ones_run_alone_and_the_others_are_refused(te
 
 
 def test_text_mitigations_are_refused_for_a_pixel_model():
+    pixels = LoadedModel(torch.nn.Identity(), None, (1, 4, 4), num_classes=None, manifest={})
     for name in TEXT_ONLY:
         with pytest.raises(ValueError, match=f"{name} needs a text-to-image model"):
-            refuse_text_only(GuidanceSettings(name))
+            refuse_text_only(GuidanceSettings(name), pixels)
     for name in ("none", *WITH_INDEX):
-        refuse_text_only(GuidanceSettings(name))
+        refuse_text_only(GuidanceSettings(name), pixels)
 
 
 def test_rejection_keeps_what_is_not_a_copy(index):
