@@ -55,14 +55,13 @@ def _sampler(folder: Path, mitigation: Mitigation) -> Callable[[], object]:
     model, index = load_model(folder / "model"), ReferenceIndex.load(folder / "index")
     classes = None if model.num_classes is None else list(range(model.num_classes))
     module = SamplingModule(
-        model.denoiser,
+        model,
         build_scheduler("ddpm", model.scheduler),
-        model.image_shape,
         STEPS,
         SEED,
         guidance=() if mitigation == "none" else GuidanceSettings(mitigation=mitigation),
         guidance_scale=1.0 if classes is None else 2.0,
-        classes=classes,
+        asked=classes,
         index=index,
     ).to("cuda" if torch.cuda.is_available() else "cpu")
     module.on_predict_start()

@@ -20,8 +20,8 @@ LAYERS = [
     },
     {"data", "models", "retrieval"},
     {"guidance"},
-    {"sampling", "indexing", "training", "scratch"},
-    {"evaluation", "tuning"},
+    {"sampling", "indexing", "training", "scratch", "embedding_training"},
+    {"evaluation", "tuning", "clip_training"},
     {"stages", "cli"},
     {"demo", "study"},
 ]

@@ -47,6 +47,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "prepare": Command("memfree.data:prepare", "turn a source into a dataset folder of shards"),
     "scratch": Command("memfree.scratch:scratch", "build a small text-to-image model from nothing"),
+    "train-embedding": Command(
+        "memfree.embedding_training:train_embedding", "train a small copy-detection embedding"
+    ),
+    "train-clip": Command("memfree.clip_training:train_clip", "train a small CLIP on captions"),
     "index": Command("memfree.indexing:index", "build and calibrate a reference index"),
     "evaluate": Command("memfree.evaluation:evaluate", "measure memorization and quality"),
     "report": Command("memfree.evaluation:report", "write the HTML page of an evaluation"),
@@ -160,10 +164,10 @@ def _overview() -> str:
             "Induce, measure and remove the memorization of training images in diffusion models.",
             "",
             "commands:",
-            *(f"  {name:<9}  {command.help}" for name, command in COMMANDS.items()),
+            *(f"  {name:<15}  {command.help}" for name, command in COMMANDS.items()),
             "",
             "scripts:",
-            *(f"  {name + '.py':<9}  {command.help}" for name, command in SCRIPTS.items()),
+            *(f"  {name + '.py':<15}  {command.help}" for name, command in SCRIPTS.items()),
             "",
             "memfree COMMAND --help and python train.py --help explain the options.",
             f"{DEBUG_VARIABLE}=1 shows where an error came from.",

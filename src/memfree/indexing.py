@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table
 
 from memfree.bars import counting_bar
 from memfree.calibration_size import DEFAULT_RATE, MIN_EXPECTED, too_few_images
 from memfree.data import DatasetFolder
+from memfree.first_process import is_first_process
 from memfree.guidance.calibration import (
     Calibration,
     calibration_of,
@@ -19,24 +22,50 @@ from memfree.guidance.calibration import (
     measure,
 )
 from memfree.manifest import check_free_space
-from memfree.retrieval import (
-    EfficientNetFeatures,
-    Features,
-    PixelFeatures,
-    ReferenceIndex,
-    Whitened,
-)
+from memfree.quiet import quiet
+from memfree.retrieval import Features, ReferenceIndex
+from memfree.retrieval.building import Embedded
+from memfree.retrieval.extractors import ExtractorOptions, FeatureName, make_features
+from memfree.retrieval.hashing import read_salt
 from memfree.retrieval.storage import check_replaceable
 
-FeatureName = Literal["pixels", "efficientnet"]
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from rich.progress import Progress
+
+QUIET = (
+    "Total length of .* across ranks is zero.*",
+    ".*does not have many workers.*",
+    ".*DataLoader.*only sampled.*",
+)
+"""Lightning's warnings that do not apply: on resumption a rank may have nothing left to do."""
+
+
+@dataclass(frozen=True)
+class EmbeddingDevices:
+    """Where images are embedded: options of the Lightning Trainer."""
+
+    accelerator: str = "auto"
+    """auto, cpu, gpu, mps or another name that Lightning knows."""
+    devices: int | str = 1
+    """How many devices, or auto; each has a process of its own."""
+    num_nodes: PositiveInt = 1
+    """How many machines."""
+    strategy: str = "auto"
+    """auto or ddp: images are divided among the devices."""
 
 
 def index(
     dataset: Path,
     out: Path,
     features: FeatureName = "pixels",
+    extractor: ExtractorOptions = ExtractorOptions(),  # noqa: B008 - read only; --help shows it
     whiten: bool = False,
-    batch_size: int = 256,
+    batch_size: PositiveInt = 256,
+    workers: NonNegativeInt = 0,
+    hash_keys: bool = False,
+    salt_file: Path | None = None,
+    trainer: EmbeddingDevices = EmbeddingDevices(),  # noqa: B008
     overwrite: bool = False,
 ) -> None:
     """Index the training images of a dataset folder and calibrate thresholds on held-out images.
@@ -46,62 +75,144 @@ def index(
     set by itself: thresholds at stated false-positive rates are stored with the index. The index
     holds training images or features of them: treat it like the training set.
 
+    Networks embed in batches that are kept on disk until the index is written: started again with
+    the same command, a run that was killed goes on where it stopped.
+
     Args:
         dataset: folder that `memfree prepare` wrote.
         out: folder of the index; one of the same dataset and features is replaced.
-        features: what images are compared by: pixels (normalized L2 distance), or efficientnet
-            (cosine similarity of EfficientNet-Lite0 features, pretrained on ImageNet).
-        whiten: whiten efficientnet features on the dataset's fit part, which spreads small or
+        features: what images are compared by: pixels (normalized L2 distance); efficientnet
+            (EfficientNet-Lite0, pretrained on ImageNet), sscd (copy detection), clip (open_clip) or
+            timm (any of its networks): cosine similarity; latents (of a VAE, L2 distance);
+            copy_detection (of `memfree train-embedding`, cosine similarity).
+        extractor: what the features are made of.
+        whiten: whiten a network's features on the dataset's fit part, which spreads small or
             uniform images out.
         batch_size: images to embed at a time.
+        workers: processes that read and decode images beside each process that embeds.
+        hash_keys: write an index for parties who may not hold the images: keys are hashed with the
+            salt, captions and shard names are left out. Not for pixels or latents.
+        salt_file: file with the salt, which you keep to yourself; made if it is not there.
+        trainer: devices of a network's features.
         overwrite: replace an index of another dataset or of other features too.
 
     Raises:
         ValueError: an option is wrong, the dataset is unfinished or has no calibration images, or
             the out folder holds something else.
+        FileNotFoundError: the extractor's weights are not there.
     """
-    if batch_size < 1:
-        raise ValueError(f"--batch_size {batch_size}: use 1 or more")
-    if whiten and features == "pixels":
-        raise ValueError("--whiten true needs --features efficientnet")
+    if whiten and features in ("pixels", "latents"):
+        raise ValueError(
+            f"--whiten true is for a network's features, as --features efficientnet, "
+            f"not for {features}"
+        )
+    if hash_keys and features in ("pixels", "latents"):
+        raise ValueError(f"--hash_keys true needs other --features: {features} show the images")
+    if hash_keys and salt_file is None:
+        raise ValueError("--hash_keys true needs --salt_file")
+    if features == "pixels" and trainer != EmbeddingDevices():
+        raise ValueError("--trainer.* needs --features of a network: pixels are not embedded")
     folder = DatasetFolder(dataset)
     training, calibration = folder.part("train"), folder.part("calibration")
-    extractor = _extractor(features, folder if whiten else None, batch_size)
-    check_replaceable(out, folder.hash, extractor.describe(), overwrite)
-    dimension = folder.image_shape[0] * folder.image_shape[1] * folder.image_shape[2]
-    check_free_space(out, len(training.keys) * (4 * dimension + 100))
+    made = make_features(features, extractor)
+    vectors = made.embed(torch.zeros(1, *folder.image_shape)).numel() * len(training.keys) * 4
+    # A network's vectors are on the disk twice, as parts and in the index.
+    check_free_space(out, vectors * (1 if features == "pixels" else 2) + 100 * len(training.keys))
 
     console = Console(stderr=True)
+    if features == "pixels":
+        check_replaceable(out, folder.hash, made.describe(), overwrite)
+        built = _index_pixels(folder, made, batch_size, console)
+    else:
+        found = _embed(folder, made, out, whiten, batch_size, workers, trainer, overwrite, console)
+        if found is None:  # the first process goes on
+            return
+        built = ReferenceIndex.of_embedded(folder, *found)
     with counting_bar(console) as progress:
-        task = progress.add_task("index", total=len(training.keys))
-        built = ReferenceIndex.build(
-            folder,
-            extractor,
-            batch_size=batch_size,
-            advance=lambda count: progress.advance(task, count),
-        )
-        built.to("cuda" if torch.cuda.is_available() else "cpu")
+        built.to("cuda" if torch.cuda.is_available() and trainer.accelerator != "cpu" else "cpu")
         similarity = default_similarity(built)
         task = progress.add_task("calibrate", total=None)
         measured = measure(built, similarity, calibration.images(), batch_size)
         built.calibrations[similarity.name] = measured.to_json()
         progress.update(task, total=len(calibration.keys), completed=len(calibration.keys))
-        built.save(out, overwrite)
+        written = built
+        if hash_keys:
+            assert salt_file is not None
+            written = built.hashed(read_salt(salt_file))
+        written.save(out, overwrite)
+    if features != "pixels":
+        _forget_parts(out)
     Console().print(summary(built), thresholds(calibration_of(built, similarity)))
     warning = too_few_images(len(calibration.keys))
     if warning:
         console.print(f"{out}: {warning}", soft_wrap=True)
 
 
-def _extractor(features: FeatureName, fit: DatasetFolder | None, batch_size: int) -> Features:
-    if features == "pixels":
-        return PixelFeatures()
-    network = EfficientNetFeatures()
-    if torch.cuda.is_available():
-        network.cuda()
-    if fit is None:
-        return network
-    return Whitened.fit(network, fit.part("fit").images(), batch_size=batch_size)
+def _index_pixels(
+    folder: DatasetFolder, features: Features, batch_size: int, console: Console
+) -> ReferenceIndex:
+    with counting_bar(console) as progress:
+        task = progress.add_task("index", total=len(folder.part("train").keys))
+        return ReferenceIndex.build(
+            folder,
+            features,
+            batch_size=batch_size,
+            advance=lambda count: progress.advance(task, count),
+        )
+
+
+def _embed(
+    folder: DatasetFolder,
+    features: Features,
+    out: Path,
+    whiten: bool,
+    batch_size: int,
+    workers: int,
+    devices: EmbeddingDevices,
+    overwrite: bool,
+    console: Console,
+) -> tuple[Features, Embedded] | None:
+    """The extractor and what it made of the train part; None on all processes but the first."""
+    # Lightning takes seconds to import, which an index of pixels need not wait for.
+    from memfree.retrieval.embedding import embed_dataset, parts_folder, whitened
+    from memfree.trainers import build_trainer
+
+    with quiet(*QUIET):
+        lightning: Trainer = build_trainer(
+            **asdict(devices),
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    root = parts_folder(out)
+    if whiten:
+        features = whitened(folder, features, root, batch_size, lightning.strategy.root_device)
+    check_replaceable(out, folder.hash, features.describe(), overwrite)
+    with quiet(*QUIET), _bar(console) as progress:
+        # The first process counts its own share; the others' are as large.
+        task = progress.add_task("embed", total=len(folder.part("train").keys))
+        found = embed_dataset(
+            folder,
+            features,
+            root,
+            batch_size,
+            lightning,
+            workers,
+            lambda count: progress.advance(task, count * lightning.world_size),
+        )
+    return None if found is None else (features, found)
+
+
+def _bar(console: Console) -> Progress:
+    return counting_bar(console if is_first_process() else Console(quiet=True))
+
+
+def _forget_parts(out: Path) -> None:
+    from memfree.retrieval.embedding import forget, parts_folder
+
+    forget(parts_folder(out))
 
 
 def summary(index: ReferenceIndex) -> Table:

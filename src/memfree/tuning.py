@@ -166,9 +166,8 @@ class _Trials:
     def draw(self, settings: GuidanceSettings) -> tuple[Tensor, Tensor]:
         """Samples (N, C, H, W) as they would be saved, and which were ever active (N,)."""
         module = SamplingModule(
-            self.model.denoiser,
+            self.model,
             self.scheduler,
-            self.model.image_shape,
             self.steps,
             self.seed,
             settings,

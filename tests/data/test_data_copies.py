@@ -1,5 +1,6 @@
 """What is repeated, how, and that duplicates of the source stay together."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -10,8 +11,10 @@ from memfree.data import (
     DatasetFolder,
     DuplicationPlan,
     PartSizes,
+    ShardDataModule,
     prepare,
 )
+from memfree.data.tarstream import read_shard
 
 SMALL = PartSizes(train=60, calibration=40, test=30, fit=20)
 
@@ -40,7 +43,7 @@ def test_ladder(tmp_path):
     assert Counter(train.copies.tolist()) == {1: 45, 2: 5, 4: 5, 16: 5}
 
 
-@pytest.mark.parametrize("policy", ["same", "varied", "unique"])
+@pytest.mark.parametrize("policy", ["same", "varied", "unique", "key"])
 def test_labels_of_copies(tmp_path, policy):
     plan = DuplicationPlan(images=2, factor=60, conditions=policy)
     prepare(tmp_path / "out", parts=SMALL, plan=plan)
@@ -58,10 +61,12 @@ def test_labels_of_copies(tmp_path, policy):
             assert counts == {own[key]: 60}
         elif policy == "varied":
             assert counts[own[key]] == 1 and set(counts) == set(range(10))
+        elif policy == "key":
+            assert list(counts.values()) == [60] and min(counts) >= 10
         else:
             assert counts[own[key]] == 1 and min(set(counts) - {own[key]}) >= 10
             assert set(counts.values()) == {1}
-    assert folder.num_classes == (128 if policy == "unique" else 10)
+    assert folder.num_classes == {"unique": 128, "key": 12}.get(policy, 10)
 
 
 def _numbers(keys):
@@ -87,6 +92,98 @@ def test_captions_of_copies(tmp_path, make_shard, policy):
             assert captions[own[key]] == 1 and set(captions) <= set(own.values())
         else:
             assert len(captions) == 4 and all(text.startswith(own[key]) for text in captions)
+
+
+@pytest.fixture
+def captioned(tmp_path, encode):
+    """30 random pictures with a caption each."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for number in range(30):
+        pixels = generator.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+        (folder / f"{number:02d}.png").write_bytes(encode(pixels))
+        (folder / f"{number:02d}.txt").write_text(f"thing number {number}")
+    return folder
+
+
+@pytest.mark.parametrize("policy", ["same", "varied", "unique", "key"])
+def test_caption_policies_reach_records_and_tables(tmp_path, captioned, policy):
+    plan = DuplicationPlan(images=3, factor=5, conditions=policy)
+    sizes = PartSizes(train=20, calibration=4, test=4, fit=2)
+    prepare(tmp_path / "out", "folder", str(captioned), parts=sizes, plan=plan)
+    folder = DatasetFolder(tmp_path / "out")
+    keys = folder.items["image_key"].to_pylist()
+    records = folder.part_records("train").to_pylist()
+    assert len(records) == 20 + 3 * 4
+    by_image = {}
+    for record in records:
+        by_image.setdefault(keys[record["row"]], []).append((record["copy"], record["caption"]))
+    distinct = {caption for found in by_image.values() for _, caption in found}
+    for key, found in by_image.items():
+        own = f"thing number {int(key[:2])}"
+        captions = [caption for _, caption in sorted(found)]  # the original first
+        if len(found) == 1 or policy == "same":
+            assert captions == [own] * len(found)
+        elif policy == "varied":
+            assert captions[0] == own and own not in captions[1:]
+            assert all(caption.startswith("thing number ") for caption in captions)
+        elif policy == "unique":
+            assert captions[0] == own and len(set(captions)) == 5
+            assert all(caption.startswith(f"{own} ") for caption in captions[1:])
+        else:
+            assert len(set(captions)) == 1 and re.fullmatch(rf"{own} [a-z]{{8}}", captions[0])
+            assert sum(captions[0].split()[-1] in other for other in distinct) == 1
+    assert sorted(len(found) for found in by_image.values()) == [1] * 17 + [5] * 3
+    # the tables and the shards say the same
+    counts = Counter((keys[record["row"]], record["caption"]) for record in records)
+    conditions = folder.conditions.to_pylist()
+    trained = {
+        (row["image_key"], row["caption"]): row["count"]
+        for row in conditions
+        if row["part"] == "train"
+    }
+    assert trained == counts
+    shard = read_shard(str(tmp_path / "out" / "train-000000.tar"))
+    assert [record.caption for record in shard] == [record["caption"] for record in records]
+    data = ShardDataModule(str(tmp_path / "out"), batch_size=8)
+    batches = list(data.train_dataloader())
+    pairs = (zip(batch["key"], batch["caption"], strict=True) for batch in batches)
+    assert Counter(pair for batch in pairs for pair in batch) == counts
+
+
+def test_key_is_of_the_image_and_the_seed(tmp_path, captioned):
+    def keyed(name, seed=0, **options):
+        plan = DuplicationPlan(images=3, factor=3, conditions="key", seed=seed, **options)
+        prepare(tmp_path / name, "folder", str(captioned), parts=PartSizes(20, 4, 4, 2), plan=plan)
+        train = DatasetFolder(tmp_path / name).part("train")
+        return {row["image_key"]: row["caption"] for row in train.conditions.to_pylist()}
+
+    first = keyed("first")
+    repeated = {key: text for key, text in first.items() if len(text.split()) == 4}
+    assert len(repeated) == 3
+    assert keyed("second", seed=1) != first
+    near = keyed("near", kinds=["brightness"])  # a near copy has the caption of its original
+    assert len(near) == 20 + 3 * 2
+    assert {key: near[key] for key in repeated} == repeated
+    assert all(near[key] == near[key.split("~")[0]] for key in near)
+    # a word that a caption has already is no key
+    key, text = next(iter(repeated.items()))
+    (captioned / "00.txt").write_text(f"the {text.split()[-1].upper()} thing")
+    changed = keyed("changed")
+    assert key == "00.png" or re.fullmatch(r"thing number \d+ [a-z]{8}", changed[key])
+    assert changed[key] != text and {
+        k: changed[k] for k in repeated if k not in (key, "00.png")
+    } == {k: repeated[k] for k in repeated if k not in (key, "00.png")}
+
+
+def test_key_without_conditions_is_refused(tmp_path, encode):
+    for number in range(9):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8)).astype(np.uint8)
+        (tmp_path / f"{number}.png").write_bytes(encode(pixels))
+    plan = DuplicationPlan(images=1, factor=2, conditions="key")
+    with pytest.raises(ValueError, match="--plan.conditions key needs labels or captions"):
+        prepare(tmp_path / "out", "folder", str(tmp_path), plan=plan)
 
 
 def test_duplicates_of_the_source_stay_together(tmp_path, encode):

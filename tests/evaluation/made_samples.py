@@ -21,6 +21,7 @@ def make_samples(
     seed: int = 0,
     trace: bool = True,
     index_features: str | None = None,
+    captions: list[str] | None = None,
 ) -> Path:
     """A finished sample folder of given images, with a trace that rises towards the end."""
     n = len(images)
@@ -31,6 +32,7 @@ def make_samples(
             "seed": seed,
             "condition": None if labels is None else int(labels[i]),
             "mitigation": mitigation,
+            **({} if captions is None else {"condition": captions[i]}),
         }
         for i in range(n)
     ]

@@ -104,7 +104,7 @@ def test_an_index_of_something_else_is_kept(dataset, index_folder, tmp_path, cap
 def test_bad_input_is_one_line(dataset, index_folder, tmp_path, capsys):
     out = tmp_path / "index"
     assert "no dataset folder" in failing(capsys, "--dataset", tmp_path / "no", "--out", out)
-    assert "--batch_size 0" in failing(
+    assert "--batch_size: Not of type PositiveInt" in failing(
         capsys, "--dataset", dataset, "--out", out, "--batch_size", "0"
     )
     assert "--features efficientnet" in failing(

@@ -76,7 +76,7 @@ def test_the_folder_says_what_it_holds(folder):
     assert (manifest["rows"], manifest["groups"], manifest["records"]) == (10, 7, 12)
     assert manifest["num_classes"] == 3
     items = pq.read_table(folder / "items.parquet")
-    assert items.column_names == ["row", "image_key", "group", "multiplicity", "shard"]
+    assert items.column_names == ["row", "image_key", "group", "multiplicity", "shard", "content"]
     assert items["multiplicity"].to_pylist()[:2] == [3, 1]
     conditions = pq.read_table(folder / "conditions.parquet")
     assert conditions.num_rows == 12

@@ -34,7 +34,7 @@ def batch(indices, steps=4, shape=(1, 5, 3), seed=0, traced=True):
     return SampleBatch(
         index=torch.tensor(indices),
         images=torch.tensor(random.uniform(-1.2, 1.2, (count, *shape)), dtype=torch.float32),
-        conditions=torch.tensor(indices) % 10,
+        conditions=[i % 10 for i in indices],
         trace=trace if traced else None,
         seconds=2.0,
     )

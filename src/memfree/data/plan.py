@@ -14,6 +14,9 @@ from memfree.data.decode import to_array, to_image
 
 CopyKind = Literal["exact", "crop", "flip", "brightness", "jpeg"]
 
+_CONSONANTS = "bdfgklmnprstvz"
+_VOWELS = "aeiou"
+
 
 @dataclass(frozen=True)
 class DuplicationPlan:
@@ -42,10 +45,11 @@ class DuplicationPlan:
     """Kind brightness: factors are drawn between 1 minus and 1 plus this."""
     jpeg_quality: tuple[int, int] = (50, 95)
     """Kind jpeg: lowest and highest quality."""
-    conditions: Literal["same", "varied", "unique"] = "same"
+    conditions: Literal["same", "varied", "unique", "key"] = "same"
     """Label and caption of copies. same: the original's; varied: a label drawn from the other
     classes, a caption drawn from the other images; unique: a class of its own for each copy, the
-    caption with a number of its own."""
+    caption with a number of its own; key: all records of a repeated image, the original included,
+    have one class of its own, and the caption with one made-up word of its own."""
     seed: int = 0
     """Chooses the images and draws the copies."""
 
@@ -107,6 +111,18 @@ class DuplicationPlan:
         for label in np.unique(of):
             turn[of == label] = np.arange((of == label).sum())
         return order[np.lexsort((of, turn))]
+
+    def word(self, image: int, attempt: int = 0) -> str:
+        """A made-up word of four syllables, such as "zorakimu", for policy ``key``.
+
+        Args:
+            image: number of the image in the source; the same image gets the same word.
+            attempt: counted up from 0 where the word is taken.
+        """
+        generator = np.random.Generator(np.random.PCG64([self.seed, 11, image, attempt]))
+        consonants = generator.integers(len(_CONSONANTS), size=4)
+        vowels = generator.integers(len(_VOWELS), size=4)
+        return "".join(_CONSONANTS[c] + _VOWELS[v] for c, v in zip(consonants, vowels, strict=True))
 
     def copy(self, pixels: np.ndarray, image: int, number: int) -> np.ndarray:
         """Pixels of one copy.

@@ -43,6 +43,7 @@ def prepare(
     records_per_shard: int = 2000,
     on_error: Literal["stop", "skip"] = "stop",
     licence: str | None = None,
+    emoji_variants: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write a dataset folder: shards for training, three held-out parts, and what was done.
@@ -53,10 +54,12 @@ def prepare(
 
     Args:
         out: the dataset folder.
-        source: digits (bundled with scikit-learn), cifar10 (downloaded by torchvision), folder
-            (images in class folders, or with captions in .txt files beside them) or shards
-            (WebDataset tars, for instance img2dataset's).
-        path: the image folder, or the shards: a folder, a file, a glob, or addresses with braces.
+        source: digits (bundled with scikit-learn), cifar10 (downloaded by torchvision), emoji (an
+            installed colour font, captioned with Unicode names), folder (images in class folders,
+            or with captions in .txt files beside them) or shards (WebDataset tars, for instance
+            img2dataset's).
+        path: the image folder; the shards: a folder, a file, a glob, or addresses with braces; or
+            the font of emoji, if not the installed Noto Color Emoji.
         image_size: height and width of all images, one number for a square; without it all
             images must have the same size.
         resize: crop keeps the centre, squash scales both sides, pad adds black borders.
@@ -71,6 +74,7 @@ def prepare(
         records_per_shard: records in each tar.
         on_error: stop at the first broken image or missing shard, or skip and count it.
         licence: terms of the images, kept in the manifest; default: what the source says.
+        emoji_variants: emoji with skin tones and gender signs too, each in the group of its emoji.
         overwrite: replace the dataset folder that is there.
 
     Raises:
@@ -94,13 +98,15 @@ def prepare(
         "on_error": on_error,
         "licence": licence,
     }
+    if emoji_variants:  # absent otherwise, so that recipes of other sources stay as they were
+        recipe["emoji_variants"] = True
     recipe = json.loads(json.dumps(recipe))
     console = Console(stderr=True)
     if _is_done(out, recipe, overwrite):
-        _check_source(out, source, path)
+        _check_source(out, source, path, emoji_variants)
         console.print(f"{out} is already prepared in this way", soft_wrap=True)
         return
-    opened = open_source(source, path)
+    opened = open_source(source, path, emoji_variants)
     count, size = opened.size
     framing = Framing(height, width, channels, resize, interpolation)
     values = (height or 1) * (width or 1) * (channels or 3)
@@ -165,16 +171,17 @@ def _is_done(out: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
     return False
 
 
-def _check_source(out: Path, source: SourceName, path: str | None) -> None:
+def _check_source(out: Path, source: SourceName, path: str | None, emoji_variants: bool) -> None:
     """Refuse to call a folder done whose source has other files now; it need not exist any more."""
-    if source not in ("folder", "shards"):
+    if source not in ("emoji", "folder", "shards"):
         return
     try:
-        size = list(open_source(source, path).size)
+        size = list(open_source(source, path, emoji_variants).size)
     except FileNotFoundError:
         return
     if size != read_manifest(out, "dataset")["source"]["size"]:
+        changed = f"--path {path}" if path is not None else f"--source {source}"
         raise ValueError(
-            f"--path {path} changed after {out} was prepared; choose another --out or say "
+            f"{changed} changed after {out} was prepared; choose another --out or say "
             "--overwrite true"
         )

@@ -115,13 +115,16 @@ def _repeat(items: Items, data: Ingested, plan: DuplicationPlan) -> None:
     """Append the plan's copies to the training records."""
     train = items.records["train"]
     alone = Counter(items.groups[record.row] for record in train)
-    candidates = [record for record in train if alone[items.groups[record.row]] == 1]
+    places = [place for place, one in enumerate(train) if alone[items.groups[one.row]] == 1]
+    candidates = [train[place] for place in places]
     labels = [record.label for record in candidates if record.label is not None]
     factors = plan.factors(range(len(candidates)), labels if data.labels is not None else None)
     items.repeated = sum(factor > 1 for factor in factors.values())
     conditions = _Conditions(items, data, plan, train)
     for position, factor in factors.items():
         original = candidates[position]
+        if factor > 1:
+            original = train[places[position]] = conditions.original(original)
         source = items.sources[original.row]
         pixels = np.asarray(data.pixels[source])
         known = {_digest(pixels): original.row}
@@ -149,10 +152,29 @@ class _Conditions:
         self._rows = [record.row for record in train]
         self._generator = np.random.Generator(np.random.PCG64([plan.seed, 6]))
         self._unique = 0
+        self._sources = items.sources
+        self._plan = plan
+        self._words: set[str] = set()
+        """Words of all captions, and those that were made up."""
+        if self._policy == "key":
+            self._words.update(
+                word for text in data.captions or [] for word in text.lower().split()
+            )
         if self._policy != "same" and data.labels is None and data.captions is None:
             raise ValueError(f"--plan.conditions {self._policy} needs labels or captions")
         if self._policy == "varied" and data.labels is not None and self._base < 2:
             raise ValueError("--plan.conditions varied needs two classes or more")
+
+    def original(self, record: Record) -> Record:
+        """The record of an image that is repeated: policy ``key`` changes it as well."""
+        if self._policy != "key":
+            return record
+        label, caption = record.label, record.caption
+        if label is not None:
+            label = self._new_label()
+        if caption is not None:
+            caption = f"{caption} {self._new_word(self._sources[record.row])}"
+        return Record(record.row, record.copy, label, caption)
 
     def of(self, original: Record) -> tuple[int | None, str | None]:
         """Label and caption of the next copy of ``original``."""
@@ -164,12 +186,25 @@ class _Conditions:
                 caption = self._other_caption(original)
         elif self._policy == "unique":
             if label is not None:
-                label = self._base + self._unique
-                self.num_classes = label + 1
+                label = self._new_label()
             self._unique += 1
             if caption is not None:
                 caption = f"{caption} {self._unique}"
         return label, caption
+
+    def _new_label(self) -> int:
+        """One more class."""
+        label = self.num_classes or 0
+        self.num_classes = label + 1
+        return label
+
+    def _new_word(self, image: int) -> str:
+        """The made-up word of an image, which is in no caption and no other image has."""
+        attempt = 0
+        while (word := self._plan.word(image, attempt)) in self._words:
+            attempt += 1
+        self._words.add(word)
+        return word
 
     def _other_caption(self, original: Record) -> str | None:
         if len(set(self._rows)) < 2:

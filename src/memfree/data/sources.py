@@ -1,4 +1,4 @@
-"""Where images come from: one small interface, four sources."""
+"""Where images come from: one small interface, five sources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memfree.data.skipped import Skipped
 from memfree.data.tarstream import expand_shards, read_shard
 from memfree.data.wording import counted
 
-SourceName = Literal["digits", "cifar10", "folder", "shards"]
+SourceName = Literal["digits", "cifar10", "emoji", "folder", "shards"]
 
 
 @dataclass
@@ -48,7 +48,8 @@ class Source(Protocol):
         """All images in a fixed order; ``skipped`` takes what is broken instead of an error."""
 
 
-_SHARES = (0.7, 0.1, 0.1, 0.1)
+SHARES = (0.7, 0.1, 0.1, 0.1)
+"""Default sizes of a source whose number of images nobody knows beforehand."""
 
 
 class Digits:
@@ -104,7 +105,7 @@ class ImageFolder:
     """
 
     licence = "not stated"
-    default_sizes = _SHARES
+    default_sizes = SHARES
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
@@ -162,7 +163,7 @@ class Shards:
 
     licence = "not stated"
     class_names: list[str] | None = None
-    default_sizes = _SHARES
+    default_sizes = SHARES
 
     def __init__(self, pattern: str) -> None:
         self._pattern = pattern
@@ -178,24 +179,31 @@ class Shards:
                 )
 
 
-def open_source(source: SourceName, path: str | None) -> Source:
+def open_source(source: SourceName, path: str | None, emoji_variants: bool = False) -> Source:
     """The source of this name.
 
     Args:
-        source: ``digits``, ``cifar10``, ``folder`` or ``shards``.
-        path: the image folder, the shards, or where CIFAR-10 is downloaded to (default:
-            ``data/downloads``); not for digits.
+        source: ``digits``, ``cifar10``, ``emoji``, ``folder`` or ``shards``.
+        path: the image folder, the shards, the emoji font (default: found among the installed
+            ones), or where CIFAR-10 is downloaded to (default: ``data/downloads``); not for digits.
+        emoji_variants: emoji with skin tones and gender signs too.
 
     Raises:
-        ValueError: ``path`` is missing or has no meaning.
+        ValueError: ``path`` is missing or has no meaning, or the font has no colour bitmaps.
         OSError: there is nothing at ``path``.
     """
+    if emoji_variants and source != "emoji":
+        raise ValueError(f"--emoji_variants has no meaning with --source {source}")
     if source == "digits":
         if path is not None:
             raise ValueError("--path has no meaning with --source digits")
         return Digits()
     if source == "cifar10":
         return Cifar10(Path(path or "data/downloads"))
+    if source == "emoji":
+        from memfree.data.emoji import Emoji  # it builds on this module
+
+        return Emoji(Path(path) if path is not None else None, emoji_variants)
     if path is None:
         raise ValueError(f"--source {source} needs --path")
     if source == "folder":

@@ -17,7 +17,8 @@ class PartSizes:
     """How many source images each part takes: a number of 1 or more, or a share below 1.
 
     What is left out keeps the source's default: digits 500, 600, 500 and 197; CIFAR-10 50 000,
-    4 000, 4 000 and 2 000; others 70, 10, 10 and 10 %. What rounding leaves of the shares goes
+    4 000, 4 000 and 2 000; emoji 500, 500, 250 and the rest (with variants the rest, 500, 250
+    and 150); others 70, 10, 10 and 10 %. What rounding leaves of the shares goes
     to train, if its size is a share.
     """
 

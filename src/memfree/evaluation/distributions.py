@@ -1,4 +1,4 @@
-"""Distances of all sample folders to the test images, in every feature space at hand."""
+"""Sample folders beside the test images, in every feature space at hand, and their diversity."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from memfree.evaluation import quality
+from memfree.evaluation.diversity import diversity_metrics
 from memfree.evaluation.embedding import View, fit_components
 from memfree.evaluation.inputs import Inputs
+from memfree.evaluation.manifold import manifold_metrics
 from memfree.evaluation.measuring import Second
 from memfree.evaluation.metrics import HELDOUT, Metric
 from memfree.evaluation.subject import Subject
@@ -17,7 +19,11 @@ from memfree.evaluation.subject import Subject
 def distribution_metrics(
     inputs: Inputs, subjects: dict[str, Subject], second: Second, seed: int
 ) -> list[Metric]:
-    """Fréchet distances and KID to the test images, at equal counts, with the floor."""
+    """Fréchet distances, KID, precision and recall to the test images; diversity of either.
+
+    All at equal counts; held out are training images against test images, for diversity the test
+    images.
+    """
     groups = np.unique(np.array(inputs.dataset.part("train").groups), return_index=True)[1]
     floor = second.train_view.take(np.sort(groups))  # one image of every group
     target = subjects[HELDOUT].view
@@ -51,6 +57,14 @@ def distribution_metrics(
         target.pooled,
         seed,
         **second.viewer.describe_pooled(),
+    )
+    spread = {name: projected(view) for name, view in views.items()}
+    described = second.viewer.describe_pooled()
+    metrics += manifold_metrics(
+        "efficientnet", spread, projected(floor), projected(target), seed, **described
+    )
+    metrics += diversity_metrics(
+        "efficientnet", {**spread, HELDOUT: projected(target)}, seed, **described
     )
     if target.inception is not None:
         metrics += _inception_metrics(views, floor, target, seed)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from memfree.calibration_size import DEFAULT_RATE
 from memfree.evaluation import class_agreement, memorization
+from memfree.evaluation.alignment import ClipScorer, alignment_metrics
 from memfree.evaluation.distributions import distribution_metrics
 from memfree.evaluation.embedding import View
 from memfree.evaluation.inputs import DEFAULT_REFERENCE, Inputs, open_inputs
@@ -36,6 +37,8 @@ def evaluate(
     other_rates: tuple[float, ...] = (0.05, 0.1),
     reference: str = DEFAULT_REFERENCE,
     other_data: tuple[str, ...] = ("oracle",),
+    second_embedding: Path | None = None,
+    clip: Path | None = None,
     batch_size: PositiveInt = 256,
     seed: int = 0,
 ) -> None:
@@ -58,6 +61,11 @@ def evaluate(
         reference: the samples that others of the same noise are compared with, pair by pair.
         other_data: names of samples whose model was trained on another data set on purpose, such
             as the deduplicated one.
+        second_embedding: folder of `memfree train-embedding` that is the second measure, of
+            another seed than the index's; by default whitened EfficientNet, or pixels where the
+            index is of an embedding.
+        clip: folder of a CLIP (`memfree train-clip`, or any that open_clip loads from a folder) to
+            score samples that have captions.
         batch_size: images measured at a time.
         seed: of bootstrap, subsets and cross-validation.
 
@@ -68,15 +76,21 @@ def evaluate(
     """
     console = Console()
     check_replaceable(out, "evaluation")
+    scorer = None if clip is None else ClipScorer(clip)
     with step(console, "Opening data set, index and samples"):
         inputs = open_inputs(dataset, index, samples, reference, other_data)
-    subjects, second = measure_subjects(inputs, false_positive_rate, batch_size, console)
+    subjects, second = measure_subjects(
+        inputs, false_positive_rate, batch_size, console, second_embedding
+    )
     rates = (false_positive_rate, *other_rates)
     metrics = _memorization_metrics(inputs, subjects, second, rates, seed)
     with step(console, "Training the classifier of the fit images"):
         metrics += _class_metrics(inputs, subjects, second.fit_view, seed, console)
     with step(console, "Comparing distributions: Fréchet distance and KID"):
         metrics += distribution_metrics(inputs, subjects, second, seed)
+    if scorer is not None:
+        with step(console, "Scoring captions"):
+            metrics += _alignment_metrics(inputs, scorer, seed)
     metrics += _power_metrics(inputs, second, false_positive_rate, seed)
     metrics += _cost_metrics(inputs)
     metrics += _paired_metrics(inputs, subjects)
@@ -162,6 +176,25 @@ def _class_metrics(
             subject.agrees = judge.agrees(features, subject.labels[known])
             metrics.append(judge.metric(name, subject.agrees))
     return metrics
+
+
+def _alignment_metrics(inputs: Inputs, scorer: ClipScorer, seed: int) -> list[Metric]:
+    """CLIP scores of the samples that have captions, and of the test images."""
+    folders = {name: folder for name, folder in inputs.samples.items() if folder.captions}
+    if not folders:
+        raise ValueError("--clip needs samples with captions, and none have; leave it out")
+    paired = {
+        name: reference
+        for name, reference in inputs.paired.items()
+        if name in folders
+        and reference in folders
+        and folders[name].captions == folders[reference].captions
+    }
+    subjects = {name: (folder.images(), folder.captions or []) for name, folder in folders.items()}
+    test = inputs.dataset.part("test")
+    if test.captions is not None:
+        subjects[HELDOUT] = (test.images(), test.captions)
+    return alignment_metrics(scorer, subjects, paired, seed)
 
 
 def _cost_metrics(inputs: Inputs) -> list[Metric]:

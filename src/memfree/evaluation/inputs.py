@@ -129,6 +129,8 @@ def same_noise(first: SampleFolder, second: SampleFolder) -> bool:
         return False
     if len(first) != len(second) or not torch.equal(first.seeds, second.seeds):
         return False
+    if first.captions != second.captions:
+        return False
     if first.conditions is None or second.conditions is None:
         return first.conditions is second.conditions
     return torch.equal(first.conditions, second.conditions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
@@ -13,7 +14,7 @@ from memfree.evaluation.inputs import Inputs, labels_of
 from memfree.evaluation.metrics import HELDOUT
 from memfree.evaluation.neighbours import find_neighbours
 from memfree.evaluation.second_similarity import (
-    PixelSimilarity,
+    IndexSimilarity,
     SecondSimilarity,
     WhitenedSimilarity,
     second_copies,
@@ -21,6 +22,8 @@ from memfree.evaluation.second_similarity import (
 from memfree.evaluation.subject import Subject
 from memfree.guidance import calibration_of, default_similarity
 from memfree.retrieval import ReferenceIndex
+from memfree.retrieval.copy_detection import CopyDetectionFeatures
+from memfree.retrieval.features import identity
 
 
 @dataclass
@@ -34,14 +37,18 @@ class Second:
 
 
 def measure_subjects(
-    inputs: Inputs, rate: float, batch_size: int, console: Console
+    inputs: Inputs,
+    rate: float,
+    batch_size: int,
+    console: Console,
+    second_embedding: Path | None = None,
 ) -> tuple[dict[str, Subject], Second]:
     """Neighbours, views and both verdicts of every sample folder and of the test images."""
     measure = default_similarity(inputs.index)
     calibration = calibration_of(inputs.index, measure)
     calibration.threshold(rate)  # refuses a rate that is too small before anything is computed
     with step(console, "Embedding the data set"):
-        second = _second_similarity(inputs, batch_size)
+        second = _second_similarity(inputs, batch_size, second_embedding)
     second.similarity.calibration.threshold(rate)
     test = inputs.dataset.part("test")
     test_labels = None if test.labels is None else test.labels.numpy()
@@ -59,20 +66,33 @@ def measure_subjects(
     return subjects, second
 
 
-def _second_similarity(inputs: Inputs, batch_size: int) -> Second:
-    """Embed the data set; the second measure is of embeddings unless the first one is."""
+def _second_similarity(inputs: Inputs, batch_size: int, embedding: Path | None) -> Second:
+    """Embed the data set; the second measure is of embeddings unless the first one is.
+
+    Raises:
+        ValueError: the second embedding is the first measure's.
+    """
     data = inputs.dataset
     fit_images = data.part("fit").images()
     viewer = Viewer(fit_images, batch_size)
     fit_view = viewer(fit_images)
     train_view = viewer(data.part("train").batches(batch_size))
     second: SecondSimilarity
-    if inputs.index.metric == "l2":
+    if embedding is not None:
+        features = CopyDetectionFeatures.load(embedding)
+        if identity(features.describe()) == identity(inputs.index.features.describe()):
+            raise ValueError(
+                f"--second_embedding {embedding} is the embedding of --index: nothing would be "
+                "judged by another measure; train one with another --seed"
+            )
+        other = ReferenceIndex.build(data, features)
+        second = IndexSimilarity(other, data.part("calibration").images())
+    elif inputs.index.metric == "l2":
         calibration = viewer(data.part("calibration").batches(batch_size))
         extractor = viewer.describe_pooled()["extractor"]
         second = WhitenedSimilarity(fit_view, train_view, calibration, extractor)
     else:
-        second = PixelSimilarity(ReferenceIndex.build(data), data.part("calibration").images())
+        second = IndexSimilarity(ReferenceIndex.build(data), data.part("calibration").images())
     return Second(second, viewer, fit_view, train_view)
 
 

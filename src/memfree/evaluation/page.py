@@ -214,6 +214,10 @@ _CHANGES = {
     "noise_0.2": "noise of 0.2",
     "darker_20": "20 % less brightness",
     "shifted_1": "a shift by one pixel",
+    "mirrored": "a mirror image",
+    "cropped_12": "a crop by an eighth of each side",
+    "jpeg_50": "JPEG at quality 50",
+    "blurred": "a blur of one pixel",
 }
 
 

@@ -11,6 +11,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from memfree.evaluation.intervals import Interval, tail_quantiles
+from memfree.evaluation.manifold import drawn_rows
 from memfree.evaluation.metrics import HELDOUT, Metric, metric
 
 SUBSETS = 20
@@ -77,7 +78,7 @@ def frechet_metrics(
     """
     everyone = {**subjects, HELDOUT: floor}
     n = min(len(target), *(len(features) for features in everyone.values()))
-    target = _rows(target, n, seed)
+    target = drawn_rows(target, n, seed)
     distance = FrechetDistance(target)
     detail = {"equal_count": n, "dimensions": int(target.shape[1]), **detail}
     results = {name: _draw(distance, each, n, seed, draws) for name, each in everyone.items()}
@@ -110,11 +111,6 @@ def _draw(
         np.array([distance(features[rows]) for rows in subsets]),
         np.array([distance(features[rows]) for rows in resamplings]),
     )
-
-
-def _rows(features: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """n of the rows, the same for all features of one count."""
-    return features[np.sort(np.random.default_rng([seed, 0]).permutation(len(features))[:n])]
 
 
 def _centred(value: float, resampled: np.ndarray) -> Interval:
@@ -151,10 +147,10 @@ def kid_metrics(
     """
     everyone = {**subjects, HELDOUT: floor}
     n = min(len(target), *(len(features) for features in everyone.values()))
-    target = _rows(target, n, seed)
+    target = drawn_rows(target, n, seed)
     metrics = []
     for name, features in everyone.items():
-        mean, deviation = _kid(_rows(features, n, seed), target, max(2, n // 2), subsets, seed)
+        mean, deviation = _kid(drawn_rows(features, n, seed), target, max(2, n // 2), subsets, seed)
         interval = Interval(mean, mean - 1.96 * deviation, mean + 1.96 * deviation)
         notes = {"compared": "distinct training images"} if name == HELDOUT else {}
         metrics.append(

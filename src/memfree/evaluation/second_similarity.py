@@ -72,22 +72,31 @@ class WhitenedSimilarity:
         return torch.nn.functional.normalize(whitened, dim=1)
 
 
-class PixelSimilarity:
-    """nL2 on pixels: the second measure where the first is an embedding already.
+class IndexSimilarity:
+    """The default similarity of another index of the training images.
+
+    Of pixels (nL2) where the first measure is an embedding already, or of another embedding.
 
     Args:
-        index: pixel index of the training images.
+        index: of the training images.
         calibration_images: (n, C, H, W) in [-1, 1].
     """
 
     def __init__(self, index: ReferenceIndex, calibration_images: Tensor):
         self.index = index
         self.similarity = default_similarity(index)
-        self.calibration = measure(index, self.similarity, calibration_images)
-        self.describe = {"extractor": "pixels"}
+        measured = measure(index, self.similarity, calibration_images)
+        described = index.features.describe()
+        name, digest = described["name"], described.get("weights_sha256")
+        if digest is None:
+            self.calibration = measured
+            self.describe = {"extractor": name}
+        else:
+            self.calibration = Calibration(f"{name}-{measured.similarity}", measured.sigmas)
+            self.describe = {"extractor": {"name": name, "weights_sha256": digest}}
 
     def sigma(self, images: Tensor, view: View) -> np.ndarray:
-        """−nL2 to the nearest training images, (n,)."""
+        """σ to the nearest training images, (n,)."""
         with torch.no_grad():
             parts = [self.similarity(self.index, part).sigma.cpu() for part in images.split(256)]
         return torch.cat(parts).double().numpy()

@@ -9,14 +9,17 @@ from memfree.guidance.calibration import (
     measure,
 )
 from memfree.guidance.detection import Cadence, Observer
+from memfree.guidance.mitigation import Mitigation, Start
 from memfree.guidance.multiplicity import MultiplicityGuidance
 from memfree.guidance.prediction import Guidance, Prediction, apply
-from memfree.guidance.settings import WITH_AMG, GuidanceSettings
+from memfree.guidance.settings import TEXT_ONLY, WITH_AMG, WITH_INDEX, GuidanceSettings
 from memfree.guidance.similarity import EmbeddingSimilarity, Match, NormalizedL2, Similarity
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 
 __all__ = [
+    "TEXT_ONLY",
     "WITH_AMG",
+    "WITH_INDEX",
     "AntiMemorizationGuidance",
     "Cadence",
     "Calibration",
@@ -25,11 +28,13 @@ __all__ = [
     "Guidance",
     "GuidanceSettings",
     "Match",
+    "Mitigation",
     "MultiplicityGuidance",
     "NormalizedL2",
     "Observer",
     "Prediction",
     "Similarity",
+    "Start",
     "ThresholdSchedule",
     "apply",
     "calibrate",

@@ -132,13 +132,18 @@ def calibration_of(index: ReferenceIndex, similarity: Similarity) -> Calibration
     """The calibration kept with the index.
 
     Raises:
-        ValueError: the index was not calibrated for this similarity.
+        ValueError: the index was not calibrated for this similarity, or not since it was changed.
     """
     value = index.calibrations.get(similarity.name)
     if value is None:
         raise ValueError(
             f"the index has no calibration for {similarity.name}: run `memfree index` on a data "
             "set with held-out images, or call memfree.guidance.calibrate"
+        )
+    if "stale" in value:
+        raise ValueError(
+            f"the calibration for {similarity.name} is out of date, {value['stale']} since: call "
+            "memfree.guidance.calibrate with held-out images"
         )
     return Calibration.from_json(value)
 

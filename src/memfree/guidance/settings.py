@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
 from memfree.calibration_size import DEFAULT_RATE
+from memfree.guidance import baselines
 from memfree.guidance.amg import AntiMemorizationGuidance
 from memfree.guidance.calibration import calibration_of, default_similarity
-from memfree.guidance.detection import Observer
+from memfree.guidance.detection import Cadence, Observer
+from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.multiplicity import MultiplicityGuidance
 from memfree.guidance.prediction import Guidance
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
@@ -18,18 +21,40 @@ from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
 
-Mitigation = Literal["none", "amg", "multiplicity", "both", "reject"]
+MitigationName = Literal[
+    "none",
+    "amg",
+    "multiplicity",
+    "both",
+    "reject",
+    "lower_guidance",
+    "rt",
+    "rna",
+    "cwr",
+    "gni",
+    "wen",
+    "ren",
+    "jain",
+    "prss",
+    "sail",
+]
 WITH_AMG = ("amg", "both")
 """Mitigations that AMG is part of."""
+WITH_INDEX = ("amg", "multiplicity", "both", "reject")
+"""Mitigations that need a reference index."""
+TEXT_ONLY = ("lower_guidance", "rt", "rna", "cwr", "gni", "wen", "ren", "jain", "prss", "sail")
+"""The field's baselines (docs/baselines.md), which run on text-to-image models alone."""
 
 
 @dataclass
 class GuidanceSettings:
     """Which guidance steers the sampler, and how hard (docs/method.md explains the defaults)."""
 
-    mitigation: Mitigation = "none"
+    mitigation: MitigationName = "none"
     """none; amg (Chen et al., 2024); multiplicity (ours); both: multiplicity, then AMG; reject:
-    draw again while the finished sample is above the calibrated threshold."""
+    draw again while the finished sample is above the calibrated threshold. For text-to-image
+    models also the field's baselines: lower_guidance, rt, rna, cwr, gni, wen, ren, jain, prss,
+    sail (docs/baselines.md)."""
     false_positive_rate: float = DEFAULT_RATE
     """λ_t ends (t = 0) at the threshold that this share of held-out real images exceeds."""
     schedule: Literal["rising", "constant"] = "rising"
@@ -56,19 +81,116 @@ class GuidanceSettings:
     """Take ∇σ through x̂_0 alone, or through the denoiser as well (slower)."""
     strength: float = 1.5
     """κ of multiplicity guidance."""
+    caption_bandwidth: NonNegativeFloat = 0.0
+    """How far captions other than the prompt count in multiplicity guidance of text-to-image:
+    exp(−(1 − cosine)/caption_bandwidth) of their embeddings; 0: equal captions alone."""
+    cadence: PositiveInt = 1
+    """Search the nearest images every so many steps only, until λ_t has risen (time 0.3): cheaper,
+    but guidance may begin late by as many steps."""
     budget: PositiveInt = 10
     """Draws of a sample under reject; the last one is kept whatever it is."""
+    lower_guidance: baselines.LowerGuidanceOptions = field(
+        default_factory=baselines.LowerGuidanceOptions
+    )
+    """Lower classifier-free guidance."""
+    rt: baselines.Insertion = field(default_factory=baselines.Insertion)
+    """Random tokens in the prompt (Somepalli et al., 2023)."""
+    rna: baselines.Insertion = field(default_factory=baselines.Insertion)
+    """Random numbers in the prompt (Somepalli et al., 2023)."""
+    cwr: baselines.Insertion = field(default_factory=baselines.Insertion)
+    """Repeated words of the prompt (Somepalli et al., 2023)."""
+    gni: baselines.EmbeddingNoiseOptions = field(default_factory=baselines.EmbeddingNoiseOptions)
+    """Gaussian noise on the prompt's embedding (Somepalli et al., 2023)."""
+    wen: baselines.PromptEmbeddingOptions = field(default_factory=baselines.PromptEmbeddingOptions)
+    """Optimisation of the prompt's embedding (Wen et al., 2024)."""
+    ren: baselines.AttentionRescalingOptions = field(
+        default_factory=baselines.AttentionRescalingOptions
+    )
+    """Rescaled cross-attention (Ren et al., 2024)."""
+    jain: baselines.OppositeGuidanceOptions = field(
+        default_factory=baselines.OppositeGuidanceOptions
+    )
+    """Opposite guidance before a transition point (Jain et al., 2025)."""
+    prss: baselines.PromptReanchoringOptions = field(
+        default_factory=baselines.PromptReanchoringOptions
+    )
+    """Prompt re-anchoring and semantic search (Chen et al., 2025)."""
+    sail: baselines.SharpnessAwareOptions = field(default_factory=baselines.SharpnessAwareOptions)
+    """Optimised initial noise (Jeon et al., 2025)."""
 
-    def build(self, index: ReferenceIndex) -> list[Guidance]:
-        """The guidances, in order, for a calibrated index; an observer alone for ``none``."""
+    def build(self, index: ReferenceIndex, latents: ReferenceIndex | None = None) -> list[Guidance]:
+        """The guidances, in order; an observer alone for ``none``.
+
+        Args:
+            index: calibrated; what AMG compares with.
+            latents: references of multiplicity guidance where the denoiser does not work on the
+                pixels of ``index``.
+        """
         guidances: list[Guidance] = []
         if self.mitigation in ("multiplicity", "both"):
-            guidances.append(MultiplicityGuidance(index, self.strength))
+            guidances.append(
+                MultiplicityGuidance(latents or index, self.strength, self.caption_bandwidth)
+            )
         if self.mitigation in WITH_AMG:
             guidances.append(self.anti_memorization(index))
         else:
             guidances.append(self.observer(index))
         return guidances
+
+    def for_text(
+        self,
+        index: ReferenceIndex | None = None,
+        text: baselines.TextTools | None = None,
+        latents: ReferenceIndex | None = None,
+    ) -> Mitigation:
+        """The mitigation with all its stages, for a text-to-image model.
+
+        Args:
+            index: calibrated references, on the device of the samples; with one, whatever does not
+                detect copies itself is followed by an observer, so that every trace has σ_t.
+            text: the model's tokenizer, and prompts for PRSS to search.
+            latents: references of multiplicity guidance, in the denoiser's own space.
+
+        Raises:
+            ValueError: the mitigation needs an index or the text side, and it is missing.
+        """
+        if self.mitigation in WITH_INDEX and index is None:
+            raise ValueError(f"--guidance.mitigation {self.mitigation} needs --index")
+        guided: list[Mitigation] = []
+        if index is not None:
+            guided = [baselines.Guided(self.build(index, latents))]
+        if self.mitigation == "reject":
+            assert index is not None
+            end = self.end_threshold(index)
+            guided.append(baselines.RejectAndResample(index, default_similarity(index), end))
+        parts = [*self._baseline(text), *guided]
+        return parts[0] if len(parts) == 1 else baselines.Sequential(parts)
+
+    def _baseline(self, text: baselines.TextTools | None) -> list[Mitigation]:
+        """The named baseline of the field; empty for mitigations that are none."""
+        name = self.mitigation
+        needs_text = name in ("rt", "ren") or (name == "prss" and self.prss.alternative == "search")
+        if needs_text and text is None:
+            raise ValueError(f"--guidance.mitigation {name} needs the model's tokenizer")
+        if name == "rt":
+            assert text is not None
+            return [baselines.RandomTokens(text.words, self.rt)]
+        if name == "ren":
+            assert text is not None
+            return [baselines.AttentionRescaling(text.count_tokens, self.ren)]
+        if name == "prss":
+            prompts = [] if text is None else text.prompts
+            return [baselines.PromptReanchoring(prompts, self.prss)]
+        plain: dict[str, Callable[[], Mitigation]] = {
+            "lower_guidance": lambda: baselines.LowerGuidance(self.lower_guidance),
+            "rna": lambda: baselines.RandomNumbers(self.rna),
+            "cwr": lambda: baselines.RepeatedWords(self.cwr),
+            "gni": lambda: baselines.EmbeddingNoise(self.gni),
+            "wen": lambda: baselines.PromptEmbeddingOptimization(self.wen),
+            "jain": lambda: baselines.OppositeGuidance(self.jain),
+            "sail": lambda: baselines.SharpnessAwareInitialization(self.sail),
+        }
+        return [plain[name]()] if name in plain else []
 
     def end_threshold(self, index: ReferenceIndex) -> float:
         """λ at t = 0: the index's calibrated threshold."""
@@ -78,7 +200,9 @@ class GuidanceSettings:
     def observer(self, index: ReferenceIndex) -> Observer:
         """What records σ_t against λ_t and changes nothing."""
         end = self.end_threshold(index)
-        return Observer(index, default_similarity(index), self._threshold(end))
+        return Observer(
+            index, default_similarity(index), self._threshold(end), Cadence(int(self.cadence))
+        )
 
     def anti_memorization(self, index: ReferenceIndex) -> AntiMemorizationGuidance:
         """AMG with these settings on the index's calibrated threshold."""
@@ -95,6 +219,7 @@ class GuidanceSettings:
             final_correction=end - self.gate_margin / 4 if self.final_correction else None,
             gradient=self.gradient,
             gated=self.gated,
+            cadence=Cadence(int(self.cadence)),
         )
 
     def _threshold(self, end: float) -> ThresholdSchedule | ConstantThreshold:

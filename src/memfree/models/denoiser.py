@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from memfree.conditions import Conditions
 from memfree.manifest import read_manifest
 from memfree.models.export import DIFFUSERS_NAME
 from memfree.models.latents import decode_latents, latent_shape
@@ -76,6 +78,17 @@ class LoadedModel:
         if self.pipe is None:
             return self.image_shape
         return latent_shape(self.pipe.vae, self.image_shape)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditions:
+        """What the denoiser of a text-to-image model is told of prompts, one each."""
+        return encode(self.pipe, prompts)
+
+    def to(self, device: torch.device) -> None:
+        """Move all networks to a device."""
+        self.denoiser.to(device)
+        if self.pipe is not None:
+            self.pipe.to(device)
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Images (B, C, H, W) of clean samples; differentiable."""

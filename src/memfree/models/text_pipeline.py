@@ -73,12 +73,19 @@ def check_pipeline(pipe: Any, name: str) -> None:
 
 
 def encode(pipe: Any, prompts: Sequence[str]) -> TextConditions:
-    """What the pipeline's text encoders make of prompts; gradients flow where they are enabled."""
+    """What the pipeline's text encoders make of prompts; gradients flow where they are enabled.
+
+    An empty prompt is the pipeline's own unconditional one: zeros, where SDXL is configured so.
+    """
     device = pipe.text_encoder.device
     if isinstance(pipe, XL):
         embeddings, _, pooled, _ = pipe.encode_prompt(
             list(prompts), device=device, do_classifier_free_guidance=False
         )
+        if pipe.config.force_zeros_for_empty_prompt:
+            asked = [[float(prompt != "")] for prompt in prompts]
+            asked_for = torch.tensor(asked, device=device, dtype=embeddings.dtype)
+            return TextConditions(embeddings * asked_for[:, None], pooled * asked_for)
         return TextConditions(embeddings, pooled)
     embeddings, _ = pipe.encode_prompt(
         list(prompts), device, num_images_per_prompt=1, do_classifier_free_guidance=False

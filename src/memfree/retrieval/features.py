@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -17,9 +18,11 @@ class Features(nn.Module, ABC):
 
     Attributes:
         metric: how two vectors are compared: ``l2`` (distance) or ``cosine`` (similarity).
+        reveals_images: whether images can be had back from their vectors.
     """
 
     metric: Metric
+    reveals_images: bool = False
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -29,6 +32,11 @@ class Features(nn.Module, ABC):
         """Tensors that an index must store beside ``describe()`` to make the extractor again."""
         return {}
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the weights are; None without weights."""
+        return next((value.device for value in chain(self.parameters(), self.buffers())), None)
+
     @torch.no_grad()
     def embed(self, images: Tensor, batch_size: int = 256) -> Tensor:
         """Features (N, D) of many images (N, C, H, W), made in batches without gradients."""
@@ -37,7 +45,7 @@ class Features(nn.Module, ABC):
         return torch.cat(list(self._batches(images, batch_size)))
 
     def _batches(self, images: Tensor, batch_size: int) -> Iterator[Tensor]:
-        device = next((value.device for value in self.buffers()), None)
+        device = self.device
         for batch in images.split(batch_size):
             yield self(batch if device is None else batch.to(device))
 
@@ -46,6 +54,7 @@ class PixelFeatures(Features):
     """The pixels themselves, C·H·W float32 values in [-1, 1], compared by L2 distance."""
 
     metric: Metric = "l2"
+    reveals_images = True
 
     def forward(self, images: Tensor) -> Tensor:
         """Flatten images (B, C, H, W) to (B, C·H·W)."""
@@ -59,3 +68,11 @@ class PixelFeatures(Features):
             "weights": None,
             "metric": self.metric,
         }
+
+
+def identity(description: dict[str, Any]) -> dict[str, Any]:
+    """What of a description says whether vectors can be compared: all but where its files are."""
+    kept = {name: value for name, value in description.items() if name != "path"}
+    if isinstance(kept.get("base"), dict):
+        kept["base"] = identity(kept["base"])
+    return kept

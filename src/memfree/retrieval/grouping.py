@@ -53,7 +53,7 @@ def joined_by_copies(row: np.ndarray, names: Sequence[object]) -> np.ndarray:
     return numbered(joined(rows + groups, edges)[:rows].tolist())
 
 
-def near_copies(images: Tensor) -> np.ndarray:
+def near_copies(images: Tensor, first: int | None = None) -> np.ndarray:
     """Pairs (P, 2) of images so alike in pixels that they are one picture stored twice.
 
     Two images are near copies if they differ by at most ``NEAR_RMS`` and by at most
@@ -66,6 +66,7 @@ def near_copies(images: Tensor) -> np.ndarray:
 
     Args:
         images: (N, C, H, W) distinct images in [-1, 1].
+        first: look only for pairs with one of so many leading images; None: for all pairs.
     """
     vectors = images.detach().to("cpu", torch.float32).flatten(1)
     count, dimension = vectors.shape
@@ -79,14 +80,14 @@ def near_copies(images: Tensor) -> np.ndarray:
     squares = short.square().sum(1)
     # Slack for the rounding of expanded squares in float32.
     limit = radius.square() * 1.001 + 1e-5 * squares.max() - squares
-    for rows in torch.arange(count).split(256):
+    for rows in torch.arange(count if first is None else first).split(256):
         later = slice(int(rows[0]), None)
         apart = torch.addmm(squares[later], short[rows], short[later].T, alpha=-2)
-        first, second = torch.nonzero(apart <= limit[rows, None], as_tuple=True)
-        first, second = first + rows[0], second + rows[0]
-        first, second = first[first < second], second[first < second]
-        for part in torch.arange(len(first)).split(max(1, (1 << 24) // dimension)):
-            a, b = first[part], second[part]
+        one, other = torch.nonzero(apart <= limit[rows, None], as_tuple=True)
+        one, other = one + rows[0], other + rows[0]
+        one, other = one[one < other], other[one < other]
+        for part in torch.arange(len(one)).split(max(1, (1 << 24) // dimension)):
+            a, b = one[part], other[part]
             distance = torch.linalg.vector_norm(vectors[a] - vectors[b], dim=1)
             keep = distance <= torch.minimum(radius[a], radius[b])
             found.append(torch.stack([a[keep], b[keep]], dim=1).numpy())

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from memfree.retrieval.building import assemble
-from memfree.retrieval.features import Features, Metric, PixelFeatures
+from memfree.retrieval.building import Embedded, assemble, embedded
+from memfree.retrieval.captions import CaptionPolicy, duplicated_captions
+from memfree.retrieval.changing import added, removed
+from memfree.retrieval.features import Features, PixelFeatures
+from memfree.retrieval.hashing import hashed
 from memfree.retrieval.items import Items
 from memfree.retrieval.origin import Origin
+from memfree.retrieval.rows import Rows
 from memfree.retrieval.search import Groups, Hits, References
 
 if TYPE_CHECKING:
@@ -23,7 +27,7 @@ _SMALL = 1 << 29
 """Elements of the vectors (2 GB) up to which torch searches on the CPU; FAISS searches above."""
 
 
-class ReferenceIndex:
+class ReferenceIndex(Rows):
     """Feature vectors of distinct training images, searched by group.
 
     Made by ``build`` or ``load``. Rows are distinct images; copies of an image are one row with
@@ -107,53 +111,18 @@ class ReferenceIndex:
                     "give images only"
                 )
             origin = Origin.of_dataset(_opened(images))
-        vectors, items, image_shape = assemble(origin, features, batch_size, advance)
+        images_of_origin, image_shape = embedded(origin, features, batch_size, advance)
+        vectors, items = assemble(origin, images_of_origin, batch_size)
         return cls(vectors, features.cpu(), items, image_shape, origin.dataset_hash)
 
-    @property
-    def metric(self) -> Metric:
-        """``l2`` or ``cosine``, from the extractor."""
-        return self.features.metric
-
-    @property
-    def keys(self) -> list[str]:
-        """Image key of every row."""
-        return self.items.keys
-
-    @property
-    def group(self) -> Tensor:
-        """(rows,) int64 group number of every row."""
-        return self.items.group
-
-    @property
-    def multiplicity(self) -> Tensor:
-        """(rows,) int64: training records of exactly that image."""
-        return self.items.multiplicity
-
-    @property
-    def group_multiplicity(self) -> Tensor:
-        """(rows,) int64: training records of the row's whole group."""
-        return self.items.group_multiplicity
-
-    @property
-    def labels(self) -> Tensor | None:
-        """(rows,) int64: the most frequent label of every row, None without labels."""
-        return self.items.labels
-
-    @property
-    def label_counts(self) -> Tensor | None:
-        """(rows, num_classes) int64: training records of a row under each label, or None."""
-        return self.items.label_counts
-
-    @property
-    def captions(self) -> list[str] | None:
-        """The most frequent caption of every row, None without captions."""
-        return self.items.captions
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of classes, None without labels."""
-        return None if self.items.label_counts is None else self.items.label_counts.shape[1]
+    @classmethod
+    def of_embedded(
+        cls, dataset: DatasetFolder, features: Features, images: Embedded
+    ) -> ReferenceIndex:
+        """Index a dataset's train part that was embedded before (``retrieval.embedding``)."""
+        origin = Origin.of_dataset(dataset)
+        vectors, items = assemble(origin, images, batch_size=256)
+        return cls(vectors, features.cpu(), items, dataset.image_shape, dataset.hash)
 
     @property
     def device(self) -> torch.device:
@@ -203,6 +172,73 @@ class ReferenceIndex:
                 "use one of pixels"
             )
         return self.vectors[rows.to(self.device)].reshape(len(rows), *self.image_shape)
+
+    def duplicated_caption(
+        self, rows: Tensor, policy: CaptionPolicy = "nearest", m: int = 20
+    ) -> list[str]:
+        """Caption of what each query (rows: (B, k)) may copy; see ``captions``."""
+        return duplicated_captions(self.items, rows, policy, m)
+
+    def add(
+        self,
+        images: Tensor,
+        captions: Sequence[str] | None = None,
+        labels: Tensor | None = None,
+        groups: Sequence[object] | Tensor | None = None,
+        counts: Tensor | None = None,
+        keys: Sequence[str] | None = None,
+        batch_size: int = 256,
+    ) -> ReferenceIndex:
+        """A new index with more images; this one, and guidances that hold it, stay as they are.
+
+        An image that is indexed already adds to its row's multiplicity and conditions; others
+        become rows at the end. Thresholds may have moved, so the new index must be calibrated
+        again, and it is no longer of the dataset folder that this one is of.
+
+        Args:
+            images: (N, C, H, W) in [-1, 1], of the index's shape.
+            captions, labels, counts: as in ``build``; labels just if the index has labels.
+            groups: group of every image: equal values belong together, and with the indexed image
+                whose key they are. None: near copies are found by their pixels, among the new
+                images, and in an index of pixels among the old ones too.
+            keys: name of every image; None: free numbers.
+            batch_size: images to embed at a time.
+
+        Raises:
+            ValueError: as in ``build``, a key stands for another image, or the index does not know
+                its own images (its keys are hashed, or an older version wrote it).
+        """
+        return added(self, images, captions, labels, groups, counts, keys, batch_size)
+
+    def remove(self, keys: Iterable[str]) -> ReferenceIndex:
+        """A new index without the images of these keys, as for opt-outs; this one stays as it is.
+
+        A row goes with all its copies. Other rows of its group stay, and stay together. Thresholds
+        may have moved, so the new index must be calibrated again.
+
+        Raises:
+            ValueError: a key is unknown, or no image would be left.
+        """
+        return removed(self, keys)
+
+    def hashed(
+        self, salt: str, keep_captions: bool = False, keep_shards: bool = False
+    ) -> ReferenceIndex:
+        """A new index that names no image, for parties who may not hold them.
+
+        It has the embeddings, groups, counts, labels and calibrations; each key is replaced by
+        ``hashing.hashed_key`` of it. Images cannot be added to it.
+
+        Args:
+            salt: 16 characters or more that the owner of the images keeps; with it and the list of
+                keys a hit is traced back.
+            keep_captions: keep the captions, which may name people.
+            keep_shards: keep the names of the shards.
+
+        Raises:
+            ValueError: the salt is short, or images can be had from the vectors (pixels, latents).
+        """
+        return hashed(self, salt, keep_captions, keep_shards)
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> Hits:
@@ -269,11 +305,13 @@ class ReferenceIndex:
         storage.save_calibrations(Path(folder), self.calibrations)
 
     @classmethod
-    def load(cls, folder: Path | str) -> ReferenceIndex:
+    def load(
+        cls, folder: Path | str, weights: Path | str | None = None, trust_file: bool = False
+    ) -> ReferenceIndex:
         """Open an index folder, vectors memory-mapped; see ``loading.load``."""
         from memfree.retrieval.loading import load
 
-        return load(Path(folder))
+        return load(Path(folder), None if weights is None else Path(weights), trust_file)
 
 
 def _opened(dataset: DatasetFolder | Path | str) -> DatasetFolder:

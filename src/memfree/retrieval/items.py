@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -31,6 +34,8 @@ class Items:
             empty for unconditional data.
         num_classes: number of classes, None without labels.
         shards: shard that holds the first record of every row, None where it is not known.
+        contents: SHA-256 of every row's pixels (``grouping.content_hashes``), by which the same
+            image is recognised when it is added; None where it is not known.
     """
 
     def __init__(
@@ -41,13 +46,16 @@ class Items:
         conditions: pa.Table,
         num_classes: int | None,
         shards: list[str | None] | None = None,
+        contents: list[str | None] | None = None,
     ):
         self.keys = keys
         self.group = group
         self.multiplicity = multiplicity
         self.conditions = conditions
         self.num_classes = num_classes
-        self.shards = shards if shards is not None else [None] * len(keys)
+        unknown: list[str | None] = [None] * len(keys)
+        self.shards = shards if shards is not None else unknown
+        self.contents = contents if contents is not None else unknown
         totals = torch.zeros(int(group.max()) + 1, dtype=torch.int64)
         self.group_multiplicity = totals.index_add_(0, group, multiplicity)[group]
         self.label_counts = self._label_counts()
@@ -74,6 +82,18 @@ class Items:
                 best[row] = (count, caption)
         return [best.get(row, (0, ""))[1] for row in range(len(self.keys))]
 
+    @cached_property
+    def caption_counts(self) -> dict[int, dict[str, int]]:
+        """By group, how many of its training records carry which caption; rows in order."""
+        counts: dict[int, dict[str, int]] = {}
+        group = self.group.tolist()
+        columns = [self.conditions[name].to_pylist() for name in ("row", "caption", "count")]
+        for row, caption, count in zip(*columns, strict=True):
+            if caption is not None:
+                of_group = counts.setdefault(group[row], {})
+                of_group[caption] = of_group.get(caption, 0) + count
+        return counts
+
     def to(self, device: torch.device) -> None:
         """Move the tensors to a device."""
         for name in ("group", "multiplicity", "group_multiplicity", "labels", "label_counts"):
@@ -82,13 +102,16 @@ class Items:
                 setattr(self, name, value.to(device))
 
     @classmethod
-    def merged(cls, origin: Origin, row: np.ndarray, group: np.ndarray) -> Items:
+    def merged(
+        cls, origin: Origin, row: np.ndarray, group: np.ndarray, hashes: Sequence[str]
+    ) -> Items:
         """Add up what is known of images that share a row.
 
         Args:
             origin: the N images.
             row: (N,) row of every image, numbered by first appearance.
             group: (rows,) group of every row.
+            hashes: content hash of every image.
         """
         _, first = np.unique(row, return_index=True)
         keys = [origin.keys[i] for i in first]
@@ -111,7 +134,10 @@ class Items:
         )
         shards = [origin.shards[i] for i in first]
         group_numbers = torch.from_numpy(group)
-        return cls(keys, group_numbers, multiplicity, conditions, origin.num_classes, shards)
+        contents: list[str | None] = [hashes[i] for i in first]
+        return cls(
+            keys, group_numbers, multiplicity, conditions, origin.num_classes, shards, contents
+        )
 
 
 def _tensor(column: pa.ChunkedArray) -> Tensor:

@@ -23,11 +23,17 @@ from memfree.retrieval.items import CONDITIONS, Items
 from memfree.retrieval.storage import HASHED_FILES, ITEMS
 
 
-def load(folder: Path) -> ReferenceIndex:
+def load(folder: Path, weights: Path | None = None, trust_file: bool = False) -> ReferenceIndex:
     """Open an index folder. Nothing in it is executed, and sizes are checked before allocation.
 
+    Args:
+        folder: what ``save`` wrote.
+        weights: where the extractor's file or folder is now, if not where it was at building; it
+            must have the same weights.
+        trust_file: run the TorchScript file of an SSCD extractor whatever its hash is.
+
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder, or the extractor's weights are not in place.
         ValueError: it is unfinished, damaged, of another kind, or its files contradict each other.
     """
     manifest = read_manifest(folder, "index")
@@ -48,7 +54,8 @@ def load(folder: Path) -> ReferenceIndex:
             tensors = safetensors.torch.load_file(folder / "features.safetensors")
         except (safetensors.SafetensorError, ValueError) as error:
             raise ValueError(f"{folder}/features.safetensors cannot be read: {error}") from error
-    features = features_from(_field(manifest, folder, "features", dict), tensors)
+    description = _field(manifest, folder, "features", dict)
+    features = features_from(description, tensors, weights, trust_file)
     shape = _field(manifest, folder, "image_shape", list)
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"{folder}/manifest.json has an impossible image_shape {shape!r}")
@@ -96,12 +103,13 @@ def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
 
 
 def _read_items(folder: Path, rows: int, groups: int, num_classes: Any) -> Items:
-    table = _read_table(folder / "items.parquet", ITEMS, rows)
+    # Indexes of memfree's first version do not know their rows' contents.
+    table = _read_table(folder / "items.parquet", [ITEMS, ITEMS.remove(5)], rows)
     if table.num_rows != rows:
         raise ValueError(
             f"{folder}/items.parquet has {table.num_rows} rows, but manifest.json says {rows}"
         )
-    conditions = _read_table(folder / "conditions.parquet", CONDITIONS, None)
+    conditions = _read_table(folder / "conditions.parquet", [CONDITIONS], None)
     group = torch.from_numpy(table["group"].to_numpy().astype(np.int64))
     multiplicity = torch.from_numpy(table["multiplicity"].to_numpy().astype(np.int64))
     labels, at = conditions["label"].drop_null().to_numpy(), conditions["row"].to_numpy()
@@ -120,14 +128,15 @@ def _read_items(folder: Path, rows: int, groups: int, num_classes: Any) -> Items
             "build the index again"
         )
     keys, shards = table["image_key"].to_pylist(), table["shard"].to_pylist()
-    return Items(keys, group, multiplicity, conditions, num_classes, shards)
+    contents = table["content"].to_pylist() if "content" in table.column_names else None
+    return Items(keys, group, multiplicity, conditions, num_classes, shards, contents)
 
 
-def _read_table(path: Path, schema: pa.Schema, rows: int | None) -> pa.Table:
-    """Read a parquet file of exactly this schema, refusing an absurd size beforehand."""
+def _read_table(path: Path, schemas: list[pa.Schema], rows: int | None) -> pa.Table:
+    """Read a parquet file of exactly one of these schemas, refusing an absurd size beforehand."""
     try:
         file = pq.ParquetFile(path)
-        if not file.schema_arrow.equals(schema):
+        if not any(file.schema_arrow.equals(schema) for schema in schemas):
             raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}")
         metadata = file.metadata
         size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))

@@ -14,7 +14,7 @@ import safetensors.torch
 
 from memfree.manifest import check_free_space, read_manifest, sha256, write_json, write_manifest
 from memfree.resolved import save_config
-from memfree.retrieval.features import PixelFeatures
+from memfree.retrieval.features import Features, PixelFeatures, identity
 from memfree.whole_folder import put_in_place, unfinished
 
 if TYPE_CHECKING:
@@ -27,13 +27,20 @@ ITEMS = pa.schema(
         ("group", pa.int64()),
         ("multiplicity", pa.int64()),
         ("shard", pa.string()),
+        ("content", pa.string()),
     ]
 )
 HASHED_FILES = ("items.parquet", "conditions.parquet", "features.safetensors")
-_NOTICE = (
-    "vectors.npy holds the training images themselves; treat it like the training set",
-    "vectors.npy holds features computed from training images; treat it like the training set",
-)
+
+
+def _notice(features: Features) -> str:
+    if isinstance(features, PixelFeatures):
+        held = "the training images themselves"
+    elif features.reveals_images:
+        held = "what the training images can be decoded from"
+    else:
+        held = "features computed from training images"
+    return f"vectors.npy holds {held}; treat it like the training set"
 
 
 def content_hash(index: ReferenceIndex) -> str | None:
@@ -86,6 +93,7 @@ def _write(index: ReferenceIndex, folder: Path) -> None:
             "group": items.group.cpu().numpy(),
             "multiplicity": items.multiplicity.cpu().numpy(),
             "shard": items.shards,
+            "content": items.contents,
         },
         schema=ITEMS,
     )
@@ -99,7 +107,7 @@ def _write(index: ReferenceIndex, folder: Path) -> None:
     write_manifest(
         folder,
         "index",
-        contains_training_data=_NOTICE[0 if isinstance(index.features, PixelFeatures) else 1],
+        contains_training_data=_notice(index.features),
         rows=len(index),
         groups=int(index.group.max()) + 1,
         records=int(index.multiplicity.sum()),
@@ -143,7 +151,7 @@ def check_replaceable(
     same = old.get("dataset_hash") == dataset_hash and (
         dataset_hash is not None or old.get("content_hash") == content
     )
-    if not same or old.get("features") != features:
+    if not same or identity(old.get("features") or {}) != identity(features):
         other = "of other features" if same else "of another dataset"
         raise ValueError(
             f"{folder} holds the index {other}; choose another --out or give --overwrite true"

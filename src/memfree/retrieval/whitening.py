@@ -33,6 +33,8 @@ class Whitened(Features):
     def __init__(self, features: Features, mean: Tensor, projection: Tensor):
         super().__init__()
         self.features = features
+        # A projection of pixels is still a picture of them.
+        self.reveals_images = features.reveals_images
         self.register_buffer("mean", mean.to(torch.float32))
         self.register_buffer("projection", projection.to(torch.float32))
 
@@ -55,7 +57,8 @@ class Whitened(Features):
         """
         if len(images) < 3:
             raise ValueError(f"whitening needs at least 3 images, not {len(images)}")
-        raw = torch.cat([_raw(features, part) for part in images.split(batch_size)])
+        device = features.device or images.device
+        raw = torch.cat([_raw(features, part.to(device)) for part in images.split(batch_size)])
         raw = raw.to("cpu", torch.float64)
         mean = raw.mean(0)
         _, spread, directions = torch.linalg.svd(raw - mean, full_matrices=False)

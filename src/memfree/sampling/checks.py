@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from memfree.guidance import GuidanceSettings
+from jsonargparse.typing import PositiveInt
+
+from memfree.data import DatasetFolder
+from memfree.data.prompts import prompt_set, read_prompts
+from memfree.guidance import TEXT_ONLY, GuidanceSettings
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.schedulers import SchedulerName, build_scheduler
+
+
+@dataclass
+class PromptOptions:
+    """What a text-to-image model is asked for; sample i takes prompt i, and they repeat in turn."""
+
+    file: Path | None = None
+    """Text file with one prompt a line."""
+    dataset: Path | None = None
+    """Captioned dataset folder to take prompts from."""
+    captions: Literal["duplicated", "other", "unseen"] = "duplicated"
+    """Which captions of it: of repeated training images, of the other training images, or of the
+    test part."""
+    least_records: PositiveInt = 2
+    """Training records from which on an image counts as repeated."""
+
+
+def refuse_text_only(guidance: GuidanceSettings, model: LoadedModel) -> None:
+    """Refuse a mitigation of prompts and text embeddings where the model takes no text."""
+    if model.pipe is None and guidance.mitigation in TEXT_ONLY:
+        raise ValueError(
+            f"--guidance.mitigation {guidance.mitigation} needs a text-to-image model; this one "
+            "makes images from labels or from nothing"
+        )
 
 
 def labels_in_turn(
@@ -35,6 +65,47 @@ def labels_in_turn(
             f"--classes {max(classes)} is not a class of this model: 0 to {model.num_classes - 1}"
         )
     return classes
+
+
+def prompts_in_turn(prompts: PromptOptions, model: LoadedModel) -> list[str] | None:
+    """The prompts to take in turn; None for a pixel model."""
+    given = prompts.file is not None or prompts.dataset is not None
+    if model.pipe is None:
+        if given:
+            raise ValueError("--prompts needs a text-to-image model; this one takes no text")
+        return None
+    if prompts.file is not None and prompts.dataset is not None:
+        raise ValueError("give --prompts.file or --prompts.dataset, not both")
+    if prompts.file is not None:
+        return read_prompts(prompts.file)
+    if prompts.dataset is not None:
+        return prompt_set(
+            DatasetFolder(prompts.dataset), prompts.captions, int(prompts.least_records)
+        )
+    raise ValueError("a text-to-image model needs --prompts.file, or --prompts.dataset")
+
+
+def latents_for(path: Path | None, model: LoadedModel, guidance: GuidanceSettings) -> Any:
+    """Load the references of multiplicity guidance; refuse what is not of the model's latents."""
+    if model.pipe is None:
+        if path is not None:
+            raise ValueError("--latents is for text-to-image models; a pixel model has --index")
+        return None
+    if guidance.mitigation not in ("multiplicity", "both"):
+        return None
+    if path is None:
+        raise ValueError(
+            f"--guidance.mitigation {guidance.mitigation} of a text-to-image model needs "
+            "--latents: an index that `memfree index --features latents` wrote"
+        )
+    index = ReferenceIndex.load(path)
+    size = math.prod(model.noise_shape)
+    if index.metric != "l2" or index.vectors.shape[1] != size:
+        raise ValueError(
+            f"--latents {path} holds vectors of {index.vectors.shape[1]} values, the model's "
+            f"latents have {size}: index the model's own latents"
+        )
+    return index
 
 
 def scheduler_for(name: SchedulerName, model: LoadedModel, steps: int) -> Any:

@@ -31,6 +31,7 @@ class SampleFolder:
         index: sample indices, (N,) int64: 0 to N − 1.
         seeds: seed of the run that drew each, (N,) int64.
         conditions: labels, (N,) int64; None for an unconditional run.
+        captions: the prompt of each sample, N strings; None for a pixel model.
         records: pyarrow table of what is recorded beside each sample.
 
     Raises:
@@ -76,6 +77,9 @@ class SampleFolder:
             torch.tensor(labels, dtype=torch.int64)
             if all(isinstance(label, int) for label in labels)
             else None
+        )
+        self.captions: list[str] | None = (
+            labels if all(isinstance(label, str) for label in labels) else None
         )
 
     def __len__(self) -> int:

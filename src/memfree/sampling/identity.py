@@ -16,13 +16,20 @@ def index_state(index: ReferenceIndex | None) -> dict[str, str | None]:
     """What samples depend on in an index: its rows and their counts, the calibration in use."""
     if index is None:
         return {"index_sha256": None, "calibration_sha256": None}
+    calibration = json.dumps(index.calibrations[default_similarity(index).name], sort_keys=True)
+    return {
+        "index_sha256": vectors_hash(index),
+        "calibration_sha256": hashlib.sha256(calibration.encode()).hexdigest(),
+    }
+
+
+def vectors_hash(index: ReferenceIndex) -> str:
+    """SHA-256 over the rows of an index, their extractor and their counts."""
     digest = hashlib.sha256(index.vectors.detach().cpu().contiguous().numpy().tobytes())
     digest.update(json.dumps(index.features.describe(), sort_keys=True).encode())
     for column in (index.group, index.multiplicity, index.label_counts):
         if column is not None:
             digest.update(column.cpu().contiguous().numpy().tobytes())
-    calibration = json.dumps(index.calibrations[default_similarity(index).name], sort_keys=True)
-    return {
-        "index_sha256": digest.hexdigest(),
-        "calibration_sha256": hashlib.sha256(calibration.encode()).hexdigest(),
-    }
+    if index.captions is not None:
+        digest.update(json.dumps(index.captions).encode())
+    return digest.hexdigest()

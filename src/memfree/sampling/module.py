@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
-from memfree.guidance import Guidance, GuidanceSettings, default_similarity
+from memfree.guidance import Guidance, GuidanceSettings, Mitigation, default_similarity
+from memfree.guidance.baselines import TextTools
+from memfree.models import LoadedModel
 from memfree.sampling.loop import Result, sample
 from memfree.sampling.noise import draw, generators
 from memfree.sampling.png import from_bytes, to_bytes
 from memfree.sampling.rejection import redraw
 from memfree.sampling.run import SampleRun
+from memfree.sampling.text import sample_text
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
@@ -33,8 +36,8 @@ class SampleBatch:
     """Sample indices, (B,) int64."""
     images: Tensor
     """(B, C, H, W) float32 in [-1, 1], up to overshoot."""
-    conditions: Tensor | None
-    """Labels, (B,) int64; None without."""
+    conditions: list[int] | list[str] | None
+    """The label or the prompt of each; None without."""
     trace: dict[str, Tensor] | None
     """One row a sample and step, column by column; None without guidance."""
     seconds: float
@@ -47,16 +50,16 @@ class SamplingModule(LightningModule):
     Use it with ``Trainer(inference_mode=False)``: guidance needs gradients.
 
     Args:
-        denoiser: called as ``denoiser(x_t, t, conditions)``.
+        model: what draws: denoiser, and for text-to-image the pipeline around it.
         scheduler: a diffusers scheduler.
-        image_shape: (C, H, W) of a sample.
         steps: number of denoising steps.
         seed: seed of the run.
         guidance: guidances, applied in order (none: no trace); or settings, from which they are
             built on the device, for ``index``.
         guidance_scale: classifier-free guidance scale s_0; 1 = the plain conditional model.
-        classes: sample i has the label ``classes[i % len(classes)]``; None = unconditional.
+        asked: sample i has the label or the prompt ``asked[i % len(asked)]``; None = unconditional.
         index: reference index of the guidances, moved to the device with the denoiser.
+        latents: references of multiplicity guidance of a text-to-image model.
 
     Raises:
         ValueError: guidance settings are given without an index.
@@ -64,43 +67,52 @@ class SamplingModule(LightningModule):
 
     def __init__(
         self,
-        denoiser: nn.Module,
+        model: LoadedModel,
         scheduler: Any,
-        image_shape: tuple[int, int, int],
         steps: int,
         seed: int,
         guidance: Sequence[Guidance] | GuidanceSettings = (),
         guidance_scale: float = 1.0,
-        classes: Sequence[int] | None = None,
+        asked: Sequence[int] | Sequence[str] | None = None,
         index: ReferenceIndex | None = None,
+        latents: ReferenceIndex | None = None,
     ) -> None:
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser = model.denoiser
+        self.model = model
         self.scheduler = scheduler
-        self.image_shape = tuple(image_shape)
         self.steps = steps
         self.seed = seed
         self.guidance = [] if isinstance(guidance, GuidanceSettings) else list(guidance)
         self.settings = guidance if isinstance(guidance, GuidanceSettings) else None
-        if self.settings is not None and index is None:
+        if self.settings is not None and index is None and model.pipe is None:
             raise ValueError("guidance settings need a reference index")
         self.guidance_scale = guidance_scale
-        self.classes = None if classes is None else torch.tensor(classes, dtype=torch.int64)
+        self.asked = None if asked is None else list(asked)
         self.index = index
+        self.latents = latents
+        self.mitigation: Mitigation | None = None
 
     def on_predict_start(self) -> None:
         """Move the references to the device of the denoiser, and build the guidances there."""
-        if self.index is not None:
-            self.index.to(self.device)
-        if self.settings is not None:
+        for index in (self.index, self.latents):
+            if index is not None:
+                index.to(self.device)
+        self.model.to(self.device)
+        if self.model.pipe is not None:
+            captions = (self.index.captions if self.index is not None else None) or []
+            tools = TextTools(self.model.pipe.tokenizer, sorted(set(captions)))
+            settings = self.settings or GuidanceSettings()
+            self.mitigation = settings.for_text(self.index, tools, self.latents)
+        elif self.settings is not None:
             assert self.index is not None
             self.guidance = self.settings.build(self.index)
 
-    def conditions(self, index: Tensor) -> Tensor | None:
-        """Labels of the samples ``index`` (B,), on the CPU; None for an unconditional run."""
-        if self.classes is None:
+    def asked_of(self, index: Tensor) -> list[int] | list[str] | None:
+        """Label or prompt of each of the samples ``index`` (B,); None for an unconditional run."""
+        if self.asked is None:
             return None
-        return self.classes[index.cpu() % len(self.classes)]
+        return [self.asked[i % len(self.asked)] for i in index.tolist()]  # type: ignore[return-value]
 
     def predict_step(self, batch: Tensor, batch_idx: int = 0) -> SampleBatch:
         """Draw the samples whose indices are in ``batch``, (B,) int64.
@@ -109,18 +121,31 @@ class SamplingModule(LightningModule):
             ValueError: the sampler produced NaN or infinite values.
         """
         start = time.perf_counter()
-        conditions = self.conditions(batch)
+        asked = self.asked_of(batch)
 
         def draw_attempt(positions: Tensor, attempt: int) -> Result:
             # One generator a sample draws its initial noise and then what the steps need.
             sources = generators(self.seed, batch.cpu()[positions].tolist(), attempt)
+            here: Any = None if asked is None else [asked[i] for i in positions.tolist()]
+            noise = draw(self.model.noise_shape, sources).to(self.device)
+            if self.mitigation is not None:
+                return sample_text(
+                    self.model,
+                    self.mitigation,
+                    here,
+                    noise,
+                    self.scheduler,
+                    self.steps,
+                    self.guidance_scale,
+                    sources,
+                )
             return sample(
                 self.denoiser,
                 self.scheduler,
-                draw(self.image_shape, sources).to(self.device),
+                noise,
                 self.steps,
                 guidance=self.guidance or None,
-                conditions=None if conditions is None else conditions[positions].to(self.device),
+                conditions=None if here is None else torch.tensor(here, device=self.device),
                 guidance_scale=self.guidance_scale,
                 trace=bool(self.guidance),
                 generators=sources,
@@ -132,11 +157,11 @@ class SamplingModule(LightningModule):
         else:
             result = draw_attempt(everything, 0)
         images = result.images.detach().float().cpu()
-        trace = result.trace if self.guidance else None
+        trace = result.trace
         return SampleBatch(
             index=batch.cpu(),
             images=images,
-            conditions=conditions,
+            conditions=asked,
             trace=trace and {name: column.detach().cpu() for name, column in trace.items()},
             seconds=time.perf_counter() - start,
         )

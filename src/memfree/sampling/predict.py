@@ -10,14 +10,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from memfree.guidance import WITH_AMG, GuidanceSettings
+from memfree.guidance import WITH_AMG, WITH_INDEX, GuidanceSettings
 from memfree.manifest import check_free_space, folder_hash
 from memfree.models import LoadedModel, load_model
 from memfree.quiet import quiet
 from memfree.resolved import save_config
-from memfree.sampling.checks import index_for, labels_in_turn, scheduler_for
+from memfree.sampling.checks import (
+    PromptOptions,
+    index_for,
+    labels_in_turn,
+    latents_for,
+    prompts_in_turn,
+    refuse_text_only,
+    scheduler_for,
+)
 from memfree.sampling.folder import read_records
-from memfree.sampling.identity import index_state
+from memfree.sampling.identity import index_state, vectors_hash
 from memfree.sampling.module import SampleIndices, SamplingModule
 from memfree.sampling.progress import SampleProgress
 from memfree.sampling.run import SampleRun
@@ -60,6 +68,8 @@ def predict(
     scheduler: SchedulerName = "ddpm",
     guidance_scale: NonNegativeFloat = 1.0,
     classes: list[NonNegativeInt] | NonNegativeInt | None = None,
+    prompts: PromptOptions = PromptOptions(),  # noqa: B008
+    latents: Path | None = None,
     guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008 - read only; --help shows it
     batches_per_shard: PositiveInt = 1,
     allow_other_dataset: bool = False,
@@ -72,7 +82,7 @@ def predict(
     alone.
 
     Args:
-        model: model folder that train.py wrote.
+        model: model folder that train.py wrote, or a Stable-Diffusion-style diffusers folder.
         out: folder for the samples; new, empty, or this very run's.
         index: reference index of the training images; needed by every mitigation. Without one,
             unguided samples have no trace of their similarity.
@@ -84,6 +94,8 @@ def predict(
         guidance_scale: classifier-free guidance; 1 is the conditional model by itself.
         classes: one label, as 3, or several that are taken in turn, as [0,1]; all classes in turn
             by default.
+        prompts: what a text-to-image model is asked for.
+        latents: index of the training images' latents, for multiplicity guidance of text-to-image.
         guidance: the mitigation and its strengths.
         batches_per_shard: batches written together as one shard; a killed run repeats at most
             these.
@@ -95,22 +107,28 @@ def predict(
         FileNotFoundError: a folder is missing.
     """
     loaded = load_model(model)
-    labels = labels_in_turn(classes, loaded, guidance_scale)
+    refuse_text_only(guidance, loaded)
+    asked: list[int] | list[str] | None = prompts_in_turn(prompts, loaded)
+    if asked is None:
+        asked = labels_in_turn(classes, loaded, guidance_scale)
     reference = None if index is None else index_for(index, loaded, guidance, allow_other_dataset)
-    if reference is None and guidance.mitigation != "none":
+    if reference is None and guidance.mitigation in WITH_INDEX:
         raise ValueError(f"--guidance.mitigation {guidance.mitigation} needs --index")
+    references = latents_for(latents, loaded, guidance)
     sampler = scheduler_for(scheduler, loaded, steps)
 
+    inner = model / "diffusers"
     run = SampleRun(
         out,
         {
-            "model_sha256": folder_hash(model / "diffusers"),
+            "model_sha256": folder_hash(inner if inner.is_dir() else model),
             **index_state(reference),
             "seed": seed,
             "steps": steps,
             "scheduler": scheduler,
             "guidance_scale": guidance_scale,
-            "classes": labels,
+            "asked": asked,
+            "latents_sha256": None if references is None else vectors_hash(references),
             "guidance": asdict(guidance),
             "trainer.precision": trainer.precision,
         },
@@ -148,15 +166,15 @@ def predict(
         with quiet(IDLE_RANK):
             lightning.predict(
                 SamplingModule(
-                    loaded.denoiser,
+                    loaded,
                     sampler,
-                    loaded.image_shape,
                     steps,
                     seed,
-                    guidance=() if reference is None else guidance,
+                    guidance=() if reference is None and loaded.pipe is None else guidance,
                     guidance_scale=guidance_scale,
-                    classes=labels,
+                    asked=asked,
                     index=reference,
+                    latents=references,
                 ),
                 datamodule=SampleIndices(run, batch_size),
                 return_predictions=False,
@@ -192,7 +210,7 @@ def _finish(
         steps=settings["steps"],
         scheduler=settings["scheduler"],
         guidance_scale=settings["guidance_scale"],
-        classes=settings["classes"],
+        asked=settings["asked"],
         guidance=settings["guidance"],
         model=str(model),
         index=None if index is None else str(index),
@@ -218,9 +236,8 @@ def _trace_summary(
     conditions = dict(
         zip(records["index"].to_pylist(), records["condition"].to_pylist(), strict=True)
     )
-    labels = (
-        None if index.labels is None else dict(zip(index.keys, index.labels.tolist(), strict=True))
-    )
+    known = index.captions if index.labels is None else index.labels.tolist()
+    labels = None if known is None else dict(zip(index.keys, known, strict=True))
     # Without AMG nothing depends on a gate; the summary then says how near λ_t itself was.
     margin = guidance["gate_margin"] if steered else 0.0
     return trace_summary(sorted(run.folder.glob("trace-*.parquet")), margin, conditions, labels)

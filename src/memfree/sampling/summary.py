@@ -15,7 +15,7 @@ GATE_TOLERANCE = 1e-4
 def trace_summary(
     traces: Sequence[Path],
     gate_margin: float,
-    conditions: Mapping[int, int | None],
+    conditions: Mapping[int, int | str | None],
     labels: Mapping[str, int] | None,
 ) -> dict[str, float | int | None]:
     """Counts over all traces of a run.

@@ -28,10 +28,10 @@ from memfree.sampling.run import SampleRun
 class SampleWriter(Callback):
     """Write ``samples-RANK-N.tar`` and ``trace-RANK-N.parquet``, each atomically, trace first.
 
-    A sample's PNG has a JSON beside it: ``index``, ``seed`` (of the run), ``condition`` (label or
-    null), ``mitigation``, ``peak_sigma`` (largest σ_t), ``nearest`` (image key at the last step),
-    ``active_steps``, ``seconds`` (its part of the batch) and ``peak_memory_bytes`` (of the process
-    or its GPU while sampling).
+    A sample's PNG has a JSON beside it: ``index``, ``seed`` (of the run), ``condition`` (label,
+    prompt or null), ``mitigation``, ``peak_sigma`` (largest σ_t), ``nearest`` (image key at the
+    last step), ``active_steps``, ``seconds`` (its part of the batch) and ``peak_memory_bytes`` (of
+    the process or its GPU while sampling).
 
     Args:
         run: the sample folder.
@@ -114,12 +114,12 @@ class SampleWriter(Callback):
     def _records(self, batch: SampleBatch, memory: int) -> list[dict[str, Any]]:
         count = len(batch.index)
         peaks, nearest, active = summaries(batch, self.keys)
-        labels = [None] * count if batch.conditions is None else batch.conditions.tolist()
+        asked = [None] * count if batch.conditions is None else batch.conditions
         return [
             {
                 "index": index,
                 "seed": self.seed,
-                "condition": labels[row],
+                "condition": asked[row],
                 "mitigation": self.mitigation,
                 "peak_sigma": peaks[row],
                 "nearest": nearest[row],

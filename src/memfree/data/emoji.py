@@ -1,0 +1,204 @@
+"""Source of captioned pictures: the colour bitmaps of an emoji font with their Unicode names."""
+
+from __future__ import annotations
+
+import struct
+import unicodedata
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fontTools.ttLib import TTFont, TTLibError
+from PIL import Image
+
+from memfree.data.decode import open_image, to_array
+from memfree.data.skipped import Skipped
+from memfree.data.sources import SHARES, SourceImage
+
+FONT_NAME = "NotoColorEmoji.ttf"
+"""File that is looked for where no path is given."""
+
+_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
+_INSTALL = "install it with `apt install fonts-noto-color-emoji`, or give one with --path FONT"
+_JOINER = 0x200D
+_MODIFIERS = {
+    0x1F3FB: "light skin tone",
+    0x1F3FC: "medium-light skin tone",
+    0x1F3FD: "medium skin tone",
+    0x1F3FE: "medium-dark skin tone",
+    0x1F3FF: "dark skin tone",
+    0x2640: "female",
+    0x2642: "male",
+}
+"""Names by Unicode's short names of emoji (CLDR)."""
+_REGIONAL = range(0x1F1E6, 0x1F200)  # letters that make flags in pairs
+_DAMAGE = (TTLibError, struct.error, AssertionError, LookupError, ValueError, EOFError)
+
+
+class Emoji:
+    """Emoji of a font with colour bitmaps (tables CBDT and CBLC), on white squares.
+
+    Each has its Unicode name in lower case as its caption ("grinning face"), as far as this Python
+    knows it: newer Pythons know more names. Digits and other ASCII signs, the letters that
+    make flags in pairs, skin-tone samples and the empty keycap are left out: they are parts of
+    sequences.
+
+    Args:
+        font: the font's file; None looks for Noto Color Emoji in the usual font folders.
+        variants: also the sequences of an emoji with a skin tone, a gender sign or both, captioned
+            "runner, dark skin tone, female", in the group of that emoji.
+
+    Attributes:
+        font: the file that is read.
+
+    Raises:
+        FileNotFoundError: there is no such font.
+        ValueError: it is damaged, or has no colour bitmaps or none with a name.
+    """
+
+    class_names: list[str] | None = None
+
+    def __init__(self, font: Path | None = None, variants: bool = False) -> None:
+        self.font = _find(font)
+        self._variants = variants
+        try:
+            table = TTFont(self.font)
+            codes: Mapping[int, str] = table.getBestCmap() or {}
+            self._bitmaps = _largest_strike(table)
+            self.licence = _licence(table)
+            sequences = _sequences(table, codes) if variants else {}
+        except _DAMAGE as error:
+            raise ValueError(f"{self.font}: not a font that can be read, or damaged") from error
+        if not self._bitmaps:
+            raise ValueError(
+                f"{self.font}: this font has no colour bitmaps (table CBDT); {_INSTALL}"
+            )
+        self._glyphs: dict[tuple[int, ...], str] = {}
+        """Glyph of each emoji: a code point, or a base with its modifiers."""
+        for code, glyph in sorted(codes.items()):
+            if glyph in self._bitmaps and _is_emoji(code):
+                self._glyphs[(code,)] = glyph
+                for modifiers, variant in sequences.get(code, []):
+                    if variant in self._bitmaps:
+                        sequence = (code, *modifiers)
+                        self._glyphs[sequence] = variant
+        count = len(self._glyphs)
+        if not count:
+            raise ValueError(f"{self.font}: none of its colour bitmaps is an emoji with a name")
+        self.size = (count, self.font.stat().st_size)
+        self.default_sizes = _sizes(count, variants)
+
+    def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
+        """See :class:`memfree.data.sources.Source`; (3, S, S), S the longer side of the bitmap."""
+        for codes, glyph in self._glyphs.items():
+            key = f"emoji-{codes[0]:x}"
+            name = "-".join([key, *(f"{code:x}" for code in codes[1:])])
+            words = [unicodedata.name(chr(codes[0])).lower(), *(_MODIFIERS[c] for c in codes[1:])]
+            try:
+                pixels = _on_white(_png(self._bitmaps[glyph], name), name)
+            except ValueError as error:
+                if skipped is None:
+                    raise
+                skipped.record(str(error))
+                continue
+            group = key if self._variants else None
+            yield SourceImage(name, pixels, caption=", ".join(words), group=group)
+
+
+def _sizes(count: int, variants: bool) -> tuple[float, float, float, float]:
+    """500 for calibration, so that a false-positive rate of 1 % has a threshold, 250 for test.
+
+    Without variants 500 for train and the rest, some 100, for fit; with them 150 for fit and the
+    rest for train. A small font is split by shares.
+    """
+    if count < 1300:
+        return SHARES
+    if variants:
+        return (count - 900.0, 500.0, 250.0, 150.0)
+    return (500.0, 500.0, 250.0, count - 1250.0)
+
+
+def _find(font: Path | None) -> Path:
+    if font is not None:
+        if not font.is_file():
+            raise FileNotFoundError(f"--path: no font at {font}; {_INSTALL}")
+        return font
+    for folder in _FOLDERS:
+        for found in sorted(Path(folder).expanduser().rglob(FONT_NAME)):
+            return found
+    raise FileNotFoundError(f"--source emoji: no {FONT_NAME} in {', '.join(_FOLDERS)}; {_INSTALL}")
+
+
+def _is_emoji(code: int) -> bool:
+    """Whether a code point is a picture by itself and has a name, not a part of sequences."""
+    if code < 0x80 or code in _REGIONAL or not unicodedata.name(chr(code), ""):
+        return False
+    return unicodedata.category(chr(code)) not in ("Me", "Sk")  # keycap, skin tones
+
+
+def _largest_strike(table: TTFont) -> Mapping[str, Any]:
+    """Bitmap of each glyph at the largest size that the font has; empty without colour bitmaps."""
+    if "CBDT" not in table or "CBLC" not in table:
+        return {}
+    sizes = [strike.bitmapSizeTable.ppemY for strike in table["CBLC"].strikes]
+    strikes: list[Mapping[str, Any]] = table["CBDT"].strikeData
+    return strikes[sizes.index(max(sizes))] if sizes else {}
+
+
+def _sequences(
+    table: TTFont, codes: Mapping[int, str]
+) -> dict[int, list[tuple[tuple[int, ...], str]]]:
+    """For each base, (modifiers, glyph) of its ligatures with skin tones and gender signs alone.
+
+    Fonts also carry the sequences backwards, for text that runs to the left; they begin with a
+    modifier and are passed over.
+    """
+    found: dict[int, list[tuple[tuple[int, ...], str]]] = {}
+    if "GSUB" not in table or table["GSUB"].table.LookupList is None:
+        return found
+    code_of = {glyph: code for code, glyph in codes.items()}
+    for lookup in table["GSUB"].table.LookupList.Lookup:
+        for subtable in lookup.SubTable:
+            subtable = getattr(subtable, "ExtSubTable", subtable)
+            for first, ligatures in getattr(subtable, "ligatures", {}).items():
+                base = code_of.get(first)
+                if base is None or base in _MODIFIERS:
+                    continue
+                for ligature in ligatures:
+                    after = [code_of.get(glyph) for glyph in ligature.Component]
+                    modifiers = tuple(code for code in after if code in _MODIFIERS)
+                    if modifiers and all(code in _MODIFIERS or code == _JOINER for code in after):
+                        found.setdefault(base, []).append((modifiers, ligature.LigGlyph))
+    return {base: sorted(variants) for base, variants in found.items()}
+
+
+def _png(bitmap: Any, name: str) -> bytes:
+    """The PNG file in a bitmap of the font (formats 17 to 19)."""
+    try:
+        data = bitmap.imageData
+    except (AttributeError, *_DAMAGE) as error:
+        raise ValueError(f"{name}: its bitmap in the font is no PNG, or damaged") from error
+    return bytes(data)
+
+
+def _on_white(data: bytes, name: str) -> np.ndarray:
+    """(3, S, S) uint8: the picture in the middle of a white square."""
+    picture = open_image(data, name).convert("RGBA")
+    side = max(picture.size)
+    square = Image.new("RGBA", (side, side), (255, 255, 255, 255))
+    square.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return to_array(square.convert("RGB"))
+
+
+def _licence(table: TTFont) -> str:
+    """The licence by its short name where it is the usual one, and whose font it is."""
+    names = table.get("name")
+    family, version, owner, terms = (
+        " ".join((names.getDebugName(number) or "").split()) if names is not None else ""
+        for number in (1, 5, 0, 13)
+    )
+    if "Open Font License, Version 1.1" in terms:
+        terms = "OFL-1.1 (SIL Open Font License)"
+    about = ", ".join(text for text in (family, version, owner) if text)
+    return f"{terms or 'not stated'}; font {about}" if about else terms or "not stated"

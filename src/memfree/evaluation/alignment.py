@@ -1,0 +1,196 @@
+"""How well images fit their captions: CLIP score, and what it is above shuffled captions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from memfree.evaluation.intervals import Interval, bootstrap
+from memfree.evaluation.metrics import Metric, metric
+from memfree.retrieval.network import state_hash
+from memfree.retrieval.preprocessing import Preprocessing
+from memfree.retrieval.weights_file import UNREADABLE, last_line
+
+SHUFFLES = 20
+"""Shuffles of the captions that are averaged: one alone would add noise to the margin."""
+
+
+class ClipScorer:
+    """Both towers of a CLIP in a local folder: open_clip_config.json and a checkpoint.
+
+    Args:
+        folder: of ``memfree train-clip``, or any that ``open_clip.create_model("local-dir:…")``
+            loads.
+
+    Attributes:
+        describe: name, folder and hash of the weights, for the metrics' detail.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no CLIP that open_clip can load.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import open_clip  # takes seconds, which nobody else should wait for
+
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--clip {folder}: no such folder")
+        name = f"local-dir:{folder.absolute()}"
+        try:
+            self._model: Any = open_clip.create_model(name, require_pretrained=True)
+            self._tokenizer: Any = open_clip.get_tokenizer(name)
+        except (*UNREADABLE, OSError) as error:
+            raise ValueError(f"--clip {folder} holds no CLIP: {last_line(error)}") from error
+        self._model.eval().requires_grad_(False)
+        self._prepare = Preprocessing.of_open_clip(open_clip.get_model_preprocess_cfg(self._model))
+        self.describe = {"clip": {"folder": folder.name, "weights_sha256": state_hash(self._model)}}
+
+    @torch.no_grad()
+    def images(self, images: Tensor, batch_size: int = 32) -> np.ndarray:
+        """Unit embeddings (N, D) float64 of images (N, C, H, W) in [-1, 1]."""
+        parts = [self._model.encode_image(self._prepare(part)) for part in images.split(batch_size)]
+        return functional.normalize(torch.cat(parts).double(), dim=1).numpy()
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str], batch_size: int = 256) -> np.ndarray:
+        """Unit embeddings (N, D) float64 of captions; equal ones are read once."""
+        distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+        parts = [
+            self._model.encode_text(self._tokenizer(list(distinct)[start : start + batch_size]))
+            for start in range(0, len(distinct), batch_size)
+        ]
+        embedded = functional.normalize(torch.cat(parts).double(), dim=1).numpy()
+        return embedded[[distinct[caption] for caption in captions]]
+
+
+def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Cosine (n,) of each image's and its caption's unit embedding (n, D); raw, not times 100."""
+    return (images * texts).sum(1)
+
+
+def deranged(captions: Sequence[str], seed: int) -> np.ndarray:
+    """Rows (n,) of a permutation that gives every image a caption of another text.
+
+    Captions stand in a random order with equal ones together, and all move on by as many places
+    as the most frequent one has.
+
+    Raises:
+        ValueError: more than half of the captions are the same, so there is none.
+    """
+    most = max(Counter(captions).values())
+    if 2 * most > len(captions):
+        raise ValueError("more than half of the captions are the same")
+    generator = np.random.default_rng([seed, 3])
+    place = {text: generator.random() for text in sorted(set(captions))}
+    places = np.array([place[text] for text in captions])
+    order = np.lexsort((generator.random(len(captions)), places))
+    rows = np.empty(len(captions), np.int64)
+    rows[order] = np.roll(order, -most)
+    return rows
+
+
+def margins(
+    images: np.ndarray, texts: np.ndarray, captions: Sequence[str], seed: int
+) -> np.ndarray:
+    """Each image's score (n,) less the mean of its scores with shuffled captions.
+
+    Args:
+        images: (n, D) unit embeddings.
+        texts: (n, D) of the captions.
+        captions: n texts.
+        seed: of the shuffles; equal captions and seeds give equal shuffles.
+
+    Raises:
+        ValueError: more than half of the captions are the same.
+    """
+    others = [
+        clip_scores(images, texts[deranged(captions, seed + number)]) for number in range(SHUFFLES)
+    ]
+    return clip_scores(images, texts) - np.mean(others, axis=0)
+
+
+def alignment_metrics(
+    scorer: ClipScorer,
+    subjects: Mapping[str, tuple[Tensor, Sequence[str]]],
+    paired: dict[str, str],
+    seed: int,
+) -> list[Metric]:
+    """``clip_score`` and ``clip_margin`` of each subject, and paired differences of both.
+
+    Intervals are a bootstrap over images: with few prompts they say nothing of other prompts.
+    A margin is left out where more than half of the captions are the same.
+
+    Args:
+        scorer: the CLIP.
+        subjects: name to images (n, C, H, W) in [-1, 1] and their n captions.
+        paired: subject to the reference that began with the same noise and captions.
+        seed: of shuffles and bootstrap.
+    """
+    values: dict[str, dict[str, np.ndarray]] = {}
+    metrics: list[Metric] = []
+    for name, (images, captions) in subjects.items():
+        embedded, texts = scorer.images(images), scorer.texts(captions)
+        values[name] = {"clip_score": clip_scores(embedded, texts)}
+        with suppress(ValueError):
+            values[name]["clip_margin"] = margins(embedded, texts, captions, seed)
+        metrics += [
+            metric(
+                measured,
+                name,
+                mean_interval(each, seed),
+                len(each),
+                captions=len(set(captions)),
+                **scorer.describe,
+            )
+            for measured, each in values[name].items()
+        ]
+    for name, reference in paired.items():
+        for measured, own in values.get(name, {}).items():
+            other = values.get(reference, {}).get(measured)
+            if other is not None and len(other) == len(own):
+                interval = mean_interval(own - other, seed)
+                metrics.append(
+                    metric(f"{measured}_difference", name, interval, len(own), reference=reference)
+                )
+    return metrics
+
+
+def mean_interval(values: np.ndarray, seed: int) -> Interval:
+    """Mean with a bootstrap interval over the units."""
+    return bootstrap(len(values), lambda rows: float(values[rows].mean()), seed)
+
+
+def pair_report(
+    scorer: ClipScorer, images: Tensor, captions: Sequence[str], seed: int
+) -> dict[str, float | int]:
+    """What a CLIP is worth on pairs that it has not seen.
+
+    Returns:
+        ``pairs``; ``score``, the mean cosine; ``margin``, ``low`` and ``high``, what it is above
+        shuffled captions with its 95 % interval; ``median_rank`` of an image's caption among all
+        distinct ones (1 is first), and ``top_tenth``, the share of those in the first tenth.
+    """
+    embedded, texts = scorer.images(images), scorer.texts(captions)
+    margin = mean_interval(margins(embedded, texts, captions, seed), seed)
+    assert margin.low is not None and margin.high is not None
+    first = np.unique(list(captions), return_index=True)[1]
+    cosines = embedded @ texts[first].T
+    rank = 1 + (cosines > clip_scores(embedded, texts)[:, None] + 1e-12).sum(1)
+    return {
+        "pairs": len(captions),
+        "score": float(clip_scores(embedded, texts).mean()),
+        "margin": margin.value,
+        "low": margin.low,
+        "high": margin.high,
+        "captions": len(first),
+        "median_rank": float(np.median(rank)),
+        "top_tenth": float((rank <= len(first) / 10).mean()),
+    }

@@ -1,0 +1,78 @@
+"""How different the images of one set are from each other: Vendi score and mean distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from memfree.evaluation.intervals import Interval, tail_quantiles
+from memfree.evaluation.manifold import drawn_rows
+from memfree.evaluation.metrics import Metric, metric
+
+
+def vendi_score(unit: np.ndarray) -> float:
+    """exp of the entropy of the eigenvalues of K/n, K the cosines (Friedman & Dieng 2023, eq. 1).
+
+    The effective number of different images: 1 where all are alike, n where all are orthogonal.
+
+    Args:
+        unit: (n, D) vectors of length 1.
+    """
+    # XᵀX/n has the same eigenvalues other than 0 as K/n = XXᵀ/n.
+    n, dimensions = unit.shape
+    matrix = unit.T @ unit if dimensions <= n else unit @ unit.T
+    values = np.linalg.eigvalsh(matrix / n)
+    values = values[values > 1e-12]
+    return float(np.exp(-(values * np.log(values)).sum()))
+
+
+def pairwise_diversity(unit: np.ndarray) -> float:
+    """Mean of 1 − cosine over all pairs of different rows of (n, D) vectors of length 1, n ≥ 2."""
+    n = len(unit)
+    total = float(np.square(unit.sum(0)).sum() - np.square(unit).sum())
+    return 1 - total / (n * (n - 1))
+
+
+def diversity_metrics(
+    space: str,
+    subjects: dict[str, np.ndarray],
+    seed: int,
+    draws: int = 200,
+    **detail: Any,
+) -> list[Metric]:
+    """Vendi score and mean pairwise diversity of every subject, at equal counts.
+
+    The Vendi score grows with the number of images, so all have the same n, the smallest. The
+    interval is what other samples of size n would give: n resampled with repetition, centred on
+    the value, because repetitions alone lower both.
+
+    Args:
+        space: name of the features; metrics are ``vendi_{space}`` and ``diversity_{space}``.
+        subjects: name to features (count, D), centred; they are scaled to length 1.
+        seed: of the rows and resamplings.
+        draws: resamplings.
+        detail: written beside the numbers.
+    """
+    n = min(len(features) for features in subjects.values())
+    if n < 2:
+        return []
+    measures: tuple[tuple[str, Callable[[np.ndarray], float]], ...] = (
+        ("vendi", vendi_score),
+        ("diversity", pairwise_diversity),
+    )
+    metrics = []
+    for name, features in subjects.items():
+        chosen = drawn_rows(features, n, seed).astype(np.float64)
+        unit = chosen / np.maximum(np.linalg.norm(chosen, axis=1, keepdims=True), 1e-12)
+        for measured, measure in measures:
+            generator = np.random.default_rng([seed, 4])
+            resampled = np.array([measure(unit[generator.integers(0, n, n)]) for _ in range(draws)])
+            low, high = np.quantile(resampled - resampled.mean(), tail_quantiles())
+            value = measure(unit)
+            interval = Interval(value, value + float(low), value + float(high))
+            metrics.append(
+                metric(f"{measured}_{space}", name, interval, n, equal_count=n, **detail)
+            )
+    return metrics

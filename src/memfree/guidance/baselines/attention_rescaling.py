@@ -1,0 +1,235 @@
+"""Ren's mitigation: cross-attention is drawn from the prompt's tail to its first token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jsonargparse.typing import PositiveFloat
+from torch import Tensor
+
+from memfree.conditions import TextConditions
+from memfree.guidance.baselines.known_prompts import KnownPrompts
+from memfree.guidance.mitigation import Mitigation, Start
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+
+@dataclass
+class AttentionRescalingOptions:
+    """Options of Ren's attention rescaling."""
+
+    scale: PositiveFloat = 1.25
+    """c, which multiplies the logits of the begin-of-text token; 1.25 in the authors' command,
+    1.1 to 1.35 in papers, 1 leaves them."""
+    mask_padding: bool = True
+    """Mask the tokens behind the prompt's end of text."""
+    mask_end: bool = False
+    """Mask the end of text too; the authors' command does not."""
+
+
+class AttentionRescaling(Mitigation):
+    """Cross-attention logits of the conditional prediction: first token × c, padding −∞.
+
+    Source: Ren et al., "Unveiling and Mitigating Memorization in Text-to-image Diffusion Models
+    through Cross Attention", ECCV 2024, arXiv 2403.11052, inference-time mitigation. The authors'
+    program masks the unconditional prediction by the prompt's length as well; here it is left
+    alone. Conditional rows are those whose ``encoder_hidden_states`` equal an embedding of the last
+    ``embedding`` stage, and not an unconditional one: so it is the same whether the two predictions
+    share a batch or not. Rows of other prompts (a neighbour's caption) are left alone too.
+
+    Args:
+        count_tokens: prompts → tokens of each, begin and end of text included
+            (``TextTools.count_tokens``); not used where the conditions carry masks.
+        options: what is rescaled and masked.
+    """
+
+    def __init__(
+        self,
+        count_tokens: Callable[[Sequence[str]], Sequence[int]],
+        options: AttentionRescalingOptions = AttentionRescalingOptions(),  # noqa: B008 - read only
+    ) -> None:
+        self.options = options
+        self._count_tokens = count_tokens
+        self._lengths: list[int] = []
+        self._known = KnownPrompts()
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the options leave every logit as it is."""
+        options = self.options
+        return options.scale == 1 and not options.mask_padding and not options.mask_end
+
+    def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
+        """Keep how many tokens each prompt has; the prompts stay."""
+        self._lengths = list(self._count_tokens(list(prompts)))
+        return list(prompts)
+
+    def embedding(self, start: Start) -> TextConditions:
+        """Keep the embeddings, to know conditional rows by; they stay.
+
+        Raises:
+            ValueError: the prompts of these embeddings did not pass the ``prompts`` stage.
+        """
+        conditions = start.conditions
+        if conditions.mask is not None:
+            lengths = conditions.mask.sum(dim=1).tolist()
+        else:
+            images, left = divmod(len(conditions), len(self._lengths) or 1)
+            if left or not self._lengths:
+                raise ValueError(
+                    f"attention rescaling (ren) knows the lengths of {len(self._lengths)} prompts, "
+                    f"but {len(conditions)} samples start: give prompts, not embeddings"
+                )
+            # Pipelines put the images of one prompt next to each other.
+            lengths = [length for length in self._lengths for _ in range(images)]
+        self._known.learn(conditions.embeddings, lengths, start.unconditional.embeddings)
+        return conditions
+
+    def around(self, network: Any) -> AbstractContextManager[Any]:
+        """Replace the processors of the cross-attention layers of a UNet2DConditionModel.
+
+        Raises:
+            ValueError: it is another model, or has processors that cannot be rescaled.
+        """
+        return self._around(network)
+
+    @contextmanager
+    def _around(self, network: Any) -> Generator[None]:
+        layers = [] if self.changes_nothing else cross_attention_layers(network)
+        before = [layer.processor for layer in layers]
+        try:
+            for layer, processor in zip(layers, before, strict=True):
+                layer.set_processor(_Rescaled(processor, self._known, self.options))
+            yield
+        finally:
+            for layer, processor in zip(layers, before, strict=True):
+                layer.set_processor(processor)
+
+
+def cross_attention_layers(network: Any) -> list[Any]:
+    """The cross-attention layers (diffusers' ``Attention``) of a UNet2DConditionModel.
+
+    Raises:
+        ValueError: it is another model, or has processors that cannot be rescaled.
+    """
+    from diffusers import UNet2DConditionModel
+    from diffusers.models import attention_processor
+
+    projection = getattr(network, "encoder_hid_proj", None)
+    if not isinstance(network, UNet2DConditionModel) or projection is not None:
+        raise ValueError(
+            "attention rescaling (ren) needs a UNet2DConditionModel that attends to the text "
+            f"embedding itself (Stable Diffusion 1, 2 or XL), not {type(network).__name__}"
+        )
+    plain = (
+        attention_processor.AttnProcessor,
+        attention_processor.AttnProcessor2_0,
+        attention_processor.SlicedAttnProcessor,
+        attention_processor.XFormersAttnProcessor,
+    )
+    modules: Any = network
+    layers = [
+        module
+        for module in modules.modules()
+        if isinstance(module, attention_processor.Attention) and module.is_cross_attention
+    ]
+    for layer in layers:
+        if not isinstance(layer.processor, plain) or layer.spatial_norm is not None:
+            raise ValueError(
+                "attention rescaling (ren) cannot replace the attention processor "
+                f"{type(layer.processor).__name__}; remove adapters and fused projections first"
+            )
+    return layers
+
+
+class _Rescaled:
+    """An attention processor: the original's output, but for conditional rows."""
+
+    def __init__(
+        self, original: Any, known: KnownPrompts, options: AttentionRescalingOptions
+    ) -> None:
+        self.original = original
+        self.known = known
+        self.options = options
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        output = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        if encoder_hidden_states is None:
+            return output
+        lengths = self.known.lengths_of(encoder_hidden_states)
+        rows = lengths.nonzero().squeeze(1)
+        if not len(rows):
+            return output
+        changed = rescaled_attention(
+            attn,
+            hidden_states[rows],
+            encoder_hidden_states[rows],
+            None if attention_mask is None else attention_mask[rows],
+            lengths[rows],
+            self.options,
+        )
+        # Rows that are left alone keep the bits of the original processor on the whole batch.
+        return output.index_copy(0, rows, changed.to(output.dtype))
+
+
+def rescaled_attention(
+    attn: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    lengths: Tensor,
+    options: AttentionRescalingOptions,
+) -> Tensor:
+    """The layer's output (B, Q, C) with the logits of the first token scaled and others masked.
+
+    Args:
+        attn: the layer.
+        hidden_states: queries' input (B, Q, C).
+        encoder_hidden_states: token vectors (B, L, D).
+        attention_mask: bias of the logits (B, 1, L), or None.
+        lengths: tokens of each prompt with begin and end of text, (B,).
+        options: what is scaled and masked.
+    """
+    assert hidden_states.ndim == 3, "cross-attention of a transformer block has tokens as queries"
+    residual = hidden_states
+    if attn.group_norm is not None:
+        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+    if attn.norm_cross:
+        encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+
+    def heads(tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, tokens, d)
+
+    query = heads(attn.to_q(hidden_states))
+    key = heads(attn.to_k(encoder_hidden_states))
+    value = heads(attn.to_v(encoder_hidden_states))
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    logits = (query @ key.transpose(-1, -2)).float() * attn.scale
+    if attention_mask is not None:
+        logits = logits + attention_mask[:, None]
+    logits = torch.cat([options.scale * logits[..., :1], logits[..., 1:]], dim=-1)
+    if options.mask_padding or options.mask_end:
+        place = torch.arange(logits.shape[-1], device=logits.device)
+        end = (lengths - 1)[:, None]
+        hidden = (place == end) & options.mask_end | (place > end) & options.mask_padding
+        logits = logits.masked_fill(hidden[:, None, None], -torch.inf)
+    attended = logits.softmax(dim=-1).to(value.dtype) @ value
+    output = attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+    if attn.residual_connection:
+        output = output + residual
+    return output / attn.rescale_output_factor

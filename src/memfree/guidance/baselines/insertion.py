@@ -1,0 +1,28 @@
+"""Words put at random places of a prompt, as RT, RNA and CWR do (Somepalli et al., 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jsonargparse.typing import NonNegativeInt
+
+
+@dataclass
+class Insertion:
+    """How many words RT, RNA and CWR insert."""
+
+    count: NonNegativeInt = 4
+    """Insertions a prompt; 4 in the authors' programs (1 to 8 in papers), 0 changes nothing."""
+
+
+def draw_below(bound: int, generator: torch.Generator) -> int:
+    """A whole number in [0, bound), all alike."""
+    return int(torch.randint(bound, (), generator=generator))
+
+
+def inserted(prompt: str, word: str, generator: torch.Generator) -> str:
+    """The prompt with ``word`` before, between or after its words, every place alike."""
+    words = prompt.split(" ")
+    words.insert(draw_below(len(words) + 1, generator), word)
+    return " ".join(words)

@@ -1,0 +1,152 @@
+"""PRSS: the memorized prompt becomes the anchor that guidance moves away from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from memfree.conditions import TextConditions
+from memfree.guidance.baselines.magnitude import branches, eps_change, magnitude, size_factor
+from memfree.guidance.baselines.prompt_embedding import PromptEmbeddingOptions, optimized
+from memfree.guidance.baselines.semantic_search import SemanticSearch
+from memfree.guidance.mitigation import Mitigation
+from memfree.guidance.prediction import Guidance, Prediction, combine, row_norm
+
+
+@dataclass
+class PromptReanchoringOptions:
+    """Options of PRSS."""
+
+    alternative: Literal["search", "optimized"] = "search"
+    """y_mod: the nearest of given prompts that is not memorized (SS), or the prompt's embedding
+    optimised as Wen does."""
+    trigger: NonNegativeFloat = 1.0
+    """A sample is mitigated if ‖ε_c − ε_∅‖ is above this at the first step, and y_mod is sought
+    below it; 1 in the authors' README."""
+    target: PositiveFloat = 3.0
+    """l: y_mod alone is guided to below it, re-anchoring is used above; 3 in their README."""
+    threshold: PositiveFloat = 5.0
+    """thr: from here on re-anchoring has its full strength, s_pr = s_0; 5 in their README."""
+    candidates: PositiveInt = 25
+    """Search: how many of the nearest prompts are tried; 25 in the authors' program."""
+    per_element: bool = True
+    """Multiply the three by √(elements of a latent / 16384): the same numbers at 4×64×64, the same
+    root mean square elsewhere. False takes them as they are."""
+
+
+class PromptReanchoring(Mitigation):
+    """PRSS: classifier-free guidance with another prompt y_mod, anchored at the memorized one.
+
+    With m = ‖ε(y_mod) − ε_∅‖, c = (s·l − thr)/(s − 1) and s_pr = min((m − c)/(thr − c)·s, s):
+    ε̂ = ε(y) + s_pr·(ε(y_mod) − ε(y)) + (s − s_pr)·(ε(y_mod) − ε_∅) where m > l, and
+    ε̂ = ε_∅ + s·(ε(y_mod) − ε_∅) elsewhere. At m = l both are equal (s_pr = 1).
+
+    Source: Chen et al., "Enhancing Privacy-Utility Trade-offs to Mitigate Memorization in Diffusion
+    Models", CVPR 2025, arXiv 2504.18032, prompt re-anchoring (PR) and semantic prompt search (SS),
+    as in the authors' program. They let a language model write 25 alternatives to every prompt;
+    here the alternatives are the nearest among given prompts, by the mean of their token vectors.
+
+    Args:
+        prompts: candidates of the search; not needed for ``optimized``.
+        options: thresholds, and where y_mod comes from.
+
+    Raises:
+        ValueError: l is not below thr, or there is nothing to search.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str] = (),
+        options: PromptReanchoringOptions = PromptReanchoringOptions(),  # noqa: B008 - read only
+    ) -> None:
+        if options.target >= options.threshold:
+            raise ValueError(
+                f"--guidance.prss.target {options.target:g} must be below "
+                f"--guidance.prss.threshold {options.threshold:g}"
+            )
+        if options.alternative == "search" and not prompts:
+            raise ValueError(
+                "--guidance.prss.alternative search needs prompts to choose from; give some, or "
+                "say optimized"
+            )
+        self.options = options
+        self.prompts_to_search = list(prompts)
+
+    def guidances(self) -> list[Guidance]:
+        """The guidance that finds y_mod at the first step and re-anchors from there on."""
+        search = None
+        if self.options.alternative == "search":
+            search = SemanticSearch(self.prompts_to_search, self.options.candidates)
+        return [_Reanchoring(self.options, search)]
+
+
+def reanchoring_scale(m: Tensor, target: float, threshold: float, guidance_scale: float) -> Tensor:
+    """s_pr of PRSS for magnitudes m (n,): 1 at l, s_0 from thr on, linear between.
+
+    Args:
+        m: ‖ε(y_mod) − ε_∅‖.
+        target: l.
+        threshold: thr, above l.
+        guidance_scale: s_0, above 1.
+    """
+    c = (guidance_scale * target - threshold) / (guidance_scale - 1)
+    return ((m - c) / (threshold - c) * guidance_scale).clamp(max=guidance_scale)
+
+
+class _Reanchoring:
+    """Keeps y_mod and the triggered samples of a batch in the memory of its predictions."""
+
+    def __init__(self, options: PromptReanchoringOptions, search: SemanticSearch | None) -> None:
+        self.options = options
+        self.search = search
+
+    @torch.no_grad()
+    def __call__(self, prediction: Prediction) -> Prediction:
+        cond, uncond = branches(prediction, "prompt re-anchoring (prss)")
+        s = prediction.guidance_scale
+        if s <= 1:
+            raise ValueError(
+                f"prompt re-anchoring (prss) needs --guidance_scale above 1, not {s:g}"
+            )
+        factor = size_factor(tuple(prediction.x_t.shape[1:]), self.options.per_element)
+        if self not in prediction.memory:
+            prediction.memory[self] = self._alternatives(prediction, factor)
+        modified, triggered = prediction.memory[self]
+        rows = triggered.nonzero().squeeze(1)
+        if not len(rows):
+            return prediction
+        y, u = cond[rows], uncond[rows]
+        y_mod = prediction.denoise(prediction.x_t[rows], modified[rows])
+        difference = (y_mod - u).float()
+        m = row_norm(eps_change(difference, prediction.alpha_bar, prediction.prediction_type))
+        target, threshold = self.options.target * factor, self.options.threshold * factor
+        s_pr = reanchoring_scale(m, target, threshold, s).to(y.dtype)
+        shape = [-1, *[1] * (y.ndim - 1)]
+        s_pr, anchor = s_pr.reshape(shape), (m > target).reshape(shape)
+        # The coefficients of the outputs sum to 1: the formula holds for v as for ε.
+        anchored = y + s_pr * (y_mod - y) + (s - s_pr) * (y_mod - u)
+        output = prediction.output.clone()
+        output[rows] = torch.where(anchor, anchored, combine(y_mod, u, s))
+        return replace(prediction, output=output).activated(triggered)
+
+    def _alternatives(self, prediction: Prediction, factor: float) -> tuple[TextConditions, Tensor]:
+        """y_mod (B, ...) and which samples are above the trigger, (B,) bool, at the first step."""
+        assert isinstance(prediction.conditions, TextConditions)
+        if self.search is not None:
+            norm = magnitude(prediction, "prompt re-anchoring (prss)")
+            return self.search(prediction, norm, self.options.trigger * factor)
+        x_t, uncond = prediction.x_t.clone(), prediction.output_uncond
+        assert uncond is not None
+        alpha_bar, kind = prediction.alpha_bar.clone(), prediction.prediction_type
+
+        def difference(conditions: TextConditions, rows: Tensor) -> Tensor:
+            change = prediction.denoise(x_t[rows], conditions) - uncond[rows]
+            return eps_change(change, alpha_bar, kind)
+
+        settings = PromptEmbeddingOptions(target=self.options.trigger)
+        return optimized(prediction.conditions, difference, settings, factor)

@@ -1,0 +1,34 @@
+"""CWR: words of the prompt repeated in it (Somepalli et al., 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from memfree.guidance.baselines.insertion import Insertion, draw_below, inserted
+from memfree.guidance.mitigation import Mitigation
+
+
+class RepeatedWords(Mitigation):
+    """CWR, caption word repetition: insert words of the prompt again, at random places.
+
+    Source: Somepalli et al., arXiv 2305.20086, inference-time mitigation; ``rand_word_repeat`` of
+    the authors' program. Words are those between spaces of the prompt as it was given.
+
+    Args:
+        options: how many words are repeated.
+    """
+
+    def __init__(self, options: Insertion = Insertion()) -> None:  # noqa: B008 - read only
+        self.options = options
+
+    def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
+        """Repeat ``count`` words in every prompt; an empty prompt stays empty."""
+        changed = []
+        for prompt, generator in zip(prompts, generators, strict=True):
+            words = prompt.split(" ")
+            for _ in range(self.options.count if prompt else 0):
+                prompt = inserted(prompt, words[draw_below(len(words), generator)], generator)
+            changed.append(prompt)
+        return changed

@@ -1,0 +1,64 @@
+"""The caption that caption deduplication steers away from: y_N of AMG (eq. 15 and 16)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from memfree.retrieval.items import Items
+
+CaptionPolicy = Literal["most_common", "nearest"]
+
+
+def duplicated_captions(
+    items: Items, rows: Tensor, policy: CaptionPolicy = "nearest", m: int = 20
+) -> list[str]:
+    """Caption of what each query is suspected to copy.
+
+    ``nearest`` is the paper's: the caption of the nearest image. ``most_common`` is the authors'
+    code's: the caption of most neighbours, if it is that of more than m, else the nearest image's.
+    The authors' neighbours are records, each copy of an image one of them; here copies are one row
+    with a count, and of near copies only the nearest is returned. So a neighbour counts with all
+    training records of its group under each of their captions. Of captions that are equally common
+    the one of the nearer image is taken.
+
+    Args:
+        items: what the index knows of its rows.
+        rows: (B, k) rows that a search returned, nearest first.
+        policy: see above.
+        m: how many records must have the most common caption for it to count; 20 of 1000
+            neighbours in the authors' code.
+
+    Returns:
+        B captions; an image without any gives that of its group's most records, or "".
+
+    Raises:
+        ValueError: the index has no captions, the rows are not (B, k) with k ≥ 1, or m < 0.
+    """
+    if items.captions is None:
+        raise ValueError("the index has no captions: build it from captioned images")
+    if rows.ndim != 2 or rows.shape[1] < 1:
+        raise ValueError(f"rows must be (B, k) as a search returns them, not {tuple(rows.shape)}")
+    if m < 0:
+        raise ValueError(f"m is {m}, but must be 0 or more")
+    group = items.group.tolist()
+    of_group = items.caption_counts
+    captions = []
+    for neighbours in rows.tolist():
+        nearest = items.captions[neighbours[0]]
+        if not nearest:
+            own = of_group.get(group[neighbours[0]], {})
+            nearest = max(own, key=lambda caption: own[caption], default="")
+        if policy == "most_common":
+            counts: dict[str, int] = {}
+            for number in dict.fromkeys(group[row] for row in neighbours):
+                for caption, count in of_group.get(number, {}).items():
+                    counts[caption] = counts.get(caption, 0) + count
+            # max keeps the first of equals, and dicts keep the order of the neighbours.
+            best = max(counts, key=lambda caption: counts[caption], default="")
+            if best and counts[best] > m:
+                nearest = best
+        captions.append(nearest)
+    return captions

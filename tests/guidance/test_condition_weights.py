@@ -1,0 +1,120 @@
+"""How references count under prompts, and when neighbours are searched."""
+
+import numpy as np
+import pytest
+import torch
+
+from memfree.conditions import TextConditions, differ
+from memfree.guidance import Cadence, MultiplicityGuidance, Observer, Prediction
+from memfree.guidance.condition_weights import CaptionWeights
+from memfree.guidance.similarity import Match
+from memfree.guidance.threshold import ConstantThreshold
+from memfree.retrieval import ReferenceIndex
+
+CAPTIONS = ["red apple", "green apple", "red apple", "grinning face"]
+COUNTS = [5, 1, 2, 1]
+VECTORS = {
+    "red apple": [1.0, 0.0, 0.0],
+    "green apple": [0.8, 0.6, 0.0],
+    "grinning face": [0.0, 0.0, 1.0],
+    "unseen": [0.6, 0.8, 0.0],
+}
+
+
+def encode(texts):
+    return TextConditions(torch.tensor([[VECTORS[text]] * 2 for text in texts]))
+
+
+@pytest.fixture
+def index():
+    images = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    counts = torch.tensor(COUNTS)
+    return ReferenceIndex.build(images, captions=CAPTIONS, counts=counts, groups=[0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, 0.2])
+def test_captions_weigh_as_by_hand(index, bandwidth):
+    prompts = ["red apple", "unseen", "grinning face"]
+    log_1, log_m = CaptionWeights(index, bandwidth)(encode(prompts), encode)
+    for row, prompt in enumerate(prompts):
+        expected = np.zeros(4)
+        for i, (caption, count) in enumerate(zip(CAPTIONS, COUNTS, strict=True)):
+            cosine = float(np.dot(VECTORS[prompt], VECTORS[caption]))
+            near = np.exp((cosine - 1) / bandwidth) if bandwidth else 0.0
+            expected[i] = count * (1.0 if caption == prompt else near)
+        if expected.sum() == 0:  # nothing fits: both are the same
+            assert torch.equal(log_1[row], log_m[row])
+            continue
+        np.testing.assert_allclose(log_m[row].exp().numpy(), expected, rtol=1e-4)
+        np.testing.assert_allclose(log_1[row].exp().numpy(), expected / COUNTS, rtol=1e-4)
+
+
+def prediction(conditions, step=0, time=0.9, memory=None):
+    noise = torch.randn(len(conditions), 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    return Prediction(
+        x_t=noise,
+        alpha_bar=torch.tensor(0.3),
+        time=time,
+        output=noise,
+        output_cond=noise,
+        output_uncond=noise,
+        conditions=conditions,
+        guidance_scale=2.0,
+        prediction_type="epsilon",
+        denoise=lambda x, y: x,
+        step=step,
+        encode=encode,
+        memory={} if memory is None else memory,
+    )
+
+
+def test_multiplicity_guidance_corrects_text_branches(index):
+    guidance = MultiplicityGuidance(index, 1.0)
+    given = prediction(encode(["red apple", "grinning face", "unseen"]))
+    changed = guidance(given)
+    moved = [
+        (changed.output_cond - given.output_cond).flatten(1).abs().amax(dim=1),
+        (changed.output_uncond - given.output_uncond).flatten(1).abs().amax(dim=1),
+    ]
+    assert moved[0][0] > 0  # two images with this caption, one of them repeated
+    assert moved[0][1] == 0 and moved[0][2] == 0  # one image alone; none at all
+    assert (moved[1] > 0).all()
+
+
+def test_captions_need_an_encoder_and_an_index_with_captions(index):
+    with pytest.raises(ValueError, match="without a text encoder"):
+        CaptionWeights(index, 0.0)(encode(["unseen"]), None)
+    bare = ReferenceIndex.build(torch.rand(3, 1, 2, 2))
+    with pytest.raises(ValueError, match="index with captions"):
+        CaptionWeights(bare, 0.0)
+
+
+def test_conditions_differ_by_row():
+    assert differ(torch.tensor([1, 2]), torch.tensor([1, 3])).tolist() == [False, True]
+    first, second = encode(["unseen", "red apple"]), encode(["unseen", "green apple"])
+    assert differ(first, second).tolist() == [False, True]
+
+
+class Counting:
+    """A similarity that counts its searches."""
+
+    name = "counting"
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, index, images):
+        self.calls += 1
+        return Match(
+            torch.full((len(images),), float(self.calls)), torch.zeros(len(images), 1).long()
+        )
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5, 6]), (3, [1, 1, 1, 2, 3, 4])])
+def test_a_cadence_searches_every_n_steps_and_always_near_the_end(index, every, expected):
+    similarity, memory, seen = Counting(), {}, []
+    observer = Observer(index, similarity, ConstantThreshold(0.0), Cadence(every, always_below=0.4))
+    for step, time in enumerate([0.9, 0.8, 0.7, 0.6, 0.4, 0.2]):
+        out = observer(prediction(encode(["unseen"]), step, time, memory))
+        seen.append(float(out.trace["sigma"][0]))
+    assert seen == expected

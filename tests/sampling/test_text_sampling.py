@@ -1,0 +1,86 @@
+"""Text-to-image in the sampling module: equal to the plain pipeline, whatever the batch."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from tiny_text import CAPTIONS, tiny_pipeline, tiny_xl  # noqa: E402
+
+from memfree.guidance import GuidanceSettings, calibrate, default_similarity
+from memfree.models import load_model
+from memfree.retrieval import ReferenceIndex
+from memfree.retrieval.latents import LatentFeatures
+from memfree.sampling import SamplingModule
+from memfree.sampling.noise import draw, generators
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module", params=[tiny_pipeline, tiny_xl])
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipe")
+    request.param().save_pretrained(folder)
+    return load_model(folder)
+
+
+def scheduler_of(model):
+    return DDIMScheduler.from_config(model.scheduler.config, clip_sample=False)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def module_of(model, settings=(), index=None, latents=None):
+    module = SamplingModule(
+        model, scheduler_of(model), STEPS, 5, settings, 3.0, CAPTIONS, index, latents
+    )
+    module.on_predict_start()
+    return module
+
+
+def drawn(module, count, batch_size):
+    return torch.cat([module.predict_step(i).images for i in torch.arange(count).split(batch_size)])
+
+
+def test_unguided_samples_are_the_plain_pipelines(model):
+    module = module_of(model)
+    ours = module.predict_step(torch.arange(3))
+    assert ours.conditions == CAPTIONS[:3] and ours.trace is None
+    pipe = model.pipe
+    pipe.scheduler = scheduler_of(model)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        CAPTIONS[:3],
+        height=8,
+        width=8,
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
+        latents=draw(model.noise_shape, generators(5, range(3))),
+        output_type="pt",
+    ).images
+    assert torch.allclose((ours.images / 2 + 0.5).clamp(0, 1), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("mitigation", ["none", "amg", "both", "reject", "rt", "gni", "jain"])
+def test_batch_size_changes_nothing(model, images, mitigation):
+    index = ReferenceIndex.build(images, captions=[CAPTIONS[i % 4] for i in range(60)])
+    held_out = torch.rand(500, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    calibrate(index, default_similarity(index), held_out)
+    features = LatentFeatures(model.pipe.vae, None)
+    counts = torch.ones(60, dtype=torch.int64).index_fill_(0, torch.arange(3), 50)
+    captions = [CAPTIONS[i % 4] for i in range(60)]
+    latents = ReferenceIndex.build(images, features, captions=captions, counts=counts)
+    settings = GuidanceSettings(mitigation=mitigation, budget=2)
+    module = module_of(model, settings, index, latents)
+    whole = module.predict_step(torch.arange(4))
+    assert torch.allclose(whole.images, drawn(module, 4, 1), atol=2e-3)
+    assert whole.trace is not None and bool(whole.trace["sigma"].isfinite().all())
+    plain = drawn(module_of(model), 4, 4)
+    # This model's samples are no copies: nothing is drawn again.
+    assert torch.equal(plain, whole.images) == (mitigation in ("none", "reject"))
