@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import diffusers
 import numpy as np
@@ -26,6 +27,7 @@ from guard_parts import (
 import memfree
 from memfree.guidance import GuidanceSettings, NormalizedL2, calibration_of
 from memfree.guidance.mitigation import Mitigation
+from memfree.guidance.settings import MitigationName
 from memfree.retrieval import EfficientNetFeatures, ReferenceIndex
 
 
@@ -327,6 +329,31 @@ def test_settings_and_an_index_without_captions_are_taken(pipe):
         with memfree.guard(pipe, index, guidance) as report:
             drawn(pipe)
         assert report.trace.num_rows == 8
+
+
+@pytest.mark.parametrize("name", get_args(MitigationName))
+def test_every_mitigation_of_the_settings_runs_in_the_guard(pipe, index, name):
+    """By all its stages; what each does is tested with it, here that it reaches the pipeline."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.ones(60, dtype=torch.int64)
+    counts[:5] = 50
+    latents = ReferenceIndex.build(
+        torch.rand(60, 4, 8, 8, generator=generator) * 2 - 1,
+        captions=PROMPTS * 30,
+        counts=counts,
+        groups=range(60),
+    )
+    settings = GuidanceSettings(name)
+    settings.wen.target, settings.sail.threshold = 0.0, 0.0
+    before, plain = state(pipe), drawn(pipe, guidance_scale=4.0)
+    with memfree.guard(pipe, index, settings, latents=latents) as report:
+        images = drawn(pipe, guidance_scale=4.0)
+    assert state(pipe) == before and torch.isfinite(images).all()
+    assert report.trace.num_rows == 8 and len(report.verdicts) == 2
+    # Random networks are near nothing and agree with themselves: these have nothing to act on.
+    if name not in ("none", "amg", "reject", "prss", "jain"):
+        assert not torch.equal(images, plain)
+    assert torch.equal(drawn(pipe, guidance_scale=4.0), plain)
 
 
 class AllStages(Mitigation):

@@ -14,6 +14,7 @@ from memfree.guidance import (
     calibration_of,
     default_similarity,
 )
+from memfree.guidance.baselines import TextTools
 from memfree.guidance.mitigation import Mitigation
 from memfree.sampling.guard.decode import Decoder
 from memfree.sampling.guard.families import family_of
@@ -39,6 +40,7 @@ def guard(
     decoder: Any = None,
     chunk_size: int | None = None,
     seed: int = 0,
+    latents: ReferenceIndex | None = None,
 ) -> Iterator[GuardReport]:
     """Guide and judge every call of a diffusers pipeline inside a ``with`` block.
 
@@ -58,7 +60,8 @@ def guard(
         guidance: one guidance, several in order, or settings; None:
             ``AntiMemorizationGuidance.recommended(index)`` (without its caption term where the
             index has no captions), or with a ``mitigation`` its own guidances alone. An empty list
-            guides nothing and judges all the same.
+            guides nothing and judges all the same. Settings run all stages of what they name, the
+            field's baselines included, and their budget is that of ``reject``.
         mitigation: all stages of a mitigation; its guidances come before ``guidance``.
         on_copy: what happens to a finished image that is a copy: ``keep`` returns it with its
             verdict; ``refuse`` puts None in its place; ``resample`` draws it again with other seeds
@@ -72,6 +75,8 @@ def guard(
         chunk_size: latents decoded and images judged at a time; None: the whole batch.
         seed: of further draws and of what a mitigation draws; the pipeline's first draw has the
             generators of its own call.
+        latents: references of multiplicity guidance in the denoiser's own space, for settings that
+            name it.
 
     Yields:
         The report: trace and verdicts, filled by every pipeline call in the block.
@@ -97,6 +102,13 @@ def guard(
     before = index.device
     index.to(pipe._execution_device)
     try:
+        if isinstance(guidance, GuidanceSettings):
+            if mitigation is not None:
+                raise ValueError("give guidance settings or a mitigation, not both")
+            budget = guidance.budget if guidance.mitigation == "reject" else budget
+            tools = TextTools(pipe.tokenizer, sorted(set(index.captions or ())))
+            mitigation = guidance.for_text(index, tools, latents)
+            guidance = None
         judge = Judge(index, similarity, calibration, false_positive_rate, chunk_size)
         session = Session(
             kind,
@@ -119,7 +131,7 @@ def guard(
 
 
 def _guidances(
-    guidance: Guidance | Sequence[Guidance] | GuidanceSettings | None,
+    guidance: Guidance | Sequence[Guidance] | None,
     mitigation: Mitigation | None,
     index: ReferenceIndex,
     false_positive_rate: float,
@@ -131,8 +143,6 @@ def _guidances(
         if index.captions is None:
             settings.c2 = 0.0  # there is no caption y_N to steer away from (eq. 15)
         return [settings.anti_memorization(index)]
-    if isinstance(guidance, GuidanceSettings):
-        return guidance.build(index)
     return list(guidance) if isinstance(guidance, Sequence) else [guidance]
 
 
