@@ -83,3 +83,17 @@ def options(name, count=2):
     if name == "stable_diffusion_3":
         call |= {"max_sequence_length": 16}
     return call
+
+
+def state(pipe):
+    """All that the guard may have touched."""
+    hooks = [
+        (len(part._forward_hooks), len(part._forward_pre_hooks))
+        for part in (pipe.unet, pipe.vae, pipe.text_encoder)
+    ]
+    return type(pipe), dict(vars(pipe)).keys(), hooks, dict(pipe.scheduler.config)
+
+
+def drawn(pipe, count=2, **extra):
+    call = {**options("stable_diffusion", count), **extra}
+    return pipe(call.pop("prompt", PROMPTS), **call).images

@@ -1,0 +1,160 @@
+"""Every stage of a mitigation inside a guarded pipeline."""
+
+from contextlib import contextmanager
+from typing import get_args
+
+import pytest
+import tiny_pipelines
+import torch
+from guard_parts import (
+    PROMPTS,
+    SHAPE,
+    drawn,
+    make_index,
+    noise,
+    options,
+    state,
+)
+
+import memfree
+from memfree.guidance import GuidanceSettings
+from memfree.guidance.mitigation import Mitigation
+from memfree.guidance.settings import MitigationName
+from memfree.retrieval import ReferenceIndex
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipelines.stable_diffusion()
+
+
+@pytest.fixture(scope="module")
+def index():
+    return make_index()
+
+
+@pytest.mark.parametrize("name", get_args(MitigationName))
+def test_every_mitigation_of_the_settings_runs_in_the_guard(pipe, index, name):
+    """By all its stages; what each does is tested with it, here that it reaches the pipeline."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.ones(60, dtype=torch.int64)
+    counts[:5] = 50
+    latents = ReferenceIndex.build(
+        torch.rand(60, 4, 8, 8, generator=generator) * 2 - 1,
+        captions=PROMPTS * 30,
+        counts=counts,
+        groups=range(60),
+    )
+    settings = GuidanceSettings(name)
+    settings.wen.target, settings.sail.threshold = 0.0, 0.0
+    plain, before = drawn(pipe, guidance_scale=4.0), state(pipe)
+    with memfree.guard(pipe, index, settings, latents=latents) as report:
+        images = drawn(pipe, guidance_scale=4.0)
+    assert state(pipe) == before and torch.isfinite(images).all()
+    assert report.trace.num_rows == 8 and len(report.verdicts) == 2
+    # Random networks are near nothing and agree with themselves: these have nothing to act on.
+    if name not in ("none", "amg", "reject", "prss", "jain"):
+        assert not torch.equal(images, plain)
+    assert torch.equal(drawn(pipe, guidance_scale=4.0), plain)
+
+
+class AllStages(Mitigation):
+    """Every stage changes something that the test can see."""
+
+    def __init__(self):
+        self.starts, self.inside, self.accepted = [], False, 0
+
+    def prompts(self, prompts, generators):
+        return [
+            f"{text} {int(torch.randint(99, (1,), generator=g))}"
+            for text, g in zip(prompts, generators, strict=True)
+        ]
+
+    def embedding(self, start):
+        self.starts.append(start)
+        embeddings = start.conditions.embeddings + 0.5
+        return type(start.conditions)(embeddings, start.conditions.pooled, start.conditions.mask)
+
+    def initial_noise(self, start):
+        assert torch.equal(start.conditions.embeddings, self.starts[-1].conditions.embeddings + 0.5)
+        return start.noise.flip(3)
+
+    def guidance_scale(self, guidance_scale):
+        return guidance_scale / 2
+
+    @contextmanager
+    def around(self, network):
+        assert isinstance(network, torch.nn.Module)
+        self.inside = True
+        yield
+        self.inside = False
+
+    def guidances(self):
+        def inside(prediction):
+            assert self.inside
+            return prediction
+
+        return [inside]
+
+    def accept(self, images):
+        assert images.shape[1:] == SHAPE and images.min() >= -1 and images.max() <= 1
+        self.accepted += 1
+        return torch.tensor([True, self.accepted > 1][: len(images)][-len(images) :])
+
+
+def test_every_stage_of_a_mitigation_runs(pipe, index):
+    mitigation = AllStages()
+    mitigation.accept = Mitigation().accept
+    with memfree.guard(pipe, index, mitigation=mitigation):
+        images = drawn(pipe, guidance_scale=8.0)
+    start = mitigation.starts[0]
+    assert start.guidance_scale == 4.0 and not mitigation.inside
+    # The same by hand: the embeddings that the pipeline made of the new prompts, and the noise.
+    texts = start.conditions.embeddings + 0.5
+    latents = torch.cat([torch.randn(1, 4, 8, 8, generator=one) for one in noise()])
+    assert torch.equal(start.noise, latents)
+    by_hand = pipe(
+        prompt_embeds=texts,
+        negative_prompt_embeds=start.unconditional.embeddings,
+        latents=latents.flip(3),
+        guidance_scale=4.0,
+        num_inference_steps=4,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(images, by_hand, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_xl", "pixart"])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_stages_of_other_families_and_without_classifier_free_guidance(index, name, scale):
+    pipe = getattr(tiny_pipelines, name)()
+    mitigation = AllStages()
+    mitigation.accept = Mitigation().accept
+    with memfree.guard(pipe, index, mitigation=mitigation):
+        pipe(PROMPTS, guidance_scale=2 * scale, **options(name))
+    start = mitigation.starts[0]
+    latents = torch.cat([torch.randn(1, 4, 8, 8, generator=one) for one in noise()])
+    torch.testing.assert_close(start.noise, latents, rtol=0, atol=1e-5)
+    output = start.denoise(start.noise, start.conditions)
+    assert output.shape == start.noise.shape
+    assert len(start.unconditional) == 2
+
+
+def test_what_a_mitigation_does_not_accept_is_drawn_again(pipe, index):
+    mitigation = AllStages()
+    mitigation.embedding = Mitigation().embedding
+    mitigation.initial_noise = Mitigation().initial_noise
+    with memfree.guard(pipe, index, mitigation=mitigation) as report:
+        drawn(pipe)
+    assert [one.draws for one in report.verdicts] == [1, 2]
+    assert report.verdicts[1].reason == "drawn again, not accepted by the mitigation"
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "stable_diffusion_img2img"])
+def test_stages_that_a_family_does_not_define_are_refused(index, name):
+    pipe = getattr(tiny_pipelines, name)()
+    with (
+        memfree.guard(pipe, index, mitigation=AllStages()),
+        pytest.raises(ValueError, match="AllStages changes the .* not defined for StableDiff"),
+    ):
+        pipe(PROMPTS, **options(name))
