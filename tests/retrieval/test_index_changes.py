@@ -1,84 +1,18 @@
-"""Images added and removed, captions of what is copied, and an index without names."""
+"""Images added and removed."""
 
 import hashlib
-import hmac
 import json
 import re
-import stat
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from changed_indexes import Averages, a_batch, images_of, near, part, same
 
 from memfree.guidance import NormalizedL2, calibrate
 from memfree.guidance.calibration import calibration_of
-from memfree.retrieval import Features, ReferenceIndex
-from memfree.retrieval.hashing import hashed_key, read_salt
-
-SALT = "sixteen characters and more"
-
-
-class Averages(Features):
-    """A tiny extractor that images cannot be had back from."""
-
-    metric = "cosine"
-
-    def forward(self, images):
-        rows, columns = images.float().mean(dim=3), images.float().mean(dim=2)
-        vectors = torch.cat([rows, columns], dim=2).flatten(1)
-        return torch.nn.functional.normalize(vectors, dim=1)
-
-    def describe(self):
-        return {"name": "averages", "metric": "cosine"}
-
-
-def images_of(count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, 3, 6, 6, generator=generator) * 2 - 1
-
-
-def near(images, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return (images + 0.01 * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
-
-
-def same(first, second):
-    """All that an index says of its rows, but for default keys."""
-    assert torch.allclose(first.vectors, second.vectors, atol=1e-6)
-    assert torch.equal(first.group, second.group)
-    assert torch.equal(first.multiplicity, second.multiplicity)
-    assert torch.equal(first.group_multiplicity, second.group_multiplicity)
-    assert first.items.contents == second.items.contents
-    columns = ("row", "image_key", "label", "caption", "count")
-    tables = [
-        sorted(zip(*(index.items.conditions[c].to_pylist() for c in columns), strict=True))
-        for index in (first, second)
-    ]
-    assert tables[0] == tables[1]
-    queries = images_of(5, seed=9)
-    assert torch.equal(first.search(queries, 3).rows, second.search(queries, 3).rows)
-
-
-def a_batch():
-    """14 images: some identical, some near copies, captioned, labelled and counted."""
-    distinct = images_of(10)
-    images = torch.cat([distinct, distinct[[2, 7]], near(distinct[[3, 8]])])
-    return {
-        "images": images,
-        "captions": [f"caption {i % 5}" for i in range(14)],
-        "labels": torch.arange(14) % 3,
-        "counts": torch.arange(1, 15),
-        "keys": [f"key {i}" for i in range(14)],
-    }
-
-
-def part(batch, start, stop):
-    return {name: value[start:stop] for name, value in batch.items()}
-
-
-# --- adding
+from memfree.retrieval import ReferenceIndex
 
 
 @pytest.mark.parametrize("cut", [1, 5, 11, 13])
@@ -254,130 +188,6 @@ def test_thresholds_must_be_measured_again(tmp_path):
         calibrate(again, similarity, images_of(100, 2), false_positive_rate=0.1)
         calibration_of(again, similarity)
     calibration_of(index, similarity)
-
-
-# --- captions
-
-
-def test_the_duplicated_caption_is_the_most_common_of_more_than_m():
-    images = images_of(6)
-    index = ReferenceIndex.build(
-        torch.cat([images, images[1:3]]),
-        captions=["near", "a", "b", "b", "c", "c", "a", "x"],
-        counts=torch.tensor([1, 3, 1, 2, 1, 3, 1, 5]),
-        groups=[0, 1, 2, 3, 4, 5, 1, 2],
-    )
-    # Records: a 3 + 1, b 1 + 2, c 1 + 3, x 5.
-    rows = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 4], [0, 4, 5, 1], [0, 1, 4, 5]])
-
-    def found(m, policy="most_common"):
-        return index.duplicated_caption(rows, policy, m)
-
-    assert found(0) == ["x", "a", "c", "a"]  # of equals, the nearer image's
-    assert found(3) == ["x", "a", "c", "a"]
-    assert found(4) == ["x", "near", "near", "near"]
-    assert found(5) == ["near"] * 4
-    assert found(0, "nearest") == ["near"] * 4
-    assert index.duplicated_caption(rows[:, 1:]) == ["a", "a", "c", "a"]
-
-
-def test_near_copies_of_a_neighbour_count_too():
-    index = ReferenceIndex.build(
-        images_of(4),
-        captions=["a", "b", "c", "c"],
-        counts=torch.tensor([2, 1, 1, 4]),
-        groups=["x", "y", "y", "y"],
-    )
-    assert index.duplicated_caption(torch.tensor([[0, 1]]), "most_common", m=4) == ["c"]
-    assert index.duplicated_caption(torch.tensor([[0]]), "most_common", m=1) == ["a"]
-
-
-def test_captions_are_brute_force():
-    generator = np.random.default_rng(0)
-    count = 60
-    captions = [f"c{i}" for i in generator.integers(0, 8, count)]
-    copies = torch.from_numpy(generator.integers(1, 6, count))
-    images = images_of(40)[generator.integers(0, 40, count)]
-    index = ReferenceIndex.build(images, captions=captions, counts=copies, groups=range(count))
-    rows = index.search(images_of(20, 3), 12).rows
-    contents = {}
-    for i in range(count):
-        contents.setdefault(images[i].numpy().tobytes(), []).append(i)
-    members = list(contents.values())
-    for m in (0, 9, 12, 15, 20):
-        for found, neighbours in zip(
-            index.duplicated_caption(rows, "most_common", m), rows.tolist(), strict=True
-        ):
-            totals = {}
-            for group in dict.fromkeys(index.group[neighbours].tolist()):
-                for row in torch.nonzero(index.group == group).flatten().tolist():
-                    for i in members[row]:
-                        totals[captions[i]] = totals.get(captions[i], 0) + int(copies[i])
-            most = max(totals.values())
-            if most > m:
-                assert totals[found] == most
-            else:
-                assert found == index.captions[neighbours[0]]
-
-
-def test_captions_that_are_not_there():
-    index = ReferenceIndex.build(images_of(3))
-    rows = torch.tensor([[0, 1]])
-    with pytest.raises(ValueError, match="no captions"):
-        index.duplicated_caption(rows)
-    captioned = index.add(images_of(1, 3), captions=["late"], groups=[index.keys[0]])
-    # An image without a caption gives that of its near copies, or none.
-    assert captioned.duplicated_caption(torch.tensor([[0, 1], [1, 0]])) == ["late", ""]
-    with pytest.raises(ValueError, match=r"\(B, k\)"):
-        captioned.duplicated_caption(torch.tensor([0]))
-    with pytest.raises(ValueError, match="m is -1"):
-        captioned.duplicated_caption(rows, m=-1)
-
-
-# --- without names
-
-
-def test_a_hashed_index_names_nothing(tmp_path):
-    batch = a_batch()
-    index = ReferenceIndex.build(**batch, features=Averages(), num_classes=3)
-    index.items.shards = ["train-000.tar"] * len(index)
-    index.calibrations["cosine"] = {"kept": True}
-    hidden = index.hashed(SALT)
-    assert torch.equal(hidden.vectors, index.vectors)
-    assert torch.equal(hidden.group, index.group)
-    assert torch.equal(hidden.label_counts, index.label_counts)
-    assert hidden.calibrations == index.calibrations
-    assert hidden.captions is None
-    hidden.save(tmp_path / "hidden")
-    for path in (tmp_path / "hidden").iterdir():
-        content = path.read_bytes()
-        if path.suffix == ".parquet":
-            content = json.dumps(pq.read_table(path).to_pylist()).encode()
-        secrets = [b"key 1", b"caption", b"train-000", SALT.encode()]
-        secrets.append((index.items.contents[0] or "").encode())
-        assert not any(secret in content.replace(b'"caption"', b"") for secret in secrets), path
-    queries = images_of(4, 5)
-    assert torch.equal(hidden.search(queries, 2).rows, index.search(queries, 2).rows)
-    # The owner finds out what was hit.
-    expected = hmac.new(SALT.encode(), b"key 4", hashlib.sha256).hexdigest()
-    assert hidden.keys[4] == hashed_key("key 4", SALT) == expected
-    assert index.hashed(SALT + "!").keys[4] != expected
-    asked = index.hashed(SALT, keep_captions=True, keep_shards=True)
-    assert asked.captions == index.captions
-    assert asked.items.shards == index.items.shards
-    with pytest.raises(ValueError, match="keys are hashed"):
-        hidden.add(images_of(1, 3), labels=torch.tensor([0]))
-    assert hidden.remove([expected]).keys == hidden.keys[:4] + hidden.keys[5:]
-
-
-def test_hashing_does_not_hide_what_shows(tmp_path):
-    with pytest.raises(ValueError, match="pixels features shows its images"):
-        ReferenceIndex.build(images_of(3)).hashed(SALT)
-    with pytest.raises(ValueError, match="5 characters"):
-        ReferenceIndex.build(images_of(3), Averages()).hashed("short")
-    salt = read_salt(tmp_path / "new" / "salt")
-    assert len(salt) == 64 and read_salt(tmp_path / "new" / "salt") == salt
-    assert stat.S_IMODE((tmp_path / "new" / "salt").stat().st_mode) == 0o600
 
 
 def test_the_example_of_the_method_runs_as_written(tmp_path, monkeypatch):

@@ -1,14 +1,9 @@
 """Text-to-image in the sampling module: equal to the plain pipeline, whatever the batch."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import DDIMScheduler
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from tiny_text import CAPTIONS, tiny_pipeline, tiny_xl  # noqa: E402
+from tiny_text import CAPTIONS, tiny_pipeline, tiny_xl
 
 from memfree.guidance import GuidanceSettings, calibrate, default_similarity
 from memfree.models import load_model
