@@ -62,6 +62,24 @@ class TextConditions:
 Conditions = Tensor | TextConditions
 """Labels (B,) int64, or encoded prompts; both are indexed by rows."""
 
+ENCODED_AT_ONCE = 64
+"""Texts that are encoded together."""
+
+
+def sentences(encode: Callable[[Sequence[str]], Conditions], texts: Sequence[str]) -> Tensor:
+    """Sentence vectors (len(texts), D) of many texts, encoded in parts.
+
+    Args:
+        encode: the text encoder: texts → conditions, one each.
+        texts: at least one.
+    """
+    parts = []
+    for start in range(0, len(texts), ENCODED_AT_ONCE):
+        encoded = encode(texts[start : start + ENCODED_AT_ONCE])
+        assert isinstance(encoded, TextConditions)
+        parts.append(encoded.sentence())
+    return torch.cat(parts)
+
 
 def differ(first: Conditions, second: Conditions) -> Tensor:
     """(B,) bool: which rows are asked for different things."""

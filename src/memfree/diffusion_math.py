@@ -58,6 +58,16 @@ def output_change_from_eps(
     return -delta_eps * ((1 - a) / a).sqrt()
 
 
+def eps_change(change: Tensor, alpha_bar: Tensor, prediction_type: PredictionType) -> Tensor:
+    """The change of ε̂ that a change of the denoiser's output is: Δε = √ᾱ·Δv."""
+    a = per_sample(alpha_bar, change)
+    if prediction_type == "epsilon":
+        return change
+    if prediction_type == "v_prediction":
+        return change * a.sqrt()
+    return -change * (a / (1 - a)).sqrt()
+
+
 def output_change_from_x_0(
     delta_x_0: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
 ) -> Tensor:

@@ -12,17 +12,15 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from memfree.data import DatasetFolder
-from memfree.first_process import is_first_process
 from memfree.models.autoencoder import AutoencoderModule, AutoencoderOptions
-from memfree.models.checkpoints import Checkpoints, latest_checkpoint
-from memfree.models.claim import CHECKPOINTS, claim, clear
+from memfree.models.checkpoints import Checkpoints
+from memfree.models.claim import CHECKPOINTS, begin, claim
 from memfree.models.export import export_model
 from memfree.models.finite import FiniteTraining
 from memfree.models.latents import latent_shape
 from memfree.models.progress import StepProgress
 from memfree.models.small_pipeline import ScratchOptions, build_pipeline
 from memfree.quiet import quiet
-from memfree.resolved import save_config
 from memfree.trainers import build_trainer
 
 ADVICE = (".*does not have many workers.*", "Checkpoint directory .* exists and is not empty.*")
@@ -85,12 +83,7 @@ def scratch(
             default_root_dir=out,
             enable_model_summary=False,
         )
-        if found == "other":
-            clear(out)
-        save_config(out)
-        checkpoint = latest_checkpoint(out / CHECKPOINTS)
-        if checkpoint is not None and is_first_process():
-            print(f"resuming from {checkpoint}")
+        checkpoint = begin(out, found)
         fit.fit(module, ckpt_path=checkpoint, weights_only=True)
     vae = module.cpu().finish()
     errors = {

@@ -16,7 +16,6 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from memfree.data import ExposureCounter, ShardDataModule
 from memfree.data.wording import counted
-from memfree.first_process import is_first_process
 from memfree.models import (
     DDPMModule,
     DiffusionModule,
@@ -26,15 +25,14 @@ from memfree.models import (
     SampleGrid,
     export_model,
 )
-from memfree.models.checkpoints import Checkpoints, latest_checkpoint
-from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, claim, clear
+from memfree.models.checkpoints import Checkpoints
+from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, begin, claim
 from memfree.models.finite import NotFiniteError
 from memfree.models.progress import LossRecord, StepProgress
 from memfree.models.sample_grid import averaged_module
 from memfree.models.text_pipeline import load_pipeline
 from memfree.models.text_to_image import TextToImageModule
 from memfree.quiet import quiet
-from memfree.resolved import save_config
 from memfree.trainers import build_trainer
 
 EXPOSURES = "exposures.parquet"
@@ -147,12 +145,7 @@ def train(
             # The data module shares the records out among the ranks itself.
             use_distributed_sampler=False,
         )
-        if found == "other":
-            clear(out)
-        save_config(out)
-        checkpoint = latest_checkpoint(out / CHECKPOINTS)
-        if checkpoint is not None and is_first_process():
-            print(f"resuming from {checkpoint}")
+        checkpoint = begin(out, found)
         try:
             fit.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except NotFiniteError:

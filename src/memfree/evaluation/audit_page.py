@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from memfree.evaluation.page import SMALL_IMAGE
+from memfree.evaluation.templates import template
 from memfree.sampling import png
 
 LIMITS = (
@@ -40,17 +40,10 @@ def render(
         facts: what was compared and how.
         warning: why nothing could be found, or empty.
     """
-    environment = Environment(
-        loader=PackageLoader("memfree", "evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     rows = table.slice(0, len(pictures)).to_pylist()
     discoveries, copies = (sum(table[name].to_pylist()) for name in ("discovery", "copy"))
     height, width = pictures.shape[2:]
-    return environment.get_template("audit.html").render(
+    return template("audit.html").render(
         headline=f"{discoveries} of {table.num_rows} images are called copies of indexed images",
         lead=f"{copies} are above the threshold for a single image. Shown are the "
         f"{len(rows)} that are nearest to an indexed image, each with that image below it.",

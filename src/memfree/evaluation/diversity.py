@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from memfree.evaluation.intervals import Interval, tail_quantiles
+from memfree.evaluation.intervals import centred
 from memfree.evaluation.manifold import drawn_rows
 from memfree.evaluation.metrics import Metric, metric
 
@@ -69,9 +69,7 @@ def diversity_metrics(
         for measured, measure in measures:
             generator = np.random.default_rng([seed, 4])
             resampled = np.array([measure(unit[generator.integers(0, n, n)]) for _ in range(draws)])
-            low, high = np.quantile(resampled - resampled.mean(), tail_quantiles())
-            value = measure(unit)
-            interval = Interval(value, value + float(low), value + float(high))
+            interval = centred(measure(unit), resampled)
             metrics.append(
                 metric(f"{measured}_{space}", name, interval, n, equal_count=n, **detail)
             )

@@ -131,3 +131,11 @@ def tail_quantiles(confidence: float = CONFIDENCE) -> tuple[float, float]:
 
 def _normal_quantile(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def centred(value: float, resampled: np.ndarray) -> Interval:
+    """Interval of ``value`` with the spread, but not the bias, of the resampled values."""
+    if len(resampled) == 0:
+        return Interval(value)
+    low, high = np.quantile(resampled - resampled.mean(), tail_quantiles())
+    return Interval(value, value + float(low), value + float(high))

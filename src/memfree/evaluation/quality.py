@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from memfree.evaluation.intervals import Interval, tail_quantiles
+from memfree.evaluation.intervals import Interval, centred
 from memfree.evaluation.manifold import drawn_rows
 from memfree.evaluation.metrics import HELDOUT, Metric, metric
 
@@ -85,11 +85,11 @@ def frechet_metrics(
     metrics = []
     for name, (values, resampled) in results.items():
         notes = {"compared": "distinct training images"} if name == HELDOUT else {}
-        interval = _centred(float(values.mean()), resampled)
+        interval = centred(float(values.mean()), resampled)
         metrics.append(metric(f"frechet_{space}", name, interval, n, **detail, **notes))
     for name, reference in (paired or {}).items():
         (own, own_draws), (other, other_draws) = results[name], results[reference]
-        interval = _centred(float(own.mean() - other.mean()), own_draws - other_draws)
+        interval = centred(float(own.mean() - other.mean()), own_draws - other_draws)
         metrics.append(
             metric(f"frechet_{space}_difference", name, interval, n, reference=reference, **detail)
         )
@@ -111,14 +111,6 @@ def _draw(
         np.array([distance(features[rows]) for rows in subsets]),
         np.array([distance(features[rows]) for rows in resamplings]),
     )
-
-
-def _centred(value: float, resampled: np.ndarray) -> Interval:
-    """Interval of ``value`` with the spread, but not the bias, of the resampled values."""
-    if len(resampled) == 0:
-        return Interval(value)
-    low, high = np.quantile(resampled - resampled.mean(), tail_quantiles())
-    return Interval(value, value + float(low), value + float(high))
 
 
 def kid_metrics(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 
@@ -13,6 +12,7 @@ from memfree.evaluation.folder import EvaluationFolder
 from memfree.evaluation.metrics import HELDOUT
 from memfree.evaluation.picture import write_picture
 from memfree.evaluation.plots import distance_chart, dose_chart, trajectory_chart
+from memfree.evaluation.templates import template
 from memfree.manifest import check_kind, write_atomic, write_manifest, write_text
 from memfree.resolved import save_config
 
@@ -43,17 +43,10 @@ def report(evaluation: Path, out: Path | None = None) -> None:
 
 def render(folder: EvaluationFolder) -> str:
     """The page's HTML."""
-    environment = Environment(
-        loader=PackageLoader("memfree", "evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     headline, lead = page.headline(folder)
     data = folder.manifest["dataset"]["manifest"]
     source = data.get("source", {}).get("name", "images")
-    return environment.get_template("report.html").render(
+    return template("report.html").render(
         title=Markup(headline).striptags(),
         eyebrow=f"memorization of {source}, measured {folder.manifest['made_by']['created'][:10]} "
         "· this page contains training images",

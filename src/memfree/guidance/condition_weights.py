@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memfree.conditions import Conditions, TextConditions
+from memfree.conditions import Conditions, TextConditions, sentences
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-
-ENCODED_AT_ONCE = 256
-"""Captions that are encoded together."""
 
 
 def log_weights(counts: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -115,10 +112,5 @@ class CaptionWeights:
         if encode is None:
             raise ValueError("captions cannot be compared with prompts without a text encoder")
         if self._sentences is None or self._encoder != encode:
-            parts = []
-            for start in range(0, len(self.captions), ENCODED_AT_ONCE):
-                encoded = encode(self.captions[start : start + ENCODED_AT_ONCE])
-                assert isinstance(encoded, TextConditions)
-                parts.append(encoded.sentence())
-            self._sentences, self._encoder = torch.cat(parts), encode
+            self._sentences, self._encoder = sentences(encode, self.captions), encode
         return self._sentences

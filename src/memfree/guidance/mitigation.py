@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memfree.conditions import TextConditions
-from memfree.diffusion_math import PredictionType
+from memfree.diffusion_math import PredictionType, eps_change
 from memfree.guidance.prediction import Guidance
 
 
@@ -40,11 +40,7 @@ class Start:
     def eps_difference(self, noise: Tensor, conditions: TextConditions) -> Tensor:
         """ε_θ(x_T, y) − ε_θ(x_T) (B, C, H, W), whose norm is large for memorized prompts (Wen)."""
         difference = self.denoise(noise, conditions) - self.denoise(noise, self.unconditional)
-        return (
-            difference * self.alpha_bar.sqrt()
-            if self.prediction_type == "v_prediction"
-            else difference
-        )
+        return eps_change(difference, self.alpha_bar, self.prediction_type)
 
 
 class Mitigation:

@@ -11,6 +11,7 @@ from memfree.first_process import is_first_process
 from memfree.manifest import read_manifest
 from memfree.models.checkpoints import latest_checkpoint, read_identity, step_of
 from memfree.models.export import DIFFUSERS_NAME
+from memfree.resolved import save_config
 
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
@@ -67,6 +68,21 @@ def claim(
     enough_epochs = 0 <= max_epochs <= manifest.get("epochs", 0)
     finished = bool(manifest) and (0 <= max_steps <= manifest["steps"] or enough_epochs)
     return "finished" if finished else "open"
+
+
+def begin(out: Path, found: Literal["open", "other"]) -> Path | None:
+    """Make room for a training that ``claim`` accepted, and save its configuration.
+
+    Returns:
+        The checkpoint to resume from, None to start.
+    """
+    if found == "other":
+        clear(out)
+    save_config(out)
+    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    if checkpoint is not None and is_first_process():
+        print(f"resuming from {checkpoint}")
+    return checkpoint
 
 
 def clear(out: Path) -> None:

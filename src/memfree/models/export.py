@@ -18,6 +18,12 @@ from memfree.manifest import check_free_space, write_manifest
 DIFFUSERS_NAME = "diffusers"
 
 
+def pipeline_folder(folder: Path) -> Path:
+    """The diffusers folder of a model folder; a diffusers folder is its own."""
+    inner = folder / DIFFUSERS_NAME
+    return inner if inner.is_dir() else folder
+
+
 @contextmanager
 def quiet_bars() -> Iterator[None]:
     """Keep the bars that diffusers and transformers show for every file off the screen."""

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from torch import Tensor, nn
 
 from memfree.conditions import Conditions, TextConditions
-from memfree.models.export import DIFFUSERS_NAME, quiet_bars
+from memfree.models.export import pipeline_folder, quiet_bars
 
 PIPELINES: Any = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 XL: Any = StableDiffusionXLPipeline
@@ -28,9 +28,7 @@ def load_pipeline(name: str | Path) -> Any:
         ValueError: it is no such pipeline, or lacks a part.
         OSError: there is none of this name.
     """
-    folder = Path(name)
-    inner = folder / DIFFUSERS_NAME
-    source = inner if (inner / "model_index.json").is_file() else folder
+    source = pipeline_folder(Path(name))
     local = source.is_dir()
     if local and not (source / "model_index.json").is_file():
         raise ValueError(f"{name} is no diffusers pipeline: it has no model_index.json")

@@ -18,7 +18,7 @@ from memfree.conditions import TextConditions
 from memfree.diffusion_math import per_sample, training_target
 from memfree.manifest import folder_hash
 from memfree.models.caches import EmbeddingCache, LatentCache
-from memfree.models.export import DIFFUSERS_NAME
+from memfree.models.export import pipeline_folder
 from memfree.models.latents import latent_shape, posterior
 from memfree.models.module import DiffusionModule, weighted_mean
 from memfree.models.options import ModelOptions
@@ -230,8 +230,7 @@ def _contents(pretrained: str | None) -> str | None:
     """Hash of a local folder's files; None for a name on the hub."""
     if pretrained is None or not Path(pretrained).is_dir():
         return None
-    inner = Path(pretrained) / DIFFUSERS_NAME
-    return folder_hash(inner if inner.is_dir() else Path(pretrained))
+    return folder_hash(pipeline_folder(Path(pretrained)))
 
 
 def _adapters(options: ModelOptions) -> LoraConfig:

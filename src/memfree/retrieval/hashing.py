@@ -9,9 +9,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-
-from memfree.retrieval.items import CONDITIONS, Items
+from memfree.retrieval.items import Items, conditions_table
 
 if TYPE_CHECKING:
     from memfree.retrieval.index import ReferenceIndex
@@ -59,22 +57,12 @@ def hashed(
         if condition["label"] is not None or caption is not None:
             kept = (condition["row"], condition["label"], caption)
             totals[kept] = totals.get(kept, 0) + condition["count"]
-    conditions = pa.table(
-        {
-            "row": [kept[0] for kept in totals],
-            "image_key": [keys[kept[0]] for kept in totals],
-            "label": [kept[1] for kept in totals],
-            "caption": [kept[2] for kept in totals],
-            "count": list(totals.values()),
-        },
-        schema=CONDITIONS,
-    )
     # The content hashes go as well: anybody could compute them from an image.
     hidden = Items(
         keys,
         items.group.cpu(),
         items.multiplicity.cpu(),
-        conditions,
+        conditions_table(totals, keys),
         index.num_classes,
         list(items.shards) if keep_shards else None,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -121,23 +121,35 @@ class Items:
         for position, label, caption, count in origin.conditions:
             condition = (int(row[position]), label, caption)
             totals[condition] = totals.get(condition, 0) + count
-        ordered = sorted(totals, key=lambda condition: condition[0])
-        conditions = pa.table(
-            {
-                "row": [condition[0] for condition in ordered],
-                "image_key": [keys[condition[0]] for condition in ordered],
-                "label": [condition[1] for condition in ordered],
-                "caption": [condition[2] for condition in ordered],
-                "count": [totals[condition] for condition in ordered],
-            },
-            schema=CONDITIONS,
-        )
+        conditions = conditions_table(totals, keys)
         shards = [origin.shards[i] for i in first]
         group_numbers = torch.from_numpy(group)
         contents: list[str | None] = [hashes[i] for i in first]
         return cls(
             keys, group_numbers, multiplicity, conditions, origin.num_classes, shards, contents
         )
+
+
+def conditions_table(
+    totals: Mapping[tuple[int, int | None, str | None], int], keys: Sequence[str]
+) -> pa.Table:
+    """Table ``CONDITIONS`` of records by (row, label, caption), in the order of the rows.
+
+    Args:
+        totals: how many records of a row carry which label and caption.
+        keys: image key of every row.
+    """
+    ordered = sorted(totals, key=lambda condition: condition[0])
+    return pa.table(
+        {
+            "row": [condition[0] for condition in ordered],
+            "image_key": [keys[condition[0]] for condition in ordered],
+            "label": [condition[1] for condition in ordered],
+            "caption": [condition[2] for condition in ordered],
+            "count": [totals[condition] for condition in ordered],
+        },
+        schema=CONDITIONS,
+    )
 
 
 def _tensor(column: pa.ChunkedArray) -> Tensor:

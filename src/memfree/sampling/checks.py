@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jsonargparse.typing import PositiveInt
-
-from memfree.data import DatasetFolder
-from memfree.data.prompts import prompt_set, read_prompts
 from memfree.guidance import TEXT_ONLY, GuidanceSettings
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.schedulers import SchedulerName, build_scheduler
-
-
-@dataclass
-class PromptOptions:
-    """What a text-to-image model is asked for; sample i takes prompt i, and they repeat in turn."""
-
-    file: Path | None = None
-    """Text file with one prompt a line."""
-    dataset: Path | None = None
-    """Captioned dataset folder to take prompts from."""
-    captions: Literal["duplicated", "other", "unseen"] = "duplicated"
-    """Which captions of it: of repeated training images, of the other training images, or of the
-    test part."""
-    least_records: PositiveInt = 2
-    """Training records from which on an image counts as repeated."""
 
 
 def refuse_text_only(guidance: GuidanceSettings, model: LoadedModel) -> None:
@@ -65,24 +45,6 @@ def labels_in_turn(
             f"--classes {max(classes)} is not a class of this model: 0 to {model.num_classes - 1}"
         )
     return classes
-
-
-def prompts_in_turn(prompts: PromptOptions, model: LoadedModel) -> list[str] | None:
-    """The prompts to take in turn; None for a pixel model."""
-    given = prompts.file is not None or prompts.dataset is not None
-    if model.pipe is None:
-        if given:
-            raise ValueError("--prompts needs a text-to-image model; this one takes no text")
-        return None
-    if prompts.file is not None and prompts.dataset is not None:
-        raise ValueError("give --prompts.file or --prompts.dataset, not both")
-    if prompts.file is not None:
-        return read_prompts(prompts.file)
-    if prompts.dataset is not None:
-        return prompt_set(
-            DatasetFolder(prompts.dataset), prompts.captions, int(prompts.least_records)
-        )
-    raise ValueError("a text-to-image model needs --prompts.file, or --prompts.dataset")
 
 
 def latents_for(path: Path | None, model: LoadedModel, guidance: GuidanceSettings) -> Any:

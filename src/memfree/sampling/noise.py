@@ -15,12 +15,14 @@ def generators(seed: int, indices: Sequence[int], attempt: int = 0) -> list[torc
     Further attempts at the same sample (rejection) draw other numbers. torch's CPU generator keeps
     32 bits of a seed: among n samples, n²/2³³ pairs with the same noise are to be expected.
     """
-    made = []
-    for index in indices:
-        words = [seed, index, attempt] if attempt else [seed, index]
-        state = np.random.SeedSequence(words).generate_state(1, np.uint64)
-        made.append(torch.Generator().manual_seed(int(state[0])))
-    return made
+    further = [attempt] if attempt else []
+    return [seeded([seed, index, *further]) for index in indices]
+
+
+def seeded(words: Sequence[int]) -> torch.Generator:
+    """A CPU generator that depends on these whole numbers, at least 0, and on nothing else."""
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 def draw(shape: Sequence[int], sources: Sequence[torch.Generator]) -> Tensor:

@@ -13,14 +13,13 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from memfree.guidance import WITH_AMG, WITH_INDEX, GuidanceSettings
 from memfree.manifest import check_free_space, folder_hash
 from memfree.models import LoadedModel, load_model
+from memfree.models.export import pipeline_folder
 from memfree.quiet import quiet
 from memfree.resolved import save_config
 from memfree.sampling.checks import (
-    PromptOptions,
     index_for,
     labels_in_turn,
     latents_for,
-    prompts_in_turn,
     refuse_text_only,
     scheduler_for,
 )
@@ -28,6 +27,7 @@ from memfree.sampling.folder import read_records
 from memfree.sampling.identity import index_state, vectors_hash
 from memfree.sampling.module import SampleIndices, SamplingModule
 from memfree.sampling.progress import SampleProgress
+from memfree.sampling.prompts import PromptOptions, prompts_in_turn
 from memfree.sampling.run import SampleRun
 from memfree.sampling.schedulers import SchedulerName
 from memfree.sampling.summary import trace_summary
@@ -117,11 +117,10 @@ def predict(
     references = latents_for(latents, loaded, guidance)
     sampler = scheduler_for(scheduler, loaded, steps)
 
-    inner = model / "diffusers"
     run = SampleRun(
         out,
         {
-            "model_sha256": folder_hash(inner if inner.is_dir() else model),
+            "model_sha256": folder_hash(pipeline_folder(model)),
             **index_state(reference),
             "seed": seed,
             "steps": steps,

@@ -6,7 +6,7 @@ from math import prod, sqrt
 
 from torch import Tensor
 
-from memfree.diffusion_math import PredictionType
+from memfree.diffusion_math import eps_change
 from memfree.guidance.prediction import Prediction, row_norm
 
 REFERENCE_ELEMENTS = 4 * 64 * 64
@@ -24,15 +24,6 @@ def size_factor(shape: tuple[int, ...], per_element: bool) -> float:
         per_element: False keeps the papers' number, whatever the size.
     """
     return sqrt(prod(shape) / REFERENCE_ELEMENTS) if per_element else 1.0
-
-
-def eps_change(change: Tensor, alpha_bar: Tensor, prediction_type: PredictionType) -> Tensor:
-    """The difference of ε̂ that a difference of the model's outputs is: Δε = √ᾱ·Δv."""
-    if prediction_type == "epsilon":
-        return change
-    if prediction_type == "v_prediction":
-        return change * alpha_bar.sqrt()
-    return -change * (alpha_bar / (1 - alpha_bar)).sqrt()
 
 
 def magnitude(prediction: Prediction, method: str) -> Tensor:

@@ -10,7 +10,8 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from memfree.conditions import TextConditions
-from memfree.guidance.baselines.magnitude import eps_change, size_factor
+from memfree.diffusion_math import eps_change
+from memfree.guidance.baselines.magnitude import size_factor
 from memfree.guidance.mitigation import Mitigation, Start
 from memfree.guidance.prediction import row_norm
 

@@ -11,7 +11,8 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from memfree.conditions import TextConditions
-from memfree.guidance.baselines.magnitude import branches, eps_change, magnitude, size_factor
+from memfree.diffusion_math import eps_change
+from memfree.guidance.baselines.magnitude import branches, magnitude, size_factor
 from memfree.guidance.baselines.prompt_embedding import PromptEmbeddingOptions, optimized
 from memfree.guidance.baselines.semantic_search import SemanticSearch
 from memfree.guidance.mitigation import Mitigation

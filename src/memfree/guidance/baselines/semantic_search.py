@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from memfree.conditions import Conditions, TextConditions
-from memfree.guidance.baselines.magnitude import eps_change
+from memfree.conditions import Conditions, TextConditions, sentences
+from memfree.diffusion_math import eps_change
 from memfree.guidance.prediction import Prediction, row_norm
 
-CHUNK = 64
-"""Prompts encoded at once."""
 SAME = 1 - 1e-5
 """A candidate this similar to the prompt is the prompt itself."""
 
@@ -84,11 +82,7 @@ class SemanticSearch:
         """Rows of the candidates for each prompt, nearest first, (n, count) int64."""
         wanted = conditions.sentence()
         if self._sentences is None and len(wanted):
-            parts = [
-                _encode(encode, self.prompts[first : first + CHUNK]).sentence()
-                for first in range(0, len(self.prompts), CHUNK)
-            ]
-            self._sentences = torch.cat(parts)
+            self._sentences = sentences(encode, self.prompts)
         if self._sentences is None:
             return torch.empty(0, self.count, dtype=torch.int64)
         similarity = wanted @ self._sentences.to(wanted).T

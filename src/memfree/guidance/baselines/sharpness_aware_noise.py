@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -67,17 +67,15 @@ class SharpnessAwareInitialization(Mitigation):
         ]
         drawn = torch.stack([own, *others])
         repeated = torch.full((len(drawn),), row, device=own.device)
-        one = Start(
+        candidates = replace(
+            start,
             noise=drawn,
             conditions=start.conditions[repeated],
             unconditional=start.unconditional[repeated],
-            denoise=start.denoise,
             alpha_bar=start.alpha_bar.clone(),
-            prediction_type=start.prediction_type,
-            guidance_scale=start.guidance_scale,
             generators=[generator] * len(drawn),
         )
-        return self._optimized(one)
+        return self._optimized(candidates)
 
     def _optimized(self, start: Start) -> Tensor:
         """The candidate (of a batch of candidates) that is taken."""

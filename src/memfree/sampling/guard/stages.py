@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,17 +14,14 @@ from memfree.guidance.mitigation import Mitigation, Start
 from memfree.sampling.guard.families import usable
 from memfree.sampling.guard.hook import Draw, View
 from memfree.sampling.guard.noise_level import NoiseLevels
+from memfree.sampling.noise import seeded
 
 
 def sources(
     seed: int, images: Sequence[int], attempt: int, purpose: int = 0
 ) -> list[torch.Generator]:
     """One CPU generator an image, from (seed, image, attempt, purpose) alone."""
-    made = []
-    for image in images:
-        words = np.random.SeedSequence([seed, image, attempt, purpose])
-        made.append(torch.Generator().manual_seed(int(words.generate_state(1, np.uint64)[0])))
-    return made
+    return [seeded([seed, image, attempt, purpose]) for image in images]
 
 
 class Stages:
