@@ -12,6 +12,7 @@ from fontTools.ttLib import TTFont
 from memfree.cli import run
 from memfree.data import DatasetFolder, PartSizes, emoji, prepare
 from memfree.data.emoji import Emoji
+from memfree.data.emoji_families import FAMILIES, family_of
 from memfree.data.prompts import prompt_set
 from memfree.data.skipped import Skipped
 
@@ -178,6 +179,37 @@ def test_noto_color_emoji(noto):
     assert len(shapes) == 1 and all(side[1] == side[2] for side in shapes)
     corners = np.stack([image.pixels[:, 0, 0] for image in images.values()])
     assert (corners == 255).all(axis=1).mean() > 0.99
+
+
+def test_pictures_of_one_design_stay_in_one_part(noto, tmp_path):
+    prepare(tmp_path / "out", "emoji", str(noto.font), image_size=8)
+    folder = DatasetFolder(tmp_path / "out")
+    parts: dict[str, Counter] = {}
+    for part in ("train", "calibration", "test", "fit"):
+        for caption in set(folder.part(part).captions):
+            parts.setdefault(family_of(caption) or "", Counter())[part] += 1
+    assert len(parts.pop("")) == 4
+    assert set(parts) == set(FAMILIES)
+    assert all(len(counter) == 1 for counter in parts.values())
+    assert parts["clock face"].total() == 25
+    rows = folder.part("train").groups + folder.part("test").groups
+    assert max(Counter(rows).values()) < 10  # a family is not a group of copies
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("clock face one-thirty", "clock face"),
+        ("squared cjk unified ideograph-7121", "framed word"),
+        ("black rightwards arrow", "arrow button"),
+        ("heart with arrow", None),
+        ("bow and arrow", None),
+        ("alarm clock", None),
+        ("grinning face", None),
+    ],
+)
+def test_family_by_name(name, family):
+    assert family_of(name) == family
 
 
 def test_command_of_the_readme(noto, tmp_path, monkeypatch):

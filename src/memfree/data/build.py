@@ -55,8 +55,11 @@ def build(
 
     image_of, pairs = _compare(data, near_distance, progress)
     group_of = _groups(data, image_of, pairs)
+    family_of = _families(data, group_of[image_of])
     sizes = np.bincount(group_of[image_of])
-    part_of = deal(sizes, counts, seed)
+    family_sizes = np.bincount(family_of, sizes).astype(np.int64)
+    part_of_family = deal(family_sizes, counts, seed)
+    part_of = [part_of_family[family] for family in family_of.tolist()]
     classes = data.num_classes(source.class_names)
     items = arrange(data, image_of, group_of, part_of, plan, classes, seed)
     for part in PARTS:
@@ -83,6 +86,7 @@ def build(
             "exact_duplicates": count - len(group_of),
             "near_pairs": len(pairs),
             "largest_group": int(sizes.max()),
+            "largest_family": int(family_sizes.max()),
             "left_out": int(sum(sizes[number] for number, p in enumerate(part_of) if p is None)),
         },
         "repeated_images": items.repeated,
@@ -139,6 +143,20 @@ def _groups(data: Ingested, image_of: np.ndarray, pairs: np.ndarray) -> np.ndarr
             declared[image] = name
         links.append(np.array([[leader.setdefault(name, image), image]], np.int64))
     return group(len(declared), np.concatenate(links), declared)
+
+
+def _families(data: Ingested, group_of: np.ndarray) -> np.ndarray:
+    """(G,) family of each group: groups that share an image of one family stay together."""
+    none = np.empty((0, 2), np.int64)
+    leader: dict[str, int] = {}
+    links = [
+        (leader.setdefault(family, number), number)
+        for family, number in zip(data.families, group_of.tolist(), strict=True)
+        if family is not None
+    ]
+    pairs = np.array(links, np.int64) if links else none
+    count = int(group_of.max()) + 1
+    return group(count, pairs, [None] * count)
 
 
 def _write_shards(

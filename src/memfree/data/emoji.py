@@ -13,6 +13,7 @@ from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image
 
 from memfree.data.decode import open_image, to_array
+from memfree.data.emoji_families import family_of
 from memfree.data.skipped import Skipped
 from memfree.data.sources import SHARES, SourceImage
 
@@ -42,7 +43,7 @@ class Emoji:
     Each has its Unicode name in lower case as its caption ("grinning face"), as far as this Python
     knows it: newer Pythons know more names. Digits and other ASCII signs, the letters that
     make flags in pairs, skin-tone samples and the empty keycap are left out: they are parts of
-    sequences.
+    sequences. Pictures of one design (the clock faces, words in squares, arrows, ...) are a family.
 
     Args:
         font: the font's file; None looks for Noto Color Emoji in the usual font folders.
@@ -94,7 +95,8 @@ class Emoji:
         for codes, glyph in self._glyphs.items():
             key = f"emoji-{codes[0]:x}"
             name = "-".join([key, *(f"{code:x}" for code in codes[1:])])
-            words = [unicodedata.name(chr(codes[0])).lower(), *(_MODIFIERS[c] for c in codes[1:])]
+            base = unicodedata.name(chr(codes[0])).lower()
+            words = [base, *(_MODIFIERS[code] for code in codes[1:])]
             try:
                 pixels = _on_white(_png(self._bitmaps[glyph], name), name)
             except ValueError as error:
@@ -103,7 +105,8 @@ class Emoji:
                 skipped.record(str(error))
                 continue
             group = key if self._variants else None
-            yield SourceImage(name, pixels, caption=", ".join(words), group=group)
+            caption, family = ", ".join(words), family_of(base)
+            yield SourceImage(name, pixels, caption=caption, group=group, family=family)
 
 
 def _sizes(count: int, variants: bool) -> tuple[float, float, float, float]:

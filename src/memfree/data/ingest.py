@@ -25,6 +25,7 @@ class Ingested:
     labels: list[int] | None
     captions: list[str] | None
     groups: list[str | None]
+    families: list[str | None]
 
     def num_classes(self, class_names: list[str] | None) -> int | None:
         """Number of classes: the source's names, or the largest label and one."""
@@ -93,6 +94,7 @@ def ingest(
         [int(item.label) for item in items] if items[0].label is not None else None,  # type: ignore[arg-type]
         [str(item.caption) for item in items] if items[0].caption is not None else None,
         [item.group for item in items],
+        [item.family for item in items],
     )
 
 

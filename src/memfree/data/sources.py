@@ -30,6 +30,9 @@ class SourceImage:
     caption: str | None = None
     group: str | None = None
     """Group that the source declares, None: found by content."""
+    family: str | None = None
+    """Pictures of one design that are no copies of each other: they stay in one part, as groups do,
+    because a held-out one would say how alike the design is, not how alike strangers are."""
 
 
 class Source(Protocol):
