@@ -167,15 +167,27 @@ class GuidanceSettings:
         """
         if self.mitigation in WITH_INDEX and index is None:
             raise ValueError(f"--guidance.mitigation {self.mitigation} needs --index")
-        guided: list[Mitigation] = []
-        if index is not None:
-            guided = [baselines.Guided(self.build(index, latents))]
-        if self.mitigation == "reject":
-            assert index is not None
-            end = self.end_threshold(index)
-            guided.append(baselines.RejectAndResample(index, default_similarity(index), end))
+        guided = [] if index is None else self._guided(index, latents)
         parts = [*self._baseline(text), *guided]
         return parts[0] if len(parts) == 1 else baselines.Sequential(parts)
+
+    def for_pixels(self, index: ReferenceIndex) -> Mitigation:
+        """The mitigation with its stages, for a model without text.
+
+        Args:
+            index: calibrated references, on the device of the samples.
+        """
+        return baselines.Sequential(self._guided(index))
+
+    def _guided(
+        self, index: ReferenceIndex, latents: ReferenceIndex | None = None
+    ) -> list[Mitigation]:
+        """What compares samples with an index: while they are drawn, and when they are finished."""
+        guided: list[Mitigation] = [baselines.Guided(self.build(index, latents))]
+        if self.mitigation == "reject":
+            end = self.end_threshold(index)
+            guided.append(baselines.RejectAndResample(index, default_similarity(index), end))
+        return guided
 
     def _baseline(self, text: baselines.TextTools | None) -> list[Mitigation]:
         """The named baseline of the field; empty for mitigations that are none."""
