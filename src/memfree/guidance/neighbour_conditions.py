@@ -77,7 +77,6 @@ class NeighbourConditions:
         known = prediction.memory.setdefault((self, "captions"), {})
         if new := [text for text in dict.fromkeys(captions) if text not in known]:
             encoded = prediction.encode(new)
-            assert isinstance(encoded, TextConditions)
             known.update({text: encoded[slice(i, i + 1)] for i, text in enumerate(new)})
         return TextConditions.cat([known[text] for text in captions])
 
