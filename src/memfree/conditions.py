@@ -62,23 +62,22 @@ class TextConditions:
 Conditions = Tensor | TextConditions
 """Labels (B,) int64, or encoded prompts; both are indexed by rows."""
 
+Encode = Callable[[Sequence[str]], TextConditions]
+"""A text encoder: texts → conditions, one each."""
+
 ENCODED_AT_ONCE = 64
 """Texts that are encoded together."""
 
 
-def sentences(encode: Callable[[Sequence[str]], Conditions], texts: Sequence[str]) -> Tensor:
+def sentences(encode: Encode, texts: Sequence[str]) -> Tensor:
     """Sentence vectors (len(texts), D) of many texts, encoded in parts.
 
     Args:
-        encode: the text encoder: texts → conditions, one each.
+        encode: the text encoder.
         texts: at least one.
     """
-    parts = []
-    for start in range(0, len(texts), ENCODED_AT_ONCE):
-        encoded = encode(texts[start : start + ENCODED_AT_ONCE])
-        assert isinstance(encoded, TextConditions)
-        parts.append(encoded.sentence())
-    return torch.cat(parts)
+    starts = range(0, len(texts), ENCODED_AT_ONCE)
+    return torch.cat([encode(texts[i : i + ENCODED_AT_ONCE]).sentence() for i in starts])
 
 
 def differ(first: Conditions, second: Conditions) -> Tensor:

@@ -105,9 +105,8 @@ class Counting:
 
     def __call__(self, index, images):
         self.calls += 1
-        return Match(
-            torch.full((len(images),), float(self.calls)), torch.zeros(len(images), 1).long()
-        )
+        rows = torch.zeros(len(images), 1).long()
+        return Match(torch.full((len(images),), float(self.calls)), rows, images.flatten(1))
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5, 6]), (3, [1, 1, 1, 2, 3, 4])])

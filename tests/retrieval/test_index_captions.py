@@ -81,3 +81,28 @@ def test_captions_that_are_not_there():
         captioned.duplicated_caption(torch.tensor([0]))
     with pytest.raises(ValueError, match="m is -1"):
         captioned.duplicated_caption(rows, m=-1)
+
+
+def test_nearest_captions_count_nothing_and_counts_are_made_once():
+    index = ReferenceIndex.build(images_of(6), captions=list("abcabc"), groups=range(6))
+    rows = torch.tensor([[0, 1], [5, 0]])
+    assert index.duplicated_caption(rows) == ["a", "c"]
+    assert "caption_counts" not in vars(index.items)
+    assert index.duplicated_caption(torch.tensor([[0, 1, 3]]), "most_common", m=1) == ["a"]
+    made = index.items.caption_counts
+    index.duplicated_caption(torch.tensor([[0, 1, 3]]), "most_common", m=1)
+    assert index.items.caption_counts is made
+
+
+def test_changed_indexes_count_their_own_captions():
+    index = ReferenceIndex.build(images_of(4), captions=list("abca"), groups=range(4))
+
+    def found(of, rows):
+        return of.duplicated_caption(torch.tensor([rows]), "most_common", m=1)
+
+    assert found(index, [1, 0, 3]) == ["a"]
+    more = index.add(images_of(4)[[1, 1]], captions=["b", "b"], groups=[0, 1])
+    assert found(more, [0, 1, 3]) == ["b"]
+    fewer = index.remove([index.keys[3]])
+    assert found(fewer, [1, 0]) == ["b"]
+    assert found(index, [1, 0, 3]) == ["a"]

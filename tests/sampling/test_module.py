@@ -4,11 +4,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from memfree.guidance import GuidanceSettings, NormalizedL2
+from memfree.guidance import GuidanceSettings, Mitigation, NormalizedL2
 from memfree.models import LoadedModel
 from memfree.sampling import SampleBatch, SampleIndices, SampleRun, SamplingModule, sample
 from memfree.sampling.module import IndexBatches, share
 from memfree.sampling.noise import draw, generators
+from memfree.sampling.png import from_bytes, to_bytes
 from memfree.sampling.schedulers import build_scheduler
 
 SHAPE = (1, 4, 4)
@@ -145,3 +146,54 @@ def test_trainer_predicts_missing_samples_only(denoiser, trained, tmp_path, monk
     batches = trainer.predict(module, datamodule=SampleIndices(run, batch_size=3))
     assert torch.cat([batch.index for batch in batches]).tolist() == [1, 4, 5, 8]
     run.release()
+
+
+class Bright(Mitigation):
+    """Accepts images that are lighter than grey."""
+
+    def accept(self, images):
+        return images.mean(dim=(1, 2, 3)) > 0
+
+
+def redrawn_by_hand(denoiser, scheduler, accept, count, budget):
+    """One sample at a time: the first attempt that is accepted as saved, or the last one."""
+    images = []
+    for i in range(count):
+        for attempt in range(budget):
+            sources = generators(3, [i], attempt)
+            drawn = sample(denoiser, scheduler, draw(SHAPE, sources), STEPS, generators=sources)
+            if accept(from_bytes(to_bytes(drawn.images))).item():
+                break
+        images.append(drawn.images)
+    return torch.cat(images)
+
+
+def test_what_a_mitigation_does_not_accept_is_drawn_again(denoiser, trained):
+    scheduler = build_scheduler("ddim", trained)
+    module = SamplingModule(loaded(denoiser, trained), scheduler, STEPS, 3, Bright(), budget=3)
+    images = drawn(module, 12, 12)
+    expected = redrawn_by_hand(denoiser, scheduler, Bright().accept, 12, 3)
+    assert torch.allclose(images, expected, atol=1e-4)
+    plain = drawn(SamplingModule(loaded(denoiser, trained), scheduler, STEPS, 3), 12, 12)
+    kept = Bright().accept(plain)
+    assert 0 < kept.sum() < 12
+    assert torch.equal((images == plain).flatten(1).all(dim=1), kept)
+
+
+@pytest.mark.parametrize("budget", [1, 3])
+def test_rejection_draws_again_what_is_above_the_threshold(denoiser, trained, index, budget):
+    scheduler = build_scheduler("ddim", trained)
+    settings = GuidanceSettings("reject", budget=budget)
+    level = settings.end_threshold(index)
+    module = SamplingModule(
+        loaded(denoiser, trained), scheduler, STEPS, 3, settings, asked=None, index=index
+    )
+    (batch,) = batches(module, 6, 6)
+    expected = redrawn_by_hand(
+        denoiser, scheduler, lambda x: NormalizedL2()(index, x).sigma <= level, 6, budget
+    )
+    assert torch.allclose(batch.images, expected, atol=1e-4)
+    # The trace is that of the attempt that was kept.
+    assert len(batch.trace["sigma"]) == 6 * STEPS
+    last = batch.trace["sigma"].reshape(STEPS, 6)[-1]
+    assert torch.allclose(last, NormalizedL2()(index, batch.images).sigma, atol=1e-3)

@@ -8,17 +8,23 @@ import torch
 from torch import Tensor
 
 from memfree.calibration_size import DEFAULT_RATE
-from memfree.conditions import Conditions, TextConditions, differ
+from memfree.conditions import differ
 from memfree.diffusion_math import predicted_x_0
 from memfree.guidance import corrections
 from memfree.guidance.detection import EVERY_STEP, Cadence, Detection, Observer, recorded
 from memfree.guidance.displacement import limit_displacement, move_below
+from memfree.guidance.neighbour_conditions import (
+    CAPTION_NEIGHBOURS,
+    CAPTION_RECORDS,
+    NeighbourConditions,
+)
 from memfree.guidance.prediction import Prediction, combine, row_norm
 from memfree.guidance.similarity import Match, Similarity
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
+    from memfree.retrieval.captions import CaptionPolicy
 
 
 class AntiMemorizationGuidance(Observer):
@@ -45,6 +51,11 @@ class AntiMemorizationGuidance(Observer):
             ``NormalizedL2`` only G_sim then acts below λ_t: c_1 and c_2 multiply how far σ_t is
             above the gate, which is 0 there.
         cadence: when neighbours are searched; see ``Cadence``.
+        caption_policy: which caption is y_N of eq. 15: the nearest image's (``nearest``, the
+            paper's), or the most common of the k nearest (``most_common``, the authors' code's);
+            see ``NeighbourConditions``.
+        caption_neighbours: k of ``most_common``.
+        caption_records: m of ``most_common``.
     """
 
     def __init__(
@@ -61,6 +72,9 @@ class AntiMemorizationGuidance(Observer):
         gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate",
         gated: bool = True,
         cadence: Cadence = EVERY_STEP,
+        caption_policy: CaptionPolicy = "nearest",
+        caption_neighbours: int = CAPTION_NEIGHBOURS,
+        caption_records: int = CAPTION_RECORDS,
     ) -> None:
         super().__init__(index, similarity, threshold, cadence)
         for name, value in (("c1", c1), ("c2", c2), ("c3", c3), ("gate_margin", gate_margin)):
@@ -76,6 +90,9 @@ class AntiMemorizationGuidance(Observer):
         self.final_correction = final_correction
         self.gradient = gradient
         self.gated = gated
+        self.neighbour_conditions = NeighbourConditions(
+            index, caption_policy, caption_neighbours, caption_records
+        )
 
     @classmethod
     def recommended(
@@ -145,33 +162,16 @@ class AntiMemorizationGuidance(Observer):
     ) -> Tensor:
         """ε_θ(x_t, y_N) of eq. 16; the denoiser is called only where y_N ≠ y and s_2 > 0."""
         assert prediction.output_cond is not None and prediction.conditions is not None
-        y_n = self._neighbour_conditions(prediction, match, rows)
         output = prediction.output_cond[rows].clone()
-        other = (differ(y_n, prediction.conditions[rows]) & (s_2 > 0)).nonzero().squeeze(1)
+        places = (s_2 > 0).nonzero().squeeze(1)
+        if not len(places):
+            return output
+        y_n = self.neighbour_conditions(prediction, match, rows[places])
+        other = differ(y_n, prediction.conditions[rows[places]]).nonzero().squeeze(1)
         if len(other):
-            output[other] = prediction.denoise(prediction.x_t[rows[other]], y_n[other])
+            x_t = prediction.x_t[rows[places[other]]]
+            output[places[other]] = prediction.denoise(x_t, y_n[other])
         return output
-
-    def _neighbour_conditions(
-        self, prediction: Prediction, match: Match, rows: Tensor
-    ) -> Conditions:
-        """y_N: the label or the encoded caption of the nearest image, one a row of ``rows``."""
-        if not isinstance(prediction.conditions, TextConditions):
-            if self.index.labels is None:
-                raise ValueError("c2 needs an index with labels: build it on a labelled data set")
-            return self.index.labels.to(match.rows.device)[match.rows[rows, 0]]
-        if self.index.captions is None or prediction.encode is None:
-            raise ValueError(
-                "c2 needs the caption of the nearest image and a text encoder: build the index on "
-                "a captioned data set, or set c2 to 0"
-            )
-        captions = [self.index.captions[row] for row in match.rows[rows, 0].tolist()]
-        known = prediction.memory.setdefault((self, "captions"), {})
-        if new := [text for text in dict.fromkeys(captions) if text not in known]:
-            encoded = prediction.encode(new)
-            assert isinstance(encoded, TextConditions)
-            known.update({text: encoded[slice(i, i + 1)] for i, text in enumerate(new)})
-        return TextConditions.cat([known[text] for text in captions])
 
     def _sigma_gradient(self, prediction: Prediction, match: Match, rows: Tensor) -> Tensor:
         """∇_{x_t} σ_t (len(rows), ...) in float32; the neighbours are not differentiated."""

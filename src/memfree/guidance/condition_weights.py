@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from memfree.conditions import Conditions, TextConditions, sentences
+from memfree.conditions import Encode, TextConditions, sentences
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
@@ -82,9 +81,7 @@ class CaptionWeights:
         self._sentences: Tensor | None = None
         self._encoder: object = None
 
-    def __call__(
-        self, prompts: TextConditions, encode: Callable[[Sequence[str]], Conditions] | None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, prompts: TextConditions, encode: Encode | None) -> tuple[Tensor, Tensor]:
         """Log-weights for one record a group and for all records, each (len(prompts), N).
 
         Args:
@@ -107,7 +104,7 @@ class CaptionWeights:
         none = (m.sum(dim=1) == 0)[:, None]
         return log_1.masked_fill(none, 0.0), log_m.masked_fill(none, 0.0)
 
-    def _encoded(self, encode: Callable[[Sequence[str]], Conditions] | None) -> Tensor:
+    def _encoded(self, encode: Encode | None) -> Tensor:
         """Sentence vectors (captions, D) of all captions."""
         if encode is None:
             raise ValueError("captions cannot be compared with prompts without a text encoder")

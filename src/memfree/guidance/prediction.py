@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from memfree.conditions import Conditions
+from memfree.conditions import Conditions, Encode
 from memfree.diffusion_math import (
     PredictionType,
     output_change_from_eps,
@@ -54,8 +54,8 @@ class Prediction:
     """Finished x_0 are clamped to ±image_range (1 for pixels); None: they are not."""
     decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)
     """From x̂_0 to images (B, C, H, W) in [−1, 1]: the identity in pixel space."""
-    encode: Callable[[Sequence[str]], Conditions] | None = None
-    """The text encoder: captions → conditions, one each; None where there is none."""
+    encode: Encode | None = None
+    """The text encoder; None where there is none."""
     memory: dict[Any, Any] = field(default_factory=dict)
     """What guidances keep from earlier steps of this batch, each under a key of its own (itself);
     the same dictionary at every step, empty at the first."""

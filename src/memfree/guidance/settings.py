@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from memfree.calibration_size import DEFAULT_RATE
 from memfree.guidance import baselines
@@ -15,8 +15,10 @@ from memfree.guidance.calibration import calibration_of, default_similarity
 from memfree.guidance.detection import Cadence, Observer
 from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.multiplicity import MultiplicityGuidance
+from memfree.guidance.neighbour_conditions import CAPTION_NEIGHBOURS, CAPTION_RECORDS
 from memfree.guidance.prediction import Guidance
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
+from memfree.retrieval.captions import CaptionPolicy
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
@@ -71,6 +73,15 @@ class GuidanceSettings:
     """Despecification (eq. 13); 0 switches it off."""
     c2: float = 5.0
     """Caption or label deduplication (eq. 15); 0 switches it off."""
+    caption_policy: CaptionPolicy = "nearest"
+    """Which caption c2 steers away from: the nearest image's (nearest, the paper's), or the most
+    common among the nearest (most_common, the authors' code's)."""
+    caption_neighbours: PositiveInt = CAPTION_NEIGHBOURS
+    """How many nearest images most_common counts, near copies as one; 1000 of the billions of
+    LAION in the authors' code."""
+    caption_records: NonNegativeInt = CAPTION_RECORDS
+    """The most common caption is taken if more training records than this have it, else the
+    nearest image's; 20 in the authors' code."""
     c3: float = 300.0
     """Dissimilarity guidance (eq. 17); 0 switches it off."""
     max_displacement: float = 1.0
@@ -156,15 +167,27 @@ class GuidanceSettings:
         """
         if self.mitigation in WITH_INDEX and index is None:
             raise ValueError(f"--guidance.mitigation {self.mitigation} needs --index")
-        guided: list[Mitigation] = []
-        if index is not None:
-            guided = [baselines.Guided(self.build(index, latents))]
-        if self.mitigation == "reject":
-            assert index is not None
-            end = self.end_threshold(index)
-            guided.append(baselines.RejectAndResample(index, default_similarity(index), end))
+        guided = [] if index is None else self._guided(index, latents)
         parts = [*self._baseline(text), *guided]
         return parts[0] if len(parts) == 1 else baselines.Sequential(parts)
+
+    def for_pixels(self, index: ReferenceIndex) -> Mitigation:
+        """The mitigation with its stages, for a model without text.
+
+        Args:
+            index: calibrated references, on the device of the samples.
+        """
+        return baselines.Sequential(self._guided(index))
+
+    def _guided(
+        self, index: ReferenceIndex, latents: ReferenceIndex | None = None
+    ) -> list[Mitigation]:
+        """What compares samples with an index: while they are drawn, and when they are finished."""
+        guided: list[Mitigation] = [baselines.Guided(self.build(index, latents))]
+        if self.mitigation == "reject":
+            end = self.end_threshold(index)
+            guided.append(baselines.RejectAndResample(index, default_similarity(index), end))
+        return guided
 
     def _baseline(self, text: baselines.TextTools | None) -> list[Mitigation]:
         """The named baseline of the field; empty for mitigations that are none."""
@@ -220,6 +243,9 @@ class GuidanceSettings:
             gradient=self.gradient,
             gated=self.gated,
             cadence=Cadence(int(self.cadence)),
+            caption_policy=self.caption_policy,
+            caption_neighbours=int(self.caption_neighbours),
+            caption_records=int(self.caption_records),
         )
 
     def _threshold(self, end: float) -> ThresholdSchedule | ConstantThreshold:

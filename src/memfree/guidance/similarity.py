@@ -20,6 +20,8 @@ class Match:
     """(B,) float32."""
     rows: Tensor
     """(B, k) int64 rows of the index, nearest first, each of another group."""
+    vectors: Tensor
+    """(B, D): what was searched for, without gradient; for who needs further neighbours."""
 
 
 class Similarity(Protocol):
@@ -59,11 +61,12 @@ class NormalizedL2:
     def __call__(self, index: ReferenceIndex, images: Tensor) -> Match:
         """Match images (B, C, H, W); an index of fewer than k groups is refused by its search."""
         features = index.features(images)
-        hits = index.search(features.detach(), self.k)
+        vectors = features.detach()
+        hits = index.search(vectors, self.k)
         if not features.requires_grad:
             # The search's own distances are exact; nothing is gained by another gather.
-            return Match(_nl2(hits.scores[:, 0], hits.scores, self.alpha), hits.rows)
-        return Match(self._differentiable(index, features, hits.rows), hits.rows)
+            return Match(_nl2(hits.scores[:, 0], hits.scores, self.alpha), hits.rows, vectors)
+        return Match(self._differentiable(index, features, hits.rows), hits.rows, vectors)
 
     def against(self, index: ReferenceIndex, images: Tensor, rows: Tensor) -> Tensor:
         """σ (B,) against given rows (B, k): the first is n_0, all are the denominator."""
@@ -94,10 +97,11 @@ class EmbeddingSimilarity:
     def __call__(self, index: ReferenceIndex, images: Tensor) -> Match:
         """Match images (B, C, H, W) in [−1, 1]."""
         features = index.features(images)
-        hits = index.search(features.detach(), 1)
+        vectors = features.detach()
+        hits = index.search(vectors, 1)
         if not features.requires_grad:
-            return Match(hits.scores[:, 0], hits.rows)
-        return Match(_cosine(index, features, hits.rows), hits.rows)
+            return Match(hits.scores[:, 0], hits.rows, vectors)
+        return Match(_cosine(index, features, hits.rows), hits.rows, vectors)
 
     def against(self, index: ReferenceIndex, images: Tensor, rows: Tensor) -> Tensor:
         """σ (B,) against the first of the given rows (B, k)."""

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from memfree.conditions import Conditions
+from memfree.conditions import TextConditions
 from memfree.manifest import read_manifest
 from memfree.models.export import DIFFUSERS_NAME
 from memfree.models.latents import decode_latents, latent_shape
@@ -80,7 +80,7 @@ class LoadedModel:
         return latent_shape(self.pipe.vae, self.image_shape)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditions:
+    def encode(self, prompts: Sequence[str]) -> TextConditions:
         """What the denoiser of a text-to-image model is told of prompts, one each."""
         return encode(self.pipe, prompts)
 

@@ -43,22 +43,30 @@ def duplicated_captions(
         raise ValueError(f"rows must be (B, k) as a search returns them, not {tuple(rows.shape)}")
     if m < 0:
         raise ValueError(f"m is {m}, but must be 0 or more")
-    group = items.group.tolist()
-    of_group = items.caption_counts
+    if policy == "nearest":
+        rows = rows[:, :1]
+    # Of these rows alone: an index may have millions.
+    groups = items.group[rows.to(items.group.device)].tolist()
     captions = []
-    for neighbours in rows.tolist():
-        nearest = items.captions[neighbours[0]]
-        if not nearest:
-            own = of_group.get(group[neighbours[0]], {})
-            nearest = max(own, key=lambda caption: own[caption], default="")
+    for neighbours, numbers in zip(rows.tolist(), groups, strict=True):
+        caption = items.captions[neighbours[0]]
+        if not caption:
+            caption = _most_common(items, numbers[:1])[0]
         if policy == "most_common":
-            counts: dict[str, int] = {}
-            for number in dict.fromkeys(group[row] for row in neighbours):
-                for caption, count in of_group.get(number, {}).items():
-                    counts[caption] = counts.get(caption, 0) + count
-            # max keeps the first of equals, and dicts keep the order of the neighbours.
-            best = max(counts, key=lambda caption: counts[caption], default="")
-            if best and counts[best] > m:
-                nearest = best
-        captions.append(nearest)
+            best, records = _most_common(items, numbers)
+            if records > m:
+                caption = best
+        captions.append(caption)
     return captions
+
+
+def _most_common(items: Items, groups: list[int]) -> tuple[str, int]:
+    """The caption of most records of some groups, nearest first, and how many; ("", 0) of none."""
+    counts: dict[str, int] = {}
+    for number in dict.fromkeys(groups):
+        for caption, count in items.caption_counts.get(number, {}).items():
+            if caption:
+                counts[caption] = counts.get(caption, 0) + count
+    # max keeps the first of equals, and dicts keep the order of the neighbours.
+    best = max(counts, key=lambda caption: counts[caption], default="")
+    return best, counts.get(best, 0)

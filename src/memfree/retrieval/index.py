@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,18 +16,13 @@ from memfree.retrieval.features import Features, PixelFeatures
 from memfree.retrieval.hashing import hashed
 from memfree.retrieval.items import Items
 from memfree.retrieval.origin import Origin
-from memfree.retrieval.rows import Rows
-from memfree.retrieval.search import Groups, Hits, References
+from memfree.retrieval.searched import Searched
 
 if TYPE_CHECKING:
     from memfree.data import DatasetFolder
 
-Backend = Literal["auto", "torch", "faiss"]
-_SMALL = 1 << 29
-"""Elements of the vectors (2 GB) up to which torch searches on the CPU; FAISS searches above."""
 
-
-class ReferenceIndex(Rows):
+class ReferenceIndex(Searched):
     """Feature vectors of distinct training images, searched by group.
 
     Made by ``build`` or ``load``. Rows are distinct images; copies of an image are one row with
@@ -42,8 +37,7 @@ class ReferenceIndex(Rows):
         image_shape: (C, H, W) of the images.
         dataset_hash: hash of the dataset folder, None for an index of bare tensors.
         calibrations: by similarity name, JSON that ``memfree.guidance.calibrate`` stores here.
-        backend: ``torch`` (matrix products on the index's device), ``faiss``, or ``auto``: torch up
-            to 2 GB of vectors or on an accelerator. Results are the same.
+        backend: what searches; see ``Searched``.
     """
 
     def __init__(
@@ -55,15 +49,9 @@ class ReferenceIndex(Rows):
         dataset_hash: str | None = None,
         calibrations: dict[str, dict[str, Any]] | None = None,
     ):
-        self.vectors = vectors
-        self.features = features
-        self.items = items
-        self.image_shape = image_shape
+        super().__init__(vectors, features, items, image_shape)
         self.dataset_hash = dataset_hash
         self.calibrations = calibrations if calibrations is not None else {}
-        self.backend: Backend = "auto"
-        self._references: References | None = None
-        self._faiss: Any = None
 
     @classmethod
     def build(
@@ -124,11 +112,6 @@ class ReferenceIndex(Rows):
         vectors, items = assemble(origin, images, batch_size=256)
         return cls(vectors, features.cpu(), items, dataset.image_shape, dataset.hash)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the index is searched."""
-        return self.vectors.device
-
     def __len__(self) -> int:
         """Number of rows: distinct images."""
         return len(self.vectors)
@@ -136,29 +119,10 @@ class ReferenceIndex(Rows):
     def to(self, device: torch.device | str) -> ReferenceIndex:
         """Move the index and its extractor to a device; returns itself."""
         device = torch.device(device)
-        if device != self.vectors.device:
-            self.vectors = self.vectors.to(device)
-            self._references = self._faiss = None
+        self._move_vectors(device)
         self.items.to(device)
         self.features.to(device)
         return self
-
-    @property
-    def references(self) -> References:
-        """Vectors prepared for search: centred, with norms and groups; made at the first use."""
-        if self._references is None:
-            keep_centred = self._searches_with() == "torch"
-            self._references = References(
-                self.vectors, Groups.of(self.group), self.metric, keep_centred
-            )
-        return self._references
-
-    def _searches_with(self) -> Backend:
-        """Resolve ``auto``: torch where the vectors are on an accelerator or small, else FAISS."""
-        if self.backend != "auto":
-            return self.backend
-        small = self.vectors.numel() <= _SMALL or self.device.type != "cpu"
-        return "torch" if small else "faiss"
 
     def images(self, rows: Tensor) -> Tensor:
         """The images (len(rows), C, H, W) in [-1, 1] of some rows.
@@ -239,58 +203,6 @@ class ReferenceIndex(Rows):
             ValueError: the salt is short, or images can be had from the vectors (pixels, latents).
         """
         return hashed(self, salt, keep_captions, keep_shards)
-
-    @torch.no_grad()
-    def search(self, queries: Tensor, k: int) -> Hits:
-        """Find the nearest member of each of the k nearest distinct groups.
-
-        Args:
-            queries: vectors (B, D), or images (B, C, H, W) in [-1, 1], which are embedded first.
-            k: number of groups to find, at most as many as there are.
-
-        Returns:
-            rows and scores, best first, on the index's device: L2 distances or cosine
-            similarities, exact to float32; of equal scores the lower row comes first.
-
-        Raises:
-            ValueError: k is not in 1 … number of groups, or the queries have another shape or are
-                not finite.
-        """
-        references = self.references
-        if not 1 <= k <= references.groups.count:
-            raise ValueError(
-                f"cannot find k={k} neighbours: the index has {references.groups.count} distinct "
-                f"groups, so k must be in 1 … {references.groups.count}"
-            )
-        vectors = self._query_vectors(queries)
-        if self._searches_with() == "torch":
-            return references.search(vectors, k)
-        if self._faiss is None:
-            from memfree.retrieval.faiss_search import FaissReferences
-
-            self._faiss = FaissReferences(references)
-        return self._faiss.search(vectors, k)
-
-    def _query_vectors(self, queries: Tensor) -> Tensor:
-        queries = queries.detach().to(self.device)
-        if queries.ndim == 4:
-            if tuple(queries.shape[1:]) != tuple(self.image_shape):
-                raise ValueError(
-                    f"queries are images of shape {tuple(queries.shape[1:])}, but the index is "
-                    f"of images of shape {tuple(self.image_shape)}"
-                )
-            queries = self.features(queries)
-        if queries.ndim != 2 or queries.shape[1] != self.vectors.shape[1]:
-            raise ValueError(
-                f"queries have shape {tuple(queries.shape)}, but the index needs vectors "
-                f"(B, {self.vectors.shape[1]}) or images (B, C, H, W) of {tuple(self.image_shape)}"
-            )
-        queries = queries.to(torch.float32)
-        if not bool(queries.isfinite().all()):
-            raise ValueError("queries hold NaN or infinite values")
-        if self.metric == "cosine":
-            queries = torch.nn.functional.normalize(queries, dim=1)
-        return queries
 
     def save(self, folder: Path | str, overwrite: bool = False) -> None:
         """Write the index folder in one step; see ``storage.save``."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memfree.conditions import Conditions
+from memfree.conditions import Conditions, Encode
 from memfree.diffusion_math import alpha_bar_at
 from memfree.guidance.prediction import Guidance, Prediction, apply, combine
 
@@ -44,7 +44,7 @@ def sample(
     trace: bool = False,
     generators: list[torch.Generator] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
-    encode: Callable[[Sequence[str]], Conditions] | None = None,
+    encode: Encode | None = None,
 ) -> Result:
     """Denoise ``noise`` with a scheduler, passing every prediction through the guidance.
 

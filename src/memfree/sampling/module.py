@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 
-from memfree.guidance import Guidance, GuidanceSettings, Mitigation, default_similarity
-from memfree.guidance.baselines import TextTools
+from memfree.guidance import Guidance, GuidanceSettings, Mitigation
+from memfree.guidance.baselines import Guided, TextTools
 from memfree.models import LoadedModel
 from memfree.sampling.loop import Result, sample
 from memfree.sampling.noise import draw, generators
@@ -54,12 +54,14 @@ class SamplingModule(LightningModule):
         scheduler: a diffusers scheduler.
         steps: number of denoising steps.
         seed: seed of the run.
-        guidance: guidances, applied in order (none: no trace); or settings, from which they are
-            built on the device, for ``index``.
+        guidance: guidances, applied in order (none: no trace); a mitigation; or settings, from
+            which one is built on the device, for ``index``. A model without text runs the stages
+            ``guidances`` and ``accept`` of it alone.
         guidance_scale: classifier-free guidance scale s_0; 1 = the plain conditional model.
         asked: sample i has the label or the prompt ``asked[i % len(asked)]``; None = unconditional.
         index: reference index of the guidances, moved to the device with the denoiser.
         latents: references of multiplicity guidance of a text-to-image model.
+        budget: draws of a sample that the mitigation does not accept; settings have their own.
 
     Raises:
         ValueError: guidance settings are given without an index.
@@ -71,11 +73,12 @@ class SamplingModule(LightningModule):
         scheduler: Any,
         steps: int,
         seed: int,
-        guidance: Sequence[Guidance] | GuidanceSettings = (),
+        guidance: Sequence[Guidance] | Mitigation | GuidanceSettings = (),
         guidance_scale: float = 1.0,
         asked: Sequence[int] | Sequence[str] | None = None,
         index: ReferenceIndex | None = None,
         latents: ReferenceIndex | None = None,
+        budget: int = 10,
     ) -> None:
         super().__init__()
         self.denoiser = model.denoiser
@@ -83,30 +86,32 @@ class SamplingModule(LightningModule):
         self.scheduler = scheduler
         self.steps = steps
         self.seed = seed
-        self.guidance = [] if isinstance(guidance, GuidanceSettings) else list(guidance)
         self.settings = guidance if isinstance(guidance, GuidanceSettings) else None
+        self.budget = budget if self.settings is None else int(self.settings.budget)
+        given = () if isinstance(guidance, GuidanceSettings) else guidance
+        self.mitigation = given if isinstance(given, Mitigation) else Guided(given)
         if self.settings is not None and index is None and model.pipe is None:
             raise ValueError("guidance settings need a reference index")
         self.guidance_scale = guidance_scale
         self.asked = None if asked is None else list(asked)
         self.index = index
         self.latents = latents
-        self.mitigation: Mitigation | None = None
 
     def on_predict_start(self) -> None:
-        """Move the references to the device of the denoiser, and build the guidances there."""
+        """Move the references to the device of the denoiser, and build the mitigation there."""
         for index in (self.index, self.latents):
             if index is not None:
                 index.to(self.device)
         self.model.to(self.device)
-        if self.model.pipe is not None:
-            captions = (self.index.captions if self.index is not None else None) or []
-            tools = TextTools(self.model.pipe.tokenizer, sorted(set(captions)))
-            settings = self.settings or GuidanceSettings()
-            self.mitigation = settings.for_text(self.index, tools, self.latents)
-        elif self.settings is not None:
+        if self.settings is None:
+            return
+        if self.model.pipe is None:
             assert self.index is not None
-            self.guidance = self.settings.build(self.index)
+            self.mitigation = self.settings.for_pixels(self.index)
+            return
+        captions = (self.index.captions if self.index is not None else None) or []
+        tools = TextTools(self.model.pipe.tokenizer, sorted(set(captions)))
+        self.mitigation = self.settings.for_text(self.index, tools, self.latents)
 
     def asked_of(self, index: Tensor) -> list[int] | list[str] | None:
         """Label or prompt of each of the samples ``index`` (B,); None for an unconditional run."""
@@ -128,7 +133,7 @@ class SamplingModule(LightningModule):
             sources = generators(self.seed, batch.cpu()[positions].tolist(), attempt)
             here: Any = None if asked is None else [asked[i] for i in positions.tolist()]
             noise = draw(self.model.noise_shape, sources).to(self.device)
-            if self.mitigation is not None:
+            if self.model.pipe is not None:
                 return sample_text(
                     self.model,
                     self.mitigation,
@@ -139,23 +144,20 @@ class SamplingModule(LightningModule):
                     self.guidance_scale,
                     sources,
                 )
+            guidances = self.mitigation.guidances()
             return sample(
                 self.denoiser,
                 self.scheduler,
                 noise,
                 self.steps,
-                guidance=self.guidance or None,
+                guidance=guidances or None,
                 conditions=None if here is None else torch.tensor(here, device=self.device),
                 guidance_scale=self.guidance_scale,
-                trace=bool(self.guidance),
+                trace=bool(guidances),
                 generators=sources,
             )
 
-        everything = torch.arange(len(batch))
-        if self.settings is not None and self.settings.mitigation == "reject":
-            result = redraw(draw_attempt, self._is_copy, len(batch), self.settings.budget)
-        else:
-            result = draw_attempt(everything, 0)
+        result = redraw(draw_attempt, self._rejected, len(batch), self.budget)
         images = result.images.detach().float().cpu()
         trace = result.trace
         return SampleBatch(
@@ -166,12 +168,10 @@ class SamplingModule(LightningModule):
             seconds=time.perf_counter() - start,
         )
 
-    def _is_copy(self, images: Tensor) -> Tensor:
-        """Whether images, as they will be saved, are above the calibrated threshold, (B,) bool."""
-        assert self.index is not None and self.settings is not None
+    def _rejected(self, images: Tensor) -> Tensor:
+        """Which images, as they will be saved, the mitigation does not accept, (B,) bool."""
         saved = from_bytes(to_bytes(images.float())).to(self.device)
-        sigma = default_similarity(self.index)(self.index, saved).sigma
-        return sigma > self.settings.end_threshold(self.index)
+        return ~self.mitigation.accept(saved)
 
 
 class SampleIndices(LightningDataModule):

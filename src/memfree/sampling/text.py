@@ -45,7 +45,6 @@ def sample_text(
     asked = mitigation.prompts(prompts, generators)
     scale = mitigation.guidance_scale(guidance_scale)
     conditions, unconditional = model.encode(asked), model.encode([""])
-    assert isinstance(conditions, TextConditions) and isinstance(unconditional, TextConditions)
     first = copy.deepcopy(scheduler)
     first.set_timesteps(steps, device=noise.device)
     t = first.timesteps[0]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from memfree.conditions import Conditions, TextConditions, sentences
+from memfree.conditions import Encode, TextConditions, sentences
 from memfree.diffusion_math import eps_change
 from memfree.guidance.prediction import Prediction, row_norm
 
@@ -60,7 +60,7 @@ class SemanticSearch:
             if not len(searching):
                 break
             chosen = [self.prompts[row] for row in ranked[place, column].tolist()]
-            encoded = _encode(prediction.encode, chosen)
+            encoded = prediction.encode(chosen)
             output = prediction.denoise(prediction.x_t[searching], encoded)
             change = (output - prediction.output_uncond[searching]).float()
             m = row_norm(eps_change(change, prediction.alpha_bar, prediction.prediction_type))
@@ -76,9 +76,7 @@ class SemanticSearch:
             searching, place = searching[going_on], place[going_on]
         return TextConditions(embeddings, pooled, mask), triggered
 
-    def _ranked(
-        self, encode: Callable[[Sequence[str]], Conditions], conditions: TextConditions
-    ) -> Tensor:
+    def _ranked(self, encode: Encode, conditions: TextConditions) -> Tensor:
         """Rows of the candidates for each prompt, nearest first, (n, count) int64."""
         wanted = conditions.sentence()
         if self._sentences is None and len(wanted):
@@ -90,11 +88,3 @@ class SemanticSearch:
         # Row by row and stable: a sample's candidates do not depend on its batch.
         order = [row.argsort(descending=True, stable=True)[: self.count] for row in similarity]
         return torch.stack(order)
-
-
-def _encode(
-    encode: Callable[[Sequence[str]], Conditions], prompts: Sequence[str]
-) -> TextConditions:
-    encoded = encode(prompts)
-    assert isinstance(encoded, TextConditions)
-    return encoded

@@ -1,0 +1,89 @@
+"""What the nearest training images are asked for by: y_N of AMG (eq. 15 and 16)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from memfree.conditions import Conditions, TextConditions
+from memfree.guidance.prediction import Prediction
+from memfree.guidance.similarity import Match
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+    from memfree.retrieval.captions import CaptionPolicy
+
+CAPTION_NEIGHBOURS = 10
+"""k of ``most_common``; 1000 in the authors' code, of the two billion images of LAION."""
+CAPTION_RECORDS = 5
+"""m of ``most_common``; 20 in the authors' code."""
+
+
+class NeighbourConditions:
+    """y_N of samples: the label of the nearest image, or a caption chosen by a policy.
+
+    ``most_common`` needs k neighbours. Where the similarity has fewer (eq. 9 has one), they are
+    searched again, of the samples alone that y_N is asked of.
+
+    Args:
+        index: references with labels or captions.
+        policy: ``nearest`` (the paper) or ``most_common`` (the authors' code); see
+            ``retrieval.captions``. Labels are always the nearest image's.
+        neighbours: k, distinct groups whose captions ``most_common`` counts.
+        records: m: the most common caption is taken if more training records have it, else the
+            nearest image's.
+
+    Raises:
+        ValueError: k or m is out of range.
+    """
+
+    def __init__(
+        self,
+        index: ReferenceIndex,
+        policy: CaptionPolicy = "nearest",
+        neighbours: int = CAPTION_NEIGHBOURS,
+        records: int = CAPTION_RECORDS,
+    ) -> None:
+        groups = int(index.group.max()) + 1
+        if policy == "most_common" and not 1 <= neighbours <= groups:
+            raise ValueError(
+                f"caption_neighbours is {neighbours}, but the index has {groups} distinct groups: "
+                f"use 1 to {groups}"
+            )
+        if records < 0:
+            raise ValueError(f"caption_records must be at least 0, not {records}")
+        self.index = index
+        self.policy = policy
+        self.neighbours = neighbours
+        self.records = records
+
+    def __call__(self, prediction: Prediction, match: Match, rows: Tensor) -> Conditions:
+        """y_N of some rows of the batch, one each.
+
+        Raises:
+            ValueError: the index lacks labels or captions, or there is no text encoder.
+        """
+        if not isinstance(prediction.conditions, TextConditions):
+            if self.index.labels is None:
+                raise ValueError("c2 needs an index with labels: build it on a labelled data set")
+            return self.index.labels.to(match.rows.device)[match.rows[rows, 0]]
+        if self.index.captions is None or prediction.encode is None:
+            raise ValueError(
+                "c2 needs the caption of the nearest image and a text encoder: build the index on "
+                "a captioned data set, or set c2 to 0"
+            )
+        captions = self._captions(match, rows)
+        known = prediction.memory.setdefault((self, "captions"), {})
+        if new := [text for text in dict.fromkeys(captions) if text not in known]:
+            encoded = prediction.encode(new)
+            known.update({text: encoded[slice(i, i + 1)] for i, text in enumerate(new)})
+        return TextConditions.cat([known[text] for text in captions])
+
+    def _captions(self, match: Match, rows: Tensor) -> list[str]:
+        nearest = match.rows[rows]
+        if self.policy == "most_common":
+            if nearest.shape[1] < self.neighbours:
+                nearest = self.index.search(match.vectors[rows], self.neighbours).rows
+            nearest = nearest[:, : self.neighbours]
+        return self.index.duplicated_caption(nearest, self.policy, self.records)
