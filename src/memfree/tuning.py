@@ -21,8 +21,9 @@ from memfree.models import LoadedModel, load_model
 from memfree.resolved import save_config
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import SamplingModule
-from memfree.sampling.checks import index_for, labels_in_turn, scheduler_for
+from memfree.sampling.checks import index_for, labels_in_turn, latents_for, scheduler_for
 from memfree.sampling.png import from_bytes, to_bytes
+from memfree.sampling.prompts import PromptOptions, prompts_in_turn
 from memfree.sampling.schedulers import SchedulerName
 
 
@@ -52,6 +53,8 @@ def tune(
     steps: PositiveInt = 50,
     scheduler: SchedulerName = "ddpm",
     guidance_scale: float = 1.0,
+    prompts: PromptOptions = PromptOptions(),  # noqa: B008 - read only; --help shows it
+    latents: Path | None = None,
     scales: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0),
     guidance: GuidanceSettings = GuidanceSettings("amg"),  # noqa: B008 - read only
     allow_other_dataset: bool = False,
@@ -74,6 +77,8 @@ def tune(
         steps: denoising steps.
         scheduler: sampler.
         guidance_scale: classifier-free guidance scale.
+        prompts: what a text-to-image model is asked for; take those whose images it copies.
+        latents: index of the training images' latents, for both of text-to-image.
         scales: multiples of the strengths, tried from the smallest up.
         guidance: what is tuned (mitigation amg or both), the strengths that are multiplied, and
             everything else.
@@ -87,12 +92,24 @@ def tune(
         raise ValueError("--scales needs at least one number, all above 0")
     check_replaceable(out, "tuning")
     loaded = load_model(model)
-    classes = labels_in_turn(None, loaded, guidance_scale)
+    asked: list[int] | list[str] | None = prompts_in_turn(prompts, loaded)
+    if asked is None:
+        asked = labels_in_turn(None, loaded, guidance_scale)
     reference = index_for(index, loaded, guidance, allow_other_dataset)
     reference.to("cuda" if torch.cuda.is_available() else "cpu")
     sampler = scheduler_for(scheduler, loaded, steps)
     batches = torch.arange(count).split(batch_size)
-    batch = _Trials(loaded, reference, batches, seed, steps, sampler, guidance_scale, classes)
+    batch = _Trials(
+        loaded,
+        reference,
+        latents_for(latents, loaded, guidance),
+        batches,
+        seed,
+        steps,
+        sampler,
+        guidance_scale,
+        asked,
+    )
     console = Console()
     with console.status("drawing unguided samples"):
         unguided = batch.draw(replace(guidance, mitigation="none"))
@@ -156,12 +173,13 @@ class _Trials:
 
     model: LoadedModel
     index: ReferenceIndex
+    latents: ReferenceIndex | None
     batches: Sequence[Tensor]
     seed: int
     steps: int
     scheduler: Any
     guidance_scale: float
-    classes: list[int] | None
+    asked: list[int] | list[str] | None
 
     def draw(self, settings: GuidanceSettings) -> tuple[Tensor, Tensor]:
         """Samples (N, C, H, W) as they would be saved, and which were ever active (N,)."""
@@ -172,8 +190,9 @@ class _Trials:
             self.seed,
             settings,
             self.guidance_scale,
-            self.classes,
+            self.asked,
             self.index,
+            self.latents,
         ).to(self.index.device)
         module.on_predict_start()
         images, active = [], []
