@@ -96,6 +96,7 @@ def tune(
     if asked is None:
         asked = labels_in_turn(None, loaded, guidance_scale)
     reference = index_for(index, loaded, guidance, allow_other_dataset)
+    guidance = guidance.resolved(reference)
     reference.to("cuda" if torch.cuda.is_available() else "cpu")
     sampler = scheduler_for(scheduler, loaded, steps)
     batches = torch.arange(count).split(batch_size)

@@ -174,6 +174,65 @@ def test_gate_margin_opens_earlier(index, images):
     assert int(narrow(plain).active.sum()) < int(wide(plain).active.sum()) == 2
 
 
+def test_the_margin_grows_with_the_records_of_the_nearest_image(images):
+    counts = torch.ones(80, dtype=torch.int64)
+    counts[5] = 64
+    index = ReferenceIndex.build(images, counts=counts)
+    _, plain = prediction_near(images, [5, 17], distance=0.3)
+    sigma = Observer(index, NormalizedL2(), ANY)(plain).trace["sigma"]
+    level = float(sigma.max()) + 0.55  # 5 · 0.1 < 0.55 < 6 · 0.1, and 64 = 2^6
+    for per_doubling, expected in ((0.0, [False, False]), (0.1, [True, False])):
+        guided = AntiMemorizationGuidance(
+            index,
+            NormalizedL2(),
+            ConstantThreshold(level),
+            c3=1.0,
+            gate_margin=abs(float(sigma[0] - sigma[1])),
+            margin_per_doubling=per_doubling,
+        )(plain)
+        assert guided.active.tolist() == expected
+
+
+def test_despecification_goes_down_to_the_least_scale(index, images):
+    _, plain = prediction_near(images, [5, 8], labels=torch.tensor([0, 3]))
+    for least in (1.0, 0.0, 0.5):
+        amg = AntiMemorizationGuidance(
+            index, NormalizedL2(), ANY, c1=1e6, c2=1e6, least_scale=least
+        )
+        expected = combine(plain.output_cond, plain.output_uncond, least)
+        torch.testing.assert_close(amg(plain).output, expected, atol=1e-5, rtol=0)
+
+
+def test_a_latched_gate_keeps_despecification_and_not_dissimilarity(index, images):
+    _, near = prediction_near(images, [5, -1], labels=torch.tensor([0, 0]))
+    _, far = prediction_near(images, [-1, -1], labels=torch.tensor([0, 0]))
+    far = replace(far, memory=near.memory, step=1)
+    for latched in (False, True):
+        near.memory.clear()
+        amg = AntiMemorizationGuidance(
+            index, NormalizedL2(), ANY, c1=1e6, c3=10.0, least_scale=0.0, latched=latched
+        )
+        first, second = amg(near), amg(far)
+        assert first.active.tolist() == [True, False]
+        assert second.active.tolist() == [latched, False]
+        assert torch.equal(second.output[1], far.output[1])
+        assert second.trace["g_sim_norm"].tolist() == [0.0, 0.0]
+        if latched:
+            torch.testing.assert_close(second.output[0], far.output_uncond[0])
+            assert second.trace["s1"].tolist() == [3.0, 0.0]
+
+
+def test_a_latched_gate_remembers_the_highest_sigma(images):
+    index = ReferenceIndex.build(images, labels=torch.arange(80) % 5)
+    amg = AntiMemorizationGuidance(index, NormalizedL2(), ANY, c1=1.0, latched=True)
+    memory = {}
+    strengths = []
+    for step, distance in enumerate((0.1, 0.02, 0.1)):
+        _, plain = prediction_near(images, [5], distance=distance, labels=torch.tensor([0]))
+        strengths.append(float(amg(replace(plain, memory=memory, step=step)).trace["s1"]))
+    assert strengths[0] < strengths[1] == strengths[2]
+
+
 def test_no_classifier_free_guidance_means_no_s1_and_s2(index, images):
     _, plain = prediction_near(images, [3, 4], s_0=1.0)
     guided = AntiMemorizationGuidance(

@@ -1,5 +1,7 @@
 """How references count under prompts, and when neighbours are searched."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from memfree.conditions import TextConditions, differ
 from memfree.guidance import Cadence, MultiplicityGuidance, Observer, Prediction
 from memfree.guidance.condition_weights import CaptionWeights
+from memfree.guidance.prediction import combine
 from memfree.guidance.similarity import Match
 from memfree.guidance.threshold import ConstantThreshold
 from memfree.retrieval import ReferenceIndex
@@ -79,6 +82,35 @@ def test_multiplicity_guidance_corrects_text_branches(index):
     assert moved[0][0] > 0  # two images with this caption, one of them repeated
     assert moved[0][1] == 0 and moved[0][2] == 0  # one image alone; none at all
     assert (moved[1] > 0).all()
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_a_prompt_counts_as_after_deduplication(index, guidance_scale):
+    """Of "red apple": two images of 5 and 2 records, of which deduplication leaves 2 of 7."""
+    prompts = ["red apple", "unseen", "grinning face"]
+    conditions = encode(prompts)
+    share = CaptionWeights(index, 0.0).share_of_first_records(conditions, encode)
+    torch.testing.assert_close(share, torch.tensor([2 / 7, 1.0, 1.0]))
+
+    plain = prediction(conditions)
+    cond, uncond = plain.output_cond + 1, plain.output_uncond
+    plain = replace(
+        plain,
+        output_cond=cond,
+        output=cond if guidance_scale == 1 else combine(cond, uncond, guidance_scale),
+        output_uncond=None if guidance_scale == 1 else uncond,
+        guidance_scale=guidance_scale,
+        denoise=lambda x_t, y: x_t,
+    )
+    undamped = MultiplicityGuidance(index, 1.0)(plain)
+    damped = MultiplicityGuidance(index, 1.0, damped=True)(plain)
+    assert torch.equal(damped.output[1:], undamped.output[1:])
+    if guidance_scale > 1:
+        base = undamped.output_uncond[:1]
+    else:  # the denoiser's own answer without a prompt, corrected
+        base = undamped.denoise(plain.x_t[:1], None)
+    expected = base + guidance_scale * 2 / 7 * (undamped.output_cond[:1] - base)
+    torch.testing.assert_close(damped.output[:1], expected)
 
 
 def test_captions_need_an_encoder_and_an_index_with_captions(index):

@@ -29,13 +29,13 @@ def traces(tmp_path):
 
 
 def test_counts(traces):
-    assert trace_summary(traces, 0.5, CONDITIONS, LABELS) == {
+    assert trace_summary(traces, {"a": 0.5, "b": 0.5}, CONDITIONS, LABELS) == {
         "active_samples": pytest.approx(2 / 3),
         "active_steps": 0.5,
         "undecided_samples": 1,  # sample 2: σ − (λ − 0.5) = −0.00005
         "other_label_steps": pytest.approx(1 / 3),
     }
-    assert trace_summary(traces, 0.0, CONDITIONS, None) == {
+    assert trace_summary(traces, {}, CONDITIONS, None) == {
         "active_samples": pytest.approx(2 / 3),
         "active_steps": 0.5,
         "undecided_samples": 1,  # sample 1: σ = λ
@@ -45,6 +45,6 @@ def test_counts(traces):
 
 def test_nothing_observed(tmp_path):
     rows = [(0, None, None, False, None), (1, 1.0, 0.0, False, "a")]
-    summary = trace_summary([write(tmp_path / "1.parquet", rows)], 0.0, {0: None, 1: None}, LABELS)
+    summary = trace_summary([write(tmp_path / "1.parquet", rows)], {}, {0: None, 1: None}, LABELS)
     assert summary["undecided_samples"] == 0
     assert summary["other_label_steps"] is None

@@ -50,6 +50,15 @@ class AntiMemorizationGuidance(Observer):
         gated: False opens the gate to every sample at every step: the ablation of eq. 10. With
             ``NormalizedL2`` only G_sim then acts below λ_t: c_1 and c_2 multiply how far σ_t is
             above the gate, which is 0 there.
+        margin_per_doubling: the margin grows by this with every doubling of the records m of the
+            nearest image: gate_margin + margin_per_doubling·log_2 m. That a sample will copy an
+            image is the more likely the more often the model saw it, long before it is near.
+        least_scale: what despecification and deduplication leave of s_0 at least. 1 in the paper:
+            the conditional prediction, which for a prompt that belongs to one memorized image is
+            that image. 0: down to the unconditional prediction.
+        latched: a sample whose gate has opened keeps its G_spe and G_dup, at the highest σ so far,
+            to the end. Without it, a sample that has left a training image is called back by its
+            prompt as soon as the gate closes, and ends at the threshold.
         cadence: when neighbours are searched; see ``Cadence``.
         caption_policy: which caption is y_N of eq. 15: the nearest image's (``nearest``, the
             paper's), or the most common of the k nearest (``most_common``, the authors' code's);
@@ -71,15 +80,21 @@ class AntiMemorizationGuidance(Observer):
         final_correction: float | None = None,
         gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate",
         gated: bool = True,
+        margin_per_doubling: float = 0.0,
+        least_scale: float = 1.0,
+        latched: bool = False,
         cadence: Cadence = EVERY_STEP,
         caption_policy: CaptionPolicy = "nearest",
         caption_neighbours: int = CAPTION_NEIGHBOURS,
         caption_records: int = CAPTION_RECORDS,
     ) -> None:
         super().__init__(index, similarity, threshold, cadence)
-        for name, value in (("c1", c1), ("c2", c2), ("c3", c3), ("gate_margin", gate_margin)):
+        at_least_0 = {"c1": c1, "c2": c2, "c3": c3, "gate_margin": gate_margin}
+        for name, value in {**at_least_0, "margin_per_doubling": margin_per_doubling}.items():
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, not {value:g}")
+        if not 0 <= least_scale <= 1:
+            raise ValueError(f"least_scale must be in [0, 1], not {least_scale:g}")
         if max_displacement is not None and max_displacement <= 0:
             raise ValueError(f"max_displacement must be above 0, not {max_displacement:g}")
         self.c1 = c1
@@ -90,6 +105,9 @@ class AntiMemorizationGuidance(Observer):
         self.final_correction = final_correction
         self.gradient = gradient
         self.gated = gated
+        self.margin_per_doubling = margin_per_doubling
+        self.least_scale = least_scale
+        self.latched = latched
         self.neighbour_conditions = NeighbourConditions(
             index, caption_policy, caption_neighbours, caption_records
         )
@@ -110,52 +128,82 @@ class AntiMemorizationGuidance(Observer):
         """Correct the active rows; all others keep their bits."""
         detection = self.detect(prediction)
         sigma = detection.match.sigma
-        active = self.opens(sigma, detection.threshold)
+        near = self.opens(detection)
+        peak = self._peak(prediction, sigma, near) if self.latched else sigma
+        active = peak.isfinite() if self.latched else near
         prediction = recorded(prediction, detection).activated(active)
         rows = active.nonzero().squeeze(1)
         zeros = torch.zeros_like(sigma)
         columns = {"s1": zeros.clone(), "s2": zeros.clone(), "g_sim_norm": zeros.clone()}
         if len(rows):
-            prediction = self._guide(prediction, detection, rows, columns)
+            result = self._despecified(prediction, detection, peak, rows, columns)
+            if self.c3 > 0 and bool(near.any()):
+                rows = near.nonzero().squeeze(1)
+                # The gradient is at x̂_0 as it was detected, before anything was changed.
+                g_sim = self._g_sim(prediction, detection.match, rows)
+                columns["g_sim_norm"][rows] = row_norm(g_sim)
+                result = result.with_eps_change(g_sim, rows)
+            prediction = result
         if prediction.is_last and self.final_correction is not None:
             prediction = self._correct_last(prediction, self.final_correction)
         return prediction.recorded(**columns)
 
-    def opens(self, sigma: Tensor, threshold: float) -> Tensor:
+    def opens(self, detection: Detection) -> Tensor:
         """The gate of eq. 10 with its margin, (B,) bool; open to all if ``gated`` is False."""
+        sigma = detection.match.sigma
         if not self.gated:
             return torch.ones_like(sigma, dtype=torch.bool)
-        return corrections.gate(sigma, threshold - self.gate_margin)
+        return corrections.gate(sigma, detection.threshold - self.margin(detection.match))
 
-    def _guide(
-        self, prediction: Prediction, detection: Detection, rows: Tensor, columns: dict[str, Tensor]
+    def margin(self, match: Match) -> Tensor:
+        """How far below λ_t the gate opens, (B,), by the records of the nearest image."""
+        margin = torch.full_like(match.sigma, self.gate_margin)
+        if self.margin_per_doubling == 0:
+            return margin
+        records = self.index.group_multiplicity.to(margin.device)[match.rows[:, 0]]
+        return margin + self.margin_per_doubling * records.float().log2()
+
+    def _peak(self, prediction: Prediction, sigma: Tensor, near: Tensor) -> Tensor:
+        """Highest σ (B,) of each sample since its gate opened; −∞ before."""
+        key = (self, "peak")
+        never = torch.full_like(sigma, -torch.inf)
+        before = prediction.memory.get(key, never)
+        opened = near | before.isfinite()
+        prediction.memory[key] = torch.where(opened, torch.maximum(before, sigma), never)
+        return prediction.memory[key]
+
+    def _despecified(
+        self,
+        prediction: Prediction,
+        detection: Detection,
+        sigma: Tensor,
+        rows: Tensor,
+        columns: dict[str, Tensor],
     ) -> Prediction:
-        """Eq. 10 on the active rows; writes the strengths that were used into ``columns``."""
-        match = detection.match
-        gate = torch.tensor(detection.threshold - self.gate_margin, device=match.sigma.device)
-        strength = self.similarity.strength(match.sigma[rows], gate)
-        s_0 = prediction.guidance_scale
-        s_1 = corrections.despecification_scale(strength, self.c1, s_0)
-        s_2 = corrections.deduplication_scale(strength, self.c2, s_0, s_1)
+        """G_spe and G_dup (eq. 13 to 16) of ``rows``, by σ (B,); s_1 and s_2 into ``columns``."""
         cond, uncond = prediction.output_cond, prediction.output_uncond
-        result = prediction
-        if cond is not None and uncond is not None and s_0 > 1:
-            change = corrections.despecification(s_1, cond[rows], uncond[rows])
-            if self.c2 > 0:
-                neighbour = self._neighbour_output(prediction, match, rows, s_2)
-                change = change + corrections.deduplication(s_2, neighbour, uncond[rows])
-            # Differences of outputs: the same formula for ε and for v (see Prediction).
-            result = result.with_output_change(change, rows)
-            columns["s1"][rows], columns["s2"][rows] = s_1, s_2
-        if self.c3 > 0:
-            g_sim = corrections.dissimilarity(
-                self.c3, prediction.alpha_bar, self._sigma_gradient(prediction, match, rows)
-            )
-            if self.max_displacement is not None:
-                g_sim = limit_displacement(g_sim, prediction.alpha_bar, self.max_displacement)
-            result = result.with_eps_change(g_sim, rows)
-            columns["g_sim_norm"][rows] = row_norm(g_sim)
-        return result
+        s_0, least = prediction.guidance_scale, self.least_scale
+        if cond is None or uncond is None or s_0 <= least:
+            return prediction
+        gate = detection.threshold - self.margin(detection.match)[rows]
+        strength = self.similarity.strength(sigma[rows], gate)
+        s_1 = corrections.despecification_scale(strength, self.c1, s_0, least)
+        s_2 = corrections.deduplication_scale(strength, self.c2, s_0, s_1, least)
+        change = corrections.despecification(s_1, cond[rows], uncond[rows])
+        if self.c2 > 0:
+            neighbour = self._neighbour_output(prediction, detection.match, rows, s_2)
+            change = change + corrections.deduplication(s_2, neighbour, uncond[rows])
+        columns["s1"][rows], columns["s2"][rows] = s_1, s_2
+        # Differences of outputs: the same formula for ε and for v (see Prediction).
+        return prediction.with_output_change(change, rows)
+
+    def _g_sim(self, prediction: Prediction, match: Match, rows: Tensor) -> Tensor:
+        """G_sim (eq. 17) of ``rows``, shortened to ``max_displacement``."""
+        gradient = self._sigma_gradient(prediction, match, rows)
+        g_sim = corrections.dissimilarity(self.c3, prediction.alpha_bar, gradient)
+        if self.max_displacement is None:
+            return g_sim
+        return limit_displacement(g_sim, prediction.alpha_bar, self.max_displacement)
 
     def _neighbour_output(
         self, prediction: Prediction, match: Match, rows: Tensor, s_2: Tensor

@@ -12,6 +12,9 @@ from memfree.conditions import Encode, TextConditions, sentences
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
 
+EQUAL = 1 - 1e-6
+"""Cosine of sentence vectors above which two captions count as the same."""
+
 
 def log_weights(counts: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """log m_i and log(m_i / Σ_group m) of counts (N, L), each (N, L); −∞ where there is none."""
@@ -91,8 +94,8 @@ class CaptionWeights:
         Raises:
             ValueError: there is no text encoder.
         """
-        cosine = prompts.sentence() @ self._encoded(encode).T  # (B, captions)
-        equal = cosine > 1 - 1e-6
+        cosine = self._cosine(prompts, encode)
+        equal = cosine > EQUAL
         kernel = equal.float()
         if self.bandwidth > 0:
             kernel = torch.where(equal, 1.0, ((cosine - 1) / self.bandwidth).exp())
@@ -103,6 +106,21 @@ class CaptionWeights:
         # Where no caption fits, all references weigh the same in both: nothing is corrected.
         none = (m.sum(dim=1) == 0)[:, None]
         return log_1.masked_fill(none, 0.0), log_m.masked_fill(none, 0.0)
+
+    def share_of_first_records(self, prompts: TextConditions, encode: Encode | None) -> Tensor:
+        """Among the records whose caption is the prompt, the share that deduplication leaves, (B,).
+
+        Σ_i m_i(y)/m_i / Σ_i m_i(y), over the references i with caption y: 1 where none of them is
+        repeated or none has this caption, 1/m for the caption of one image of m records alone.
+        """
+        records = (self._cosine(prompts, encode) > EQUAL).float()[:, self._caption] * self._count
+        total = records.sum(dim=1)
+        left = (records / self._log_group.exp()[self._row]).sum(dim=1)
+        return torch.where(total > 0, left / total.clamp(min=1), 1.0)
+
+    def _cosine(self, prompts: TextConditions, encode: Encode | None) -> Tensor:
+        """Cosines (B, captions) of the sentence vectors of prompts and captions."""
+        return prompts.sentence() @ self._encoded(encode).T
 
     def _encoded(self, encode: Encode | None) -> Tensor:
         """Sentence vectors (captions, D) of all captions."""

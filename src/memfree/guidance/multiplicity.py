@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memfree.conditions import Conditions, TextConditions
-from memfree.diffusion_math import output_change_from_x_0
+from memfree.diffusion_math import output_change_from_x_0, per_sample
 from memfree.guidance.condition_weights import CaptionWeights, LabelWeights, log_weights
 from memfree.guidance.prediction import Prediction, row_norm
 
@@ -94,19 +94,27 @@ class MultiplicityGuidance:
     m counts the records of each reference; 1 gives every group of references one record,
     shared among its members in proportion: m_i / Σ_group m. The conditional branch counts the
     records of its own label alone, or weighs records by how their captions fit the prompt. The
-    correction vanishes, exactly, where every group has one record. It cannot help where a caption
-    belongs to one repeated image alone and no other caption counts: all the weight is then on that
-    image, repeated or not, and AMG has to act.
+    correction vanishes, exactly, where every group has one record. Where a caption belongs to one
+    repeated image alone and no other caption counts, it cannot help: all the weight is then on that
+    image, repeated or not. ``damped`` helps there.
 
     Args:
         index: references in the denoiser's own space, pixels or latents, with multiplicities (and
             labels or captions for conditional use).
         strength: κ; 1 is the difference itself, 0 changes nothing.
         caption_bandwidth: how far captions other than the prompt count; see ``CaptionWeights``.
+        damped: a prompt that is the caption of repeated images counts only as much as their
+            captions would after deduplication: ε_c ← ε_u + e(y)·(ε_c − ε_u), e(y) of
+            ``CaptionWeights.share_of_first_records``. 1/m for the caption of one image with m
+            records; exactly nothing changes for captions of images that are not repeated.
     """
 
     def __init__(
-        self, index: ReferenceIndex, strength: float = 1.0, caption_bandwidth: float = 0.0
+        self,
+        index: ReferenceIndex,
+        strength: float = 1.0,
+        caption_bandwidth: float = 0.0,
+        damped: bool = False,
     ) -> None:
         if strength < 0:
             raise ValueError(f"strength must be at least 0, not {strength:g}")
@@ -118,6 +126,7 @@ class MultiplicityGuidance:
         self.index = index
         self.strength = strength
         self.caption_bandwidth = caption_bandwidth
+        self.damped = damped
         self.posterior = EmpiricalPosterior(index.references)
         groups = int(index.group.max()) + 1
         log_m, log_1 = log_weights(index.multiplicity[:, None], index.group, groups)
@@ -147,12 +156,41 @@ class MultiplicityGuidance:
             output = prediction.denoise(x_t, conditions)
             return self._corrected(prediction, x_t, [(output, conditions)])[0]
 
+        if self.damped and isinstance(prediction.conditions, TextConditions):
+            new["cond"] = self._damped(prediction, new["cond"], new.get("uncond"), denoise)
         corrected = replace(recorded, denoise=denoise).with_branches(
             new.get("cond"), new.get("uncond")
         )
         moved = corrected.clean_estimate() - prediction.clean_estimate()
         in_eps = (prediction.alpha_bar / (1 - prediction.alpha_bar)).sqrt()
         return corrected.recorded(g_mul_norm=in_eps * row_norm(moved))
+
+    def _damped(
+        self,
+        prediction: Prediction,
+        cond: Tensor,
+        uncond: Tensor | None,
+        denoise: Callable[[Tensor, None], Tensor],
+    ) -> Tensor:
+        """The conditional output (B, ...) with each prompt's influence times its e(y)."""
+        if self not in prediction.memory:
+            assert isinstance(prediction.conditions, TextConditions)
+            prediction.memory[self] = self._caption_weights().share_of_first_records(
+                prediction.conditions, prediction.encode
+            )
+        share = prediction.memory[self]
+        rows = (share < 1).nonzero().squeeze(1)
+        if not len(rows):
+            return cond
+        base = denoise(prediction.x_t[rows], None) if uncond is None else uncond[rows]
+        damped = cond.clone()
+        damped[rows] = base + per_sample(share[rows], base) * (cond[rows] - base)
+        return damped
+
+    def _caption_weights(self) -> CaptionWeights:
+        if self._captions is None:
+            self._captions = CaptionWeights(self.index, self.caption_bandwidth)
+        return self._captions
 
     def _corrected(
         self,
@@ -182,9 +220,7 @@ class MultiplicityGuidance:
     ) -> tuple[Tensor, Tensor]:
         """Log-weights (len(conditions), N) of the references under each condition."""
         if isinstance(conditions, TextConditions):
-            if self._captions is None:
-                self._captions = CaptionWeights(self.index, self.caption_bandwidth)
-            return self._captions(conditions, prediction.encode)
+            return self._caption_weights()(conditions, prediction.encode)
         if self._labels is None:
             raise ValueError(
                 "class-conditional multiplicity guidance needs an index with labels: build it on "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
@@ -17,6 +17,7 @@ from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.multiplicity import MultiplicityGuidance
 from memfree.guidance.neighbour_conditions import CAPTION_NEIGHBOURS, CAPTION_RECORDS
 from memfree.guidance.prediction import Guidance
+from memfree.guidance.recommended import recommended
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 from memfree.retrieval.captions import CaptionPolicy
 
@@ -50,7 +51,10 @@ TEXT_ONLY = ("lower_guidance", "rt", "rna", "cwr", "gni", "wen", "ren", "jain", 
 
 @dataclass
 class GuidanceSettings:
-    """Which guidance steers the sampler, and how hard (docs/method.md explains the defaults)."""
+    """Which guidance steers the sampler, and how hard (docs/method.md explains the defaults).
+
+    Settings that are None have a recommended value for pixels and one for embeddings.
+    """
 
     mitigation: MitigationName = "none"
     """none; amg (Chen et al., 2024); multiplicity (ours); both: multiplicity, then AMG; reject:
@@ -63,12 +67,16 @@ class GuidanceSettings:
     """λ_t: rising as t falls (eq. 19), or constant at its end point (the paper's ablation)."""
     gated: bool = True
     """False opens the gate to every sample at every step (the paper's ablation)."""
-    start_ratio: float = 1.4
-    """Where λ_t starts, as a multiple of its (negative) end point; 1.3 in the paper."""
+    start_ratio: float | None = None
+    """Where λ_t starts, as a multiple of its end point (pixels; None: 1.4, in the paper 1.3) or a
+    fraction 1/start_ratio of it (embeddings; None: 1.16, in the authors' code 1.33)."""
     rate: float = 0.025
     """c of eq. 19, per step of a 250-step grid."""
-    gate_margin: float = 0.1
-    """The gate opens this far below λ_t, in units of σ."""
+    gate_margin: float | None = None
+    """The gate opens this far below λ_t, in units of σ. None: 0.1, embeddings 0.05."""
+    margin_per_doubling: float | None = None
+    """The margin grows by this with every doubling of the training records of the nearest image.
+    None: 0, embeddings 0.05."""
     c1: float = 5.0
     """Despecification (eq. 13); 0 switches it off."""
     c2: float = 5.0
@@ -84,8 +92,16 @@ class GuidanceSettings:
     nearest image's; 20 in the authors' code."""
     c3: float = 300.0
     """Dissimilarity guidance (eq. 17); 0 switches it off."""
-    max_displacement: float = 1.0
-    """G_sim moves x̂_0 by at most this root mean square a step; 0: no limit."""
+    max_displacement: float | None = None
+    """G_sim moves x̂_0 by at most this root mean square a step; 0: no limit. None: 1, embeddings
+    0.6."""
+    least_scale: float | None = None
+    """What c1 and c2 leave of the guidance scale: 1, the conditional prediction, in the paper; 0:
+    down to the unconditional prediction, for prompts that belong to one memorized image alone.
+    None: 1, embeddings 0."""
+    latched: bool | None = None
+    """A sample whose gate has opened keeps c1 and c2 to the end, so that its prompt does not call
+    it back. None: false, embeddings true."""
     final_correction: bool = True
     """Move what is still too near at the last step just past λ_0 (and the margin)."""
     gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate"
@@ -95,6 +111,9 @@ class GuidanceSettings:
     caption_bandwidth: NonNegativeFloat = 0.0
     """How far captions other than the prompt count in multiplicity guidance of text-to-image:
     exp(−(1 − cosine)/caption_bandwidth) of their embeddings; 0: equal captions alone."""
+    damp_captions: bool = True
+    """In multiplicity guidance of text-to-image, a prompt that is the caption of repeated images
+    counts only as much as it would after deduplication: 1/m for one image with m records."""
     cadence: PositiveInt = 1
     """Search the nearest images every so many steps only, until λ_t has risen (time 0.3): cheaper,
     but guidance may begin late by as many steps."""
@@ -129,6 +148,15 @@ class GuidanceSettings:
     sail: baselines.SharpnessAwareOptions = field(default_factory=baselines.SharpnessAwareOptions)
     """Optimised initial noise (Jeon et al., 2025)."""
 
+    def resolved(self, index: ReferenceIndex | None) -> GuidanceSettings:
+        """The same with the recommended values for this index where nothing is set."""
+        if index is None:
+            return self
+        unset = {
+            name: value for name, value in recommended(index).items() if getattr(self, name) is None
+        }
+        return replace(self, **unset)  # type: ignore[arg-type]
+
     def build(self, index: ReferenceIndex, latents: ReferenceIndex | None = None) -> list[Guidance]:
         """The guidances, in order; an observer alone for ``none``.
 
@@ -140,7 +168,9 @@ class GuidanceSettings:
         guidances: list[Guidance] = []
         if self.mitigation in ("multiplicity", "both"):
             guidances.append(
-                MultiplicityGuidance(latents or index, self.strength, self.caption_bandwidth)
+                MultiplicityGuidance(
+                    latents or index, self.strength, self.caption_bandwidth, self.damp_captions
+                )
             )
         if self.mitigation in WITH_AMG:
             guidances.append(self.anti_memorization(index))
@@ -222,35 +252,39 @@ class GuidanceSettings:
 
     def observer(self, index: ReferenceIndex) -> Observer:
         """What records σ_t against λ_t and changes nothing."""
-        end = self.end_threshold(index)
-        return Observer(
-            index, default_similarity(index), self._threshold(end), Cadence(int(self.cadence))
-        )
+        similarity, threshold = default_similarity(index), self._threshold(index)
+        return Observer(index, similarity, threshold, Cadence(int(self.cadence)))
 
     def anti_memorization(self, index: ReferenceIndex) -> AntiMemorizationGuidance:
         """AMG with these settings on the index's calibrated threshold."""
-        end = self.end_threshold(index)
+        this, end = self.resolved(index), self.end_threshold(index)
+        assert this.gate_margin is not None and this.margin_per_doubling is not None
+        assert this.least_scale is not None and this.latched is not None
         return AntiMemorizationGuidance(
             index,
             default_similarity(index),
-            self._threshold(end),
+            self._threshold(index),
             c1=self.c1,
             c2=self.c2,
             c3=self.c3,
-            gate_margin=self.gate_margin,
-            max_displacement=self.max_displacement or None,
-            final_correction=end - self.gate_margin / 4 if self.final_correction else None,
+            gate_margin=this.gate_margin,
+            max_displacement=this.max_displacement or None,
+            final_correction=end - this.gate_margin / 4 if self.final_correction else None,
             gradient=self.gradient,
             gated=self.gated,
+            margin_per_doubling=this.margin_per_doubling,
+            least_scale=this.least_scale,
+            latched=this.latched,
             cadence=Cadence(int(self.cadence)),
             caption_policy=self.caption_policy,
             caption_neighbours=int(self.caption_neighbours),
             caption_records=int(self.caption_records),
         )
 
-    def _threshold(self, end: float) -> ThresholdSchedule | ConstantThreshold:
+    def _threshold(self, index: ReferenceIndex) -> ThresholdSchedule | ConstantThreshold:
+        end, ratio = self.end_threshold(index), self.resolved(index).start_ratio
+        assert ratio is not None
         if self.schedule == "constant":
             return ConstantThreshold(end)
         # A distance's σ is negative: a multiple above 1 is lower. A cosine's is positive.
-        start = end * self.start_ratio if end < 0 else end / self.start_ratio
-        return ThresholdSchedule(start, end, self.rate)
+        return ThresholdSchedule(end * ratio if end < 0 else end / ratio, end, self.rate)

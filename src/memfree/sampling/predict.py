@@ -112,6 +112,7 @@ def predict(
     if asked is None:
         asked = labels_in_turn(classes, loaded, guidance_scale)
     reference = None if index is None else index_for(index, loaded, guidance, allow_other_dataset)
+    guidance = guidance.resolved(reference)
     if reference is None and guidance.mitigation in WITH_INDEX:
         raise ValueError(f"--guidance.mitigation {guidance.mitigation} needs --index")
     references = latents_for(latents, loaded, guidance)
@@ -238,5 +239,9 @@ def _trace_summary(
     known = index.captions if index.labels is None else index.labels.tolist()
     labels = None if known is None else dict(zip(index.keys, known, strict=True))
     # Without AMG nothing depends on a gate; the summary then says how near λ_t itself was.
-    margin = guidance["gate_margin"] if steered else 0.0
-    return trace_summary(sorted(run.folder.glob("trace-*.parquet")), margin, conditions, labels)
+    margins: dict[str, float] = {}
+    if steered:
+        doublings = index.group_multiplicity.float().log2().tolist()
+        each = (guidance["gate_margin"] + guidance["margin_per_doubling"] * n for n in doublings)
+        margins = dict(zip(index.keys, each, strict=True))
+    return trace_summary(sorted(run.folder.glob("trace-*.parquet")), margins, conditions, labels)

@@ -14,7 +14,7 @@ GATE_TOLERANCE = 1e-4
 
 def trace_summary(
     traces: Sequence[Path],
-    gate_margin: float,
+    margins: Mapping[str, float],
     conditions: Mapping[int, int | str | None],
     labels: Mapping[str, int] | None,
 ) -> dict[str, float | int | None]:
@@ -22,7 +22,8 @@ def trace_summary(
 
     Args:
         traces: files with the columns of DESIGN.md; read one at a time.
-        gate_margin: how far below λ_t the gate opens, in units of σ.
+        margins: how far below λ_t the gate opens for the image with that key; 0 where it is
+            missing.
         conditions: label of every sample, None without.
         labels: label of the image with that key in the index; None without labels.
 
@@ -42,7 +43,8 @@ def trace_summary(
         table = parquet.read_table(path)
         sample = table["sample"].to_numpy()
         sigma = table["sigma"].to_numpy(zero_copy_only=False)
-        gate = table["lambda"].to_numpy(zero_copy_only=False) - gate_margin
+        margin = np.array([margins.get(key, 0.0) for key in table["nearest"].to_pylist()])
+        gate = table["lambda"].to_numpy(zero_copy_only=False) - margin
         is_active = table["active"].to_numpy(zero_copy_only=False).astype(bool)
         near = np.abs(sigma - gate) < GATE_TOLERANCE
         rows += len(sample)
