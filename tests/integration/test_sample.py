@@ -265,6 +265,8 @@ def test_unconditional(folders):
         ({"model": "unconditional"}, "--guidance_scale 2"),
         ({"model": "unconditional", "guidance_scale": 1, "classes": "[1]"}, "--classes needs"),
         ({"nonsense": 1}, "--nonsense"),
+        ({"decoder": "nowhere"}, "--decoder is for text-to-image models"),
+        ({"decoder": "nowhere", "index": None}, "--decoder needs --index"),
     ],
 )
 def test_bad_input_is_one_line(folders, tmp_path, capsys, changes, message):

@@ -45,6 +45,7 @@ def sample(
     generators: list[torch.Generator] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
     encode: Callable[[Sequence[str]], Conditions] | None = None,
+    decode_last: Callable[[Tensor], Tensor] | None = None,
 ) -> Result:
     """Denoise ``noise`` with a scheduler, passing every prediction through the guidance.
 
@@ -61,6 +62,8 @@ def sample(
         generators: one a sample, for schedulers that draw noise at every step.
         decode: from x̂_0 to images, for latents; identity by default.
         encode: from captions to conditions, for guidances that ask for the nearest caption's.
+        decode_last: what the last step decodes with, where ``decode`` is an approximation; None:
+            ``decode``.
 
     Raises:
         ValueError: the prediction type is unknown, or NaN appears in the samples.
@@ -75,6 +78,8 @@ def sample(
     rows: list[dict[str, Tensor]] = []
     memory: dict[Any, Any] = {}
     for step, t in enumerate(scheduler.timesteps):
+        is_last = step == len(scheduler.timesteps) - 1
+        decode_here = decode_last if is_last and decode_last is not None else decode
         x_in = scheduler.scale_model_input(x_t, t)
 
         def denoise(x: Tensor, y: Conditions | None, t: Tensor = t) -> Tensor:
@@ -96,9 +101,9 @@ def sample(
                 prediction_type=prediction_type,
                 denoise=denoise,
                 step=step,
-                is_last=step == len(scheduler.timesteps) - 1,
+                is_last=is_last,
                 image_range=1.0 if decode is None else None,
-                decode=decode or (lambda x_0: x_0),
+                decode=decode_here or (lambda x_0: x_0),
                 encode=encode,
                 memory=memory,
             )

@@ -78,8 +78,9 @@ def sample_text(
             guidance_scale=scale,
             trace=bool(guidances),
             generators=generators,
-            decode=model.decode,
+            decode=model.decode_estimate,
             encode=model.encode,
+            decode_last=model.decode,
         )
     with torch.no_grad():
         return Result(model.decode(result.images), result.trace)
