@@ -26,8 +26,9 @@ and then, with the checkout and the folder copied to the GPU machine:
 options:
   --wheels FOLDER    unpack all wheels of FOLDER beside torch, for this run alone: in a temporary
                      folder, without a network, without looking at what they require. Wheels of
-                     torch and of NVIDIA's libraries are left out: the machine's own are used.
-  --collect FOLDER   download the wheels that memfree and its tests need, those excepted.
+                     torch and triton are left out: the machine's own are used.
+  --collect FOLDER   download the wheels that memfree and its tests need, without torch and the
+                     NVIDIA libraries that come with it (those of faiss-gpu are taken along).
   --torch VERSION    with --collect: the torch that they must fit; that of $PYTHON by default.
   --without-gpu      go on where torch sees no GPU: every test is then skipped with its reason.
   -h, --help         this text.
@@ -64,24 +65,33 @@ while [ $# -gt 0 ]; do
   esac
 done
 command -v "$python" > /dev/null || fail "there is no $python; set PYTHON"
-carried='^(torch|triton|nvidia[_-].*|cuda[_-].*)$' # not carried: the machine's own are used
-
 if [ -n "$collect" ]; then
   if [ -z "$version" ]; then
     version=$("$python" -c 'import torch; print(torch.__version__.split("+")[0])' 2> /dev/null) ||
       fail "$python has no torch: say with --torch which version the GPU machine has"
   fi
   mkdir -p "$collect"
-  # What pip would install beside that torch, as name==version lines; nothing is installed.
+  # What pip would install, as name==version lines, without torch and the CUDA that it brings
+  # along; nothing is installed.
   "$python" -m pip install --quiet --dry-run --ignore-installed --report - \
     "$root[dev]" "torch==$version" |
     "$python" -c '
 import json, re, sys
-for one in json.load(sys.stdin)["install"]:
-    name, version = one["metadata"]["name"], one["metadata"]["version"]
-    if name != "memfree" and not re.match(sys.argv[1], name):
-        print(f"{name}=={version}")
-' "$carried" > "$collect/requirements.txt"
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+found = {plain(one["metadata"]["name"]): one["metadata"] for one in json.load(sys.stdin)["install"]}
+there, todo = set(), ["torch"]
+while todo:
+    name = todo.pop()
+    if name in found and name not in there:
+        there.add(name)
+        needs = found[name].get("requires_dist", [])
+        todo += [plain(re.match(r"[\w.-]+", need)[0]) for need in needs]
+for name, metadata in found.items():
+    brought = name in there and re.match("torch|triton|nvidia-|cuda-", name)
+    if name != "memfree" and not brought:
+        print(name + "==" + metadata["version"])
+' > "$collect/requirements.txt"
   # Wheels alone would leave out packages that are published as source: those are built here.
   "$python" -m pip wheel --quiet --no-deps --wheel-dir "$collect" -r "$collect/requirements.txt"
   echo "$collect: $(ls "$collect"/*.whl | wc -l) wheels for torch $version"
@@ -95,11 +105,14 @@ if [ -n "$wheels" ]; then
   packages=$(mktemp -d)
   trap 'rm -rf "$packages"' EXIT
   for wheel in "$wheels"/*.whl; do
-    name=$(basename "$wheel")
-    if ! printf '%s' "${name%%-*}" | grep -qE "$carried"; then
+    case $(basename "$wheel") in
+      torch-* | triton-*) ;;
       # A wheel is a zip file of what goes beside other packages; no pip is needed to unpack it.
-      "$python" -m zipfile -e "$wheel" "$packages"
-    fi
+      *) "$python" -m zipfile -e "$wheel" "$packages" ;;
+    esac
+  done
+  for inner in "$packages"/*.data/purelib "$packages"/*.data/platlib; do
+    [ ! -d "$inner" ] || cp -r "$inner/." "$packages"
   done
   path=$packages:$path
 fi
