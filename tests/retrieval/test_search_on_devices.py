@@ -46,8 +46,9 @@ def test_faiss_finds_what_the_exact_search_finds(device, make, grouped, k):
     # By hand, in float64, for the nearest member of any group.
     products = vectors.double() @ index.vectors.double().T
     gaps = torch.cdist(vectors.double(), index.vectors.double())
-    best = products.argmax(1) if index.metric == "cosine" else gaps.argmin(1)
-    assert torch.equal(exact.rows[:, 0], best)
+    scores = products if index.metric == "cosine" else gaps
+    best = scores.amax(1) if index.metric == "cosine" else scores.amin(1)
+    torch.testing.assert_close(exact.scores[:, 0].double(), best, atol=1e-5, rtol=1e-5)
 
     index.to(device).backend = "faiss"
     found = index.search(vectors, k)
@@ -55,8 +56,10 @@ def test_faiss_finds_what_the_exact_search_finds(device, make, grouped, k):
         assert "Gpu" in type(index._faiss._index).__name__
     assert found.rows.device.type == device
     torch.testing.assert_close(found.scores.cpu(), exact.scores, atol=1e-4, rtol=1e-4)
-    same = (found.rows.cpu() == exact.rows).float().mean()
-    assert same > 0.999  # other hardware may order scores that are equal to rounding
+    # Where scores are equal to rounding, rows may differ, but they are as near.
+    theirs = scores.gather(1, found.rows.cpu())
+    torch.testing.assert_close(theirs, exact.scores.double(), atol=1e-4, rtol=1e-4)
+    assert (found.rows.cpu() == exact.rows).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -80,7 +80,8 @@ def sample_text(
             generators=generators,
             decode=model.decode_estimate,
             encode=model.encode,
-            decode_last=model.decode,
+            # As it is saved: what is beyond white or black counts for nothing.
+            decode_last=lambda latents: model.decode(latents).clamp(-1, 1),
         )
     with torch.no_grad():
         return Result(model.decode(result.images), result.trace)

@@ -59,6 +59,10 @@ class Decoder:
             return self(latents)
         return self._decoded(self.small, latents)
 
+    def finished(self, latents: Tensor) -> Tensor:
+        """Images in [−1, 1], as a pipeline returns them: beyond white and black nothing counts."""
+        return self(latents).clamp(-1, 1)
+
     def _decoded(self, autoencoder: Any, latents: Tensor) -> Tensor:
         pieces = latents.split(self.chunk_size or max(1, len(latents)))
         if len(pieces) > 1 and latents.requires_grad and torch.is_grad_enabled():

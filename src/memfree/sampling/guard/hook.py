@@ -110,7 +110,7 @@ class Draw:
             denoise=view.denoise,
             step=view.level.step,
             is_last=view.level.is_last,
-            decode=self.decoder if view.level.is_last else self.decoder.estimate,
+            decode=self.decoder.finished if view.level.is_last else self.decoder.estimate,
             encode=lambda captions: self.family.encode(self.pipe, captions, self.call).to(
                 raw.device, view.conditions.embeddings.dtype
             ),
