@@ -27,7 +27,7 @@ from memfree.retrieval.latents import LatentFeatures
 
 IMAGE, REFERENCES, BATCH, STEPS, SCALE = (3, 32, 32), 500, 8, 25, 3.0
 """(C, H, W); references; samples drawn together; steps of DDIM; classifier-free guidance."""
-PROMPTS = [f"a {color} bird number {i}" for i, color in enumerate(["red", "green"] * (BATCH // 2))]
+PROMPTS = [f"a red bird number {i}" for i in range(BATCH)]
 """One a sample."""
 CAPTIONS = [f"picture {i} of the training set" for i in range(REFERENCES)]
 """Of the references: none is a prompt, so that eq. 16 always costs a call of the denoiser."""
@@ -83,13 +83,13 @@ def sampler(model: LoadedModel) -> Any:
     return DDIMScheduler.from_config(model.scheduler.config, clip_sample=False)
 
 
-def scratch_index() -> ReferenceIndex:
+def scratch_index(captions: list[str] = CAPTIONS) -> ReferenceIndex:
     """Calibrated references under a copy-detection network at 32 pixels, of random weights."""
     torch.manual_seed(0)
     shape = CopyDetectionShape()
     features = CopyDetectionFeatures(shape, CopyDetectionNetwork(shape).state_dict())
     index = ReferenceIndex.build(
-        _references(), features, captions=CAPTIONS, groups=range(REFERENCES), counts=_counts()
+        _references(), features, captions=captions, groups=range(REFERENCES), counts=_counts()
     )
     calibrate(index, default_similarity(index), pictures(500, torch.Generator().manual_seed(2)))
     return index.to(device())

@@ -42,9 +42,7 @@ def seen_by(pipe, index, guidance=None):
 
 @pytest.mark.parametrize(("device", "dtype"), PRECISIONS)
 def test_active_rows_are_no_copies_and_others_have_the_pipelines_bits(device, dtype):
-    # With set_alpha_to_one the last step returns its own clean estimate, which is corrected.
-    schedule = tiny_pipelines.noise_schedule(set_alpha_to_one=True)
-    pipe = tiny_pipelines.stable_diffusion(schedule).to(device, dtype)
+    pipe = tiny_pipelines.stable_diffusion().to(device, dtype)
     expected = drawn(pipe)
     before = state(pipe)
     assert expected.dtype == dtype and expected.device.type == device

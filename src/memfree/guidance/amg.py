@@ -198,11 +198,11 @@ class AntiMemorizationGuidance(Observer):
         again: in latents most have their own σ already, which costs a decoding and an embedding.
         """
         x_0 = prediction.clean_estimate()
+        offset, gain = prediction.returned or (torch.zeros_like(x_0), 1.0)
+        before = offset + gain * x_0
         limit = prediction.image_range
-        returned, changed = x_0, active
-        if limit is not None:
-            returned = x_0.clamp(-limit, limit)
-            changed = active | (returned != x_0).flatten(1).any(dim=1)
+        returned = before if limit is None else before.clamp(-limit, limit)
+        changed = active | (returned != x_0).flatten(1).any(dim=1)
         if len(again := changed.nonzero().squeeze(1)):
             measured = self.similarity(self.index, prediction.decode(returned[again])).sigma
             sigma = sigma.index_copy(0, again, measured)
@@ -219,7 +219,7 @@ class AntiMemorizationGuidance(Observer):
                 limit,
                 prediction.decode,
             )
-        return prediction.with_clean_change(moved - x_0[rows], rows).activated(above)
+        return prediction.with_clean_change((moved - before[rows]) / gain, rows).activated(above)
 
 
 def _clean_estimate_of(prediction: Prediction, x_t: Tensor, rows: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from memfree.conditions import Conditions
 from memfree.diffusion_math import alpha_bar_at
 from memfree.guidance.prediction import Guidance, Prediction, apply, combine
+from memfree.sampling.last_step import returned
 
 Denoise = Callable[[Tensor, Tensor, Conditions | None], Tensor]
 """(x_t, t, conditions or None) → what ``scheduler.config.prediction_type`` says."""
@@ -89,11 +90,13 @@ def sample(
             cond = None if conditions is None else denoise(x_in, conditions)
             needs_uncond = conditions is None or guidance_scale != 1
             uncond = denoise(x_in, None) if needs_uncond else None
+            output = combine(cond, uncond, guidance_scale)
+            alpha_bar = alpha_bar_at(scheduler, t, step).to(noise.device)
             prediction = Prediction(
                 x_t=x_in,
-                alpha_bar=alpha_bar_at(scheduler, t, step).to(noise.device),
+                alpha_bar=alpha_bar,
                 time=float(t) / scheduler.config.num_train_timesteps,
-                output=combine(cond, uncond, guidance_scale),
+                output=output,
                 output_cond=cond,
                 output_uncond=uncond,
                 conditions=conditions,
@@ -102,6 +105,7 @@ def sample(
                 denoise=denoise,
                 step=step,
                 is_last=is_last,
+                returned=returned(scheduler, t, x_t, output, alpha_bar) if is_last else None,
                 image_range=1.0 if decode is None else None,
                 decode=decode_here or (lambda x_0: x_0),
                 encode=encode,
