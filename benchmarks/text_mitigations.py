@@ -59,8 +59,9 @@ def run(repetitions: int = 4) -> list[dict[str, Any]]:
         name: GuidanceSettings(name) for name in get_args(MitigationName)
     }
     named |= {f"{name}, {EVERY}": settings for name, settings in ACTING.items()}
-    modules = {name: _module(settings) for name, settings in named.items()}
-    timings = interleaved({name: _call(module) for name, module in modules.items()}, repetitions)
+    acted: dict[str, float | None] = {}
+    functions = {name: _call(name, _module(settings), acted) for name, settings in named.items()}
+    timings = interleaved(functions, repetitions)
     timings = {
         name: Timing([seconds / BATCH for seconds in timing.seconds])
         for name, timing in timings.items()
@@ -74,7 +75,7 @@ def run(repetitions: int = 4) -> list[dict[str, Any]]:
             batch=BATCH,
             steps=STEPS,
             references=REFERENCES,
-            acted=_acted(modules[name]),
+            acted=acted[name],
         )
         for name in named
         if name != "none"
@@ -105,13 +106,14 @@ def _module(settings: GuidanceSettings) -> SamplingModule:
     return module
 
 
-def _call(module: SamplingModule) -> Callable[[], object]:
-    return lambda: module.predict_step(torch.arange(BATCH))
+def _call(
+    name: str, module: SamplingModule, acted: dict[str, float | None]
+) -> Callable[[], object]:
+    def call() -> None:
+        trace = module.predict_step(torch.arange(BATCH)).trace
+        acted[name] = None if trace is None else float(trace["active"].float().mean())
 
-
-def _acted(module: SamplingModule) -> float | None:
-    trace = module.predict_step(torch.arange(BATCH)).trace
-    return None if trace is None else float(trace["active"].float().mean())
+    return call
 
 
 if __name__ == "__main__":
