@@ -5,6 +5,8 @@ Time does not depend on weights; which samples come near a reference does, so be
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +38,14 @@ CAPTIONS = [f"picture {i} of the training set" for i in range(REFERENCES)]
 def device() -> torch.device:
     """The GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def clock() -> Callable[[], float]:
+    """Wall time on a GPU; on the CPU processor time of one thread, which no other job distorts."""
+    if device().type == "cuda":
+        return time.perf_counter
+    torch.set_num_threads(1)
+    return time.process_time
 
 
 def scratch_model(small_decoder: bool = False) -> LoadedModel:

@@ -22,6 +22,7 @@ from scratch_model import (
     REFERENCES,
     SCALE,
     STEPS,
+    clock,
     device,
     sampler,
     scratch_index,
@@ -53,7 +54,7 @@ ACTING: dict[str, GuidanceSettings] = {
 """Settings under which every sample counts as memorized: the full search or optimisation each."""
 
 
-def run(repetitions: int = 4) -> list[dict[str, Any]]:
+def run(repetitions: int = 3) -> list[dict[str, Any]]:
     """Measure; one record a mitigation (see ``harness.record``), in seconds a sample."""
     named: dict[str, GuidanceSettings] = {
         name: GuidanceSettings(name) for name in get_args(MitigationName)
@@ -61,7 +62,7 @@ def run(repetitions: int = 4) -> list[dict[str, Any]]:
     named |= {f"{name}, {EVERY}": settings for name, settings in ACTING.items()}
     acted: dict[str, float | None] = {}
     functions = {name: _call(name, _module(settings), acted) for name, settings in named.items()}
-    timings = interleaved(functions, repetitions)
+    timings = interleaved(functions, repetitions, clock=clock())
     timings = {
         name: Timing([seconds / BATCH for seconds in timing.seconds])
         for name, timing in timings.items()
@@ -75,6 +76,7 @@ def run(repetitions: int = 4) -> list[dict[str, Any]]:
             batch=BATCH,
             steps=STEPS,
             references=REFERENCES,
+            clock=clock().__name__,
             acted=acted[name],
         )
         for name in named

@@ -38,7 +38,9 @@ def returned(
         return None  # not linear
 
     def step(prediction: Tensor) -> Tensor:
-        taken = copy.deepcopy(scheduler).step(prediction, t, sample.float(), return_dict=False)
+        # The class's own step: one that was replaced on the instance may watch the real steps.
+        own = type(scheduler).step
+        taken = own(copy.deepcopy(scheduler), prediction, t, sample.float(), return_dict=False)
         return torch.as_tensor(taken[0])
 
     # Linear in the prediction, with one coefficient for all elements: two steps tell it.
