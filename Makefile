@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint bench study clean
+.PHONY: help install demo test test-fast test-gpu lint bench study clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -25,13 +25,16 @@ test: $(STAMP) ## Run all tests
 test-fast: $(STAMP) ## Run the tests that take less than a few seconds each
 	$(BIN)/python -m pytest -m 'not slow'
 
+test-gpu: $(STAMP) ## Run the tests that need a GPU (tests/run_gpu.sh --help: without a network)
+	PYTHON=$(BIN)/python tests/run_gpu.sh
+
 lint: $(STAMP) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(STAMP) ## Measure speed, each figure beside its peer or its floor
-	for name in detection guidance training stream; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in detection guidance latent_guidance text_mitigations training stream; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 study: $(STAMP) ## Run the studies of docs/results.md (about two hours on two cores)
 	$(BIN)/memfree study --config configs/study/oracle.yaml

@@ -40,7 +40,10 @@ class Timing:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], object]], repetitions: int = 9, warmup: int = 1
+    functions: Mapping[str, Callable[[], object]],
+    repetitions: int = 9,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time functions in turn, A B A B …, so that a busy machine slows all of them alike.
 
@@ -48,6 +51,7 @@ def interleaved(
         functions: what to call, by name.
         repetitions: timed calls of each, at least 2.
         warmup: calls of each beforehand that are not timed.
+        clock: seconds; ``time.process_time`` on one thread is the work done, whatever else runs.
     """
     for _ in range(warmup):
         for function in functions.values():
@@ -56,10 +60,10 @@ def interleaved(
     for _ in range(repetitions):
         for name, function in functions.items():
             _synchronize()
-            start = time.perf_counter()
+            start = clock()
             function()
             _synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: Timing(values) for name, values in seconds.items()}
 
 

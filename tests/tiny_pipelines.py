@@ -105,7 +105,7 @@ def autoencoder(**config):
     )
 
 
-def tiny_autoencoder():
+def tiny_autoencoder(latent_channels=4):
     """A cheap decoder for the same latents."""
     return seeded(
         lambda: AutoencoderTiny(
@@ -113,7 +113,7 @@ def tiny_autoencoder():
             decoder_block_out_channels=(8, 8),
             num_encoder_blocks=(1, 1),
             num_decoder_blocks=(1, 1),
-            latent_channels=4,
+            latent_channels=latent_channels,
         )
     )
 

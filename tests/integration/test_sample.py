@@ -6,10 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderTiny, DDPMPipeline, DDPMScheduler, UNet2DModel
 from processes import start
+from tiny_text import CAPTIONS, tiny_pipeline
 
 from memfree.cli import run
 from memfree.guidance import NormalizedL2, calibrate
@@ -265,6 +267,8 @@ def test_unconditional(folders):
         ({"model": "unconditional"}, "--guidance_scale 2"),
         ({"model": "unconditional", "guidance_scale": 1, "classes": "[1]"}, "--classes needs"),
         ({"nonsense": 1}, "--nonsense"),
+        ({"decoder": "nowhere"}, "--decoder is for text-to-image models"),
+        ({"decoder": "nowhere", "index": None}, "--decoder needs --index"),
     ],
 )
 def test_bad_input_is_one_line(folders, tmp_path, capsys, changes, message):
@@ -330,3 +334,48 @@ def test_every_configuration_parses(config, capsys):
         run(predict, [f"--config={config}", "--model=m", "--out=o", "--print_config"])
     assert exit_.value.code == 0
     assert "mitigation: none" in capsys.readouterr().out
+
+
+def test_a_small_decoder_is_part_of_the_run(tmp_path, capsys):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    for number in (1, 2):
+        torch.manual_seed(number)
+        AutoencoderTiny(
+            encoder_block_out_channels=(4, 4),
+            decoder_block_out_channels=(4, 4),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        ).save_pretrained(tmp_path / f"decoder{number}")
+    (tmp_path / "prompts.txt").write_text("red apple\n")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(560, 3, 8, 8, generator=generator) * 2 - 1
+    index = ReferenceIndex.build(images[:60], captions=[CAPTIONS[0]] * 60)
+    calibrate(index, NormalizedL2(), images[60:])
+    index.save(tmp_path / "index")
+
+    def sampled(out, decoder):
+        arguments = {
+            "model": tmp_path / "model",
+            "index": tmp_path / "index",
+            "out": tmp_path / out,
+            "decoder": decoder and tmp_path / decoder,
+            "count": 3,
+            "steps": 4,
+            "scheduler": "ddim",
+            "guidance_scale": 3,
+            "prompts.file": tmp_path / "prompts.txt",
+            "trainer.accelerator": "cpu",
+        }
+        run(predict, [f"--{name}={value}" for name, value in arguments.items() if value])
+        trace = pq.read_table(next((tmp_path / out).glob("trace-*.parquet")))
+        return SampleFolder(tmp_path / out), trace["sigma"].to_numpy()
+
+    plain, sigma = sampled("plain", None)
+    small, approximate = sampled("small", "decoder1")
+    assert plain.manifest["settings"]["decoder_sha256"] is None
+    assert len(small.manifest["settings"]["decoder_sha256"]) == 64
+    same = sigma == approximate
+    assert same.sum() == 3 and len(same) == 12  # the last step of each sample
+    with pytest.raises(SystemExit):
+        sampled("small", "decoder2")
+    assert "made with another decoder" in capsys.readouterr().err

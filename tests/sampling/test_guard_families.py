@@ -3,7 +3,17 @@
 import pytest
 import tiny_pipelines
 import torch
-from guard_parts import FAMILIES, NEVER, PROMPTS, ActiveRows, amg, make_index, noise, options
+from guard_parts import (
+    FAMILIES,
+    NEVER,
+    PROMPTS,
+    ActiveRows,
+    amg,
+    make_index,
+    noise,
+    options,
+    state,
+)
 
 import memfree
 from memfree.guidance import MultiplicityGuidance, NormalizedL2, Observer, ThresholdSchedule
@@ -222,8 +232,43 @@ def test_a_smaller_decoder_and_chunks_are_used(index, pipes):
 
     whole, chunked = made(), made(chunk_size=1)
     torch.testing.assert_close(whole[0], chunked[0], atol=1e-4, rtol=0)
-    tiny = made(decoder=tiny_pipelines.tiny_autoencoder())
+    decoder = tiny_pipelines.tiny_autoencoder()
+    tiny = made(decoder=decoder)
     assert not torch.allclose(tiny[1], whole[1])
+    assert decoder.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("output_type", ["pt", "latent"])
+def test_the_last_step_and_the_verdicts_are_of_the_full_autoencoder(index, pipes, output_type):
+    pipe, call = pipes["stable_diffusion"], options("stable_diffusion")
+    call["output_type"] = output_type
+
+    def judged(**extra):
+        with memfree.guard(pipe, index, amg(index, NEVER), **extra) as report:
+            pipe(PROMPTS, **{**call, "generator": noise()})
+        trace = report.trace.to_pydict()
+        last = [s for s, t in zip(trace["sigma"], trace["step"], strict=True) if t == 3]
+        first = [s for s, t in zip(trace["sigma"], trace["step"], strict=True) if t < 3]
+        return first, last, [one.similarity for one in report.verdicts]
+
+    full, tiny = judged(), judged(decoder=tiny_pipelines.tiny_autoencoder())
+    assert full[0] != tiny[0]
+    assert full[1:] == tiny[1:]
+
+
+def test_a_decoder_of_other_latents_is_refused(index, pipes):
+    pipe = pipes["stable_diffusion"]
+    for decoder, message in (
+        (tiny_pipelines.tiny_autoencoder(latent_channels=16), "takes latents of 16 channels"),
+        (torch.nn.Linear(1, 1), "is a Linear, not an autoencoder"),
+    ):
+        before = state(pipe)
+        with (
+            pytest.raises(ValueError, match=f"memfree.guard: decoder {message}"),
+            memfree.guard(pipe, index, decoder=decoder),
+        ):
+            pass
+        assert state(pipe) == before
 
 
 def test_multiplicity_guidance_changes_both_branches(pipes):

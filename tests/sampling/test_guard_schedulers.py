@@ -118,6 +118,8 @@ def by_hand(pipe, scheduler, index, scale, steps=4):
         with torch.enable_grad():
             x_0 = ((x_in - (1 - a).sqrt() * eps) / a.sqrt()).requires_grad_()
             decoded = pipe.vae.decode(x_0 / pipe.vae.config.scaling_factor).sample.flatten(1)
+            if i == steps - 1:  # the image as the pipeline returns it
+                decoded = decoded.clamp(-1, 1)
             distances = torch.cdist(decoded.detach().double(), index.vectors.double())
             nearest = distances.topk(50, largest=False)
             gaps = decoded[:, None] - index.vectors[nearest.indices]

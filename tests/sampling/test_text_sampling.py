@@ -1,8 +1,10 @@
 """Text-to-image in the sampling module: equal to the plain pipeline, whatever the batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler
 from tiny_text import CAPTIONS, tiny_pipeline, tiny_xl
 
 from memfree.guidance import GuidanceSettings, calibrate, default_similarity
@@ -79,3 +81,23 @@ def test_batch_size_changes_nothing(model, images, mitigation):
     plain = drawn(module_of(model), 4, 4)
     # This model's samples are no copies: nothing is drawn again.
     assert torch.equal(plain, whole.images) == (mitigation in ("none", "reject"))
+
+
+def test_a_small_decoder_is_for_estimates_and_not_for_the_last_step(model, images):
+    index = ReferenceIndex.build(images, groups=range(60))
+    held_out = torch.rand(500, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    calibrate(index, default_similarity(index), held_out)
+    plain = module_of(model, GuidanceSettings(), index).predict_step(torch.arange(3))
+    decoder = AutoencoderTiny(
+        encoder_block_out_channels=(4, 4),
+        decoder_block_out_channels=(4, 4),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    small = replace(model, decoder=decoder.eval().requires_grad_(False))
+    found = module_of(small, GuidanceSettings(), index).predict_step(torch.arange(3))
+    # An observer changes nothing, so that both see the same estimates, through other decoders.
+    assert torch.equal(found.images, plain.images)
+    step, sigmas = plain.trace["step"], (plain.trace["sigma"], found.trace["sigma"])
+    same = sigmas[0] == sigmas[1]
+    assert torch.equal(same, step == STEPS - 1)

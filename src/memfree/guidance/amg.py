@@ -145,7 +145,7 @@ class AntiMemorizationGuidance(Observer):
                 result = result.with_eps_change(g_sim, rows)
             prediction = result
         if prediction.is_last and self.final_correction is not None:
-            prediction = self._correct_last(prediction, self.final_correction)
+            prediction = self._correct_last(prediction, sigma, active, self.final_correction)
         return prediction.recorded(**columns)
 
     def opens(self, detection: Detection) -> Tensor:
@@ -237,12 +237,24 @@ class AntiMemorizationGuidance(Observer):
         # With ε̂ constant, ∂x̂_0/∂x_t = 1/√ᾱ (eq. 12), in every parameterisation.
         return gradient / prediction.alpha_bar.sqrt()
 
-    def _correct_last(self, prediction: Prediction, target: float) -> Prediction:
-        """Move the clean estimates that the sampler is about to return below ``target``."""
+    def _correct_last(
+        self, prediction: Prediction, sigma: Tensor, active: Tensor, target: float
+    ) -> Prediction:
+        """Move the clean estimates that the sampler is about to return below ``target``.
+
+        Only rows that guidance or the limits of an image changed since ``sigma`` are measured
+        again: in latents most have their own σ already, which costs a decoding and an embedding.
+        """
         x_0 = prediction.clean_estimate()
+        offset, gain = prediction.returned or (torch.zeros_like(x_0), 1.0)
+        before = offset + gain * x_0
         limit = prediction.image_range
-        returned = x_0 if limit is None else x_0.clamp(-limit, limit)
-        above = self.similarity(self.index, prediction.decode(returned)).sigma > target
+        returned = before if limit is None else before.clamp(-limit, limit)
+        changed = active | (returned != x_0).flatten(1).any(dim=1)
+        if len(again := changed.nonzero().squeeze(1)):
+            measured = self.similarity(self.index, prediction.decode(returned[again])).sigma
+            sigma = sigma.index_copy(0, again, measured)
+        above = sigma > target
         rows = above.nonzero().squeeze(1)
         if not len(rows):
             return prediction
@@ -255,7 +267,7 @@ class AntiMemorizationGuidance(Observer):
                 limit,
                 prediction.decode,
             )
-        return prediction.with_clean_change(moved - x_0[rows], rows).activated(above)
+        return prediction.with_clean_change((moved - before[rows]) / gain, rows).activated(above)
 
 
 def _clean_estimate_of(prediction: Prediction, x_t: Tensor, rows: Tensor) -> Tensor:

@@ -49,7 +49,9 @@ class Prediction:
     step: int = 0
     """Number of this denoising step, from 0."""
     is_last: bool = False
-    """Whether the sampler returns the clean estimate of this step."""
+    """Whether the sampler has no further step."""
+    returned: tuple[Tensor, float] | None = None
+    """(offset, gain): the sampler's last step returns offset + gain·x̂_0; None: x̂_0 itself."""
     image_range: float | None = None
     """Finished x_0 are clamped to ±image_range (1 for pixels); None: they are not."""
     decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)

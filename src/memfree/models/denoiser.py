@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,8 @@ from memfree.manifest import read_manifest
 from memfree.models.export import DIFFUSERS_NAME
 from memfree.models.latents import decode_latents, latent_shape
 from memfree.models.noise_schedule import scheduler_class_named
+from memfree.models.saved_network import load_network
+from memfree.models.small_decoder import load_decoder
 from memfree.models.text_pipeline import TextDenoiser, encode, load_pipeline
 
 
@@ -71,6 +71,8 @@ class LoadedModel:
     """``manifest.json`` of the folder; empty for a diffusers folder without one."""
     pipe: Any = None
     """The whole pipeline of a text-to-image model, None for a pixel model."""
+    decoder: Any = None
+    """A small decoder of its latents for clean estimates; None: the pipeline's own autoencoder."""
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -89,26 +91,45 @@ class LoadedModel:
         self.denoiser.to(device)
         if self.pipe is not None:
             self.pipe.to(device)
+        if self.decoder is not None:
+            self.decoder.to(device)
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Images (B, C, H, W) of clean samples; differentiable."""
         return x_0 if self.pipe is None else decode_latents(self.pipe.vae, x_0)
 
+    def decode_estimate(self, x_0: Tensor) -> Tensor:
+        """The same of clean estimates on the way, by the small decoder where there is one."""
+        return self.decode(x_0) if self.decoder is None else decode_latents(self.decoder, x_0)
 
-def load_model(folder: Path) -> LoadedModel:
+
+def load_model(folder: Path, decoder: Path | None = None) -> LoadedModel:
     """Load the model folder that training left behind, or a Stable-Diffusion-style pipeline.
+
+    Args:
+        folder: the model.
+        decoder: folder of a small decoder of a text-to-image model's latents; see ``load_decoder``.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it is not a finished model folder, or its parts do not belong together.
     """
     folder = Path(folder)
+    model = _load_model(folder)
+    if decoder is not None:
+        if model.pipe is None:
+            raise ValueError("--decoder is for text-to-image models; a pixel model has no latents")
+        model.decoder = load_decoder(Path(decoder), model.pipe.vae)
+    return model
+
+
+def _load_model(folder: Path) -> LoadedModel:
     if (folder / "model_index.json").is_file():
         return _load_text_model(folder, {})
     manifest = read_manifest(folder, "model")
     if manifest.get("pipeline") is not None:
         return _load_text_model(folder, manifest)
-    network = _load_network(folder / DIFFUSERS_NAME / "unet")
+    network = load_network(UNet2DModel, folder / DIFFUSERS_NAME / "unet")
     scheduler = _load_scheduler(folder / DIFFUSERS_NAME / "scheduler")
     num_classes = manifest.get("num_classes")
     image_shape = tuple(manifest.get("image_shape", ()))
@@ -146,37 +167,6 @@ def _load_text_model(folder: Path, manifest: dict[str, Any]) -> LoadedModel:
         manifest=manifest,
         pipe=pipe,
     )
-
-
-def _load_network(folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no network: train the model again or copy it whole")
-    log = logging.getLogger("diffusers.models.modeling_utils")
-    log.disabled = True  # what is wrong is said below, in one line
-    try:
-        # Safetensors only: a pickle from a stranger could execute code.
-        network, keys = UNet2DModel.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            # The default needs accelerate, and asks for it at every load where that is missing.
-            low_cpu_mem_usage=False,
-            # diffusers would go on with random weights, or list every weight that does not fit.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except Exception as error:
-        reason = textwrap.shorten(str(error), 120, placeholder=" ...")
-        raise ValueError(f"{folder} cannot be read as a diffusers network: {reason}") from error
-    finally:
-        log.disabled = False
-    mismatched = [name for name, *_ in keys["mismatched_keys"]]
-    if wrong := [*keys["missing_keys"], *keys["unexpected_keys"], *mismatched]:
-        raise ValueError(
-            f"{folder}: the weights are of another network than config.json ({wrong[0]} does not "
-            "fit): copy the model folder whole"
-        )
-    return network
 
 
 def _load_scheduler(folder: Path) -> Any:

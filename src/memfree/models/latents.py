@@ -15,7 +15,7 @@ def latent_shape(vae: Any, image_shape: tuple[int, int, int]) -> tuple[int, int,
         ValueError: the autoencoder cannot take images of this shape.
     """
     channels, height, width = image_shape
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = pixels_per_latent(vae)
     if channels != vae.config.in_channels:
         raise ValueError(
             f"the pipeline's autoencoder takes {vae.config.in_channels} channels, the images have "
@@ -27,6 +27,13 @@ def latent_shape(vae: Any, image_shape: tuple[int, int, int]) -> tuple[int, int,
             f"--image_size that {factor} divides"
         )
     return vae.config.latent_channels, height // factor, width // factor
+
+
+def pixels_per_latent(autoencoder: Any) -> int:
+    """How many pixels of height and of width become one latent."""
+    config = autoencoder.config
+    # Of an AutoencoderTiny, block_out_channels are the decoder's.
+    return getattr(config, "upsampling_scaling_factor", 2) ** (len(config.block_out_channels) - 1)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 from memfree.conditions import Conditions, Encode
 from memfree.diffusion_math import alpha_bar_at
 from memfree.guidance.prediction import Guidance, Prediction, apply, combine
+from memfree.sampling.last_step import returned
 
 Denoise = Callable[[Tensor, Tensor, Conditions | None], Tensor]
 """(x_t, t, conditions or None) → what ``scheduler.config.prediction_type`` says."""
@@ -45,6 +46,7 @@ def sample(
     generators: list[torch.Generator] | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
     encode: Encode | None = None,
+    decode_last: Callable[[Tensor], Tensor] | None = None,
 ) -> Result:
     """Denoise ``noise`` with a scheduler, passing every prediction through the guidance.
 
@@ -61,6 +63,8 @@ def sample(
         generators: one a sample, for schedulers that draw noise at every step.
         decode: from x̂_0 to images, for latents; identity by default.
         encode: from captions to conditions, for guidances that ask for the nearest caption's.
+        decode_last: what the last step decodes with, where ``decode`` is an approximation; None:
+            ``decode``.
 
     Raises:
         ValueError: the prediction type is unknown, or NaN appears in the samples.
@@ -75,6 +79,8 @@ def sample(
     rows: list[dict[str, Tensor]] = []
     memory: dict[Any, Any] = {}
     for step, t in enumerate(scheduler.timesteps):
+        is_last = step == len(scheduler.timesteps) - 1
+        decode_here = decode_last if is_last and decode_last is not None else decode
         x_in = scheduler.scale_model_input(x_t, t)
 
         def denoise(x: Tensor, y: Conditions | None, t: Tensor = t) -> Tensor:
@@ -84,11 +90,13 @@ def sample(
             cond = None if conditions is None else denoise(x_in, conditions)
             needs_uncond = conditions is None or guidance_scale != 1
             uncond = denoise(x_in, None) if needs_uncond else None
+            output = combine(cond, uncond, guidance_scale)
+            alpha_bar = alpha_bar_at(scheduler, t, step).to(noise.device)
             prediction = Prediction(
                 x_t=x_in,
-                alpha_bar=alpha_bar_at(scheduler, t, step).to(noise.device),
+                alpha_bar=alpha_bar,
                 time=float(t) / scheduler.config.num_train_timesteps,
-                output=combine(cond, uncond, guidance_scale),
+                output=output,
                 output_cond=cond,
                 output_uncond=uncond,
                 conditions=conditions,
@@ -96,9 +104,10 @@ def sample(
                 prediction_type=prediction_type,
                 denoise=denoise,
                 step=step,
-                is_last=step == len(scheduler.timesteps) - 1,
+                is_last=is_last,
+                returned=returned(scheduler, t, x_t, output, alpha_bar) if is_last else None,
                 image_range=1.0 if decode is None else None,
-                decode=decode or (lambda x_0: x_0),
+                decode=decode_here or (lambda x_0: x_0),
                 encode=encode,
                 memory=memory,
             )

@@ -70,6 +70,7 @@ def predict(
     classes: list[NonNegativeInt] | NonNegativeInt | None = None,
     prompts: PromptOptions = PromptOptions(),  # noqa: B008
     latents: Path | None = None,
+    decoder: Path | None = None,
     guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008 - read only; --help shows it
     batches_per_shard: PositiveInt = 1,
     allow_other_dataset: bool = False,
@@ -96,6 +97,10 @@ def predict(
             by default.
         prompts: what a text-to-image model is asked for.
         latents: index of the training images' latents, for multiplicity guidance of text-to-image.
+        decoder: folder of a diffusers AutoencoderTiny of the model's latents, which decodes the
+            clean estimates that are compared with the index: cheaper, but what it blurs is noticed
+            later or not, and guidance may begin at another step. The last step, its final
+            correction and the images are of the model's own autoencoder.
         guidance: the mitigation and its strengths.
         batches_per_shard: batches written together as one shard; a killed run repeats at most
             these.
@@ -106,7 +111,9 @@ def predict(
         ValueError: the options contradict each other, the model or each other's folders.
         FileNotFoundError: a folder is missing.
     """
-    loaded = load_model(model)
+    if decoder is not None and index is None:
+        raise ValueError("--decoder needs --index: without one, no estimate is compared")
+    loaded = load_model(model, decoder)
     refuse_text_only(guidance, loaded)
     asked: list[int] | list[str] | None = prompts_in_turn(prompts, loaded)
     if asked is None:
@@ -129,6 +136,7 @@ def predict(
             "guidance_scale": guidance_scale,
             "asked": asked,
             "latents_sha256": None if references is None else vectors_hash(references),
+            "decoder_sha256": None if decoder is None else folder_hash(decoder),
             "guidance": asdict(guidance),
             "trainer.precision": trainer.precision,
         },

@@ -77,8 +77,10 @@ def sample_text(
             guidance_scale=scale,
             trace=bool(guidances),
             generators=generators,
-            decode=model.decode,
+            decode=model.decode_estimate,
             encode=model.encode,
+            # As it is saved: what is beyond white or black counts for nothing.
+            decode_last=lambda latents: model.decode(latents).clamp(-1, 1),
         )
     with torch.no_grad():
         return Result(model.decode(result.images), result.trace)

@@ -71,7 +71,9 @@ def guard(
             mitigation does not accept.
         false_positive_rate: of the verdict, within what the index's calibration allows.
         decoder: a cheaper autoencoder of the same latents for the clean estimates, such as
-            ``AutoencoderTiny``; None: the pipeline's own.
+            ``AutoencoderTiny``, moved to the pipeline's device for the block; None: the pipeline's
+            own. What it blurs is noticed later or not, so that guidance may begin at another step;
+            the last step with its final correction, and the verdicts, are of the pipeline's own.
         chunk_size: latents decoded and images judged at a time; None: the whole batch.
         seed: of further draws and of what a mitigation draws; the pipeline's first draw has the
             generators of its own call.
@@ -99,9 +101,13 @@ def guard(
     similarity = default_similarity(index)
     calibration = calibration_of(index, similarity)
     calibration.threshold(false_positive_rate)  # refuses a rate that it does not allow
+    decode = Decoder(pipe.vae, index, chunk_size, decoder)
     before = index.device
+    home = None if decoder is None else decoder.device
     index.to(pipe._execution_device)
     try:
+        if decoder is not None:
+            decoder.to(pipe._execution_device)
         if isinstance(guidance, GuidanceSettings):
             if mitigation is not None:
                 raise ValueError("give guidance settings or a mitigation, not both")
@@ -116,7 +122,7 @@ def guard(
             _guidances(guidance, mitigation, index, false_positive_rate),
             mitigation,
             judge,
-            Decoder(pipe.vae if decoder is None else decoder, index, chunk_size),
+            decode,
             on_copy,
             budget,
             seed,
@@ -128,6 +134,8 @@ def guard(
             pipe.__class__ = kind
     finally:
         index.to(before)
+        if decoder is not None:
+            decoder.to(home)
 
 
 def _guidances(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memfree.models.latents import decode_latents
+from memfree.models.small_decoder import check_decoder
 from memfree.retrieval import PixelFeatures
 
 if TYPE_CHECKING:
@@ -19,17 +20,26 @@ if TYPE_CHECKING:
 
 
 class Decoder:
-    """Decodes clean estimates with the pipeline's autoencoder or a smaller one; differentiable.
+    """Decodes with the pipeline's autoencoder, estimates also with a smaller one; differentiable.
 
     Args:
-        autoencoder: an ``AutoencoderKL``, or an ``AutoencoderTiny`` of the same latents.
+        autoencoder: the pipeline's.
         index: what the images are compared with.
         chunk_size: latents decoded at a time; None: the whole batch. Gradients of a piece are made
             by decoding it again, so that one piece's activations are held at a time.
+        small: an ``AutoencoderTiny`` of the same latents for the estimates; None: the pipeline's.
+
+    Raises:
+        ValueError: ``small`` is of other latents.
     """
 
-    def __init__(self, autoencoder: Any, index: ReferenceIndex, chunk_size: int | None) -> None:
+    def __init__(
+        self, autoencoder: Any, index: ReferenceIndex, chunk_size: int | None, small: Any = None
+    ) -> None:
+        if small is not None:
+            check_decoder(small, autoencoder, "memfree.guard: decoder")
         self.autoencoder = autoencoder
+        self.small = autoencoder if small is None else small
         self.index = index
         self.chunk_size = chunk_size
         self._copy: Any = None
@@ -41,7 +51,19 @@ class Decoder:
         Raises:
             ValueError: the index cannot be compared with images of this size.
         """
-        autoencoder = self._float32() if self._overflows() else self.autoencoder
+        return self._decoded(self._float32() if self._overflows() else self.autoencoder, latents)
+
+    def estimate(self, latents: Tensor) -> Tensor:
+        """The same of clean estimates on the way, by the smaller autoencoder."""
+        if self.small is self.autoencoder:
+            return self(latents)
+        return self._decoded(self.small, latents)
+
+    def finished(self, latents: Tensor) -> Tensor:
+        """Images in [−1, 1], as a pipeline returns them: beyond white and black nothing counts."""
+        return self(latents).clamp(-1, 1)
+
+    def _decoded(self, autoencoder: Any, latents: Tensor) -> Tensor:
         pieces = latents.split(self.chunk_size or max(1, len(latents)))
         if len(pieces) > 1 and latents.requires_grad and torch.is_grad_enabled():
             parts = [

@@ -41,7 +41,8 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
         guidance: one or several, in order.
         guidance_scale: s_0; at 1 the conditional prediction alone.
         guidance_rescale: as in ``ClassifierFreeGuidance``.
-        decoder: a cheaper autoencoder of the same latents; None: the pipeline's own.
+        decoder: a cheaper autoencoder of the same latents, as in ``guard``, on the pipeline's
+            device; None: the pipeline's own.
         chunk_size: latents decoded at a time; None: the whole batch.
 
     Attributes:
@@ -71,7 +72,7 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
         self.report = GuardReport()
         self._pipe = pipe
         self._guidances = list(guidance) if isinstance(guidance, Sequence) else [guidance]
-        self._decoder = Decoder(pipe.vae if decoder is None else decoder, index, chunk_size)
+        self._decoder = Decoder(pipe.vae, index, chunk_size, decoder)
         self._draw: Draw | None = None
         self._calls: list[dict[str, Any]] = []
         self._handle: Any = None

@@ -17,6 +17,7 @@ from memfree.guidance.prediction import combine
 from memfree.sampling.guard.decode import Decoder, explained_memory
 from memfree.sampling.guard.families import Arguments, Family, rescaled, rows_of, usable
 from memfree.sampling.guard.noise_level import NoiseLevel, NoiseLevels
+from memfree.sampling.last_step import returned
 from memfree.sampling.loop import trace_rows
 
 
@@ -110,13 +111,21 @@ class Draw:
             denoise=view.denoise,
             step=view.level.step,
             is_last=view.level.is_last,
-            decode=self.decoder,
+            decode=self.decoder.finished if view.level.is_last else self.decoder.estimate,
             encode=lambda captions: self.family.encode(self.pipe, captions, self.call).to(
                 raw.device, view.conditions.embeddings.dtype
             ),
             memory=self._memory,
         )
         base = _rescaled(base, amount)
+        if view.level.is_last and view.level.flow_sigma is None:
+            t = self.pipe.scheduler.timesteps[-1]
+            base = replace(
+                base,
+                returned=returned(
+                    self.pipe.scheduler, t, view.x_t, base.output, view.level.alpha_bar
+                ),
+            )
         with explained_memory("guiding", view.count, self.decoder.chunk_size):
             result = base
             for guidance in self.guidances:

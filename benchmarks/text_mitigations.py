@@ -1,0 +1,122 @@
+"""Seconds a sample of every mitigation of text-to-image, on the model of ``memfree scratch``.
+
+``python benchmarks/text_mitigations.py`` writes benchmarks/results/text_mitigations.json. Weights
+are random, and most mitigations cost the more the more samples they act on: each runs with the
+package's defaults (``acted``: the share of samples and steps that it changed, where it says so),
+and those that act on what they take for memorized also on every sample, their full price. Without
+a mitigation, and with the field's baselines, nothing is compared with an index; for amg,
+multiplicity, both and reject the detection of every step is part of the price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from harness import Timing, compared, interleaved, write
+from scratch_model import (
+    BATCH,
+    CAPTIONS,
+    PROMPTS,
+    REFERENCES,
+    SCALE,
+    STEPS,
+    clock,
+    device,
+    sampler,
+    scratch_index,
+    scratch_latents,
+    scratch_model,
+)
+
+from memfree.guidance import WITH_INDEX, GuidanceSettings
+from memfree.guidance.baselines import (
+    PromptEmbeddingOptions,
+    PromptReanchoringOptions,
+    SharpnessAwareOptions,
+    TextTools,
+)
+from memfree.guidance.settings import MitigationName
+from memfree.sampling import SamplingModule
+
+EVERY = "acting on every sample"
+ACTING: dict[str, GuidanceSettings] = {
+    "wen": GuidanceSettings("wen", wen=PromptEmbeddingOptions(target=0.0)),
+    "prss": GuidanceSettings("prss", prss=PromptReanchoringOptions(trigger=0.0)),
+    "prss, y_mod optimized": GuidanceSettings(
+        "prss", prss=PromptReanchoringOptions(alternative="optimized", trigger=0.0)
+    ),
+    "sail": GuidanceSettings("sail", sail=SharpnessAwareOptions(threshold=0.0)),
+    "amg": GuidanceSettings("amg", gated=False, final_correction=False),
+    "both": GuidanceSettings("both", gated=False, final_correction=False),
+}
+"""Settings under which every sample counts as memorized: the full search or optimisation each."""
+
+
+def run(repetitions: int = 3) -> list[dict[str, Any]]:
+    """Measure; one record a mitigation (see ``harness.record``), in seconds a sample."""
+    named: dict[str, GuidanceSettings] = {
+        name: GuidanceSettings(name) for name in get_args(MitigationName)
+    }
+    named |= {f"{name}, {EVERY}": settings for name, settings in ACTING.items()}
+    acted: dict[str, float | None] = {}
+    functions = {name: _call(name, _module(settings), acted) for name, settings in named.items()}
+    timings = interleaved(functions, repetitions, clock=clock())
+    timings = {
+        name: Timing([seconds / BATCH for seconds in timing.seconds])
+        for name, timing in timings.items()
+    }
+    return [
+        compared(
+            f"scratch model: {name} / none, a sample",
+            timings,
+            name,
+            "none",
+            batch=BATCH,
+            steps=STEPS,
+            references=REFERENCES,
+            clock=clock().__name__,
+            acted=acted[name],
+        )
+        for name in named
+        if name != "none"
+    ]
+
+
+def _module(settings: GuidanceSettings) -> SamplingModule:
+    """What ``sample.py`` runs; without an index where the mitigation needs none."""
+    model = scratch_model()
+    index = scratch_index() if settings.mitigation in WITH_INDEX else None
+    in_latents = settings.mitigation in ("multiplicity", "both")
+    module = SamplingModule(
+        model,
+        sampler(model),
+        STEPS,
+        seed=1,
+        guidance=settings,
+        guidance_scale=SCALE,
+        asked=PROMPTS,
+        index=index,
+    ).to(device())
+    # As the module does when sampling begins, but with captions to search where there is no index.
+    module.mitigation = settings.for_text(
+        index,
+        TextTools(model.pipe.tokenizer, CAPTIONS),
+        scratch_latents(model) if in_latents else None,
+    )
+    return module
+
+
+def _call(
+    name: str, module: SamplingModule, acted: dict[str, float | None]
+) -> Callable[[], object]:
+    def call() -> None:
+        trace = module.predict_step(torch.arange(BATCH)).trace
+        acted[name] = None if trace is None else float(trace["active"].float().mean())
+
+    return call
+
+
+if __name__ == "__main__":
+    write("text_mitigations", run())

@@ -1,0 +1,68 @@
+"""The last correction reaches what a sampler returns, also where that is no clean estimate."""
+
+import copy
+
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from guard_parts import amg, drawn, make_index
+
+import memfree
+from memfree.diffusion_math import alpha_bar_at, predicted_x_0
+from memfree.sampling.last_step import returned
+
+SCHEDULES = {
+    "ddim": (DDIMScheduler, {}),
+    "ddim to one": (DDIMScheduler, {"set_alpha_to_one": True}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
+    "ddpm": (DDPMScheduler, {"clip_sample": False}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "dpmsolver": (DPMSolverMultistepScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
+
+
+def schedule(name, **more):
+    kind, config = SCHEDULES[name]
+    return tiny_pipelines.noise_schedule(kind, **{**config, **more})
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_offset_and_gain_are_those_of_the_schedulers_own_step(name, prediction_type):
+    scheduler = schedule(name, prediction_type=prediction_type)
+    scheduler.set_timesteps(6)
+    generator = torch.Generator().manual_seed(0)
+    x, *outputs = torch.randn(20, 2, 4, 8, 8, generator=generator)
+    for t, output in zip(scheduler.timesteps[:-1], outputs, strict=False):
+        x = scheduler.step(output, t, x).prev_sample
+    t, output, other = scheduler.timesteps[-1], *outputs[-2:]
+    alpha_bar = alpha_bar_at(scheduler, t, len(scheduler.timesteps) - 1)
+    before = copy.deepcopy(scheduler.__dict__)
+    offset, gain = returned(scheduler, t, x, output, alpha_bar)
+    assert str(scheduler.__dict__) == str(before)
+    for said in (output, other):
+        x_0 = predicted_x_0(x, said, alpha_bar, prediction_type)
+        expected = copy.deepcopy(scheduler).step(said, t, x).prev_sample
+        torch.testing.assert_close(offset + gain * x_0, expected, atol=1e-4, rtol=1e-4)
+    assert abs(gain - 1) > 0.2
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_no_finished_image_is_above_the_last_corrections_target(name):
+    pipe = tiny_pipelines.stable_diffusion(schedule(name))
+    expected = drawn(pipe, num_inference_steps=10)
+    index = make_index(2 * expected[:1] - 1)
+    only_last = amg(index, 1.0, c3=0.0, final_correction=-0.2)
+    with memfree.guard(pipe, index, only_last) as report:
+        images = drawn(pipe, num_inference_steps=10)
+    assert report.verdicts[0].nearest == "img0" and not torch.equal(images[0], expected[0])
+    assert max(one.similarity for one in report.verdicts) <= -0.2
