@@ -1,4 +1,4 @@
-"""Every YAML file of configs parses for its command; those of CIFAR-10 train on fake data."""
+"""Every YAML file of configs parses for its command; those of large models train tiny ones."""
 
 import inspect
 import re
@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_pipelines
+import torch
 import yaml
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from memfree import cli
-from memfree.data import PartSizes, prepare
+from memfree.data import DuplicationPlan, PartSizes, prepare
 from memfree.demo import demo, demo_stages
 from memfree.models import load_model
 from memfree.training import train
@@ -116,3 +119,64 @@ def test_cifar10_configurations_train(name, colour_folder, tmp_path):
     assert model.scheduler.config["num_train_timesteps"] == 4000
     assert list((tmp_path / "out" / "logs").rglob("events.out.tfevents*"))
     assert [p.name for p in (tmp_path / "out" / "samples").iterdir()] == ["samples-0000001.png"]
+
+
+@pytest.fixture(scope="module")
+def captioned_folder(tmp_path_factory):
+    """A captioned dataset folder of RGB noise as large as the tiny pipelines' images."""
+    root = tmp_path_factory.mktemp("captioned")
+    (root / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(20):
+        shape = (tiny_pipelines.PIXELS, tiny_pipelines.PIXELS, 3)
+        Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(
+            root / "images" / f"{number}.png"
+        )
+        (root / "images" / f"{number}.txt").write_text(f"noise number {number}")
+    parts = PartSizes(train=8, calibration=4, test=4, fit=4)
+    plan = DuplicationPlan(images=1, factor=4)
+    prepare(root / "data", source="folder", path=str(root / "images"), parts=parts, plan=plan)
+    return root / "data"
+
+
+@pytest.mark.parametrize(
+    ("name", "pipe", "kind"),
+    [
+        ("emoji_finetune", tiny_pipelines.stable_diffusion, StableDiffusionPipeline),
+        ("sd15_duplicated", tiny_pipelines.stable_diffusion, StableDiffusionPipeline),
+        ("sd15_lora", tiny_pipelines.stable_diffusion, StableDiffusionPipeline),
+        ("sdxl_lora", tiny_pipelines.stable_diffusion_xl, StableDiffusionXLPipeline),
+    ],
+)
+def test_fine_tuning_configurations_train(name, pipe, kind, captioned_folder, tmp_path):
+    """Two steps of a tiny pipeline of the same class, the rest as it stands in the file."""
+    pipe().save_pretrained(tmp_path / "pretrained")
+    cli.run(
+        train,
+        [
+            f"--config={CONFIGS / name}.yaml",
+            f"--out={tmp_path / 'out'}",
+            f"--data.path={captioned_folder}",
+            f"--model.pretrained={tmp_path / 'pretrained'}",
+            "--trainer.max_steps=2",
+            "--trainer.precision=32-true",
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=1",
+            "--trainer.enable_progress_bar=false",
+        ],
+    )
+    made = DiffusionPipeline.from_pretrained(tmp_path / "out" / "diffusers")
+    assert type(made) is kind
+    made.set_progress_bar_config(disable=True)
+    size = tiny_pipelines.PIXELS
+    image = made("noise", height=size, width=size, num_inference_steps=2, output_type="pt").images
+    assert image.shape == (1, 3, size, size)
+    before, after = pipe().unet.state_dict(), made.unet.state_dict()
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    given = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    adapters = "lora_rank" in given["model"]["finetune"]
+    assert moved and all(".attn" in name for name in moved) == adapters
+    assert (tmp_path / "out" / "lora").is_dir() == adapters
+    kept, trained = pipe().text_encoder.state_dict(), made.text_encoder.state_dict()
+    assert all(torch.equal(kept[name], trained[name]) for name in kept)

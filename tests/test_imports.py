@@ -9,6 +9,7 @@ LAYERS = [
         "manifest",
         "resolved",
         "first_process",
+        "memory",
         "quiet",
         "bars",
         "difference",

@@ -1,4 +1,4 @@
-"""Diffusers pipelines of tiny random networks, built offline: 16×16 pixels, latents of 8×8."""
+"""Tiny random networks, and diffusers pipelines of them: 16×16 pixels, latents of 8×8."""
 
 import torch
 from diffusers import (
@@ -33,10 +33,10 @@ WIDTH, TOKENS, PIXELS = 32, 16, 16
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def seeded(make):
+def seeded(make, seed=0):
     """What ``make`` builds, from fixed weights and without touching torch's own generator."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return make().eval().requires_grad_(False)
 
 
@@ -91,17 +91,20 @@ def t5_text_encoder():
     return seeded(lambda: T5EncoderModel(config))
 
 
-def autoencoder(**config):
+def autoencoder(seed=0, **config):
     return seeded(
         lambda: AutoencoderKL(
-            sample_size=PIXELS,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            **config,
-        )
+            **{
+                "sample_size": PIXELS,
+                "block_out_channels": (8, 8),
+                "norm_num_groups": 4,
+                "down_block_types": ("DownEncoderBlock2D",) * 2,
+                "up_block_types": ("UpDecoderBlock2D",) * 2,
+                "latent_channels": 4,
+                **config,
+            }
+        ),
+        seed,
     )
 
 
@@ -118,7 +121,7 @@ def tiny_autoencoder(latent_channels=4):
     )
 
 
-def unet(in_channels=4, **config):
+def unet(in_channels=4, seed=0, **config):
     return seeded(
         lambda: UNet2DConditionModel(
             **{
@@ -134,7 +137,19 @@ def unet(in_channels=4, **config):
                 "norm_num_groups": 4,
                 **config,
             }
-        )
+        ),
+        seed,
+    )
+
+
+def unet_xl(width=WIDTH, **config):
+    """With Stable Diffusion XL's further conditions, of text encoders of this width."""
+    return unet(
+        cross_attention_dim=2 * width,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + width,
+        **config,
     )
 
 
@@ -182,12 +197,7 @@ def stable_diffusion_xl(scheduler=None, kind=StableDiffusionXLPipeline, **parts)
         "text_encoder_2": clip_text_encoder(projection=True),
         "tokenizer": clip_tokenizer(),
         "tokenizer_2": clip_tokenizer(),
-        "unet": unet(
-            cross_attention_dim=2 * WIDTH,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + WIDTH,
-        ),
+        "unet": unet_xl(),
         "scheduler": scheduler or noise_schedule(EulerDiscreteScheduler),
     }
     return _quiet(kind(**{**components, **parts}, add_watermarker=False))

@@ -1,13 +1,8 @@
 """A tiny Stable Diffusion (XL) around a tiny autoencoder, from nothing."""
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from tiny_pipelines import autoencoder, unet_xl
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from memfree.models.small_pipeline import ScratchOptions, build_pipeline
@@ -25,17 +20,7 @@ OPTIONS = ScratchOptions(
 
 
 def tiny_vae(seed=0):
-    torch.manual_seed(seed)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=8,
-        scaling_factor=0.7,
-    ).eval()
+    return autoencoder(seed, block_out_channels=(4, 8), sample_size=8, scaling_factor=0.7)
 
 
 def tiny_pipeline(seed=0, prediction_type="epsilon"):
@@ -55,27 +40,12 @@ def tiny_xl(seed=0):
     second = CLIPTextModelWithProjection(
         CLIPTextConfig(**{**pipe.text_encoder.config.to_dict(), "projection_dim": 16})
     ).eval()
-    unet = UNet2DConditionModel(
-        sample_size=4,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=(1, 2),
-        cross_attention_dim=32,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=16 + 6 * 8,
-    )
     return StableDiffusionXLPipeline(
         vae=pipe.vae,
         text_encoder=pipe.text_encoder,
         text_encoder_2=second,
         tokenizer=pipe.tokenizer,
         tokenizer_2=pipe.tokenizer,
-        unet=unet,
+        unet=unet_xl(OPTIONS.text_width, sample_size=4, attention_head_dim=(1, 2)),
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear"),
     )

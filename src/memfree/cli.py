@@ -90,9 +90,9 @@ def run(
         What ``function`` returns.
 
     Raises:
-        SystemExit: with status 2 and one line on stderr for an unknown or wrong option and for a
-            ValueError or OSError of the function; with 130 after Ctrl-C. The environment variable
-            MEMFREE_DEBUG=1 adds the traceback.
+        SystemExit: with status 2 and one line on stderr for an unknown or wrong option, for a
+            ValueError or OSError of the function, and where memory runs out; with 130 after Ctrl-C.
+            The environment variable MEMFREE_DEBUG=1 adds the traceback.
     """
     return _guarded(lambda: _run(function, args, prog))
 
@@ -217,12 +217,16 @@ def _run(function: Callable[..., Any], args: Sequence[str] | None, prog: str | N
     except argparse.ArgumentError as error:
         _exit_with_error(_option_message(str(error), parser))
     # Here, not above: manifest imports torch, and `memfree --help` should not wait for it.
+    from memfree.memory import explained_memory
     from memfree.resolved import resolved_config
 
-    arguments = parser.instantiate(config)
-    arguments.pop("config", None)
-    with resolved_config(parser.dump(config)):
-        return function(**arguments)
+    options = [option for action in parser._actions for option in action.option_strings]
+    batches = [f"a smaller {option}" for option in options if option.endswith("batch_size")]
+    with explained_memory("running", batches):
+        arguments = parser.instantiate(config)
+        arguments.pop("config", None)
+        with resolved_config(parser.dump(config)):
+            return function(**arguments)
 
 
 def _guarded(call: Callable[[], Any]) -> Any:
@@ -247,17 +251,21 @@ def _guarded(call: Callable[[], Any]) -> Any:
 
 
 def _mendable() -> tuple[type[Exception], ...]:
-    """What is raised for the user to mend; Lightning's only if it is imported at all."""
-    module = sys.modules.get("lightning.fabric.utilities.exceptions")
-    error = getattr(module, "MisconfigurationException", None)  # the import may be interrupted
-    return (ValueError, OSError) if error is None else (ValueError, OSError, error)
+    """What is raised for the user to mend; of heavy modules only if they are imported at all."""
+    heavy = {
+        "memfree.memory": "ExplainedOutOfMemoryError",
+        "lightning.fabric.utilities.exceptions": "MisconfigurationException",
+    }
+    # An import may have been interrupted.
+    found = [getattr(sys.modules.get(module), name, None) for module, name in heavy.items()]
+    return (ValueError, OSError, *(error for error in found if error is not None))
 
 
 def _message(error: Exception) -> str:
     """What an error says, without Python's ``[Errno 2]`` and Lightning's addresses."""
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError, RuntimeError)):
         return str(error)
     from memfree.trainers import first_line
 

@@ -22,10 +22,11 @@ from memfree.guidance.calibration import (
     measure,
 )
 from memfree.manifest import check_free_space
+from memfree.memory import explained_memory
 from memfree.quiet import quiet
 from memfree.retrieval import Features, ReferenceIndex
 from memfree.retrieval.building import Embedded
-from memfree.retrieval.extractors import ExtractorOptions, FeatureName, make_features
+from memfree.retrieval.extractors import HAVE_DTYPE, ExtractorOptions, FeatureName, make_features
 from memfree.retrieval.hashing import read_salt
 from memfree.retrieval.storage import check_replaceable
 
@@ -120,15 +121,19 @@ def index(
     check_free_space(out, vectors * (1 if features == "pixels" else 2) + 100 * len(training.keys))
 
     console = Console(stderr=True)
-    if features == "pixels":
-        check_replaceable(out, folder.hash, made.describe(), overwrite)
-        built = _index_pixels(folder, made, batch_size, console)
-    else:
-        found = _embed(folder, made, out, whiten, batch_size, workers, trainer, overwrite, console)
-        if found is None:  # the first process goes on
-            return
-        built = ReferenceIndex.of_embedded(folder, *found)
-    with counting_bar(console) as progress:
+    ways = _less_memory(features, extractor, batch_size, trainer)
+    with explained_memory("indexing", ways):
+        if features == "pixels":
+            check_replaceable(out, folder.hash, made.describe(), overwrite)
+            built = _index_pixels(folder, made, batch_size, console)
+        else:
+            found = _embed(
+                folder, made, out, whiten, batch_size, workers, trainer, overwrite, console
+            )
+            if found is None:  # the first process goes on
+                return
+            built = ReferenceIndex.of_embedded(folder, *found)
+    with explained_memory("calibrating", ways), counting_bar(console) as progress:
         built.to("cuda" if torch.cuda.is_available() and trainer.accelerator != "cpu" else "cpu")
         similarity = default_similarity(built)
         task = progress.add_task("calibrate", total=None)
@@ -146,6 +151,18 @@ def index(
     warning = too_few_images(len(calibration.keys))
     if warning:
         console.print(f"{out}: {warning}", soft_wrap=True)
+
+
+def _less_memory(
+    features: FeatureName, extractor: ExtractorOptions, batch_size: int, devices: EmbeddingDevices
+) -> list[str]:
+    """What lowers the memory of indexing, the best first."""
+    ways = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
+    if features in HAVE_DTYPE and extractor.dtype == "float32":
+        ways.append("--extractor.dtype bfloat16")
+    if features != "pixels" and devices.accelerator != "cpu":
+        ways.append("--trainer.accelerator cpu")
+    return ways
 
 
 def _index_pixels(

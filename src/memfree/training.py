@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from memfree.data import ExposureCounter, ShardDataModule
 from memfree.data.wording import counted
+from memfree.memory import explained_memory
 from memfree.models import (
     DDPMModule,
     DiffusionModule,
     ExponentialMovingAverage,
+    FineTuneOptions,
     FiniteTraining,
     ModelOptions,
     SampleGrid,
@@ -147,7 +149,8 @@ def train(
         )
         checkpoint = begin(out, found)
         try:
-            fit.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+            with explained_memory("training", _less_memory(data, model, trainer)):
+                fit.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         except NotFiniteError:
             # All ranks come to the same end: one line for the user.
             if fit.is_global_zero:
@@ -189,11 +192,44 @@ def _module(
     """A pixel model from nothing, or a pretrained text-to-image pipeline to fine-tune."""
     read = data.identity()
     if model.pretrained is None:
+        default = FineTuneOptions()
+        for option in fields(default):
+            if getattr(model.finetune, option.name) != getattr(default, option.name):
+                raise ValueError(f"--model.finetune.{option.name} needs --model.pretrained")
         return DDPMModule(model, data.image_shape, data.num_classes, seed, read, stepping)
     if model.class_conditional:
         raise ValueError("--model.class_conditional is for pixel models, not --model.pretrained")
-    pipe = load_pipeline(model.pretrained)
+    if data.folder is not None and not data.folder.manifest.get("captions"):
+        raise ValueError(
+            f"--data.path {data.path} has no captions, which --model.pretrained is trained with: "
+            "prepare captioned images"
+        )
+    try:
+        pipe = load_pipeline(model.pretrained)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--model.pretrained: {error}") from error
     return TextToImageModule(model, pipe, data.image_shape, seed, read, stepping)
+
+
+def _less_memory(data: ShardDataModule, model: ModelOptions, options: TrainerOptions) -> list[str]:
+    """What lowers the memory of this training, the best first."""
+    ways = []
+    if data.batch_size > 1:
+        ways.append(
+            f"a smaller --data.batch_size (now {data.batch_size}) with a larger "
+            f"--trainer.accumulate_grad_batches (now {options.accumulate_grad_batches})"
+        )
+    if model.pretrained is not None and not model.finetune.gradient_checkpointing:
+        ways.append("--model.finetune.gradient_checkpointing true")
+    if _precision(options) == "32-true":
+        ways.append("--trainer.precision bf16-mixed")
+    if model.finetune.cache:
+        ways.append("--model.finetune.cache false")
+    if model.ema_decay:
+        ways.append("--model.ema_decay 0")
+    if model.pretrained is not None and not model.finetune.lora_rank:
+        ways.append("--model.finetune.lora_rank 16")
+    return ways
 
 
 def _check_length(options: TrainerOptions) -> None:

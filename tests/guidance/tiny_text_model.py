@@ -1,7 +1,7 @@
 """A tiny random U-Net with text conditions, and the records that mitigations take."""
 
 import torch
-from diffusers import UNet2DConditionModel
+from tiny_pipelines import unet
 
 from memfree.conditions import TextConditions
 from memfree.guidance.mitigation import Start
@@ -12,25 +12,18 @@ TOKENS, WIDTH = 7, 12
 
 
 def tiny_unet(seed=0):
-    torch.manual_seed(seed)
-    network = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
+    network = unet(
+        seed=seed,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=WIDTH,
-        attention_head_dim=4,
-        norm_num_groups=4,
     )
     # Larger weights than at initialisation, so that text matters.
     with torch.no_grad():
         for name, weights in network.named_parameters():
             if "attn2" in name:
                 weights.mul_(6)
-    return network.eval().requires_grad_(False)
+    return network
 
 
 def generators(count, seed=5):

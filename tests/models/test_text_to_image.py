@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from tiny_text import CAPTIONS, tiny_pipeline, tiny_xl
 
-from memfree.models import FineTuneOptions, ModelOptions, export_model, load_model
+from memfree.models import FineTuneOptions, ModelOptions, export_model, load_model, text_to_image
 from memfree.models.text_pipeline import check_pipeline, encode, load_pipeline
 from memfree.models.text_to_image import TextToImageModule, min_snr_weight
 
@@ -149,13 +149,15 @@ def test_adapters_load_into_the_plain_pipeline(tmp_path):
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_previews_are_images(tmp_path):
+def test_previews_are_images(monkeypatch):
     module = module_of(tiny_pipeline())
     module.loss(batch(), generator())
     images = module.preview(5, 2, 0)
     assert images.shape == (5, *SHAPE)
     assert images.min() >= -1 and images.max() <= 1
     assert torch.equal(images, module.preview(5, 2, 0))
+    monkeypatch.setattr(text_to_image, "PREVIEW_PIXELS", 2 * 8 * 8)
+    assert torch.allclose(images, module.preview(5, 2, 0), atol=1e-4)
 
 
 def test_the_tokenizer_writes_any_prompt(tmp_path):

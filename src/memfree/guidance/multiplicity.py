@@ -136,7 +136,17 @@ class MultiplicityGuidance:
 
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
-        """Correct both branches and recombine them; further denoiser calls are corrected too."""
+        """Correct both branches and recombine them; further denoiser calls are corrected too.
+
+        Raises:
+            ValueError: the references are not of the denoiser's space.
+        """
+        values, size = prediction.x_t[0].numel(), self.index.vectors.shape[1]
+        if values != size:
+            raise ValueError(
+                f"multiplicity guidance: x_t has {values} values, the references have {size}: "
+                "index them in the denoiser's own space, for text-to-image its latents"
+            )
         norm = torch.zeros(len(prediction.x_t), device=prediction.x_t.device)
         recorded = prediction.recorded(g_mul_norm=norm)
         if self.strength == 0 or bool((self._log_m == self._log_1).all()):

@@ -245,6 +245,11 @@ class GuidanceSettings:
         }
         return [plain[name]()] if name in plain else []
 
+    @property
+    def needs_captions(self) -> bool:
+        """Whether AMG steers away from captions (eq. 15): of text-to-image, if s_0 is above 1."""
+        return self.mitigation in WITH_AMG and self.c2 > 0
+
     def end_threshold(self, index: ReferenceIndex) -> float:
         """λ at t = 0: the index's calibrated threshold."""
         similarity = default_similarity(index)

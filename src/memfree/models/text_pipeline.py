@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,13 @@ def load_pipeline(name: str | Path) -> Any:
     source = pipeline_folder(Path(name))
     local = source.is_dir()
     if local and not (source / "model_index.json").is_file():
-        raise ValueError(f"{name} is no diffusers pipeline: it has no model_index.json")
+        only = "; it holds adapters alone" if any(source.glob("*lora*.safetensors")) else ""
+        raise ValueError(
+            f"{name} is no diffusers pipeline: it has no model_index.json{only}: name the folder "
+            "of a whole pipeline"
+        )
+    if local:
+        _check_parts(source, str(name))
     try:
         with quiet_bars():
             pipe: Any = DiffusionPipeline.from_pretrained(
@@ -47,6 +54,30 @@ def load_pipeline(name: str | Path) -> Any:
     return pipe
 
 
+def _check_parts(folder: Path, name: str) -> None:
+    """Refuse a folder that says itself what it lacks, which diffusers reports in many words."""
+    try:
+        parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name}: model_index.json is damaged ({error})") from error
+    for kind in PIPELINES:
+        if isinstance(parts, dict) and parts.get("_class_name") == kind.__name__:
+            _refuse_missing(
+                [part for part in _needed(kind) if not any(parts.get(part) or [])], name
+            )
+
+
+def _needed(kind: Any) -> list[str]:
+    """Parts that a pipeline of this class must have for text-to-image."""
+    needed = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+    return [*needed, "text_encoder_2", "tokenizer_2"] if issubclass(kind, XL) else needed
+
+
+def _refuse_missing(missing: list[str], name: str) -> None:
+    if missing:
+        raise ValueError(f"{name} has no {missing[0]}: give a whole text-to-image pipeline")
+
+
 def check_pipeline(pipe: Any, name: str) -> None:
     """Refuse what is not a whole Stable Diffusion (XL) pipeline for text-to-image.
 
@@ -58,11 +89,8 @@ def check_pipeline(pipe: Any, name: str) -> None:
             f"{name} is a {type(pipe).__name__}: only StableDiffusionPipeline and "
             "StableDiffusionXLPipeline are trained and sampled here; memfree.guard takes more"
         )
-    needed = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
-    if isinstance(pipe, XL):
-        needed += ["text_encoder_2", "tokenizer_2"]
-    if missing := [part for part in needed if getattr(pipe, part, None) is None]:
-        raise ValueError(f"{name} has no {missing[0]}: give a whole text-to-image pipeline")
+    needed = _needed(type(pipe))
+    _refuse_missing([part for part in needed if getattr(pipe, part, None) is None], name)
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ValueError(
             f"{name}: its U-Net takes {pipe.unet.config.in_channels} channels, its autoencoder "

@@ -26,6 +26,8 @@ from memfree.models.text_pipeline import TextDenoiser, encode
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 """The layers that get low-rank adapters: all projections of the U-Net's attention."""
+PREVIEW_PIXELS = 1 << 20
+"""Pixels of previews drawn together, so that large ones fit beside a model in training."""
 
 
 class TextToImageModule(DiffusionModule):
@@ -200,17 +202,22 @@ class TextToImageModule(DiffusionModule):
         noise = torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
         was_training = self.training
         self.eval()
-        images = pipe(
-            prompts,
-            height=self.image_shape[1],
-            width=self.image_shape[2],
-            num_inference_steps=steps,
-            guidance_scale=3.0,
-            latents=noise.to(self.device),
-            output_type="pt",
-        ).images
+        height, width = self.image_shape[1:]
+        together = max(1, PREVIEW_PIXELS // (height * width))
+        images = [
+            pipe(
+                prompts[first : first + together],
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=3.0,
+                latents=noise[first : first + together].to(self.device),
+                output_type="pt",
+            ).images.cpu()
+            for first in range(0, count, together)
+        ]
         self.train(was_training)
-        return images * 2 - 1
+        return torch.cat(images) * 2 - 1
 
 
 class _Shared:

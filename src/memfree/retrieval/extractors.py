@@ -30,6 +30,8 @@ _APPLIES: dict[FeatureName, tuple[str, ...]] = {
     "copy_detection": ("path",),
 }
 """Which options each extractor has."""
+HAVE_DTYPE = tuple(name for name, options in _APPLIES.items() if "dtype" in options)
+"""Features whose network can work in another arithmetic than float32."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,10 @@ def make_features(name: FeatureName, options: ExtractorOptions) -> Features:
     if name in ("sscd", "latents", "copy_detection") and options.path is None:
         raise ValueError(f"--features {name} needs --extractor.path")
     if name == "sscd":
-        return _sscd({**given, "model": options.sscd_model}, options.trust_file)
+        try:
+            return _sscd({**given, "model": options.sscd_model}, options.trust_file)
+        except ValueError as error:
+            raise ValueError(f"--extractor.path: {error}") from error
     if name == "latents":
         return _latents(given)
     if name == "copy_detection":

@@ -67,7 +67,28 @@ def latents_for(path: Path | None, model: LoadedModel, guidance: GuidanceSetting
             f"--latents {path} holds vectors of {index.vectors.shape[1]} values, the model's "
             f"latents have {size}: index the model's own latents"
         )
+    if index.captions is None:
+        raise ValueError(
+            f"--latents {path} has no captions, which tell the references of a prompt: index "
+            "captioned images"
+        )
     return index
+
+
+def refuse_without_captions(
+    path: Path,
+    index: ReferenceIndex,
+    model: LoadedModel,
+    guidance: GuidanceSettings,
+    guidance_scale: float,
+) -> None:
+    """Refuse an index that lacks the captions that AMG steers a text-to-image model away from."""
+    used = model.pipe is not None and guidance_scale > 1 and guidance.needs_captions
+    if used and index.captions is None:
+        raise ValueError(
+            f"--index {path} has no captions, which --guidance.c2 steers away from: index "
+            "captioned images, or say --guidance.c2 0"
+        )
 
 
 def scheduler_for(name: SchedulerName, model: LoadedModel, steps: int) -> Any:

@@ -12,6 +12,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from memfree.guidance import WITH_AMG, WITH_INDEX, GuidanceSettings
 from memfree.manifest import check_free_space, folder_hash
+from memfree.memory import explained_memory
 from memfree.models import LoadedModel, load_model
 from memfree.models.export import pipeline_folder
 from memfree.quiet import quiet
@@ -21,6 +22,7 @@ from memfree.sampling.checks import (
     labels_in_turn,
     latents_for,
     refuse_text_only,
+    refuse_without_captions,
     scheduler_for,
 )
 from memfree.sampling.folder import read_records
@@ -122,6 +124,8 @@ def predict(
     guidance = guidance.resolved(reference)
     if reference is None and guidance.mitigation in WITH_INDEX:
         raise ValueError(f"--guidance.mitigation {guidance.mitigation} needs --index")
+    if index is not None and reference is not None:
+        refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
     references = latents_for(latents, loaded, guidance)
     sampler = scheduler_for(scheduler, loaded, steps)
 
@@ -171,7 +175,8 @@ def predict(
         )
         save_config(out)
 
-        with quiet(IDLE_RANK):
+        ways = _less_memory(batch_size, trainer)
+        with quiet(IDLE_RANK), explained_memory("sampling", ways):
             lightning.predict(
                 SamplingModule(
                     loaded,
@@ -190,6 +195,14 @@ def predict(
             lightning.strategy.barrier("all samples are written")
         if lightning.is_global_zero:
             _finish(run, seed, model, index, loaded, reference)
+
+
+def _less_memory(batch_size: int, devices: SamplingDevices) -> list[str]:
+    """What lowers the memory of sampling, the best first."""
+    ways = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
+    if devices.precision == "32-true":
+        ways.append("--trainer.precision bf16-mixed (in another --out, if samples are there)")
+    return ways
 
 
 def _expected_bytes(count: int, shape: tuple[int, int, int], steps: int, traced: bool) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +39,19 @@ def prompts_in_turn(prompts: PromptOptions, model: LoadedModel) -> list[str] | N
     if prompts.file is not None and prompts.dataset is not None:
         raise ValueError("give --prompts.file or --prompts.dataset, not both")
     if prompts.file is not None:
-        return read_prompts(prompts.file)
+        with _named("--prompts.file"):
+            return read_prompts(prompts.file)
     if prompts.dataset is not None:
-        return prompt_set(
-            DatasetFolder(prompts.dataset), prompts.captions, int(prompts.least_records)
-        )
+        with _named("--prompts.dataset"):
+            data = DatasetFolder(prompts.dataset)
+            return prompt_set(data, prompts.captions, int(prompts.least_records))
     raise ValueError("a text-to-image model needs --prompts.file, or --prompts.dataset")
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Put the option before what is wrong with its value."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{option}: {error}") from error

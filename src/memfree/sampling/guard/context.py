@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from memfree.calibration_size import DEFAULT_RATE
 from memfree.guidance import (
@@ -16,14 +16,12 @@ from memfree.guidance import (
 )
 from memfree.guidance.baselines import TextTools
 from memfree.guidance.mitigation import Mitigation
+from memfree.retrieval import ReferenceIndex
 from memfree.sampling.guard.decode import Decoder
 from memfree.sampling.guard.families import family_of
 from memfree.sampling.guard.noise_level import check_scheduler
 from memfree.sampling.guard.report import GuardReport
 from memfree.sampling.guard.session import Judge, OnCopy, Session
-
-if TYPE_CHECKING:
-    from memfree.retrieval import ReferenceIndex
 
 _MARK = "_memfree_guarded"
 
@@ -56,7 +54,8 @@ def guard(
 
     Args:
         pipe: the pipeline.
-        index: calibrated references; it is moved to the pipeline's device for the block.
+        index: calibrated references; with ``latents`` it is moved to the pipeline's device for the
+            block.
         guidance: one guidance, several in order, or settings; None:
             ``AntiMemorizationGuidance.recommended(index)`` (without its caption term where the
             index has no captions), or with a ``mitigation`` its own guidances alone. An empty list
@@ -93,6 +92,11 @@ def guard(
     for name, value in (("budget", budget), ("chunk_size", chunk_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
+    if not isinstance(index, ReferenceIndex):
+        raise ValueError(
+            f"memfree.guard: index must be a ReferenceIndex, not {index!r}: give "
+            "ReferenceIndex.load(folder)"
+        )
     kind = type(pipe)
     if getattr(kind, _MARK, False):
         raise ValueError("memfree.guard: this pipeline is guarded already; guards do not nest")
@@ -101,16 +105,19 @@ def guard(
     similarity = default_similarity(index)
     calibration = calibration_of(index, similarity)
     calibration.threshold(false_positive_rate)  # refuses a rate that it does not allow
+    if isinstance(guidance, GuidanceSettings):
+        if mitigation is not None:
+            raise ValueError("give guidance settings or a mitigation, not both")
+        _check_settings(guidance, index, latents)
     decode = Decoder(pipe.vae, index, chunk_size, decoder)
-    before = index.device
     home = None if decoder is None else decoder.device
-    index.to(pipe._execution_device)
+    moved = [(one, one.device, one.features.device) for one in (index, latents) if one is not None]
     try:
         if decoder is not None:
             decoder.to(pipe._execution_device)
+        for one, _, _ in moved:
+            one.to(pipe._execution_device)
         if isinstance(guidance, GuidanceSettings):
-            if mitigation is not None:
-                raise ValueError("give guidance settings or a mitigation, not both")
             budget = guidance.budget if guidance.mitigation == "reject" else budget
             tools = TextTools(pipe.tokenizer, sorted(set(index.captions or ())))
             mitigation = guidance.for_text(index, tools, latents)
@@ -133,9 +140,35 @@ def guard(
         finally:
             pipe.__class__ = kind
     finally:
-        index.to(before)
         if decoder is not None:
             decoder.to(home)
+        for one, vectors, weights in moved:
+            one.to(vectors)
+            if weights is not None:  # they may be the pipeline's own autoencoder
+                one.features.to(weights)
+
+
+def _check_settings(
+    settings: GuidanceSettings, index: ReferenceIndex, latents: ReferenceIndex | None
+) -> None:
+    """Refuse settings whose references or captions are missing."""
+    if settings.needs_captions and index.captions is None:
+        raise ValueError(
+            "memfree.guard: the index has no captions, which c2 steers away from: build it on "
+            "captioned images, or give c2=0"
+        )
+    if settings.mitigation not in ("multiplicity", "both"):
+        return
+    if latents is None:
+        raise ValueError(
+            f"memfree.guard: the mitigation {settings.mitigation} needs latents=, an index that "
+            "`memfree index --features latents` wrote"
+        )
+    if latents.captions is None:
+        raise ValueError(
+            "memfree.guard: latents= has no captions, which tell the references of a prompt: build "
+            "it on captioned images"
+        )
 
 
 def _guidances(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from memfree.memory import explained_memory
 from memfree.models.latents import decode_latents
 from memfree.models.small_decoder import check_decoder
 from memfree.retrieval import PixelFeatures
@@ -109,14 +109,8 @@ def check_size(index: ReferenceIndex, images: Tensor) -> None:
         )
 
 
-@contextmanager
-def explained_memory(what: str, count: int, chunk_size: int | None) -> Iterator[None]:
-    """Say which option lowers the memory where it runs out."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        now = f"now {chunk_size}" if chunk_size else f"now the whole batch of {count}"
-        raise torch.OutOfMemoryError(
-            f"memfree.guard: out of memory while {what} {count} samples: give a smaller chunk_size "
-            f"({now}), or a decoder such as diffusers' AutoencoderTiny"
-        ) from error
+def explained_chunks(what: str, count: int, chunk_size: int | None) -> AbstractContextManager[None]:
+    """Say which option of the guard lowers the memory where it runs out."""
+    now = f"now {chunk_size}" if chunk_size else f"now the whole batch of {count}"
+    ways = [f"a smaller chunk_size ({now})", "a decoder such as diffusers' AutoencoderTiny"]
+    return explained_memory(f"memfree.guard was {what} {count} samples", ways)

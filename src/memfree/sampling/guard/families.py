@@ -177,6 +177,8 @@ def family_of(pipe: Any) -> Family:
             f"memfree.guard needs the text encoder of {name} (it encodes the captions of near "
             "training images), but this pipeline was loaded without one"
         )
+    if all(getattr(pipe, part, None) is None for part in ("tokenizer", "tokenizer_2")):
+        raise ValueError(f"memfree.guard needs the tokenizer of {name}, which has none")
     taken = getattr(pipe, family.denoiser).config.in_channels
     latents = pipe.vae.config.latent_channels
     if taken != latents:

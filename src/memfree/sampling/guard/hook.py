@@ -14,7 +14,7 @@ from memfree.conditions import Conditions, TextConditions
 from memfree.diffusion_math import PredictionType
 from memfree.guidance import Guidance, Prediction
 from memfree.guidance.prediction import combine
-from memfree.sampling.guard.decode import Decoder, explained_memory
+from memfree.sampling.guard.decode import Decoder, explained_chunks
 from memfree.sampling.guard.families import Arguments, Family, rescaled, rows_of, usable
 from memfree.sampling.guard.noise_level import NoiseLevel, NoiseLevels
 from memfree.sampling.last_step import returned
@@ -126,7 +126,7 @@ class Draw:
                     self.pipe.scheduler, t, view.x_t, base.output, view.level.alpha_bar
                 ),
             )
-        with explained_memory("guiding", view.count, self.decoder.chunk_size):
+        with explained_chunks("guiding", view.count, self.decoder.chunk_size):
             result = base
             for guidance in self.guidances:
                 branch = result.output_cond

@@ -15,7 +15,7 @@ from memfree.guidance import Calibration, Guidance, Similarity
 from memfree.guidance.mitigation import Mitigation
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.guard.arguments import check_call, for_images, image_count, texts
-from memfree.sampling.guard.decode import Decoder, check_size, explained_memory
+from memfree.sampling.guard.decode import Decoder, check_size, explained_chunks
 from memfree.sampling.guard.families import Family
 from memfree.sampling.guard.hook import Draw
 from memfree.sampling.guard.images import (
@@ -50,7 +50,7 @@ class Judge:
         check_size(self.index, images)
         threshold = self.calibration.threshold(self.false_positive_rate)
         sigmas, rows = [], []
-        with torch.no_grad(), explained_memory("judging", len(images), self.chunk_size):
+        with torch.no_grad(), explained_chunks("judging", len(images), self.chunk_size):
             for part in images.split(self.chunk_size or len(images)):
                 match = self.similarity(self.index, part)
                 sigmas.append(match.sigma.cpu())

@@ -1,0 +1,47 @@
+"""Where memory runs out: one line that says which option lowers it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+_SIGNS = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+"""Parts of torch's messages where the error has no type of its own (CPU, MPS, cuBLAS)."""
+
+
+class ExplainedOutOfMemoryError(torch.OutOfMemoryError):
+    """Memory ran out; the message is one line and names the options that lower it."""
+
+
+@contextmanager
+def explained_memory(doing: str, ways: Sequence[str]) -> Iterator[None]:
+    """Say which options lower the memory where it runs out; a line said within stays.
+
+    Args:
+        doing: what is done inside, as "training".
+        ways: what lowers the memory, the best first, as "a smaller --batch_size (now 64)".
+
+    Raises:
+        ExplainedOutOfMemoryError: instead of what torch or Python raises.
+    """
+    try:
+        yield
+    except ExplainedOutOfMemoryError:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not _ran_out(error):
+            raise
+        raise ExplainedOutOfMemoryError(f"out of memory while {doing}: {_advice(ways)}") from error
+
+
+def _advice(ways: Sequence[str]) -> str:
+    if not ways:
+        return "no option lowers it further: use smaller images or a device with more memory"
+    return f"give {', or '.join(ways)}"
+
+
+def _ran_out(error: Exception) -> bool:
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(sign in str(error) for sign in _SIGNS)
