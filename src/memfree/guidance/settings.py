@@ -117,6 +117,9 @@ class GuidanceSettings:
     cadence: PositiveInt = 1
     """Search the nearest images every so many steps only, until λ_t has risen (time 0.3): cheaper,
     but guidance may begin late by as many steps."""
+    wen_norm_steps: NonNegativeInt = 0
+    """Record Wen's norm, the mean of ‖ε_c − ε_∅‖ over this many first steps, in the trace as
+    wen_norm; 0: do not. Of text-to-image models, where the guidance scale is above 1."""
     budget: PositiveInt = 10
     """Draws of a sample under reject; the last one is kept whatever it is."""
     lower_guidance: baselines.LowerGuidanceOptions = field(
