@@ -95,6 +95,8 @@ def test_subjects_are_checked(tmp_path):
         text_study("trial", {}, out=tmp_path)
     with pytest.raises(ValueError, match="--subjects: oracle is the model without"):
         text_study("trial", {"oracle": {}}, out=tmp_path)
+    with pytest.raises(ValueError, match=r"--subjects: use letters, digits, - and _ .*'kappa_2.5'"):
+        text_study("trial", {"kappa_2.5": {}}, out=tmp_path)
 
 
 def write_evaluations(cell, generator):

@@ -193,38 +193,47 @@ def test_the_margin_grows_with_the_records_of_the_nearest_image(images):
         assert guided.active.tolist() == expected
 
 
-def test_despecification_goes_down_to_the_least_scale(index, images):
+@pytest.fixture
+def repeated(images):
+    """Image 5 has three records, all others one."""
+    counts = torch.ones(80, dtype=torch.int64)
+    counts[5] = 3
+    return ReferenceIndex.build(images, labels=torch.arange(80) % 5, counts=counts)
+
+
+def test_despecification_goes_down_to_the_least_scale_for_repeated_images(repeated, images):
     _, plain = prediction_near(images, [5, 8], labels=torch.tensor([0, 3]))
     for least in (1.0, 0.0, 0.5):
         amg = AntiMemorizationGuidance(
-            index, NormalizedL2(), ANY, c1=1e6, c2=1e6, least_scale=least
+            repeated, NormalizedL2(), ANY, c1=1e6, c2=1e6, least_scale=least
         )
-        expected = combine(plain.output_cond, plain.output_uncond, least)
-        torch.testing.assert_close(amg(plain).output, expected, atol=1e-5, rtol=0)
+        output = amg(plain).output
+        for row, scale in ((0, least), (1, 1.0)):
+            expected = combine(plain.output_cond[row], plain.output_uncond[row], scale)
+            torch.testing.assert_close(output[row], expected, atol=1e-5, rtol=0)
 
 
-def test_a_latched_gate_keeps_despecification_and_not_dissimilarity(index, images):
-    _, near = prediction_near(images, [5, -1], labels=torch.tensor([0, 0]))
-    _, far = prediction_near(images, [-1, -1], labels=torch.tensor([0, 0]))
+def test_a_latched_gate_keeps_despecification_and_not_dissimilarity(repeated, images):
+    _, near = prediction_near(images, [5, -1, 8], labels=torch.tensor([0, 0, 3]))
+    _, far = prediction_near(images, [-1, -1, -1], labels=torch.tensor([0, 0, 3]))
     far = replace(far, memory=near.memory, step=1)
     for latched in (False, True):
         near.memory.clear()
         amg = AntiMemorizationGuidance(
-            index, NormalizedL2(), ANY, c1=1e6, c3=10.0, least_scale=0.0, latched=latched
+            repeated, NormalizedL2(), ANY, c1=1e6, c3=10.0, least_scale=0.0, latched=latched
         )
         first, second = amg(near), amg(far)
-        assert first.active.tolist() == [True, False]
-        assert second.active.tolist() == [latched, False]
-        assert torch.equal(second.output[1], far.output[1])
-        assert second.trace["g_sim_norm"].tolist() == [0.0, 0.0]
+        assert first.active.tolist() == [True, False, True]
+        assert second.active.tolist() == [latched, False, False]
+        assert torch.equal(second.output[1:], far.output[1:])
+        assert second.trace["g_sim_norm"].tolist() == [0.0, 0.0, 0.0]
         if latched:
             torch.testing.assert_close(second.output[0], far.output_uncond[0])
-            assert second.trace["s1"].tolist() == [3.0, 0.0]
+            assert second.trace["s1"].tolist() == [3.0, 0.0, 0.0]
 
 
-def test_a_latched_gate_remembers_the_highest_sigma(images):
-    index = ReferenceIndex.build(images, labels=torch.arange(80) % 5)
-    amg = AntiMemorizationGuidance(index, NormalizedL2(), ANY, c1=1.0, latched=True)
+def test_a_latched_gate_remembers_the_highest_sigma(repeated, images):
+    amg = AntiMemorizationGuidance(repeated, NormalizedL2(), ANY, c1=1.0, latched=True)
     memory = {}
     strengths = []
     for step, distance in enumerate((0.1, 0.02, 0.1)):

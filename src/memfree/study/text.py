@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,13 @@ def text_study(
         dry_run: print the commands and stop.
 
     Raises:
-        ValueError: there is no subject, or one has the name of another thing.
+        ValueError: there is no subject, or one has a name that cannot be used.
     """
     if not subjects:
         raise ValueError("--subjects is empty: name at least one way to sample")
+    for subject in subjects:
+        if not re.fullmatch(r"[\w-]+", subject):
+            raise ValueError(f"--subjects: use letters, digits, - and _ for the name {subject!r}")
     if oracle and ORACLE in subjects:
         raise ValueError(f"--subjects: {ORACLE} is the model without repetitions; choose a name")
     study = TextStudy(
