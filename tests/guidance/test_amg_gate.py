@@ -107,6 +107,12 @@ def test_a_latched_gate_keeps_despecification_and_not_dissimilarity(index, image
         if latched:
             torch.testing.assert_close(second.output[0], far.output_uncond[0])
             assert second.trace["s1"].tolist() == [3.0, 0.0]
+        # The other sample comes near: it alone is moved away from an image.
+        _, other = prediction_near(images, [-1, 9], labels=torch.tensor([0, 4]))
+        third = amg(replace(other, memory=near.memory, step=2))
+        assert third.active.tolist() == [latched, True]
+        moved = third.trace["g_sim_norm"]
+        assert moved[0] == 0 and moved[1] > 0
 
 
 def test_a_latched_gate_remembers_the_highest_sigma_since_it_opened(index, images):
