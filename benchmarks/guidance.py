@@ -24,6 +24,7 @@ from memfree.guidance import (
     MultiplicityGuidance,
     NormalizedL2,
 )
+from memfree.guidance.detection import Detection
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import sample
 from memfree.sampling.noise import draw, generators
@@ -60,8 +61,9 @@ class ForcedGuidance(AntiMemorizationGuidance):
     share = 0.0
     step = 0
 
-    def opens(self, sigma: Tensor, threshold: float) -> Tensor:
+    def opens(self, detection: Detection) -> Tensor:
         """The first so many rows, whatever σ is."""
+        sigma = detection.match.sigma
         each = self.share * len(sigma)
         count = int((self.step + 1) * each) - int(self.step * each)
         self.step += 1

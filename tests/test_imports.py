@@ -10,6 +10,7 @@ LAYERS = [
         "resolved",
         "first_process",
         "memory",
+        "option_messages",
         "quiet",
         "bars",
         "difference",

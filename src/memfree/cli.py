@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import inspect
 import os
-import re
 import signal
 import sys
 import threading
@@ -16,23 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memfree import __version__
+from memfree.option_messages import did_you_mean, option_message, options_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 DEBUG_VARIABLE = "MEMFREE_DEBUG"
 INTERRUPTED = "memfree: interrupted"
-
-# What jsonargparse says of a YAML key that no option has, and how it spells types.
-_UNKNOWN_KEY = re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'")
-_TYPE_NOISE = re.compile(
-    r"<class '(?:[\w.]+\.)?(?P<name>\w+)'>|typing\.(?=[A-Z])|jsonargparse\.(?:typing\.)?(?=[A-Z])"
-)
-_UNION = re.compile(
-    r"Does not validate against any of the Union subtypes\s+Subtypes: \[(?P<types>.*?)\]\s+Errors:"
-    r".*\sGiven value: (?P<value>.*)",
-    re.DOTALL,
-)
 
 
 class Command(NamedTuple):
@@ -124,7 +112,7 @@ def main(args: Sequence[str] | None = None) -> Any:
         return None
     if verb not in COMMANDS:
         _exit_with_error(
-            f"unknown command {verb!r}{_did_you_mean(verb, list(COMMANDS))}; "
+            f"unknown command {verb!r}{did_you_mean(verb, list(COMMANDS))}; "
             f"commands are {', '.join(COMMANDS)}"
         )
     return run_command(verb, rest, prog=f"memfree {verb}")
@@ -218,12 +206,12 @@ def _run(function: Callable[..., Any], args: Sequence[str] | None, prog: str | N
     try:
         config = parser.parse_args(sys.argv[1:] if args is None else list(args))
     except argparse.ArgumentError as error:
-        _exit_with_error(_option_message(str(error), parser))
+        _exit_with_error(option_message(str(error), parser))
     # Here, not above: manifest imports torch, and `memfree --help` should not wait for it.
     from memfree.memory import explained_memory
     from memfree.resolved import resolved_config
 
-    options = [option for action in parser._actions for option in action.option_strings]
+    options = options_of(parser)
     batches = [f"a smaller {option}" for option in options if option.endswith("batch_size")]
     with explained_memory("running", batches):
         arguments = parser.instantiate(config)
@@ -283,37 +271,3 @@ def _exit_interrupted() -> Any:
 def _exit_with_error(message: str) -> Any:
     print(f"memfree: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def _option_message(message: str, parser: ArgumentParser) -> str:
-    """Say jsonargparse's message in terms of the options on the command line."""
-    options = [option for action in parser._actions for option in action.option_strings]
-    if message.startswith("unrecognized arguments: "):
-        rest = message.removeprefix("unrecognized arguments: ")
-        option = rest.split()[0].split("=")[0]
-        return f"unknown option {option}{_did_you_mean(option, options)}; see --help"
-    if message.startswith("the following arguments are required: "):
-        names = message.removeprefix("the following arguments are required: ").split(", ")
-        return f"missing option {', '.join('--' + name for name in names)}; see --help"
-    if unknown := _UNKNOWN_KEY.search(message):
-        option = f"--{unknown['group']}.{unknown['key']}"
-        return f"unknown option {option}{_did_you_mean(option, options)}; see --help"
-    if message.startswith('Parser key "'):
-        key, _, reason = message.removeprefix('Parser key "').partition('"')
-        message = f"--{key}:{reason.lstrip(':')}"
-    message = _UNION.sub(_one_of, message)
-    return f"{_TYPE_NOISE.sub(_type_name, message)}; see --help"
-
-
-def _type_name(match: re.Match[str]) -> str:
-    return match["name"] or ""
-
-
-def _one_of(match: re.Match[str]) -> str:
-    types = match["types"].replace("NoneType", "null")
-    return f"Expected one of {types}. Got value: {match['value']}"
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {near[0]}?" if near else ""

@@ -5,76 +5,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from amg_steps import ALPHA_BAR, ANY, Network, make_images, make_index, prediction_near
 
 from memfree.guidance import (
     AntiMemorizationGuidance,
     ConstantThreshold,
-    GuidanceSettings,
     NormalizedL2,
     Observer,
-    Prediction,
     ThresholdSchedule,
-    calibrate,
 )
-from memfree.guidance.prediction import combine
-from memfree.retrieval import ReferenceIndex
-
-ALPHA_BAR = 0.6
-ANY = ConstantThreshold(-0.5)
 
 
 @pytest.fixture
 def images():
-    return torch.rand(80, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return make_images()
 
 
 @pytest.fixture
 def index(images):
-    return ReferenceIndex.build(images, labels=torch.arange(80) % 5)
-
-
-class Network:
-    """A linear denoiser that knows its conditions and counts the rows it is asked for."""
-
-    def __init__(self, kind="epsilon"):
-        self.calls = []
-        self.kind = kind
-
-    def __call__(self, x_t, conditions):
-        self.calls.append(len(x_t))
-        shift = 0.0 if conditions is None else 0.1 * (1 + conditions.view(-1, 1, 1, 1))
-        return 0.3 * x_t + shift
-
-
-def prediction_near(images, rows, kind="epsilon", s_0=3.0, distance=0.02, labels=None, last=False):
-    """A step whose x̂_0 lies near the given training images (row −1: near none)."""
-    generator = torch.Generator().manual_seed(5)
-    x_t = torch.randn(len(rows), 1, 4, 4, generator=generator)
-    network = Network(kind)
-    y = torch.zeros(len(rows), dtype=torch.int64) if labels is None else labels
-    far = torch.rand(len(rows), 1, 4, 4, generator=generator) * 2 - 1
-    x_0 = torch.stack([far[i] if row < 0 else images[row] for i, row in enumerate(rows)])
-    x_0 = x_0 + distance * torch.randn(x_0.shape, generator=generator)
-    a = torch.tensor(ALPHA_BAR)
-    eps = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
-    output = eps if kind == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x_0
-    uncond = network(x_t, None)
-    cond = uncond + (output - uncond) / s_0
-    network.calls.clear()
-    return network, Prediction(
-        x_t=x_t,
-        alpha_bar=a,
-        time=0.2,
-        output=combine(cond, uncond, s_0),
-        output_cond=cond,
-        output_uncond=uncond,
-        conditions=y,
-        guidance_scale=s_0,
-        prediction_type=kind,
-        denoise=network,
-        is_last=last,
-        image_range=1.0,
-    )
+    return make_index(images)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -161,85 +110,6 @@ def test_ungated_mode_guides_everyone(index, images):
     assert guided.active.all()
     changed = (guided.output != plain.output).flatten(1).any(dim=1)
     assert changed.all()
-
-
-def test_gate_margin_opens_earlier(index, images):
-    _, plain = prediction_near(images, [3, 4], distance=0.3)
-    sigma = NormalizedL2()(index, plain.clean_estimate()).sigma
-    level = float(sigma.min()) + 0.05
-    narrow = AntiMemorizationGuidance(index, NormalizedL2(), ConstantThreshold(level), c3=1.0)
-    wide = AntiMemorizationGuidance(
-        index, NormalizedL2(), ConstantThreshold(level), c3=1.0, gate_margin=0.1
-    )
-    assert int(narrow(plain).active.sum()) < int(wide(plain).active.sum()) == 2
-
-
-def test_the_margin_grows_with_the_records_of_the_nearest_image(images):
-    counts = torch.ones(80, dtype=torch.int64)
-    counts[5] = 64
-    index = ReferenceIndex.build(images, counts=counts)
-    _, plain = prediction_near(images, [5, 17], distance=0.3)
-    sigma = Observer(index, NormalizedL2(), ANY)(plain).trace["sigma"]
-    level = float(sigma.max()) + 0.55  # 5 · 0.1 < 0.55 < 6 · 0.1, and 64 = 2^6
-    for per_doubling, expected in ((0.0, [False, False]), (0.1, [True, False])):
-        guided = AntiMemorizationGuidance(
-            index,
-            NormalizedL2(),
-            ConstantThreshold(level),
-            c3=1.0,
-            gate_margin=abs(float(sigma[0] - sigma[1])),
-            margin_per_doubling=per_doubling,
-        )(plain)
-        assert guided.active.tolist() == expected
-
-
-@pytest.fixture
-def repeated(images):
-    """Image 5 has three records, all others one."""
-    counts = torch.ones(80, dtype=torch.int64)
-    counts[5] = 3
-    return ReferenceIndex.build(images, labels=torch.arange(80) % 5, counts=counts)
-
-
-def test_despecification_goes_down_to_the_least_scale_for_repeated_images(repeated, images):
-    _, plain = prediction_near(images, [5, 8], labels=torch.tensor([0, 3]))
-    for least in (1.0, 0.0, 0.5):
-        amg = AntiMemorizationGuidance(
-            repeated, NormalizedL2(), ANY, c1=1e6, c2=1e6, least_scale=least
-        )
-        output = amg(plain).output
-        for row, scale in ((0, least), (1, 1.0)):
-            expected = combine(plain.output_cond[row], plain.output_uncond[row], scale)
-            torch.testing.assert_close(output[row], expected, atol=1e-5, rtol=0)
-
-
-def test_a_latched_gate_keeps_despecification_and_not_dissimilarity(repeated, images):
-    _, near = prediction_near(images, [5, -1, 8], labels=torch.tensor([0, 0, 3]))
-    _, far = prediction_near(images, [-1, -1, -1], labels=torch.tensor([0, 0, 3]))
-    far = replace(far, memory=near.memory, step=1)
-    for latched in (False, True):
-        near.memory.clear()
-        amg = AntiMemorizationGuidance(
-            repeated, NormalizedL2(), ANY, c1=1e6, c3=10.0, least_scale=0.0, latched=latched
-        )
-        first, second = amg(near), amg(far)
-        assert first.active.tolist() == [True, False, True]
-        assert second.active.tolist() == [latched, False, False]
-        assert torch.equal(second.output[1:], far.output[1:])
-        assert second.trace["g_sim_norm"].tolist() == [0.0, 0.0, 0.0]
-        if latched:
-            torch.testing.assert_close(second.output[0], far.output_uncond[0])
-            assert second.trace["s1"].tolist() == [3.0, 0.0, 0.0]
-
-
-def test_a_latched_gate_remembers_the_highest_sigma(repeated, images):
-    amg = AntiMemorizationGuidance(repeated, NormalizedL2(), ANY, c1=1.0, latched=True)
-    memory = {}
-    strengths = []
-    for step, distance in enumerate((0.1, 0.02, 0.1)):
-        _, plain = prediction_near(images, [5], distance=distance, labels=torch.tensor([0]))
-        strengths.append(float(amg(replace(plain, memory=memory, step=step)).trace["s1"]))
-    assert strengths[0] < strengths[1] == strengths[2]
 
 
 def test_no_classifier_free_guidance_means_no_s1_and_s2(index, images):
@@ -340,40 +210,7 @@ def test_observer_records_and_changes_nothing(index, images):
     assert seen.active is None
 
 
-def test_recommended_settings_are_switched_on_and_calibrated(index, images):
-    held_out = torch.rand(600, 1, 4, 4, generator=torch.Generator().manual_seed(9)) * 2 - 1
-    threshold = calibrate(index, NormalizedL2(), held_out)
-    amg = AntiMemorizationGuidance.recommended(index)
-    assert amg.threshold(0.0) == pytest.approx(threshold)
-    assert amg.threshold(1.0) < threshold
-    assert amg.c1 > 0 and amg.c2 > 0 and amg.c3 > 0
-    assert amg.gate_margin > 0 and amg.max_displacement is not None
-    assert amg.final_correction is not None and amg.final_correction < threshold
-    paper = AntiMemorizationGuidance(index, NormalizedL2(), ThresholdSchedule(-1.95, -1.5), 1, 1, 1)
-    assert paper.gate_margin == 0
-    assert paper.max_displacement is None and paper.final_correction is None
-
-
-def test_settings_build_what_they_name(index, images):
-    held_out = torch.rand(600, 1, 4, 4, generator=torch.Generator().manual_seed(9)) * 2 - 1
-    with pytest.raises(ValueError, match="no calibration"):
-        GuidanceSettings(mitigation="amg").build(index)
-    calibrate(index, NormalizedL2(), held_out)
-    names = {
-        mitigation: [type(one).__name__ for one in GuidanceSettings(mitigation).build(index)]
-        for mitigation in ("none", "amg", "multiplicity", "both")
-    }
-    assert names == {
-        "none": ["Observer"],
-        "amg": ["AntiMemorizationGuidance"],
-        "multiplicity": ["MultiplicityGuidance", "Observer"],
-        "both": ["MultiplicityGuidance", "AntiMemorizationGuidance"],
-    }
-    constant = GuidanceSettings("amg", schedule="constant").build(index)[0]
-    assert constant.threshold(0.0) == constant.threshold(1.0)
-
-
-@pytest.mark.parametrize("option", ["c1", "c2", "c3", "gate_margin"])
+@pytest.mark.parametrize("option", ["c1", "c2", "c3", "gate_margin", "margin_per_doubling"])
 def test_negative_strengths_are_refused(index, option):
     with pytest.raises(ValueError, match=f"{option} must be at least 0"):
         AntiMemorizationGuidance(index, NormalizedL2(), ANY, **{option: -1.0})

@@ -84,6 +84,32 @@ def test_multiplicity_guidance_corrects_text_branches(index):
     assert (moved[1] > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("captions", "counts", "groups", "expected"),
+    [
+        # One image of 8 records: deduplication leaves 1 of 8.
+        (["red apple", "unseen"], [8, 1], [0, 1], 1 / 8),
+        # Near copies are one image: of 5 and 3 records, 1 of 8 is left.
+        (["red apple", "red apple"], [5, 3], [0, 0], 1 / 8),
+        # One of them has another caption: m_i(y)/m = 5/8 of a record is left of 5.
+        (["red apple", "unseen"], [5, 3], [0, 0], 1 / 8),
+        # A repeated image among others that are not: 5/6 + 1 + 1 are left of 5 + 1 + 1.
+        (["red apple", "unseen", "red apple", "red apple"], [5, 1, 1, 1], [0, 0, 1, 2], 17 / 42),
+        # No image of this caption is repeated.
+        (["red apple", "unseen", "red apple"], [1, 9, 1], [0, 1, 2], 1.0),
+    ],
+)
+def test_what_deduplication_leaves_of_a_caption_by_hand(captions, counts, groups, expected):
+    """e(y) = Σ_i m_i(y)/m_i / Σ_i m_i(y), m_i the records of the whole group of i."""
+    size = len(captions)
+    images = torch.rand(size, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    index = ReferenceIndex.build(
+        images, captions=captions, counts=torch.tensor(counts), groups=groups
+    )
+    share = CaptionWeights(index, 0.5).share_of_first_records(encode(["red apple"]), encode)
+    assert share.item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_a_prompt_counts_as_after_deduplication(index, guidance_scale):
     """Of "red apple": two images of 5 and 2 records, of which deduplication leaves 2 of 7."""
@@ -111,6 +137,28 @@ def test_a_prompt_counts_as_after_deduplication(index, guidance_scale):
         base = undamped.denoise(plain.x_t[:1], None)
     expected = base + guidance_scale * 2 / 7 * (undamped.output_cond[:1] - base)
     torch.testing.assert_close(damped.output[:1], expected)
+
+
+def test_influence_is_counted_once_a_sampling_and_row_by_row(index):
+    """Rows keep their own share whatever their place; the captions are compared in one step."""
+    prompts, calls = ["unseen", "red apple", "grinning face"], []
+
+    def counted(texts):
+        calls.append(list(texts))
+        return encode(texts)
+
+    guidance, memory = MultiplicityGuidance(index, 1.0, damped=True), {}
+    for step in range(2):
+        plain = prediction(encode(prompts), step, memory=memory)
+        plain = replace(plain, output_cond=plain.output_cond + 1, encode=counted)
+        undamped = MultiplicityGuidance(index, 1.0)(replace(plain, memory={}, encode=encode))
+        damped = guidance(plain)
+        for row in (0, 2):
+            assert torch.equal(damped.output_cond[row], undamped.output_cond[row])
+        base = undamped.output_uncond[1]
+        expected = base + 2 / 7 * (undamped.output_cond[1] - base)
+        torch.testing.assert_close(damped.output_cond[1], expected)
+    assert len(calls) == 1
 
 
 def test_captions_need_an_encoder_and_an_index_with_captions(index):

@@ -33,22 +33,25 @@ def index():
     return make_index()
 
 
-@pytest.mark.parametrize("name", get_args(MitigationName))
-def test_every_mitigation_of_the_settings_runs_in_the_guard(pipe, index, name):
-    """By all its stages; what each does is tested with it, here that it reaches the pipeline."""
-    generator = torch.Generator().manual_seed(0)
+def make_latents():
+    """References of multiplicity guidance in latents; 5 of 60 are repeated."""
     counts = torch.ones(60, dtype=torch.int64)
     counts[:5] = 50
-    latents = ReferenceIndex.build(
-        torch.rand(60, 4, 8, 8, generator=generator) * 2 - 1,
+    return ReferenceIndex.build(
+        torch.rand(60, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1,
         captions=PROMPTS * 30,
         counts=counts,
         groups=range(60),
     )
+
+
+@pytest.mark.parametrize("name", get_args(MitigationName))
+def test_every_mitigation_of_the_settings_runs_in_the_guard(pipe, index, name):
+    """By all its stages; what each does is tested with it, here that it reaches the pipeline."""
     settings = GuidanceSettings(name)
     settings.wen.target, settings.sail.threshold = 0.0, 0.0
     plain, before = drawn(pipe, guidance_scale=4.0), state(pipe)
-    with memfree.guard(pipe, index, settings, latents=latents) as report:
+    with memfree.guard(pipe, index, settings, latents=make_latents()) as report:
         images = drawn(pipe, guidance_scale=4.0)
     assert state(pipe) == before and torch.isfinite(images).all()
     assert report.trace.num_rows == 8 and len(report.verdicts) == 2
@@ -56,6 +59,20 @@ def test_every_mitigation_of_the_settings_runs_in_the_guard(pipe, index, name):
     if name not in ("none", "amg", "reject", "prss", "jain"):
         assert not torch.equal(images, plain)
     assert torch.equal(drawn(pipe, guidance_scale=4.0), plain)
+
+
+def test_captions_of_the_index_are_encoded_once_a_call_of_the_pipeline(pipe, index):
+    rows = []
+    handle = pipe.text_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(args[0])), with_kwargs=True
+    )
+    settings = GuidanceSettings("multiplicity")
+    with handle, memfree.guard(pipe, index, settings, latents=make_latents()):
+        for steps in (2, 5):
+            rows.clear()
+            drawn(pipe, guidance_scale=4.0, num_inference_steps=steps)
+            # The prompts, the empty prompts, and the two captions of the index.
+            assert rows == [2, 2, 2]
 
 
 class AllStages(Mitigation):

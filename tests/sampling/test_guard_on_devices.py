@@ -28,7 +28,8 @@ class Forced(AntiMemorizationGuidance):
         )
         self.count = count
 
-    def opens(self, sigma, threshold):
+    def opens(self, detection):
+        sigma = detection.match.sigma
         return torch.arange(len(sigma), device=sigma.device) < self.count
 
 

@@ -31,8 +31,9 @@ class AntiMemorizationGuidance(Observer):
     """ε̂ ← ε̂ + 1{σ_t > λ_t}·(G_spe + G_dup + G_sim), per sample (eq. 8 to 19).
 
     With the defaults this is the paper's method and no more. ``gate_margin``,
-    ``max_displacement`` and ``final_correction`` are ours (docs/method.md says why);
-    ``AntiMemorizationGuidance.recommended`` switches them on.
+    ``max_displacement``, ``final_correction``, ``margin_per_doubling``, ``least_scale`` and
+    ``latched`` are ours (docs/method.md says why); ``AntiMemorizationGuidance.recommended``
+    switches on those that help for the index's similarity.
 
     Args:
         index: references.

@@ -94,7 +94,7 @@ class GuidanceSettings:
     """Dissimilarity guidance (eq. 17); 0 switches it off."""
     max_displacement: float | None = None
     """G_sim moves x̂_0 by at most this root mean square a step; 0: no limit. None: 1, embeddings
-    0.6."""
+    0.6 after multiplicity guidance and 2 without."""
     least_scale: float | None = None
     """What c1 and c2 leave of the guidance scale where the nearest image is repeated: 1, the
     conditional prediction, in the paper; 0: down to the unconditional prediction, for prompts that
@@ -157,7 +157,9 @@ class GuidanceSettings:
         if index is None:
             return self
         unset = {
-            name: value for name, value in recommended(index).items() if getattr(self, name) is None
+            name: value
+            for name, value in recommended(index, self.mitigation == "amg").items()
+            if getattr(self, name) is None
         }
         return replace(self, **unset)  # type: ignore[arg-type]
 

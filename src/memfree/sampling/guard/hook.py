@@ -52,6 +52,7 @@ class Draw:
         self.trace: list[dict[str, Tensor]] = []
         self.levels = NoiseLevels(pipe.scheduler, family.flow)
         self._memory: dict[Any, Any] = {}
+        self._like: Tensor | None = None
 
     @property
     def denoiser(self) -> Any:
@@ -77,6 +78,15 @@ class Draw:
             target[rows + half] = corrected
         return (changed, *output[1:]) if is_tuple else type(output)(sample=changed)
 
+    def encode(self, captions: Sequence[str]) -> TextConditions:
+        """Captions as the prompts of this call; one function for all steps, which guidances keep.
+
+        Not for the next call of the pipeline: its options may be others.
+        """
+        assert self._like is not None
+        encoded = self.family.encode(self.pipe, captions, self.call)
+        return encoded.to(self._like.device, self._like.dtype)
+
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The denoiser's arguments by name: pipelines differ in what they name."""
         module = getattr(self.denoiser, "_orig_mod", self.denoiser)  # under torch.compile
@@ -98,6 +108,7 @@ class Draw:
         native = self.family.prediction(raw, view.channels)
         uncond, cond = native.chunk(2) if view.twice else (None, native)
         amount = float(getattr(self.pipe, "guidance_rescale", 0.0)) if view.twice else 0.0
+        self._like = view.conditions.embeddings
         base = Prediction(
             x_t=view.x_t,
             alpha_bar=view.level.alpha_bar,
@@ -112,9 +123,7 @@ class Draw:
             step=view.level.step,
             is_last=view.level.is_last,
             decode=self.decoder.finished if view.level.is_last else self.decoder.estimate,
-            encode=lambda captions: self.family.encode(self.pipe, captions, self.call).to(
-                raw.device, view.conditions.embeddings.dtype
-            ),
+            encode=self.encode,
             memory=self._memory,
         )
         base = _rescaled(base, amount)
