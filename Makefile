@@ -36,10 +36,13 @@ lint: $(STAMP) ## Check style and types
 bench: $(STAMP) ## Measure speed, each figure beside its peer or its floor
 	for name in detection guidance latent_guidance text_mitigations training stream; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-study: $(STAMP) ## Run the studies of docs/results.md (about two hours on two cores)
+study: $(STAMP) ## Run the studies of docs/results.md (about five hours on two cores)
 	$(BIN)/memfree study --config configs/study/oracle.yaml
 	$(BIN)/memfree study --config configs/study/ablation.yaml
 	$(BIN)/memfree study --config configs/study/settings.yaml
+	$(BIN)/memfree text-study --config configs/study/emoji_settings.yaml
+	$(BIN)/memfree text-study --config configs/study/emoji_baselines.yaml
+	$(BIN)/memfree text-study --config configs/study/emoji_ablation.yaml
 
 clean: ## Remove the environment and everything that was made, data sets excepted
 	rm -rf $(VENV) runs build dist

@@ -206,8 +206,25 @@ def interval_text(found: Metric, row: Row) -> str:
     return f"{row.show(found.low).removesuffix(' %').removesuffix(' ×')} – {row.show(found.high)}"
 
 
+LABEL_WIDTH, SUBJECT_WIDTH = 34, 16
+"""Columns of the terminal that the metrics' labels and one subject's figures take, about."""
+
+
 def print_table(table: MetricTable, subjects: Sequence[str], console: Console) -> None:
-    """Print metrics by subject, intervals below the values."""
+    """Print metrics by subject, intervals below the values.
+
+    More subjects than the terminal is wide for are printed one table after another, held-out
+    images in each.
+    """
+    drawn = [subject for subject in subjects if subject != HELDOUT]
+    beside = [subject for subject in subjects if subject == HELDOUT]
+    fit = max(1, (console.width - LABEL_WIDTH) // SUBJECT_WIDTH - len(beside))
+    for start in range(0, len(drawn), fit):
+        console.print(_table(table, [*drawn[start : start + fit], *beside]))
+
+
+def _table(table: MetricTable, subjects: Sequence[str]) -> Table:
+    """The figures of some subjects."""
     main = table.get("copies", subjects[0])
     rate = (
         "" if main is None else f" ({100 * main.detail['false_positive_rate']:g} % false positives)"
@@ -215,7 +232,8 @@ def print_table(table: MetricTable, subjects: Sequence[str], console: Console) -
     shown = Table(title="Evaluation, with 95 % intervals", title_justify="left")
     shown.add_column("metric")
     for subject in subjects:
-        shown.add_column("held out" if subject == HELDOUT else subject, justify="right")
+        title = "held out" if subject == HELDOUT else subject
+        shown.add_column(title, justify="right", no_wrap=True)
     rows = shown_rows(table)
     for place, row in enumerate(rows):
         cells = []
@@ -227,4 +245,4 @@ def print_table(table: MetricTable, subjects: Sequence[str], console: Console) -
         label = row.label + (rate if row.metric == "copies" else "")
         last = place + 1 == len(rows) or rows[place + 1].section != row.section
         shown.add_row(label, *cells, end_section=last)
-    console.print(shown)
+    return shown
