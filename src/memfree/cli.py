@@ -47,6 +47,9 @@ COMMANDS = {
     ),
     "tune": Command("memfree.tuning:tune", "find the smallest strengths that leave no copy"),
     "study": Command("memfree.study:study", "run a grid of configurations and tabulate it"),
+    "text-study": Command(
+        "memfree.study:text_study", "compare all mitigations on a text-to-image model"
+    ),
     "demo": Command("memfree.demo:demo", "induce, measure and remove memorization on digits"),
 }
 """Verbs of ``memfree``."""

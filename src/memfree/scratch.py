@@ -64,9 +64,11 @@ def scratch(
     if training.captions is None:
         raise ValueError(f"--dataset {dataset} has no captions: a text-to-image model needs them")
     images = torch.cat([training.images(), data.part("fit").images()])
-    module = AutoencoderModule(autoencoder, images, seed, data.hash)
+    # The whole build is what a checkpoint of its one training must agree on.
+    build = {"dataset_hash": data.hash, "model": asdict(model)}
+    module = AutoencoderModule(autoencoder, images, seed, build)
     latents = latent_shape(module.network, data.image_shape)
-    identity = {**module.identity(), "model": asdict(model)}
+    identity = module.identity()
     steps = int(autoencoder.steps)
     found = claim(out, identity, int(autoencoder.batch_size), steps, -1, overwrite)
     if found == "finished":

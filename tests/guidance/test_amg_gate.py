@@ -21,6 +21,14 @@ def index(images):
     return make_index(images)
 
 
+@pytest.fixture
+def repeated(images):
+    """Image 5 has three records; 9 and 10 are near copies of one each, which makes two."""
+    counts, groups = torch.ones(80, dtype=torch.int64), torch.arange(80)
+    counts[5], groups[10] = 3, 9
+    return ReferenceIndex.build(images, labels=torch.arange(80) % 5, counts=counts, groups=groups)
+
+
 def test_gate_margin_opens_earlier(index, images):
     _, plain = prediction_near(images, [3, 4], distance=0.3)
     sigma = NormalizedL2()(index, plain.clean_estimate()).sigma
@@ -78,47 +86,50 @@ def test_strengths_of_distances_start_at_the_gate_with_its_margin(index, images)
     torch.testing.assert_close(amg(plain).trace["s1"], expected)
 
 
-def test_despecification_goes_down_to_the_least_scale(index, images):
-    _, plain = prediction_near(images, [5, 8], labels=torch.tensor([0, 3]))
+def test_despecification_goes_down_to_the_least_scale_for_repeated_images(repeated, images):
+    # The images' labels are those that are asked for: G_dup alone leaves what G_spe does.
+    _, plain = prediction_near(images, [5, 8, 9], labels=torch.tensor([0, 3, 4]))
     for least in (1.0, 0.0, 0.5):
-        expected = combine(plain.output_cond, plain.output_uncond, least)
-        # The images' labels are those that are asked for: G_dup alone leaves the same.
         for strengths in ({"c1": 1e6, "c2": 1e6}, {"c1": 1e6}, {"c2": 1e6}):
             amg = AntiMemorizationGuidance(
-                index, NormalizedL2(), ANY, **strengths, least_scale=least
+                repeated, NormalizedL2(), ANY, **strengths, least_scale=least
             )
-            torch.testing.assert_close(amg(plain).output, expected, atol=1e-5, rtol=0)
+            output = amg(plain).output
+            for row, scale in ((0, least), (1, 1.0), (2, least)):
+                expected = combine(plain.output_cond[row], plain.output_uncond[row], scale)
+                torch.testing.assert_close(output[row], expected, atol=1e-5, rtol=0)
 
 
-def test_a_latched_gate_keeps_despecification_and_not_dissimilarity(index, images):
-    _, near = prediction_near(images, [5, -1], labels=torch.tensor([0, 0]))
-    _, far = prediction_near(images, [-1, -1], labels=torch.tensor([0, 0]))
-    far = replace(far, memory=near.memory, step=1)
+def test_a_latched_gate_keeps_despecification_and_not_dissimilarity(repeated, images):
+    labels = torch.tensor([0, 0, 3])
+    _, near = prediction_near(images, [5, -1, 8], labels=labels)
+    _, far = prediction_near(images, [-1, -1, -1], labels=labels)
+    _, other = prediction_near(images, [-1, 17, -1], labels=torch.tensor([0, 2, 3]))
     for latched in (False, True):
         near.memory.clear()
         amg = AntiMemorizationGuidance(
-            index, NormalizedL2(), ANY, c1=1e6, c3=10.0, least_scale=0.0, latched=latched
+            repeated, NormalizedL2(), ANY, c1=1e6, c3=10.0, least_scale=0.0, latched=latched
         )
-        first, second = amg(near), amg(far)
-        assert first.active.tolist() == [True, False]
-        assert second.active.tolist() == [latched, False]
-        assert torch.equal(second.output[1], far.output[1])
-        assert second.trace["g_sim_norm"].tolist() == [0.0, 0.0]
+        first = amg(near)
+        second = amg(replace(far, memory=near.memory, step=1))
+        assert first.active.tolist() == [True, False, True]
+        assert second.active.tolist() == [latched, False, False]
+        assert torch.equal(second.output[1:], far.output[1:])
+        assert second.trace["g_sim_norm"].tolist() == [0.0, 0.0, 0.0]
         if latched:
             torch.testing.assert_close(second.output[0], far.output_uncond[0])
-            assert second.trace["s1"].tolist() == [3.0, 0.0]
-        # The other sample comes near: it alone is moved away from an image.
-        _, other = prediction_near(images, [-1, 9], labels=torch.tensor([0, 4]))
+            assert second.trace["s1"].tolist() == [3.0, 0.0, 0.0]
+        # Another sample comes near an image: it alone is moved away from one.
         third = amg(replace(other, memory=near.memory, step=2))
-        assert third.active.tolist() == [latched, True]
-        moved = third.trace["g_sim_norm"]
-        assert moved[0] == 0 and moved[1] > 0
+        assert third.active.tolist() == [latched, True, False]
+        assert third.trace["s1"].tolist() == [3.0 if latched else 0.0, 2.0, 0.0]
+        assert (third.trace["g_sim_norm"] > 0).tolist() == [False, True, False]
 
 
-def test_a_latched_gate_remembers_the_highest_sigma_since_it_opened(index, images):
+def test_a_latched_gate_remembers_the_highest_sigma_since_it_opened(repeated, images):
     """s_1 = c_1·(σ − λ) of the highest σ so far, of every sample by itself; not before it opens."""
-    amg = AntiMemorizationGuidance(index, NormalizedL2(), ANY, c1=1.0, latched=True)
-    observer, memory, highest = Observer(index, NormalizedL2(), ANY), {}, [None, None]
+    amg = AntiMemorizationGuidance(repeated, NormalizedL2(), ANY, c1=1.0, latched=True)
+    observer, memory, highest = Observer(repeated, NormalizedL2(), ANY), {}, [None, None]
     # The first comes nearest in the second step; the second opens its gate in the third only.
     steps = [((5, 0.1), (-1, 0.0)), ((5, 0.02), (-1, 0.0)), ((5, 0.1), (9, 0.1)), ((-1, 0.0),) * 2]
     for step, places in enumerate(steps):
@@ -144,10 +155,10 @@ def test_a_latched_gate_remembers_the_highest_sigma_since_it_opened(index, image
     assert highest[0] > -0.2 and highest[1] is not None
 
 
-def test_two_latched_guidances_keep_their_own_gates(index, images):
+def test_two_latched_guidances_keep_their_own_gates(repeated, images):
     _, near = prediction_near(images, [5])
     first, second = (
-        AntiMemorizationGuidance(index, NormalizedL2(), ConstantThreshold(level), latched=True)
+        AntiMemorizationGuidance(repeated, NormalizedL2(), ConstantThreshold(level), latched=True)
         for level in (-0.5, 0.0)
     )
     assert first(near).active.tolist() == [True]
@@ -167,9 +178,9 @@ def test_dissimilarity_is_taken_where_the_sample_was_detected(index, images):
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0])
-def test_a_scale_of_one_or_less_is_despecified_down_to_a_least_scale(index, images, scale):
+def test_a_scale_of_one_or_less_is_despecified_down_to_a_least_scale(repeated, images, scale):
     _, plain = prediction_near(images, [5], s_0=scale)
-    amg = AntiMemorizationGuidance(index, NormalizedL2(), ANY, c1=1e6, least_scale=0.0)
+    amg = AntiMemorizationGuidance(repeated, NormalizedL2(), ANY, c1=1e6, least_scale=0.0)
     torch.testing.assert_close(amg(plain).output, plain.output_uncond, atol=1e-5, rtol=0)
 
 

@@ -101,3 +101,20 @@ def test_a_small_decoder_is_for_estimates_and_not_for_the_last_step(model, image
     step, sigmas = plain.trace["step"], (plain.trace["sigma"], found.trace["sigma"])
     same = sigmas[0] == sigmas[1]
     assert torch.equal(same, step == STEPS - 1)
+
+
+def test_wens_norm_stands_in_the_trace(model):
+    plain = module_of(model).predict_step(torch.arange(2))
+    module = module_of(model, GuidanceSettings(wen_norm_steps=1))
+    observed = module.predict_step(torch.arange(2))
+    assert torch.equal(observed.images, plain.images)
+    noise = draw(model.noise_shape, generators(5, range(2)))
+    scheduler = scheduler_of(model)
+    scheduler.set_timesteps(STEPS)
+    t = scheduler.timesteps[0]
+    with torch.no_grad():
+        cond = model.denoiser(noise, t, model.encode(CAPTIONS[:2]))
+        uncond = model.denoiser(noise, t, model.encode(["", ""]))
+    expected = (cond - uncond).flatten(1).norm(dim=1)
+    trace = observed.trace["wen_norm"].reshape(STEPS, 2)
+    torch.testing.assert_close(trace, expected.expand(STEPS, 2), rtol=1e-4, atol=0)

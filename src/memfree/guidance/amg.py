@@ -54,12 +54,12 @@ class AntiMemorizationGuidance(Observer):
         margin_per_doubling: the margin grows by this with every doubling of the records m of the
             nearest image: gate_margin + margin_per_doubling·log_2 m. That a sample will copy an
             image is the more likely the more often the model saw it, long before it is near.
-        least_scale: what despecification and deduplication leave of s_0 at least. 1 in the paper:
-            the conditional prediction, which for a prompt that belongs to one memorized image is
-            that image. 0: down to the unconditional prediction.
-        latched: a sample whose gate has opened keeps its G_spe and G_dup, at the highest σ so far,
-            to the end. Without it, a sample that has left a training image is called back by its
-            prompt as soon as the gate closes, and ends at the threshold.
+        least_scale: what despecification and deduplication leave of s_0 at least where the nearest
+            image is repeated. 1 in the paper: the conditional prediction, which for a prompt that
+            belongs to one memorized image is that image. 0: down to the unconditional prediction.
+        latched: a sample whose gate was opened by a repeated image keeps its G_spe and G_dup, at
+            the highest σ so far, to the end. Without it, a sample that has left a memorized image
+            is called back by its prompt as soon as the gate closes, and ends at the threshold.
         cadence: when neighbours are searched; see ``Cadence``.
         caption_policy: which caption is y_N of eq. 15: the nearest image's (``nearest``, the
             paper's), or the most common of the k nearest (``most_common``, the authors' code's);
@@ -130,14 +130,17 @@ class AntiMemorizationGuidance(Observer):
         detection = self.detect(prediction)
         sigma = detection.match.sigma
         near = self.opens(detection)
-        peak = self._peak(prediction, sigma, near) if self.latched else sigma
-        active = peak.isfinite() if self.latched else near
+        repeated = near & (self.records(detection.match) > 1)
+        peak = self._peak(prediction, sigma, repeated)
+        held = peak.isfinite() if self.latched else repeated
+        active = near | held
         prediction = recorded(prediction, detection).activated(active)
         rows = active.nonzero().squeeze(1)
         zeros = torch.zeros_like(sigma)
         columns = {"s1": zeros.clone(), "s2": zeros.clone(), "g_sim_norm": zeros.clone()}
         if len(rows):
-            result = self._despecified(prediction, detection, peak, rows, columns)
+            used = torch.maximum(sigma, peak) if self.latched else sigma
+            result = self._despecified(prediction, detection, used, held, rows, columns)
             if self.c3 > 0 and bool(near.any()):
                 rows = near.nonzero().squeeze(1)
                 # The gradient is at x̂_0 as it was detected, before anything was changed.
@@ -161,15 +164,18 @@ class AntiMemorizationGuidance(Observer):
         margin = torch.full_like(match.sigma, self.gate_margin)
         if self.margin_per_doubling == 0:
             return margin
-        records = self.index.group_multiplicity.to(margin.device)[match.rows[:, 0]]
-        return margin + self.margin_per_doubling * records.float().log2()
+        return margin + self.margin_per_doubling * self.records(match).float().log2()
 
-    def _peak(self, prediction: Prediction, sigma: Tensor, near: Tensor) -> Tensor:
-        """Highest σ (B,) of each sample since its gate opened; −∞ before."""
+    def records(self, match: Match) -> Tensor:
+        """Training records (B,) of the nearest image and its near copies."""
+        return self.index.group_multiplicity.to(match.rows.device)[match.rows[:, 0]]
+
+    def _peak(self, prediction: Prediction, sigma: Tensor, repeated: Tensor) -> Tensor:
+        """Highest σ (B,) of each sample since a repeated image opened its gate; −∞ before."""
         key = (self, "peak")
         never = torch.full_like(sigma, -torch.inf)
         before = prediction.memory.get(key, never)
-        opened = near | before.isfinite()
+        opened = repeated | before.isfinite()
         prediction.memory[key] = torch.where(opened, torch.maximum(before, sigma), never)
         return prediction.memory[key]
 
@@ -178,14 +184,19 @@ class AntiMemorizationGuidance(Observer):
         prediction: Prediction,
         detection: Detection,
         sigma: Tensor,
+        held: Tensor,
         rows: Tensor,
         columns: dict[str, Tensor],
     ) -> Prediction:
-        """G_spe and G_dup (eq. 13 to 16) of ``rows``, by σ (B,); s_1 and s_2 into ``columns``."""
+        """G_spe and G_dup (eq. 13 to 16) of ``rows``, by σ (B,); s_1 and s_2 into ``columns``.
+
+        Down to ``least_scale`` where ``held`` (B,) by a repeated image, to 1 elsewhere.
+        """
         cond, uncond = prediction.output_cond, prediction.output_uncond
-        s_0, least = prediction.guidance_scale, self.least_scale
-        if cond is None or uncond is None or s_0 <= least:
+        s_0 = prediction.guidance_scale
+        if cond is None or uncond is None or s_0 <= self.least_scale:
             return prediction
+        least = torch.where(held[rows], self.least_scale, 1.0)
         gate = detection.threshold - self.margin(detection.match)[rows]
         strength = self.similarity.strength(sigma[rows], gate)
         s_1 = corrections.despecification_scale(strength, self.c1, s_0, least)

@@ -14,7 +14,7 @@ def gate(sigma: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def despecification_scale(
-    strength: Tensor, c_1: float, guidance_scale: float, least_scale: float = 1.0
+    strength: Tensor, c_1: float, guidance_scale: float, least_scale: float | Tensor = 1.0
 ) -> Tensor:
     """s_1 = clip(c_1·σ_t, 0, s_0 − 1) (eq. 13); 0 where s_0 ≤ 1.
 
@@ -22,9 +22,11 @@ def despecification_scale(
         strength: (B,), what the similarity makes of σ_t (``Similarity.strength``).
         c_1: the paper's constant.
         guidance_scale: s_0 of classifier-free guidance.
-        least_scale: what s_1 leaves of s_0 at least: 1 in the paper, the conditional prediction.
+        least_scale: what s_1 leaves of s_0 at least, for all or (B,): 1 in the paper, the
+            conditional prediction.
     """
-    return (c_1 * strength).clamp(min=0).clamp(max=max(guidance_scale - least_scale, 0.0))
+    most = (guidance_scale - torch.as_tensor(least_scale).to(strength)).clamp(min=0)
+    return torch.minimum((c_1 * strength).clamp(min=0), most)
 
 
 def despecification(s_1: Tensor, eps_cond: Tensor, eps_uncond: Tensor) -> Tensor:
@@ -33,7 +35,11 @@ def despecification(s_1: Tensor, eps_cond: Tensor, eps_uncond: Tensor) -> Tensor
 
 
 def deduplication_scale(
-    strength: Tensor, c_2: float, guidance_scale: float, s_1: Tensor, least_scale: float = 1.0
+    strength: Tensor,
+    c_2: float,
+    guidance_scale: float,
+    s_1: Tensor,
+    least_scale: float | Tensor = 1.0,
 ) -> Tensor:
     """s_2 = clip(c_2·σ_t, 0, s_0 − s_1 − 1) (eq. 15); 0 where nothing of s_0 is left."""
     most = (guidance_scale - s_1 - least_scale).clamp(min=0)

@@ -127,7 +127,7 @@ class AutoencoderModule(pl.LightningModule):
         rate = float(self.options.learning_rate)
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rate, total_steps=self.options.steps, pct_start=0.1
+            optimizer, rate, total_steps=int(self.options.steps), pct_start=0.1
         )
         return {
             "optimizer": optimizer,

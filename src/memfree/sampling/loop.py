@@ -128,14 +128,17 @@ def _generator_argument(scheduler: Any, generators: list[torch.Generator]) -> di
 
 
 def trace_rows(prediction: Prediction, step: int, t: Tensor) -> dict[str, Tensor]:
-    """This step's rows of the trace; what no guidance recorded is NaN (nearest: −1)."""
+    """This step's rows of the trace: ``TRACE_COLUMNS`` and what guidances recorded beside them.
+
+    What no guidance recorded is NaN (nearest: −1).
+    """
     batch = len(prediction.x_t)
     rows = {
         "sample": torch.arange(batch),
         "step": torch.full((batch,), step),
         "t": torch.full((batch,), float(t)),
     }
-    for name in TRACE_COLUMNS:
+    for name in dict.fromkeys([*TRACE_COLUMNS, *prediction.trace]):
         value = prediction.active if name == "active" else prediction.trace.get(name)
         if value is not None:
             rows[name] = value.cpu()

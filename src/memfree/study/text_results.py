@@ -1,0 +1,180 @@
+"""What a text study measured: gathered from its evaluations into a table, tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from memfree.data.prompts import PromptSet
+from memfree.evaluation.metrics import HELDOUT, Metric, read_metrics
+from memfree.manifest import write_atomic, write_text
+from memfree.study.detectors import Roc, detectors
+from memfree.study.text_plots import write_front, write_roc
+
+ORACLE = "oracle"
+"""The same network trained on the images without repetitions."""
+REFERENCE = "none"
+"""Unguided samples, which the others are compared with."""
+PROMPTS: dict[PromptSet, str] = {
+    "duplicated": "captions of the repeated images",
+    "other": "captions of the other training images",
+    "unseen": "captions of test images",
+}
+COLUMNS = {
+    "copies": "copies, %",
+    "pixel_copies": "by pixels, %",
+    "embedding_copies": "by another embedding, %",
+    "duplicated_share": "nearest is repeated, %",
+    "frechet_efficientnet": "Fréchet, EfficientNet",
+    "frechet_pixels": "Fréchet, pixels",
+    "clip_margin": "CLIP margin",
+    "clip_margin_difference": "… less that of none",
+    "seconds_per_sample": "s a sample",
+}
+"""Metrics of the tables and their titles."""
+
+Found = dict[tuple[PromptSet, str, str], Metric]
+"""Metric by prompt set, subject and name."""
+
+
+def summarise_text(
+    cell: Path,
+    name: str,
+    prompt_sets: Sequence[PromptSet],
+    subjects: Sequence[str],
+    console: Console,
+) -> None:
+    """Write NAME.csv, .parquet, .md and the plots from the finished evaluations of a study.
+
+    Args:
+        cell: folder of the studied model.
+        name: the study.
+        prompt_sets: what was prompted with.
+        subjects: in the order of the tables.
+        console: where the tables are printed.
+    """
+    folder = cell / f"evaluation-{name}"
+    found = gather_text(folder, prompt_sets)
+    rows = [
+        {
+            "prompts": prompts,
+            "subject": one.subject,
+            "metric": metric,
+            "value": float(one.value),
+            "low": one.low,
+            "high": one.high,
+            "count": one.count,
+        }
+        for (prompts, _, metric), one in found.items()
+    ]
+    table = pa.Table.from_pylist(rows)
+    write_atomic(cell / f"{name}.parquet", lambda path: pq.write_table(table, path))
+    write_atomic(cell / f"{name}.csv", lambda path: pa_csv.write_csv(table, path))
+    shown = [*subjects, HELDOUT]
+    rocs = detectors(cell, folder, prompt_sets, REFERENCE) if REFERENCE in subjects else []
+    write_text(cell / f"{name}.md", as_markdown(found, shown, rocs))
+    write_front(cell / f"{name}.png", found, subjects)
+    if rocs:
+        write_roc(cell / f"{name}-detection.png", rocs)
+    for prompts in prompt_sets:
+        console.print(printed(found, prompts, shown))
+    console.print(f"Written: {cell / name}.parquet, .csv, .md, .png")
+
+
+def gather_text(folder: Path, prompt_sets: Sequence[PromptSet]) -> Found:
+    """Metrics of the prompt sets; the second measure of either evaluation under its own name."""
+    found: Found = {}
+    for prompts in prompt_sets:
+        for judge in ("pixels", "embedding"):
+            for one in read_metrics(folder / prompts / judge / "metrics.json").metrics:
+                second = one.metric == "second_copies"
+                name = f"{judge.removesuffix('s')}_copies" if second else one.metric
+                if second or judge == "pixels":
+                    found.setdefault((prompts, one.subject, name), one)
+    return found
+
+
+def as_markdown(found: Found, subjects: Sequence[str], rocs: Sequence[Roc]) -> str:
+    """A table a prompt set, with 95 % intervals; then how well copies are foreseen."""
+    parts = []
+    for prompts in dict.fromkeys(prompts for prompts, _, _ in found):
+        columns, title = _columns(found, prompts, subjects), PROMPTS[prompts]
+        lines = [f"### {prompts.capitalize()}: {title}", "", _line(["", *columns.values()])]
+        lines.append("|---" * (len(columns) + 1) + "|")
+        lines += [
+            _line([subject, *(_shown(found.get((prompts, subject, one)), one) for one in columns)])
+            for subject in subjects
+        ]
+        parts.append("\n".join([*lines, ""]))
+    if rocs:
+        lines = ["### Foreseeing copies", "", _line(["score", "AUC", "found at 1 %", "copies"])]
+        lines.append("|---" * 4 + "|")
+        for roc in rocs:
+            auc = roc.detector.auc
+            area = f"{auc.value:.3f}"
+            if auc.low is not None and auc.high is not None:
+                area += f" ({auc.low:.3f}–{auc.high:.3f})"
+            share = f"{100 * roc.detector.true_positive_rate(0.01):.1f} %"
+            total = roc.detector.copies + roc.detector.others
+            lines.append(_line([roc.title, area, share, f"{roc.detector.copies} of {total}"]))
+        parts.append("\n".join([*lines, ""]))
+    return "\n".join(parts)
+
+
+def printed(found: Found, prompts: PromptSet, subjects: Sequence[str]) -> Table:
+    """The figures of one prompt set, to print."""
+    columns = _columns(found, prompts, subjects)
+    table = Table(title=f"{prompts}: {PROMPTS[prompts]}", title_justify="left")
+    for title in ("", *columns.values()):
+        table.add_column(title, justify="right" if title else "left")
+    for subject in subjects:
+        figures = (found.get((prompts, subject, one)) for one in columns)
+        table.add_row(
+            subject,
+            *(_value(one, name) for one, name in zip(figures, columns, strict=True)),
+        )
+    return table
+
+
+def _columns(found: Found, prompts: PromptSet, subjects: Sequence[str]) -> dict[str, str]:
+    """The columns that someone has a figure in."""
+    return {
+        name: title
+        for name, title in COLUMNS.items()
+        if any((prompts, subject, name) in found for subject in subjects)
+    }
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _format(name: str) -> tuple[float, str]:
+    """Factor and format of a metric's figures."""
+    if name.endswith("copies") or name == "duplicated_share":
+        return 100.0, ".1f"
+    if name.startswith("frechet"):
+        return 1.0, "#.3g"
+    return 1.0, ".3f"
+
+
+def _value(one: Metric | None, name: str) -> str:
+    if one is None:
+        return ""
+    factor, form = _format(name)
+    return f"{factor * one.value:{form}}".rstrip(".")
+
+
+def _shown(one: Metric | None, name: str) -> str:
+    """The figure with its interval in parentheses."""
+    if one is None or one.low is None or one.high is None:
+        return _value(one, name)
+    factor, form = _format(name)
+    low, high = (f"{factor * end:{form}}".rstrip(".") for end in (one.low, one.high))
+    return f"{_value(one, name)} ({low}–{high})"
