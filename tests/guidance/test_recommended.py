@@ -14,7 +14,7 @@ from memfree.guidance import (
     ThresholdSchedule,
     calibrate,
 )
-from memfree.guidance.recommended import EMBEDDINGS, PIXELS
+from memfree.guidance.recommended import EMBEDDINGS, EMBEDDINGS_ALONE, PIXELS
 from memfree.retrieval import ReferenceIndex
 from memfree.retrieval.features import Features
 
@@ -82,7 +82,7 @@ def calibrated(request, images):
     if request.param == "pixels":
         index, similarity, values = make_index(images), NormalizedL2(), PIXELS
     else:
-        index, values = ReferenceIndex.build(images, features=Directions()), EMBEDDINGS
+        index, values = ReferenceIndex.build(images, features=Directions()), EMBEDDINGS_ALONE
         similarity = EmbeddingSimilarity()
     return index, calibrate(index, similarity, held_out()), values
 
@@ -97,6 +97,8 @@ def test_what_is_not_set_is_recommended_by_what_sigma_is_made_of(calibrated):
     assert unset == PIXELS.keys() == EMBEDDINGS.keys()
     assert GuidanceSettings("amg").resolved(None) == GuidanceSettings("amg")
     assert GuidanceSettings("amg").resolved(index) == GuidanceSettings("amg", **values)
+    both = PIXELS if index.metric == "l2" else EMBEDDINGS
+    assert GuidanceSettings("both").resolved(index) == GuidanceSettings("both", **both)
     amg = GuidanceSettings("amg").anti_memorization(index)
     for name in values.keys() - {"start_ratio"}:
         assert getattr(amg, name) == values[name], name

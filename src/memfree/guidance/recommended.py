@@ -25,8 +25,18 @@ EMBEDDINGS: dict[str, float | bool] = {
     "latched": True,
 }
 """For ``EmbeddingSimilarity``, a cosine: 1 for the same image."""
+EMBEDDINGS_ALONE: dict[str, float | bool] = {**EMBEDDINGS, "max_displacement": 2.0}
+"""The same for AMG by itself: without multiplicity guidance, G_sim has to choose another picture,
+and a short step only puts a pattern on the memorized one that the embedding takes for a change."""
 
 
-def recommended(index: ReferenceIndex) -> dict[str, float | bool]:
-    """The recommended settings for the default similarity of an index."""
-    return PIXELS if index.metric == "l2" else EMBEDDINGS
+def recommended(index: ReferenceIndex, alone: bool) -> dict[str, float | bool]:
+    """The recommended settings for the default similarity of an index.
+
+    Args:
+        index: the references.
+        alone: whether AMG acts without multiplicity guidance.
+    """
+    if index.metric == "l2":
+        return PIXELS
+    return EMBEDDINGS_ALONE if alone else EMBEDDINGS

@@ -94,11 +94,11 @@ class GuidanceSettings:
     """Dissimilarity guidance (eq. 17); 0 switches it off."""
     max_displacement: float | None = None
     """G_sim moves x̂_0 by at most this root mean square a step; 0: no limit. None: 1, embeddings
-    0.6."""
+    0.6 after multiplicity guidance and 2 without."""
     least_scale: float | None = None
-    """What c1 and c2 leave of the guidance scale where the nearest image is repeated: 1, the
-    conditional prediction, in the paper; 0: down to the unconditional prediction, for prompts that
-    belong to one memorized image alone. None: 1, embeddings 0."""
+    """What c1 and c2 leave of the guidance scale near a repeated image: 1, the conditional
+    prediction, in the paper; 0: down to the unconditional one, for prompts of one memorized image.
+    None: 1, embeddings 0."""
     latched: bool | None = None
     """A sample whose gate was opened by a repeated image keeps c1 and c2 to the end: its prompt
     does not call it back. None: false, embeddings true."""
@@ -118,8 +118,8 @@ class GuidanceSettings:
     """Search the nearest images every so many steps only, until λ_t has risen (time 0.3): cheaper,
     but guidance may begin late by as many steps."""
     wen_norm_steps: NonNegativeInt = 0
-    """Record Wen's norm, the mean of ‖ε_c − ε_∅‖ over this many first steps, in the trace as
-    wen_norm; 0: do not. Of text-to-image models, where the guidance scale is above 1."""
+    """Record Wen's norm, the mean of ‖ε_c − ε_∅‖ over this many first steps, as wen_norm in the
+    trace; 0: do not. Of text-to-image models, where the guidance scale is above 1."""
     budget: PositiveInt = 10
     """Draws of a sample under reject; the last one is kept whatever it is."""
     lower_guidance: baselines.LowerGuidanceOptions = field(
@@ -156,7 +156,9 @@ class GuidanceSettings:
         if index is None:
             return self
         unset = {
-            name: value for name, value in recommended(index).items() if getattr(self, name) is None
+            name: value
+            for name, value in recommended(index, self.mitigation == "amg").items()
+            if getattr(self, name) is None
         }
         return replace(self, **unset)  # type: ignore[arg-type]
 
