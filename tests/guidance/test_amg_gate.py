@@ -128,7 +128,10 @@ def test_a_latched_gate_keeps_despecification_and_not_dissimilarity(repeated, im
 
 def test_a_latched_gate_remembers_the_highest_sigma_since_it_opened(repeated, images):
     """s_1 = c_1·(σ − λ) of the highest σ so far, of every sample by itself; not before it opens."""
-    amg = AntiMemorizationGuidance(repeated, NormalizedL2(), ANY, c1=1.0, latched=True)
+    amg, forgetful = (
+        AntiMemorizationGuidance(repeated, NormalizedL2(), ANY, c1=1.0, latched=latched)
+        for latched in (True, False)
+    )
     observer, memory, highest = Observer(repeated, NormalizedL2(), ANY), {}, [None, None]
     # The first comes nearest in the second step; the second opens its gate in the third only.
     steps = [((5, 0.1), (-1, 0.0)), ((5, 0.02), (-1, 0.0)), ((5, 0.1), (9, 0.1)), ((-1, 0.0),) * 2]
@@ -148,6 +151,8 @@ def test_a_latched_gate_remembers_the_highest_sigma_since_it_opened(repeated, im
         for row, value in enumerate(sigma):
             if highest[row] is not None or value > -0.5:
                 highest[row] = max(value, highest[row] or -9.0)
+        now = [max(value + 0.5, 0.0) for value in sigma]
+        assert forgetful(plain).trace["s1"].tolist() == pytest.approx(now, abs=1e-5)
         guided = amg(plain)
         assert guided.active.tolist() == [value is not None for value in highest]
         expected = [0.0 if value is None else value + 0.5 for value in highest]
