@@ -48,6 +48,14 @@ def test_everyone_draws_from_the_same_noise_and_prompts():
     assert not [key for key in stages[2].options if key.startswith("guidance.")]
 
 
+def test_a_subject_may_have_fewer_samples():
+    few = study({"none": {}, "slow": {"mitigation": "sail", "at_most": 220}})
+    counts = {prompts: few.sampled(prompts)[1].options["count"] for prompts in PROMPTS}
+    assert counts == {"duplicated": 220, "other": 200, "unseen": 220}
+    assert "guidance.at_most" not in few.sampled("other")[1].options
+    assert few.sampled("duplicated")[0].options["count"] == 500
+
+
 def test_what_guides_and_judges_never_sees_which_images_are_repeated():
     for stage in study().shared():
         assert "plan-3" not in stage.line()

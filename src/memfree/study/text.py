@@ -18,6 +18,8 @@ from memfree.study.text_results import ORACLE, REFERENCE, summarise_text
 
 Subjects = dict[str, dict[str, Any]]
 """Options of sample.py below --guidance by subject, as {"wen_5": {"mitigation": "wen", ...}}."""
+AT_MOST = "at_most"
+"""Option of a subject that is none of sampling: draw no more than so many samples of it."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def text_study(
 
     Args:
         name: of the study; its results are NAME.csv, .parquet, .md and .png.
-        subjects: ways to sample, by name: options of sample.py below --guidance.
+        subjects: ways to sample, by name: options of sample.py below --guidance; and at_most, for
+            subjects that are too slow, or matter too little, for all samples of a prompt set.
         out: folder for everything; studies of the same data share it.
         training: the model.
         counts: samples by prompt set.
@@ -201,7 +204,7 @@ class TextStudy:
                     "prompts.captions": prompts,
                     "prompts.least_records": self.training.factor,
                     "out": self.samples(prompts, subject),
-                    "count": self.counts.of(prompts),
+                    "count": min(self.counts.of(prompts), options.get(AT_MOST, 1 << 30)),
                     "batch_size": self.batch_size,
                     "scheduler": "ddim",
                     "steps": self.steps,
@@ -209,7 +212,7 @@ class TextStudy:
                     "seed": self.noise_seed,
                     "trainer.devices": 1,
                     "allow_other_dataset": subject == ORACLE,
-                    **{f"guidance.{key}": value for key, value in options.items()},
+                    **{f"guidance.{key}": options[key] for key in options if key != AT_MOST},
                 },
             )
             for subject, options in self.everyone().items()
