@@ -23,10 +23,10 @@ def index(images):
 
 @pytest.fixture
 def repeated(images):
-    """Images 5 and 9 have three records each, all others one."""
-    counts = torch.ones(80, dtype=torch.int64)
-    counts[[5, 9]] = 3
-    return ReferenceIndex.build(images, labels=torch.arange(80) % 5, counts=counts)
+    """Image 5 has three records; 9 and 10 are near copies of one each, which makes two."""
+    counts, groups = torch.ones(80, dtype=torch.int64), torch.arange(80)
+    counts[5], groups[10] = 3, 9
+    return ReferenceIndex.build(images, labels=torch.arange(80) % 5, counts=counts, groups=groups)
 
 
 def test_gate_margin_opens_earlier(index, images):
@@ -87,46 +87,51 @@ def test_strengths_of_distances_start_at_the_gate_with_its_margin(index, images)
 
 
 def test_despecification_goes_down_to_the_least_scale_for_repeated_images(repeated, images):
-    _, plain = prediction_near(images, [5, 8], labels=torch.tensor([0, 3]))
+    # The images' labels are those that are asked for: G_dup alone leaves what G_spe does.
+    _, plain = prediction_near(images, [5, 8, 9], labels=torch.tensor([0, 3, 4]))
     for least in (1.0, 0.0, 0.5):
-        scales = torch.tensor([least, 1.0]).view(-1, 1, 1, 1)
-        expected = combine(plain.output_cond, plain.output_uncond, scales)
-        # The images' labels are those that are asked for: G_dup alone leaves the same.
         for strengths in ({"c1": 1e6, "c2": 1e6}, {"c1": 1e6}, {"c2": 1e6}):
             amg = AntiMemorizationGuidance(
                 repeated, NormalizedL2(), ANY, **strengths, least_scale=least
             )
-            torch.testing.assert_close(amg(plain).output, expected, atol=1e-5, rtol=0)
+            output = amg(plain).output
+            for row, scale in ((0, least), (1, 1.0), (2, least)):
+                expected = combine(plain.output_cond[row], plain.output_uncond[row], scale)
+                torch.testing.assert_close(output[row], expected, atol=1e-5, rtol=0)
 
 
 def test_a_latched_gate_keeps_despecification_and_not_dissimilarity(repeated, images):
-    _, near = prediction_near(images, [5, -1, 8], labels=torch.tensor([0, 0, 3]))
-    _, far = prediction_near(images, [-1, -1, -1], labels=torch.tensor([0, 0, 3]))
-    far = replace(far, memory=near.memory, step=1)
+    labels = torch.tensor([0, 0, 3])
+    _, near = prediction_near(images, [5, -1, 8], labels=labels)
+    _, far = prediction_near(images, [-1, -1, -1], labels=labels)
+    _, other = prediction_near(images, [-1, 17, -1], labels=torch.tensor([0, 2, 3]))
     for latched in (False, True):
         near.memory.clear()
         amg = AntiMemorizationGuidance(
             repeated, NormalizedL2(), ANY, c1=1e6, c3=10.0, least_scale=0.0, latched=latched
         )
-        first, second = amg(near), amg(far)
+        first = amg(near)
+        second = amg(replace(far, memory=near.memory, step=1))
         assert first.active.tolist() == [True, False, True]
-        assert second.active.tolist() == [latched, False, False]  # image 8 is not repeated
+        assert second.active.tolist() == [latched, False, False]
         assert torch.equal(second.output[1:], far.output[1:])
         assert second.trace["g_sim_norm"].tolist() == [0.0, 0.0, 0.0]
         if latched:
             torch.testing.assert_close(second.output[0], far.output_uncond[0])
             assert second.trace["s1"].tolist() == [3.0, 0.0, 0.0]
-        # The other sample comes near: it alone is moved away from an image.
-        _, other = prediction_near(images, [-1, 9, -1], labels=torch.tensor([0, 4, 3]))
+        # Another sample comes near an image: it alone is moved away from one.
         third = amg(replace(other, memory=near.memory, step=2))
         assert third.active.tolist() == [latched, True, False]
-        moved = third.trace["g_sim_norm"]
-        assert moved[0] == 0 and moved[1] > 0
+        assert third.trace["s1"].tolist() == [3.0 if latched else 0.0, 2.0, 0.0]
+        assert (third.trace["g_sim_norm"] > 0).tolist() == [False, True, False]
 
 
 def test_a_latched_gate_remembers_the_highest_sigma_since_it_opened(repeated, images):
     """s_1 = c_1·(σ − λ) of the highest σ so far, of every sample by itself; not before it opens."""
-    amg = AntiMemorizationGuidance(repeated, NormalizedL2(), ANY, c1=1.0, latched=True)
+    amg, forgetful = (
+        AntiMemorizationGuidance(repeated, NormalizedL2(), ANY, c1=1.0, latched=latched)
+        for latched in (True, False)
+    )
     observer, memory, highest = Observer(repeated, NormalizedL2(), ANY), {}, [None, None]
     # The first comes nearest in the second step; the second opens its gate in the third only.
     steps = [((5, 0.1), (-1, 0.0)), ((5, 0.02), (-1, 0.0)), ((5, 0.1), (9, 0.1)), ((-1, 0.0),) * 2]
@@ -146,6 +151,8 @@ def test_a_latched_gate_remembers_the_highest_sigma_since_it_opened(repeated, im
         for row, value in enumerate(sigma):
             if highest[row] is not None or value > -0.5:
                 highest[row] = max(value, highest[row] or -9.0)
+        now = [max(value + 0.5, 0.0) for value in sigma]
+        assert forgetful(plain).trace["s1"].tolist() == pytest.approx(now, abs=1e-5)
         guided = amg(plain)
         assert guided.active.tolist() == [value is not None for value in highest]
         expected = [0.0 if value is None else value + 0.5 for value in highest]

@@ -96,12 +96,12 @@ class GuidanceSettings:
     """G_sim moves x̂_0 by at most this root mean square a step; 0: no limit. None: 1, embeddings
     0.6 after multiplicity guidance and 2 without."""
     least_scale: float | None = None
-    """What c1 and c2 leave of the guidance scale where the nearest image is repeated: 1, the
-    conditional prediction, in the paper; 0: down to the unconditional prediction, for prompts that
-    belong to one memorized image alone. None: 1, embeddings 0."""
+    """What c1 and c2 leave of the guidance scale near a repeated image: 1, the conditional
+    prediction, in the paper; 0: down to the unconditional one, for prompts of one memorized image.
+    None: 1, embeddings 0."""
     latched: bool | None = None
-    """A sample whose gate was opened by a repeated image keeps c1 and c2 to the end, so that its
-    prompt does not call it back. None: false, embeddings true."""
+    """A sample whose gate was opened by a repeated image keeps c1 and c2 to the end: its prompt
+    does not call it back. None: false, embeddings true."""
     final_correction: bool = True
     """Move what is still too near at the last step just past λ_0 (and the margin)."""
     gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate"
@@ -109,18 +109,17 @@ class GuidanceSettings:
     strength: float = 1.5
     """κ of multiplicity guidance."""
     caption_bandwidth: NonNegativeFloat = 0.3
-    """How far captions other than the prompt count in multiplicity guidance of text-to-image:
-    exp(−(1 − cosine)/caption_bandwidth) of their embeddings; 0: equal captions alone, which pushes
-    prompts of other images towards the repeated ones (docs/method.md)."""
+    """How far captions other than the prompt count in multiplicity guidance of text-to-image, by
+    exp(−(1 − cosine)/caption_bandwidth); 0: equal captions alone (see docs/method.md)."""
     damp_captions: bool = True
-    """In multiplicity guidance of text-to-image, a prompt that is the caption of repeated images
-    counts only as much as it would after deduplication: 1/m for one image with m records."""
+    """In multiplicity guidance of text-to-image, a caption of repeated images counts as much as it
+    would after deduplication: 1/m for one image with m records."""
     cadence: PositiveInt = 1
     """Search the nearest images every so many steps only, until λ_t has risen (time 0.3): cheaper,
     but guidance may begin late by as many steps."""
     wen_norm_steps: NonNegativeInt = 0
-    """Record Wen's norm, the mean of ‖ε_c − ε_∅‖ over this many first steps, in the trace as
-    wen_norm; 0: do not. Of text-to-image models, where the guidance scale is above 1."""
+    """Record Wen's norm, the mean of ‖ε_c − ε_∅‖ over this many first steps, as wen_norm in the
+    trace; 0: do not. Of text-to-image models, where the guidance scale is above 1."""
     budget: PositiveInt = 10
     """Draws of a sample under reject; the last one is kept whatever it is."""
     lower_guidance: baselines.LowerGuidanceOptions = field(
