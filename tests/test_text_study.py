@@ -148,7 +148,10 @@ def write_evaluations(cell, generator):
 
 def test_results_are_gathered_from_both_judges(tmp_path, capsys):
     truth, norms = write_evaluations(tmp_path, np.random.default_rng(0))
-    summarise_text(tmp_path, "trial", list(PROMPTS), ["none", "amg"], Console())
+    for prompts in PROMPTS:  # of a study of other noise on the same model, with fewer samples
+        (tmp_path / "samples-1" / prompts / "none").mkdir(parents=True)
+    samples = tmp_path / "samples-9"
+    summarise_text(tmp_path, "trial", samples, list(PROMPTS), ["none", "amg"], Console())
     rows = pa_csv.read_csv(tmp_path / "trial.csv").to_pylist()
     values = {(row["prompts"], row["subject"], row["metric"]): row["value"] for row in rows}
     assert values["other", "none", "copies"] == 0.75

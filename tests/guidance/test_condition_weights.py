@@ -110,6 +110,25 @@ def test_what_deduplication_leaves_of_a_caption_by_hand(captions, counts, groups
     assert share.item() == pytest.approx(expected)
 
 
+def test_half_precision_outside_does_not_reach_the_cosines(index):
+    """Rounded to bfloat16, a caption would differ from itself, or be the same as a near one."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(1, 3, 64, generator=generator)
+    near = tokens + 0.03 * torch.randn(1, 3, 64, generator=generator)
+    known = dict.fromkeys(CAPTIONS, near) | {"red apple": tokens}
+
+    def encode_64(texts):
+        return TextConditions(torch.cat([known[text] for text in texts]))
+
+    expected = CaptionWeights(index, 0.3).share_of_first_records(
+        encode_64(["red apple"]), encode_64
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        weights = CaptionWeights(index, 0.3)
+        share = weights.share_of_first_records(encode_64(["red apple"]), encode_64)
+    assert torch.equal(share, expected) and float(share) < 0.5
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_a_prompt_counts_as_after_deduplication(index, guidance_scale):
     """Of "red apple": two images of 5 and 2 records, of which deduplication leaves 2 of 7."""

@@ -61,6 +61,12 @@ def test_every_mitigation_of_the_settings_runs_in_the_guard(pipe, index, name):
     assert torch.equal(drawn(pipe, guidance_scale=4.0), plain)
 
 
+def test_wens_norm_is_in_the_trace(pipe, index):
+    with memfree.guard(pipe, index, GuidanceSettings(wen_norm_steps=1)) as report:
+        drawn(pipe, guidance_scale=4.0)
+    assert all(norm > 0 for norm in report.trace["wen_norm"].to_pylist())
+
+
 def test_captions_of_the_index_are_encoded_once_a_call_of_the_pipeline(pipe, index):
     rows = []
     handle = pipe.text_encoder.register_forward_pre_hook(

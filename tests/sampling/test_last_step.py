@@ -9,6 +9,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
@@ -54,6 +55,17 @@ def test_offset_and_gain_are_those_of_the_schedulers_own_step(name, prediction_t
         expected = copy.deepcopy(scheduler).step(said, t, x).prev_sample
         torch.testing.assert_close(offset + gain * x_0, expected, atol=1e-4, rtol=1e-4)
     assert abs(gain - 1) > 0.2
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
+def test_options_of_another_class_are_not_the_schedulers_own(kind):
+    scheduler = kind.from_config(schedule("pndm").config)
+    assert scheduler.config["set_alpha_to_one"] is False  # PNDM's, kept by diffusers
+    scheduler.set_timesteps(6)
+    x, output = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    before = torch.get_rng_state()
+    assert returned(scheduler, scheduler.timesteps[-1], x, output, torch.tensor(0.99)) is None
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES))

@@ -90,8 +90,14 @@ class AntiMemorizationGuidance(Observer):
         caption_records: int = CAPTION_RECORDS,
     ) -> None:
         super().__init__(index, similarity, threshold, cadence)
-        at_least_0 = {"c1": c1, "c2": c2, "c3": c3, "gate_margin": gate_margin}
-        for name, value in {**at_least_0, "margin_per_doubling": margin_per_doubling}.items():
+        at_least_0 = {
+            "c1": c1,
+            "c2": c2,
+            "c3": c3,
+            "gate_margin": gate_margin,
+            "margin_per_doubling": margin_per_doubling,
+        }
+        for name, value in at_least_0.items():
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, not {value:g}")
         if not 0 <= least_scale <= 1:

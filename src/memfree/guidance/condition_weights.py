@@ -120,7 +120,10 @@ class CaptionWeights:
 
     def _cosine(self, prompts: TextConditions, encode: Encode | None) -> Tensor:
         """Cosines (B, captions) of the sentence vectors of prompts and captions."""
-        return prompts.sentence() @ self._encoded(encode).T
+        wanted, known = prompts.sentence(), self._encoded(encode)
+        # In half precision equal captions would differ, and different ones be equal.
+        with torch.autocast(wanted.device.type, enabled=False):
+            return wanted @ known.T
 
     def _encoded(self, encode: Encode | None) -> Tensor:
         """Sentence vectors (captions, D) of all captions."""

@@ -103,7 +103,7 @@ class GuidanceSettings:
     """A sample whose gate was opened by a repeated image keeps c1 and c2 to the end: its prompt
     does not call it back. None: false, embeddings true."""
     final_correction: bool = True
-    """Move what is still too near at the last step just past λ_0 (and the margin)."""
+    """Move what is still too near at the last step past λ_0, by a quarter of gate_margin."""
     gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate"
     """Take ∇σ through x̂_0 alone, or through the denoiser as well (slower)."""
     strength: float = 1.5

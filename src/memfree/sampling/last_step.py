@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -31,10 +32,9 @@ def returned(
     Returns:
         offset like x_t in float32, and gain; None where the sampler returns x̂_0, clamped or not.
     """
-    config = scheduler.config
-    if config.get("set_alpha_to_one", True) and not isinstance(scheduler, PNDMScheduler):
+    if _option(scheduler, "set_alpha_to_one", True) and not isinstance(scheduler, PNDMScheduler):
         return None
-    if config.get("clip_sample", False) or config.get("thresholding", False):
+    if _option(scheduler, "clip_sample", False) or _option(scheduler, "thresholding", False):
         return None  # not linear
 
     def step(prediction: Tensor) -> Tensor:
@@ -44,9 +44,15 @@ def returned(
         return torch.as_tensor(taken[0])
 
     # Linear in the prediction, with one coefficient for all elements: two steps tell it.
-    kind = config.prediction_type
+    kind = scheduler.config.prediction_type
     before = step(output.float())
     one = output_change_from_x_0(torch.ones_like(before), alpha_bar, kind)
     gain = float((step(output.float() + one) - before).mean())
     x_0 = predicted_x_0(sample.float(), output.float(), alpha_bar, kind)
     return before - gain * x_0, gain
+
+
+def _option(scheduler: Any, name: str, default: bool) -> bool:
+    """An option of the scheduler's own: ``from_config`` keeps those of the other class as well."""
+    own = inspect.signature(type(scheduler).__init__).parameters
+    return bool(scheduler.config[name]) if name in own else default

@@ -257,7 +257,11 @@ def _trace_summary(
     conditions = dict(
         zip(records["index"].to_pylist(), records["condition"].to_pylist(), strict=True)
     )
-    known = index.captions if index.labels is None else index.labels.tolist()
+    asked = run.settings["asked"]
+    if asked and isinstance(asked[0], str):
+        known = index.captions
+    else:
+        known = None if index.labels is None else index.labels.tolist()
     labels = None if known is None else dict(zip(index.keys, known, strict=True))
     # Without AMG nothing depends on a gate; the summary then says how near λ_t itself was.
     margins: dict[str, float] = {}

@@ -16,7 +16,7 @@ def trace_summary(
     traces: Sequence[Path],
     margins: Mapping[str, float],
     conditions: Mapping[int, int | str | None],
-    labels: Mapping[str, int] | None,
+    labels: Mapping[str, int | str] | None,
 ) -> dict[str, float | int | None]:
     """Counts over all traces of a run.
 
@@ -24,16 +24,16 @@ def trace_summary(
         traces: files with the columns of DESIGN.md; read one at a time.
         margins: how far below λ_t the gate opens for the image with that key; 0 where it is
             missing.
-        conditions: label of every sample, None without.
-        labels: label of the image with that key in the index; None without labels.
+        conditions: label or prompt of every sample, None without.
+        labels: label, or caption, of the image with that key in the index; None without.
 
     Returns:
         ``active_samples`` and ``active_steps``: shares, in [0, 1], of samples steered at some step
         and of sample-steps steered; ``undecided_samples``: number of samples with
         |σ_t − gate| < 1e-4 at some step, whose bits may depend on the batch size;
         ``other_label_steps``: share of the steered sample-steps whose nearest image has another
-        label than the sample, so that eq. 16 may cost a denoiser call; None where nothing was
-        steered or there are no labels.
+        label (or caption) than the sample (or its prompt), so that eq. 16 may cost a denoiser call;
+        None where nothing was steered or there are no labels.
     """
     rows = active_rows = other = 0
     samples: set[int] = set()

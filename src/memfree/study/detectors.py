@@ -25,15 +25,18 @@ class Roc:
     detector: Detector
 
 
-def detectors(cell: Path, evaluation: Path, prompt_sets: Sequence[str], subject: str) -> list[Roc]:
+def detectors(
+    samples: Path, evaluation: Path, prompt_sets: Sequence[str], subject: str
+) -> list[Roc]:
     """ROC curves over the samples of all prompt sets together.
 
     The truth is the verdict by pixels, which no score is made of. Scores: Wen's norm at the first
     step, and σ_t of the index early on.
 
     Args:
-        cell: folder of the studied model.
-        evaluation: its evaluations by prompt set.
+        samples: the study's sample folders by prompt set and subject; studies of other noise have
+            others.
+        evaluation: evaluations of these samples by prompt set.
         prompt_sets: which of them.
         subject: unguided samples, whose trace has ``wen_norm`` where that was recorded.
 
@@ -46,8 +49,7 @@ def detectors(cell: Path, evaluation: Path, prompt_sets: Sequence[str], subject:
         judged = pq.read_table(evaluation / prompts / "pixels" / "per_sample.parquet")
         mine = judged.filter(pc.equal(judged["subject"], subject)).sort_by("sample")
         truth.append(mine["second_copy"].to_numpy(zero_copy_only=False).astype(bool))
-        folder = next(cell.glob(f"samples-*/{prompts}/{subject}"))
-        for title, values in _scores(folder).items():
+        for title, values in _scores(samples / prompts / subject).items():
             scores.setdefault(title, []).append(values)
     copies = np.concatenate(truth)
     if copies.all() or not copies.any():

@@ -114,7 +114,7 @@ def text_study(
         console.print(lines, markup=False, highlight=False, soft_wrap=True)
         return
     run_stages(stages, console)
-    summarise_text(study.cell, name, prompt_sets, list(study.everyone()), console)
+    summarise_text(study.cell, name, study.drawn, prompt_sets, list(study.everyone()), console)
     save_config(study.cell)
     write_manifest(study.cell, "study", noise_seed, name=name, subjects=subjects)
 
@@ -235,9 +235,14 @@ class TextStudy:
             Stage("evaluate", {**given, **second, "out": to / "embedding"}),
         ]
 
+    @property
+    def drawn(self) -> Path:
+        """Folder of all samples; studies of other noise do not share it."""
+        return self.cell / f"samples-{self.noise_seed}"
+
     def samples(self, prompts: PromptSet, subject: str) -> Path:
-        """Folder of one subject's samples; studies of other noise do not share it."""
-        return self.cell / f"samples-{self.noise_seed}" / prompts / subject
+        """Folder of one subject's samples."""
+        return self.drawn / prompts / subject
 
     def _prepare(self, data: Path, plan: dict[str, Any]) -> Stage:
         return Stage("prepare", {"source": "emoji", "image_size": 32, "out": data, **plan})

@@ -46,6 +46,7 @@ Found = dict[tuple[PromptSet, str, str], Metric]
 def summarise_text(
     cell: Path,
     name: str,
+    samples: Path,
     prompt_sets: Sequence[PromptSet],
     subjects: Sequence[str],
     console: Console,
@@ -55,6 +56,7 @@ def summarise_text(
     Args:
         cell: folder of the studied model.
         name: the study.
+        samples: its sample folders by prompt set and subject.
         prompt_sets: what was prompted with.
         subjects: in the order of the tables.
         console: where the tables are printed.
@@ -77,7 +79,7 @@ def summarise_text(
     write_atomic(cell / f"{name}.parquet", lambda path: pq.write_table(table, path))
     write_atomic(cell / f"{name}.csv", lambda path: pa_csv.write_csv(table, path))
     shown = [*subjects, HELDOUT]
-    rocs = detectors(cell, folder, prompt_sets, REFERENCE) if REFERENCE in subjects else []
+    rocs = detectors(samples, folder, prompt_sets, REFERENCE) if REFERENCE in subjects else []
     write_text(cell / f"{name}.md", as_markdown(found, shown, rocs))
     write_front(cell / f"{name}.png", found, subjects)
     if rocs:

@@ -83,7 +83,8 @@ class SemanticSearch:
             self._sentences = sentences(encode, self.prompts)
         if self._sentences is None:
             return torch.empty(0, self.count, dtype=torch.int64)
-        similarity = wanted @ self._sentences.to(wanted).T
+        with torch.autocast(wanted.device.type, enabled=False):  # else SAME is lost in rounding
+            similarity = wanted @ self._sentences.to(wanted).T
         similarity = similarity.masked_fill(similarity > SAME, -torch.inf)
         # Row by row and stable: a sample's candidates do not depend on its batch.
         order = [row.argsort(descending=True, stable=True)[: self.count] for row in similarity]

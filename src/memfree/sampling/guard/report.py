@@ -65,10 +65,12 @@ class GuardReport:
     @property
     def trace(self) -> pa.Table:
         """One row an image and step: call, draw (0 is the first), sample, step, t, and
-        ``TRACE_COLUMNS``; ``nearest`` is a row of the index. What no guidance recorded is NaN."""
-        names = ("call", "draw", "sample", "step", "t", *TRACE_COLUMNS)
+        ``TRACE_COLUMNS``, then what guidances recorded beside them (``wen_norm``); ``nearest`` is
+        a row of the index. What no guidance recorded is NaN."""
+        names = ["call", "draw", "sample", "step", "t", *TRACE_COLUMNS]
         if not self._trace:
             return pa.table({name: pa.array([], pa.float64()) for name in names})
+        names += [name for name in self._trace[0] if name not in names]
         return pa.table(
             {name: torch.cat([part[name] for part in self._trace]).numpy() for name in names}
         )
