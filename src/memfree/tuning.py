@@ -21,7 +21,13 @@ from memfree.models import LoadedModel, load_model
 from memfree.resolved import save_config
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import SamplingModule
-from memfree.sampling.checks import index_for, labels_in_turn, latents_for, scheduler_for
+from memfree.sampling.checks import (
+    index_for,
+    labels_in_turn,
+    latents_for,
+    refuse_without_captions,
+    scheduler_for,
+)
 from memfree.sampling.png import from_bytes, to_bytes
 from memfree.sampling.prompts import PromptOptions, prompts_in_turn
 from memfree.sampling.schedulers import SchedulerName
@@ -96,6 +102,7 @@ def tune(
     if asked is None:
         asked = labels_in_turn(None, loaded, guidance_scale)
     reference = index_for(index, loaded, guidance, allow_other_dataset)
+    refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
     guidance = guidance.resolved(reference)
     reference.to("cuda" if torch.cuda.is_available() else "cpu")
     sampler = scheduler_for(scheduler, loaded, steps)

@@ -100,7 +100,7 @@ class MultiplicityGuidance:
 
     Args:
         index: references in the denoiser's own space, pixels or latents, with multiplicities (and
-            labels or captions for conditional use).
+            labels or captions for conditional use), on the device of the samples.
         strength: κ; 1 is the difference itself, 0 changes nothing.
         caption_bandwidth: how far captions other than the prompt count; see ``CaptionWeights``.
         damped: a prompt that is the caption of repeated images counts only as much as their

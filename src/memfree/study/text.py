@@ -115,8 +115,8 @@ def text_study(
         return
     run_stages(stages, console)
     summarise_text(study.cell, name, study.drawn, prompt_sets, list(study.everyone()), console)
-    save_config(study.cell)
-    write_manifest(study.cell, "study", noise_seed, name=name, subjects=subjects)
+    save_config(study.evaluation)
+    write_manifest(study.evaluation, "study", noise_seed, name=name, subjects=subjects)
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,11 @@ class TextStudy:
     def unique(self) -> Path:
         """Folder of the data without repetitions and of the oracle."""
         return self.out / "unique"
+
+    @property
+    def evaluation(self) -> Path:
+        """Folder of this study's figures; several studies may share a model."""
+        return self.cell / f"evaluation-{self.name}"
 
     def everyone(self) -> Subjects:
         """The subjects, and the oracle, which is not guided."""
@@ -228,7 +233,7 @@ class TextStudy:
             "reference": REFERENCE if REFERENCE in self.subjects else next(iter(self.subjects)),
             **({"other_data": [ORACLE]} if self.oracle else {}),
         }
-        to = self.cell / f"evaluation-{self.name}" / prompts
+        to = self.evaluation / prompts
         second = {"second_embedding": self.out / "second_embedding"}
         return [
             Stage("evaluate", {**given, "clip": self.out / "clip", "out": to / "pixels"}),
