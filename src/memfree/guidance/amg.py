@@ -11,8 +11,10 @@ from memfree.calibration_size import DEFAULT_RATE
 from memfree.conditions import differ
 from memfree.diffusion_math import predicted_x_0
 from memfree.guidance import corrections
+from memfree.guidance.asked_records import AskedRecords
 from memfree.guidance.detection import EVERY_STEP, Cadence, Detection, Observer, recorded
 from memfree.guidance.displacement import limit_displacement, move_below
+from memfree.guidance.latch import chosen, nearest_call
 from memfree.guidance.neighbour_conditions import (
     CAPTION_NEIGHBOURS,
     CAPTION_RECORDS,
@@ -52,8 +54,9 @@ class AntiMemorizationGuidance(Observer):
             ``NormalizedL2`` only G_sim then acts below λ_t: c_1 and c_2 multiply how far σ_t is
             above the gate, which is 0 there.
         margin_per_doubling: the margin grows by this with every doubling of the records m of the
-            nearest image: gate_margin + margin_per_doubling·log_2 m. That a sample will copy an
-            image is the more likely the more often the model saw it, long before it is near.
+            nearest image (``caption_bandwidth``: which of them): gate_margin +
+            margin_per_doubling·log_2 m. That a sample will copy an image is the more likely the
+            more often the model saw it, long before it is near.
         least_scale: what despecification and deduplication leave of s_0 at least where the nearest
             image is repeated. 1 in the paper: the conditional prediction, which for a prompt that
             belongs to one memorized image is that image. 0: down to the unconditional prediction.
@@ -66,6 +69,8 @@ class AntiMemorizationGuidance(Observer):
             see ``NeighbourConditions``.
         caption_neighbours: k of ``most_common``.
         caption_records: m of ``most_common``.
+        caption_bandwidth: a repeated image has the records that the sample's prompt asks for, by
+            a kernel of this bandwidth (``AskedRecords``). None: all of them, whatever the prompt.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class AntiMemorizationGuidance(Observer):
         caption_policy: CaptionPolicy = "nearest",
         caption_neighbours: int = CAPTION_NEIGHBOURS,
         caption_records: int = CAPTION_RECORDS,
+        caption_bandwidth: float | None = None,
     ) -> None:
         super().__init__(index, similarity, threshold, cadence)
         at_least_0 = {
@@ -115,6 +121,7 @@ class AntiMemorizationGuidance(Observer):
         self.margin_per_doubling = margin_per_doubling
         self.least_scale = least_scale
         self.latched = latched
+        self.records = AskedRecords(index, caption_bandwidth)
         self.neighbour_conditions = NeighbourConditions(
             index, caption_policy, caption_neighbours, caption_records
         )
@@ -134,67 +141,56 @@ class AntiMemorizationGuidance(Observer):
     def __call__(self, prediction: Prediction) -> Prediction:
         """Correct the active rows; all others keep their bits."""
         detection = self.detect(prediction)
-        sigma = detection.match.sigma
-        near = self.opens(detection)
-        repeated = near & (self.records(detection.match) > 1)
-        peak = self._peak(prediction, sigma, repeated)
-        held = peak.isfinite() if self.latched else repeated
+        match = past = detection.match
+        records = self.records(prediction, match)
+        near = self.opens(detection, records)
+        held = near & (records > 1)
+        if self.latched:
+            call = nearest_call(prediction, self, match, held)
+            held = call.sigma.isfinite()
+            past = chosen(call.sigma > match.sigma, call, match)
         active = near | held
         prediction = recorded(prediction, detection).activated(active)
         rows = active.nonzero().squeeze(1)
-        zeros = torch.zeros_like(sigma)
+        zeros = torch.zeros_like(match.sigma)
         columns = {"s1": zeros.clone(), "s2": zeros.clone(), "g_sim_norm": zeros.clone()}
         if len(rows):
-            used = torch.maximum(sigma, peak) if self.latched else sigma
-            result = self._despecified(prediction, detection, used, held, rows, columns)
+            detected = Detection(past, detection.threshold)
+            result = self._despecified(prediction, detected, held, rows, columns)
             if self.c3 > 0 and bool(near.any()):
                 rows = near.nonzero().squeeze(1)
                 # The gradient is at x̂_0 as it was detected, before anything was changed.
-                g_sim = self._g_sim(prediction, detection.match, rows)
+                g_sim = self._g_sim(prediction, match, rows)
                 columns["g_sim_norm"][rows] = row_norm(g_sim)
                 result = result.with_eps_change(g_sim, rows)
             prediction = result
         if prediction.is_last and self.final_correction is not None:
-            prediction = self._correct_last(prediction, sigma, active, self.final_correction)
+            prediction = self._correct_last(prediction, match.sigma, active, self.final_correction)
         return prediction.recorded(**columns)
 
-    def opens(self, detection: Detection) -> Tensor:
+    def opens(self, detection: Detection, records: Tensor) -> Tensor:
         """The gate of eq. 10 with its margin, (B,) bool; open to all if ``gated`` is False."""
         sigma = detection.match.sigma
         if not self.gated:
             return torch.ones_like(sigma, dtype=torch.bool)
-        return corrections.gate(sigma, detection.threshold - self.margin(detection.match))
+        return corrections.gate(sigma, detection.threshold - self.margin(records))
 
-    def margin(self, match: Match) -> Tensor:
+    def margin(self, records: Tensor) -> Tensor:
         """How far below λ_t the gate opens, (B,), by the records of the nearest image."""
-        margin = torch.full_like(match.sigma, self.gate_margin)
+        margin = torch.full_like(records, self.gate_margin)
         if self.margin_per_doubling == 0:
             return margin
-        return margin + self.margin_per_doubling * self.records(match).float().log2()
-
-    def records(self, match: Match) -> Tensor:
-        """Training records (B,) of the nearest image and its near copies."""
-        return self.index.group_multiplicity.to(match.rows.device)[match.rows[:, 0]]
-
-    def _peak(self, prediction: Prediction, sigma: Tensor, repeated: Tensor) -> Tensor:
-        """Highest σ (B,) of each sample since a repeated image opened its gate; −∞ before."""
-        key = (self, "peak")
-        never = torch.full_like(sigma, -torch.inf)
-        before = prediction.memory.get(key, never)
-        opened = repeated | before.isfinite()
-        prediction.memory[key] = torch.where(opened, torch.maximum(before, sigma), never)
-        return prediction.memory[key]
+        return margin + self.margin_per_doubling * records.log2()
 
     def _despecified(
         self,
         prediction: Prediction,
         detection: Detection,
-        sigma: Tensor,
         held: Tensor,
         rows: Tensor,
         columns: dict[str, Tensor],
     ) -> Prediction:
-        """G_spe and G_dup (eq. 13 to 16) of ``rows``, by σ (B,); s_1 and s_2 into ``columns``.
+        """G_spe and G_dup (eq. 13 to 16) of ``rows``; s_1 and s_2 into ``columns``.
 
         Down to ``least_scale`` where ``held`` (B,) by a repeated image, to 1 elsewhere.
         """
@@ -202,14 +198,15 @@ class AntiMemorizationGuidance(Observer):
         s_0 = prediction.guidance_scale
         if cond is None or uncond is None or s_0 <= self.least_scale:
             return prediction
+        match = detection.match
         least = torch.where(held[rows], self.least_scale, 1.0)
-        gate = detection.threshold - self.margin(detection.match)[rows]
-        strength = self.similarity.strength(sigma[rows], gate)
+        gate = detection.threshold - self.margin(self.records(prediction, match)[rows])
+        strength = self.similarity.strength(match.sigma[rows], gate)
         s_1 = corrections.despecification_scale(strength, self.c1, s_0, least)
         s_2 = corrections.deduplication_scale(strength, self.c2, s_0, s_1, least)
         change = corrections.despecification(s_1, cond[rows], uncond[rows])
         if self.c2 > 0:
-            neighbour = self._neighbour_output(prediction, detection.match, rows, s_2)
+            neighbour = self._neighbour_output(prediction, match, rows, s_2)
             change = change + corrections.deduplication(s_2, neighbour, uncond[rows])
         columns["s1"][rows], columns["s2"][rows] = s_1, s_2
         # Differences of outputs: the same formula for ε and for v (see Prediction).

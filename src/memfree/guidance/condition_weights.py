@@ -25,6 +25,19 @@ def log_weights(counts: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Ten
     return m.log().float(), share.log().float()
 
 
+def caption_kernel(cosine: Tensor, bandwidth: float) -> Tensor:
+    """K: 1 for equal captions, else exp(−(1 − cos)/bandwidth), of sentence vectors' cosines.
+
+    Args:
+        cosine: of any shape.
+        bandwidth: 0: K is 0 for captions that are not equal.
+    """
+    equal = cosine > EQUAL
+    if bandwidth == 0:
+        return equal.float()
+    return torch.where(equal, 1.0, ((cosine - 1) / bandwidth).exp())
+
+
 class LabelWeights:
     """Records of each reference under a label.
 
@@ -95,10 +108,7 @@ class CaptionWeights:
             ValueError: there is no text encoder.
         """
         cosine = self._cosine(prompts, encode)
-        equal = cosine > EQUAL
-        kernel = equal.float()
-        if self.bandwidth > 0:
-            kernel = torch.where(equal, 1.0, ((cosine - 1) / self.bandwidth).exp())
+        kernel = caption_kernel(cosine, self.bandwidth)
         m = torch.zeros(len(prompts), self._rows, device=cosine.device)
         m.index_add_(1, self._row, kernel[:, self._caption] * self._count)
         log_m = m.log()

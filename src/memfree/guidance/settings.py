@@ -109,8 +109,8 @@ class GuidanceSettings:
     strength: float = 1.5
     """κ of multiplicity guidance."""
     caption_bandwidth: NonNegativeFloat = 0.3
-    """How far captions other than the prompt count in multiplicity guidance of text-to-image, by
-    exp(−(1 − cosine)/caption_bandwidth); 0: equal captions alone (see docs/method.md)."""
+    """How far records with other captions than the prompt count, in multiplicity guidance and in
+    the repeated images of AMG: by exp(−(1 − cosine)/caption_bandwidth); 0: equal captions alone."""
     damp_captions: bool = True
     """In multiplicity guidance of text-to-image, a caption of repeated images counts as much as it
     would after deduplication: 1/m for one image with m records."""
@@ -291,6 +291,7 @@ class GuidanceSettings:
             caption_policy=self.caption_policy,
             caption_neighbours=int(self.caption_neighbours),
             caption_records=int(self.caption_records),
+            caption_bandwidth=float(self.caption_bandwidth),
         )
 
     def _threshold(self, index: ReferenceIndex) -> ThresholdSchedule | ConstantThreshold:
