@@ -7,12 +7,15 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 from memfree import cli
 from memfree.evaluation.metrics import Metric, write_metrics
+from memfree.study import text_plots
 from memfree.study.text import Counts, TextStudy, Training, text_study
 from memfree.study.text_results import PROMPTS, summarise_text
 
@@ -144,6 +147,25 @@ def write_evaluations(cell, generator):
         truth.append(copies)
         norms.append(norm)
     return np.concatenate(truth), np.concatenate(norms)
+
+
+def test_rows_show_the_first_samples_of_everyone(tmp_path, monkeypatch):
+    """Each subject's uniform colour fills its row, however few samples it has."""
+
+    class Folder:
+        def __init__(self, path):
+            self.value = float(path.name)
+
+        def batches(self, size):
+            assert size == 10
+            yield torch.full((4, 3, 8, 8), self.value)
+
+    monkeypatch.setattr(text_plots, "SampleFolder", Folder)
+    text_plots.write_rows(tmp_path / "rows.png", {"dark": Path("-1.0"), "grey": Path("0.0")})
+    picture = np.asarray(Image.open(tmp_path / "rows.png").convert("L"), dtype=float)
+    middle, right = picture.shape[0] // 2, picture[:, picture.shape[1] // 4]
+    assert right[:middle].min() == 0
+    assert 120 <= right[middle:].min() <= 135
 
 
 def test_results_are_gathered_from_both_judges(tmp_path, capsys):

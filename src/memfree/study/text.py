@@ -14,6 +14,7 @@ from memfree.data.prompts import PromptSet
 from memfree.manifest import write_manifest
 from memfree.resolved import save_config
 from memfree.stages import Stage, run_stages
+from memfree.study.text_plots import write_rows
 from memfree.study.text_results import ORACLE, REFERENCE, summarise_text
 
 Subjects = dict[str, dict[str, Any]]
@@ -78,7 +79,7 @@ def text_study(
     them at the end, for tables of all.
 
     Args:
-        name: of the study; its results are NAME.csv, .parquet, .md and .png.
+        name: of the study; its results are NAME.csv, .parquet, .md, .png and -rows.png.
         subjects: ways to sample, by name: options of sample.py below --guidance; and at_most, for
             subjects that are too slow, or matter too little, for all samples of a prompt set.
         out: folder for everything; studies of the same data share it.
@@ -114,6 +115,8 @@ def text_study(
         console.print(lines, markup=False, highlight=False, soft_wrap=True)
         return
     run_stages(stages, console)
+    drawn = {subject: study.samples(prompt_sets[0], subject) for subject in study.everyone()}
+    write_rows(study.cell / f"{name}-rows.png", drawn)
     summarise_text(study.cell, name, study.drawn, prompt_sets, list(study.everyone()), console)
     save_config(study.evaluation)
     write_manifest(study.evaluation, "study", noise_seed, name=name, subjects=subjects)

@@ -1,4 +1,4 @@
-"""The pictures of a text study: copies against quality, and how well copies are foreseen."""
+"""The pictures of a text study: samples, copies against quality, how well copies are foreseen."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from memfree.evaluation.plots import PRINTED_COLOURS
 from memfree.manifest import write_atomic
+from memfree.sampling.folder import SampleFolder
 
 if TYPE_CHECKING:
     from memfree.evaluation.metrics import Metric
@@ -28,6 +29,29 @@ PANELS = (
     ("unseen", "clip_margin", "CLIP margin on unseen captions"),
 )
 """Prompt set, metric and label of each panel's vertical axis."""
+
+COLUMNS = 10
+"""Samples in a row of the picture."""
+
+
+def write_rows(path: Path, folders: Mapping[str, Path]) -> None:
+    """Write a PNG of the first samples, a row a subject; each column is from the same noise."""
+    figure = Figure(figsize=(7, 0.62 * len(folders)), layout="constrained")
+    grid = figure.subplots(len(folders), COLUMNS, squeeze=False)
+    for row, (subject, folder) in zip(grid, folders.items(), strict=True):
+        images = next(iter(SampleFolder(folder).batches(COLUMNS)))
+        row[0].set_ylabel(subject, rotation=0, ha="right", va="center", fontsize=9)
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        for axes, image in zip(row, images, strict=False):
+            # Without smoothing: these pixels are what was judged.
+            axes.imshow(
+                ((image + 1) / 2).permute(1, 2, 0).squeeze(2).numpy(),
+                "gray",
+                interpolation="nearest",
+            )
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
 
 
 def write_front(
