@@ -50,12 +50,16 @@ def posterior(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Images (B, 3, H, W), about in [−1, 1], of scaled latents; differentiable.
 
+    In the arithmetic of the weights, whatever autocast says: Stable Diffusion XL's autoencoder
+    overflows in float16, and in bfloat16 images have fewer shades than they are saved with.
+
     Args:
         vae: an ``AutoencoderKL``, or an ``AutoencoderTiny``, whose latents are never scaled.
         latents: (B, C, h, w).
     """
     scale, shift = scaling(vae)
-    return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0].float()
+    with torch.autocast(latents.device.type, enabled=False):
+        return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0].float()
 
 
 def scaling(vae: Any) -> tuple[float, float]:
