@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memfree.retrieval.latents import scaling
+
 
 def latent_shape(vae: Any, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """(C, h, w) of the latents of images (3, H, W).
@@ -60,9 +62,3 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     scale, shift = scaling(vae)
     with torch.autocast(latents.device.type, enabled=False):
         return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0].float()
-
-
-def scaling(vae: Any) -> tuple[float, float]:
-    """The autoencoder's scaling and shift factors."""
-    config = vae.config
-    return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
