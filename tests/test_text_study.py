@@ -110,6 +110,7 @@ def test_subjects_are_checked(tmp_path):
 def test_it_is_started_where_its_configuration_is(tmp_path, monkeypatch):
     assert (CONFIGS.parents[1] / study().trained()[-1].options["config"]).is_file()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("memfree.study.text.run_stages", lambda *_: pytest.fail("it began"))
     with pytest.raises(FileNotFoundError, match=r"no configs/emoji_scratch.yaml here: run memfree"):
         text_study("trial", SUBJECTS, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -97,13 +97,22 @@ def test_options_of_another_class_are_not_the_schedulers_own(kind):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("name", "eta"), [*((name, 0.0) for name in SCHEDULES), ("ddim", 1.0)])
-def test_no_finished_image_is_above_the_last_corrections_target(name, eta):
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_no_finished_image_is_above_the_last_corrections_target(name):
     pipe = tiny_pipelines.stable_diffusion(schedule(name))
-    expected = drawn(pipe, num_inference_steps=10, eta=eta)
+    expected = drawn(pipe, num_inference_steps=10)
     index = make_index(2 * expected[:1] - 1)
     only_last = amg(index, 1.0, c3=0.0, final_correction=-0.2)
     with memfree.guard(pipe, index, only_last) as report:
-        images = drawn(pipe, num_inference_steps=10, eta=eta)
+        images = drawn(pipe, num_inference_steps=10)
     assert report.verdicts[0].nearest == "img0" and not torch.equal(images[0], expected[0])
     assert max(one.similarity for one in report.verdicts) <= -0.2
+
+
+def test_a_guard_knows_what_noisy_ddim_will_return():
+    pipe, index, seen = tiny_pipelines.stable_diffusion(schedule("ddim")), make_index(), []
+    with memfree.guard(pipe, index, lambda prediction: seen.append(prediction) or prediction):
+        latents = drawn(pipe, eta=1.0, output_type="latent")
+    offset, gain = seen[-1].returned
+    x_0 = seen[-1].clean_estimate()
+    torch.testing.assert_close(offset + gain * x_0, latents, atol=1e-4, rtol=1e-4)
