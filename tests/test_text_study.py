@@ -17,7 +17,7 @@ from memfree import cli
 from memfree.evaluation.metrics import Metric, write_metrics
 from memfree.study import text_plots
 from memfree.study.text import Counts, TextStudy, Training, text_study
-from memfree.study.text_results import PROMPTS, summarise_text
+from memfree.study.text_results import PROMPTS, as_markdown, summarise_text
 
 SUBJECTS = {"none": {"mitigation": "none", "wen_norm_steps": 1}, "amg": {"mitigation": "amg"}}
 CONFIGS = Path(__file__).parents[1] / "configs" / "study"
@@ -108,6 +108,28 @@ def test_subjects_are_checked(tmp_path):
         text_study("trial", {"oracle": {}}, out=tmp_path)
     with pytest.raises(ValueError, match=r"--subjects: use letters, digits, - and _ .*'kappa_2.5'"):
         text_study("trial", {"kappa_2.5": {}}, out=tmp_path)
+
+
+def test_it_is_started_where_its_configuration_is(tmp_path, monkeypatch):
+    assert (CONFIGS.parents[1] / study().trained()[-1].options["config"]).is_file()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("memfree.study.text.run_stages", lambda *_: pytest.fail("it began"))
+    with pytest.raises(FileNotFoundError, match=r"no configs/emoji_scratch.yaml here: run memfree"):
+        text_study("trial", SUBJECTS, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("order", "reference"), [(["wen", "none"], "none"), (["amg", "wen"], "amg")]
+)
+def test_tables_name_whom_the_others_are_compared_with(order, reference):
+    subjects = {one: {} for one in order}
+    found = {
+        ("other", one, "clip_margin_difference"): Metric("m", one, 0.0, None, None, 9)
+        for one in order
+    }
+    assert f"| … less that of {reference} |" in as_markdown(found, order, [])
+    assert study(subjects).evaluated("other")[0].options["reference"] == reference
 
 
 def write_evaluations(cell, generator):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from memfree.conditions import TextConditions, differ
+from memfree.conditions import SAME, TextConditions, cosines, differ
 from memfree.guidance import Cadence, MultiplicityGuidance, Observer, Prediction
 from memfree.guidance.condition_weights import CaptionWeights
 from memfree.guidance.prediction import combine
@@ -127,6 +127,25 @@ def test_half_precision_outside_does_not_reach_the_cosines(index):
         weights = CaptionWeights(index, 0.3)
         share = weights.share_of_first_records(encode_64(["red apple"]), encode_64)
     assert torch.equal(share, expected) and float(share) < 0.5
+
+
+def test_sentences_are_compared_in_double_precision():
+    """A GPU that may use TF32 rounds float32 to 11 bits; here bfloat16 stands for it."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(n, 1, 64, generator=generator) for n in (20, 300))
+    second[:20] = first
+    a, b = (TextConditions(tokens).sentence() for tokens in (first, second))
+    matmul, before = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        with torch.autocast("cpu", torch.bfloat16):
+            found = cosines(a, b)
+    finally:
+        matmul.fp32_precision = before
+    expected = a.numpy().astype(np.float64) @ b.numpy().astype(np.float64).T
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-7, rtol=0)
+    assert torch.equal((found > SAME).nonzero(), torch.arange(20)[:, None].expand(20, 2))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])

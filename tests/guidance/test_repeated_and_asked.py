@@ -63,6 +63,12 @@ def test_records_count_by_their_captions(index, images, bandwidth):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+def test_half_precision_outside_does_not_reach_the_captions(index, images):
+    expected = asked(index, images, ["fruit"], [5], 0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert asked(index, images, ["fruit"], [5], 0.3) == expected
+
+
 def test_without_a_bandwidth_all_records_count(index, images):
     assert asked(index, images, ["postbox", "unseen"], [5, 9], None) == [64.0, 2.0]
 

@@ -49,6 +49,18 @@ def test_estimates_are_its_images_and_samples_are_not(model_folder, tmp_path):
     model.to(torch.device("cpu", 0))
 
 
+def test_mixed_precision_does_not_reach_decoders_and_text_encoders(model_folder, tmp_path):
+    tiny_decoder().save_pretrained(tmp_path / "decoder")
+    model = load_model(model_folder, tmp_path / "decoder")
+    for decode in (model.decode, model.decode_estimate):
+        expected = decode(latents_of(3))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(decode(latents_of(3)), expected)
+    said = model.encode(["red apple"]).embeddings
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.encode(["red apple"]).embeddings, said)
+
+
 def test_far_latents_have_next_to_no_gradient():
     """What the documentation warns of: 3·tanh(z/3)."""
     decoder = tiny_decoder().requires_grad_(False)

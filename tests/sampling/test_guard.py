@@ -303,7 +303,13 @@ def test_out_of_memory_says_which_option_lowers_it(pipe, index):
         pytest.raises(torch.OutOfMemoryError, match="smaller chunk_size \\(now 4\\)") as caught,
     ):
         drawn(pipe)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "a decoder such as" in str(caught.value)
+    small = tiny_pipelines.tiny_autoencoder()
+    with (
+        memfree.guard(pipe, index, hungry, chunk_size=1, decoder=small),
+        pytest.raises(torch.OutOfMemoryError, match="no option lowers it further"),
+    ):
+        drawn(pipe)
 
 
 def test_settings_and_an_index_without_captions_are_taken(pipe):

@@ -28,7 +28,7 @@ class Forced(AntiMemorizationGuidance):
         )
         self.count = count
 
-    def opens(self, detection):
+    def opens(self, detection, records):
         sigma = detection.match.sigma
         return torch.arange(len(sigma), device=sigma.device) < self.count
 

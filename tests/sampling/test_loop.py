@@ -224,3 +224,23 @@ def test_works_inside_inference_mode(denoiser, index):
     with torch.inference_mode():
         inside = sample(denoiser, DDIMScheduler(), noise, 4, guidance, y, 2.0).images
     assert torch.equal(outside, inside)
+
+
+def test_mixed_precision_is_for_the_denoiser_alone():
+    weight = torch.eye(8)
+    seen = []
+
+    def denoiser(x_t, t, conditions):
+        return x_t @ weight
+
+    def guidance(prediction):
+        again = prediction.denoise(prediction.x_t, None)
+        seen.append((prediction.output.dtype, again.dtype, (again.float() @ weight).dtype))
+        return prediction
+
+    noise = initial_noise(0, range(2), (1, 8, 8))
+    sample(denoiser, DDIMScheduler(), noise, 2, guidance)
+    with torch.autocast("cpu", torch.bfloat16):
+        sample(denoiser, DDIMScheduler(), noise, 2, guidance)
+    full, half = torch.float32, torch.bfloat16
+    assert seen == [(full, full, full)] * 2 + [(half, half, full)] * 2

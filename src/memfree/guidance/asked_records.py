@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memfree.conditions import TextConditions, sentences
+from memfree.conditions import TextConditions, cosines, sentences
 from memfree.guidance.condition_weights import caption_kernel
 from memfree.guidance.prediction import Prediction
 from memfree.guidance.similarity import Match
@@ -50,12 +50,11 @@ class AskedRecords:
         repeated = (records > 1).nonzero().squeeze(1)
         wanted = prompts[repeated].sentence()
         groups = self.index.group.to(nearest.device)[nearest[repeated]].tolist()
-        for row, sentence, group in zip(repeated.tolist(), wanted, groups, strict=True):
+        for row, sentence, group in zip(repeated.tolist(), wanted[:, None], groups, strict=True):
             # Records without a caption are asked for by every prompt.
             if counts := self.index.items.caption_counts.get(group):
-                fit = caption_kernel(
-                    self._encoded(prediction, group, counts) @ sentence, self.bandwidth
-                )
+                known = self._encoded(prediction, group, counts)
+                fit = caption_kernel(cosines(sentence, known)[0], self.bandwidth)
                 m = torch.tensor(list(counts.values()), dtype=torch.float32, device=fit.device)
                 records[row] -= ((1 - fit) * m).sum()
         return records.clamp(min=1)

@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memfree.conditions import Encode, TextConditions, sentences
+from memfree.conditions import SAME, Encode, TextConditions, cosines, sentences
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-
-EQUAL = 1 - 1e-6
-"""Cosine of sentence vectors above which two captions count as the same."""
 
 
 def log_weights(counts: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +29,7 @@ def caption_kernel(cosine: Tensor, bandwidth: float) -> Tensor:
         cosine: of any shape.
         bandwidth: 0: K is 0 for captions that are not equal.
     """
-    equal = cosine > EQUAL
+    equal = cosine > SAME
     if bandwidth == 0:
         return equal.float()
     return torch.where(equal, 1.0, ((cosine - 1) / bandwidth).exp())
@@ -123,17 +120,14 @@ class CaptionWeights:
         Σ_i m_i(y)/m_i / Σ_i m_i(y), over the references i with caption y: 1 where none of them is
         repeated or none has this caption, 1/m for the caption of one image of m records alone.
         """
-        records = (self._cosine(prompts, encode) > EQUAL).float()[:, self._caption] * self._count
+        records = (self._cosine(prompts, encode) > SAME).float()[:, self._caption] * self._count
         total = records.sum(dim=1)
         left = (records / self._log_group.exp()[self._row]).sum(dim=1)
         return torch.where(total > 0, left / total.clamp(min=1), 1.0)
 
     def _cosine(self, prompts: TextConditions, encode: Encode | None) -> Tensor:
         """Cosines (B, captions) of the sentence vectors of prompts and captions."""
-        wanted, known = prompts.sentence(), self._encoded(encode)
-        # In half precision equal captions would differ, and different ones be equal.
-        with torch.autocast(wanted.device.type, enabled=False):
-            return wanted @ known.T
+        return cosines(prompts.sentence(), self._encoded(encode))
 
     def _encoded(self, encode: Encode | None) -> Tensor:
         """Sentence vectors (captions, D) of all captions."""

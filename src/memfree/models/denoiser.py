@@ -83,8 +83,12 @@ class LoadedModel:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextConditions:
-        """What the denoiser of a text-to-image model is told of prompts, one each."""
-        return encode(self.pipe, prompts)
+        """What the denoiser of a text-to-image model is told of prompts, one each.
+
+        Whatever autocast says: rounded, the same caption would differ from batch to batch.
+        """
+        with torch.autocast(self.pipe.text_encoder.device.type, enabled=False):
+            return encode(self.pipe, prompts)
 
     def to(self, device: torch.device) -> None:
         """Move all networks to a device."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memfree.retrieval.latents import scaling
+
 
 def latent_shape(vae: Any, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """(C, h, w) of the latents of images (3, H, W).
@@ -50,15 +52,13 @@ def posterior(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Images (B, 3, H, W), about in [−1, 1], of scaled latents; differentiable.
 
+    In the arithmetic of the weights, whatever autocast says: Stable Diffusion XL's autoencoder
+    overflows in float16, and in bfloat16 images have fewer shades than they are saved with.
+
     Args:
         vae: an ``AutoencoderKL``, or an ``AutoencoderTiny``, whose latents are never scaled.
         latents: (B, C, h, w).
     """
     scale, shift = scaling(vae)
-    return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0].float()
-
-
-def scaling(vae: Any) -> tuple[float, float]:
-    """The autoencoder's scaling and shift factors."""
-    config = vae.config
-    return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+    with torch.autocast(latents.device.type, enabled=False):
+        return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0].float()

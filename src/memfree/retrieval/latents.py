@@ -36,8 +36,7 @@ class LatentFeatures(Features):
         self.path = None if path is None else Path(path).absolute()
         self.vae = vae
         self.weights_sha256 = state_hash(self.vae)
-        self.scaling_factor = float(self.vae.config.scaling_factor)
-        self.shift_factor = float(getattr(self.vae.config, "shift_factor", None) or 0.0)
+        self.scaling_factor, self.shift_factor = scaling(self.vae)
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.vae.to(self.dtype)
         self.vae.requires_grad_(False)
@@ -102,3 +101,9 @@ class LatentFeatures(Features):
             "output": "mode of the posterior, minus shift, times scale, flattened",
             "metric": self.metric,
         }
+
+
+def scaling(vae: Any) -> tuple[float, float]:
+    """The autoencoder's scaling and shift factors."""
+    config = vae.config
+    return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)

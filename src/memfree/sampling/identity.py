@@ -24,12 +24,15 @@ def index_state(index: ReferenceIndex | None) -> dict[str, str | None]:
 
 
 def vectors_hash(index: ReferenceIndex) -> str:
-    """SHA-256 over the rows of an index, their extractor and their counts."""
+    """SHA-256 over the rows of an index, their extractor, and all that is known of them."""
     digest = hashlib.sha256(index.vectors.detach().cpu().contiguous().numpy().tobytes())
-    digest.update(json.dumps(index.features.describe(), sort_keys=True).encode())
-    for column in (index.group, index.multiplicity, index.label_counts):
-        if column is not None:
-            digest.update(column.cpu().contiguous().numpy().tobytes())
-    if index.captions is not None:
-        digest.update(json.dumps(index.captions).encode())
+    known = {
+        "features": index.features.describe(),
+        "keys": index.keys,
+        "group": index.group.tolist(),
+        "multiplicity": index.multiplicity.tolist(),
+        "num_classes": index.num_classes,
+        "conditions": index.items.conditions.to_pydict(),
+    }
+    digest.update(json.dumps(known, sort_keys=True).encode())
     return digest.hexdigest()

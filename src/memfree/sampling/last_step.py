@@ -8,13 +8,20 @@ from typing import Any
 
 import torch
 from diffusers import PNDMScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from memfree.diffusion_math import output_change_from_x_0, predicted_x_0
 
 
 def returned(
-    scheduler: Any, t: Tensor, sample: Tensor, output: Tensor, alpha_bar: Tensor
+    scheduler: Any,
+    t: Tensor,
+    sample: Tensor,
+    output: Tensor,
+    alpha_bar: Tensor,
+    eta: float = 0.0,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> tuple[Tensor, float] | None:
     """(offset, gain): the last step returns offset + gain·x̂_0, whatever x̂_0 guidance makes of it.
 
@@ -28,6 +35,8 @@ def returned(
         sample: x_t (B, ...).
         output: the model's prediction, like x_t.
         alpha_bar: ᾱ_t.
+        eta: η of DDIM, the share of fresh noise that the step adds; other samplers have none.
+        generator: what it is drawn from, None for torch's own; it is copied, not used.
 
     Returns:
         offset like x_t in float32, and gain; None where the sampler returns x̂_0, clamped or not.
@@ -36,11 +45,14 @@ def returned(
         return None
     if _option(scheduler, "clip_sample", False) or _option(scheduler, "thresholding", False):
         return None  # not linear
+    options: dict[str, Any] = {"return_dict": False}
+    if eta > 0 and "eta" in inspect.signature(scheduler.step).parameters:
+        options |= {"eta": eta, "variance_noise": _noise_to_come(output, generator)}
 
     def step(prediction: Tensor) -> Tensor:
         # The class's own step: one that was replaced on the instance may watch the real steps.
         own = type(scheduler).step
-        taken = own(copy.deepcopy(scheduler), prediction, t, sample.float(), return_dict=False)
+        taken = own(copy.deepcopy(scheduler), prediction, t, sample.float(), **options)
         return torch.as_tensor(taken[0])
 
     # Linear in the prediction, with one coefficient for all elements: two steps tell it.
@@ -50,6 +62,15 @@ def returned(
     gain = float((step(output.float() + one) - before).mean())
     x_0 = predicted_x_0(sample.float(), output.float(), alpha_bar, kind)
     return before - gain * x_0, gain
+
+
+def _noise_to_come(output: Tensor, generator: Any) -> Tensor:
+    """What the step will draw, float32 like ``output``; every generator stays where it is."""
+    devices = [output.device] if output.is_cuda else []
+    with torch.random.fork_rng(devices):
+        return randn_tensor(
+            output.shape, copy.deepcopy(generator), output.device, output.dtype
+        ).float()
 
 
 def _option(scheduler: Any, name: str, default: bool) -> bool:

@@ -50,6 +50,8 @@ def sample(
 ) -> Result:
     """Denoise ``noise`` with a scheduler, passing every prediction through the guidance.
 
+    Under autocast the denoiser alone runs in it.
+
     Args:
         denoiser: the network; ``conditions=None`` asks for its unconditional prediction.
         scheduler: a diffusers scheduler (ε, v or x_0 prediction); it is copied, not changed.
@@ -78,15 +80,19 @@ def sample(
     x_t = noise * scheduler.init_noise_sigma
     rows: list[dict[str, Tensor]] = []
     memory: dict[Any, Any] = {}
+    device = noise.device.type
+    mixed, half = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     for step, t in enumerate(scheduler.timesteps):
         is_last = step == len(scheduler.timesteps) - 1
         decode_here = decode_last if is_last and decode_last is not None else decode
         x_in = scheduler.scale_model_input(x_t, t)
 
         def denoise(x: Tensor, y: Conditions | None, t: Tensor = t) -> Tensor:
-            return denoiser(x, t, y)
+            with torch.autocast(device, half, mixed):
+                return denoiser(x, t, y)
 
-        with torch.no_grad():
+        # Mixed precision is for the network: guidance and its gradients would lose digits.
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             cond = None if conditions is None else denoise(x_in, conditions)
             needs_uncond = conditions is None or guidance_scale != 1
             uncond = denoise(x_in, None) if needs_uncond else None

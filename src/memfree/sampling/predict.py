@@ -56,7 +56,8 @@ class SamplingDevices:
     strategy: str = "auto"
     """auto or ddp: samples are divided among the devices."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Arithmetic of the network; the similarity and its gradient stay in float32."""
+    """Arithmetic of the network; decoded images, the similarity and its gradient stay in
+    float32."""
 
 
 def predict(

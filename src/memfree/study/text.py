@@ -15,10 +15,12 @@ from memfree.manifest import write_manifest
 from memfree.resolved import save_config
 from memfree.stages import Stage, run_stages
 from memfree.study.text_plots import write_rows
-from memfree.study.text_results import ORACLE, REFERENCE, summarise_text
+from memfree.study.text_results import ORACLE, reference_of, summarise_text
 
 Subjects = dict[str, dict[str, Any]]
 """Options of sample.py below --guidance by subject, as {"wen_5": {"mitigation": "wen", ...}}."""
+CONFIG = Path("configs/emoji_scratch.yaml")
+"""How the model is trained."""
 AT_MOST = "at_most"
 """Option of a subject that is none of sampling: draw no more than so many samples of it."""
 
@@ -95,6 +97,7 @@ def text_study(
 
     Raises:
         ValueError: there is no subject, or one has a name that cannot be used.
+        FileNotFoundError: it was not started in the repository's folder.
     """
     if not subjects:
         raise ValueError("--subjects is empty: name at least one way to sample")
@@ -114,6 +117,10 @@ def text_study(
         lines = "\n".join(stage.line() for stage in stages)
         console.print(lines, markup=False, highlight=False, soft_wrap=True)
         return
+    if not CONFIG.is_file():
+        raise FileNotFoundError(
+            f"there is no {CONFIG} here: run memfree text-study in the root of its repository"
+        )
     run_stages(stages, console)
     drawn = {subject: study.samples(prompt_sets[0], subject) for subject in study.everyone()}
     write_rows(study.cell / f"{name}-rows.png", drawn)
@@ -233,7 +240,7 @@ class TextStudy:
             "dataset": self.cell / "data",
             "index": self.cell / "index",
             **named,
-            "reference": REFERENCE if REFERENCE in self.subjects else next(iter(self.subjects)),
+            "reference": reference_of(self.subjects),
             **({"other_data": [ORACLE]} if self.oracle else {}),
         }
         to = self.evaluation / prompts
@@ -259,7 +266,7 @@ class TextStudy:
         return Stage(
             "train",
             {
-                "config": "configs/emoji_scratch.yaml",
+                "config": CONFIG,
                 "data.path": data,
                 "model.pretrained": self.out / "base",
                 "out": model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from memfree.study.text_plots import write_front, write_roc
 ORACLE = "oracle"
 """The same network trained on the images without repetitions."""
 REFERENCE = "none"
-"""Unguided samples, which the others are compared with."""
+"""Unguided samples, which the others are compared with where a study has them."""
 PROMPTS: dict[PromptSet, str] = {
     "duplicated": "captions of the repeated images",
     "other": "captions of the other training images",
@@ -34,13 +34,19 @@ COLUMNS = {
     "frechet_efficientnet": "Fréchet, EfficientNet",
     "frechet_pixels": "Fréchet, pixels",
     "clip_margin": "CLIP margin",
-    "clip_margin_difference": "… less that of none",
+    "clip_margin_difference": "… less that of {reference}",
     "seconds_per_sample": "s a sample",
 }
-"""Metrics of the tables and their titles."""
+"""Metrics of the tables and their titles, with the name of the reference."""
 
 Found = dict[tuple[PromptSet, str, str], Metric]
 """Metric by prompt set, subject and name."""
+
+
+def reference_of(subjects: Iterable[str]) -> str:
+    """Whom the others are compared with: the unguided samples, without them the first subject."""
+    named = list(subjects)
+    return REFERENCE if REFERENCE in named else named[0]
 
 
 def summarise_text(
@@ -146,8 +152,9 @@ def printed(found: Found, prompts: PromptSet, subjects: Sequence[str]) -> Table:
 
 def _columns(found: Found, prompts: PromptSet, subjects: Sequence[str]) -> dict[str, str]:
     """The columns that someone has a figure in."""
+    reference = reference_of(subjects)
     return {
-        name: title
+        name: title.format(reference=reference)
         for name, title in COLUMNS.items()
         if any((prompts, subject, name) in found for subject in subjects)
     }

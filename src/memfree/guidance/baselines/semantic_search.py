@@ -7,12 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memfree.conditions import Encode, TextConditions, sentences
+from memfree.conditions import SAME, Encode, TextConditions, cosines, sentences
 from memfree.diffusion_math import eps_change
 from memfree.guidance.prediction import Prediction, row_norm
-
-SAME = 1 - 1e-5
-"""A candidate this similar to the prompt is the prompt itself."""
 
 
 class SemanticSearch:
@@ -83,8 +80,8 @@ class SemanticSearch:
             self._sentences = sentences(encode, self.prompts)
         if self._sentences is None:
             return torch.empty(0, self.count, dtype=torch.int64)
-        with torch.autocast(wanted.device.type, enabled=False):  # else SAME is lost in rounding
-            similarity = wanted @ self._sentences.to(wanted).T
+        similarity = cosines(wanted, self._sentences.to(wanted))
+        # A candidate this similar to the prompt is the prompt itself.
         similarity = similarity.masked_fill(similarity > SAME, -torch.inf)
         # Row by row and stable: a sample's candidates do not depend on its batch.
         order = [row.argsort(descending=True, stable=True)[: self.count] for row in similarity]

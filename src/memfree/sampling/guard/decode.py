@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,11 @@ class Decoder:
         """Images in [−1, 1], as a pipeline returns them: beyond white and black nothing counts."""
         return self(latents).clamp(-1, 1)
 
+    def ways(self) -> list[str]:
+        """What lowers the memory of decoding besides smaller pieces."""
+        cheap = self.small is not self.autoencoder
+        return [] if cheap else ["a decoder such as diffusers' AutoencoderTiny"]
+
     def _decoded(self, autoencoder: Any, latents: Tensor) -> Tensor:
         pieces = latents.split(self.chunk_size or max(1, len(latents)))
         if len(pieces) > 1 and latents.requires_grad and torch.is_grad_enabled():
@@ -109,8 +115,17 @@ def check_size(index: ReferenceIndex, images: Tensor) -> None:
         )
 
 
-def explained_chunks(what: str, count: int, chunk_size: int | None) -> AbstractContextManager[None]:
-    """Say which option of the guard lowers the memory where it runs out."""
+def explained_chunks(
+    what: str, count: int, chunk_size: int | None, ways: Sequence[str] = ()
+) -> AbstractContextManager[None]:
+    """Say which option of the guard lowers the memory where it runs out.
+
+    Args:
+        what: what is done, as "guiding".
+        count: images together.
+        chunk_size: images in a piece.
+        ways: what lowers the memory besides smaller pieces.
+    """
     now = f"now {chunk_size}" if chunk_size else f"now the whole batch of {count}"
-    ways = [f"a smaller chunk_size ({now})", "a decoder such as diffusers' AutoencoderTiny"]
-    return explained_memory(f"memfree.guard was {what} {count} samples", ways)
+    smaller = [f"a smaller chunk_size ({now})"] if min(count, chunk_size or count) > 1 else []
+    return explained_memory(f"memfree.guard was {what} {count} samples", [*smaller, *ways])

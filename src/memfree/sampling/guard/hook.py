@@ -132,10 +132,17 @@ class Draw:
             base = replace(
                 base,
                 returned=returned(
-                    self.pipe.scheduler, t, view.x_t, base.output, view.level.alpha_bar
+                    self.pipe.scheduler,
+                    t,
+                    view.x_t,
+                    base.output,
+                    view.level.alpha_bar,
+                    float(self.call.get("eta", 0.0)),
+                    self.call.get("generator"),
                 ),
             )
-        with explained_chunks("guiding", view.count, self.decoder.chunk_size):
+        decoder = self.decoder
+        with explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()):
             result = base
             for guidance in self.guidances:
                 branch = result.output_cond
