@@ -10,7 +10,7 @@ from amg_steps import ANY, make_images, prediction_near
 from memfree.conditions import TextConditions
 from memfree.guidance import AntiMemorizationGuidance, ConstantThreshold, NormalizedL2
 from memfree.guidance.asked_records import AskedRecords
-from memfree.guidance.latch import nearest_call
+from memfree.guidance.latch import Call, nearest_call
 from memfree.guidance.similarity import Match
 from memfree.retrieval import ReferenceIndex
 
@@ -44,7 +44,9 @@ def asked(index, images, prompts, rows, bandwidth):
     plain = replace(plain, conditions=encode(prompts), encode=encode)
     match = NormalizedL2()(index, plain.clean_estimate())
     assert match.rows[:, 0].tolist() == rows
-    return AskedRecords(index, bandwidth)(plain, match).tolist()
+    return AskedRecords(index, bandwidth)(
+        plain, match, torch.ones(len(rows), dtype=torch.bool)
+    ).tolist()
 
 
 @pytest.mark.parametrize("bandwidth", [0.0, 0.3])
@@ -145,6 +147,26 @@ def test_a_call_is_the_match_at_the_highest_sigma_of_the_called(images):
         ([0.2, 0.6, 0.95], [3, 3, 3], [True, True, True]),
     ]
     for sigma, rows, called in steps:
-        call = nearest_call(plain, "me", at(sigma, rows), torch.tensor(called))
-    torch.testing.assert_close(call.sigma, torch.tensor([0.3, 0.6, 0.95]))
-    assert call.rows[:, 0].tolist() == call.vectors[:, 0].tolist() == [2, 3, 3]
+        now = Call(at(sigma, rows), torch.tensor(rows) * 10.0)
+        call = nearest_call(plain, "me", now, torch.tensor(called))
+    torch.testing.assert_close(call.match.sigma, torch.tensor([0.3, 0.6, 0.95]))
+    assert call.match.rows[:, 0].tolist() == call.match.vectors[:, 0].tolist() == [2, 3, 3]
+    assert call.records.tolist() == [20.0, 30.0, 30.0]
+
+
+def test_prompts_are_compared_only_where_the_gate_may_open(index, images):
+    """Captions are encoded once, and not for a sample that is far from every image."""
+    encoded = []
+
+    def counting(texts):
+        encoded.extend(texts)
+        return encode(texts)
+
+    _, plain = prediction_near(images, [5, -1])
+    plain = replace(plain, conditions=encode(["red apple", "red apple"]), encode=counting)
+    amg = AntiMemorizationGuidance(
+        index, NormalizedL2(), ANY, c3=1.0, margin_per_doubling=0.01, caption_bandwidth=0.3
+    )
+    for _ in range(2):
+        amg(replace(plain, memory={}))
+    assert sorted(encoded) == ["fruit", "red apple"]

@@ -12,6 +12,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     PNDMScheduler,
+    TCDScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.utils.torch_utils import randn_tensor
@@ -35,6 +36,23 @@ SCHEDULES = {
 def schedule(name, **more):
     kind, config = SCHEDULES[name]
     return tiny_pipelines.noise_schedule(kind, **{**config, **more})
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+def test_a_step_with_eta_and_no_given_noise_is_followed(eta):
+    """TCD's own default for eta is 0.3; its last step adds no noise."""
+    scheduler = tiny_pipelines.noise_schedule(TCDScheduler, set_alpha_to_one=False)
+    scheduler.set_timesteps(4)
+    generator = torch.Generator().manual_seed(0)
+    x, output = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    t = scheduler.timesteps[-1]
+    scheduler.step(output, scheduler.timesteps[0], x, eta=eta)
+    scheduler._step_index = 3
+    alpha_bar = alpha_bar_at(scheduler, t, 3)
+    offset, gain = returned(scheduler, t, x, output, alpha_bar, eta)
+    expected = copy.deepcopy(scheduler).step(output, t, x, eta=eta).prev_sample
+    x_0 = predicted_x_0(x, output, alpha_bar, "epsilon")
+    torch.testing.assert_close(offset + gain * x_0, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["ddim", "pndm"])

@@ -14,7 +14,7 @@ from memfree.guidance import corrections
 from memfree.guidance.asked_records import AskedRecords
 from memfree.guidance.detection import EVERY_STEP, Cadence, Detection, Observer, recorded
 from memfree.guidance.displacement import limit_displacement, move_below
-from memfree.guidance.latch import chosen, nearest_call
+from memfree.guidance.latch import Call, nearest_call, where
 from memfree.guidance.neighbour_conditions import (
     CAPTION_NEIGHBOURS,
     CAPTION_RECORDS,
@@ -141,22 +141,22 @@ class AntiMemorizationGuidance(Observer):
     def __call__(self, prediction: Prediction) -> Prediction:
         """Correct the active rows; all others keep their bits."""
         detection = self.detect(prediction)
-        match = past = detection.match
-        records = self.records(prediction, match)
-        near = self.opens(detection, records)
-        held = near & (records > 1)
+        match, threshold = detection.match, detection.threshold
+        now = self._call(prediction, detection)
+        near = self.opens(detection, now.records)
+        held, steering = near & (now.records > 1), now
         if self.latched:
-            call = nearest_call(prediction, self, match, held)
-            held = call.sigma.isfinite()
-            past = chosen(call.sigma > match.sigma, call, match)
+            latch = nearest_call(prediction, self, now, held)
+            held = latch.match.sigma.isfinite()
+            steering = where(latch.match.sigma > match.sigma, latch, now)
         active = near | held
         prediction = recorded(prediction, detection).activated(active)
         rows = active.nonzero().squeeze(1)
         zeros = torch.zeros_like(match.sigma)
-        columns = {"s1": zeros.clone(), "s2": zeros.clone(), "g_sim_norm": zeros.clone()}
+        columns = {name: zeros.clone() for name in ("s1", "s2", "g_sim_norm")}
+        columns["gate"] = threshold - self.margin(now.records)
         if len(rows):
-            detected = Detection(past, detection.threshold)
-            result = self._despecified(prediction, detected, held, rows, columns)
+            result = self._despecified(prediction, steering, threshold, held, rows, columns)
             if self.c3 > 0 and bool(near.any()):
                 rows = near.nonzero().squeeze(1)
                 # The gradient is at x̂_0 as it was detected, before anything was changed.
@@ -175,6 +175,12 @@ class AntiMemorizationGuidance(Observer):
             return torch.ones_like(sigma, dtype=torch.bool)
         return corrections.gate(sigma, detection.threshold - self.margin(records))
 
+    def _call(self, prediction: Prediction, detection: Detection) -> Call:
+        """The nearest images with their m(y), which needs a text encoder: where it may matter."""
+        match = detection.match
+        may_open = self.opens(detection, self.records.all(match))
+        return Call(match, self.records(prediction, match, may_open))
+
     def margin(self, records: Tensor) -> Tensor:
         """How far below λ_t the gate opens, (B,), by the records of the nearest image."""
         margin = torch.full_like(records, self.gate_margin)
@@ -185,7 +191,8 @@ class AntiMemorizationGuidance(Observer):
     def _despecified(
         self,
         prediction: Prediction,
-        detection: Detection,
+        steering: Call,
+        threshold: float,
         held: Tensor,
         rows: Tensor,
         columns: dict[str, Tensor],
@@ -198,9 +205,9 @@ class AntiMemorizationGuidance(Observer):
         s_0 = prediction.guidance_scale
         if cond is None or uncond is None or s_0 <= self.least_scale:
             return prediction
-        match = detection.match
+        match = steering.match
         least = torch.where(held[rows], self.least_scale, 1.0)
-        gate = detection.threshold - self.margin(self.records(prediction, match)[rows])
+        gate = threshold - self.margin(steering.records[rows])
         strength = self.similarity.strength(match.sigma[rows], gate)
         s_1 = corrections.despecification_scale(strength, self.c1, s_0, least)
         s_2 = corrections.deduplication_scale(strength, self.c2, s_0, s_1, least)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from memfree.conditions import TextConditions, cosines, sentences
+from memfree.conditions import Encode, TextConditions, cosines, sentences
 from memfree.guidance.condition_weights import caption_kernel
 from memfree.guidance.prediction import Prediction
 from memfree.guidance.similarity import Match
@@ -37,32 +37,38 @@ class AskedRecords:
             raise ValueError(f"caption_bandwidth must be at least 0, not {bandwidth:g}")
         self.index = index
         self.bandwidth = bandwidth
+        self._encoder: object = None
+        self._sentences: dict[int, Tensor] = {}
 
-    def __call__(self, prediction: Prediction, match: Match) -> Tensor:
-        """m(y) of each sample's nearest image, (B,) float32."""
-        nearest = match.rows[:, 0]
-        records = self.index.group_multiplicity.to(nearest.device)[nearest].float()
+    def __call__(self, prediction: Prediction, match: Match, wanted: Tensor) -> Tensor:
+        """m(y) of the nearest image where ``wanted`` (B,) bool, its m elsewhere, (B,) float32."""
+        nearest, records = match.rows[:, 0], self.all(match)
         prompts = prediction.conditions
         if self.bandwidth is None or self.index.captions is None:
             return records
         if not isinstance(prompts, TextConditions) or prediction.encode is None:
             return records
-        repeated = (records > 1).nonzero().squeeze(1)
-        wanted = prompts[repeated].sentence()
-        groups = self.index.group.to(nearest.device)[nearest[repeated]].tolist()
-        for row, sentence, group in zip(repeated.tolist(), wanted[:, None], groups, strict=True):
+        rows = (wanted & (records > 1)).nonzero().squeeze(1)
+        groups = self.index.group.to(nearest.device)[nearest[rows]]
+        for group in groups.unique().tolist():
             # Records without a caption are asked for by every prompt.
             if counts := self.index.items.caption_counts.get(group):
-                known = self._encoded(prediction, group, counts)
-                fit = caption_kernel(cosines(sentence, known)[0], self.bandwidth)
+                same = rows[groups == group]
+                known = self._encoded(prediction.encode, group, counts)
+                fit = caption_kernel(cosines(prompts[same].sentence(), known), self.bandwidth)
                 m = torch.tensor(list(counts.values()), dtype=torch.float32, device=fit.device)
-                records[row] -= ((1 - fit) * m).sum()
-        return records.clamp(min=1)
+                records[same] = (records[same] - ((1 - fit) * m).sum(dim=1)).clamp(min=1)
+        return records
 
-    def _encoded(self, prediction: Prediction, group: int, captions: Iterable[str]) -> Tensor:
-        """Sentence vectors (C, D) of a group's captions, made once a batch."""
-        known = prediction.memory.setdefault((self, "captions"), {})
-        if group not in known:
-            assert prediction.encode is not None
-            known[group] = sentences(prediction.encode, list(captions))
-        return known[group]
+    def all(self, match: Match) -> Tensor:
+        """m of each sample's nearest image, whatever the prompt, (B,) float32."""
+        nearest = match.rows[:, 0]
+        return self.index.group_multiplicity.to(nearest.device)[nearest].float()
+
+    def _encoded(self, encode: Encode, group: int, captions: Iterable[str]) -> Tensor:
+        """Sentence vectors (C, D) of a group's captions; kept, as the model's encoder is frozen."""
+        if self._encoder != encode:
+            self._encoder, self._sentences = encode, {}
+        if group not in self._sentences:
+            self._sentences[group] = sentences(encode, list(captions))
+        return self._sentences[group]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,32 +11,47 @@ from memfree.guidance.prediction import Prediction
 from memfree.guidance.similarity import Match
 
 
-def nearest_call(prediction: Prediction, owner: object, match: Match, called: Tensor) -> Match:
-    """The match of each sample at its highest σ among the steps at which it was called.
+@dataclass(frozen=True)
+class Call:
+    """A batch beside its nearest images, and how often the model saw those under the prompts."""
 
-    Despecification then keeps its strength to the end, and caption deduplication its caption:
-    that of the image that was left behind, not of whichever is nearest now.
+    match: Match
+    records: Tensor
+    """(B,): m(y) of each nearest image."""
+
+
+def nearest_call(prediction: Prediction, owner: object, call: Call, called: Tensor) -> Call:
+    """The call of each sample at its highest σ among the steps at which it was called.
+
+    Caption deduplication then keeps its caption to the end: that of the image that was left
+    behind, not of whichever is nearest now.
 
     Args:
-        prediction: its memory keeps the match from step to step.
+        prediction: its memory keeps the call from step to step.
         owner: the guidance whose latch this is.
-        match: σ and the neighbours of this step.
+        call: σ, the neighbours and their records at this step.
         called: (B,) bool: whose gate is opened by a repeated image at this step.
 
     Returns:
-        The match, its σ −∞ for samples that were never called.
+        The call, its σ −∞ for samples that were never called.
     """
     key = (owner, "nearest call")
-    never = Match(torch.full_like(match.sigma, -torch.inf), match.rows, match.vectors)
-    before = prediction.memory.get(key, never)
-    prediction.memory[key] = chosen(called & (match.sigma > before.sigma), match, before)
+    never = torch.full_like(call.match.sigma, -torch.inf)
+    before = prediction.memory.get(
+        key, Call(Match(never, call.match.rows, call.match.vectors), call.records)
+    )
+    prediction.memory[key] = where(called & (call.match.sigma > before.match.sigma), call, before)
     return prediction.memory[key]
 
 
-def chosen(first: Tensor, one: Match, other: Match) -> Match:
-    """The rows of one match where ``first`` (B,), of another elsewhere."""
-    return Match(
-        torch.where(first, one.sigma, other.sigma),
-        torch.where(first[:, None], one.rows, other.rows),
-        torch.where(first[:, None], one.vectors, other.vectors),
+def where(mask: Tensor, call: Call, other: Call) -> Call:
+    """The rows of one call where ``mask`` (B,) is true, those of another elsewhere."""
+    one, two, rows = call.match, other.match, mask[:, None]
+    return Call(
+        Match(
+            torch.where(mask, one.sigma, two.sigma),
+            torch.where(rows, one.rows, two.rows),
+            torch.where(rows, one.vectors, two.vectors),
+        ),
+        torch.where(mask, call.records, other.records),
     )

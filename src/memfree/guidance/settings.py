@@ -75,8 +75,8 @@ class GuidanceSettings:
     gate_margin: float | None = None
     """The gate opens this far below λ_t, in units of σ. None: 0.1, embeddings 0.05."""
     margin_per_doubling: float | None = None
-    """The margin grows by this with every doubling of the training records of the nearest image.
-    None: 0, embeddings 0.05."""
+    """The margin grows by this with every doubling of the training records of the nearest image,
+    those that the prompt asks for (caption_bandwidth). None: 0, embeddings 0.05."""
     c1: float = 5.0
     """Despecification (eq. 13); 0 switches it off."""
     c2: float = 5.0

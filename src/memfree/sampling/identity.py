@@ -26,13 +26,13 @@ def index_state(index: ReferenceIndex | None) -> dict[str, str | None]:
 def vectors_hash(index: ReferenceIndex) -> str:
     """SHA-256 over the rows of an index, their extractor, and all that is known of them."""
     digest = hashlib.sha256(index.vectors.detach().cpu().contiguous().numpy().tobytes())
-    known = {
-        "features": index.features.describe(),
-        "keys": index.keys,
-        "group": index.group.tolist(),
-        "multiplicity": index.multiplicity.tolist(),
-        "num_classes": index.num_classes,
-        "conditions": index.items.conditions.to_pydict(),
-    }
+    for column in (index.group, index.multiplicity):
+        digest.update(column.cpu().numpy().tobytes())
+    known = {"features": index.features.describe(), "num_classes": index.num_classes}
     digest.update(json.dumps(known, sort_keys=True).encode())
+    # Line by line: an index may have millions of rows, each with several captions.
+    for key in index.keys:
+        digest.update(json.dumps(key).encode() + b"\n")
+    for batch in index.items.conditions.to_batches(max_chunksize=4096):
+        digest.update("".join(f"{json.dumps(row)}\n" for row in batch.to_pylist()).encode())
     return digest.hexdigest()

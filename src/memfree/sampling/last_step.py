@@ -46,8 +46,11 @@ def returned(
     if _option(scheduler, "clip_sample", False) or _option(scheduler, "thresholding", False):
         return None  # not linear
     options: dict[str, Any] = {"return_dict": False}
-    if eta > 0 and "eta" in inspect.signature(scheduler.step).parameters:
-        options |= {"eta": eta, "variance_noise": _noise_to_come(output, generator)}
+    taken_by_step = inspect.signature(scheduler.step).parameters
+    if "eta" in taken_by_step:
+        options["eta"] = eta
+        if eta > 0 and "variance_noise" in taken_by_step:
+            options["variance_noise"] = _noise_to_come(output, generator)
 
     def step(prediction: Tensor) -> Tensor:
         # The class's own step: one that was replaced on the instance may watch the real steps.
@@ -66,8 +69,12 @@ def returned(
 
 def _noise_to_come(output: Tensor, generator: Any) -> Tensor:
     """What the step will draw, float32 like ``output``; every generator stays where it is."""
-    devices = [output.device] if output.is_cuda else []
-    with torch.random.fork_rng(devices):
+    on = output.device
+    if on.type == "cpu":
+        saved = torch.random.fork_rng([])
+    else:
+        saved = torch.random.fork_rng([on], device_type=on.type)
+    with saved:
         return randn_tensor(
             output.shape, copy.deepcopy(generator), output.device, output.dtype
         ).float()

@@ -253,8 +253,6 @@ def _finish(
 def _trace_summary(
     run: SampleRun, records: pa.Table, index: ReferenceIndex
 ) -> dict[str, float | int | None]:
-    guidance = run.settings["guidance"]
-    steered = guidance["mitigation"] in WITH_AMG
     conditions = dict(
         zip(records["index"].to_pylist(), records["condition"].to_pylist(), strict=True)
     )
@@ -264,10 +262,4 @@ def _trace_summary(
     else:
         known = None if index.labels is None else index.labels.tolist()
     labels = None if known is None else dict(zip(index.keys, known, strict=True))
-    # Without AMG nothing depends on a gate; the summary then says how near λ_t itself was.
-    margins: dict[str, float] = {}
-    if steered:
-        doublings = index.group_multiplicity.float().log2().tolist()
-        each = (guidance["gate_margin"] + guidance["margin_per_doubling"] * n for n in doublings)
-        margins = dict(zip(index.keys, each, strict=True))
-    return trace_summary(sorted(run.folder.glob("trace-*.parquet")), margins, conditions, labels)
+    return trace_summary(sorted(run.folder.glob("trace-*.parquet")), conditions, labels)

@@ -14,7 +14,6 @@ GATE_TOLERANCE = 1e-4
 
 def trace_summary(
     traces: Sequence[Path],
-    margins: Mapping[str, float],
     conditions: Mapping[int, int | str | None],
     labels: Mapping[str, int | str] | None,
 ) -> dict[str, float | int | None]:
@@ -22,15 +21,14 @@ def trace_summary(
 
     Args:
         traces: files with the columns of DESIGN.md; read one at a time.
-        margins: how far below λ_t the gate opens for the image with that key; 0 where it is
-            missing.
         conditions: label or prompt of every sample, None without.
         labels: label, or caption, of the image with that key in the index; None without.
 
     Returns:
         ``active_samples`` and ``active_steps``: shares, in [0, 1], of samples steered at some step
         and of sample-steps steered; ``undecided_samples``: number of samples with
-        |σ_t − gate| < 1e-4 at some step, whose bits may depend on the batch size;
+        |σ_t − gate| < 1e-4 at some step, whose bits may depend on the batch size (λ_t itself is
+        the gate where a guidance recorded no ``gate``);
         ``other_label_steps``: share of the steered sample-steps whose nearest image has another
         label (or caption) than the sample (or its prompt), so that eq. 16 may cost a denoiser call;
         None where nothing was steered or there are no labels.
@@ -43,8 +41,7 @@ def trace_summary(
         table = parquet.read_table(path)
         sample = table["sample"].to_numpy()
         sigma = table["sigma"].to_numpy(zero_copy_only=False)
-        margin = np.array([margins.get(key, 0.0) for key in table["nearest"].to_pylist()])
-        gate = table["lambda"].to_numpy(zero_copy_only=False) - margin
+        gate = table["gate" if "gate" in table.column_names else "lambda"].to_numpy()
         is_active = table["active"].to_numpy(zero_copy_only=False).astype(bool)
         near = np.abs(sigma - gate) < GATE_TOLERANCE
         rows += len(sample)
