@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_png, encode_png
@@ -20,6 +22,14 @@ def from_bytes(images: Tensor) -> Tensor:
 def encode(image: Tensor) -> bytes:
     """PNG of one uint8 image (C, H, W) with C = 1 or 3."""
     return encode_png(image.contiguous()).numpy().tobytes()
+
+
+def size(data: bytes) -> tuple[int, int] | None:
+    """(H, W) that a PNG's header says, before anything is unpacked; None if it is no PNG."""
+    if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n":
+        return None
+    width, height = struct.unpack(">II", data[16:24])  # of the chunk IHDR, which comes first
+    return height, width
 
 
 def decode(data: bytes, channels: int) -> Tensor:
