@@ -1,4 +1,4 @@
-"""JSON and parquet files that others may have written: within limits, one line for what is wrong."""
+"""JSON and parquet files that others may have written: limits, and one line for what is wrong."""
 
 from __future__ import annotations
 
