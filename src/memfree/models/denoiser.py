@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from diffusers import UNet2DModel
@@ -141,7 +141,7 @@ def _load_model(folder: Path) -> LoadedModel:
     expected = (network.config["in_channels"], *sizes)
     embeddings = network.config["num_class_embeds"]
     own = None if embeddings is None else embeddings - 1
-    if image_shape != list(expected) or num_classes != own or not _is_shape(image_shape):
+    if not _is_shape(image_shape) or image_shape != list(expected) or num_classes != own:
         raise ValueError(f"{folder}: manifest.json and {DIFFUSERS_NAME}/unet are of two models")
     return LoadedModel(
         denoiser=Denoiser(network, num_classes).eval().requires_grad_(False),
@@ -191,7 +191,7 @@ def _load_scheduler(folder: Path) -> Any:
         raise ValueError(f"{path} is not a scheduler's configuration: {short(error)}") from error
 
 
-def _is_shape(value: Any) -> bool:
+def _is_shape(value: Any) -> TypeGuard[list[int]]:
     """Whether a manifest's image_shape could be one."""
     return (
         isinstance(value, list)
