@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 MAX_JSON_BYTES = 256 << 20
 """Largest JSON file that is read, bytes: the calibration of millions of images."""
+_DEPTH = 64  # of lists and objects in each other: all that is written here has fewer
 _FREE = 64 << 20  # bytes that any table may take in memory
 _RATIO = 1000  # and how many times the bytes of its file
 _ROWS = 1 << 16  # read at a time
@@ -33,9 +34,24 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it is no JSON, is nested too deeply, or has such a number.
     """
     try:
-        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(_DEPTH):
+        level = (
+            [
+                inner
+                for one in level
+                for inner in (one.values() if isinstance(one, dict) else one)
+                if isinstance(inner, (dict, list))
+            ]
+            if isinstance(value, (dict, list))
+            else []
+        )
+    if level:
+        raise ValueError("it is nested too deeply")
+    return value
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
@@ -125,6 +141,12 @@ def _as_dict(columns: Mapping[str, pa.DataType] | pa.Schema | None) -> dict[str,
 
 def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:  # of 64 bits
+        raise ValueError(f"{text[:20]}... is too large a number")
+    return int(text)
 
 
 def _finite(text: str) -> float:
