@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from pyarrow import parquet
+
+from memfree.untrusted import read_table
 
 GATE_TOLERANCE = 1e-4
 """A σ this near the gate may fall on either side of it for another batch size."""
@@ -40,7 +41,7 @@ def trace_summary(
     active: set[int] = set()
     undecided: set[int] = set()
     for path in traces:
-        table = parquet.read_table(path)
+        table = read_table(path)
         sample = table["sample"].to_numpy()
         sigma = table["sigma"].to_numpy(zero_copy_only=False)
         margin = np.array([margins.get(key, 0.0) for key in table["nearest"].to_pylist()])
