@@ -10,7 +10,8 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from pyarrow import parquet
 
 from memfree.data import DuplicationPlan, PartSizes, prepare
-from memfree.guidance import NormalizedL2, calibrate
+from memfree.guidance import calibrate
+from memfree.guidance.calibration import default_similarity
 from memfree.manifest import write_manifest
 from memfree.models import NetworkOptions, export_model
 from memfree.models.network import build_network
@@ -58,7 +59,7 @@ def _index():
         labels=torch.arange(12) % 3,
         captions=[f"caption {i}" for i in range(12)],
     )
-    calibrate(index, NormalizedL2(k=5), _images(500, 2))
+    calibrate(index, default_similarity(index), _images(500, 2))
     return index
 
 

@@ -23,9 +23,8 @@ def edit(path, *keys_and_value):
 def places(value, *before):
     """Every place in a JSON value, as keys."""
     yield from [before] if before else []
-    items = value.items() if isinstance(value, dict) else enumerate(value)
     if isinstance(value, (dict, list)):
-        for key, inner in items:
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from places(inner, *before, key)
 
 
@@ -74,7 +73,7 @@ def repeated(rows, text_bytes):
                 )
                 columns[field.name] = words
             else:
-                columns[field.name] = pa.array([0], field.type).take(pa.array([0] * rows))
+                columns[field.name] = pa.array([0]).cast(field.type).take(pa.array([0] * rows))
         return pa.table(columns)
 
     return change

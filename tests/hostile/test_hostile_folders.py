@@ -212,7 +212,7 @@ SPOILT = {
         "array that is a fifo": fifo("vectors.npy"),
         "array that is a device": link("vectors.npy", "/dev/zero"),
         "rows beyond memory": manifest("rows", 1 << 39),
-        "classes beyond memory": manifest("num_classes", 1 << 20),
+        "classes beyond memory": manifest("num_classes", 1 << 30),
         "classes that are true": manifest("num_classes", True),
         "shape beyond memory": manifest("image_shape", [1, 1 << 40, 1 << 40]),
         "shape that is true": manifest("image_shape", [True, 4, 4]),

@@ -65,8 +65,10 @@ def load(folder: Path, weights: Path | None = None, trust_file: bool = False) ->
     description = _field(manifest, folder, "features", dict)
     try:
         features = features_from(description, tensors, weights, trust_file)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+    except (ValueError, OSError) as error:
+        if type(error) is FileNotFoundError:  # says itself which weights are not in place
+            raise
+        raise ValueError(f"{folder}: {short(error, 600)}") from error
     shape = _field(manifest, folder, "image_shape", list)
     if len(shape) != 3 or not all(type(size) is int and 0 < size <= 1 << 20 for size in shape):
         raise ValueError(f"{folder}/manifest.json has an impossible image_shape {short(shape)}")
@@ -115,7 +117,10 @@ def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
             "truncated or damaged"
         )
     # Copy-on-write: torch wants a writable array, the file stays as it is.
-    array = np.memmap(path, dtype="<f4", mode="c", offset=offset, shape=shape)
+    try:
+        array = np.memmap(path, dtype="<f4", mode="c", offset=offset, shape=shape)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{path} of {size} bytes cannot be mapped: {short(error)}") from error
     return torch.from_numpy(array)
 
 

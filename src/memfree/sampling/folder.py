@@ -117,9 +117,9 @@ class SampleFolder:
             )
         try:
             if found is None:
-                raise RuntimeError("no PNG")
+                raise ValueError("no PNG")
             return png.decode(data, self.image_shape[0])
-        except RuntimeError as error:
+        except ValueError as error:
             raise ValueError(f"{shard}: the image of sample {index} is damaged") from error
 
     def trace(self) -> pa.Table:

@@ -6,7 +6,9 @@ import struct
 
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_png, encode_png
+from torchvision.io import encode_png
+
+from memfree.data.decode import open_image, to_array, with_channels
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -33,6 +35,9 @@ def size(data: bytes) -> tuple[int, int] | None:
 
 
 def decode(data: bytes, channels: int) -> Tensor:
-    """The uint8 image (C, H, W) in a PNG; RuntimeError if it is none."""
-    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-    return decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+    """The uint8 image (C, H, W) in a PNG; ValueError if it is none.
+
+    By Pillow: torchvision's decoder crashes the process on some damaged files.
+    """
+    image = with_channels(open_image(data, "sample"), channels)
+    return torch.from_numpy(to_array(image).copy())
