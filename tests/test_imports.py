@@ -19,6 +19,7 @@ LAYERS = [
         "conditions",
         "calibration_size",
         "whole_folder",
+        "untrusted",
     },
     {"data", "models", "retrieval"},
     {"guidance"},

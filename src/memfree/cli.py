@@ -207,6 +207,8 @@ def _run(function: Callable[..., Any], args: Sequence[str] | None, prog: str | N
         config = parser.parse_args(sys.argv[1:] if args is None else list(args))
     except argparse.ArgumentError as error:
         _exit_with_error(option_message(str(error), parser))
+    except RecursionError:
+        _exit_with_error("--config: a value that contains itself, or too many in each other")
     # Here, not above: manifest imports torch, and `memfree --help` should not wait for it.
     from memfree.memory import explained_memory
     from memfree.resolved import resolved_config
@@ -269,5 +271,7 @@ def _exit_interrupted() -> Any:
 
 
 def _exit_with_error(message: str) -> Any:
-    print(f"memfree: error: {' '.join(message.split())}", file=sys.stderr)
+    # What a file of others says in it must not reach the terminal as commands.
+    shown = "".join(one if one.isprintable() else " " for one in message)
+    print(f"memfree: error: {' '.join(shown.split())}", file=sys.stderr)
     raise SystemExit(2)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from memfree.untrusted import read_json, short
+
 FORMAT_VERSION = 1
 _PACKAGES = ("memfree", "torch", "torchvision", "lightning", "diffusers", "numpy")
 
@@ -106,18 +108,14 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         raise FileNotFoundError(f"no {kind} folder at {folder}")
     if not path.is_file():
         raise ValueError(f"{folder} is not a finished {kind} folder: it has no manifest.json")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    value = read_json(path)
     if not isinstance(value, dict) or value.get("kind") != kind:
         found = value.get("kind") if isinstance(value, dict) else type(value).__name__
         article = "an" if kind[0] in "aeiou" else "a"
-        raise ValueError(f"{folder} holds {found!r}, not {article} {kind} folder")
+        raise ValueError(f"{folder} holds {short(repr(found))}, not {article} {kind} folder")
     if value.get("format") != FORMAT_VERSION:
-        raise ValueError(
-            f"{folder} has format {value.get('format')!r}; this version reads {FORMAT_VERSION}"
-        )
+        found = short(repr(value.get("format")))
+        raise ValueError(f"{folder} has format {found}; this version reads {FORMAT_VERSION}")
     return value
 
 

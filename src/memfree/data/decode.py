@@ -18,6 +18,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 """The only decoders that are ever called."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 """File name endings of these formats, lower case."""
+MAX_SCANS = 500
+"""Most scans of a JPEG: each goes over all its pixels, however few bytes it has."""
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _CHANNELS = {"1": 1, "L": 1, "LA": 2, "P": 3, "RGB": 3, "CMYK": 3, "YCbCr": 3, "RGBA": 4}
@@ -48,6 +50,8 @@ def open_image(data: bytes, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{name}: more pixels than the limit {MAX_PIXELS} ({width} x {height})")
+    if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+        raise ValueError(f"{name}: JPEG of more than {MAX_SCANS} scans")
     try:
         image.load()
     except _DECODER_ERRORS as error:

@@ -11,17 +11,21 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from memfree.data.decode import MAX_PIXELS
 from memfree.data.identity import dataset_hash
 from memfree.data.reader import RecordReader
+from memfree.data.shards import CONDITIONS_SCHEMA, ITEMS_SCHEMA, RECORDS_SCHEMA
 from memfree.data.skipped import Skipped
 from memfree.data.split import PARTS, PartName
 from memfree.data.wording import counted
 from memfree.manifest import read_manifest, sha256
+from memfree.untrusted import read_table, short
 
+_SIZES = range(1 << 62)  # of shards and their members, bytes
+_MAX_CLASSES = 1 << 24  # more than the classes of any source, one for each of their copies too
 _BLOCK = 1024  # images decoded at a time
 _log = logging.getLogger(__name__)
 
@@ -54,16 +58,20 @@ class DatasetFolder:
         self.path = Path(path)
         self.manifest: dict[str, Any] = read_manifest(self.path, "dataset")
         try:
-            channels, height, width = (int(side) for side in self.manifest["image_shape"])
-            self.image_shape: tuple[int, int, int] = (channels, height, width)
-            self.num_classes: int | None = self.manifest["num_classes"]
+            self.image_shape = _shape(self.manifest["image_shape"])
+            self.num_classes = _classes(self.manifest["num_classes"])
             self.hash: str = self.manifest["hash"]
             shards = {name: (v["bytes"], v["sha256"]) for name, v in self._shards().items()}
-        except (KeyError, TypeError, ValueError) as error:
+            self._count = sum(part["records"] for part in self.manifest["parts"].values())
+        except KeyError as error:
             raise ValueError(
                 f"{self.path}/manifest.json lacks {error}; prepare it again"
             ) from error
-        self.items = self._table("items.parquet")
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{self.path}/manifest.json is damaged ({short(error)}); prepare it again"
+            ) from error
+        self.items = self._table("items.parquet", ITEMS_SCHEMA)
         skipped = Skipped()
         for name, problem in self._problems(shards, verify):
             if on_error == "stop":
@@ -83,14 +91,26 @@ class DatasetFolder:
     def _shards(self) -> dict[str, dict[str, Any]]:
         return self.manifest["shards"]
 
-    def _table(self, name: str) -> pa.Table:
+    def _table(self, name: str, schema: pa.Schema) -> pa.Table:
         path = self.path / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; prepare the dataset again")
         try:
-            return pq.read_table(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path} is damaged; prepare the dataset again") from error
+            return read_table(path, schema, nullable=("label", "caption"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; prepare the dataset again") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged; prepare the dataset again: {error}") from error
+
+    def _check(self, name: str, table: pa.Table, sound: dict[str, range]) -> None:
+        """Refuse a table with a number out of its range, or labels that are no classes."""
+        ranges = {**sound, "label": range(self.num_classes or 0)}
+        for column in ranges.keys() & set(table.column_names):
+            found = pc.min_max(table[column]).as_py()
+            low, high = found["min"], found["max"]
+            if low is not None and (low not in ranges[column] or high not in ranges[column]):
+                raise ValueError(
+                    f"{self.path}/{name} does not belong to its manifest: {column} of "
+                    f"{low} to {high}; prepare the dataset again"
+                )
 
     def _problems(
         self, shards: dict[str, tuple[int, str]], verify: bool
@@ -98,35 +118,44 @@ class DatasetFolder:
         """(shard, what is wrong with it)."""
         for name, (size, digest) in shards.items():
             path = self.path / name
-            if Path(name).name != name:
-                raise ValueError(f"{self.path}/manifest.json: {name!r} is no shard name")
+            if Path(name).name != name or name in ("", "..") or not name.isprintable():
+                raise ValueError(f"{self.path}/manifest.json: {short(repr(name))} is no shard name")
             if not path.is_file():
                 yield name, f"shard {path} is missing"
                 continue
             found = path.stat().st_size
             if found != size:
-                yield name, f"shard {path} has {counted(found, 'byte')}, its manifest says {size}"
+                yield (
+                    name,
+                    f"shard {path} has {counted(found, 'byte')}, its manifest says {short(size)}",
+                )
             elif verify and sha256(path) != digest:
                 yield name, f"shard {path} does not have the SHA-256 of its manifest"
 
     @cached_property
     def records(self) -> pa.Table:
         """All records: ``part, record, row, copy, label, caption, shard, offset, size, crc32``."""
-        table = self._table("records.parquet")
-        names, rows = pc.unique(table["shard"]).to_pylist(), pc.min_max(table["row"]).as_py()
-        expected = sum(part["records"] for part in self.manifest["parts"].values())
+        table = self._table("records.parquet", RECORDS_SCHEMA)
+        names, rows = pc.unique(table["shard"]).to_pylist(), pc.unique(table["row"])
         if (
             not self._shards().keys() >= set(names)  # a name from a file opens no other file
-            or len(table) != expected
-            or not 0 <= rows["min"] <= rows["max"] < len(self.items)
+            or len(table) != self._count
+            or len(rows) != len(self.items)  # every image has a record
+            or (self.num_classes is not None and table["label"].null_count)
         ):
             raise ValueError(f"{self.path}/records.parquet does not belong to its manifest")
+        ranges = {"row": range(len(self.items)), "offset": _SIZES, "size": _SIZES}
+        self._check("records.parquet", table, ranges)
         return table
 
     @cached_property
     def conditions(self) -> pa.Table:
         """``image_key, label, caption, count, part``: records of each image and condition."""
-        return self._table("conditions.parquet")
+        table = self._table("conditions.parquet", CONDITIONS_SCHEMA)
+        self._check("conditions.parquet", table, {"count": range(1, self._count + 1)})
+        if pc.any(pc.invert(pc.is_in(table["image_key"], self.items["image_key"]))).as_py():
+            raise ValueError(f"{self.path}/conditions.parquet names an image that is no item")
+        return table
 
     def part_records(self, part: PartName) -> pa.Table:
         """The rows of :attr:`records` of one part, in the order of the shards."""
@@ -204,6 +233,22 @@ class DatasetPart:
         """The images in order, (batch_size, C, H, W) float32 in [-1, 1]; the last may be fewer."""
         for start in range(0, len(self), batch_size):
             yield to_float(self.reader.read(range(start, min(start + batch_size, len(self)))))
+
+
+def _shape(value: Any) -> tuple[int, int, int]:
+    """(C, H, W), refused if no image is of it."""
+    channels, height, width = value
+    if not all(type(side) is int and side > 0 for side in value) or (
+        channels > 4 or height * width > MAX_PIXELS
+    ):
+        raise ValueError(f"image_shape {short(value)}")
+    return channels, height, width
+
+
+def _classes(value: Any) -> int | None:
+    if value is not None and not (type(value) is int and 0 < value <= _MAX_CLASSES):
+        raise ValueError(f"num_classes {short(value)}")
+    return value
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from memfree.data.framing import Framing, Resize
 from memfree.data.order import global_slice, rank_slice
 from memfree.data.rank_batches import Batch, OnError, RankBatches
 from memfree.data.skipped import Skipped
-from memfree.data.tarstream import TarRecord, expand_shards, read_shard
+from memfree.data.tarrecord import TarRecord
+from memfree.data.tarstream import expand_shards, read_shard
 from memfree.data.wording import counted
 
 

@@ -179,7 +179,8 @@ def _check_source(out: Path, source: SourceName, path: str | None, emoji_variant
         size = list(open_source(source, path, emoji_variants).size)
     except FileNotFoundError:
         return
-    if size != read_manifest(out, "dataset")["source"]["size"]:
+    about = read_manifest(out, "dataset").get("source")
+    if not isinstance(about, dict) or size != about.get("size"):
         changed = f"--path {path}" if path is not None else f"--source {source}"
         raise ValueError(
             f"{changed} changed after {out} was prepared; choose another --out or say "

@@ -17,6 +17,25 @@ import pyarrow as pa
 from memfree.data.decode import encode_png
 from memfree.data.split import PartName
 
+ITEMS_SCHEMA = pa.schema(
+    [
+        ("image_key", pa.string()),
+        ("group", pa.string()),
+        ("copies", pa.int64()),
+        ("part", pa.string()),
+    ]
+)
+"""Columns of ``items.parquet``, the distinct images."""
+CONDITIONS_SCHEMA = pa.schema(
+    [
+        ("image_key", pa.string()),
+        ("label", pa.int64()),
+        ("caption", pa.string()),
+        ("count", pa.int64()),
+        ("part", pa.string()),
+    ]
+)
+"""Columns of ``conditions.parquet``: records of each image and condition."""
 RECORDS_SCHEMA = pa.schema(
     [
         ("part", pa.string()),

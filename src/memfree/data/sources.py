@@ -11,8 +11,10 @@ import numpy as np
 
 from memfree.data.decode import MAX_IMAGE_BYTES, SUFFIXES
 from memfree.data.skipped import Skipped
+from memfree.data.tarrecord import MAX_TEXT_BYTES
 from memfree.data.tarstream import expand_shards, read_shard
 from memfree.data.wording import counted
+from memfree.untrusted import short
 
 SourceName = Literal["digits", "cifar10", "emoji", "folder", "shards"]
 
@@ -143,6 +145,8 @@ class ImageFolder:
                 skipped.record(str(error))
 
     def _image(self, file: Path, relative: Path) -> SourceImage:
+        if not relative.as_posix().isprintable():  # it becomes a key, which is stored and shown
+            raise ValueError(f"{short(file)}: its name is no text that can be shown: rename it")
         if file.stat().st_size > MAX_IMAGE_BYTES:
             raise ValueError(f"{file}: more than the limit of {MAX_IMAGE_BYTES} bytes")
         caption = None
@@ -152,6 +156,8 @@ class ImageFolder:
                 raise FileNotFoundError(
                     f"{file}: other images have a caption, {text.name} does not exist"
                 )
+            if text.stat().st_size > MAX_TEXT_BYTES:
+                raise ValueError(f"{text}: more than the limit of {MAX_TEXT_BYTES} bytes")
             caption = text.read_text(encoding="utf-8", errors="replace").strip()
         label = self.class_names.index(relative.parts[0]) if self.class_names else None
         return SourceImage(relative.as_posix(), file.read_bytes(), label, caption)

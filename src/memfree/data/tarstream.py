@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import lzma
+import os
 import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -17,16 +16,16 @@ import braceexpand
 from webdataset.gopen import gopen
 from webdataset.tariterators import base_plus_ext
 
-from memfree.data.decode import MAX_IMAGE_BYTES, SUFFIXES
+from memfree.data.decode import MAX_IMAGE_BYTES
 from memfree.data.skipped import Skipped
+from memfree.data.tarrecord import IMAGES, MAX_TEXT_BYTES, TEXTS, TarRecord, record_of
+from memfree.untrusted import short
 
-MAX_TEXT_BYTES = 1 << 20
-"""Largest caption, class or JSON member that is read, bytes."""
-MAX_LABEL = 99_999
-"""Largest class number that is believed."""
+MAX_MEMBER_BYTES = 8 << 30
+"""Largest member of any kind, bytes: what a tar without extensions can say."""
+UNPACKED_FREE, UNPACKED_RATIO = 64 << 20, 200
+"""A file may unpack to so many bytes, and so many times its own size."""
 
-_IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
-_TEXTS = ("txt", "cls", "json")
 _SCHEME = r"([A-Za-z][A-Za-z0-9+.-]+):"
 _SCHEMES = ("http", "https", "s3", "gs", "hf")
 _EXTENSIONS = (
@@ -52,21 +51,6 @@ _HEADER_ERRORS = (
 )
 
 
-@dataclass
-class TarRecord:
-    """One record of a foreign shard, not yet decoded."""
-
-    name: str
-    """Shard and key, for messages and as the image's key; never used as a file name."""
-    image: bytes
-    caption: str | None
-    label: int | None
-    image_key: str | None
-    """Declared by our own shards."""
-    group: str | None
-    """Declared by our own shards."""
-
-
 class _StrictTarInfo(tarfile.TarInfo):
     """Header whose damage is an error: tarfile itself takes it for the archive's end."""
 
@@ -80,9 +64,12 @@ class _StrictTarInfo(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tarfile: Any) -> Any:
         try:
-            return super().fromtarfile(tarfile)
+            header = super().fromtarfile(tarfile)
         except _HEADER_ERRORS as error:
             raise OSError("truncated or damaged archive") from error
+        if not 0 <= header.size <= MAX_MEMBER_BYTES:  # tarfile would skip it in tiny steps
+            raise OSError(f"damaged archive: member of {header.size} bytes")
+        return header
 
 
 def expand_shards(pattern: str, skipped: Skipped | None = None) -> list[str]:
@@ -159,9 +146,10 @@ def read_shard(shard: str, skipped: Skipped | None = None) -> Iterator[TarRecord
     try:
         # webdataset would run what a file named "pipe:…" says: plain files are opened as files.
         with gopen(shard, "rb") if _is_address(shard) else open(shard, "rb") as stream:
-            for name, members in _members(stream, shard):
+            size = None if _is_address(shard) else os.fstat(stream.fileno()).st_size
+            for name, members in _members(stream, shard, size):
                 try:
-                    record = _record(name, members)
+                    record = record_of(name, members)
                 except ValueError as error:
                     if skipped is None:
                         raise
@@ -169,44 +157,65 @@ def read_shard(shard: str, skipped: Skipped | None = None) -> Iterator[TarRecord
                     continue
                 yield record
     except OSError as error:
-        message = f"shard {shard}: {' '.join(str(error).split()) or type(error).__name__}"
+        message = f"shard {shard}: {short(error)}"
         if skipped is None:
             raise OSError(message) from error
         skipped.shard(shard, message)
 
 
-def _members(stream: IO[bytes], shard: str) -> Iterator[tuple[str, dict[str, bytes | str]]]:
+def _members(
+    stream: IO[bytes], shard: str, packed: int | None
+) -> Iterator[tuple[str, dict[str, bytes | str]]]:
     """(name, {suffix: content}) of each run of members with the same key."""
     base = Path(shard).name.split(".")[0]
     key, members = None, {}  # type: str | None, dict[str, bytes | str]
-    for name, size, read in _files(stream):
-        found, suffix = base_plus_ext(name)
+    for member, read in _files(stream, packed):
+        found, suffix = base_plus_ext(member.name)
         if not found or not suffix:
             continue
         if found != key:
             if members:
-                yield f"{base}/{key}", members
+                yield f"{base}/{short(key)}", members
             key, members = found, {}
         suffix = suffix.lower()
-        if suffix not in _IMAGES and suffix not in _TEXTS:
+        if suffix not in IMAGES and suffix not in TEXTS:
             continue
-        limit = MAX_TEXT_BYTES if suffix in _TEXTS else MAX_IMAGE_BYTES
-        if size > limit:
-            members["error"] = f".{suffix} has {size} bytes, the limit is {limit}"
+        limit = MAX_TEXT_BYTES if suffix in TEXTS else MAX_IMAGE_BYTES
+        if not member.isfile():
+            members["error"] = f".{suffix} is a link or device, not a file"
+        elif member.size > limit:
+            members["error"] = f".{suffix} has {member.size} bytes, the limit is {limit}"
+        elif not _is_plain(found):
+            members["error"] = "its name is absolute, climbs with .. or has control characters"
         else:
             members[suffix] = read()
     if members:
-        yield f"{base}/{key}", members
+        yield f"{base}/{short(key)}", members
 
 
-def _files(stream: IO[bytes]) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
-    """(name, bytes, function that reads it) of each plain file; all damage is an OSError."""
+def _is_plain(key: str) -> bool:
+    """Whether a name could be a file below some folder, and be shown."""
+    return key.isprintable() and not key.startswith("/") and ".." not in key.split("/")
+
+
+def _files(
+    stream: IO[bytes], packed: int | None
+) -> Iterator[tuple[tarfile.TarInfo, Callable[[], bytes]]]:
+    """(header, function that reads it) of each member but folders; all damage is an OSError.
+
+    Args:
+        stream: the archive.
+        packed: bytes of its file, where they are known.
+    """
+    limit = None if packed is None else UNPACKED_FREE + UNPACKED_RATIO * packed
     try:
         with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # would collect all headers
-                if member.isfile():
-                    yield member.name, member.size, partial(_content, archive, member)
+                if limit is not None and member.offset_data + member.size > limit:
+                    raise OSError(f"it unpacks to more than {UNPACKED_RATIO} times its size")
+                if not member.isdir():
+                    yield member, partial(_content, archive, member)
     except _TAR_ERRORS as error:
         raise OSError(f"damaged archive ({error or type(error).__name__})") from error
 
@@ -218,53 +227,3 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
         return file.read()
     except _TAR_ERRORS as error:
         raise OSError(f"damaged archive ({error or type(error).__name__})") from error
-
-
-def _record(name: str, members: dict[str, bytes | str]) -> TarRecord:
-    if "error" in members:
-        raise ValueError(f"{name}: {_text(members['error'])}")
-    images = [members[suffix] for suffix in _IMAGES if suffix in members]
-    if not images:
-        raise ValueError(f"{name}: record without a PNG, JPEG or WEBP image")
-    meta = _json(name, members.get("json", b"{}"))
-    caption = meta.get("caption")
-    if "txt" in members:
-        caption = _text(members["txt"])
-    label = meta.get("label")
-    if "cls" in members:
-        label = _text(members["cls"]).strip()
-    return TarRecord(
-        name,
-        bytes(images[0]),  # type: ignore[arg-type]
-        str(caption) if caption is not None else None,
-        _label(name, label) if label is not None else None,
-        _declared(meta, "image_key"),
-        _declared(meta, "group"),
-    )
-
-
-def _text(data: bytes | str) -> str:
-    return data.decode("utf-8", errors="replace") if isinstance(data, bytes) else data
-
-
-def _json(name: str, data: bytes | str) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: its .json is not valid JSON") from error
-    return value if isinstance(value, dict) else {}
-
-
-def _label(name: str, value: Any) -> int:
-    try:
-        label = int(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: class {value!r} is not a number") from error
-    if not 0 <= label <= MAX_LABEL:
-        raise ValueError(f"{name}: class {label} is not in 0..{MAX_LABEL}")
-    return label
-
-
-def _declared(meta: dict[str, Any], field: str) -> str | None:
-    value = meta.get(field)
-    return value if isinstance(value, str) and 0 < len(value) <= 1000 else None

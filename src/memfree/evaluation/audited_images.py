@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memfree.data.decode import SUFFIXES, channels_of, open_image, upright
+from memfree.data.decode import MAX_IMAGE_BYTES, SUFFIXES, channels_of, open_image, upright
 from memfree.data.folder import to_float
 from memfree.data.framing import Framing
 from memfree.data.skipped import Skipped
@@ -72,7 +72,8 @@ class AuditedImages:
         for file in files:
             name = str(file.relative_to(self.path)) if self.path.is_dir() else file.name
             try:
-                yield name, file.read_bytes()
+                with open(file, "rb") as opened:  # one byte more than open_image takes
+                    yield name, opened.read(MAX_IMAGE_BYTES + 1)
             except OSError as error:
                 self.skipped.record(f"{name}: {error.strerror or error}")
 

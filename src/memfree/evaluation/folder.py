@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import parquet
 
 from memfree.evaluation.metrics import HELDOUT, MetricTable, read_metrics
 from memfree.manifest import read_manifest
+from memfree.untrusted import read_table, short
 
 
 class EvaluationFolder:
@@ -44,6 +44,8 @@ class EvaluationFolder:
             names = list(self.manifest["samples"])
             self.subjects = sorted(names, key=lambda name: name != self.reference)
             self.paired = [name for name in self.subjects if name in self.manifest["paired"]]
+            if self.reference not in names:
+                raise TypeError(f"the reference {short(repr(self.reference))} is no subject")
             _check_makers(self.manifest)
         except KeyError as error:
             raise ValueError(
@@ -51,25 +53,24 @@ class EvaluationFolder:
             ) from error
         except (AttributeError, IndexError, TypeError) as error:
             raise ValueError(
-                f"{self.path}/manifest.json is damaged ({error}); run `memfree evaluate` again"
+                f"{self.path}/manifest.json is damaged ({short(error)}); run `memfree evaluate` "
+                "again"
             ) from error
         self.pictures = self._table("pictures.parquet").to_pylist()
         self.trajectories = self._table("trajectories.parquet").to_pylist()
 
     def distances(self) -> dict[str, np.ndarray]:
         """Per subject and for the test images: nL2 of every image, or −σ of another measure."""
-        table = self._table("per_sample.parquet")
+        table = self._table("per_sample.parquet", {"subject": pa.string(), "sigma": pa.float64()})
         subject = np.array(table["subject"].to_pylist())
         values = -table["sigma"].to_numpy()
         return {name: values[subject == name] for name in [*self.subjects, HELDOUT]}
 
-    def _table(self, name: str) -> pa.Table:
+    def _table(self, name: str, columns: dict[str, pa.DataType] | None = None) -> pa.Table:
         try:
-            return parquet.read_table(self.path / name)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(
-                f"{self.path / name} cannot be read; run `memfree evaluate` again"
-            ) from error
+            return read_table(self.path / name, columns)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{error}; run `memfree evaluate` again") from error
 
 
 def _check_makers(manifest: dict[str, Any]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from memfree.evaluation.intervals import Interval
 from memfree.manifest import write_json
+from memfree.untrusted import read_json, short
 
 HELDOUT = "heldout"
 """Subject of what is measured on the test images, as if they were samples."""
@@ -79,6 +80,21 @@ def read_metrics(path: Path) -> MetricTable:
     if not path.is_file():
         raise FileNotFoundError(f"no metrics at {path}; run `memfree evaluate` first")
     try:
-        return MetricTable(Metric(**entry) for entry in json.loads(path.read_text("utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a list of metrics: {error}") from error
+        return MetricTable([_metric(entry) for entry in read_json(path)])
+    except TypeError as error:
+        raise ValueError(f"{path} is not a list of metrics: {short(error)}") from error
+
+
+def _metric(entry: Any) -> Metric:
+    """One entry of ``metrics.json``; TypeError if it is something else."""
+    one = Metric(**entry)
+    for kind, values in (
+        (str, (one.metric, one.subject)),
+        ((int, float), (one.value, one.count)),
+        ((int, float, NoneType), (one.low, one.high)),
+        (dict, (one.detail,)),
+    ):
+        for value in values:
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{short(repr(value), 40)} in {short(repr(one.metric), 40)}")
+    return one

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
+from memfree.data.decode import open_image
 from memfree.evaluation.folder import EvaluationFolder
 from memfree.evaluation.page import SMALL_IMAGE
 from memfree.evaluation.plots import PRINTED_COLOURS
@@ -51,7 +50,7 @@ def write_picture(folder: EvaluationFolder, path: Path) -> None:
 
 
 def _draw(axes: Any, row: dict[str, Any]) -> None:
-    image = np.asarray(Image.open(io.BytesIO(row["png"])))
+    image = np.asarray(open_image(row["png"], "a picture of the evaluation"))
     smooth = "nearest" if max(image.shape[:2]) < SMALL_IMAGE else "bilinear"
     axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation=smooth)
     axes.set_xticks([])

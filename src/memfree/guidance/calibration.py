@@ -97,7 +97,7 @@ class Calibration:
         try:
             sigmas = torch.tensor(value["sigmas"], dtype=torch.float32).sort().values
             name = str(value["similarity"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"not a calibration: {error}") from error
         if sigmas.ndim != 1 or not len(sigmas) or not bool(torch.isfinite(sigmas).all()):
             raise ValueError("not a calibration: its sigmas are empty or not finite")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,14 @@ def read_identity(path: Path) -> dict[str, Any]:
         ValueError: it is damaged, or not a checkpoint of memfree.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:  # torch packs nothing; others may pack bombs
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("packed")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a TorchScript file, which is refused
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         identity = checkpoint[CHECKPOINT_KEY]
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a pickle of someone else makes torch raise
         raise ValueError(
             f"{path} is damaged or not a checkpoint of memfree ({type(error).__name__}): "
             "delete it, or use another --out"

@@ -47,6 +47,10 @@ def claim(
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file: name a folder")
     manifest = read_manifest(out, "model") if (out / "manifest.json").is_file() else {}
+    if manifest:
+        for name, kind in (("steps", int), ("epochs", int), ("identity", dict)):
+            if not isinstance(manifest.get(name, kind()), kind):
+                raise ValueError(f"{out}/manifest.json has no valid {name}: use another --out")
     checkpoint = latest_checkpoint(out / CHECKPOINTS)
     steps = max(manifest.get("steps", 0), step_of(checkpoint) if checkpoint else 0)
     difference = None
@@ -66,7 +70,7 @@ def claim(
     if difference:
         return "other"
     enough_epochs = 0 <= max_epochs <= manifest.get("epochs", 0)
-    finished = bool(manifest) and (0 <= max_steps <= manifest["steps"] or enough_epochs)
+    finished = bool(manifest) and (0 <= max_steps <= manifest.get("steps", 0) or enough_epochs)
     return "finished" if finished else "open"
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from diffusers import UNet2DModel
@@ -20,6 +19,11 @@ from memfree.models.noise_schedule import scheduler_class_named
 from memfree.models.saved_network import load_network
 from memfree.models.small_decoder import load_decoder
 from memfree.models.text_pipeline import TextDenoiser, encode, load_pipeline
+from memfree.models.untrusted_folder import check_scheduler
+from memfree.untrusted import short
+
+MAX_SIDE = 1 << 14
+"""Largest height or width of images that a model is believed to make, pixels."""
 
 
 class Denoiser(nn.Module):
@@ -135,12 +139,13 @@ def _load_model(folder: Path) -> LoadedModel:
         return _load_text_model(folder, manifest)
     network = load_network(UNet2DModel, folder / DIFFUSERS_NAME / "unet")
     scheduler = _load_scheduler(folder / DIFFUSERS_NAME / "scheduler")
-    num_classes = manifest.get("num_classes")
-    image_shape = tuple(manifest.get("image_shape", ()))
+    num_classes, image_shape = manifest.get("num_classes"), manifest.get("image_shape")
     size = network.config["sample_size"]
-    expected = (network.config["in_channels"], *((size, size) if isinstance(size, int) else size))
+    sizes = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    expected = (network.config["in_channels"], *sizes)
     embeddings = network.config["num_class_embeds"]
-    if image_shape != expected or embeddings != (None if num_classes is None else num_classes + 1):
+    own = None if embeddings is None else embeddings - 1
+    if not _is_shape(image_shape) or image_shape != list(expected) or num_classes != own:
         raise ValueError(f"{folder}: manifest.json and {DIFFUSERS_NAME}/unet are of two models")
     return LoadedModel(
         denoiser=Denoiser(network, num_classes).eval().requires_grad_(False),
@@ -157,10 +162,16 @@ def _load_text_model(folder: Path, manifest: dict[str, Any]) -> LoadedModel:
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
     if manifest:
-        channels, height, width = manifest["image_shape"]
+        shape = manifest.get("image_shape")
+        if not _is_shape(shape):
+            raise ValueError(f"{folder}/manifest.json has no valid image_shape")
+        channels, height, width = shape
     else:
+        size = pipe.unet.config.sample_size
+        if not isinstance(size, int):
+            raise ValueError(f"{folder}: its U-Net has no one sample_size but {short(size, 40)}")
         channels = pipe.vae.config.in_channels
-        height = width = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        height = width = size * pipe.vae_scale_factor
     with torch.no_grad():
         null = encode(pipe, [""])
     return LoadedModel(
@@ -176,10 +187,18 @@ def _load_text_model(folder: Path, manifest: dict[str, Any]) -> LoadedModel:
 def _load_scheduler(folder: Path) -> Any:
     path = folder / "scheduler_config.json"
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+        kind: Any = scheduler_class_named(check_scheduler(folder))
+        return kind.from_pretrained(folder, local_files_only=True)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no scheduler: copy the model folder whole") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a scheduler's configuration: {error!r}") from error
-    kind: Any = scheduler_class_named(name)
-    return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever diffusers raises for options of wrong types
+        raise ValueError(f"{path} is not a scheduler's configuration: {short(error)}") from error
+
+
+def _is_shape(value: Any) -> TypeGuard[list[int]]:
+    """Whether a manifest's image_shape could be one."""
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(side) is int and 0 < side <= MAX_SIDE for side in value)
+    )

@@ -9,6 +9,7 @@ from diffusers import AutoencoderTiny
 
 from memfree.models.latents import pixels_per_latent
 from memfree.models.saved_network import load_network
+from memfree.models.untrusted_folder import read_config
 
 
 def load_decoder(folder: Path, vae: Any) -> Any:
@@ -23,7 +24,7 @@ def load_decoder(folder: Path, vae: Any) -> Any:
     """
     name = f"--decoder {folder}"
     config = folder / "config.json"
-    if not config.is_file() or '"AutoencoderTiny"' not in config.read_text(encoding="utf-8"):
+    if not config.is_file() or read_config(config).get("_class_name") != "AutoencoderTiny":
         raise ValueError(f"{name} is no folder of a diffusers AutoencoderTiny")
     decoder = load_network(AutoencoderTiny, folder).eval().requires_grad_(False)
     check_decoder(decoder, vae, name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ from torch import Tensor, nn
 
 from memfree.conditions import Conditions, TextConditions
 from memfree.models.export import pipeline_folder, quiet_bars
+from memfree.models.untrusted_folder import check_parts, check_pipeline_folder
+from memfree.untrusted import short
 
 PIPELINES: Any = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 XL: Any = StableDiffusionXLPipeline
@@ -40,6 +40,8 @@ def load_pipeline(name: str | Path) -> Any:
     if local:
         _check_parts(source, str(name))
     try:
+        if not local:  # what the hub's list of parts names is looked at before any of it is loaded
+            check_parts(dict(DiffusionPipeline.load_config(str(name))), str(name))
         with quiet_bars():
             pipe: Any = DiffusionPipeline.from_pretrained(
                 # Safetensors only: a pickle from a stranger could execute code.
@@ -47,9 +49,10 @@ def load_pipeline(name: str | Path) -> Any:
                 use_safetensors=True,
                 local_files_only=local,
             )
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = textwrap.shorten(str(error), 160, placeholder=" ...")
-        raise ValueError(f"{name} cannot be loaded as a diffusers pipeline: {reason}") from error
+    except Exception as error:  # whatever the libraries raise for files of others
+        raise ValueError(
+            f"{name} cannot be loaded as a diffusers pipeline: {short(error)}"
+        ) from error
     check_pipeline(pipe, str(name))
     return pipe
 
@@ -57,13 +60,13 @@ def load_pipeline(name: str | Path) -> Any:
 def _check_parts(folder: Path, name: str) -> None:
     """Refuse a folder that says itself what it lacks, which diffusers reports in many words."""
     try:
-        parts = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{name}: model_index.json is damaged ({error})") from error
+        parts = check_pipeline_folder(folder)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name} cannot be loaded as a diffusers pipeline: {error}") from error
     for kind in PIPELINES:
-        if isinstance(parts, dict) and parts.get("_class_name") == kind.__name__:
+        if parts.get("_class_name") == kind.__name__:
             _refuse_missing(
-                [part for part in _needed(kind) if not any(parts.get(part) or [])], name
+                [part for part in _needed(kind) if parts.get(part) in (None, [None, None])], name
             )
 
 

@@ -42,6 +42,8 @@ class CLIPFeatures(NetworkFeatures):
         self.path = None if path is None else Path(path).absolute()
         if self.path is not None and not self.path.exists():
             raise FileNotFoundError(f"no CLIP checkpoint at {self.path}")
+        if self.path is not None and not (self.path.is_file() or self.path.is_dir()):
+            raise ValueError(f"{self.path} is no plain file")  # a device would have no end
         self.model = None if self.path is not None and self.path.is_dir() else model
         self.pretrained = pretrained
         tower, config = self._load()

@@ -117,14 +117,15 @@ class CopyDetectionFeatures(NetworkFeatures):
     def __init__(
         self, shape: CopyDetectionShape, weights: dict[str, Tensor], path: Path | None = None
     ) -> None:
-        network = CopyDetectionNetwork(shape)
-        try:
-            network.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
+        with torch.device("meta"):  # no memory for a network that its weights are not of
+            expected = _shapes(CopyDetectionNetwork(shape).state_dict())
+        if _shapes(weights) != expected:
             raise ValueError(
                 "the weights of a copy-detection network do not fit its shape: copy its folder "
                 "whole, or build the index again"
-            ) from error
+            )
+        network = CopyDetectionNetwork(shape)
+        network.load_state_dict(weights, strict=True)
         super().__init__(network, None)
         self.shape = shape
         self.path = path
@@ -145,7 +146,7 @@ class CopyDetectionFeatures(NetworkFeatures):
             raise ValueError(f"{path} is not the file that manifest.json describes; train it again")
         try:
             weights = safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, ValueError) as error:
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         return cls(shape, weights, folder.absolute())
 
@@ -185,6 +186,10 @@ class CopyDetectionFeatures(NetworkFeatures):
             "output": "GeM pooling (p = 3), linear, L2-normalised",
             "metric": self.metric,
         }
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items()}
 
 
 def resized(images: Tensor, size: int) -> Tensor:

@@ -50,13 +50,17 @@ class LatentFeatures(Features):
             FileNotFoundError: there is no such folder.
             ValueError: it holds no AutoencoderKL in safetensors.
         """
-        from diffusers import AutoencoderKL  # takes seconds, which nobody else should wait for
+        # These take seconds, which nobody else should wait for.
+        from diffusers import AutoencoderKL
+
+        from memfree.models.untrusted_folder import check_network
 
         folder = Path(path).absolute()
         if not folder.is_dir():
             raise FileNotFoundError(f"no VAE or pipeline folder at {folder}")
         inner = folder / "vae" if (folder / "vae").is_dir() else folder
         try:
+            check_network(AutoencoderKL, inner)
             vae = AutoencoderKL.from_pretrained(inner, use_safetensors=True, local_files_only=True)
         except (*UNREADABLE, OSError) as error:
             raise ValueError(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import tokenize
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
 import torch
@@ -21,6 +21,10 @@ from memfree.retrieval.features import PixelFeatures
 from memfree.retrieval.index import ReferenceIndex
 from memfree.retrieval.items import CONDITIONS, Items
 from memfree.retrieval.storage import HASHED_FILES, ITEMS
+from memfree.untrusted import read_json, read_table, short
+
+_LABEL_BYTES = 1 << 30  # that the counts of all labels may take beside a small index
+_NULLABLE = ("shard", "content", "label", "caption")
 
 
 def load(folder: Path, weights: Path | None = None, trust_file: bool = False) -> ReferenceIndex:
@@ -40,7 +44,9 @@ def load(folder: Path, weights: Path | None = None, trust_file: bool = False) ->
     rows, dimension, groups = (_size(manifest, folder, x) for x in ("rows", "dimension", "groups"))
     for name, digest in _field(manifest, folder, "files", dict).items():
         if name not in HASHED_FILES:
-            raise ValueError(f"{folder}/manifest.json names a file {name!r} that no index has")
+            raise ValueError(
+                f"{folder}/manifest.json names a file {short(repr(name))} that no index has"
+            )
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is damaged: {name} is missing; build the index again")
         if sha256(folder / name) != digest:
@@ -52,20 +58,28 @@ def load(folder: Path, weights: Path | None = None, trust_file: bool = False) ->
     if "features.safetensors" in manifest["files"]:
         try:
             tensors = safetensors.torch.load_file(folder / "features.safetensors")
-        except (safetensors.SafetensorError, ValueError) as error:
-            raise ValueError(f"{folder}/features.safetensors cannot be read: {error}") from error
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{folder}/features.safetensors cannot be read: {short(error)}"
+            ) from error
     description = _field(manifest, folder, "features", dict)
-    features = features_from(description, tensors, weights, trust_file)
+    try:
+        features = features_from(description, tensors, weights, trust_file)
+    except (ValueError, OSError) as error:
+        if type(error) is FileNotFoundError:  # says itself which weights are not in place
+            raise
+        raise ValueError(f"{folder}: {short(error, 600)}") from error
     shape = _field(manifest, folder, "image_shape", list)
-    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise ValueError(f"{folder}/manifest.json has an impossible image_shape {shape!r}")
-    if isinstance(features, PixelFeatures) and int(np.prod(shape)) != dimension:
+    if len(shape) != 3 or not all(type(size) is int and 0 < size <= 1 << 20 for size in shape):
+        raise ValueError(f"{folder}/manifest.json has an impossible image_shape {short(shape)}")
+    if isinstance(features, PixelFeatures) and math.prod(shape) != dimension:
         raise ValueError(
             f"{folder}/manifest.json: images of {shape} cannot have vectors of {dimension}"
         )
+    vectors = _map_vectors(folder / "vectors.npy", rows, dimension)
     items = _read_items(folder, rows, groups, manifest.get("num_classes"))
     return ReferenceIndex(
-        _map_vectors(folder / "vectors.npy", rows, dimension),
+        vectors,
         features,
         items,
         (shape[0], shape[1], shape[2]),
@@ -77,6 +91,8 @@ def load(folder: Path, weights: Path | None = None, trust_file: bool = False) ->
 def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
     """Memory-map the (rows, dimension) float32 array if its header and size say just that."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no plain file")
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
             if version != (1, 0):
@@ -86,11 +102,14 @@ def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is damaged: vectors.npy is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not a plain float32 array: {error}") from error
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{path} is not a plain float32 array: {short(error)}") from error
+    except tokenize.TokenError as error:  # numpy's second look at a header that is no literal
+        raise ValueError(f"{path} is not a plain float32 array: {short(error)}") from error
     if shape != (rows, dimension) or fortran or dtype != np.dtype("<f4"):
         raise ValueError(
-            f"{path} holds {dtype} {shape}, but manifest.json says float32 {(rows, dimension)}"
+            f"{path} holds {short(dtype)} {short(shape)}, but manifest.json says float32 "
+            f"{(rows, dimension)}"
         )
     if size != offset + 4 * rows * dimension:
         raise ValueError(
@@ -98,28 +117,34 @@ def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
             "truncated or damaged"
         )
     # Copy-on-write: torch wants a writable array, the file stays as it is.
-    array = np.memmap(path, dtype="<f4", mode="c", offset=offset, shape=shape)
+    try:
+        array = np.memmap(path, dtype="<f4", mode="c", offset=offset, shape=shape)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{path} of {size} bytes cannot be mapped: {short(error)}") from error
     return torch.from_numpy(array)
 
 
 def _read_items(folder: Path, rows: int, groups: int, num_classes: Any) -> Items:
+    size = (folder / "vectors.npy").stat().st_blocks * 512  # what is really there
     # Indexes of memfree's first version do not know their rows' contents.
-    table = _read_table(folder / "items.parquet", [ITEMS, ITEMS.remove(5)], rows)
+    table = _read_table(folder / "items.parquet", [ITEMS, ITEMS.remove(5)])
     if table.num_rows != rows:
         raise ValueError(
             f"{folder}/items.parquet has {table.num_rows} rows, but manifest.json says {rows}"
         )
-    conditions = _read_table(folder / "conditions.parquet", [CONDITIONS], None)
+    conditions = _read_table(folder / "conditions.parquet", [CONDITIONS])
     group = torch.from_numpy(table["group"].to_numpy().astype(np.int64))
     multiplicity = torch.from_numpy(table["multiplicity"].to_numpy().astype(np.int64))
     labels, at = conditions["label"].drop_null().to_numpy(), conditions["row"].to_numpy()
     sound = (
-        (num_classes is None or (isinstance(num_classes, int) and 0 < num_classes <= 1 << 20))
+        (num_classes is None or (type(num_classes) is int and 0 < num_classes <= 1 << 20))
+        and rows * (num_classes or 0) * 8 <= _LABEL_BYTES + 1000 * size
         and int(group.min()) >= 0
         and int(group.max()) < groups
         and len(group.unique()) == groups
         and int(multiplicity.min()) >= 1
         and bool(((at >= 0) & (at < rows)).all())
+        and bool((conditions["count"].to_numpy() >= 1).all())
         and (num_classes is None or bool(((labels >= 0) & (labels < num_classes)).all()))
     )
     if not sound:
@@ -132,30 +157,23 @@ def _read_items(folder: Path, rows: int, groups: int, num_classes: Any) -> Items
     return Items(keys, group, multiplicity, conditions, num_classes, shards, contents)
 
 
-def _read_table(path: Path, schemas: list[pa.Schema], rows: int | None) -> pa.Table:
-    """Read a parquet file of exactly one of these schemas, refusing an absurd size beforehand."""
+def _read_table(path: Path, schemas: list[pa.Schema]) -> pa.Table:
+    """Read a parquet file of exactly one of these schemas."""
     try:
-        file = pq.ParquetFile(path)
-        if not any(file.schema_arrow.equals(schema) for schema in schemas):
-            raise ValueError(f"its columns are {', '.join(file.schema_arrow.names)}")
-        metadata = file.metadata
-        size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-        if (rows is not None and metadata.num_rows != rows) or size > 1 << 32:
-            raise ValueError(f"it has {metadata.num_rows} rows in {size} bytes")
-        return file.read()
+        table = read_table(path, schemas[-1], _NULLABLE)
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is damaged: {path.name} is missing") from None
-    except (ValueError, pa.ArrowException) as error:
-        raise ValueError(f"{path} is not an index's {path.stem} table: {error}") from error
+    if not any(table.schema.equals(schema) for schema in schemas):
+        names = short(", ".join(table.column_names))
+        raise ValueError(f"{path} is not an index's {path.stem} table: its columns are {names}")
+    return table
 
 
 def _read_calibrations(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is damaged: {path.name} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
         raise ValueError(f"{path} does not hold one record a similarity")
     return value
@@ -171,5 +189,5 @@ def _field(manifest: dict[str, Any], folder: Path, name: str, kind: type) -> Any
 def _size(manifest: dict[str, Any], folder: Path, name: str) -> int:
     value = _field(manifest, folder, name, int)
     if not 1 <= value < 1 << 40 or isinstance(value, bool):
-        raise ValueError(f"{folder}/manifest.json has an impossible {name}: {value}")
+        raise ValueError(f"{folder}/manifest.json has an impossible {name}: {short(value)}")
     return value

@@ -90,6 +90,8 @@ class SSCDFeatures(NetworkFeatures):
                 f"SSCD preprocessing {preprocessing!r} is none of {', '.join(PREPROCESSINGS)}"
             )
         self.path = Path(path).absolute()
+        if self.path.exists() and not self.path.is_file() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is no plain file")  # a device would have no end
         # Read once, so that what was hashed is what is loaded.
         content = self.path.read_bytes()
         self.weights_sha256 = hashlib.sha256(content).hexdigest()

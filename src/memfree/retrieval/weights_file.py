@@ -6,6 +6,8 @@ import pickle
 
 import safetensors
 
+from memfree.untrusted import short
+
 UNREADABLE = (
     RuntimeError,
     ValueError,
@@ -23,4 +25,4 @@ UNREADABLE = (
 def last_line(error: BaseException) -> str:
     """The first line of a message that says something, without code marks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines else type(error).__name__
+    return short(" ".join(lines[:2]) or type(error).__name__, 300)

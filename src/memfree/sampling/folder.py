@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,11 +10,16 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from pyarrow import parquet
 from torch import Tensor
 
+from memfree.data.decode import MAX_IMAGE_BYTES, MAX_PIXELS
+from memfree.data.tarrecord import MAX_TEXT_BYTES
 from memfree.manifest import read_manifest
 from memfree.sampling import png
+from memfree.untrusted import parse_json, read_table, short
+
+_TRACE = {"sample": pa.int64(), "step": pa.int64()}
+_INT64 = range(-(1 << 63), 1 << 63)
 
 
 class SampleFolder:
@@ -45,15 +49,17 @@ class SampleFolder:
         try:
             self.manifest: dict[str, Any] = {**manifest, "seed": manifest["made_by"]["seed"]}
             channels, height, width = (int(side) for side in manifest["image_shape"])
+            if channels not in (1, 3) or min(height, width) < 1 or height * width > MAX_PIXELS:
+                raise ValueError(f"impossible image_shape {short(manifest['image_shape'])}")
             count = int(manifest["count"])
-            self._shards = [self.path / Path(name).name for name in manifest["shards"]]
+            self._shards = [self.path / _shard_name(name) for name in manifest["shards"]]
         except KeyError as error:
             raise ValueError(
                 f"{self.path}/manifest.json lacks {error}; draw the samples again"
             ) from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(
-                f"{self.path}/manifest.json is damaged ({error}); draw the samples again"
+                f"{self.path}/manifest.json is damaged ({short(error)}); draw the samples again"
             ) from error
         self.image_shape: tuple[int, int, int] = (channels, height, width)
         records: dict[int, dict[str, Any]] = {}
@@ -69,7 +75,7 @@ class SampleFolder:
                 f"{self.path} holds {len(records)} of {count} samples; draw them again"
             )
         ordered = [records[i] for i in range(len(records))]
-        self.records: pa.Table = pa.Table.from_pylist(ordered)
+        self.records: pa.Table = _table(ordered, self.path)
         self.index = torch.arange(len(ordered))
         self.seeds = torch.tensor([record["seed"] for record in ordered], dtype=torch.int64)
         labels = [record["condition"] for record in ordered]
@@ -103,15 +109,18 @@ class SampleFolder:
         with open(shard, "rb") as file:
             file.seek(offset)
             data = file.read(size)
-        try:
-            image = png.decode(data, self.image_shape[0])
-        except RuntimeError as error:
-            raise ValueError(f"{shard}: the image of sample {index} is damaged") from error
-        if tuple(image.shape) != self.image_shape:
+        found = png.size(data)
+        if found is not None and found != self.image_shape[1:]:
             raise ValueError(
-                f"{shard}: sample {index} has shape {tuple(image.shape)}, not {self.image_shape}"
+                f"{shard}: sample {index} has {found[0]}x{found[1]} pixels, but the manifest says "
+                f"{self.image_shape[1]}x{self.image_shape[2]}"
             )
-        return image
+        try:
+            if found is None:
+                raise ValueError("no PNG")
+            return png.decode(data, self.image_shape[0])
+        except ValueError as error:
+            raise ValueError(f"{shard}: the image of sample {index} is damaged") from error
 
     def trace(self) -> pa.Table:
         """Rows of σ_t, λ_t and so on, sorted by sample and step.
@@ -125,15 +134,31 @@ class SampleFolder:
                 f"{self.path} has no trace: sample with --index to observe the similarity"
             )
         try:
-            tables = [parquet.read_table(name) for name in names]
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(f"a trace in {self.path} cannot be read: {error}") from error
-        return pa.concat_tables(tables).sort_by([("sample", "ascending"), ("step", "ascending")])
+            tables = [read_table(name, _TRACE) for name in names]
+            whole = pa.concat_tables(tables)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"a trace in {self.path} cannot be read: {short(error)}") from error
+        return whole.sort_by([("sample", "ascending"), ("step", "ascending")])
 
 
 def read_records(shards: Sequence[Path]) -> pa.Table:
     """What is recorded beside the samples in some shards, one row a sample, in no fixed order."""
-    return pa.Table.from_pylist([record for shard in shards for record, _, _ in _scan(shard)])
+    found = [record for shard in shards for record, _, _ in _scan(shard)]
+    return _table(found, shards[0].parent if shards else Path())
+
+
+def _table(records: list[dict[str, Any]], folder: Path) -> pa.Table:
+    try:
+        return pa.Table.from_pylist(records)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"the records in {folder} do not fit together: {short(error)}") from error
+
+
+def _shard_name(name: Any) -> str:
+    """A shard's name, refused if it is a path: a file names no file elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name or not name.startswith("samples-"):
+        raise ValueError(f"{short(repr(name))} is no shard")
+    return name
 
 
 def _scan(shard: Path) -> list[tuple[dict[str, Any], int, int]]:
@@ -143,18 +168,33 @@ def _scan(shard: Path) -> list[tuple[dict[str, Any], int, int]]:
     places: dict[str, tuple[int, int]] = {}
     records: dict[str, dict[str, Any]] = {}
     try:
-        with tarfile.open(shard) as tar:
+        with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 key, _, kind = member.name.partition(".")
+                limit = {"png": MAX_IMAGE_BYTES, "json": MAX_TEXT_BYTES}.get(kind)
+                if limit is None:
+                    continue
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    raise ValueError(f"{member.name} is no plain file")
+                if not 0 < member.size <= limit:
+                    raise ValueError(f"{member.name} has {member.size} bytes")
                 if kind == "png":
                     places[key] = (member.offset_data, member.size)
-                elif kind == "json":
+                else:
                     file = tar.extractfile(member)
                     assert file is not None
-                    records[key] = _record(member.name, json.loads(file.read()))
+                    records[key] = _record(member.name, parse_json(file.read()))
         return [(records[key], *place) for key, place in places.items()]
-    except (tarfile.TarError, EOFError, KeyError, ValueError, AssertionError) as error:
-        raise ValueError(f"{shard} is damaged: {error or type(error).__name__}") from error
+    except (
+        tarfile.TarError,
+        EOFError,
+        KeyError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+        AssertionError,
+    ) as error:
+        raise ValueError(f"{shard} is damaged: {short(error)}") from error
 
 
 def _record(name: str, value: Any) -> dict[str, Any]:
@@ -162,6 +202,9 @@ def _record(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{name} is no record of a sample")
     for field, kind in (("index", int), ("seed", int), ("condition", (int, str, NoneType))):
-        if field not in value or not isinstance(value[field], kind):
+        found = value.get(field, ...)
+        if not isinstance(found, kind) or isinstance(found, bool):
+            raise ValueError(f"{name} has no valid {field}")
+        if isinstance(found, int) and found not in _INT64:
             raise ValueError(f"{name} has no valid {field}")
     return value

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_png, encode_png
+from torchvision.io import encode_png
+
+from memfree.data.decode import open_image, to_array, with_channels
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -22,7 +26,18 @@ def encode(image: Tensor) -> bytes:
     return encode_png(image.contiguous()).numpy().tobytes()
 
 
+def size(data: bytes) -> tuple[int, int] | None:
+    """(H, W) that a PNG's header says, before anything is unpacked; None if it is no PNG."""
+    if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n":
+        return None
+    width, height = struct.unpack(">II", data[16:24])  # of the chunk IHDR, which comes first
+    return height, width
+
+
 def decode(data: bytes, channels: int) -> Tensor:
-    """The uint8 image (C, H, W) in a PNG; RuntimeError if it is none."""
-    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
-    return decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+    """The uint8 image (C, H, W) in a PNG; ValueError if it is none.
+
+    By Pillow: torchvision's decoder crashes the process on some damaged files.
+    """
+    image = with_channels(open_image(data, "sample"), channels)
+    return torch.from_numpy(to_array(image).copy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from memfree.difference import first_difference
 from memfree.first_process import is_first_process
 from memfree.manifest import read_manifest, write_json, write_manifest
 from memfree.resolved import CONFIG_NAME
+from memfree.untrusted import read_json, short
 
 try:
     import fcntl
@@ -20,6 +22,7 @@ except ImportError:  # pragma: no cover - Windows: no protection against a secon
     fcntl = None  # type: ignore[assignment]
 
 RUN_FILE = "run.json"
+_FILE = re.compile(r"(samples|trace)-[0-9-]+\.(tar|parquet)")
 
 
 class SampleRun:
@@ -98,7 +101,7 @@ class SampleRun:
 
     def _compare(self, begun: Path) -> None:
         try:
-            there = json.loads(begun.read_text(encoding="utf-8"))
+            there = read_json(begun)
         except ValueError as error:
             raise ValueError(f"{begun} is damaged ({error}); choose another --out") from error
         if difference := first_difference(there, self.settings):
@@ -120,7 +123,10 @@ class SampleRun:
         """
         if not self._manifest.is_file():
             return False
-        return all((self.folder / name).is_file() for name in self.manifest()["shards"])
+        names = self.manifest().get("shards")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{self._manifest} does not list the shards; draw the samples again")
+        return all((self.folder / name).is_file() for name in names)
 
     def verify(self) -> None:
         """Compare the sizes of a finished folder's files with those in its manifest.
@@ -128,14 +134,17 @@ class SampleRun:
         Raises:
             ValueError: a file is not as it was written; names the shard to delete.
         """
-        for name, size in self.manifest().get("files", {}).items():
+        files = self.manifest().get("files", {})
+        if not isinstance(files, dict) or not all(_FILE.fullmatch(name) for name in files):
+            raise ValueError(f"{self._manifest} does not list the files; draw the samples again")
+        for name, size in files.items():
             path = self.folder / name
             found = path.stat().st_size if path.is_file() else 0
             if found != size:
                 shard = path.with_name(f"samples-{path.stem.split('-', 1)[1]}.tar")
                 raise ValueError(
-                    f"{path} has {found} bytes, not {size}: delete {shard} and repeat the command "
-                    "to draw its samples again"
+                    f"{path} has {found} bytes, not {short(size)}: delete {shard} and repeat the "
+                    "command to draw its samples again"
                 )
 
     def lock(self, rank: int, wait: float = 0.0) -> None:
@@ -204,7 +213,8 @@ class SampleRun:
 
     def next_shard(self, rank: int) -> int:
         """First shard number of this rank that is not taken."""
-        taken = [int(path.stem.rsplit("-", 1)[1]) for path in self._of_rank(rank)]
+        numbers = [path.stem.rsplit("-", 1)[1] for path in self._of_rank(rank)]
+        taken = [int(number) for number in numbers if number.isdecimal()]
         return max(taken, default=-1) + 1
 
     def _of_rank(self, rank: int) -> list[Path]:
@@ -248,10 +258,12 @@ def shard_indices(shard: Path) -> list[int]:
         ValueError: it is no tar file, or holds other members.
     """
     try:
-        with tarfile.open(shard) as tar:
+        if not shard.is_file():
+            raise ValueError("no plain file")
+        with tarfile.open(shard, "r:") as tar:
             names = [member.name for member in tar if member.name.endswith(".png")]
         return [int(name[:-4]) for name in names]
-    except (tarfile.TarError, ValueError, EOFError) as error:
+    except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{shard} is damaged ({error}); remove it and repeat the command that drew it"
+            f"{shard} is damaged ({short(error)}); remove it and repeat the command that drew it"
         ) from error

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from pyarrow import parquet
+
+from memfree.untrusted import read_table
 
 GATE_TOLERANCE = 1e-4
 """A σ this near the gate may fall on either side of it for another batch size."""
@@ -38,7 +39,7 @@ def trace_summary(
     active: set[int] = set()
     undecided: set[int] = set()
     for path in traces:
-        table = parquet.read_table(path)
+        table = read_table(path)
         sample = table["sample"].to_numpy()
         sigma = table["sigma"].to_numpy(zero_copy_only=False)
         gate = table["gate" if "gate" in table.column_names else "lambda"].to_numpy()

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from memfree.evaluation.detection import Detector, detector
+from memfree.untrusted import read_table
 
 EARLY = (0, 3)
 """Numbers of the denoising steps after which σ_t is judged."""
@@ -46,7 +46,7 @@ def detectors(
     truth: list[np.ndarray] = []
     scores: dict[str, list[np.ndarray]] = {}
     for prompts in prompt_sets:
-        judged = pq.read_table(evaluation / prompts / "pixels" / "per_sample.parquet")
+        judged = read_table(evaluation / prompts / "pixels" / "per_sample.parquet")
         mine = judged.filter(pc.equal(judged["subject"], subject)).sort_by("sample")
         truth.append(mine["second_copy"].to_numpy(zero_copy_only=False).astype(bool))
         for title, values in _scores(samples / prompts / subject).items():
@@ -63,7 +63,7 @@ def detectors(
 
 def _scores(folder: Path) -> dict[str, np.ndarray]:
     """Scores (n,) by title, from the trace of a sample folder."""
-    trace = pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("trace-*"))])
+    trace = pa.concat_tables([read_table(path) for path in sorted(folder.glob("trace-*"))])
     found = {}
     for step in EARLY:
         rows = trace.filter(pc.equal(trace["step"], step)).sort_by("sample")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from memfree.resolved import save_config
 from memfree.stages import Stage, run_stages
 from memfree.study.plot import write_dose_response
 from memfree.study.results import summarise
+from memfree.untrusted import read_json
 
 Conditioning = Literal["unconditional", "class"]
 
@@ -179,7 +179,9 @@ class Plan:
         if not path.is_file():
             write_json(path, asked)
             return
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = read_json(path)
+        if not isinstance(begun, dict):
+            raise ValueError(f"{path} is no study's file; choose another --out")
         for key, value in asked.items():
             if begun.get(key) != value:
                 raise ValueError(

@@ -1,0 +1,156 @@
+"""JSON and parquet files that others may have written: limits, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+MAX_JSON_BYTES = 256 << 20
+"""Largest JSON file that is read, bytes: the calibration of millions of images."""
+_DEPTH = 64  # of lists and objects in each other: all that is written here has fewer
+_FREE = 64 << 20  # bytes that any table may take in memory
+_RATIO = 1000  # and how many times the bytes of its file
+_ROWS = 1 << 16  # read at a time
+
+
+def short(value: object, length: int = 160) -> str:
+    """Some text of others on one line without control characters, cut to ``length``."""
+    text = "".join(one if one.isprintable() else " " for one in str(value)[: 10 * length])
+    text = " ".join(text.split()) or type(value).__name__
+    return text if len(text) <= length else f"{text[:length]} ..."
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value; only what JSON knows, so neither NaN nor numbers beyond float64.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or has such a number.
+    """
+    try:
+        value = json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value]
+    for _ in range(_DEPTH):
+        level = (
+            [
+                inner
+                for one in level
+                for inner in (one.values() if isinstance(one, dict) else one)
+                if isinstance(inner, (dict, list))
+            ]
+            if isinstance(value, (dict, list))
+            else []
+        )
+    if level:
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no plain file, too large, or not valid JSON; the message begins with
+            ``path``.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    if not path.is_file():
+        raise ValueError(f"{path} is no plain file")
+    if (size := path.stat().st_size) > limit:
+        raise ValueError(f"{path} has {size} bytes, the limit is {limit}")
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {short(error)}") from error
+
+
+def read_table(
+    path: Path,
+    columns: Mapping[str, pa.DataType] | pa.Schema | None = None,
+    nullable: tuple[str, ...] = (),
+) -> pa.Table:
+    """A parquet file that takes no more memory than 64 MiB or 1000 times its size.
+
+    Args:
+        path: the file.
+        columns: name and type of columns that it must have; others are read as well. None: any.
+        nullable: which of them may have missing values.
+
+    Raises:
+        ValueError: it cannot be read, has other columns, or missing values; the message begins
+            with ``path``.
+        FileNotFoundError: there is no such file.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    if not path.is_file():
+        raise ValueError(f"{path} is no plain file")
+    wanted = _as_dict(columns)
+    try:
+        table = _read(path, _FREE + _RATIO * path.stat().st_size)
+        for name, kind in wanted.items():
+            if name not in table.column_names or table[name].type != kind:
+                raise ValueError(f"it has no column {name} of type {kind}")
+            if name not in nullable and table[name].null_count:
+                raise ValueError(f"its column {name} has missing values")
+    except (ValueError, OSError, TypeError, KeyError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read: {short(error)}") from error
+    return table
+
+
+def _read(path: Path, limit: int) -> pa.Table:
+    """The table, in parts whose size is known before they are unpacked."""
+    schema = pq.read_schema(path)
+    text = [one.name for one in schema if pa.types.is_string(one.type)]
+    # Strings stay numbers of a dictionary until it is known how long they are together.
+    with pq.ParquetFile(path, read_dictionary=text) as file:
+        parts, size = [], 0
+        if file.metadata.num_rows * max(len(schema), 1) > limit:
+            raise ValueError(f"it says that it has {file.metadata.num_rows} rows")
+        for part in file.iter_batches(batch_size=_ROWS):
+            size += sum(_unpacked_bytes(column) for column in part.columns)
+            if size > limit:
+                raise ValueError(f"it unpacks to more than {limit} bytes")
+            parts.append(pa.Table.from_batches([part]).cast(schema.remove_metadata()))
+        whole = pa.concat_tables(parts) if parts else schema.remove_metadata().empty_table()
+        return whole.replace_schema_metadata(schema.metadata)
+
+
+def _unpacked_bytes(column: pa.Array) -> int:
+    if not pa.types.is_dictionary(column.type):
+        return column.nbytes
+    lengths = pc.binary_length(column.dictionary).take(column.indices)
+    return pc.sum(lengths.cast(pa.int64())).as_py() or 0
+
+
+def _as_dict(columns: Mapping[str, pa.DataType] | pa.Schema | None) -> dict[str, pa.DataType]:
+    if isinstance(columns, pa.Schema):
+        return {one.name: one.type for one in columns}
+    return dict(columns or {})
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:  # of 64 bits
+        raise ValueError(f"{text[:20]}... is too large a number")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
