@@ -19,6 +19,8 @@ LAYERS = [
         "conditions",
         "calibration_size",
         "whole_folder",
+        "folder_lock",
+        "storage_errors",
     },
     {"data", "models", "retrieval"},
     {"guidance"},

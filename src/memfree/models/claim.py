@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from memfree.difference import first_difference
 from memfree.first_process import is_first_process
 from memfree.manifest import read_manifest
-from memfree.models.checkpoints import latest_checkpoint, read_identity, step_of
+from memfree.models.checkpoints import (
+    good_checkpoint,
+    keep_only,
+    latest_checkpoint,
+    read_identity,
+    step_of,
+)
 from memfree.models.export import DIFFUSERS_NAME
 from memfree.resolved import save_config
 
@@ -47,7 +54,7 @@ def claim(
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file: name a folder")
     manifest = read_manifest(out, "model") if (out / "manifest.json").is_file() else {}
-    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    checkpoint = good_checkpoint(out / CHECKPOINTS)
     steps = max(manifest.get("steps", 0), step_of(checkpoint) if checkpoint else 0)
     difference = None
     if manifest:
@@ -79,8 +86,11 @@ def begin(out: Path, found: Literal["open", "other"]) -> Path | None:
     if found == "other":
         clear(out)
     save_config(out)
-    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    newest, checkpoint = latest_checkpoint(out / CHECKPOINTS), good_checkpoint(out / CHECKPOINTS)
     if checkpoint is not None and is_first_process():
+        if newest != checkpoint:
+            print(f"{newest} is damaged and not used", file=sys.stderr)
+        keep_only(checkpoint, out / CHECKPOINTS)
         print(f"resuming from {checkpoint}")
     return checkpoint
 
@@ -88,10 +98,11 @@ def begin(out: Path, found: Literal["open", "other"]) -> Path | None:
 def clear(out: Path) -> None:
     """Delete what training writes, and nothing else that may lie in the folder.
 
-    Under several processes only the first deletes.
+    Under several processes only the first deletes. The checkpoints come last: killed before, the
+    same command finds the other model still and goes on deleting.
     """
     if not is_first_process():
         return
     (out / "manifest.json").unlink(missing_ok=True)
-    for name in (CHECKPOINTS, DIFFUSERS_NAME, LOGS, GRIDS):
+    for name in (DIFFUSERS_NAME, LOGS, GRIDS, CHECKPOINTS):
         shutil.rmtree(out / name, ignore_errors=True)

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from memfree.models.loss_log import LossLog
+
 PLAIN_INTERVAL = 10.0
 """Seconds between two lines where the output is no terminal."""
 
@@ -36,6 +38,28 @@ class LossRecord(pl.Callback):
         self._batches = 0
         self._last_step = -1
         self._recorded: Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the log of the run that is resumed, if this is one."""
+        if self._sum is not None:
+            self._sum = self._sum.to(pl_module.device)
+        for logger in trainer.loggers:
+            if isinstance(logger, LossLog):
+                logger.keep_before(trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been added up since the last record, and that record."""
+        return {
+            "sum": self._sum,
+            "batches": self._batches,
+            "last_step": self._last_step,
+            "recorded": self._recorded,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on adding up; all ranks begin with the sum of the first, whose mean is logged."""
+        self._sum, self._batches = state_dict["sum"], state_dict["batches"]
+        self._last_step, self._recorded = state_dict["last_step"], state_dict["recorded"]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
