@@ -40,7 +40,9 @@ class KillPoints:
 
         def watched_open(file: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
             if any(letter in mode for letter in "wxa+") and isinstance(file, (str, os.PathLike)):
-                return self._call("open", os.fspath(file), lambda: opened(file, mode, *rest, **named))
+                return self._call(
+                    "open", os.fspath(file), lambda: opened(file, mode, *rest, **named)
+                )
             return opened(file, mode, *rest, **named)
 
         builtins.open = watched_open

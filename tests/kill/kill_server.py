@@ -57,9 +57,7 @@ class KillServer:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def begin(
-        self, words: list[str], cwd: Path, at: int | None = None, how: str = "before"
-    ) -> int:
+    def begin(self, words: list[str], cwd: Path, at: int | None = None, how: str = "before") -> int:
         """Start a command, as ``train`` and its options; returns the child's process number."""
         cwd.mkdir(parents=True, exist_ok=True)
         request = {

@@ -1,5 +1,6 @@
 """Commands killed by SIGKILL at every change of the file system, and started again."""
 
+import contextlib
 import csv
 import json
 import os
@@ -86,7 +87,9 @@ def check_what_is_there(folder, expected):
     for name, value in visible.items():
         if name.endswith(".csv"):
             with open(folder / name, newline="") as file:
-                assert all(None not in row and None not in row.values() for row in csv.DictReader(file))
+                assert all(
+                    None not in row and None not in row.values() for row in csv.DictReader(file)
+                )
         elif not name.endswith(".ckpt"):
             assert difference({name: expected.get(name)}, {name: value}) is None
     if "out/manifest.json" in visible:
@@ -139,10 +142,8 @@ def test_killed_at_random_moments(server, inputs, undisturbed, tmp_path, name):
         for _ in range(moments.randint(1, 3)):
             process = server.begin(words(inputs)[name], here)
             time.sleep(moments.uniform(0, ended.seconds))
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             kills += server.wait().status == -signal.SIGKILL
             check_what_is_there(here, expected)
         again = server.run(words(inputs)[name], here)
