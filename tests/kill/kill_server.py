@@ -6,6 +6,8 @@ import contextlib
 import importlib
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,14 +59,33 @@ class KillServer:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def begin(self, words: list[str], cwd: Path, at: int | None = None, how: str = "before") -> int:
-        """Start a command, as ``train`` and its options; returns the child's process number."""
+    def begin(
+        self,
+        words: list[str],
+        cwd: Path,
+        at: int | None = None,
+        how: str = "before",
+        plenty: bool = False,
+        largest: int | None = None,
+    ) -> int:
+        """Start a command in a child; returns its process number.
+
+        Args:
+            words: the command and its options.
+            cwd: where it runs, made if need be.
+            at: see ``KillPoints``.
+            how: see ``KillPoints``.
+            plenty: tell it that the disk has room, whatever is true.
+            largest: bytes of a file beyond which writing fails.
+        """
         cwd.mkdir(parents=True, exist_ok=True)
         request = {
             "words": words,
             "cwd": str(cwd),
             "at": at,
             "how": how,
+            "plenty": plenty,
+            "largest": largest,
             "output": str(self.folder / "output"),
             "events": str(self.folder / "events"),
         }
@@ -86,9 +107,17 @@ class KillServer:
             answer["seconds"],
         )
 
-    def run(self, words: list[str], cwd: Path, at: int | None = None, how: str = "before") -> Ended:
-        """A command from beginning to end."""
-        self.begin(words, cwd, at, how)
+    def run(
+        self,
+        words: list[str],
+        cwd: Path,
+        at: int | None = None,
+        how: str = "before",
+        plenty: bool = False,
+        largest: int | None = None,
+    ) -> Ended:
+        """A command from beginning to end, as ``begin`` has it."""
+        self.begin(words, cwd, at, how, plenty, largest)
         return self.wait()
 
     def close(self) -> None:
@@ -135,6 +164,10 @@ def child(request: dict[str, Any]) -> int:
     os.chdir(request["cwd"])
     points = KillPoints(Path(request["cwd"]), request["at"], request["how"])
     points.install()
+    if request["plenty"]:
+        shutil.disk_usage = lambda path: type("Usage", (), {"free": 1 << 50})
+    if request["largest"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], resource.RLIM_INFINITY))
     from memfree.cli import run_command
 
     command, *arguments = request["words"]

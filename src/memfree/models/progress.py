@@ -28,7 +28,8 @@ PLAIN_INTERVAL = 10.0
 class LossRecord(pl.Callback):
     """Logs ``loss``, the mean since the last record, and ``learning_rate``.
 
-    Lightning's ``log`` at every step would cost more than the rest of our bookkeeping.
+    Lightning's ``log`` at every step would cost more than the rest of our bookkeeping. Records go
+    to the loggers directly: Lightning would pass them on only after a checkpoint of that step.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -73,8 +74,12 @@ class LossRecord(pl.Callback):
         if step % self.every_n_steps == 0 and step != self._last_step:
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             self._recorded = self._sum / self._batches
-            pl_module.log("loss", self._recorded, prog_bar=True, batch_size=1)
-            pl_module.log("learning_rate", rate, batch_size=1)
+            pl_module.log("loss", self._recorded, prog_bar=True, logger=False, batch_size=1)
+            if trainer.is_global_zero:
+                record = {"loss": float(self._recorded), "learning_rate": float(rate)}
+                for logger in trainer.loggers:
+                    # Steps are counted from 0 in logs, as by Lightning.
+                    logger.log_metrics({"epoch": trainer.current_epoch, **record}, step=step - 1)
             self._sum, self._batches, self._last_step = None, 0, step
 
     def last(self) -> float | None:
