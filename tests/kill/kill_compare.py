@@ -14,11 +14,18 @@ TIMES = {"created", "seconds", "seconds_per_sample", "peak_memory_bytes"}
 """Names of values in manifests and samples that no two runs share."""
 
 
-def contents(folder: Path) -> dict[str, Any]:
-    """Every file below ``folder``, hidden ones too, by its name, and every empty folder."""
+def contents(folder: Path, hidden: bool = True) -> dict[str, Any]:
+    """Every file below ``folder`` by its name, and every empty folder.
+
+    Args:
+        folder: where.
+        hidden: with files and folders whose name begins with a dot.
+    """
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if not hidden and any(part.startswith(".") for part in name.split("/")):
+            continue
         if path.is_dir():
             if not any(path.iterdir()):
                 found[name] = "empty folder"

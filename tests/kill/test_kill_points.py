@@ -79,11 +79,9 @@ def every_point(events):
 
 def check_what_is_there(folder, expected):
     """No file has its final name before it is whole, and a manifest comes last."""
-    visible = {
-        name: value
-        for name, value in contents(folder).items()  # reads checkpoints and JSON to their end
-        if not any(part.startswith(".") for part in name.split("/")) and value != "empty folder"
-    }
+    # Reads checkpoints and JSON to their end.
+    there = contents(folder, hidden=False)
+    visible = {name: value for name, value in there.items() if value != "empty folder"}
     for name, value in visible.items():
         if name.endswith(".csv"):
             with open(folder / name, newline="") as file:
