@@ -178,7 +178,7 @@ def train(
             devices=fit.world_size,
             **stepping,
             steps=fit.global_step,
-            epochs=_whole_epochs(fit),
+            epochs=_whole_epochs(fit, losses.epoch),
             identity=module.identity(),
             exposures=_exposure_summary(out / EXPOSURES),
             skipped=skipped,
@@ -191,11 +191,10 @@ def train(
     fit.strategy.barrier()
 
 
-def _whole_epochs(fit: pl.Trainer) -> int:
+def _whole_epochs(fit: pl.Trainer, last: int) -> int:
     """Epochs trained to their end; Lightning counts the one in which max_steps falls as whole."""
-    epochs: Any = fit.fit_loop.epoch_progress.current
     batches = fit.fit_loop.epoch_loop.batch_progress.current.ready
-    return int(epochs.started) - (1 if batches < fit.num_training_batches else 0)
+    return last + (1 if batches >= fit.num_training_batches else 0)
 
 
 def _module(

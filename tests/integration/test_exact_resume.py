@@ -1,5 +1,6 @@
 """Training stopped and resumed is training undisturbed: weights, average, optimizer, loss, all."""
 
+import json
 import subprocess
 import sys
 
@@ -65,6 +66,11 @@ def state(out):
     """Everything that a run leaves: the last checkpoint, the log of the loss, the exposures."""
     checkpoint = torch.load(latest_checkpoint(out / "checkpoints"), weights_only=True)
     assert checkpoint["global_step"] == STEPS
+    # Lightning counts an epoch less that began after a checkpoint of the last one's end; the
+    # position within the epoch is what matters.
+    loops = checkpoint.pop("loops")
+    checkpoint["position"] = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    checkpoint["epochs"] = json.loads((out / "manifest.json").read_text())["epochs"]
     files = ["logs/version_0/metrics.csv", "exposures.parquet"]
     return checkpoint, [(out / name).read_bytes() for name in files]
 

@@ -30,6 +30,10 @@ class LossRecord(pl.Callback):
 
     Lightning's ``log`` at every step would cost more than the rest of our bookkeeping. Records go
     to the loggers directly: Lightning would pass them on only after a checkpoint of that step.
+
+    Attributes:
+        epoch: number of the epoch of the last batch, through all resumed runs. Lightning's own
+            count after training depends on whether there was anything left to train.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -39,6 +43,7 @@ class LossRecord(pl.Callback):
         self._batches = 0
         self._last_step = -1
         self._recorded: Tensor | None = None
+        self.epoch = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the log of the run that is resumed, if this is one."""
@@ -55,12 +60,14 @@ class LossRecord(pl.Callback):
             "batches": self._batches,
             "last_step": self._last_step,
             "recorded": self._recorded,
+            "epoch": self.epoch,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on adding up; all ranks begin with the sum of the first, whose mean is logged."""
         self._sum, self._batches = state_dict["sum"], state_dict["batches"]
         self._last_step, self._recorded = state_dict["last_step"], state_dict["recorded"]
+        self.epoch = state_dict["epoch"]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
@@ -70,6 +77,7 @@ class LossRecord(pl.Callback):
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
         self._sum = loss if self._sum is None else self._sum + loss
         self._batches += 1
+        self.epoch = trainer.current_epoch
         step = trainer.global_step
         if step % self.every_n_steps == 0 and step != self._last_step:
             rate = trainer.optimizers[0].param_groups[0]["lr"]
