@@ -49,10 +49,17 @@ def explained_storage(out: Path) -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> set[int]:
-    """Kinds of storage trouble that an error tells of, as numbers of ``errno``."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return {error.errno} & {*_FULL, *_READ_ONLY}
-    return {kinds[0] for sign, kinds in _SIGNS.items() if sign in str(error)}
+    """Kinds of storage trouble that an error tells of, as numbers of ``errno``.
+
+    torch closes the archive that it could not write, and that error hides the one that matters.
+    """
+    if isinstance(error, OSError):
+        return {error.errno} & {*_FULL, *_READ_ONLY} if error.errno is not None else set()
+    found = {kinds[0] for sign, kinds in _SIGNS.items() if sign in str(error)}
+    hidden = error.__context__
+    if isinstance(error, RuntimeError) and isinstance(hidden, OSError):
+        found |= _causes(hidden)
+    return found
 
 
 def _is_within(name: str | Path, out: Path) -> bool:
