@@ -84,7 +84,7 @@ def clear_up(out: Path, sole_writer: bool = False) -> None:
         if left.suffix == ".old" and not out.exists():
             os.rename(left, out)
             sync(out.parent)
-        elif left.suffix == ".partial" or (out / "manifest.json").exists():
+        elif left.suffix == ".partial" or any(out.iterdir()):
             shutil.rmtree(left, ignore_errors=True)
 
 
