@@ -34,7 +34,7 @@ lint: $(STAMP) ## Check style and types
 	$(BIN)/mypy
 
 bench: $(STAMP) ## Measure speed, each figure beside its peer or its floor
-	for name in detection guidance latent_guidance text_mitigations training stream; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in detection guidance latent_guidance text_mitigations training stream robustness; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 study: $(STAMP) ## Run the studies of docs/results.md (about five hours on two cores)
 	$(BIN)/memfree study --config configs/study/oracle.yaml

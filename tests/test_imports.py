@@ -20,6 +20,8 @@ LAYERS = [
         "calibration_size",
         "whole_folder",
         "untrusted",
+        "folder_lock",
+        "storage_errors",
     },
     {"data", "models", "retrieval"},
     {"guidance"},

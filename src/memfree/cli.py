@@ -10,7 +10,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memfree import __version__
@@ -30,6 +32,8 @@ class Command(NamedTuple):
     help: str
     positional: str | None = None
     """Option that the first word stands for, where it is no option."""
+    one_writer: bool = True
+    """Whether it alone may write the folder of its --out; a study's commands lock their own."""
 
 
 COMMANDS = {
@@ -46,9 +50,13 @@ COMMANDS = {
         "memfree.evaluation:audit", "find copies among images from anywhere", positional="images"
     ),
     "tune": Command("memfree.tuning:tune", "find the smallest strengths that leave no copy"),
-    "study": Command("memfree.study:study", "run a grid of configurations and tabulate it"),
+    "study": Command(
+        "memfree.study:study", "run a grid of configurations and tabulate it", one_writer=False
+    ),
     "text-study": Command(
-        "memfree.study:text_study", "compare all mitigations on a text-to-image model"
+        "memfree.study:text_study",
+        "compare all mitigations on a text-to-image model",
+        one_writer=False,
     ),
     "demo": Command("memfree.demo:demo", "induce, measure and remove memorization on digits"),
 }
@@ -62,7 +70,10 @@ SCRIPTS = {
 
 
 def run(
-    function: Callable[..., Any], args: Sequence[str] | None = None, prog: str | None = None
+    function: Callable[..., Any],
+    args: Sequence[str] | None = None,
+    prog: str | None = None,
+    one_writer: bool = True,
 ) -> Any:
     """Call a typed function with arguments from the command line and from YAML files.
 
@@ -76,6 +87,8 @@ def run(
             text of ``--help``.
         args: the command line without the program's name, None for ``sys.argv[1:]``.
         prog: the name in the usage line, None for the script's.
+        one_writer: whether no other command may write to the folder of an option ``--out``
+            meanwhile (``memfree.folder_lock``).
 
     Returns:
         What ``function`` returns.
@@ -85,7 +98,7 @@ def run(
             ValueError or OSError of the function, and where memory runs out; with 130 after Ctrl-C.
             The environment variable MEMFREE_DEBUG=1 adds the traceback.
     """
-    return _guarded(lambda: _run(function, args, prog))
+    return _guarded(lambda: _run(function, args, prog, one_writer))
 
 
 def run_command(name: str, args: Sequence[str] | None = None, prog: str | None = None) -> Any:
@@ -97,7 +110,7 @@ def run_command(name: str, args: Sequence[str] | None = None, prog: str | None =
     given = list(sys.argv[1:] if args is None else args)
     if command.positional is not None and given and not given[0].startswith("-"):
         args = [f"--{command.positional}={given[0]}", *given[1:]]
-    return _guarded(lambda: _run(_load_or_leave(command), args, prog))
+    return _guarded(lambda: _run(_load_or_leave(command), args, prog, command.one_writer))
 
 
 def main(args: Sequence[str] | None = None) -> Any:
@@ -201,7 +214,9 @@ def _description(function: Callable[..., Any]) -> str:
     return "\n".join(lines).strip()
 
 
-def _run(function: Callable[..., Any], args: Sequence[str] | None, prog: str | None) -> Any:
+def _run(
+    function: Callable[..., Any], args: Sequence[str] | None, prog: str | None, lock: bool
+) -> Any:
     parser = _parser(function, prog)
     try:
         config = parser.parse_args(sys.argv[1:] if args is None else list(args))
@@ -218,8 +233,21 @@ def _run(function: Callable[..., Any], args: Sequence[str] | None, prog: str | N
     with explained_memory("running", batches):
         arguments = parser.instantiate(config)
         arguments.pop("config", None)
-        with resolved_config(parser.dump(config)):
+        with resolved_config(parser.dump(config)), _writing(arguments.get("out"), lock):
             return function(**arguments)
+
+
+@contextmanager
+def _writing(out: Any, lock: bool) -> Iterator[None]:
+    """Be the only writer of the folder ``out``, and name it where it cannot be written."""
+    from memfree.folder_lock import one_writer
+    from memfree.storage_errors import explained_storage
+
+    if not isinstance(out, Path):
+        yield
+        return
+    with explained_storage(out), one_writer(out) if lock else nullcontext():
+        yield
 
 
 def _guarded(call: Callable[[], Any]) -> Any:

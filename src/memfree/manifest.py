@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,8 @@ import torch
 from memfree.untrusted import read_json, short
 
 FORMAT_VERSION = 1
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+"""Names of ``write_atomic``."""
 _PACKAGES = ("memfree", "torch", "torchvision", "lightning", "diffusers", "numpy")
 
 
@@ -56,16 +60,49 @@ def _cpu_name() -> str:
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` on a temporary name beside ``path``, flush it to disk, then rename it."""
+    """Call ``write`` on a temporary name beside ``path``, flush it to disk, then rename it.
+
+    Whatever happens, ``path`` holds the old content or the new, whole; after the call the new one
+    survives a loss of power.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or the names in a folder, to the disk."""
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # Windows opens no folders
+            return
+        raise
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        # Some network file systems flush no folders.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(opened)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Remove what killed processes left of ``write_atomic`` in ``folder`` and two levels below.
+
+    Nobody else may be writing there.
+    """
+    for level in (".*.tmp", "*/.*.tmp", "*/*/.*.tmp"):
+        for path in folder.glob(level):
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from memfree.data import DatasetFolder
+from memfree.manifest import write_atomic
 from memfree.models.autoencoder import AutoencoderModule, AutoencoderOptions
-from memfree.models.checkpoints import Checkpoints
+from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
 from memfree.models.claim import CHECKPOINTS, begin, claim
 from memfree.models.export import export_model
 from memfree.models.finite import FiniteTraining
@@ -82,6 +83,7 @@ def scratch(
             gradient_clip_val=1.0,
             logger=False,
             callbacks=[Checkpoints(out / CHECKPOINTS, 500), FiniteTraining(), StepProgress()],
+            plugins=[AtomicCheckpointIO()],
             default_root_dir=out,
             enable_model_summary=False,
         )
@@ -131,5 +133,5 @@ def _error(vae: Any, images: Tensor, picture: Path | None = None) -> float:
     ).clamp(-1, 1)
     if picture is not None:
         grid = make_grid(torch.cat([images[:SHOWN], made[:SHOWN]]) / 2 + 0.5, nrow=SHOWN)
-        save_image(grid, picture)
+        write_atomic(picture, lambda path: save_image(grid, path, format="png"))
     return float((made - images).square().mean().sqrt())

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from memfree.data import ExposureCounter, ShardDataModule
 from memfree.data.wording import counted
@@ -27,15 +27,17 @@ from memfree.models import (
     SampleGrid,
     export_model,
 )
-from memfree.models.checkpoints import Checkpoints
+from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
 from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, begin, claim
 from memfree.models.finite import NotFiniteError
+from memfree.models.loss_log import LossLog
 from memfree.models.progress import LossRecord, StepProgress
 from memfree.models.sample_grid import averaged_module
 from memfree.models.text_pipeline import load_pipeline
 from memfree.models.text_to_image import TextToImageModule
 from memfree.quiet import quiet
 from memfree.trainers import build_trainer
+from memfree.whole_folder import put_in_place, unfinished
 
 EXPOSURES = "exposures.parquet"
 LORA = "lora"
@@ -141,6 +143,7 @@ def train(
                 losses,
                 *_callbacks(out, model, trainer, seed),
             ],
+            plugins=[AtomicCheckpointIO()],
             default_root_dir=out,
             enable_progress_bar=trainer.enable_progress_bar,
             enable_model_summary=False,
@@ -160,7 +163,9 @@ def train(
     if fit.is_global_zero:
         averaged = averaged_module(fit, module)
         if isinstance(averaged, TextToImageModule) and model.finetune.lora_rank:
-            averaged.save_adapters(out / LORA)
+            with unfinished(out / LORA) as partial:
+                averaged.save_adapters(partial)
+                put_in_place(partial, out / LORA, overwrite=True)
         export_model(
             out,
             averaged.pipeline(),
@@ -173,7 +178,7 @@ def train(
             devices=fit.world_size,
             **stepping,
             steps=fit.global_step,
-            epochs=fit.current_epoch,
+            epochs=_whole_epochs(fit, losses.epoch),
             identity=module.identity(),
             exposures=_exposure_summary(out / EXPOSURES),
             skipped=skipped,
@@ -184,6 +189,12 @@ def train(
             + ("" if loss is None else f", loss {loss:.3g}")
         )
     fit.strategy.barrier()
+
+
+def _whole_epochs(fit: pl.Trainer, last: int) -> int:
+    """Epochs trained to their end; Lightning counts the one in which max_steps falls as whole."""
+    batches = fit.fit_loop.epoch_loop.batch_progress.current.ready
+    return last + (1 if batches >= fit.num_training_batches else 0)
 
 
 def _module(
@@ -252,7 +263,7 @@ def _logger(name: str, out: Path) -> Logger | bool:
     if name == "none":
         return False
     if name == "csv":
-        return CSVLogger(out, name=LOGS)
+        return LossLog(out / LOGS)
     if importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
             "--trainer.logger tensorboard needs the package tensorboard: install "

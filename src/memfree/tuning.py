@@ -31,6 +31,7 @@ from memfree.sampling.checks import (
 from memfree.sampling.png import from_bytes, to_bytes
 from memfree.sampling.prompts import PromptOptions, prompts_in_turn
 from memfree.sampling.schedulers import SchedulerName
+from memfree.whole_folder import put_in_place, unfinished
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,14 @@ def _write(
     out: Path, trials: list[Trial], tuned: dict[str, Any] | None, seed: int, **fields: Any
 ) -> None:
     """Write the folder; an earlier tuning in it is replaced, also by one that found nothing."""
-    for name in ("manifest.json", "guidance.yaml"):
-        (out / name).unlink(missing_ok=True)
-    write_json(out / "tune.json", [asdict(trial) for trial in trials])
-    save_config(out)
-    if tuned is not None:
-        write_text(out / "guidance.yaml", yaml.safe_dump(tuned, sort_keys=False))
     scale = None if tuned is None else trials[-1].scale
-    write_manifest(out, "tuning", seed, scale=scale, **fields)
+    with unfinished(out) as partial:
+        write_json(partial / "tune.json", [asdict(trial) for trial in trials])
+        save_config(partial)
+        if tuned is not None:
+            write_text(partial / "guidance.yaml", yaml.safe_dump(tuned, sort_keys=False))
+        write_manifest(partial, "tuning", seed, scale=scale, **fields)
+        put_in_place(partial, out, overwrite=True)
 
 
 def scaled(settings: GuidanceSettings, scale: float) -> GuidanceSettings:

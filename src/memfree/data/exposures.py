@@ -51,18 +51,27 @@ class ExposureCounter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count one batch."""
+        """Count one batch, and write the table if it is the last.
+
+        At the end of training it would come after the last checkpoint: a run that is killed
+        between the two has nothing left to train, and so no end of training.
+        """
         assert self._rows is not None
-        if batch["weight"] == 0:
-            return
-        rows = batch["row"].cpu()
-        if len(self._rows):
-            self._rows += torch.bincount(rows, minlength=len(self._rows))
-        else:
-            self._keys.update(batch["key"])
+        if batch["weight"] != 0:
+            rows = batch["row"].cpu()
+            if len(self._rows):
+                self._rows += torch.bincount(rows, minlength=len(self._rows))
+            else:
+                self._keys.update(batch["key"])
+        if trainer.global_step == trainer.max_steps:
+            self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the table."""
+        """Write the table, unless that is done."""
+        if trainer.global_step != trainer.max_steps:
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
         state = self.state_dict()
         skipped = _data(trainer).skipped_on_all_ranks()
         if not trainer.is_global_zero:

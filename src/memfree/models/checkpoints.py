@@ -1,4 +1,4 @@
-"""Lightning checkpoints of a model folder: the newest is kept, found and checked for resuming."""
+"""Lightning checkpoints of a model folder: written atomically, verified when they are read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,29 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from memfree.manifest import write_atomic
 from memfree.models.module import CHECKPOINT_KEY
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under a temporary name beside its own, flushes it, and renames it.
+
+    Lightning's own writes it to the folder for temporary files, often on another disk, and moves
+    it, which copies.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write ``checkpoint`` to ``path``; ``storage_options`` are Lightning's, and unused."""
+
+        def save(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+
+        write_atomic(Path(path), save)
 
 
 class Checkpoints(ModelCheckpoint):
@@ -37,6 +58,10 @@ class Checkpoints(ModelCheckpoint):
         # Below dirpath, which is resolved like the names that Lightning compares it with.
         newest = latest_checkpoint(Path(str(self.dirpath)))
         self.best_model_path = str(newest) if newest else ""
+        if newest is not None:
+            # Else a batch whose gradients are still being added up would save that step again,
+            # without those gradients.
+            self._last_global_step_saved = step_of(newest)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any
@@ -54,6 +79,12 @@ class Checkpoints(ModelCheckpoint):
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        # First what was logged: a run that goes on from this checkpoint does not log it again.
+        for logger in trainer.loggers:
+            logger.save()
+        super()._save_checkpoint(trainer, filepath)
+
     def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
         # Lightning would keep the one that this run was resumed from for ever.
         return previous != current
@@ -68,8 +99,66 @@ class Checkpoints(ModelCheckpoint):
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step in ``folder``, None where there is none."""
-    found = sorted(folder.glob(f"step-{8 * '[0-9]'}.ckpt"))
+    found = _checkpoints(folder)
     return found[-1] if found else None
+
+
+def good_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is not damaged, None where there is none at all.
+
+    There is one before it if a run was killed while it replaced one by the other.
+
+    Raises:
+        ValueError: all that are there are damaged.
+    """
+    found = _checkpoints(folder)
+    damage: ValueError | None = None
+    for path in reversed(found):
+        try:
+            verify_checkpoint(path)
+        except FileNotFoundError:  # the first process has just removed it
+            continue
+        except ValueError as error:
+            damage = damage or error
+            continue
+        return path
+    if damage is not None:
+        raise damage
+    return None
+
+
+def keep_only(path: Path, folder: Path) -> None:
+    """Remove all checkpoints of ``folder`` but ``path``: older ones and damaged ones."""
+    for other in _checkpoints(folder):
+        if other != path:
+            other.unlink(missing_ok=True)
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Read a checkpoint to its end and compare the checksums in it.
+
+    Raises:
+        ValueError: it was cut off, or changed since it was written.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+        raise _damaged(path, type(error).__name__) from error
+    if wrong is not None:
+        raise _damaged(path, f"wrong checksum of {wrong}")
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged or not a checkpoint of memfree ({reason}): "
+        "delete it, or use another --out"
+    )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"step-{8 * '[0-9]'}.ckpt"))
 
 
 def step_of(path: Path) -> int:
@@ -92,10 +181,7 @@ def read_identity(path: Path) -> dict[str, Any]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         identity = checkpoint[CHECKPOINT_KEY]
     except Exception as error:  # whatever a pickle of someone else makes torch raise
-        raise ValueError(
-            f"{path} is damaged or not a checkpoint of memfree ({type(error).__name__}): "
-            "delete it, or use another --out"
-        ) from error
+        raise _damaged(path, type(error).__name__) from error
     if not isinstance(identity, dict):
         raise ValueError(f"{path} does not say which model it is of: use another --out")
     return identity

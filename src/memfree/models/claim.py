@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from memfree.difference import first_difference
 from memfree.first_process import is_first_process
 from memfree.manifest import read_manifest
-from memfree.models.checkpoints import latest_checkpoint, read_identity, step_of
+from memfree.models.checkpoints import (
+    good_checkpoint,
+    keep_only,
+    latest_checkpoint,
+    read_identity,
+    step_of,
+)
 from memfree.models.export import DIFFUSERS_NAME
 from memfree.resolved import save_config
 
@@ -51,7 +58,7 @@ def claim(
         for name, kind in (("steps", int), ("epochs", int), ("identity", dict)):
             if not isinstance(manifest.get(name, kind()), kind):
                 raise ValueError(f"{out}/manifest.json has no valid {name}: use another --out")
-    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    checkpoint = good_checkpoint(out / CHECKPOINTS)
     steps = max(manifest.get("steps", 0), step_of(checkpoint) if checkpoint else 0)
     difference = None
     if manifest:
@@ -83,8 +90,11 @@ def begin(out: Path, found: Literal["open", "other"]) -> Path | None:
     if found == "other":
         clear(out)
     save_config(out)
-    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    newest, checkpoint = latest_checkpoint(out / CHECKPOINTS), good_checkpoint(out / CHECKPOINTS)
     if checkpoint is not None and is_first_process():
+        if newest != checkpoint:
+            print(f"{newest} is damaged and not used", file=sys.stderr)
+        keep_only(checkpoint, out / CHECKPOINTS)
         print(f"resuming from {checkpoint}")
     return checkpoint
 
@@ -92,10 +102,11 @@ def begin(out: Path, found: Literal["open", "other"]) -> Path | None:
 def clear(out: Path) -> None:
     """Delete what training writes, and nothing else that may lie in the folder.
 
-    Under several processes only the first deletes.
+    Under several processes only the first deletes. The checkpoints come last: killed before, the
+    same command finds the other model still and goes on deleting.
     """
     if not is_first_process():
         return
     (out / "manifest.json").unlink(missing_ok=True)
-    for name in (CHECKPOINTS, DIFFUSERS_NAME, LOGS, GRIDS):
+    for name in (DIFFUSERS_NAME, LOGS, GRIDS, CHECKPOINTS):
         shutil.rmtree(out / name, ignore_errors=True)

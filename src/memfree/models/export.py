@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ import transformers
 from torch import nn
 
 from memfree.manifest import check_free_space, write_manifest
+from memfree.whole_folder import put_in_place, unfinished
 
 DIFFUSERS_NAME = "diffusers"
 
@@ -59,15 +58,11 @@ def export_model(folder: Path, exported: Any, seed: int, **fields: Any) -> None:
     check_free_space(folder, size + 1_000_000)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / DIFFUSERS_NAME
-    new, old = (folder / f".{DIFFUSERS_NAME}.{state}" for state in ("new", "old"))
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with quiet_bars():
-        exported.save_pretrained(new, safe_serialization=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(new, target)
+    with unfinished(target) as partial:
+        with quiet_bars():
+            exported.save_pretrained(partial, safe_serialization=True)
+        (folder / "manifest.json").unlink(missing_ok=True)
+        put_in_place(partial, target, overwrite=True)
     write_manifest(
         folder,
         "model",
@@ -76,4 +71,3 @@ def export_model(folder: Path, exported: Any, seed: int, **fields: Any) -> None:
         parameters=sum(p.numel() for p in exported.unet.parameters()),
         **fields,
     )
-    shutil.rmtree(old, ignore_errors=True)

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from torchvision.utils import make_grid, save_image
 
+from memfree.manifest import write_atomic
 from memfree.models.ema import ExponentialMovingAverage
 from memfree.models.module import DiffusionModule
 
@@ -47,8 +48,13 @@ class SampleGrid(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Draw a grid if it is time."""
-        if trainer.global_step % self.every_n_steps == 0:
+        """Draw a grid if it is time.
+
+        That of the last step is drawn here too: after its checkpoint a killed run has nothing left
+        to train, and so no end of training.
+        """
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -64,8 +70,10 @@ class SampleGrid(pl.Callback):
         averaged = averaged_module(trainer, pl_module)
         images = averaged.preview(self.count, self.steps, self.seed).float()
         grid = make_grid(images / 2 + 0.5, nrow=round(self.count**0.5))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_image(grid, self.folder / f"samples-{trainer.global_step:07d}.png")
+        write_atomic(
+            self.folder / f"samples-{trainer.global_step:07d}.png",
+            lambda path: save_image(grid, path, format="png"),
+        )
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", grid, trainer.global_step)

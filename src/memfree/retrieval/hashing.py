@@ -9,6 +9,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memfree.manifest import write_atomic
 from memfree.retrieval.items import Items, conditions_table
 
 if TYPE_CHECKING:
@@ -30,9 +31,12 @@ def hashed_key(key: str, salt: str) -> str:
 def read_salt(path: Path) -> str:
     """The salt in a file; a random one is written there, for its owner's eyes, if there is none."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
+
+        def write(temporary: Path) -> None:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+                file.write(secrets.token_hex(32) + "\n")
+
+        write_atomic(path, write)
     return path.read_text(encoding="utf-8").strip()
 
 

@@ -78,13 +78,12 @@ def save(index: ReferenceIndex, folder: Path, overwrite: bool = False) -> None:
 
 
 def _write(index: ReferenceIndex, folder: Path) -> None:
-    vectors = np.lib.format.open_memmap(
-        folder / "vectors.npy", mode="w+", dtype="<f4", shape=tuple(index.vectors.shape)
-    )
-    for start in range(0, len(index), 4096):
-        vectors[start : start + 4096] = index.vectors[start : start + 4096].cpu().numpy()
-    vectors.flush()
-    del vectors
+    # Not through a memory map: where the disk becomes full, that ends the process by a signal.
+    with open(folder / "vectors.npy", "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": tuple(index.vectors.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in index.vectors.split(4096):
+            file.write(part.cpu().contiguous().numpy().astype("<f4", copy=False).tobytes())
     items = index.items
     rows = pa.table(
         {

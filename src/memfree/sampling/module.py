@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 
+from memfree.folder_lock import ORPHAN_WAIT
 from memfree.guidance import Guidance, GuidanceSettings, Mitigation
 from memfree.guidance.baselines import Guided, TextTools
 from memfree.models import LoadedModel
@@ -23,9 +24,6 @@ from memfree.sampling.text import sample_text
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-
-ORPHAN_WAIT = 60.0
-"""Seconds in which a rank of a killed run should have noticed that it is alone."""
 
 
 @dataclass

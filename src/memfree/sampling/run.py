@@ -5,21 +5,16 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from memfree.difference import first_difference
 from memfree.first_process import is_first_process
+from memfree.folder_lock import FolderLock
 from memfree.manifest import read_manifest, write_json, write_manifest
 from memfree.resolved import CONFIG_NAME
 from memfree.untrusted import read_json, short
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows: no protection against a second writer
-    fcntl = None  # type: ignore[assignment]
 
 RUN_FILE = "run.json"
 _FILE = re.compile(r"(samples|trace)-[0-9-]+\.(tar|parquet)")
@@ -44,7 +39,7 @@ class SampleRun:
         self.folder = Path(folder)
         self.settings = {"count": count, **json.loads(json.dumps(settings))}
         self.count = count
-        self._locks: dict[int, IO[str]] = {}
+        self._locks: dict[int, FolderLock] = {}
 
     def __enter__(self) -> SampleRun:
         try:
@@ -158,30 +153,16 @@ class SampleRun:
         Raises:
             ValueError: another process writes them.
         """
-        if fcntl is None or rank in self._locks:
+        if rank in self._locks:
             return
-        file = open(self.folder / f".lock-{rank:03d}", "w", encoding="utf-8")  # noqa: SIM115
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() >= deadline:
-                    file.close()
-                    raise ValueError(
-                        f"another process is writing samples to --out {self.folder}; wait for it "
-                        "or stop it"
-                    ) from error
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                break
-        self._locks[rank] = file
+        lock = FolderLock(self.folder / f".lock-{rank:03d}", f"--out {self.folder}")
+        lock.acquire(wait)
+        self._locks[rank] = lock
 
     def release(self) -> None:
         """Give up the locks of this process."""
         while self._locks:
-            self._locks.popitem()[1].close()
+            self._locks.popitem()[1].release()
 
     def clean_up(self) -> None:
         """Remove what a stopped run left unfinished: temporary files, traces without samples."""

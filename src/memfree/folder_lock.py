@@ -1,0 +1,216 @@
+"""One writer for a folder: a second one is refused by the host and process of the first."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from memfree.first_process import is_first_process
+from memfree.manifest import remove_temporary
+from memfree.whole_folder import clear_up, is_alive
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows
+    fcntl = None  # type: ignore[assignment]
+
+ORPHAN_WAIT = 60.0
+"""Seconds to wait for what a killed process has started: it notices only after its batch."""
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks answers."""
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class FolderLock:
+    """A lock file that says who holds it.
+
+    The lock is the operating system's (``flock``): it ends with its process, however that ends, so
+    a file that a killed process left behind is no lock. On network file systems with locks it holds
+    between machines as well. On those without, the file itself is the lock: it is stale if its
+    process has ended, or belongs to an earlier start of this very SLURM job; of a process on
+    another machine that cannot be known, and the message says which file to delete.
+
+    Args:
+        path: the lock file.
+        what: what is locked, as the message names it: ``--out runs/model``.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        self.path = path
+        self.what = what
+        self._file: IO[str] | None = None
+
+    def acquire(self, wait: float = 0.0) -> None:
+        """Take the lock, or refuse.
+
+        Args:
+            wait: seconds to wait for a holder that is alive. Where its process has ended and only
+                what it started is left, ``ORPHAN_WAIT`` seconds are waited in any case.
+
+        Raises:
+            ValueError: another process holds it; names host and process.
+            OSError: the file cannot be written.
+        """
+        start = time.monotonic()
+        while not self._try():
+            holder = read_holder(self.path)
+            patience = ORPHAN_WAIT if _has_ended(holder) else wait
+            if time.monotonic() - start >= patience:
+                raise ValueError(self._refusal(holder))
+            time.sleep(0.05)
+
+    def release(self) -> None:
+        """Give the lock up and remove its file; nothing where it is not held."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):  # removed while it is still locked: nobody else's
+            self.path.unlink(missing_ok=True)
+        self._file.close()
+        self._file = None
+
+    def _try(self) -> bool:
+        """Take the lock if it is free."""
+        assert self._file is None
+        # Not "w": the words of a holder must stay.
+        file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - closed by release
+        try:
+            free = _is_stale(read_holder(self.path)) if fcntl is None else self._flock(file)
+            # Removed by its holder since it was opened, or another's by now: try again.
+            free = free and _is_same_file(file, self.path)
+            if free:
+                file.truncate(0)
+                file.write(json.dumps(_ourselves()))
+                file.flush()
+                self._file = file
+                return True
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+        return False
+
+    def _flock(self, file: IO[str]) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return _is_stale(read_holder(self.path))
+        return True
+
+    def _refusal(self, holder: dict[str, Any]) -> str:
+        if not holder:
+            return f"another process is writing to {self.what}; wait for it or stop it"
+        return (
+            f"another process is writing to {self.what}: process {holder.get('pid')} on "
+            f"{holder.get('host')}, since {holder.get('since')}; wait for it or stop it "
+            f"(if it has ended, delete {self.path})"
+        )
+
+
+@contextmanager
+def one_writer(out: Path) -> Iterator[None]:
+    """Keep other commands from writing the folder ``out``; clear up what a killed one left.
+
+    The lock file lies beside the folder, ``.NAME.lock``, or inside it where nothing may be written
+    beside it; it is removed at the end. Of the processes of one distributed run only the first
+    locks. Where neither place can be written there is no lock: what the command then tries to write
+    says so.
+
+    Raises:
+        ValueError: another process writes there; one line with its host and process.
+    """
+    if not is_first_process() or out.is_file():
+        yield
+        return
+    made = _missing_parents(out)
+    lock = _acquire(out)
+    try:
+        if lock is not None:
+            clear_up(out, sole_writer=True)
+            remove_temporary(out)
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty: the command has made something
+                folder.rmdir()
+
+
+def _acquire(out: Path) -> FolderLock | None:
+    place = out.absolute()
+    for path in (place.parent / f".{place.name}.lock", place / ".lock"):
+        lock = FolderLock(path, f"--out {out}")
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in (*_READ_ONLY, errno.ENOENT, errno.ENOSPC, errno.EDQUOT):
+                raise
+        else:
+            return lock
+    return None
+
+
+def _missing_parents(out: Path) -> list[Path]:
+    """Make the folder that ``out`` will be in; what had to be made, the innermost first."""
+    missing = [folder for folder in out.absolute().parents if not folder.exists()]
+    with contextlib.suppress(OSError):  # the command's own attempt says why
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def read_holder(path: Path) -> dict[str, Any]:
+    """Who holds a lock file: ``host``, ``pid``, ``since``, ``job``; empty where it does not say."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _ourselves() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "job": _job(),
+    }
+
+
+def _job() -> list[str] | None:
+    """Number of the SLURM job and how often it was started again."""
+    number = os.environ.get("SLURM_JOB_ID")
+    return None if number is None else [number, os.environ.get("SLURM_RESTART_COUNT", "0")]
+
+
+def _has_ended(holder: dict[str, Any]) -> bool:
+    """Whether the process that wrote the file is known to have ended."""
+    pid = holder.get("pid")
+    if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    return pid != os.getpid() and not is_alive(pid)
+
+
+def _is_stale(holder: dict[str, Any]) -> bool:
+    """Without locks of the operating system: whether the file may be taken over."""
+    job, ours = holder.get("job"), _job()
+    same_job = isinstance(job, list) and ours is not None and job[:1] == ours[:1] and job != ours
+    return not holder or _has_ended(holder) or same_job
+
+
+def _is_same_file(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False

@@ -1,0 +1,177 @@
+"""Training stopped and resumed is training undisturbed: weights, average, optimizer, loss, all."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from memfree import cli
+from memfree.data import DuplicationPlan, PartSizes, prepare
+from memfree.models import DDPMModule
+from memfree.models.checkpoints import latest_checkpoint, step_of
+from memfree.training import train
+
+SMALL = [
+    "--model.network.block_out_channels=[8, 8]",
+    "--model.network.attention=[false, true]",
+    "--model.network.layers_per_block=1",
+    "--model.network.norm_num_groups=4",
+    "--model.network.dropout=0.2",
+    "--model.warmup_steps=2",
+    "--trainer.log_every_n_steps=3",
+    "--trainer.sample_grid_every_n_steps=0",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.checkpoint_every_n_steps=2",
+]
+STEPS = 7
+"""Two epochs of three batches and one step; steps of two batches are four to an epoch and a bit."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """30 training digits, two of them 8 times: 44 records."""
+    out = tmp_path_factory.mktemp("resume") / "digits"
+    parts = PartSizes(train=30, calibration=20, test=10, fit=10)
+    prepare(out, parts=parts, plan=DuplicationPlan(images=2, factor=8), records_per_shard=20)
+    return out
+
+
+def words(folder, out, *more):
+    return [f"--data.path={folder}", f"--out={out}", f"--trainer.max_steps={STEPS}", *SMALL, *more]
+
+
+class Killed(BaseException):
+    """Ends a training as a kill does: nothing is written any more."""
+
+
+def stop_after(monkeypatch, batches):
+    """Let training end in the middle, in the step after so many batches."""
+    count = iter(range(1000))
+    step = DDPMModule.training_step
+
+    def stopping(self, batch, batch_idx):
+        if next(count) == batches:
+            raise Killed
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DDPMModule, "training_step", stopping)
+    # Nothing saves at an exception.
+    monkeypatch.setattr("memfree.models.loss_log.LossLog.finalize", lambda self, status: None)
+
+
+def state(out):
+    """Everything that a run leaves: the last checkpoint, the log of the loss, the exposures."""
+    checkpoint = torch.load(latest_checkpoint(out / "checkpoints"), weights_only=True)
+    assert checkpoint["global_step"] == STEPS
+    # Lightning counts an epoch less that began after a checkpoint of the last one's end; the
+    # position within the epoch is what matters.
+    loops = checkpoint.pop("loops")
+    checkpoint["position"] = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    checkpoint["epochs"] = json.loads((out / "manifest.json").read_text())["epochs"]
+    files = ["logs/version_0/metrics.csv", "exposures.parquet"]
+    return checkpoint, [(out / name).read_bytes() for name in files]
+
+
+def same(first, second, name="checkpoint"):
+    """Where two nested values differ, tensors bit for bit; None where nowhere."""
+    if isinstance(first, torch.Tensor):
+        return None if torch.equal(first, second) else name
+    if isinstance(first, dict):
+        if first.keys() != second.keys():
+            return name
+        return next(filter(None, (same(first[k], second[k], f"{name}.{k}") for k in first)), None)
+    if isinstance(first, (list, tuple)):
+        if len(first) != len(second):
+            return name
+        pairs = enumerate(zip(first, second, strict=True))
+        return next(filter(None, (same(a, b, f"{name}.{i}") for i, (a, b) in pairs)), None)
+    return None if first == second else f"{name}: {first} / {second}"
+
+
+def check_same(whole, resumed):
+    assert same(whole[0], resumed[0]) is None
+    assert {"optimizer_states", "lr_schedulers", "current_model_state"} <= whole[0].keys()
+    assert whole[1] == resumed[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [
+        ([], [1, 2, 3, 4, 5, 6]),
+        (["--trainer.accumulate_grad_batches=2"], [4, 5, 9]),
+        (["--data.random_flip=true", "--model.class_conditional=true"], [5]),
+    ],
+    ids=["plain", "accumulated", "flipped"],
+)
+def test_stopped_at_any_batch(folder, tmp_path, monkeypatch, options, batches):
+    more = ["--data.batch_size=16", "--trainer.devices=1", *options]
+    cli.run(train, words(folder, tmp_path / "whole", *more))
+    whole = state(tmp_path / "whole")
+    for stop in batches:
+        out = tmp_path / f"stopped-{stop}"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            stop_after(patch, stop)
+            cli.run(train, words(folder, out, *more))
+        cli.run(train, words(folder, out, *more))
+        check_same(whole, state(out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [(0, 2), (2, 1)])
+def test_with_another_number_of_workers(folder, tmp_path, monkeypatch, workers):
+    more = ["--data.batch_size=16", "--trainer.devices=1"]
+    cli.run(train, words(folder, tmp_path / "whole", *more))
+    before, after = (f"--data.num_workers={number}" for number in workers)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_after(patch, 4)
+        cli.run(train, words(folder, tmp_path / "out", *more, before))
+    cli.run(train, words(folder, tmp_path / "out", *more, after))
+    check_same(state(tmp_path / "whole"), state(tmp_path / "out"))
+
+
+RANKS = """
+import os, sys
+from memfree import cli
+from memfree.models import DDPMModule
+from memfree.training import train
+step, last = DDPMModule.training_step, int(sys.argv[1])
+def stopping(self, batch, batch_idx):
+    if self.trainer.global_step == last:
+        os._exit(9)
+    return step(self, batch, batch_idx)
+DDPMModule.training_step = stopping
+cli.run(train, sys.argv[2:])
+"""
+
+
+def on_ranks(tmp_path, last, arguments):
+    """Two processes, which end at once when they have taken ``last`` steps."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=8"]
+    return subprocess.run(
+        [sys.executable, str(script), str(last), *arguments, *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_and_then_another_number(folder, tmp_path, capsys):
+    done = on_ranks(tmp_path, -1, words(folder, tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
+    assert on_ranks(tmp_path, 5, words(folder, tmp_path / "out")).returncode != 0
+    assert step_of(latest_checkpoint(tmp_path / "out" / "checkpoints")) == 4
+    one = ["--trainer.devices=1"]
+    with pytest.raises(SystemExit):  # within an epoch, with half as many records a step
+        cli.run(train, words(folder, tmp_path / "out", *one, "--data.batch_size=8"))
+    assert "choose --data.batch_size and devices with the same product" in capsys.readouterr().err
+    done = on_ranks(tmp_path, -1, words(folder, tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    check_same(state(tmp_path / "whole"), state(tmp_path / "out"))

@@ -1,0 +1,192 @@
+"""The lock of an output folder: who is refused, and what a killed process leaves behind."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from memfree import cli, folder_lock
+from memfree.folder_lock import FolderLock, one_writer, read_holder
+
+
+def forked(work):
+    """Run a function in a fork of this process, which costs no imports; its process number."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def ended(pid):
+    """Exit status of a fork, minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    assert ended(pid) == -signal.SIGKILL
+
+
+def holder(path, with_child=False):
+    """A process that holds the lock until it is killed."""
+    ready, tell = os.pipe()
+
+    def hold():
+        lock = FolderLock(path, "--out o")
+        lock.acquire()
+        if with_child:
+            forked(lambda: time.sleep(1))
+        os.write(tell, b".")
+        time.sleep(60)
+
+    pid = forked(hold)
+    assert os.read(ready, 1) == b"."
+    return pid
+
+
+def test_the_second_is_refused_by_host_and_process(tmp_path):
+    holding = holder(tmp_path / ".lock")
+    lock = FolderLock(tmp_path / ".lock", "--out runs/a")
+    with pytest.raises(ValueError) as refused:
+        lock.acquire()
+    message = str(refused.value)
+    assert "\n" not in message
+    assert f"--out runs/a: process {holding} on {socket.gethostname()}, since 20" in message
+    kill(holding)
+    # Its file is still there, and is no lock.
+    assert read_holder(tmp_path / ".lock")["pid"] == holding
+    lock.acquire()
+    assert read_holder(tmp_path / ".lock")["pid"] == os.getpid()
+    lock.release()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_what_a_killed_process_has_started_is_waited_for(tmp_path):
+    """A worker that outlives it may still be writing."""
+    holding = holder(tmp_path / ".lock", with_child=True)
+    kill(holding)
+    start = time.monotonic()
+    lock = FolderLock(tmp_path / ".lock", "--out o")
+    lock.acquire()
+    assert time.monotonic() - start > 0.2
+    lock.release()
+
+
+def test_never_two_at_once(tmp_path):
+    number = tmp_path / "number"
+    number.write_text("0")
+
+    def count():
+        for _ in range(30):
+            lock = FolderLock(tmp_path / ".lock", "--out o")
+            lock.acquire(wait=60)
+            number.write_text(str(int(number.read_text()) + 1))
+            lock.release()
+
+    counting = [forked(count) for _ in range(3)]
+    assert [ended(pid) for pid in counting] == [0, 0, 0]
+    assert number.read_text() == "90"
+    assert not (tmp_path / ".lock").exists()
+
+
+class TestWithoutLocksOfTheFileSystem:
+    @pytest.fixture(autouse=True)
+    def no_locks(self, monkeypatch):
+        def refuse(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
+
+    def lock(self, folder, **changes):
+        mine = {"host": socket.gethostname(), "pid": os.getppid(), "since": "then", "job": None}
+        (folder / ".lock").write_text(json.dumps({**mine, **changes}))
+        return FolderLock(folder / ".lock", "--out o")
+
+    def test_a_process_that_runs_holds_it(self, tmp_path):
+        with pytest.raises(ValueError, match=f"process {os.getppid()} on"):
+            self.lock(tmp_path).acquire()
+
+    def test_one_that_has_ended_does_not(self, tmp_path):
+        lock = self.lock(tmp_path, pid=4194304999)
+        lock.acquire()
+        lock.release()
+
+    def test_of_another_machine_it_cannot_be_known(self, tmp_path):
+        lock = self.lock(tmp_path, host="node7", pid=4194304999)
+        with pytest.raises(
+            ValueError, match=r"on node7, since then.*if it has ended, delete .*\.lo"
+        ):
+            lock.acquire()
+        (tmp_path / ".lock").unlink()
+        lock.acquire()
+        lock.release()
+
+    def test_an_earlier_start_of_the_same_job_has_ended(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("SLURM_JOB_ID", "12")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        self.lock(tmp_path, host="node7", job=["12", "0"]).acquire()
+        with pytest.raises(ValueError, match="node7"):
+            self.lock(tmp_path, host="node7", job=["12", "1"]).acquire()
+        with pytest.raises(ValueError, match="node7"):
+            self.lock(tmp_path, host="node7", job=["11", "0"]).acquire()
+
+
+def test_only_the_first_process_locks(tmp_path, monkeypatch):
+    with one_writer(tmp_path / "a"):
+        with pytest.raises(ValueError, match="another process"), one_writer(tmp_path / "a"):
+            pass
+        monkeypatch.setenv("RANK", "1")
+        with one_writer(tmp_path / "a"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_command_leaves_no_folders(tmp_path):
+    with pytest.raises(RuntimeError), one_writer(tmp_path / "new" / "folder" / "out"):
+        assert (tmp_path / "new" / "folder" / ".out.lock").is_file()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_only_writer_clears_up(tmp_path):
+    """Also what was left on another machine; and the earlier result goes back to its place."""
+    (tmp_path / ".out.node7-12.partial").mkdir()
+    aside = tmp_path / ".out.node7-13.old"
+    aside.mkdir()
+    (aside / "manifest.json").write_text("{}")
+    (aside / ".config.yaml.77.tmp").touch()
+    with one_writer(tmp_path / "out"):
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def write(out: Path) -> None:
+    """Write a folder.
+
+    Args:
+        out: where.
+    """
+    raise AssertionError("was called")
+
+
+def test_any_command_with_out_is_refused_at_once(tmp_path, capsys):
+    holding = holder(tmp_path / ".o.lock")
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(write, [f"--out={tmp_path / 'o'}"])
+    kill(holding)
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert f"process {holding} on {socket.gethostname()}" in lines[0]
+    for name, command in {**cli.COMMANDS, **cli.SCRIPTS}.items():
+        assert command.one_writer == (name not in ("study", "text-study")), name
