@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memfree import __version__
 from memfree.option_messages import did_you_mean, option_message, options_of
+from memfree.requeue import requeued_when_warned
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -223,7 +224,8 @@ def _run(function: Callable[..., Any], args: Sequence[str] | None, prog: str | N
 def _guarded(call: Callable[[], Any]) -> Any:
     """Turn what the user can mend into one line and an exit status."""
     try:
-        return call()
+        with requeued_when_warned():
+            return call()
     except BrokenPipeError:
         # The reader of our output has gone (``| head``); the interpreter must not flush to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
