@@ -111,10 +111,12 @@ def main(args: Sequence[str] | None = None) -> Any:
     if verb == "--version":
         print(f"memfree {__version__}")
         return None
+    if verb == "submit":
+        return _guarded(lambda: importlib.import_module("memfree.slurm").main(rest))
     if verb not in COMMANDS:
         _exit_with_error(
-            f"unknown command {verb!r}{did_you_mean(verb, list(COMMANDS))}; "
-            f"commands are {', '.join(COMMANDS)}"
+            f"unknown command {verb!r}{did_you_mean(verb, [*COMMANDS, 'submit'])}; "
+            f"commands are {', '.join(COMMANDS)}, submit"
         )
     return run_command(verb, rest, prog=f"memfree {verb}")
 
@@ -157,6 +159,7 @@ def _overview() -> str:
             "",
             "commands:",
             *(f"  {name:<15}  {command.help}" for name, command in COMMANDS.items()),
+            f"  {'submit':<15}  submit a command as a SLURM job: memfree submit train --help",
             "",
             "scripts:",
             *(f"  {name + '.py':<15}  {command.help}" for name, command in SCRIPTS.items()),
@@ -167,7 +170,8 @@ def _overview() -> str:
     )
 
 
-def _parser(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
+def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
+    """The parser of a typed function's options, ``--config`` among them."""
     # Here, not above: a script is in the care of _guarded before anything slow is imported.
     from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -203,7 +207,7 @@ def _description(function: Callable[..., Any]) -> str:
 
 
 def _run(function: Callable[..., Any], args: Sequence[str] | None, prog: str | None) -> Any:
-    parser = _parser(function, prog)
+    parser = parser_of(function, prog)
     try:
         config = parser.parse_args(sys.argv[1:] if args is None else list(args))
     except argparse.ArgumentError as error:
