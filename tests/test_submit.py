@@ -1,4 +1,4 @@
-"""memfree submit without a Slurm: what is checked, what the batch script says, what the job runs."""
+"""memfree submit without a Slurm: what is checked, what the script says, what the job runs."""
 
 import shutil
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "#SBATCH --time=1-12" in text
     assert "# every task runs: python train.py --config=" in text
-    assert "#     block_out_channels:" in text
+    assert "#       block_out_channels:" in text
     assert not list(tmp_path.iterdir())
 
 

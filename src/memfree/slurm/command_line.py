@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from memfree.cli import COMMANDS, SCRIPTS, load, parser_of
-from memfree.option_messages import did_you_mean, option_message
+from memfree.option_messages import did_you_mean, option_message, options_of
 from memfree.slurm.options import SlurmOptions
 from memfree.slurm.submission import Submission
 
@@ -73,17 +73,22 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
         given[0] = f"--{known.positional}={given[0]}"
     parser = parser_of(function, f"memfree submit {command}")
     parser.add_argument("--slurm", type=SlurmOptions, default=SlurmOptions())
-    parser.add_argument(
-        "--dry_run", type=bool, default=False, help="Whether the batch script is only printed."
-    )
+    own_dry_run = "--dry_run" in options_of(parser)  # a study's, which here means the job's
+    if not own_dry_run:
+        parser.add_argument(
+            "--dry_run", type=bool, default=False, help="Whether the batch script is only printed."
+        )
     config = _parsed(parser, given)
     # The functions' own classes check what no type says.
     slurm: SlurmOptions = parser.instantiate(config).slurm
     dry_run = config.pop("dry_run")
+    if own_dry_run:
+        config["dry_run"] = False
     config.pop("slurm")
     _set_devices(parser, config, given, command, slurm)
     own = parser_of(function, command)
-    return Submission(command, own.dump(config), slurm), dry_run
+    # With what is null: it need not be the default.
+    return Submission(command, own.dump(config, skip_unset=False), slurm), dry_run
 
 
 def _parsed(parser: ArgumentParser, arguments: list[str], **options: Any) -> Namespace:
