@@ -49,7 +49,7 @@ class Cluster:
             "SLURM_TEST_RUN": str(self.folder / "run"),
             "SLURM_TEST_PORT": str(free_ports()),
         }
-        self.mode, self.env = None, dict(os.environ)
+        self.mode, self.watch, self.env = None, None, dict(os.environ)
 
     def start(self):
         """Start it in the best mode that works here; the reason if none does."""
@@ -70,13 +70,30 @@ class Cluster:
                 )
             if done.returncode == 0:
                 self.mode = mode
+                self._stop_if_killed()
                 self.env["SLURM_CONF"] = str(self.folder / "run" / "slurm.conf")
                 self.env["PATH"] = f"{self.folder / 'run' / 'bin'}:{os.environ['PATH']}"
                 return None
         return " ".join((self.folder / "start.log").read_text().split()[-60:])
 
+    def _stop_if_killed(self):
+        """Stop it also when this process is killed, and can stop nothing itself."""
+        script = 'while kill -0 "$1" 2>/dev/null; do sleep 1; done; "$2"; rm -rf "$3"'
+        words = ["sh", "-c", script, "sh", str(os.getpid()), str(HERE / "stop.sh"), self.folder]
+        self.watch = subprocess.Popen(
+            words,
+            env=self.scripts,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
     def stop(self):
         """End all jobs and daemons."""
+        if self.watch is not None:
+            self.watch.kill()
+            self.watch.wait()
         subprocess.run(
             [HERE / "stop.sh"],
             env=self.scripts,
