@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gpu lint bench study clean
+.PHONY: help install demo test test-fast test-all test-slurm test-gpu lint bench study clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -19,11 +19,17 @@ install: $(STAMP) ## Make the virtual environment and install memfree with its d
 demo: $(STAMP) ## Train on digits with repeats, show the copies, sample again without one
 	$(BIN)/memfree demo --out runs/demo
 
-test: $(STAMP) ## Run all tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## Run all tests, two at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(STAMP) ## Run the tests that take less than a few seconds each
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not exhaustive'
+
+test-all: $(STAMP) ## Run all tests and those that repeat others many times (hours)
+	$(BIN)/python -m pytest -m '' -o timeout=7200
+
+test-slurm: $(STAMP) ## Run the tests on a real Slurm (needs apt packages slurm-wlm munge iproute2)
+	$(BIN)/python -m pytest -m 'slurm and not exhaustive' tests/slurm
 
 test-gpu: $(STAMP) ## Run the tests that need a GPU (tests/run_gpu.sh --help: without a network)
 	PYTHON=$(BIN)/python tests/run_gpu.sh

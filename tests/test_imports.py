@@ -9,6 +9,7 @@ LAYERS = [
         "manifest",
         "resolved",
         "first_process",
+        "requeue",
         "memory",
         "option_messages",
         "quiet",
@@ -28,6 +29,7 @@ LAYERS = [
     {"sampling", "indexing", "training", "scratch", "embedding_training"},
     {"evaluation", "tuning", "clip_training"},
     {"stages", "cli"},
+    {"slurm"},
     {"demo", "study"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

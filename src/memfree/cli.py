@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memfree import __version__
 from memfree.option_messages import did_you_mean, option_message, options_of
+from memfree.requeue import requeued_when_warned
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -123,10 +124,12 @@ def main(args: Sequence[str] | None = None) -> Any:
     if verb == "--version":
         print(f"memfree {__version__}")
         return None
+    if verb == "submit":
+        return _guarded(lambda: importlib.import_module("memfree.slurm").main(rest))
     if verb not in COMMANDS:
         _exit_with_error(
-            f"unknown command {verb!r}{did_you_mean(verb, list(COMMANDS))}; "
-            f"commands are {', '.join(COMMANDS)}"
+            f"unknown command {verb!r}{did_you_mean(verb, [*COMMANDS, 'submit'])}; "
+            f"commands are {', '.join(COMMANDS)}, submit"
         )
     return run_command(verb, rest, prog=f"memfree {verb}")
 
@@ -169,6 +172,7 @@ def _overview() -> str:
             "",
             "commands:",
             *(f"  {name:<15}  {command.help}" for name, command in COMMANDS.items()),
+            f"  {'submit':<15}  submit a command as a SLURM job: memfree submit train --help",
             "",
             "scripts:",
             *(f"  {name + '.py':<15}  {command.help}" for name, command in SCRIPTS.items()),
@@ -179,7 +183,8 @@ def _overview() -> str:
     )
 
 
-def _parser(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
+def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
+    """The parser of a typed function's options, ``--config`` among them."""
     # Here, not above: a script is in the care of _guarded before anything slow is imported.
     from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -217,7 +222,7 @@ def _description(function: Callable[..., Any]) -> str:
 def _run(
     function: Callable[..., Any], args: Sequence[str] | None, prog: str | None, lock: bool
 ) -> Any:
-    parser = _parser(function, prog)
+    parser = parser_of(function, prog)
     try:
         config = parser.parse_args(sys.argv[1:] if args is None else list(args))
     except argparse.ArgumentError as error:
@@ -253,7 +258,8 @@ def _writing(out: Any, lock: bool) -> Iterator[None]:
 def _guarded(call: Callable[[], Any]) -> Any:
     """Turn what the user can mend into one line and an exit status."""
     try:
-        return call()
+        with requeued_when_warned():
+            return call()
     except BrokenPipeError:
         # The reader of our output has gone (``| head``); the interpreter must not flush to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SRUN_UNUSED = "The .srun. command is available.*"
+"""What Lightning says wherever SLURM is installed and not used."""
+
 
 @contextmanager
 def quiet(*patterns: str) -> Iterator[None]:
@@ -15,7 +18,7 @@ def quiet(*patterns: str) -> Iterator[None]:
     level = log.level
     log.setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        for pattern in (".*LeafSpec.*", *patterns):
+        for pattern in (".*LeafSpec.*", SRUN_UNUSED, *patterns):
             warnings.filterwarnings("ignore", pattern)
         try:
             yield

@@ -31,6 +31,7 @@ from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
 from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, begin, claim
 from memfree.models.finite import NotFiniteError
 from memfree.models.loss_log import LossLog
+from memfree.models.preemption import Preemption
 from memfree.models.progress import LossRecord, StepProgress
 from memfree.models.sample_grid import averaged_module
 from memfree.models.text_pipeline import load_pipeline
@@ -95,7 +96,8 @@ def train(
     """Train a diffusion model and save it as a diffusers folder.
 
     The same command again resumes from the newest checkpoint, or does nothing where the model is
-    finished. A folder that holds another model is refused.
+    finished. A folder that holds another model is refused. SIGTERM saves a checkpoint and ends the
+    training after the present batch; a SLURM job that is warned of its end is requeued as well.
 
     Args:
         data: The dataset folder and how its records are read.
@@ -285,7 +287,8 @@ def _callbacks(
         callbacks.append(SampleGrid(out / GRIDS, options.sample_grid_every_n_steps, seed=seed))
     if options.enable_progress_bar:
         callbacks.append(StepProgress())
-    return callbacks
+    # After all that a checkpoint holds, which it may save.
+    return [*callbacks, Preemption()]
 
 
 def _exposure_summary(path: Path) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""A SLURM job that is warned of its end puts itself back into the queue."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from memfree.first_process import is_first_process
+
+WARNINGS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+"""What announces the end: USR1 if the job asked for it (``--signal=USR1@120``), else SIGTERM."""
+_ATTEMPTS = 3
+"""Times that SLURM's controller is asked; each waits for its answer for some seconds."""
+_PATIENCE = 60.0
+"""Seconds that the other tasks of a job leave to the first, which requeues it."""
+
+
+def job_id() -> str | None:
+    """Number of the SLURM job that this process is a task of, as ``scontrol`` takes it.
+
+    None outside SLURM, and in a shell inside an allocation, where nothing can be requeued.
+    """
+    if "SLURM_PROCID" not in os.environ or "SLURM_JOB_ID" not in os.environ:
+        return None
+    array, element = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{element}" if array and element else os.environ["SLURM_JOB_ID"]
+
+
+def requeue() -> str | None:
+    """Put this job back into the queue, if it is still running.
+
+    A job that is warned before its time limit or before it is preempted is running; one that was
+    cancelled or has reached its limit is not, and stays what it is.
+
+    Returns:
+        None if it is requeued, else why not.
+    """
+    number = job_id()
+    if number is None:
+        return "this is no SLURM job"
+    state = _ask("squeue", "--noheader", "--format=%T", "--jobs", number)
+    if state is None or state.stdout.strip() != "RUNNING":
+        found = "unknown" if state is None else state.stdout.strip() or "unknown"
+        return f"SLURM says that job {number} is {found}"
+    answer = _ask("scontrol", "requeue", number)
+    # SLURM ends this job as soon as it has taken the request, scontrol included.
+    if answer is None or answer.returncode > 0:
+        reason = "" if answer is None else answer.stderr.strip()
+        return f"scontrol requeue {number} failed {reason}".strip()
+    return None
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str] | None:
+    """Output of a command of SLURM's, None if it cannot be had."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            done = None
+        if done is not None and done.returncode <= 0:
+            return done
+        if attempt + 1 < _ATTEMPTS:
+            time.sleep(1)
+    return done
+
+
+@contextmanager
+def requeued_when_warned() -> Iterator[None]:
+    """Inside a SLURM job: on a warning, requeue the job and end this process at once.
+
+    For commands that lose nothing when they are killed, which are all: what they have finished is
+    in place, and the requeued job goes on from there. Training puts ``memfree.models.preemption``
+    over it while it trains, which saves a checkpoint first. Does nothing outside SLURM.
+    """
+    if job_id() is None:
+        yield
+        return
+
+    def leave(number: int, *_: object) -> None:
+        ignore()
+        name = signal.Signals(number).name
+        if is_first_process():
+            reason = requeue()
+            what = "the job is requeued" if reason is None else f"not requeued: {reason}"
+            print(f"memfree: {name} came: {what}", file=sys.stderr)
+        else:
+            # SLURM may end the job with its first task that ends.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_PATIENCE)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not by an exception: in the middle of anything it might be caught, or wait for others.
+        os._exit(128 + number)
+
+    with handled(leave):
+        yield
+
+
+def ignore() -> None:
+    """From now on, heed no further warning: the end has begun."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in WARNINGS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def handled(handler: Callable[..., Any]) -> Iterator[None]:
+    """Let ``handler`` take the warnings inside this context; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in WARNINGS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

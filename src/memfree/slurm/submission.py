@@ -1,0 +1,96 @@
+"""A command as a job: submitit writes the batch script and submits it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import SlurmExecutor
+
+from memfree.manifest import write_text
+from memfree.slurm.options import SlurmOptions
+from memfree.stages import Stage
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One command with its whole configuration, and what its job asks for.
+
+    The configuration is written beside the logs, and the job reads it from there: what the files of
+    the command line become later does not change a job that waits or starts again.
+    """
+
+    command: str
+    """``train``, ``sample``, or a verb of ``memfree``."""
+    configuration: str
+    """All its options, as YAML."""
+    slurm: SlurmOptions
+
+    @property
+    def path(self) -> Path:
+        """Where the configuration is written; the same one has the same name."""
+        digest = hashlib.sha256(self.configuration.encode()).hexdigest()[:8]
+        return self.slurm.logs.absolute() / f"{self.command}-{digest}.yaml"
+
+    @property
+    def stage(self) -> Stage:
+        """The command as each task of the job runs it."""
+        return Stage(self.command, {"config": self.path})
+
+    def script(self) -> str:
+        """The batch script."""
+        executor = _executor(_Unsubmitted, self.command, self.slurm)
+        return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+    def submit(self) -> str:
+        """Submit the job; its number.
+
+        Raises:
+            ValueError: there is no SLURM here, or it refuses the job.
+            OSError: the folder of the logs cannot be written.
+        """
+        if SlurmExecutor.affinity() < 0:
+            raise ValueError(
+                "there is no SLURM here (no command srun): submit on a machine of the cluster"
+            )
+        write_text(self.path, self.configuration)
+        executor = _executor(SlurmExecutor, self.command, self.slurm)
+        # submitit pickles the name of this function and the strings, nothing of ours else.
+        try:
+            job = executor.submit(run_in_job, self.command, str(self.path), os.getcwd())
+        except FailedJobError as error:
+            raise ValueError(f"SLURM refused the job: {_reason(error)}") from error
+        return str(job.job_id)
+
+    def log(self, number: str) -> Path:
+        """What the first task of the job writes."""
+        return self.slurm.logs / number / f"{number}_0_log.out"
+
+
+class _Unsubmitted(SlurmExecutor):
+    """Writes scripts only, also where there is no SLURM."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
+def run_in_job(command: str, configuration: str, folder: str) -> None:
+    """Run a command in a job, in the folder where it was submitted."""
+    os.chdir(folder)
+    Stage(command, {"config": configuration}).run()
+
+
+def _executor(kind: type[SlurmExecutor], command: str, slurm: SlurmOptions) -> SlurmExecutor:
+    executor = kind(slurm.logs.absolute() / "%j")
+    executor.update_parameters(**slurm.parameters(command))
+    return executor
+
+
+def _reason(error: Exception) -> str:
+    """The last thing that sbatch said."""
+    lines = [line.removeprefix("sbatch: error: ") for line in str(error).splitlines() if line]
+    return lines[0] if lines else "sbatch failed"

@@ -1,0 +1,158 @@
+"""A training that gets SIGTERM or USR1 saves, ends, and goes on to the very same model."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from processes import start
+
+from memfree import cli, requeue
+from memfree.data import DuplicationPlan, PartSizes, prepare
+from memfree.models import DDPMModule
+from memfree.models.checkpoints import latest_checkpoint, step_of
+from memfree.training import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """47 records: three batches of at most 16 an epoch."""
+    out = tmp_path_factory.mktemp("preemption") / "digits"
+    parts = PartSizes(train=40, calibration=20, test=10, fit=10)
+    prepare(out, parts=parts, plan=DuplicationPlan(images=1, factor=8), records_per_shard=20)
+    return out
+
+
+def options(folder, out, steps, *more):
+    return [
+        f"--config={ROOT / 'configs' / 'digits.yaml'}",
+        f"--data.path={folder}",
+        f"--out={out}",
+        "--data.batch_size=16",
+        "--model.network.block_out_channels=[8, 8]",
+        "--model.network.attention=[false, true]",
+        "--model.network.norm_num_groups=4",
+        "--model.warmup_steps=2",
+        f"--trainer.max_steps={steps}",
+        "--trainer.log_every_n_steps=2",
+        "--trainer.sample_grid_every_n_steps=0",
+        "--trainer.accelerator=cpu",
+        *more,
+    ]
+
+
+def state(out):
+    return torch.load(latest_checkpoint(out / "checkpoints"), weights_only=True)
+
+
+def assert_same(out, other):
+    for name in ("state_dict", "current_model_state"):
+        one, two = state(out)[name], state(other)[name]
+        assert all(torch.equal(one[key], two[key]) for key in two)
+    assert pq.read_table(out / "exposures.parquet") == pq.read_table(other / "exposures.parquet")
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Have a signal sent in the middle of the batch of this number, counted over all epochs."""
+    plain, calls = DDPMModule.training_step, []
+
+    def arm(batch, number=signal.SIGTERM):
+        calls.clear()
+
+        def training_step(self, *args):
+            calls.append(1)
+            if len(calls) == batch:
+                os.kill(os.getpid(), number)
+            return plain(self, *args)
+
+        monkeypatch.setattr(DDPMModule, "training_step", training_step)
+
+    return arm
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_that_is_told_to_end_goes_on_to_the_same_model(
+    accumulate, folder, tmp_path, signalled, capsys
+):
+    """At every batch, the last of an epoch and the first of two accumulated ones among them."""
+    more = ("--trainer.devices=1", f"--trainer.accumulate_grad_batches={accumulate}")
+    whole = tmp_path / "whole"
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    cli.run(train, options(folder, whole, 4, *more))
+    for batch in (1, 2, 3, 4) if accumulate == 1 else (1, 2, 3):
+        out = tmp_path / f"at-{batch}"
+        number = signal.SIGUSR1 if batch == 2 else signal.SIGTERM
+        signalled(batch, number)
+        capsys.readouterr()
+        if batch < 4:
+            with pytest.raises(SystemExit) as exit_:
+                cli.run(train, options(folder, out, 4, *more))
+            assert exit_.value.code == 128 + number
+            steps = step_of(latest_checkpoint(out / "checkpoints"))
+            line = f"{number.name} came: saved step {steps}; the same command goes on from there"
+            assert line in capsys.readouterr().err
+            assert steps < 4 and not (out / "manifest.json").exists()
+            signalled(0)
+        # Told so in its last batch, it ends by itself.
+        cli.run(train, options(folder, out, 4, *more))
+        assert_same(out, whole)
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+
+
+@pytest.mark.slow
+def test_two_processes_end_together(folder, tmp_path):
+    """The first of them, which has started the other, gets the signal."""
+    out = tmp_path / "m"
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    more += ["--trainer.checkpoint_every_n_steps=5"]
+    command = [sys.executable, str(ROOT / "train.py"), *options(folder, out, 100000, *more)]
+    process = start(command, stderr=subprocess.PIPE)
+    while latest_checkpoint(out / "checkpoints") is None and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 143, error
+    assert error.count("SIGTERM came: saved step") == 1 and "Traceback" not in error
+    steps = step_of(latest_checkpoint(out / "checkpoints"))
+    assert f"saved step {steps};" in error
+
+
+def asked(monkeypatch, state, returncode=0):
+    """SLURM's programs replaced: what they were asked."""
+    calls = []
+
+    def run(command, **_):
+        calls.append(command[0])
+        output = state if command[0] == "squeue" else ""
+        return subprocess.CompletedProcess(command, returncode, output, "no")
+
+    monkeypatch.setattr(requeue.subprocess, "run", run)
+    monkeypatch.setattr(requeue.time, "sleep", lambda _: None)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    return calls
+
+
+def test_only_a_job_that_is_running_is_requeued(monkeypatch):
+    calls = asked(monkeypatch, "RUNNING\n")
+    assert requeue.requeue() is None
+    assert calls == ["squeue", "scontrol"]
+    calls = asked(monkeypatch, "COMPLETING\n")
+    assert requeue.requeue() == "SLURM says that job 12 is COMPLETING"
+    assert calls == ["squeue"]
+    calls = asked(monkeypatch, "", returncode=1)
+    assert "unknown" in requeue.requeue()
+    assert calls == ["squeue"] * 3
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "11")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert requeue.job_id() == "11_3"
+    monkeypatch.delenv("SLURM_PROCID")
+    assert requeue.requeue() == "this is no SLURM job"
