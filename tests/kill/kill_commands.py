@@ -76,18 +76,6 @@ def words(inputs: Path) -> dict[str, list[str]]:
             "--false_positive_rate=0.1",
             "--other_rates=[0.2]",
         ],
-        "tune": [
-            "tune",
-            f"--model={model}",
-            f"--index={index}",
-            "--out=out",
-            "--count=4",
-            "--batch_size=4",
-            "--steps=3",
-            "--scheduler=ddim",
-            "--scales=[1.0]",
-            "--guidance.false_positive_rate=0.95",
-        ],
     }
 
 

@@ -9,7 +9,7 @@ from kill_commands import make_inputs, words
 from kill_compare import contents, difference
 from kill_server import KillServer
 
-COMMANDS = ("prepare", "train", "index_pixels", "index_network", "sample", "evaluate", "tune")
+COMMANDS = ("prepare", "train", "index_pixels", "index_network", "sample", "evaluate")
 SHARES = {"prepare": [0.1, 0.6], "train": [0.1, 0.5, 0.9], "sample": [0.3, 0.8]}
 """How much of what the command needs there is room for."""
 DISK = 32 << 20
