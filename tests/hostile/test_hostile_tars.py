@@ -184,7 +184,7 @@ def test_archives_that_unpack_to_far_more_than_they_are(tmp_path, kind):
         with tarfile.open(fileobj=one, mode="w") as archive:
             add(archive, "1.png" if kind == "image" else "1.bin", bytes(60 << 20))
         part = one.getvalue()[: (60 << 20) + 512]
-        with gzip.open(shard, "wb", 1) as file:
+        with gzip.open(shard, "wb") as file:
             for _ in range(3):
                 file.write(part)
     refused(lambda: list(read_shard(str(shard))), shard, "unpacks to more than")
