@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hostile_guard import bounded, one_line
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from spoiling import places
 from test_hostile_folders import READERS
@@ -45,13 +45,14 @@ FILES = {
     "evaluation": ["manifest.json", "metrics.json", "per_sample.parquet", "pictures.parquet"],
 }
 FEW = settings(
-    max_examples=60,
+    max_examples=25,
+    phases=[Phase.explicit, Phase.generate],
     deadline=None,
     derandomize=True,
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-MANY = settings(FEW, max_examples=5000, derandomize=False)
+MANY = settings(FEW, max_examples=5000, derandomize=False, phases=list(Phase))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,11 @@ def test_changed_bytes(spoilt, kind, name):
 
 @pytest.mark.parametrize(("kind", "name"), JSONS)
 def test_changed_values(spoilt, kind, name):
-    FEW(given(st.floats(0, 1), JSON, HOW)(lambda *a: fuzz_json(spoilt, kind, name, *a)))()
+    FEW(
+        given(st.floats(0, 1), JSON, HOW)(
+            lambda where, new, how: fuzz_json(spoilt, kind, name, where, new, how)
+        )
+    )()
 
 
 def test_changed_tars(spoilt):
@@ -184,7 +189,11 @@ def test_many_changed_bytes(spoilt, kind, name):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize(("kind", "name"), JSONS)
 def test_many_changed_values(spoilt, kind, name):
-    MANY(given(st.floats(0, 1), JSON, HOW)(lambda *a: fuzz_json(spoilt, kind, name, *a)))()
+    MANY(
+        given(st.floats(0, 1), JSON, HOW)(
+            lambda where, new, how: fuzz_json(spoilt, kind, name, where, new, how)
+        )
+    )()
 
 
 @pytest.mark.exhaustive

@@ -79,8 +79,10 @@ def test_a_folder_of_bad_images(tmp_path, monkeypatch):
     with bounded():
         assert len(list(ImageFolder(photos).images(skipped))) == len(BAD)
     assert skipped.records == 1 and "sparse.png" in skipped.messages[0]
-    refused(lambda: prepare(tmp_path / "out", source="folder", path=str(photos)), "0.png")
     assert tree(tmp_path) == before
+    (photos / "sparse.png").unlink()  # for which no disk would have room
+    refused(lambda: prepare(tmp_path / "out", source="folder", path=str(photos)), "0.png")
+    assert not (tmp_path / "out").exists() and len(tree(tmp_path)) == len(before) - 1
 
 
 @pytest.mark.parametrize("name", ["long", "device", "circle"])

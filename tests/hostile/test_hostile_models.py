@@ -201,10 +201,9 @@ def test_an_autoencoder_beyond_memory(copy):
 def test_any_other_value_is_read_or_refused(copy, file):
     folder = copy("model")
     whole = (folder / file).read_text()
-    for keys in places(json.loads(whole)):
-        if keys[0] == "made_by":
-            continue
-        for value in OTHER_VALUES:
+    spots = [keys for keys in places(json.loads(whole)) if keys[0] != "made_by"]
+    for keys in spots[:: max(1, len(spots) // 12)]:
+        for value in OTHER_VALUES[::3]:
             edit(folder / file, *keys, value)
             try:
                 with bounded():

@@ -224,8 +224,10 @@ class DatasetPart:
 
     def images(self) -> Tensor:
         """All images, (N, C, H, W) float32 in [-1, 1]."""
-        images = torch.empty(len(self), *self.reader.image_shape)
+        images = torch.empty(0)
         for start, batch in enumerate(self.batches(_BLOCK)):
+            if start == 0:  # the manifest's shape is that of an image, so there is memory for it
+                images = torch.empty(len(self), *self.reader.image_shape)
             images[start * _BLOCK : (start + 1) * _BLOCK] = batch
         return images
 
