@@ -41,7 +41,7 @@ def test_missing_unfinished_and_foreign_folders(folder, tmp_path):
     for change, message in (
         ({"kind": "model"}, "holds 'model', not a dataset folder"),
         ({"format": 99}, "has format 99"),
-        ({"image_shape": None}, "manifest.json lacks"),
+        ({"image_shape": None}, "manifest.json is damaged"),
     ):
         manifest.write_text(json.dumps({**value, **change}))
         with pytest.raises(ValueError, match=message):

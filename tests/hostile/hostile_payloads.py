@@ -112,7 +112,10 @@ def bad_images():
         "PNG that is cut": whole[:45],
         "PNG without data": whole[:33] + chunk(b"IEND", b""),
         "PNG whose data are no deflate": png(data=b"\xff" * 40),
-        "PNG of a chunk of 2 GiB": whole[:33] + struct.pack(">I", 2**31 - 1) + b"IDAT" + whole[41:],
+        "PNG of a chunk of 2 GiB": whole[:33]
+        + struct.pack(">I", 2**31 - 1)
+        + b"IDAT"
+        + whole[41:44],
         "PNG with an unknown depth": png(depth=7),
         "PNG of 16 bits": png(depth=16, data=zlib.compress(bytes(9 * 4))),
         "JPEG that is cut": photo[: len(photo) // 2],

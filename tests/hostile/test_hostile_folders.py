@@ -35,7 +35,7 @@ def read_dataset(folder):
     data = DatasetFolder(folder, verify=True)
     for part in ("train", "calibration", "test", "fit"):
         data.part(part).images()
-    if data.manifest["captions"]:
+    if data.manifest.get("captions"):
         prompt_set(data, "duplicated")
 
 
