@@ -46,7 +46,9 @@ COMMANDS = {
         "memfree.evaluation:audit", "find copies among images from anywhere", positional="images"
     ),
     "tune": Command("memfree.tuning:tune", "find the smallest strengths that leave no copy"),
-    "study": Command("memfree.study:study", "run a grid of configurations and tabulate it"),
+    "study": Command(
+        "memfree.study:study", "run a grid of configurations and tabulate it", positional="config"
+    ),
     "text-study": Command(
         "memfree.study:text_study", "compare all mitigations on a text-to-image model"
     ),

@@ -22,7 +22,7 @@ from memfree.study.values import Values
 _CELL = re.compile(r"(?P<conditioning>[a-z]+)-x(?P<factor>\d+)-seed(?P<seed>\d+)")
 
 
-def summarise(out: Path, name: str, cells: Container[str], console: Console) -> Values:
+def summarise_old(out: Path, name: str, cells: Container[str], console: Console) -> Values:
     """Gather the finished evaluations of a study: NAME.parquet, .csv and .md in ``out``.
 
     Args:
@@ -82,3 +82,7 @@ def by_key(rows: list[dict[str, Any]]) -> Values:
         key = (row["conditioning"], row["factor"], row["subject"], row["metric"])
         values[key].setdefault(row["training_seed"], Measured(row["value"], row["count"]))
     return dict(values)
+
+
+def summarise(plan: Any, cells: Any, console: Console) -> None:
+    """Not yet."""
