@@ -61,9 +61,7 @@ def estimate(
         units[known[line].command] += _units(known[line])
     if any(stage.command not in total for stage in left):
         return None
-    return sum(
-        total[stage.command] / units[stage.command] * _units(stage) for stage in left
-    )
+    return sum(total[stage.command] / units[stage.command] * _units(stage) for stage in left)
 
 
 def _units(stage: Stage) -> int:

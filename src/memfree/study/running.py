@@ -1,4 +1,4 @@
-"""Runs the commands of a cell: finished ones are left, shared ones are waited for, all are timed."""
+"""Runs the commands of a cell: shared ones are waited for, and all are timed."""
 
 from __future__ import annotations
 
