@@ -19,6 +19,7 @@ LAYERS = [
         "conditions",
         "calibration_size",
         "whole_folder",
+        "loggers",
     },
     {"data", "models", "retrieval"},
     {"guidance"},

@@ -50,9 +50,13 @@ def test_the_fit_is_that_of_logistic_regression():
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 def test_intervals_are_those_of_the_numeric_hessian_and_pearsons_dispersion(spread):
     points = made(0.9, 30, spread=spread)
-    best = minimize(likelihood, [0, 0], args=(points,), method="Nelder-Mead", options={
-        "xatol": 1e-10, "fatol": 1e-10, "maxiter": 10_000
-    }).x
+    best = minimize(
+        likelihood,
+        [0, 0],
+        args=(points,),
+        method="Nelder-Mead",
+        options={"xatol": 1e-10, "fatol": 1e-10, "maxiter": 10_000},
+    ).x
     step = 1e-3
     hessian = np.empty((2, 2))
     for i in range(2):
