@@ -41,9 +41,12 @@ ORACLES = {"oracle_steps": "steps", "oracle_epochs": "epochs"}
 
 
 def cells_of(values: Values) -> list[tuple[str, int]]:
-    """Model and factor of every cell, in order of the models, by factor."""
-    models = {model: place for place, model in enumerate(dict.fromkeys(key[0] for key in values))}
-    return sorted({key[:2] for key in values}, key=lambda cell: (models[cell[0]], cell[1]))
+    """Model and factor of every cell: unconditional models first, as they come, by factor."""
+    place = {model: number for number, model in enumerate(dict.fromkeys(key[0] for key in values))}
+    return sorted(
+        {key[:2] for key in values},
+        key=lambda cell: (not cell[0].startswith("unconditional"), place[cell[0]], cell[1]),
+    )
 
 
 def subjects_of(values: Values, model: str, factor: int) -> list[str]:
