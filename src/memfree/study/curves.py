@@ -186,9 +186,10 @@ def _front(axes: Any, summary: Summary) -> None:
     names = list(dict.fromkeys(one for subjects in fronts.values() for one in subjects))
     for number, (cell, subjects) in enumerate(fronts.items()):
         for subject in subjects:
-            copies = rate_over_seeds([*summary.values[(*cell, subject, "copies")].values()])
-            each = [one.value for one in summary.values[(*cell, subject, QUALITY)].values()]
-            quality = over_seeds(each)
+            model, factor = cell
+            copies = rate_over_seeds([*summary.values[model, factor, subject, "copies"].values()])
+            measured = summary.values[model, factor, subject, QUALITY].values()
+            quality = over_seeds([one.value for one in measured])
             axes.plot(
                 [100 * copies.value],
                 [quality.value],

@@ -173,7 +173,7 @@ class Plan:
         if cell.conditioning in ("random_labels", "unique_labels"):
             options["labels"] = cell.conditioning.removesuffix("_labels")
         if max(cell.factors) > 1:
-            how = {"plan.images": self.duplicated, "plan.factor": cell.factors[0]}
+            how: Options = {"plan.images": self.duplicated, "plan.factor": cell.factors[0]}
             if len(cell.factors) > 1:
                 ladder = list(cell.factors)
                 how = {"plan.ladder": ladder, "plan.images_per_factor": self.duplicated}
