@@ -42,10 +42,14 @@ lint: $(STAMP) ## Check style and types
 bench: $(STAMP) ## Measure speed, each figure beside its peer or its floor
 	for name in detection guidance latent_guidance text_mitigations training stream robustness; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-study: $(STAMP) ## Run the studies of docs/results.md (about five hours on two cores)
-	$(BIN)/memfree study --config configs/study/oracle.yaml
-	$(BIN)/memfree study --config configs/study/ablation.yaml
-	$(BIN)/memfree study --config configs/study/settings.yaml
+study: $(STAMP) ## Run the studies of docs/results.md (about six hours on two cores)
+	$(BIN)/memfree study configs/study/oracle.yaml
+	$(BIN)/memfree study configs/study/ablation.yaml
+	$(BIN)/memfree study configs/study/settings.yaml
+	$(BIN)/memfree study configs/study/duplication_ladder.yaml
+	$(BIN)/memfree study configs/study/data_size.yaml
+	$(BIN)/memfree study configs/study/conditioning.yaml
+	$(BIN)/memfree study configs/study/mitigations.yaml
 	$(BIN)/memfree text-study --config configs/study/emoji_settings.yaml
 	$(BIN)/memfree text-study --config configs/study/emoji_baselines.yaml
 	$(BIN)/memfree text-study --config configs/study/emoji_ablation.yaml

@@ -19,9 +19,7 @@ from memfree.models import load_model
 from memfree.training import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-HEADER = re.compile(
-    r"^#.*?(?:python (?P<script>\w+)\.py|memfree (?P<verb>[\w-]+)) .*--config", re.M
-)
+HEADER = re.compile(r"^#.*?(?:python (?P<script>\w+)\.py|memfree (?P<verb>[\w-]+)) .*config", re.M)
 
 
 def function_of(path):

@@ -7,7 +7,6 @@ from rich.console import Console
 
 from memfree.demo import demo_stages
 from memfree.stages import Stage, run_stages
-from memfree.study.grid import Cell, Plan
 
 
 def test_a_stage_is_a_command_line():
@@ -35,16 +34,3 @@ def test_demo_samples_differ_by_the_mitigation_alone(tmp_path):
             k: v for k, v in samples[0].items() if k not in own
         }
     assert samples[0]["guidance_scale"] >= 2 and samples[0]["count"] >= 1300
-
-
-def test_oracle_of_equal_epochs_sees_each_image_as_often(tmp_path):
-    plan = Plan("oracle", tmp_path, 16, 1500, 1000, 2.0)
-    assert plan.equal_epochs(1) == 1500
-    assert plan.equal_epochs(64) == round(1500 * 500 / 1508)
-    stages = plan.stages(Cell("class", 64, 2))
-    trained = [stage.options for stage in stages if stage.command == "train"]
-    assert [one["trainer.max_steps"] for one in trained] == [1500, 1500, 497]
-    assert len({one["out"] for one in trained}) == 3
-    prepared = [stage.options for stage in stages if stage.command == "prepare"]
-    assert [one.get("plan.factor", 1) for one in prepared] == [64, 1, 1]
-    assert len({one["seed"] for one in prepared}) == 1  # the same split with and without copies

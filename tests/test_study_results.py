@@ -8,7 +8,8 @@ from scipy import stats
 
 from memfree.evaluation.metrics import metric, write_metrics
 from memfree.manifest import write_manifest
-from memfree.study.grid import Plan
+from memfree.study.cells import Cell
+from memfree.study.plan import Plan
 from memfree.study.results import by_key, gather
 from memfree.study.statistics import (
     Measured,
@@ -63,10 +64,14 @@ def finished(tmp_path):
 
 
 def test_finished_cells_are_gathered_and_compared(finished):
-    names = {f"class-x64-seed{seed}" for seed in (1, 2, 3)}
-    rows = gather(finished, "oracle", names)
+    plan = Plan("oracle", finished, {"both": {}})
+    cells = [Cell("class", (64,), seed) for seed in (1, 2, 3)]
+    rows = gather(plan, [*cells, Cell("class", (64,), 9)])
     assert len(rows) == 12 and {row["training_seed"] for row in rows} == {1, 2, 3}
-    assert len(gather(finished, "oracle", {"class-x64-seed2"})) == 4
+    assert len(gather(plan, cells[1:2])) == 4
+    folders = {(row["subject"], row["training_seed"]): row["folder"] for row in rows}
+    assert folders["both", 2] == "class-x64-seed2/samples/both"
+    assert folders["oracle_steps", 2] == "class-x64-seed2/evaluation-oracle"
     values = by_key(rows)
     text = as_markdown(values)
     assert "class, repeated images × 64 (training seeds: 3)" in text
@@ -103,10 +108,3 @@ def test_means_stand_in_a_table_a_metric():
         "",
     ]
     assert "| unconditional × 4 | 1234 |  |" in distance and "| class × 64 | 1.00 |" in distance
-
-
-def test_a_study_of_another_size_is_refused(tmp_path):
-    Plan("oracle", tmp_path, 16, 1500, 1000, 2.0).claim()
-    Plan("ablation", tmp_path, 16, 1500, 1000, 2.0).claim()
-    with pytest.raises(ValueError, match="holds a study with --count 1000, not 200"):
-        Plan("oracle", tmp_path, 16, 1500, 200, 2.0).claim()

@@ -52,7 +52,10 @@ COMMANDS = {
     ),
     "tune": Command("memfree.tuning:tune", "find the smallest strengths that leave no copy"),
     "study": Command(
-        "memfree.study:study", "run a grid of configurations and tabulate it", one_writer=False
+        "memfree.study:study",
+        "run a grid of configurations and tabulate it",
+        positional="config",
+        one_writer=False,
     ),
     "text-study": Command(
         "memfree.study:text_study",

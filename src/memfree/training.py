@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from memfree.data import ExposureCounter, ShardDataModule
 from memfree.data.wording import counted
@@ -30,7 +28,7 @@ from memfree.models import (
 from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
 from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, begin, claim
 from memfree.models.finite import NotFiniteError
-from memfree.models.loss_log import LossLog
+from memfree.models.loggers import LoggerName, build_logger, check_logger, finish
 from memfree.models.preemption import Preemption
 from memfree.models.progress import LossRecord, StepProgress
 from memfree.models.sample_grid import averaged_module
@@ -75,8 +73,9 @@ class TrainerOptions:
     """Largest norm of the gradient; 0: not clipped."""
     log_every_n_steps: PositiveInt = 50
     """Optimizer steps between two records of the loss."""
-    logger: Literal["csv", "tensorboard", "none"] = "csv"
-    """Where the loss is recorded, below out/logs."""
+    logger: LoggerName = "csv"
+    """Where the loss is recorded, below out/logs: csv, tensorboard, wandb (Weights & Biases;
+    WANDB_MODE=offline: without a network) or none."""
     checkpoint_every_n_steps: PositiveInt = 500
     """Optimizer steps between two checkpoints; only the newest is kept."""
     sample_grid_every_n_steps: NonNegativeInt = 500
@@ -127,6 +126,7 @@ def train(
         print(f"{out} is already trained as asked")
         return
     losses = LossRecord(trainer.log_every_n_steps)
+    check_logger(trainer.logger)
     with quiet(*ADVICE):
         fit = build_trainer(
             accelerator=trainer.accelerator,
@@ -139,7 +139,7 @@ def train(
             accumulate_grad_batches=trainer.accumulate_grad_batches,
             gradient_clip_val=trainer.gradient_clip_val or None,
             log_every_n_steps=trainer.log_every_n_steps,
-            logger=_logger(trainer.logger, out),
+            logger=False,  # set below, where the folder is this training's
             callbacks=[
                 FiniteTraining(trainer.log_every_n_steps),
                 losses,
@@ -153,6 +153,7 @@ def train(
             use_distributed_sampler=False,
         )
         checkpoint = begin(out, found)
+        fit.logger = build_logger(trainer.logger, out, LOGS)
         try:
             with explained_memory("training", _less_memory(data, model, trainer)):
                 fit.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -161,6 +162,7 @@ def train(
             if fit.is_global_zero:
                 raise
             raise SystemExit(2) from None
+    finish(fit.logger)
     skipped = data.skipped_on_all_ranks().counts()
     if fit.is_global_zero:
         averaged = averaged_module(fit, module)
@@ -259,19 +261,6 @@ def _precision(options: TrainerOptions) -> Any:
         return options.precision
     on_gpu = options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def _logger(name: str, out: Path) -> Logger | bool:
-    if name == "none":
-        return False
-    if name == "csv":
-        return LossLog(out / LOGS)
-    if importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "--trainer.logger tensorboard needs the package tensorboard: install "
-            "memfree[tensorboard], or use --trainer.logger csv"
-        )
-    return TensorBoardLogger(out, name=LOGS)
 
 
 def _callbacks(

@@ -14,12 +14,13 @@ from memfree.data.framing import Framing
 from memfree.data.grouping import distinct, group, near_pairs
 from memfree.data.identity import dataset_hash
 from memfree.data.ingest import Ingested, ingest
+from memfree.data.labels import LabelPolicy
 from memfree.data.plan import DuplicationPlan
 from memfree.data.records import Items, arrange
 from memfree.data.shards import RECORDS_SCHEMA, ShardWriter, record_bytes
 from memfree.data.skipped import Skipped
 from memfree.data.sources import Source
-from memfree.data.split import PARTS, PartName, PartSizes, deal
+from memfree.data.split import PARTS, PartName, PartSizes, deal, limited
 from memfree.manifest import check_free_space
 
 
@@ -34,6 +35,8 @@ def build(
     records_per_shard: int,
     skipped: Skipped | None,
     progress: Progress,
+    limit: int = 0,
+    labels: LabelPolicy = "own",
 ) -> dict[str, Any]:
     """Read, group, split, repeat, write; see :func:`memfree.data.prepare.prepare`.
 
@@ -59,9 +62,11 @@ def build(
     sizes = np.bincount(group_of[image_of])
     family_sizes = np.bincount(family_of, sizes).astype(np.int64)
     part_of_family = deal(family_sizes, counts, seed)
+    if limit:
+        part_of_family = limited(part_of_family, family_sizes, limit, seed)
     part_of = [part_of_family[family] for family in family_of.tolist()]
     classes = data.num_classes(source.class_names)
-    items = arrange(data, image_of, group_of, part_of, plan, classes, seed)
+    items = arrange(data, image_of, group_of, part_of, plan, classes, seed, labels)
     for part in PARTS:
         if counts[part] and not items.records[part]:
             raise ValueError(

@@ -181,13 +181,15 @@ class DatasetFolder:
         firsts = records.take([first[row] for row in rows.tolist()])
         items = self.items.take(rows)
         labels = firsts["label"]
+        # Held-out images have none where training labels say nothing of the image.
+        labelled = self.num_classes is not None and labels.null_count == 0
         captions = firsts["caption"]
         return DatasetPart(
             name=name,
             keys=items["image_key"].to_pylist(),
             groups=items["group"].to_pylist(),
             copies=torch.tensor(items["copies"].to_pylist(), dtype=torch.int64),
-            labels=torch.tensor(labels.to_pylist()) if self.num_classes is not None else None,
+            labels=torch.tensor(labels.to_pylist()) if labelled else None,
             captions=captions.to_pylist() if captions.null_count == 0 else None,
             conditions=self.conditions.filter(pc.field("part") == name),
             rows=torch.from_numpy(rows),

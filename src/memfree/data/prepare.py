@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse.typing import NonNegativeInt
 from rich.console import Console
 
 from memfree.bars import counting_bar
@@ -14,6 +15,7 @@ from memfree.calibration_size import too_few_images
 from memfree.data.build import build
 from memfree.data.framing import Filter, Framing, Resize
 from memfree.data.grouping import DEFAULT_DISTANCE
+from memfree.data.labels import LabelPolicy
 from memfree.data.plan import DuplicationPlan
 from memfree.data.shards import record_bytes
 from memfree.data.skipped import Skipped
@@ -44,6 +46,8 @@ def prepare(
     on_error: Literal["stop", "skip"] = "stop",
     licence: str | None = None,
     emoji_variants: bool = False,
+    limit: NonNegativeInt = 0,
+    labels: LabelPolicy = "own",
     overwrite: bool = False,
 ) -> None:
     """Write a dataset folder: shards for training, three held-out parts, and what was done.
@@ -75,6 +79,11 @@ def prepare(
         on_error: stop at the first broken image or missing shard, or skip and count it.
         licence: terms of the images, kept in the manifest; default: what the source says.
         emoji_variants: emoji with skin tones and gender signs too, each in the group of its emoji.
+        limit: train on so many images of the training part only, 0: on all of it. Held-out parts
+            stay as they are, and a smaller limit takes a subset of a larger one's images.
+        labels: own: as the source has them; random: each training image gets one of the source's
+            labels, drawn whatever it shows; unique: each gets a label of its own. With the last
+            two, copies share their image's label (see plan) and held-out images have none.
         overwrite: replace the dataset folder that is there.
 
     Raises:
@@ -100,6 +109,10 @@ def prepare(
     }
     if emoji_variants:  # absent otherwise, so that recipes of other sources stay as they were
         recipe["emoji_variants"] = True
+    if limit:
+        recipe["limit"] = limit
+    if labels != "own":
+        recipe["labels"] = labels
     recipe = json.loads(json.dumps(recipe))
     console = Console(stderr=True)
     if _is_done(out, recipe, overwrite):
@@ -125,6 +138,8 @@ def prepare(
             records_per_shard,
             skipped,
             progress,
+            limit,
+            labels,
         )
         save_config(folder)
         about: dict[str, Any] = {"name": source, "path": path, "licence": licence or opened.licence}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from memfree.data.ingest import Ingested
+from memfree.data.labels import LabelPolicy, relabelled
 from memfree.data.plan import DuplicationPlan
 from memfree.data.shards import Record
 from memfree.data.split import PARTS, PartName
@@ -62,6 +63,7 @@ def arrange(
     plan: DuplicationPlan,
     num_classes: int | None,
     seed: int,
+    labels: LabelPolicy = "own",
 ) -> Items:
     """Lay out the records.
 
@@ -73,6 +75,8 @@ def arrange(
         plan: copies that the training part gets, after the split.
         num_classes: classes of the source.
         seed: order of images and of records.
+        labels: which labels the training images get; held-out images lose theirs where these say
+            nothing of the image.
 
     Returns:
         rows in a random order within each part; near copies come after all originals.
@@ -92,11 +96,13 @@ def arrange(
             if image not in row_of:
                 first = int(first_of[image])
                 row_of[image] = items.add(data.names[first], names[group_of[image]], part, first)
-            label = data.labels[source] if data.labels is not None else None
+            label = None
+            if data.labels is not None and (part == "train" or labels == "own"):
+                label = data.labels[source]
             caption = data.captions[source] if data.captions is not None else None
             records.append(Record(row_of[image], copies[image], label, caption))
             copies[image] += 1
-    _repeat(items, data, plan)
+    _repeat(items, data, plan, labels, seed)
     shuffle = np.random.Generator(np.random.PCG64([seed, plan.seed, 5]))
     train = items.records["train"]
     items.records["train"] = [train[number] for number in shuffle.permutation(len(train))]
@@ -111,8 +117,10 @@ def _group_names(data: Ingested, image_of: np.ndarray, group_of: np.ndarray) -> 
     return names
 
 
-def _repeat(items: Items, data: Ingested, plan: DuplicationPlan) -> None:
-    """Append the plan's copies to the training records."""
+def _repeat(
+    items: Items, data: Ingested, plan: DuplicationPlan, policy: LabelPolicy, seed: int
+) -> None:
+    """Append the plan's copies to the training records, under the labels that ``policy`` gives."""
     train = items.records["train"]
     alone = Counter(items.groups[record.row] for record in train)
     places = [place for place, one in enumerate(train) if alone[items.groups[one.row]] == 1]
@@ -120,6 +128,9 @@ def _repeat(items: Items, data: Ingested, plan: DuplicationPlan) -> None:
     labels = [record.label for record in candidates if record.label is not None]
     factors = plan.factors(range(len(candidates)), labels if data.labels is not None else None)
     items.repeated = sum(factor > 1 for factor in factors.values())
+    # After the choice, so that the same images are repeated under all labels.
+    train[:], items.num_classes = relabelled(train, policy, items.num_classes, seed)
+    candidates = [train[place] for place in places]
     conditions = _Conditions(items, data, plan, train)
     for position, factor in factors.items():
         original = candidates[position]

@@ -95,3 +95,40 @@ def deal(sizes: np.ndarray, counts: dict[PartName, int], seed: int) -> list[Part
         room[choice] -= sizes[number]
         parts[number] = PARTS[choice]
     return parts
+
+
+def limited(
+    parts: list[PartName | None], sizes: np.ndarray, limit: int, seed: int
+) -> list[PartName | None]:
+    """Leave training groups out until ``limit`` images remain; held-out parts stay as they are.
+
+    Groups are kept in a random order of the seed, each if it still fits: a smaller limit keeps a
+    subset of what a larger one keeps, where groups are single images.
+
+    Args:
+        parts: (G,) the part of each group.
+        sizes: (G,) images a group.
+        limit: training images to keep, 1 or more.
+        seed: of the order.
+
+    Returns:
+        (G,) the part of each group, None for groups that are left out as well.
+
+    Raises:
+        ValueError: there are fewer training images, or no group is small enough.
+    """
+    train = [number for number, part in enumerate(parts) if part == "train"]
+    there = int(sum(sizes[number] for number in train))
+    if limit > there:
+        raise ValueError(f"--limit {limit}: there are {there} training images")
+    generator = np.random.Generator(np.random.PCG64([seed, 13]))
+    kept, room = list(parts), limit
+    for position in generator.permutation(len(train)).tolist():
+        number = train[position]
+        if sizes[number] <= room:
+            room -= int(sizes[number])
+        else:
+            kept[number] = None
+    if room == limit:
+        raise ValueError(f"--limit {limit}: every group of training images is larger")
+    return kept

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 
 
-def template(name: str) -> Template:
-    """A template of this package by its file name; it escapes what it shows."""
+def template(name: str, part: str = "evaluation") -> Template:
+    """A template by its file name; it escapes what it shows.
+
+    Args:
+        name: of the file.
+        part: folder of memfree that has it; what it includes may be of evaluation.
+    """
     environment = Environment(
-        loader=PackageLoader("memfree", "evaluation"),
+        loader=ChoiceLoader([PackageLoader("memfree", one) for one in (part, "evaluation")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

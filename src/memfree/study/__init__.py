@@ -1,6 +1,6 @@
 """Studies: the same models sampled in many ways, over several training seeds."""
 
-from memfree.study.grid import study
+from memfree.study.study import study
 from memfree.study.text import text_study
 
 __all__ = ["study", "text_study"]

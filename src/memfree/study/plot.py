@@ -22,7 +22,7 @@ SUBJECTS = {
 PANELS = ("copies", "duplicated_share", "frechet_pixels")
 
 
-def write_dose_response(path: Path, values: Values, conditioning: str = "unconditional") -> None:
+def write_dose_response(path: Path, values: Values, conditioning: str = "unconditional") -> bool:
     """Write a PNG with a panel a metric; nothing where fewer than two factors are known.
 
     Lines are means over training seeds, dots single seeds.
@@ -31,10 +31,13 @@ def write_dose_response(path: Path, values: Values, conditioning: str = "uncondi
         path: the file.
         values: what was measured, by key and training seed.
         conditioning: which models are drawn.
+
+    Returns:
+        Whether it was written.
     """
     factors = sorted({key[1] for key in values if key[0] == conditioning})
     if len(factors) < 2:
-        return
+        return False
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         scale = 100 if metric in RATES else 1
@@ -63,3 +66,4 @@ def write_dose_response(path: Path, values: Values, conditioning: str = "uncondi
         *figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False
     )
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    return True

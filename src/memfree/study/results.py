@@ -2,83 +2,138 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections import defaultdict
-from collections.abc import Container
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from memfree.evaluation.metrics import read_metrics
+from memfree.evaluation.intervals import wilson
+from memfree.evaluation.metrics import Metric, metric, read_metrics
 from memfree.manifest import write_atomic, write_text
+from memfree.study.cells import Cell
+from memfree.study.curves import write_curves
+from memfree.study.plan import Plan
+from memfree.study.plot import write_dose_response
+from memfree.study.report import write_report
 from memfree.study.statistics import Measured
-from memfree.study.tables import as_markdown, printed
-from memfree.study.values import Values
+from memfree.study.summary import SCHEMA, Summary, model_label
+from memfree.study.tables import printed
+from memfree.study.values import LADDER, Values
 
-_CELL = re.compile(r"(?P<conditioning>[a-z]+)-x(?P<factor>\d+)-seed(?P<seed>\d+)")
 
-
-def summarise(out: Path, name: str, cells: Container[str], console: Console) -> Values:
-    """Gather the finished evaluations of a study: NAME.parquet, .csv and .md in ``out``.
+def summarise(plan: Plan, cells: Sequence[Cell], console: Console) -> Summary:
+    """Gather the finished cells of a study: NAME.parquet, .csv, .md, .png and .html in ``out``.
 
     Args:
-        out: the study's folder.
-        name: the study.
-        cells: names of the cells that belong to it.
+        plan: the study.
+        cells: all that belong to it; those that are not finished are left out, and counted.
         console: where the table is printed.
-
-    Returns:
-        What was measured, by key and training seed.
 
     Raises:
         ValueError: nothing is finished yet.
     """
-    rows = gather(out, name, cells)
+    rows = gather(plan, cells)
     if not rows:
-        raise ValueError(f"{out} has no finished evaluation of the study {name}")
-    table = pa.Table.from_pylist(rows)
-    write_atomic(out / f"{name}.parquet", lambda path: pq.write_table(table, path))
-    write_atomic(out / f"{name}.csv", lambda path: pa_csv.write_csv(table, path))
-    values = by_key(rows)
-    write_text(out / f"{name}.md", as_markdown(values))
-    console.print(printed(values))
-    console.print(f"Written: {out / name}.parquet, .csv, .md")
-    return values
+        raise ValueError(f"{plan.out} has no finished evaluation of the study {plan.name}")
+    to = plan.out / plan.name
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    write_atomic(to.with_suffix(".parquet"), lambda path: pq.write_table(table, path))
+    write_atomic(to.with_suffix(".csv"), lambda path: pa_csv.write_csv(table, path))
+    missing = len(cells) - len(finished(plan, cells))
+    summary = Summary(plan.name, by_key(rows), rows, missing, len(cells))
+    write_text(to.with_suffix(".md"), summary.as_markdown())
+    pictures = {
+        f"{plan.name}.png": write_curves(to.with_suffix(".png"), summary),
+        f"{plan.name}-factors.png": write_dose_response(
+            plan.out / f"{plan.name}-factors.png", summary.values
+        ),
+    }
+    write_report(plan.out, summary, [name for name, there in pictures.items() if there])
+    console.print(printed(summary.values))
+    if missing:
+        console.print(f"{missing} of {len(cells)} cells are not finished and left out")
+    console.print(f"Written: {to}.parquet, .csv, .md, .png, .html")
+    return summary
 
 
-def gather(out: Path, name: str, cells: Container[str]) -> list[dict[str, Any]]:
-    """One row a metric, subject and cell of the evaluations below ``out``."""
+def finished(plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that have figures."""
+    return [cell for cell in cells if (plan.evaluation(cell) / "manifest.json").is_file()]
+
+
+def gather(plan: Plan, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One row a cell, subject and metric, with the columns ``SCHEMA``."""
     rows: list[dict[str, Any]] = []
-    for manifest in sorted(out.glob(f"*/evaluation-{name}/manifest.json")):
-        folder = manifest.parent.parent.name
-        cell = _CELL.fullmatch(folder)
-        if cell is None or folder not in cells:
-            continue
-        for one in read_metrics(manifest.parent / "metrics.json").metrics:
-            rows.append(
-                {
-                    "conditioning": cell["conditioning"],
-                    "factor": int(cell["factor"]),
-                    "training_seed": int(cell["seed"]),
-                    "subject": one.subject,
-                    "metric": one.metric,
-                    "value": float(one.value),
-                    "low": one.low,
-                    "high": one.high,
-                    "count": one.count,
-                }
-            )
+    for cell in finished(plan, cells):
+        evaluation = plan.evaluation(cell)
+        folders = {
+            subject: os.path.relpath(path, plan.out) for subject, path in plan.samples(cell).items()
+        }
+        described = {
+            "conditioning": cell.conditioning,
+            "factor": cell.factors[0] if len(cell.factors) == 1 else LADDER,
+            "ladder": " ".join(map(str, cell.factors)) if len(cell.factors) > 1 else None,
+            "size": cell.size or None,
+            "model": cell.model,
+            "steps": cell.steps or plan.steps,
+            "training_seed": cell.seed,
+        }
+        measured = read_metrics(evaluation / "metrics.json").metrics
+        if len(cell.factors) > 1:
+            measured = [*measured, *ladder_metrics(evaluation / "per_sample.parquet", cell.factors)]
+        rows += [
+            {
+                **described,
+                "subject": one.subject,
+                "metric": one.metric,
+                "value": float(one.value),
+                "low": one.low,
+                "high": one.high,
+                "count": one.count,
+                "label": model_label(cell),
+                "folder": folders.get(one.subject, os.path.relpath(evaluation, plan.out)),
+            }
+            for one in measured
+        ]
     return rows
 
 
+def ladder_metrics(per_sample: Path, factors: Sequence[int]) -> list[Metric]:
+    """``copies_at_factor_F``: of the samples nearest to an image of F records, those that copy it.
+
+    Unlike copies per image, it does not grow merely because the model draws a repeated image more
+    often.
+
+    Args:
+        per_sample: of an evaluation.
+        factors: of the ladder.
+    """
+    table = pq.read_table(
+        per_sample, columns=["subject", "nearest_multiplicity", "copy", "distance_ratio"]
+    )
+    found = []
+    for subject in pc.unique(table["subject"]).to_pylist():
+        mine = table.filter(pc.equal(table["subject"], subject))
+        for factor in factors:
+            near = mine.filter(pc.equal(mine["nearest_multiplicity"], factor))
+            if len(near):
+                copies = int(pc.sum(near["copy"]).as_py())
+                rate = wilson(copies, len(near))
+                found.append(metric(f"copies_at_factor_{factor}", subject, rate, len(near)))
+    return found
+
+
 def by_key(rows: list[dict[str, Any]]) -> Values:
-    """What was measured, by conditioning, factor, subject and metric, then by training seed."""
+    """What was measured, by model, factor, subject and metric, then by training seed."""
     values: Values = defaultdict(dict)
     for row in rows:
-        key = (row["conditioning"], row["factor"], row["subject"], row["metric"])
+        key = (row["label"], row["factor"], row["subject"], row["metric"])
         values[key].setdefault(row["training_seed"], Measured(row["value"], row["count"]))
     return dict(values)

@@ -16,6 +16,7 @@ from memfree.study.statistics import (
 )
 from memfree.study.values import (
     DISTANCES,
+    LADDER,
     MARGINS,
     ORACLES,
     RATES,
@@ -43,11 +44,14 @@ def by_metric(values: Values) -> str:
     for metric, title in SHOWN.items():
         known = [cell for cell in cells if any((*cell, one, metric) in values for one in subjects)]
         rows = [
-            [_name(*cell), *(_mean(values.get((*cell, one, metric)), metric) for one in subjects)]
+            [
+                cell_title(*cell),
+                *(_mean(values.get((*cell, one, metric)), metric) for one in subjects),
+            ]
             for cell in known
         ]
         if rows:
-            parts.append(_markdown_table(f"### {_capital(title)}", ["", *subjects], rows))
+            parts.append(markdown_table(f"### {_capital(title)}", ["", *subjects], rows))
     return "\n".join(parts)
 
 
@@ -56,7 +60,7 @@ def differences(values: Values, subject: str = "both") -> str:
     rows, within, total = [], 0, 0
     for cell in cells_of(values):
         for oracle, equal in ORACLES.items():
-            row = [_name(*cell), equal]
+            row = [cell_title(*cell), equal]
             for metric, margin in MARGINS.items():
                 own = values.get((*cell, subject, metric), {})
                 other = values.get((*cell, oracle, metric), {})
@@ -86,7 +90,7 @@ def differences(values: Values, subject: str = "both") -> str:
         "pooled counts. Fréchet distances are relative to the oracle's. The goal stands above each",
         f"column; in bold: the limit is within it ({within} of {total}).",
     ]
-    return _markdown_table("\n".join(text), ["", "oracle at equal", *titles], rows)
+    return markdown_table("\n".join(text), ["", "oracle at equal", *titles], rows)
 
 
 def _mean_and_limit(metric: str, own: list[Measured], other: list[Measured]) -> tuple[float, float]:
@@ -123,8 +127,9 @@ def by_cell(values: Values) -> str:
             ]
             for subject in subjects
         ]
-        title = f"### {conditioning}, repeated images × {factor} (training seeds: {seeds})"
-        parts.append(_markdown_table(title, ["", *(SHOWN[one] for one in columns)], rows))
+        data = "a ladder of repetitions" if factor == LADDER else f"repeated images × {factor}"
+        title = f"### {conditioning}, {data} (training seeds: {seeds})"
+        parts.append(markdown_table(title, ["", *(SHOWN[one] for one in columns)], rows))
     return "\n".join(parts)
 
 
@@ -136,7 +141,7 @@ def printed(values: Values) -> Table:
     for cell in cells_of(values):
         for subject in subjects_of(values, *cell):
             shown = [_shown(values.get((*cell, subject, one)), one) for one in SHOWN]
-            table.add_row(_name(*cell), subject, *shown)
+            table.add_row(cell_title(*cell), subject, *shown)
     return table
 
 
@@ -149,7 +154,8 @@ def _interval(by_seed: dict[int, Measured], metric: str) -> Interval:
     return Interval(found.value, found.low and max(found.low, 0.0), found.high)
 
 
-def _markdown_table(heading: str, titles: list[str], rows: list[list[str]]) -> str:
+def markdown_table(heading: str, titles: list[str], rows: list[list[str]]) -> str:
+    """A heading, or text that begins with one, and a table below it."""
     lines = [heading, "", _line(titles), "|---" * len(titles) + "|", *map(_line, rows), ""]
     return "\n".join(lines)
 
@@ -158,8 +164,9 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _name(conditioning: str, factor: int) -> str:
-    return f"{conditioning} × {factor}"
+def cell_title(model: str, factor: int) -> str:
+    """A cell as it stands in tables."""
+    return f"{model}, ladder" if factor == LADDER else f"{model} × {factor}"
 
 
 def _capital(title: str) -> str:

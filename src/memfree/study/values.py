@@ -5,7 +5,10 @@ from __future__ import annotations
 from memfree.study.statistics import Measured
 
 Key = tuple[str, int, str, str]
-"""Conditioning, duplication factor, subject, metric."""
+"""Model (conditioning and what else is not the study's default), duplication factor, subject,
+metric."""
+LADDER = 0
+"""Duplication factor of a model whose data have several."""
 Values = dict[Key, dict[int, Measured]]
 """What was measured, by key and training seed."""
 
@@ -38,11 +41,15 @@ ORACLES = {"oracle_steps": "steps", "oracle_epochs": "epochs"}
 
 
 def cells_of(values: Values) -> list[tuple[str, int]]:
-    """Conditioning and factor of every cell, unconditional ones first, by factor."""
-    return sorted({(key[0], key[1]) for key in values}, key=lambda cell: (cell[0] == "class", cell))
+    """Model and factor of every cell: unconditional models first, as they come, by factor."""
+    place = {model: number for number, model in enumerate(dict.fromkeys(key[0] for key in values))}
+    return sorted(
+        {key[:2] for key in values},
+        key=lambda cell: (not cell[0].startswith("unconditional"), place[cell[0]], cell[1]),
+    )
 
 
-def subjects_of(values: Values, conditioning: str, factor: int) -> list[str]:
+def subjects_of(values: Values, model: str, factor: int) -> list[str]:
     """Subjects of a cell that copies were counted of, in the order of their evaluation."""
-    found = dict.fromkeys(key[2] for key in values if key[:2] == (conditioning, factor))
-    return [one for one in found if (conditioning, factor, one, "copies") in values]
+    found = dict.fromkeys(key[2] for key in values if key[:2] == (model, factor))
+    return [one for one in found if (model, factor, one, "copies") in values]

@@ -1,0 +1,113 @@
+"""The cells of a study: a union of grids over data, conditioning, model and training seed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+Conditioning = Literal["unconditional", "class", "random_labels", "unique_labels"]
+DEFAULT_MODEL = "default"
+"""The network that ``--train`` describes, without further options."""
+WHOLE = 0
+"""Data size: all training images of the source."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All combinations of its values, each a model to train, for every training seed."""
+
+    conditioning: list[Conditioning] = field(default_factory=lambda: ["unconditional"])
+    """What the network is told: nothing, the class, a label drawn at random for each training
+    image, or a label of each image's own (Gu et al., 2023)."""
+    factor: list[PositiveInt] = field(default_factory=list)
+    """Records of a repeated image, one data set each; 1: nothing is repeated."""
+    ladder: list[list[PositiveInt]] = field(default_factory=list)
+    """Data sets that repeat different images differently: [[1, 2, 4, 8]] is one data set."""
+    size: list[NonNegativeInt] = field(default_factory=lambda: [WHOLE])
+    """Training images before repetition; 0: all that the source deals out."""
+    model: list[str] = field(default_factory=lambda: [DEFAULT_MODEL])
+    """Names below --models."""
+    steps: list[NonNegativeInt] = field(default_factory=lambda: [0])
+    """Optimizer steps; 0: those of the study."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained model: its conditioning, data, network and training seed."""
+
+    conditioning: Conditioning
+    factors: tuple[int, ...]
+    """Records of a repeated image; several: a ladder, each for images of its own."""
+    seed: int
+    size: int = WHOLE
+    model: str = DEFAULT_MODEL
+    steps: int = 0
+
+    @property
+    def data(self) -> str:
+        """Name of its data, the same for all conditionings that change no label."""
+        labels = f"{self.conditioning}-" if self.conditioning.endswith("_labels") else ""
+        return f"{labels}{self._data}"
+
+    @property
+    def name(self) -> str:
+        """Its folder's name, the same in every run."""
+        network = "" if self.model == DEFAULT_MODEL else f"-{self.model}"
+        steps = f"-{self.steps}-steps" if self.steps else ""
+        return f"{self.conditioning}-{self._data}{network}{steps}"
+
+    @property
+    def _data(self) -> str:
+        size = f"-n{self.size}" if self.size else ""
+        return f"x{'-'.join(map(str, self.factors))}{size}-seed{self.seed}"
+
+
+def expand(grids: Sequence[Grid], seeds: Sequence[int]) -> list[Cell]:
+    """All cells, without repetitions: by seed, then grid, then in the order of its values.
+
+    Args:
+        grids: their union is the study.
+        seeds: training seeds.
+
+    Raises:
+        ValueError: there is none.
+    """
+    cells = [
+        Cell(conditioning, factors, seed, size, model, steps)
+        for seed in seeds
+        for grid in grids
+        for conditioning, factors, size, model, steps in itertools.product(
+            grid.conditioning,
+            [*((factor,) for factor in grid.factor), *(tuple(sorted(one)) for one in grid.ladder)],
+            grid.size,
+            grid.model,
+            grid.steps,
+        )
+    ]
+    if not cells:
+        raise ValueError(
+            "the study has no cell: give --grids, each with factor or ladder, and --training_seeds"
+        )
+    return list(dict.fromkeys(cells))
+
+
+def selected(cells: Sequence[Cell], which: str) -> list[Cell]:
+    """Cells of one of several disjoint parts that together are all of them.
+
+    Args:
+        cells: of the whole study.
+        which: ``all``, ``none``, or ``3/8``: the third of eight parts, cells 3, 11, 19, ...
+
+    Raises:
+        ValueError: it says something else.
+    """
+    if which in ("all", "none"):
+        return list(cells) if which == "all" else []
+    part, slash, parts = which.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise ValueError(f"--cells {which}: say all, none, or a part such as 3/8 (1/8 to 8/8)")
+    return list(cells[int(part) - 1 :: int(parts)])

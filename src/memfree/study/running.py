@@ -1,0 +1,103 @@
+"""Runs the commands of a cell: shared ones are waited for, and all are timed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from memfree.manifest import write_json
+from memfree.stages import Stage, run_stages
+from memfree.study.cells import Cell
+from memfree.study.plan import Plan
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows: cells must not run at the same time
+    fcntl = None  # type: ignore[assignment]
+
+
+class CellRun:
+    """One cell of a study, and what is known of its commands.
+
+    ``cell/NAME.json`` lists each command with the seconds that it has taken. The cell is finished
+    where the list has all commands of the plan and its figures are there: a subject that was added
+    since, or an option that was changed, makes the cell run again, and each command that is done
+    says so.
+
+    Args:
+        plan: the study.
+        cell: one of its cells.
+    """
+
+    def __init__(self, plan: Plan, cell: Cell) -> None:
+        self.stages = plan.stages(cell)
+        self._path = plan.cell(cell) / f"{plan.name}.json"
+        self._figures = plan.evaluation(cell) / "manifest.json"
+        self._turns = plan.out / ".turns"
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its commands, as they are planned now, were run to the end."""
+        known = self.known()
+        return self._figures.is_file() and [*known] == [stage.line() for stage in self.stages]
+
+    def known(self) -> dict[str, float]:
+        """Seconds of each command that was run to its end, by its line.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
+        if not self._path.is_file():
+            return {}
+        try:
+            rows = json.loads(self._path.read_text(encoding="utf-8"))
+            return {str(row["command"]): float(row["seconds"]) for row in rows}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self._path} is damaged ({error}): delete it") from error
+
+    def run(self, console: Console) -> None:
+        """Run what is missing; another process that runs the same command is waited for."""
+        before, now = self.known(), dict[str, float]()
+        for number, stage in enumerate(self.stages, 1):
+            line = stage.line()
+            console.rule(f"{number} of {len(self.stages)}: {stage.command}", align="left")
+            with _turn(self._turns, stage, console):
+                start = time.perf_counter()
+                run_stages([stage], console)
+            now[line] = before.get(line, 0.0) + time.perf_counter() - start
+            self._write({**before, **now} if number < len(self.stages) else now)
+
+    def _write(self, seconds: dict[str, float]) -> None:
+        rows: list[dict[str, Any]] = [
+            {"command": line, "seconds": round(value, 2)} for line, value in seconds.items()
+        ]
+        write_json(self._path, rows)
+
+
+@contextmanager
+def _turn(folder: Path, stage: Stage, console: Console) -> Iterator[None]:
+    """Keep two processes from running one command at once; who comes second finds it done.
+
+    The lock is the system's, and ends with its process, however that ends.
+    """
+    if fcntl is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(str(stage.options["out"]).encode()).hexdigest()[:16]
+    with open(folder / name, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print(f"[dim]waiting for another process that makes {stage.options['out']}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield

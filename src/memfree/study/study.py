@@ -1,0 +1,140 @@
+"""Command `memfree study`: a grid of trained models, each sampled in many ways, and tabulated."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from rich.console import Console
+
+from memfree.manifest import write_manifest
+from memfree.resolved import save_config
+from memfree.study.cells import DEFAULT_MODEL, Cell, Grid, expand, selected
+from memfree.study.estimate import plan_size
+from memfree.study.plan import CommandOptions, Options, Plan, StudySource, Subjects
+from memfree.study.results import summarise
+from memfree.study.running import CellRun
+
+_NAME = re.compile(r"[\w-]+")
+UNGUIDED: Subjects = {"unguided": {"mitigation": "none"}}
+
+
+def study(
+    name: str,
+    grids: list[Grid],
+    subjects: Subjects = UNGUIDED,
+    out: Path = Path("runs/study"),
+    training_seeds: list[NonNegativeInt] = [1, 2, 3],  # noqa: B006 - read only
+    source: StudySource = "digits",
+    duplicated: PositiveInt = 16,
+    steps: PositiveInt = 1500,
+    count: PositiveInt = 1000,
+    guidance_scale: float = 2.0,
+    oracle: bool = False,
+    models: dict[str, Options] = {},  # noqa: B006
+    options: CommandOptions = CommandOptions(),  # noqa: B008
+    shared_data: bool = True,
+    cells: str = "all",
+    dry_run: bool = False,
+) -> None:
+    """Train models on repeated images, sample them in many ways, and compare.
+
+    Every cell of the grids is one trained model: it is prepared, indexed, trained, sampled once for
+    each subject from the same noise, and evaluated. What cells have in common, a data set for
+    instance, is made once. Folders have fixed names, and what is finished is not done again, so
+    that a study goes on where it stopped. Several processes may take parts of the cells; run it
+    once more with --cells none for the tables of all.
+
+    Args:
+        name: of the study; its results are NAME.csv, .parquet, .md, .png and .html in out.
+        grids: which models; a union of grids.
+        subjects: ways to sample, by name: options of sample.py below --guidance.
+        out: folder for all data sets, models, samples and results; studies of the same numbers may
+            share it. Its config.yaml and manifest.json are of the study that was summarised last.
+        training_seeds: each draws its own split, repeated images, weights and noise.
+        source: of the images, see memfree prepare.
+        duplicated: training images that are repeated; of a ladder, those of each factor.
+        steps: optimizer steps of a model.
+        count: samples of a subject.
+        guidance_scale: classifier-free guidance scale of models that are told a label.
+        oracle: compare with the same network trained on the deduplicated images, at equal steps and
+            at equal epochs.
+        models: networks of the grid, by name: options of train.py.
+        options: further options of the commands.
+        shared_data: whether conditionings that change no label share a data set; false: each
+            prepares its own.
+        cells: all; a part as 3/8, the third of eight disjoint parts, which is not summarised; or
+            none, to summarise what is finished.
+        dry_run: print the commands, how many they are and how long they may take, and stop.
+
+    Raises:
+        ValueError: an option is wrong, or out holds a study of other numbers.
+    """
+    plan = Plan(
+        name,
+        out,
+        subjects,
+        source,
+        duplicated,
+        steps,
+        count,
+        guidance_scale,
+        oracle,
+        shared_data,
+        models,
+        options,
+    )
+    _check(plan, grids)
+    every = expand(grids, training_seeds)
+    chosen = selected(every, cells)
+    console = Console()
+    if dry_run:
+        _print(plan, chosen, console)
+        return
+    plan.claim()
+    for number, cell in enumerate(chosen, 1):
+        console.rule(f"[bold]cell {number} of {len(chosen)}: {cell.name}")
+        run = CellRun(plan, cell)
+        if not run.finished:
+            run.run(console)
+    if "/" not in cells:
+        summarise(plan, every, console)
+        save_config(out)
+        write_manifest(out, "study", name=name, cells=[cell.name for cell in every])
+
+
+def _check(plan: Plan, grids: list[Grid]) -> None:
+    """Refuse names that cannot be folders, and models that are not described.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for option, names in (
+        ("name", [plan.name]),
+        ("subjects", [*plan.subjects]),
+        ("models", [*plan.models]),
+    ):
+        for one in names:
+            if not _NAME.fullmatch(one):
+                raise ValueError(f"--{option}: use letters, digits, - and _ for the name {one!r}")
+    if not plan.subjects:
+        raise ValueError("--subjects is empty: name at least one way to sample")
+    if plan.oracle and {"oracle_steps", "oracle_epochs"} & plan.subjects.keys():
+        raise ValueError("--subjects: oracle_steps and oracle_epochs are the models of --oracle")
+    for model in (one for grid in grids for one in grid.model):
+        if model != DEFAULT_MODEL and model not in plan.models:
+            raise ValueError(f"--grids: there is no model {model!r} below --models")
+
+
+def _print(plan: Plan, cells: list[Cell], console: Console) -> None:
+    """The plan: each command where it is run first, and the size of it all."""
+    printed: set[str] = set()
+    for number, cell in enumerate(cells, 1):
+        console.rule(f"[bold]cell {number} of {len(cells)}: {cell.name}")
+        lines = [stage.line() for stage in plan.stages(cell)]
+        new = [line for line in dict.fromkeys(lines) if line not in printed]
+        printed.update(new)
+        console.print("\n".join(new), markup=False, highlight=False, soft_wrap=True)
+    console.rule()
+    console.print(plan_size([CellRun(plan, cell) for cell in cells]), markup=False, soft_wrap=True)

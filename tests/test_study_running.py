@@ -1,0 +1,276 @@
+"""A study from its YAML to its tables, with commands that only pretend to work."""
+
+import json
+import shlex
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from rich.console import Console
+
+from memfree import cli
+from memfree.evaluation.metrics import metric, write_metrics
+from memfree.manifest import read_manifest, write_json
+from memfree.stages import Stage
+from memfree.study.cells import Cell
+from memfree.study.estimate import plan_size
+from memfree.study.plan import Plan
+from memfree.study.running import CellRun
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "study"
+TRAINED = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("emoji_")]
+LADDER = """
+name: trial
+grids:
+  - {factor: [1, 64], conditioning: [unconditional, class]}
+  - {ladder: [[1, 2, 8]], size: [40]}
+training_seeds: [1, 2]
+subjects:
+  unguided: {mitigation: none}
+  amg: {mitigation: amg, gate_margin: 0}
+"""
+
+
+def finish(out):
+    """A manifest, without asking git for the commit."""
+    write_json(out / "manifest.json", {"format": 1, "kind": "samples"})
+
+
+class Pretending:
+    """Stands for the commands: each writes its manifest, and figures where it is an evaluation."""
+
+    def __init__(self):
+        self.ran = []
+        self.fail_at = None
+
+    def __call__(self, stage):
+        if self.fail_at is not None and len(self.ran) == self.fail_at:
+            raise KeyboardInterrupt
+        out = Path(stage.options["out"])
+        self.ran.append(stage.line())
+        if stage.command == "evaluate":
+            self._evaluate(stage, out)
+        finish(out)
+
+    def _evaluate(self, stage, out):
+        name = out.parent.name
+        copies = 0.8 if "x64" in name else 0.05
+        figures = []
+        subjects = [key[8:] for key in stage.options if key.startswith("samples.")]
+        for subject in [*subjects, "heldout"]:
+            rate = copies if subject == "unguided" else 0.0
+            figures += [
+                metric("copies", subject, rate, 100),
+                metric("second_copies", subject, rate, 100),
+                metric("frechet_pixels", subject, 1 + rate, 100),
+                metric("distance_ratio_below_third", subject, rate, 100),
+            ]
+            for factor in (1, 2, 8):
+                figures.append(metric(f"copies_per_image_of_factor_{factor}", subject, factor, 100))
+        write_metrics(out / "metrics.json", figures)
+        table = {
+            "subject": ["unguided"] * 60,
+            "nearest_multiplicity": [1, 2, 8] * 20,
+            "copy": [False, True, True] * 5 + [False, False, True] * 15,
+            "distance_ratio": [0.5] * 60,
+        }
+        pq.write_table(pa.table(table), out / "per_sample.parquet")
+
+
+@pytest.fixture
+def pretending(monkeypatch):
+    made = Pretending()
+    monkeypatch.setattr(Stage, "run", lambda stage: made(stage))
+    return made
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "trial.yaml"
+    path.write_text(LADDER + f"out: {tmp_path / 'out'}\n")
+    return str(path)
+
+
+def run(*words):
+    return cli.main(["study", *words])
+
+
+def test_a_study_runs_shared_commands_once_and_goes_on_where_it_stopped(
+    pretending, config, tmp_path
+):
+    pretending.fail_at = 9
+    with pytest.raises(SystemExit) as stopped:
+        run(config)
+    assert stopped.value.code == 130
+    first, pretending.ran, pretending.fail_at = pretending.ran, [], None
+    run(config)
+    again = [line for line in pretending.ran if line in first]
+    # Of the cell that was interrupted its finished commands are asked again, and say so at once.
+    assert len(again) < 9 and pretending.ran[0] in first
+    every = set(first) | set(pretending.ran)
+    by_command = {}
+    for line in every:
+        by_command.setdefault(line.split(" --")[0], []).append(line)
+    assert len(by_command["memfree prepare"]) == len(by_command["memfree index"]) == 2 * 3
+    assert len(by_command["python train.py"]) == 2 * 5
+    assert len(by_command["python sample.py"]) == 2 * 2 * 5
+    pretending.ran = []
+    run(config)
+    assert pretending.ran == [], "everything is finished"
+
+
+def test_a_subject_that_is_added_makes_cells_run_again(pretending, config, tmp_path):
+    run(config)
+    given = yaml.safe_load(Path(config).read_text())
+    given["subjects"]["both"] = {"mitigation": "both"}
+    Path(config).write_text(yaml.safe_dump(given))
+    pretending.ran = []
+    run(config)
+    assert sum("samples/both" in line and "sample.py" in line for line in pretending.ran) == 10
+
+
+def test_parts_are_not_summarised_and_none_summarises_them(pretending, config, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(config, "--cells", "1/2")
+    assert not (out / "trial.csv").exists()
+    done = list(pretending.ran)
+    run(config, "--cells=none")
+    assert "5 of 10 cells are not finished" in " ".join(capsys.readouterr().out.split())
+    assert pretending.ran == done
+    run(config, "--cells=2/2")
+    run(config, "--cells=none")
+    assert not (out / "trial.md").read_text().startswith("5 of 10")
+    manifest = read_manifest(out, "study")
+    assert len(manifest["cells"]) == 10 and "name: trial" in (out / "config.yaml").read_text()
+
+
+def test_results_are_one_row_a_figure_with_the_grid_and_a_folder(pretending, config, tmp_path):
+    run(config)
+    out = tmp_path / "out"
+    rows = pa_csv.read_csv(out / "trial.csv").to_pylist()
+    assert pq.read_table(out / "trial.parquet").num_rows == len(rows)
+    ladder = [row for row in rows if row["ladder"] == "1 2 8"]
+    assert {(row["factor"], row["size"], row["steps"]) for row in ladder} == {(0, 40, 1500)}
+    at = {row["metric"]: row for row in ladder if row["training_seed"] == 2}
+    assert at["copies_at_factor_2"]["value"] == 0.25 and at["copies_at_factor_2"]["count"] == 20
+    for row in rows:
+        expected = "samples" if row["subject"] in ("unguided", "amg") else "evaluation-trial"
+        assert expected in row["folder"] and (out / row["folder"]).is_dir()
+    text = (out / "trial.md").read_text()
+    assert "### Logistic fit in log2 of the factor" in text
+    assert "| unguided | 2 | 2 (2–2) | 25.0 (" in text
+    page = (out / "trial.html").read_text()
+    assert 'href="class-x64-seed1/samples/amg/"' in page and "data:image/png" in page
+    assert (out / "trial.png").stat().st_size > 5000
+    assert (out / "trial-factors.png").stat().st_size > 5000
+
+
+def test_the_plan_estimates_what_is_left_from_what_is_finished(pretending, tmp_path):
+    plan = Plan("trial", tmp_path, {"unguided": {}, "amg": {}}, steps=100, count=50)
+    runs = [CellRun(plan, Cell("unconditional", (1,), seed)) for seed in (1, 2, 3)]
+    assert "3 trainings (300 steps), 0 finished" in plan_size(runs)
+    assert "6 samplings (300 samples)" in plan_size(runs)
+    assert "no command is finished" in plan_size(runs)
+    runs[0].run(Console(quiet=True))
+    record = tmp_path / "unconditional-x1-seed1" / "trial.json"
+    seconds = {"prepare": 1, "index": 2, "train": 600, "sample": 30, "evaluate": 10}
+    rows = [
+        {"command": stage.line(), "seconds": seconds[stage.command]} for stage in runs[0].stages
+    ]
+    record.write_text(json.dumps(rows))
+    found = plan_size(runs)
+    assert "18 commands, 6 of them finished" in found
+    assert f"about {2 * (1 + 2 + 600 + 60 + 10) / 60:.0f} minutes" in found
+    record.write_text("[{}]")
+    with pytest.raises(ValueError, match="is damaged"):
+        plan_size(runs)
+
+
+def test_two_processes_do_not_run_one_command_at_once(monkeypatch, tmp_path):
+    running, most = [], []
+
+    def slowly(stage):
+        running.append(stage.line())
+        most.append(sum(line == stage.line() for line in running))
+        time.sleep(0.05)
+        running.remove(stage.line())
+        finish(Path(stage.options["out"]))
+
+    monkeypatch.setattr(Stage, "run", slowly)
+    plan = Plan("trial", tmp_path, {"unguided": {}})
+    cells = [Cell(kind, (1,), 1) for kind in ("unconditional", "class")]
+    threads = [
+        threading.Thread(target=CellRun(plan, cell).run, args=(Console(quiet=True),))
+        for cell in cells
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(most) == 1 and len(most) == 10
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"subjects": {}}, "--subjects is empty"),
+        ({"subjects": {"kappa_2.5": {}}}, "--subjects: use letters"),
+        ({"grids": [{"factor": [1], "model": ["wide"]}]}, "no model 'wide' below --models"),
+        ({"grids": []}, "the study has no cell"),
+        ({"grids": [{"factor": [0]}]}, "factor"),
+        ({"oracle": True, "subjects": {"oracle_steps": {}}}, "are the models of --oracle"),
+        ({"cells": "9/8"}, "--cells 9/8"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(changed, message, config, capsys):
+    given = {**yaml.safe_load(Path(config).read_text()), **changed}
+    Path(config).write_text(yaml.safe_dump(given))
+    with pytest.raises(SystemExit) as refused:
+        run(config)
+    assert refused.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+def test_every_command_of_every_configuration_parses(path, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parents[1])  # training options name files of configs
+    run(str(path), f"--out={tmp_path / 'out'}", "--dry_run=true")
+    assert not (tmp_path / "out").exists()
+    lines = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("memfree ", "python "))
+    ]
+    assert len(lines) == len(set(lines)) and any("train.py" in line for line in lines)
+    checked = set()
+    for line in lines:
+        words = shlex.split(line)
+        command, rest = (
+            (words[1].removesuffix(".py"), words[2:])
+            if words[0] == "python"
+            else (words[1], words[2:])
+        )
+        # One command of each set of options: they differ in their paths and numbers.
+        kind = (command, tuple(word for word in rest if word.startswith("--guidance.")))
+        kind = (*kind, tuple(word.split("=")[0] for word in rest if "samples." not in word))
+        if kind in checked:
+            continue
+        checked.add(kind)
+        with pytest.raises(SystemExit) as exit_:
+            cli.run_command(command, [*rest, "--print_config"])
+        assert exit_.value.code == 0, line
+        capsys.readouterr()
+
+
+def test_no_study_reports_from_the_seed_that_settings_were_chosen_on():
+    seeds = {path.stem: yaml.safe_load(path.read_text())["training_seeds"] for path in TRAINED}
+    chosen = seeds.pop("settings")
+    assert not set(chosen) & {seed for each in seeds.values() for seed in each}
+    assert np.all([len(each) for each in seeds.values()])
