@@ -48,12 +48,15 @@ def test_every_folder_says_how_to_repeat_it(made):
     read_manifest(made / "evaluation" / "report", "report")
 
 
+STUDY = Path(__file__).parents[2] / "configs" / "study" / "conditioning.yaml"
+
+
 @pytest.mark.parametrize("command", ["demo", "report", "study"])
 def test_chains_and_pages_leave_other_folders_alone(made, capsys, command):
     options = {
         "demo": [f"--out={made / 'model'}"],
         "report": [f"--evaluation={made / 'evaluation'}", f"--out={made / 'model'}"],
-        "study": ["--name=settings", f"--out={made / 'model'}"],
+        "study": [str(STUDY), f"--out={made / 'model'}"],
     }
     before = {path: path.stat().st_mtime_ns for path in made.joinpath("model").rglob("*")}
     with pytest.raises(SystemExit) as caught:

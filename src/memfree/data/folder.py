@@ -137,11 +137,12 @@ class DatasetFolder:
         """All records: ``part, record, row, copy, label, caption, shard, offset, size, crc32``."""
         table = self._table("records.parquet", RECORDS_SCHEMA)
         names, rows = pc.unique(table["shard"]).to_pylist(), pc.unique(table["row"])
+        trained = table.filter(pc.field("part") == "train")  # held-out images may have no label
         if (
             not self._shards().keys() >= set(names)  # a name from a file opens no other file
             or len(table) != self._count
             or len(rows) != len(self.items)  # every image has a record
-            or (self.num_classes is not None and table["label"].null_count)
+            or (self.num_classes is not None and trained["label"].null_count)
         ):
             raise ValueError(f"{self.path}/records.parquet does not belong to its manifest")
         ranges = {"row": range(len(self.items)), "offset": _SIZES, "size": _SIZES}
