@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from memfree import cli, folder_lock
-from memfree.folder_lock import FolderLock, one_writer, read_holder
+from memfree.folder_lock import FolderLock, read_holder
 
 
 def forked(work):
@@ -139,35 +139,6 @@ class TestWithoutLocksOfTheFileSystem:
             self.lock(tmp_path, host="node7", job=["12", "1"]).acquire()
         with pytest.raises(ValueError, match="node7"):
             self.lock(tmp_path, host="node7", job=["11", "0"]).acquire()
-
-
-def test_only_the_first_process_locks(tmp_path, monkeypatch):
-    with one_writer(tmp_path / "a"):
-        with pytest.raises(ValueError, match="another process"), one_writer(tmp_path / "a"):
-            pass
-        monkeypatch.setenv("RANK", "1")
-        with one_writer(tmp_path / "a"):
-            pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_refused_command_leaves_no_folders(tmp_path):
-    with pytest.raises(RuntimeError), one_writer(tmp_path / "new" / "folder" / "out"):
-        assert (tmp_path / "new" / "folder" / ".out.lock").is_file()
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_only_writer_clears_up(tmp_path):
-    """Also what was left on another machine; and the earlier result goes back to its place."""
-    (tmp_path / ".out.node7-12.partial").mkdir()
-    aside = tmp_path / ".out.node7-13.old"
-    aside.mkdir()
-    (aside / "manifest.json").write_text("{}")
-    (aside / ".config.yaml.77.tmp").touch()
-    with one_writer(tmp_path / "out"):
-        assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def write(out: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from memfree.study.cells import Cell, Grid, expand, selected
+from memfree.study.cells import Cell, Grid, expand
 from memfree.study.plan import CommandOptions, Plan
 
 SUBJECTS = {
@@ -58,17 +58,6 @@ def test_names_say_what_differs_from_the_study():
     assert cell.name == "unique_labels-x1-2-4-n128-seed3-wide-300-steps"
     assert cell.data == "unique_labels-x1-2-4-n128-seed3"
     assert replace(cell, conditioning="class").data == "x1-2-4-n128-seed3"
-
-
-@pytest.mark.parametrize("parts", [1, 3, 8, 200])
-def test_parts_of_the_cells_are_disjoint_and_complete(parts):
-    cells = expand(GRIDS, [1])
-    taken = [selected(cells, f"{part}/{parts}") for part in range(1, parts + 1)]
-    assert sorted(cell.name for part in taken for cell in part) == sorted(c.name for c in cells)
-    assert selected(cells, "all") == cells and selected(cells, "none") == []
-    for wrong in ("0/3", "4/3", "3", "a/3", "-1/3", "1/0", ""):
-        with pytest.raises(ValueError, match="--cells"):
-            selected(cells, wrong)
 
 
 def test_cells_share_data_and_index_but_no_model():

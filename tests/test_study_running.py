@@ -135,19 +135,22 @@ def test_a_subject_that_is_added_makes_cells_run_again(pretending, config, tmp_p
     assert sum("samples/both" in line and "sample.py" in line for line in pretending.ran) == 10
 
 
-def test_parts_are_not_summarised_and_none_summarises_them(pretending, config, tmp_path, capsys):
+def test_the_part_that_comes_last_writes_the_tables(pretending, config, tmp_path, capsys):
     out = tmp_path / "out"
-    run(config, "--cells", "1/2")
+    run(config, "--part", "1/2")
+    assert "part 1/2 is done; 5 cells of others are not" in capsys.readouterr().out
     assert not (out / "trial.csv").exists()
     done = list(pretending.ran)
-    run(config, "--cells=none")
+    run(config, "--part=none")
     assert "5 of 10 cells are not finished" in " ".join(capsys.readouterr().out.split())
     assert pretending.ran == done
-    run(config, "--cells=2/2")
-    run(config, "--cells=none")
-    assert not (out / "trial.md").read_text().startswith("5 of 10")
+    run(config, "--part=2/2")
+    assert (out / "trial.csv").exists()
+    assert "5 of 10" not in (out / "trial.md").read_text()
     manifest = read_manifest(out, "study")
-    assert len(manifest["cells"]) == 10 and "name: trial" in (out / "config.yaml").read_text()
+    assert len(manifest["cells"]) == 10
+    kept = (out / "config.yaml").read_text()
+    assert "name: trial" in kept and "part: all" in kept
 
 
 def test_results_are_one_row_a_figure_with_the_grid_and_a_folder(pretending, config, tmp_path):
@@ -225,7 +228,7 @@ def test_two_processes_do_not_run_one_command_at_once(monkeypatch, tmp_path):
         ({"grids": []}, "the study has no cell"),
         ({"grids": [{"factor": [0]}]}, "factor"),
         ({"oracle": True, "subjects": {"oracle_steps": {}}}, "are the models of --oracle"),
-        ({"cells": "9/8"}, "--cells 9/8"),
+        ({"part": "9/8"}, "--part 9/8"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(changed, message, config, capsys):

@@ -61,6 +61,40 @@ def test_the_script_asks_for_what_the_options_say():
     assert lines[-2].startswith("srun ") or any(line.startswith("srun ") for line in lines[setup:])
 
 
+def test_without_a_time_limit_the_partition_s_own_holds():
+    assert "--time" not in Submission("train", "", SlurmOptions(logs=Path("/logs"))).script()
+
+
+SAMPLE = ["--model=m", "--out=o"]
+
+
+def test_an_array_is_one_script_and_a_part_for_each_job(tmp_path, monkeypatch, capsys):
+    options = ["--slurm.array=4", "--slurm.array_parallelism=2"]
+    submission, _ = submission_of("sample", [*SAMPLE, *options])
+    script = submission.script()
+    assert "#SBATCH --array=0-3%2" in script
+    assert submission.parts == ["1/4", "2/4", "3/4", "4/4"]
+    assert submission.log("7").name == "7_0_0_log.out"
+    ran = []
+    monkeypatch.setattr("memfree.stages.run_command", lambda name, words, **_: ran.append(words))
+    run_in_job("sample", "a.yaml", str(tmp_path), "3/4")
+    assert ran == [["--config=a.yaml", "--part=3/4"]]
+    cli.main(["submit", "sample", *SAMPLE, *options, "--dry_run=true"])
+    assert "# with --part 1/4 to 4/4, one a job" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", *TRAIN], "--slurm.array 2: train has no parts"),
+        (["sample", *SAMPLE, "--part=1/2"], "--slurm.array 2 gives each job its part: leave --pa"),
+        (["index", "--dataset=d", "--out=o"], "--slurm.array 2: an index of pixels has no parts"),
+    ],
+)
+def test_what_has_no_parts_is_no_array(words, message, capsys):
+    assert message in refused(capsys, *words, "--slurm.array=2")
+
+
 def test_the_job_reads_a_configuration_that_later_edits_do_not_change(tmp_path, capsys):
     mine = tmp_path / "mine.yaml"
     mine.write_text("trainer:\n  max_steps: 7\nslurm:\n  nodes: 2\n  gpus_per_node: 4\n")

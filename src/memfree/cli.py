@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memfree import __version__
 from memfree.option_messages import did_you_mean, option_message, options_of
+from memfree.part import ALL, WHOLE, part_of
 from memfree.requeue import requeued_when_warned
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def run(
         args: the command line without the program's name, None for ``sys.argv[1:]``.
         prog: the name in the usage line, None for the script's.
         one_writer: whether no other command may write to the folder of an option ``--out``
-            meanwhile (``memfree.folder_lock``).
+            meanwhile (``memfree.one_writer``).
 
     Returns:
         What ``function`` returns.
@@ -241,20 +242,24 @@ def _run(
     with explained_memory("running", batches):
         arguments = parser.instantiate(config)
         arguments.pop("config", None)
-        with resolved_config(parser.dump(config)), _writing(arguments.get("out"), lock):
+        if "part" in config:  # the folder is that of all parts
+            config["part"] = ALL
+        with resolved_config(parser.dump(config)), _writing(arguments, lock):
             return function(**arguments)
 
 
 @contextmanager
-def _writing(out: Any, lock: bool) -> Iterator[None]:
-    """Be the only writer of the folder ``out``, and name it where it cannot be written."""
-    from memfree.folder_lock import one_writer
+def _writing(arguments: Any, lock: bool) -> Iterator[None]:
+    """Be the only writer of ``--out``, or of a part of it; name it where it cannot be written."""
+    from memfree.one_writer import one_writer
     from memfree.storage_errors import explained_storage
 
+    out = arguments.get("out")
     if not isinstance(out, Path):
         yield
         return
-    with explained_storage(out), one_writer(out) if lock else nullcontext():
+    part = part_of(arguments.get("part", ALL)) if lock else WHOLE
+    with explained_storage(out), one_writer(out, part) if lock else nullcontext():
         yield
 
 

@@ -1,4 +1,4 @@
-"""One writer for a folder: a second one is refused by the host and process of the first."""
+"""A lock file that tells a second process which host and process hold it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from memfree.first_process import is_first_process
-from memfree.manifest import remove_temporary
-from memfree.whole_folder import clear_up, is_alive
+from memfree.whole_folder import is_alive
 
 try:
     import fcntl
@@ -26,7 +22,6 @@ ORPHAN_WAIT = 60.0
 """Seconds to wait for what a killed process has started: it notices only after its batch."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """What a file system without locks answers."""
-_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class FolderLock:
@@ -76,6 +71,14 @@ class FolderLock:
         self._file.close()
         self._file = None
 
+    def is_free(self) -> bool:
+        """Whether nobody holds it; the file that a killed process left behind is removed."""
+        if not self.path.exists():
+            return True
+        free = self._try()
+        self.release()
+        return free
+
     def _try(self) -> bool:
         """Take the lock if it is free."""
         assert self._file is None
@@ -116,58 +119,6 @@ class FolderLock:
             f"{holder.get('host')}, since {holder.get('since')}; wait for it or stop it "
             f"(if it has ended, delete {self.path})"
         )
-
-
-@contextmanager
-def one_writer(out: Path) -> Iterator[None]:
-    """Keep other commands from writing the folder ``out``; clear up what a killed one left.
-
-    The lock file lies beside the folder, ``.NAME.lock``, or inside it where nothing may be written
-    beside it; it is removed at the end. Of the processes of one distributed run only the first
-    locks. Where neither place can be written there is no lock: what the command then tries to write
-    says so.
-
-    Raises:
-        ValueError: another process writes there; one line with its host and process.
-    """
-    if not is_first_process() or out.is_file():
-        yield
-        return
-    made = _missing_parents(out)
-    lock = _acquire(out)
-    try:
-        if lock is not None:
-            clear_up(out, sole_writer=True)
-            remove_temporary(out)
-        yield
-    finally:
-        if lock is not None:
-            lock.release()
-        for folder in made:
-            with contextlib.suppress(OSError):  # not empty: the command has made something
-                folder.rmdir()
-
-
-def _acquire(out: Path) -> FolderLock | None:
-    place = out.absolute()
-    for path in (place.parent / f".{place.name}.lock", place / ".lock"):
-        lock = FolderLock(path, f"--out {out}")
-        try:
-            lock.acquire()
-        except OSError as error:
-            if error.errno not in (*_READ_ONLY, errno.ENOENT, errno.ENOSPC, errno.EDQUOT):
-                raise
-        else:
-            return lock
-    return None
-
-
-def _missing_parents(out: Path) -> list[Path]:
-    """Make the folder that ``out`` will be in; what had to be made, the innermost first."""
-    missing = [folder for folder in out.absolute().parents if not folder.exists()]
-    with contextlib.suppress(OSError):  # the command's own attempt says why
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return missing
 
 
 def read_holder(path: Path) -> dict[str, Any]:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
-from rich.table import Table
 
 from memfree.bars import counting_bar
-from memfree.calibration_size import DEFAULT_RATE, MIN_EXPECTED, too_few_images
+from memfree.calibration_size import too_few_images
 from memfree.data import DatasetFolder
 from memfree.first_process import is_first_process
 from memfree.guidance.calibration import (
@@ -21,18 +20,22 @@ from memfree.guidance.calibration import (
     default_similarity,
     measure,
 )
+from memfree.index_tables import summary, thresholds
 from memfree.manifest import check_free_space
 from memfree.memory import explained_memory
+from memfree.one_writer import one_at_a_time
+from memfree.part import ALL, Part, part_of
 from memfree.quiet import quiet
 from memfree.retrieval import Features, ReferenceIndex
-from memfree.retrieval.building import Embedded
 from memfree.retrieval.extractors import HAVE_DTYPE, ExtractorOptions, FeatureName, make_features
 from memfree.retrieval.hashing import read_salt
-from memfree.retrieval.storage import check_replaceable
+from memfree.retrieval.storage import check_replaceable, is_written
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from rich.progress import Progress
+
+    from memfree.retrieval.embedding import EmbeddedParts
 
 QUIET = (
     "Total length of .* across ranks is zero.*",
@@ -66,6 +69,7 @@ def index(
     workers: NonNegativeInt = 0,
     hash_keys: bool = False,
     salt_file: Path | None = None,
+    part: str = ALL,
     trainer: EmbeddingDevices = EmbeddingDevices(),  # noqa: B008
     overwrite: bool = False,
 ) -> None:
@@ -94,6 +98,8 @@ def index(
         hash_keys: write an index for parties who may not hold the images: keys are hashed with the
             salt, captions and shard names are left out. Not for pixels or latents.
         salt_file: file with the salt, which you keep to yourself; made if it is not there.
+        part: all, or a part of the batches as 3/8 (the third of eight), for jobs that embed one
+            dataset at the same time; the one that finds all embedded writes the index.
         trainer: devices of a network's features.
         overwrite: replace an index of another dataset or of other features too.
 
@@ -113,6 +119,11 @@ def index(
         raise ValueError("--hash_keys true needs --salt_file")
     if features == "pixels" and trainer != EmbeddingDevices():
         raise ValueError("--trainer.* needs --features of a network: pixels are not embedded")
+    work = part_of(part)
+    if features == "pixels" and not work.whole:
+        raise ValueError("--part needs --features of a network: pixels are not embedded")
+    if overwrite and not work.whole:
+        raise ValueError("--part and --overwrite true exclude each other: delete --out, or choose")
     folder = DatasetFolder(dataset)
     training, calibration = folder.part("train"), folder.part("calibration")
     made = make_features(features, extractor)
@@ -122,35 +133,54 @@ def index(
 
     console = Console(stderr=True)
     ways = _less_memory(features, extractor, batch_size, trainer)
+
+    def write(built: ReferenceIndex) -> None:
+        with explained_memory("calibrating", ways):
+            on_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
+            built.to("cuda" if on_gpu else "cpu")
+            calibrated = _calibrate(built, folder, batch_size, console)
+            written = built
+            if hash_keys:
+                assert salt_file is not None
+                written = built.hashed(read_salt(salt_file))
+            written.save(out, overwrite)
+        Console().print(summary(built), thresholds(calibrated))
+        if warning := too_few_images(len(calibration.keys)):
+            console.print(f"{out}: {warning}", soft_wrap=True)
+
     with explained_memory("indexing", ways):
         if features == "pixels":
             check_replaceable(out, folder.hash, made.describe(), overwrite)
-            built = _index_pixels(folder, made, batch_size, console)
-        else:
-            found = _embed(
-                folder, made, out, whiten, batch_size, workers, trainer, overwrite, console
-            )
-            if found is None:  # the first process goes on
+            write(_index_pixels(folder, made, batch_size, console))
+            return
+        made, parts = _embed(
+            folder, made, out, whiten, batch_size, workers, work, trainer, overwrite, console
+        )
+        if not is_first_process():
+            return
+        with one_at_a_time(out, work):
+            if not work.whole and is_written(out, folder.hash, made.describe()):
+                print(f"{out} is finished")
+            elif missing := parts.missing():
+                print(f"{out}: part {part} is embedded; {len(missing)} batches of others are not")
                 return
-            built = ReferenceIndex.of_embedded(folder, *found)
-    with explained_memory("calibrating", ways), counting_bar(console) as progress:
-        built.to("cuda" if torch.cuda.is_available() and trainer.accelerator != "cpu" else "cpu")
-        similarity = default_similarity(built)
+            else:
+                write(ReferenceIndex.of_embedded(folder, made, parts.read()))
+            parts.forget()
+
+
+def _calibrate(
+    index: ReferenceIndex, folder: DatasetFolder, batch_size: int, console: Console
+) -> Calibration:
+    """Keep with the index how near held-out images come to it by its own similarity."""
+    images = folder.part("calibration")
+    similarity = default_similarity(index)
+    with counting_bar(console) as progress:
         task = progress.add_task("calibrate", total=None)
-        measured = measure(built, similarity, calibration.images(), batch_size)
-        built.calibrations[similarity.name] = measured.to_json()
-        progress.update(task, total=len(calibration.keys), completed=len(calibration.keys))
-        written = built
-        if hash_keys:
-            assert salt_file is not None
-            written = built.hashed(read_salt(salt_file))
-        written.save(out, overwrite)
-    if features != "pixels":
-        _forget_parts(out)
-    Console().print(summary(built), thresholds(calibration_of(built, similarity)))
-    warning = too_few_images(len(calibration.keys))
-    if warning:
-        console.print(f"{out}: {warning}", soft_wrap=True)
+        measured = measure(index, similarity, images.images(), batch_size)
+        index.calibrations[similarity.name] = measured.to_json()
+        progress.update(task, total=len(images.keys), completed=len(images.keys))
+    return calibration_of(index, similarity)
 
 
 def _less_memory(
@@ -185,13 +215,14 @@ def _embed(
     whiten: bool,
     batch_size: int,
     workers: int,
+    work: Part,
     devices: EmbeddingDevices,
     overwrite: bool,
     console: Console,
-) -> tuple[Features, Embedded] | None:
-    """The extractor and what it made of the train part; None on all processes but the first."""
+) -> tuple[Features, EmbeddedParts]:
+    """The extractor and what it made of the train part, or of this part of the work."""
     # Lightning takes seconds to import, which an index of pixels need not wait for.
-    from memfree.retrieval.embedding import embed_dataset, parts_folder, whitened
+    from memfree.retrieval.embedding import EmbeddedParts, embed, parts_folder, whitened
     from memfree.trainers import build_trainer
 
     with quiet(*QUIET):
@@ -205,66 +236,28 @@ def _embed(
         )
     root = parts_folder(out)
     if whiten:
-        features = whitened(folder, features, root, batch_size, lightning.strategy.root_device)
+        with one_at_a_time(out, work):
+            device = lightning.strategy.root_device
+            features = whitened(folder, features, root, batch_size, device)
     check_replaceable(out, folder.hash, features.describe(), overwrite)
+    images = folder.part("train")
+    parts = EmbeddedParts(root, features, folder, len(images), batch_size)
+    if not work.whole and is_written(out, folder.hash, features.describe()):
+        return features, parts
     with quiet(*QUIET), _bar(console) as progress:
         # The first process counts its own share; the others' are as large.
-        task = progress.add_task("embed", total=len(folder.part("train").keys))
-        found = embed_dataset(
-            folder,
+        task = progress.add_task("embed", total=len(images))
+        embed(
+            images,
             features,
-            root,
-            batch_size,
+            parts,
             lightning,
             workers,
             lambda count: progress.advance(task, count * lightning.world_size),
+            work,
         )
-    return None if found is None else (features, found)
+    return features, parts
 
 
 def _bar(console: Console) -> Progress:
     return counting_bar(console if is_first_process() else Console(quiet=True))
-
-
-def _forget_parts(out: Path) -> None:
-    from memfree.retrieval.embedding import forget, parts_folder
-
-    forget(parts_folder(out))
-
-
-def summary(index: ReferenceIndex) -> Table:
-    """Rows, groups, records and duplicated groups of an index, to print."""
-    totals = torch.zeros(int(index.group.max()) + 1, dtype=torch.int64)
-    totals[index.group.cpu()] = index.group_multiplicity.cpu()
-    repeated = int((totals > 1).sum())
-    table = Table(title="Reference index", title_justify="left")
-    for column in ("distinct images", "groups", "training records", "duplicated groups"):
-        table.add_column(column, justify="right")
-    table.add_row(
-        f"{len(index):,}",
-        f"{len(totals):,}",
-        f"{int(totals.sum()):,}",
-        f"{repeated:,}" + (f" (up to {int(totals.max()):,} records)" if repeated else ""),
-    )
-    return table
-
-
-def thresholds(calibration: Calibration) -> Table:
-    """Thresholds with intervals at 5 %, 1 % and the smallest rate that n images allow."""
-    n = len(calibration.sigmas)
-    smallest = MIN_EXPECTED / n
-    distance = calibration.similarity.startswith("nl2")
-    table = Table(
-        title=f"An image is called a copy if σ ({calibration.similarity}) is above",
-        caption=f"from {n:,} held-out images" + ("; nL2 is −σ" if distance else ""),
-        title_justify="left",
-        caption_justify="left",
-    )
-    for column in ("false positives", "threshold on σ", "95 % interval"):
-        table.add_column(column, justify="right")
-    for rate in sorted({0.05, DEFAULT_RATE, smallest}, reverse=True):
-        if smallest <= rate < 1:
-            low, high = calibration.threshold_interval(rate)
-            threshold = calibration.threshold(rate)
-            table.add_row(f"{100 * rate:.3g} %", f"{threshold:.3f}", f"{low:.3f} … {high:.3f}")
-    return table

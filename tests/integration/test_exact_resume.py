@@ -1,11 +1,10 @@
 """Training stopped and resumed is training undisturbed: weights, average, optimizer, loss, all."""
 
-import json
 import subprocess
 import sys
 
 import pytest
-import torch
+from trained_state import difference, trained_state
 
 from memfree import cli
 from memfree.data import DuplicationPlan, PartSizes, prepare
@@ -62,39 +61,9 @@ def stop_after(monkeypatch, batches):
     monkeypatch.setattr("memfree.models.loss_log.LossLog.finalize", lambda self, status: None)
 
 
-def state(out):
-    """Everything that a run leaves: the last checkpoint, the log of the loss, the exposures."""
-    checkpoint = torch.load(latest_checkpoint(out / "checkpoints"), weights_only=True)
-    assert checkpoint["global_step"] == STEPS
-    # Lightning counts an epoch less that began after a checkpoint of the last one's end; the
-    # position within the epoch is what matters.
-    loops = checkpoint.pop("loops")
-    checkpoint["position"] = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]
-    checkpoint["epochs"] = json.loads((out / "manifest.json").read_text())["epochs"]
-    files = ["logs/version_0/metrics.csv", "exposures.parquet"]
-    return checkpoint, [(out / name).read_bytes() for name in files]
-
-
-def same(first, second, name="checkpoint"):
-    """Where two nested values differ, tensors bit for bit; None where nowhere."""
-    if isinstance(first, torch.Tensor):
-        return None if torch.equal(first, second) else name
-    if isinstance(first, dict):
-        if first.keys() != second.keys():
-            return name
-        return next(filter(None, (same(first[k], second[k], f"{name}.{k}") for k in first)), None)
-    if isinstance(first, (list, tuple)):
-        if len(first) != len(second):
-            return name
-        pairs = enumerate(zip(first, second, strict=True))
-        return next(filter(None, (same(a, b, f"{name}.{i}") for i, (a, b) in pairs)), None)
-    return None if first == second else f"{name}: {first} / {second}"
-
-
 def check_same(whole, resumed):
-    assert same(whole[0], resumed[0]) is None
-    assert {"optimizer_states", "lr_schedulers", "current_model_state"} <= whole[0].keys()
-    assert whole[1] == resumed[1]
+    assert whole["checkpoint"]["global_step"] == STEPS
+    assert difference(whole, resumed) is None
 
 
 @pytest.mark.slow
@@ -110,14 +79,14 @@ def check_same(whole, resumed):
 def test_stopped_at_any_batch(folder, tmp_path, monkeypatch, options, batches):
     more = ["--data.batch_size=16", "--trainer.devices=1", *options]
     cli.run(train, words(folder, tmp_path / "whole", *more))
-    whole = state(tmp_path / "whole")
+    whole = trained_state(tmp_path / "whole")
     for stop in batches:
         out = tmp_path / f"stopped-{stop}"
         with monkeypatch.context() as patch, pytest.raises(Killed):
             stop_after(patch, stop)
             cli.run(train, words(folder, out, *more))
         cli.run(train, words(folder, out, *more))
-        check_same(whole, state(out))
+        check_same(whole, trained_state(out))
 
 
 @pytest.mark.slow
@@ -130,7 +99,7 @@ def test_with_another_number_of_workers(folder, tmp_path, monkeypatch, workers):
         stop_after(patch, 4)
         cli.run(train, words(folder, tmp_path / "out", *more, before))
     cli.run(train, words(folder, tmp_path / "out", *more, after))
-    check_same(state(tmp_path / "whole"), state(tmp_path / "out"))
+    check_same(trained_state(tmp_path / "whole"), trained_state(tmp_path / "out"))
 
 
 RANKS = """
@@ -174,4 +143,4 @@ def test_two_ranks_and_then_another_number(folder, tmp_path, capsys):
     assert "choose --data.batch_size and devices with the same product" in capsys.readouterr().err
     done = on_ranks(tmp_path, -1, words(folder, tmp_path / "out"))
     assert done.returncode == 0, done.stderr
-    check_same(state(tmp_path / "whole"), state(tmp_path / "out"))
+    check_same(trained_state(tmp_path / "whole"), trained_state(tmp_path / "out"))

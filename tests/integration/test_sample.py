@@ -114,6 +114,41 @@ def test_a_finished_folder(folders, unguided, capsys):
     assert times() == before
 
 
+def test_parts_fill_one_folder(folders, unguided, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(predict, options(folders, out, part="2/2"))
+    assert f"{out}: part 2/2 is drawn; 4 samples of others are not" in capsys.readouterr().out
+    assert not (out / "manifest.json").exists()
+    with pytest.raises(ValueError, match="not a finished samples folder"):
+        SampleFolder(out)
+    run(predict, options(folders, out, part="1/2"))
+    whole = SampleFolder(out)
+    assert torch.equal(whole.images(), unguided.images())
+    assert whole.trace().drop_columns(["nearest"]).num_rows == 7 * 4
+    assert [path.name for path in sorted(out.glob("samples-*"))] == [
+        "samples-001-000-000000.tar",
+        "samples-001-000-000001.tar",
+        "samples-002-000-000000.tar",
+    ]
+    assert "part: all" in (out / "config.yaml").read_text()
+    run(predict, options(folders, out, part="1/2"))  # as a job that was requeued at its very end
+    assert "is finished: 7 samples" in capsys.readouterr().out
+
+
+def test_parts_at_the_same_time_and_a_part_again(folders, unguided, tmp_path):
+    """Three processes, of which one fails; the same part again finishes the folder."""
+    out = tmp_path / "out"
+    failing = [*options(folders, out, part="3/3"), "--trainer.accelerator=abacus"]
+    parts = [options(folders, out, part="1/3"), options(folders, out, part="2/3"), failing]
+    processes = [begin(part) for part in parts]
+    ended = [(process.communicate()[0], process.returncode) for process in processes]
+    assert [status for _, status in ended] == [0, 0, 2], ended
+    assert not (out / "manifest.json").exists()
+    run(predict, options(folders, out, part="3/3"))
+    assert torch.equal(SampleFolder(out).images(), unguided.images())
+    assert not list(tmp_path.glob(".out*")), "no lock is left"
+
+
 def test_the_saved_configuration_replays(folders, unguided):
     config = unguided.path / "config.yaml"
     run(predict, [f"--config={config}", f"--out={folders / 'replay'}"])

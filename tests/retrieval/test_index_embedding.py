@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 
 from memfree.cli import main
 from memfree.data import DatasetFolder
+from memfree.part import WHOLE
 from memfree.retrieval import ReferenceIndex, TimmFeatures, Whitened, embedding
 from memfree.retrieval.embedding import EmbeddedParts, parts_folder
 
@@ -111,9 +112,53 @@ def test_parts_of_another_extractor_or_batch_are_not_taken(dataset, tmp_path):
     assert len(set(made)) == 4
 
 
+@pytest.mark.parametrize("whiten", [False, True])
+def test_parts_make_the_same_bytes(dataset, tmp_path, capsys, monkeypatch, whiten):
+    command = ["index", "--dataset", str(dataset), *TIMM, *CPU, "--whiten", str(whiten).lower()]
+    whole, out = tmp_path / "whole", tmp_path / "index"
+    main([*command, "--out", str(whole)])
+    command += ["--out", str(out)]
+    done = []
+    write = EmbeddedParts.write
+
+    def counting_write(self, batch, vectors, hashes):
+        done.append(batch)
+        write(self, batch, vectors, hashes)
+
+    monkeypatch.setattr(EmbeddedParts, "write", counting_write)
+    main([*command, "--part", "2/2"])
+    assert done == [1, 3, 5, 7]
+    assert "part 2/2 is embedded; 5 batches of others are not" in capsys.readouterr().out
+    assert not out.exists()
+    main([*command, "--part", "1/2"])
+    assert sorted(done) == list(range(9))
+    assert files(out) == files(whole)
+    assert (out / "config.yaml").read_text().count("part: all") == 1
+    assert not parts_folder(out).exists()
+    capsys.readouterr()
+    main([*command, "--part", "2/2"])  # as a job that was requeued at its very end
+    assert f"{out} is finished" in capsys.readouterr().out
+    assert len(done) == 9 and files(out) == files(whole)
+    assert not parts_folder(out).exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--part", "3/2"], "--part 3/2: say all, or a part"),
+        (["--part", "1/2", "--features", "pixels"], "--part needs --features of a network"),
+        (["--part", "1/2", "--overwrite", "true"], "--part and --overwrite true exclude each oth"),
+    ],
+)
+def test_parts_that_are_refused(dataset, tmp_path, capsys, more, message):
+    given = ["--dataset", dataset, "--out", tmp_path / "index", *TIMM, *more]
+    assert message in failing(capsys, *given)[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_damaged_part_is_named(dataset, tmp_path, capsys, monkeypatch):
     out = tmp_path / "index"
-    monkeypatch.setattr(EmbeddedParts, "missing", lambda self: [])
+    monkeypatch.setattr(EmbeddedParts, "missing", lambda self, work=WHOLE: [])
     parts = EmbeddedParts(parts_folder(out), TimmFeatures(MODEL), DatasetFolder(dataset), 60, 7)
     parts.folder.mkdir(parents=True)
     parts.path(0).write_bytes(b"nothing")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from memfree.part import part_of
 from memfree.sampling import SampleRun
 from memfree.sampling.run import shard_indices
 from memfree.sampling.writer import write_shard
@@ -195,3 +196,36 @@ def test_a_damaged_shard_is_named(run):
         shard_indices(shard)
     with pytest.raises(ValueError, match="remove it"):
         run.missing()
+
+
+def part(run, text, settings=SETTINGS):
+    return SampleRun(run.folder, settings, count=6, part=part_of(text))
+
+
+def test_a_part_lacks_its_own_samples(run):
+    add_shard(run.folder, "000-000000", [0, 1])
+    third, first = part(run, "3/3"), part(run, "1/3")
+    assert third.missing() == [2, 3, 4, 5]
+    assert third.missing_here() == [2, 5] and first.missing_here() == [3]
+    assert third.writer(1) == "003-001" and run.writer(1) == "001"
+    add_shard(run.folder, f"{third.writer(0)}-000004", [2])
+    assert third.next_shard(0) == 5 and third.next_shard(1) == 0 and first.next_shard(0) == 0
+    assert third.missing_here() == [5]
+
+
+def test_a_part_of_another_run_is_refused_before_there_is_a_shard(run):
+    with pytest.raises(ValueError, match="steps is 50 there and 20 here"):
+        part(run, "1/2", {**SETTINGS, "steps": 20}).begin()
+    part(run, "1/2").check()
+
+
+def test_a_part_leaves_what_others_are_writing(run):
+    others = [".samples-002-000-000000.tar.7.tmp", "trace-002-000-000000.parquet"]
+    mine = [".samples-001-000-000000.tar.7.tmp", "trace-001-000-000000.parquet"]
+    for name in [*others, *mine]:
+        (run.folder / name).touch()
+    part(run, "1/2").clean_up()
+    left = {path.name for path in run.folder.iterdir()}
+    assert left.issuperset(others) and not left.intersection(mine)
+    run.clean_up()
+    assert not {path.name for path in run.folder.iterdir()}.intersection(others)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from memfree.data import DatasetFolder, DatasetPart
 from memfree.data.folder import to_float
 from memfree.manifest import write_atomic
+from memfree.part import WHOLE, Part
 from memfree.retrieval.building import Embedded
 from memfree.retrieval.features import Features, identity
 from memfree.retrieval.grouping import content_hashes
@@ -56,11 +57,16 @@ class EmbeddedParts:
         """The file of a batch."""
         return self.folder / f"batch-{batch:08d}.safetensors"
 
-    def missing(self) -> list[int]:
-        """Batches that are not embedded yet."""
+    def missing(self, work: Part = WHOLE) -> list[int]:
+        """Batches, of all or of this part of them, that are not embedded yet."""
         there = {path.name for path in self.folder.glob("batch-*.safetensors")}
-        batches = -(-self.count // self.batch_size)
-        return [batch for batch in range(batches) if self.path(batch).name not in there]
+        mine = work.share(range(self.batches))
+        return [batch for batch in mine if self.path(batch).name not in there]
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return -(-self.count // self.batch_size)
 
     def write(self, batch: int, vectors: Tensor, hashes: list[str]) -> None:
         """Keep a batch: it appears whole or not at all."""
@@ -80,7 +86,7 @@ class EmbeddedParts:
         """
         vectors: Tensor | None = None
         hashes: list[str] = []
-        for batch in range(-(-self.count // self.batch_size)):
+        for batch in range(self.batches):
             rows, path = self.rows(batch), self.path(batch)
             try:
                 tensors = safetensors.torch.load_file(path)
@@ -94,6 +100,10 @@ class EmbeddedParts:
             hashes += [bytes(digest).hex() for digest in digests.numpy()]
         assert vectors is not None
         return Embedded(vectors, hashes)
+
+    def forget(self) -> None:
+        """Remove them, and those of other extractors for this index."""
+        shutil.rmtree(self.folder.parent, ignore_errors=True)
 
 
 class EmbeddingModule(LightningModule):
@@ -126,32 +136,34 @@ class MissingBatches(LightningDataModule):
     """The batches that are missing, a contiguous range of them for each process.
 
     Args:
-        part: the images.
+        images: the train part of the dataset.
         parts: where finished batches are kept.
         workers: processes that decode images beside each process that embeds.
+        work: which batches are these processes' to embed.
     """
 
-    def __init__(self, part: DatasetPart, parts: EmbeddedParts, workers: int) -> None:
+    def __init__(self, images: DatasetPart, parts: EmbeddedParts, workers: int, work: Part) -> None:
         super().__init__()
         # On resumption a rank may have nothing left to do.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.part = part
+        self.images = images
         self.parts = parts
         self.workers = workers
+        self.work = work
         self.missing: list[int] = []
 
     def setup(self, stage: str) -> None:
         """Let rank 0 say what is missing."""
         assert self.trainer is not None
         if self.trainer.is_global_zero:
-            self.missing = self.parts.missing()
+            self.missing = self.parts.missing(self.work)
         self.missing = self.trainer.strategy.broadcast(self.missing)
 
     def predict_dataloader(self) -> Iterable[tuple[int, Tensor]]:
         """Batches of this rank."""
         assert self.trainer is not None
         mine = np.array_split(self.missing, self.trainer.world_size)[self.trainer.global_rank]
-        batches = _Batches(self.part, self.parts, [int(batch) for batch in mine])
+        batches = _Batches(self.images, self.parts, [int(batch) for batch in mine])
         return DataLoader(dataset=batches, batch_size=None, num_workers=self.workers)
 
 
@@ -171,39 +183,33 @@ class _Batches(Dataset):
         return number, self.part.reader.read(self.parts.rows(number))
 
 
-def embed_dataset(
-    dataset: DatasetFolder,
+def embed(
+    images: DatasetPart,
     features: Features,
-    root: Path,
-    batch_size: int,
+    parts: EmbeddedParts,
     trainer: Trainer,
     workers: int = 0,
     advance: Callable[[int], None] = lambda count: None,
-) -> Embedded | None:
-    """Embed a dataset's train part, all of it or what an earlier run left over.
+    work: Part = WHOLE,
+) -> None:
+    """Embed a dataset's train part, or of that what an earlier run left over.
 
     Args:
-        dataset: the dataset folder.
+        images: the train part.
         features: the extractor.
-        root: folder for the parts; ``forget`` removes it when the index is written.
-        batch_size: images embedded together.
+        parts: where the batches are kept.
         trainer: devices; with several, every process calls this function.
         workers: processes that decode images beside each process that embeds.
         advance: called with the number of images of every batch that this process has done.
-
-    Returns:
-        vectors and hashes on the first process, None on the others.
+        work: which batches are to be embedded here.
     """
-    part = dataset.part("train")
-    parts = EmbeddedParts(root, features, dataset, len(part), batch_size)
-    if parts.missing():
+    if parts.missing(work):
         trainer.predict(
             EmbeddingModule(features, parts, advance),
-            datamodule=MissingBatches(part, parts, workers),
+            datamodule=MissingBatches(images, parts, workers, work),
             return_predictions=False,
         )
         trainer.strategy.barrier("all batches are embedded")
-    return parts.read() if trainer.is_global_zero else None
 
 
 def whitened(
@@ -234,11 +240,6 @@ def parts_folder(out: Path) -> Path:
     """Where the parts of the index folder ``out`` are kept: a hidden folder beside it."""
     out = out.resolve()
     return out.parent / f".{out.name}.parts"
-
-
-def forget(root: Path) -> None:
-    """Remove all parts, once the index is written."""
-    shutil.rmtree(root, ignore_errors=True)
 
 
 def _digest(value: object) -> str:

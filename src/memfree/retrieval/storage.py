@@ -147,14 +147,29 @@ def check_replaceable(
     old = read_manifest(folder, "index")
     if overwrite:
         return
+    if difference := _difference(old, dataset_hash, features, content):
+        raise ValueError(
+            f"{folder} holds the index {difference}; choose another --out or give --overwrite true"
+        )
+
+
+def is_written(folder: Path, dataset_hash: str | None, features: dict[str, Any]) -> bool:
+    """Whether the finished index of this dataset and these features is there."""
+    if not (folder / "manifest.json").is_file():
+        return False
+    return _difference(read_manifest(folder, "index"), dataset_hash, features, None) is None
+
+
+def _difference(
+    old: dict[str, Any], dataset_hash: str | None, features: dict[str, Any], content: str | None
+) -> str | None:
+    """What an index with this manifest is of, if not of these images and features."""
     same = old.get("dataset_hash") == dataset_hash and (
         dataset_hash is not None or old.get("content_hash") == content
     )
-    if not same or identity(old.get("features") or {}) != identity(features):
-        other = "of other features" if same else "of another dataset"
-        raise ValueError(
-            f"{folder} holds the index {other}; choose another --out or give --overwrite true"
-        )
+    if same and identity(old.get("features") or {}) == identity(features):
+        return None
+    return "of other features" if same else "of another dataset"
 
 
 def save_calibrations(folder: Path, calibrations: dict[str, dict[str, Any]]) -> None:

@@ -197,7 +197,7 @@ class SampleIndices(LightningDataModule):
         self.trainer.strategy.barrier("all locks are held")
         if self.trainer.is_global_zero:
             self.run.clean_up()
-            self.missing = self.run.missing()
+            self.missing = self.run.missing_here()
         self.missing = self.trainer.strategy.broadcast(self.missing)
 
     def mine(self) -> Tensor:

@@ -15,6 +15,8 @@ from memfree.manifest import check_free_space, folder_hash
 from memfree.memory import explained_memory
 from memfree.models import LoadedModel, load_model
 from memfree.models.export import pipeline_folder
+from memfree.one_writer import one_at_a_time
+from memfree.part import ALL, part_of
 from memfree.quiet import quiet
 from memfree.resolved import save_config
 from memfree.sampling.checks import (
@@ -76,6 +78,7 @@ def predict(
     decoder: Path | None = None,
     guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008 - read only; --help shows it
     batches_per_shard: PositiveInt = 1,
+    part: str = ALL,
     allow_other_dataset: bool = False,
     trainer: SamplingDevices = SamplingDevices(),  # noqa: B008
 ) -> None:
@@ -107,6 +110,8 @@ def predict(
         guidance: the mitigation and its strengths.
         batches_per_shard: batches written together as one shard; a killed run repeats at most
             these.
+        part: all, or a part of the samples as 3/8 (the third of eight), for jobs that fill one
+            folder at the same time; the one that finds all samples drawn finishes it.
         allow_other_dataset: accept an index of other images than the model was trained on.
         trainer: devices.
 
@@ -146,6 +151,7 @@ def predict(
             "trainer.precision": trainer.precision,
         },
         count,
+        part_of(part),
     )
     run.check()
     if run.finished:
@@ -195,7 +201,11 @@ def predict(
             )
             lightning.strategy.barrier("all samples are written")
         if lightning.is_global_zero:
-            _finish(run, seed, model, index, loaded, reference)
+            with one_at_a_time(out, run.part):
+                if run.part.whole or not (missing := run.missing()):
+                    _finish(run, seed, model, index, loaded, reference)
+                else:
+                    print(f"{out}: part {part} is drawn; {len(missing)} samples of others are not")
 
 
 def _less_memory(batch_size: int, devices: SamplingDevices) -> list[str]:

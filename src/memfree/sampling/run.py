@@ -13,6 +13,7 @@ from memfree.difference import first_difference
 from memfree.first_process import is_first_process
 from memfree.folder_lock import FolderLock
 from memfree.manifest import read_manifest, write_json, write_manifest
+from memfree.part import WHOLE, Part
 from memfree.resolved import CONFIG_NAME
 from memfree.untrusted import read_json, short
 
@@ -33,12 +34,16 @@ class SampleRun:
         settings: all that the samples depend on, nested JSON values; names that end in
             ``_sha256`` stand for contents.
         count: number of samples of the whole run: indices 0 to count − 1.
+        part: which of them this process and its ranks draw; others may draw theirs meanwhile.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], count: int) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], count: int, part: Part = WHOLE
+    ) -> None:
         self.folder = Path(folder)
         self.settings = {"count": count, **json.loads(json.dumps(settings))}
         self.count = count
+        self.part = part
         self._locks: dict[int, FolderLock] = {}
 
     def __enter__(self) -> SampleRun:
@@ -59,7 +64,9 @@ class SampleRun:
             ValueError: it holds samples of other settings, or files that are no samples.
         """
         begun = self.folder / RUN_FILE
-        if begun.is_file() and (self._manifest.is_file() or self.shards()):
+        # Another part may have begun, and have no shard yet.
+        taken = self._manifest.is_file() or self.shards() or not self.part.whole
+        if begun.is_file() and taken:
             self._compare(begun)
         else:
             self._check_empty()
@@ -155,7 +162,7 @@ class SampleRun:
         """
         if rank in self._locks:
             return
-        lock = FolderLock(self.folder / f".lock-{rank:03d}", f"--out {self.folder}")
+        lock = FolderLock(self.folder / f".lock-{self.writer(rank)}", f"--out {self.folder}")
         lock.acquire(wait)
         self._locks[rank] = lock
 
@@ -164,11 +171,23 @@ class SampleRun:
         while self._locks:
             self._locks.popitem()[1].release()
 
+    def writer(self, rank: int) -> str:
+        """What the names of this rank's shards begin with, behind ``samples-``."""
+        return f"{self._prefix}{rank:03d}"
+
+    @property
+    def _prefix(self) -> str:
+        return "" if self.part.whole else f"{self.part.number:03d}-"
+
     def clean_up(self) -> None:
-        """Remove what a stopped run left unfinished: temporary files, traces without samples."""
-        for path in self.folder.glob(".*.tmp"):
+        """Remove what a stopped run left unfinished: temporary files, traces without samples.
+
+        Of a part only its own: others may be writing theirs.
+        """
+        temporary = ".*.tmp" if self.part.whole else f".*-{self._prefix}*.tmp"
+        for path in self.folder.glob(temporary):
             path.unlink(missing_ok=True)
-        for trace in self.folder.glob("trace-*.parquet"):
+        for trace in self.folder.glob(f"trace-{self._prefix}*.parquet"):
             if not self.folder.joinpath(f"samples-{trace.stem[6:]}.tar").is_file():
                 trace.unlink(missing_ok=True)
 
@@ -192,6 +211,10 @@ class SampleRun:
             raise ValueError(f"{self.folder} holds sample {max(found)} of {self.count}")
         return [index for index in range(self.count) if index not in found]
 
+    def missing_here(self) -> list[int]:
+        """Those of the missing indices that are this part's."""
+        return sorted({*self.missing()}.intersection(self.part.share(range(self.count))))
+
     def next_shard(self, rank: int) -> int:
         """First shard number of this rank that is not taken."""
         numbers = [path.stem.rsplit("-", 1)[1] for path in self._of_rank(rank)]
@@ -199,7 +222,7 @@ class SampleRun:
         return max(taken, default=-1) + 1
 
     def _of_rank(self, rank: int) -> list[Path]:
-        return list(self.folder.glob(f"samples-{rank:03d}-*.tar"))
+        return list(self.folder.glob(f"samples-{self.writer(rank)}-*.tar"))
 
     def finish(self, seed: int, **fields: Any) -> None:
         """Write the manifest of the whole folder, ``fields`` beside the settings.

@@ -28,6 +28,8 @@ from memfree.sampling.run import SampleRun
 class SampleWriter(Callback):
     """Write ``samples-RANK-N.tar`` and ``trace-RANK-N.parquet``, each atomically, trace first.
 
+    The files of a part of the run are named ``samples-PART-RANK-N.tar``.
+
     A sample's PNG has a JSON beside it: ``index``, ``seed`` (of the run), ``condition`` (label,
     prompt or null), ``mitigation``, ``peak_sigma`` (largest σ_t), ``nearest`` (image key at the
     last step), ``active_steps``, ``seconds`` (its part of the batch) and ``peak_memory_bytes`` (of
@@ -89,7 +91,7 @@ class SampleWriter(Callback):
             self._flush(trainer, pl_module)
 
     def _flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name = f"{trainer.global_rank:03d}-{self._shard:06d}"
+        name = f"{self.run.writer(trainer.global_rank)}-{self._shard:06d}"
         memory = peak_memory(pl_module.device)
         traces = [
             trace_table(batch.index, batch.trace, self.keys)

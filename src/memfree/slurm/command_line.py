@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from memfree.cli import COMMANDS, SCRIPTS, load, parser_of
 from memfree.option_messages import did_you_mean, option_message, options_of
+from memfree.part import ALL
 from memfree.slurm.options import SlurmOptions
 from memfree.slurm.submission import Submission
 
@@ -21,6 +22,7 @@ Submit a command as a SLURM job: train, sample, or another command of memfree. I
 checked at once; the job runs it in this folder with this interpreter, one process a GPU.
 
   --slurm.nodes, --slurm.gpus_per_node, --slurm.time, ...  what the job asks for
+  --slurm.array 8                                          eight jobs share sample, index or study
   --config configs/slurm/multi_node.yaml                   the same from a file
   --dry_run true                                           print the batch script only
 
@@ -49,15 +51,22 @@ def main(arguments: Sequence[str]) -> None:
     if dry_run:
         print(submission.script())
         print(f"# every task runs: {submission.stage.line()}")
+        if submission.parts:
+            print(f"# with --part {submission.parts[0]} to {submission.parts[-1]}, one a job")
         print("# with this configuration:")
         print("\n".join(f"#   {line}" for line in submission.configuration.splitlines()))
         return
     number = submission.submit()
     tasks = f"{slurm.nodes} x {slurm.tasks} tasks" if slurm.nodes * slurm.tasks > 1 else "one task"
-    print(f"submitted job {number}: {command}, {tasks}")
+    jobs = f"an array of {slurm.array} jobs, each of " if submission.parts else ""
+    print(f"submitted job {number}: {command}, {jobs}{tasks}")
     print(f"  its state:  squeue --jobs {number}")
     print(f"  its log:    tail --retry -F {submission.log(number)}")
     print(f"  to end it:  scancel {number}")
+    if submission.parts:
+        print(
+            f"  one again:  the same command with --part 1/{slurm.array} instead of --slurm.array"
+        )
 
 
 def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, bool]:
@@ -85,6 +94,7 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
     if own_dry_run:
         config["dry_run"] = False
     config.pop("slurm")
+    _check_array(parser, command, config, slurm)
     _set_devices(parser, config, given, command, slurm)
     own = parser_of(function, command)
     # With what is null: it need not be the default.
@@ -96,6 +106,25 @@ def _parsed(parser: ArgumentParser, arguments: list[str], **options: Any) -> Nam
         return parser.parse_args(arguments, **options)
     except argparse.ArgumentError as error:
         raise ValueError(option_message(str(error), parser)) from error
+
+
+def _check_array(
+    parser: ArgumentParser, command: str, config: Namespace, slurm: SlurmOptions
+) -> None:
+    """Refuse an array of what has no parts, or of a part.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if slurm.array == 1:
+        return
+    option = f"--slurm.array {slurm.array}"
+    if "--part" not in options_of(parser):
+        raise ValueError(f"{option}: {command} has no parts; arrays are for sample, index, study")
+    if config.part != ALL:
+        raise ValueError(f"{option} gives each job its part: leave --part {config.part} out")
+    if command == "index" and config.features == "pixels":
+        raise ValueError(f"{option}: an index of pixels has no parts; give --features of a network")
 
 
 def _set_devices(

@@ -38,6 +38,11 @@ class SlurmOptions:
     signal_seconds: PositiveInt = 120
     """Seconds before the time limit, or before preemption where the cluster allows, at which the
     job is warned, saves and is requeued; SLURM is exact to half a minute."""
+    array: PositiveInt = 1
+    """Jobs that share the command's work out: sample, index of a network, or study. Each does its
+    --part of it; the one that comes last finishes the folder."""
+    array_parallelism: PositiveInt = 256
+    """Jobs of an array that may run at the same time."""
     requeue: bool = True
     """Whether the job goes back into the queue when it is preempted or its machine fails."""
     constraint: str | None = None
@@ -82,6 +87,7 @@ class SlurmOptions:
             "gpus_per_node": self.gpus_per_node,
             "ntasks_per_node": self.tasks,
             "cpus_per_task": self.cpus_per_task,
+            "array_parallelism": self.array_parallelism,
             "constraint": self.constraint,
             "exclude": self.exclude,
             "job_name": self.job_name or f"memfree-{command}",
@@ -97,6 +103,7 @@ class SlurmOptions:
         }
         return {
             **{name: value for name, value in known.items() if value is not None},
+            "time": None,  # else submitit asks for five minutes
             "stderr_to_stdout": True,
             "additional_parameters": {
                 name: value for name, value in rest.items() if value is not None

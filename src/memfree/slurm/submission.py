@@ -40,13 +40,21 @@ class Submission:
         """The command as each task of the job runs it."""
         return Stage(self.command, {"config": self.path})
 
+    @property
+    def parts(self) -> list[str]:
+        """What each job of an array is told by --part; a job by itself is told nothing."""
+        of = int(self.slurm.array)
+        return [f"{number}/{of}" for number in range(1, of + 1)] if of > 1 else []
+
     def script(self) -> str:
         """The batch script."""
         executor = _executor(_Unsubmitted, self.command, self.slurm)
+        if self.parts:
+            executor.parameters["map_count"] = len(self.parts)  # as submitit's own submission does
         return executor._make_submission_file_text(executor._submitit_command_str, "")
 
     def submit(self) -> str:
-        """Submit the job; its number.
+        """Submit the job, or the array of jobs; its number.
 
         Raises:
             ValueError: there is no SLURM here, or it refuses the job.
@@ -59,15 +67,21 @@ class Submission:
         write_text(self.path, self.configuration)
         executor = _executor(SlurmExecutor, self.command, self.slurm)
         # submitit pickles the name of this function and the strings, nothing of ours else.
+        words = self.command, str(self.path), os.getcwd()
         try:
-            job = executor.submit(run_in_job, self.command, str(self.path), os.getcwd())
+            if self.parts:
+                every = zip(*((*words, part) for part in self.parts), strict=True)
+                job = executor.map_array(run_in_job, *every)[0]
+            else:
+                job = executor.submit(run_in_job, *words)
         except FailedJobError as error:
             raise ValueError(f"SLURM refused the job: {_reason(error)}") from error
-        return str(job.job_id)
+        return str(job.job_id).split("_")[0]
 
     def log(self, number: str) -> Path:
-        """What the first task of the job writes."""
-        return self.slurm.logs / number / f"{number}_0_log.out"
+        """What the first task of the job writes, of an array its first job's."""
+        job = f"{number}_0" if self.parts else number
+        return self.slurm.logs / job / f"{job}_0_log.out"
 
 
 class _Unsubmitted(SlurmExecutor):
@@ -78,10 +92,10 @@ class _Unsubmitted(SlurmExecutor):
         return 1
 
 
-def run_in_job(command: str, configuration: str, folder: str) -> None:
-    """Run a command in a job, in the folder where it was submitted."""
+def run_in_job(command: str, configuration: str, folder: str, part: str | None = None) -> None:
+    """Run a command, or a part of it, in a job, in the folder where it was submitted."""
     os.chdir(folder)
-    Stage(command, {"config": configuration}).run()
+    Stage(command, {"config": configuration} | ({} if part is None else {"part": part})).run()
 
 
 def _executor(kind: type[SlurmExecutor], command: str, slurm: SlurmOptions) -> SlurmExecutor:

@@ -93,21 +93,3 @@ def expand(grids: Sequence[Grid], seeds: Sequence[int]) -> list[Cell]:
             "the study has no cell: give --grids, each with factor or ladder, and --training_seeds"
         )
     return list(dict.fromkeys(cells))
-
-
-def selected(cells: Sequence[Cell], which: str) -> list[Cell]:
-    """Cells of one of several disjoint parts that together are all of them.
-
-    Args:
-        cells: of the whole study.
-        which: ``all``, ``none``, or ``3/8``: the third of eight parts, cells 3, 11, 19, ...
-
-    Raises:
-        ValueError: it says something else.
-    """
-    if which in ("all", "none"):
-        return list(cells) if which == "all" else []
-    part, slash, parts = which.partition("/")
-    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
-        raise ValueError(f"--cells {which}: say all, none, or a part such as 3/8 (1/8 to 8/8)")
-    return list(cells[int(part) - 1 :: int(parts)])

@@ -9,13 +9,16 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
 from memfree.manifest import write_manifest
+from memfree.one_writer import one_at_a_time
+from memfree.part import ALL, WHOLE, part_of
 from memfree.resolved import save_config
-from memfree.study.cells import DEFAULT_MODEL, Cell, Grid, expand, selected
+from memfree.study.cells import DEFAULT_MODEL, Cell, Grid, expand
 from memfree.study.estimate import plan_size
 from memfree.study.plan import CommandOptions, Options, Plan, StudySource, Subjects
 from memfree.study.results import summarise
 from memfree.study.running import CellRun
 
+NONE = "none"
 _NAME = re.compile(r"[\w-]+")
 UNGUIDED: Subjects = {"unguided": {"mitigation": "none"}}
 
@@ -35,7 +38,7 @@ def study(
     models: dict[str, Options] = {},  # noqa: B006
     options: CommandOptions = CommandOptions(),  # noqa: B008
     shared_data: bool = True,
-    cells: str = "all",
+    part: str = ALL,
     dry_run: bool = False,
 ) -> None:
     """Train models on repeated images, sample them in many ways, and compare.
@@ -43,8 +46,8 @@ def study(
     Every cell of the grids is one trained model: it is prepared, indexed, trained, sampled once for
     each subject from the same noise, and evaluated. What cells have in common, a data set for
     instance, is made once. Folders have fixed names, and what is finished is not done again, so
-    that a study goes on where it stopped. Several processes may take parts of the cells; run it
-    once more with --cells none for the tables of all.
+    that a study goes on where it stopped. Several processes may each take a part of the cells;
+    the one that finds all of them finished writes the tables.
 
     Args:
         name: of the study; its results are NAME.csv, .parquet, .md, .png and .html in out.
@@ -64,8 +67,8 @@ def study(
         options: further options of the commands.
         shared_data: whether conditionings that change no label share a data set; false: each
             prepares its own.
-        cells: all; a part as 3/8, the third of eight disjoint parts, which is not summarised; or
-            none, to summarise what is finished.
+        part: all; a part of the cells as 3/8 (the third of eight), for processes or jobs that do
+            a study together; or none, to tabulate what is finished.
         dry_run: print the commands, how many they are and how long they may take, and stop.
 
     Raises:
@@ -87,7 +90,8 @@ def study(
     )
     _check(plan, grids)
     every = expand(grids, training_seeds)
-    chosen = selected(every, cells)
+    work = WHOLE if part == NONE else part_of(part)
+    chosen = [] if part == NONE else work.share(every)
     console = Console()
     if dry_run:
         _print(plan, chosen, console)
@@ -98,7 +102,10 @@ def study(
         run = CellRun(plan, cell)
         if not run.finished:
             run.run(console)
-    if "/" not in cells:
+    if not work.whole and (left := [one for one in every if not CellRun(plan, one).finished]):
+        console.print(f"part {part} is done; {len(left)} cells of others are not")
+        return
+    with one_at_a_time(out, work):
         summarise(plan, every, console)
         save_config(out)
         write_manifest(out, "study", name=name, cells=[cell.name for cell in every])

@@ -1,4 +1,7 @@
-"""Trainings on a real Slurm: as without it, and the same when they are interrupted."""
+"""Jobs on a real Slurm: as without it, the same when they are interrupted, and arrays.
+
+All in one file, which one process tests: there is one Slurm a machine.
+"""
 
 import json
 import subprocess
@@ -7,9 +10,8 @@ import tarfile
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
-import torch
+from trained_state import difference, trained_state
 
 from memfree.models.checkpoints import latest_checkpoint, step_of
 
@@ -18,32 +20,10 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def assert_same_model(out, other):
-    """Weights in training and their average, optimizer, schedule and exposures, bit for bit."""
-    states = [
-        torch.load(latest_checkpoint(path / "checkpoints"), weights_only=True)
-        for path in (out, other)
-    ]
-    for name in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "loops"):
-        assert_equal(*(state[name] for state in states), name)
-    tables = [pq.read_table(path / "exposures.parquet") for path in (out, other)]
-    assert tables[0] == tables[1]
+    """Weights in training and their average, optimizer, schedule, losses and exposures."""
+    assert difference(trained_state(out), trained_state(other)) is None
     steps = [json.loads((path / "manifest.json").read_text())["steps"] for path in (out, other)]
     assert steps[0] == steps[1]
-
-
-def assert_equal(one, other, name):
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), name
-        for key in one:
-            assert_equal(one[key], other[key], f"{name}.{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), name
-        for number, pair in enumerate(zip(one, other, strict=True)):
-            assert_equal(*pair, f"{name}.{number}")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), name
-    else:
-        assert one == other, name
 
 
 def wait_for_step(out, step, seconds=420):
@@ -145,26 +125,62 @@ def test_a_training_goes_on_behind_its_time_limit(slurm, training, plain, tmp_pa
     assert_same_model(out, plain(1, 12000))
 
 
-def test_sampling_is_requeued_and_draws_what_is_missing(slurm, plain, tmp_path):
-    def options(out):
-        named = {"model": plain(2, 200), "out": out, "count": 60, "batch_size": 4, "steps": 150}
-        words = [f"--{name}={value}" for name, value in named.items()]
-        return [*words, "--trainer.accelerator=cpu"]
+@pytest.fixture(scope="module")
+def sampling(plain, tmp_path_factory):
+    """Options of a sampling but --out, and the samples of one that was not disturbed."""
+    named = {"model": plain(2, 200), "count": 60, "batch_size": 4, "steps": 150}
+    words = [*(f"--{name}={value}" for name, value in named.items()), "--trainer.accelerator=cpu"]
+    whole = tmp_path_factory.mktemp("sampling") / "whole"
+    command = [sys.executable, ROOT / "sample.py", *words, f"--out={whole}", "--trainer.devices=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return words, images(whole)
 
-    out, whole = tmp_path / "s", tmp_path / "whole"
-    job, _ = submit(slurm, "sample", *options(out), "--slurm.logs=logs", cwd=tmp_path)
+
+def test_sampling_is_requeued_and_draws_what_is_missing(slurm, sampling, tmp_path):
+    options, whole = sampling
+    out = tmp_path / "s"
+    options = [*options, f"--out={out}", "--slurm.logs=logs"]
+    job, _ = submit(slurm, "sample", *options, cwd=tmp_path)
     end = time.monotonic() + 420
     while len(list(out.glob("samples-*.tar"))) < 2:
         assert time.monotonic() < end, slurm.state(job)
         time.sleep(0.02)
     slurm.run("scancel", "--signal=USR1", job)
-    command = [sys.executable, ROOT / "sample.py", *options(whole), "--trainer.devices=1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
     text = tmp_path / "logs" / job / f"{job}_0_log.out"
     assert slurm.wait_to_end(job) == ("COMPLETED", 1), text.read_text()
     assert "SIGUSR1 came: the job is requeued" in text.read_text()
-    assert images(out) == images(whole)
+    assert images(out) == whole
+
+
+def test_an_array_of_jobs_of_which_one_fails_fills_one_folder(slurm, sampling, tmp_path):
+    options, whole = sampling
+    out = tmp_path / "s"
+    options = [*options, f"--out={out}", "--slurm.logs=logs"]
+    setup = "--slurm.setup=['test $SLURM_ARRAY_TASK_ID != 1 || exit 3']"
+    job, said = submit(slurm, "sample", *options, "--slurm.array=3", setup, cwd=tmp_path)
+    assert "an array of 3 jobs, each of one task" in said
+    ends = [slurm.wait_to_end(f"{job}_{element}") for element in range(3)]
+    log = tmp_path / "logs" / f"{job}_2" / f"{job}_2_0_log.out"
+    assert ends == [("COMPLETED", 0), ("FAILED", 0), ("COMPLETED", 0)], log.read_text()
+    assert "part 3/3 is drawn" in log.read_text()
+    assert not (out / "manifest.json").exists() and len(images(out)) == 40
+    # What was submitted says how: the same command with the part that failed.
+    again, _ = submit(slurm, "sample", *options, "--part=2/3", cwd=tmp_path)
+    assert slurm.wait_to_end(again) == ("COMPLETED", 0)
+    assert (out / "manifest.json").is_file() and images(out) == whole
+
+
+def test_an_array_of_jobs_embeds_an_index(slurm, digits, tmp_path):
+    options = [f"--dataset={digits}", "--features=efficientnet", "--batch_size=4"]
+    options += ["--trainer.accelerator=cpu", "--slurm.logs=logs"]
+    whole, out = tmp_path / "whole", tmp_path / "index"
+    single, _ = submit(slurm, "index", *options, f"--out={whole}", cwd=tmp_path)
+    job, _ = submit(slurm, "index", *options, f"--out={out}", "--slurm.array=3", cwd=tmp_path)
+    for name in (single, *(f"{job}_{element}" for element in range(3))):
+        assert slurm.wait_to_end(name) == ("COMPLETED", 0)
+    for name in ("vectors.npy", "items.parquet", "calibration.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
 def images(folder):

@@ -1,0 +1,110 @@
+"""One writer for a folder, or one for each part of it."""
+
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from memfree.folder_lock import read_holder
+from memfree.one_writer import one_at_a_time, one_writer
+from memfree.part import Part, part_of
+
+
+def test_only_the_first_process_locks(tmp_path, monkeypatch):
+    with one_writer(tmp_path / "a"):
+        with pytest.raises(ValueError, match="another process"), one_writer(tmp_path / "a"):
+            pass
+        monkeypatch.setenv("RANK", "1")
+        with one_writer(tmp_path / "a"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_command_leaves_no_folders(tmp_path):
+    with pytest.raises(RuntimeError), one_writer(tmp_path / "new" / "folder" / "out"):
+        assert (tmp_path / "new" / "folder" / ".out.lock").is_file()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_only_writer_clears_up(tmp_path):
+    """Also what was left on another machine; and the earlier result goes back to its place."""
+    (tmp_path / ".out.node7-12.partial").mkdir()
+    aside = tmp_path / ".out.node7-13.old"
+    aside.mkdir()
+    (aside / "manifest.json").write_text("{}")
+    (aside / ".config.yaml.77.tmp").touch()
+    with one_writer(tmp_path / "out"):
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_parts_of_one_division_are_written_side_by_side(tmp_path):
+    out = tmp_path / "out"
+    with one_writer(out, Part(1, 3)), one_writer(out, Part(3, 3)):
+        assert names(tmp_path) == [".out.part-1-of-3.lock", ".out.part-3-of-3.lock"]
+        assert read_holder(tmp_path / ".out.part-1-of-3.lock")["pid"] == os.getpid()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("1/3", "1/3"), ("1/3", "2/4"), ("1/3", "all"), ("all", "1/3")]
+)
+def test_nothing_else_is_written_beside_a_part(tmp_path, monkeypatch, first, second):
+    monkeypatch.setattr("memfree.one_writer._BEGINNING", 0.1)
+    out = tmp_path / "out"
+    with one_writer(out, part_of(first)):
+        with (
+            pytest.raises(ValueError, match=f"another process is writing to .*{os.getpid()}"),
+            one_writer(out, part_of(second)),
+        ):
+            pass
+        assert len(names(tmp_path)) == 1
+    assert names(tmp_path) == []
+    with one_writer(out, part_of(second)):
+        pass
+
+
+def test_the_lock_file_of_a_killed_part_stops_nobody(tmp_path):
+    (tmp_path / ".out.part-1-of-2.lock").write_text('{"pid": 1, "host": "elsewhere"}')
+    with one_writer(tmp_path / "out"):
+        assert names(tmp_path) == [".out.lock"]
+
+
+def test_only_a_part_without_others_clears_up(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    left = out / ".samples.7.tmp"
+    left.touch()
+    with one_writer(out, Part(1, 2)):
+        assert not left.exists()
+        left.touch()
+        with one_writer(out, Part(2, 2)):
+            assert left.exists(), "the first may be writing it"
+
+
+def _count(out, number, rounds):
+    for _ in range(rounds):
+        with one_at_a_time(out, Part(number, 4)):
+            file = out / "number"
+            value = int(file.read_text())
+            time.sleep(0.001)
+            file.write_text(str(value + 1))
+
+
+def test_parts_finish_one_at_a_time(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "number").write_text("0")
+    context = multiprocessing.get_context("fork")
+    counting = [context.Process(target=_count, args=(out, number, 20)) for number in range(1, 5)]
+    for process in counting:
+        process.start()
+    for process in counting:
+        process.join()
+    assert (out / "number").read_text() == "80"
