@@ -30,7 +30,7 @@ LAYERS = [
     {"guidance"},
     {"sampling", "indexing", "index_tables", "training", "scratch", "embedding_training"},
     {"evaluation", "tuning", "clip_training"},
-    {"stages", "cli"},
+    {"stages", "cli", "one_line_errors"},
     {"slurm"},
     {"demo", "study"},
 ]

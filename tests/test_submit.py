@@ -61,8 +61,10 @@ def test_the_script_asks_for_what_the_options_say():
     assert lines[-2].startswith("srun ") or any(line.startswith("srun ") for line in lines[setup:])
 
 
-def test_without_a_time_limit_the_partition_s_own_holds():
-    assert "--time" not in Submission("train", "", SlurmOptions(logs=Path("/logs"))).script()
+def test_what_is_not_given_is_left_to_the_cluster():
+    script = Submission("train", "", SlurmOptions(logs=Path("/logs"))).script()
+    assert "--time" not in script and "--wckey" not in script
+    assert "export MEMFREE_SIGNAL_SECONDS=120" in script
 
 
 SAMPLE = ["--model=m", "--out=o"]

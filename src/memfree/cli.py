@@ -9,22 +9,18 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memfree import __version__
+from memfree.one_line_errors import DEBUG_VARIABLE, INTERRUPTED, exit_with_error, guarded
 from memfree.option_messages import did_you_mean, option_message, options_of
 from memfree.part import ALL, WHOLE, part_of
-from memfree.requeue import requeued_when_warned
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
-
-DEBUG_VARIABLE = "MEMFREE_DEBUG"
-INTERRUPTED = "memfree: interrupted"
 
 
 class Command(NamedTuple):
@@ -36,22 +32,39 @@ class Command(NamedTuple):
     """Option that the first word stands for, where it is no option."""
     one_writer: bool = True
     """Whether it alone may write the folder of its --out; a study's commands lock their own."""
+    goes_on: bool = True
+    """Whether a run that was stopped goes on; others begin again."""
 
 
 COMMANDS = {
-    "prepare": Command("memfree.data:prepare", "turn a source into a dataset folder of shards"),
+    "prepare": Command(
+        "memfree.data:prepare", "turn a source into a dataset folder of shards", goes_on=False
+    ),
     "scratch": Command("memfree.scratch:scratch", "build a small text-to-image model from nothing"),
     "train-embedding": Command(
-        "memfree.embedding_training:train_embedding", "train a small copy-detection embedding"
+        "memfree.embedding_training:train_embedding",
+        "train a small copy-detection embedding",
+        goes_on=False,
     ),
-    "train-clip": Command("memfree.clip_training:train_clip", "train a small CLIP on captions"),
+    "train-clip": Command(
+        "memfree.clip_training:train_clip", "train a small CLIP on captions", goes_on=False
+    ),
     "index": Command("memfree.indexing:index", "build and calibrate a reference index"),
-    "evaluate": Command("memfree.evaluation:evaluate", "measure memorization and quality"),
-    "report": Command("memfree.evaluation:report", "write the HTML page of an evaluation"),
-    "audit": Command(
-        "memfree.evaluation:audit", "find copies among images from anywhere", positional="images"
+    "evaluate": Command(
+        "memfree.evaluation:evaluate", "measure memorization and quality", goes_on=False
     ),
-    "tune": Command("memfree.tuning:tune", "find the smallest strengths that leave no copy"),
+    "report": Command(
+        "memfree.evaluation:report", "write the HTML page of an evaluation", goes_on=False
+    ),
+    "audit": Command(
+        "memfree.evaluation:audit",
+        "find copies among images from anywhere",
+        positional="images",
+        goes_on=False,
+    ),
+    "tune": Command(
+        "memfree.tuning:tune", "find the smallest strengths that leave no copy", goes_on=False
+    ),
     "study": Command(
         "memfree.study:study",
         "run a grid of configurations and tabulate it",
@@ -103,7 +116,7 @@ def run(
             ValueError or OSError of the function, and where memory runs out; with 130 after Ctrl-C.
             The environment variable MEMFREE_DEBUG=1 adds the traceback.
     """
-    return _guarded(lambda: _run(function, args, prog, one_writer))
+    return guarded(lambda: _run(function, args, prog, one_writer))
 
 
 def run_command(name: str, args: Sequence[str] | None = None, prog: str | None = None) -> Any:
@@ -115,7 +128,9 @@ def run_command(name: str, args: Sequence[str] | None = None, prog: str | None =
     given = list(sys.argv[1:] if args is None else args)
     if command.positional is not None and given and not given[0].startswith("-"):
         args = [f"--{command.positional}={given[0]}", *given[1:]]
-    return _guarded(lambda: _run(_load_or_leave(command), args, prog, command.one_writer))
+    return guarded(
+        lambda: _run(_load_or_leave(command), args, prog, command.one_writer), command.goes_on
+    )
 
 
 def main(args: Sequence[str] | None = None) -> Any:
@@ -129,9 +144,9 @@ def main(args: Sequence[str] | None = None) -> Any:
         print(f"memfree {__version__}")
         return None
     if verb == "submit":
-        return _guarded(lambda: importlib.import_module("memfree.slurm").main(rest))
+        return guarded(lambda: importlib.import_module("memfree.slurm").main(rest))
     if verb not in COMMANDS:
-        _exit_with_error(
+        exit_with_error(
             f"unknown command {verb!r}{did_you_mean(verb, [*COMMANDS, 'submit'])}; "
             f"commands are {', '.join(COMMANDS)}, submit"
         )
@@ -189,7 +204,7 @@ def _overview() -> str:
 
 def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     """The parser of a typed function's options, ``--config`` among them."""
-    # Here, not above: a script is in the care of _guarded before anything slow is imported.
+    # Here, not above: a script is in the care of guarded before anything slow is imported.
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(
@@ -230,9 +245,9 @@ def _run(
     try:
         config = parser.parse_args(sys.argv[1:] if args is None else list(args))
     except argparse.ArgumentError as error:
-        _exit_with_error(option_message(str(error), parser))
+        exit_with_error(option_message(str(error), parser))
     except RecursionError:
-        _exit_with_error("--config: a value that contains itself, or too many in each other")
+        exit_with_error("--config: a value that contains itself, or too many in each other")
     # Here, not above: manifest imports torch, and `memfree --help` should not wait for it.
     from memfree.memory import explained_memory
     from memfree.resolved import resolved_config
@@ -261,59 +276,3 @@ def _writing(arguments: Any, lock: bool) -> Iterator[None]:
     part = part_of(arguments.get("part", ALL)) if lock else WHOLE
     with explained_storage(out), one_writer(out, part) if lock else nullcontext():
         yield
-
-
-def _guarded(call: Callable[[], Any]) -> Any:
-    """Turn what the user can mend into one line and an exit status."""
-    try:
-        with requeued_when_warned():
-            return call()
-    except BrokenPipeError:
-        # The reader of our output has gone (``| head``); the interpreter must not flush to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-    except _mendable() as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            traceback.print_exc()
-        _exit_with_error(_message(error))
-    except KeyboardInterrupt:
-        _exit_interrupted()
-    except SystemExit as error:
-        # Lightning turns Ctrl-C into an exit with status 1.
-        if error.code == 1 and isinstance(error.__context__, KeyboardInterrupt):
-            _exit_interrupted()
-        raise
-
-
-def _mendable() -> tuple[type[Exception], ...]:
-    """What is raised for the user to mend; of heavy modules only if they are imported at all."""
-    heavy = {
-        "memfree.memory": "ExplainedOutOfMemoryError",
-        "lightning.fabric.utilities.exceptions": "MisconfigurationException",
-    }
-    # An import may have been interrupted.
-    found = [getattr(sys.modules.get(module), name, None) for module, name in heavy.items()]
-    return (ValueError, OSError, *(error for error in found if error is not None))
-
-
-def _message(error: Exception) -> str:
-    """What an error says, without Python's ``[Errno 2]`` and Lightning's addresses."""
-    if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, (ValueError, OSError, RuntimeError)):
-        return str(error)
-    from memfree.trainers import first_line
-
-    return first_line(error)
-
-
-def _exit_interrupted() -> Any:
-    print(INTERRUPTED, file=sys.stderr)
-    raise SystemExit(130) from None
-
-
-def _exit_with_error(message: str) -> Any:
-    # What a file of others says in it must not reach the terminal as commands.
-    shown = "".join(one if one.isprintable() else " " for one in message)
-    print(f"memfree: error: {' '.join(shown.split())}", file=sys.stderr)
-    raise SystemExit(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,11 @@ from memfree.first_process import is_first_process
 
 WARNINGS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 """What announces the end: USR1 if the job asked for it (``--signal=USR1@120``), else SIGTERM."""
+SIGNAL_SECONDS = "MEMFREE_SIGNAL_SECONDS"
+"""Environment variable of ``memfree submit``: what --slurm.signal_seconds was."""
+DEFAULT_SIGNAL_SECONDS = 120
+_EXACTNESS = 60.0
+"""Seconds by which SLURM may warn earlier."""
 _ATTEMPTS = 3
 """Times that SLURM's controller is asked; each waits for its answer for some seconds."""
 _PATIENCE = 60.0
@@ -33,11 +39,15 @@ def job_id() -> str | None:
     return f"{array}_{element}" if array and element else os.environ["SLURM_JOB_ID"]
 
 
-def requeue() -> str | None:
+def requeue(goes_on: bool = True) -> str | None:
     """Put this job back into the queue, if it is still running.
 
     A job that is warned before its time limit or before it is preempted is running; one that was
     cancelled or has reached its limit is not, and stays what it is.
+
+    Args:
+        goes_on: whether its next start goes on. One that begins again is not requeued shortly
+            before its time limit, which it would reach every time.
 
     Returns:
         None if it is requeued, else why not.
@@ -45,16 +55,34 @@ def requeue() -> str | None:
     number = job_id()
     if number is None:
         return "this is no SLURM job"
-    state = _ask("squeue", "--noheader", "--format=%T", "--jobs", number)
-    if state is None or state.stdout.strip() != "RUNNING":
-        found = "unknown" if state is None else state.stdout.strip() or "unknown"
-        return f"SLURM says that job {number} is {found}"
+    answer = _ask("squeue", "--noheader", "--format=%T %L", "--jobs", number)
+    state, _, left = ("" if answer is None else answer.stdout.strip()).partition(" ")
+    if state != "RUNNING":
+        return f"SLURM says that job {number} is {state or 'unknown'}"
+    if not goes_on and _seconds(left) <= _warned_seconds() + _EXACTNESS:
+        return "this command begins again when it is stopped, so it needs a longer time limit"
     answer = _ask("scontrol", "requeue", number)
     # SLURM ends this job as soon as it has taken the request, scontrol included.
     if answer is None or answer.returncode > 0:
         reason = "" if answer is None else answer.stderr.strip()
         return f"scontrol requeue {number} failed {reason}".strip()
     return None
+
+
+def _warned_seconds() -> float:
+    """Seconds before its time limit at which the job is warned."""
+    given = os.environ.get(SIGNAL_SECONDS, "")
+    return float(given) if given.isdecimal() else DEFAULT_SIGNAL_SECONDS
+
+
+def _seconds(left: str) -> float:
+    """Time left as squeue writes it, ``[days-][[hours:]minutes:]seconds``; infinite without one."""
+    days, _, clock = left.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdecimal() for part in (*parts, days or "0")):
+        return math.inf
+    seconds = sum(int(part) * 60**power for power, part in enumerate(reversed(parts)))
+    return 86400 * int(days or 0) + seconds
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str] | None:
@@ -72,12 +100,15 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str] | None:
 
 
 @contextmanager
-def requeued_when_warned() -> Iterator[None]:
+def requeued_when_warned(goes_on: bool = True) -> Iterator[None]:
     """Inside a SLURM job: on a warning, requeue the job and end this process at once.
 
     For commands that lose nothing when they are killed, which are all: what they have finished is
     in place, and the requeued job goes on from there. Training puts ``memfree.models.preemption``
     over it while it trains, which saves a checkpoint first. Does nothing outside SLURM.
+
+    Args:
+        goes_on: see ``requeue``.
     """
     if job_id() is None:
         yield
@@ -87,7 +118,7 @@ def requeued_when_warned() -> Iterator[None]:
         ignore()
         name = signal.Signals(number).name
         if is_first_process():
-            reason = requeue()
+            reason = requeue(goes_on)
             what = "the job is requeued" if reason is None else f"not requeued: {reason}"
             print(f"memfree: {name} came: {what}", file=sys.stderr)
         else:

@@ -142,10 +142,10 @@ def asked(monkeypatch, state, returncode=0):
 
 
 def test_only_a_job_that_is_running_is_requeued(monkeypatch):
-    calls = asked(monkeypatch, "RUNNING\n")
+    calls = asked(monkeypatch, "RUNNING 1:00\n")
     assert requeue.requeue() is None
     assert calls == ["squeue", "scontrol"]
-    calls = asked(monkeypatch, "COMPLETING\n")
+    calls = asked(monkeypatch, "COMPLETING 1:00\n")
     assert requeue.requeue() == "SLURM says that job 12 is COMPLETING"
     assert calls == ["squeue"]
     calls = asked(monkeypatch, "", returncode=1)
@@ -156,3 +156,20 @@ def test_only_a_job_that_is_running_is_requeued(monkeypatch):
     assert requeue.job_id() == "11_3"
     monkeypatch.delenv("SLURM_PROCID")
     assert requeue.requeue() == "this is no SLURM job"
+
+
+@pytest.mark.parametrize(
+    ("left", "requeued"),
+    [("1:59", False), ("3:00", False), ("3:01", True), ("1-00:00:00", True), ("UNLIMITED", True)],
+)
+def test_what_begins_again_is_not_requeued_at_its_time_limit(monkeypatch, left, requeued):
+    """It would reach it every time; preempted long before, it is."""
+    calls = asked(monkeypatch, f"RUNNING {left}\n")
+    monkeypatch.delenv("MEMFREE_SIGNAL_SECONDS", raising=False)
+    reason = requeue.requeue(goes_on=False)
+    assert calls == (["squeue", "scontrol"] if requeued else ["squeue"])
+    assert reason is None if requeued else "needs a longer time limit" in reason
+    assert requeue.requeue(goes_on=True) is None
+    monkeypatch.setenv("MEMFREE_SIGNAL_SECONDS", "600")
+    asked(monkeypatch, "RUNNING 11:00\n")
+    assert "longer" in requeue.requeue(goes_on=False)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from jsonargparse.typing import PositiveInt
 
+from memfree.requeue import DEFAULT_SIGNAL_SECONDS, SIGNAL_SECONDS
+
 _TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
 _NO_LIGHTNING = ("bash", "interactive")
 
@@ -33,9 +35,10 @@ class SlurmOptions:
     mem: str | None = None
     """Memory of each machine, as 64G."""
     time: str | None = None
-    """Time limit: minutes, hours:minutes:seconds or days-hours:minutes:seconds (in quotes in YAML).
-    A job that reaches it is requeued and goes on."""
-    signal_seconds: PositiveInt = 120
+    """Time limit: minutes, hours:minutes:seconds or days-hours:minutes:seconds (in quotes in YAML);
+    by default the partition's. A job that reaches it is requeued and goes on; prepare, evaluate,
+    audit, tune and train-... begin again when they are stopped, and need a limit that suffices."""
+    signal_seconds: PositiveInt = DEFAULT_SIGNAL_SECONDS
     """Seconds before the time limit, or before preemption where the cluster allows, at which the
     job is warned, saves and is requeued; SLURM is exact to half a minute."""
     array: PositiveInt = 1
@@ -103,7 +106,9 @@ class SlurmOptions:
         }
         return {
             **{name: value for name, value in known.items() if value is not None},
-            "time": None,  # else submitit asks for five minutes
+            # Else submitit asks for five minutes, and for a key that some clusters refuse.
+            "time": None,
+            "wckey": None,
             "stderr_to_stdout": True,
             "additional_parameters": {
                 name: value for name, value in rest.items() if value is not None
@@ -112,5 +117,6 @@ class SlurmOptions:
 
     def _setup(self) -> list[str]:
         # Since SLURM 22.05 srun does not take it from the job.
+        warned = f"export {SIGNAL_SECONDS}={self.signal_seconds}"
         cores = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if self.cpus_per_task else []
-        return [*cores, *self.setup]
+        return [warned, *cores, *self.setup]
