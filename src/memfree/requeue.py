@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from memfree.first_process import is_first_process
@@ -22,6 +23,7 @@ SIGNAL_SECONDS = "MEMFREE_SIGNAL_SECONDS"
 DEFAULT_SIGNAL_SECONDS = 120
 _EXACTNESS = 60.0
 """Seconds by which SLURM may warn earlier."""
+_heeded: ContextVar[bool] = ContextVar("heeded", default=False)
 _ATTEMPTS = 3
 """Times that SLURM's controller is asked; each waits for its answer for some seconds."""
 _PATIENCE = 60.0
@@ -105,12 +107,13 @@ def requeued_when_warned(goes_on: bool = True) -> Iterator[None]:
 
     For commands that lose nothing when they are killed, which are all: what they have finished is
     in place, and the requeued job goes on from there. Training puts ``memfree.models.preemption``
-    over it while it trains, which saves a checkpoint first. Does nothing outside SLURM.
+    over it while it trains, which saves a checkpoint first. Does nothing outside SLURM, nor for a
+    command that another one runs, as a study does: the outer one is what goes on.
 
     Args:
         goes_on: see ``requeue``.
     """
-    if job_id() is None:
+    if job_id() is None or _heeded.get():
         yield
         return
 
@@ -130,8 +133,12 @@ def requeued_when_warned(goes_on: bool = True) -> Iterator[None]:
         # Not by an exception: in the middle of anything it might be caught, or wait for others.
         os._exit(128 + number)
 
-    with handled(leave):
-        yield
+    token = _heeded.set(True)
+    try:
+        with handled(leave):
+            yield
+    finally:
+        _heeded.reset(token)
 
 
 def ignore() -> None:

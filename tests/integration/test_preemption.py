@@ -173,3 +173,15 @@ def test_what_begins_again_is_not_requeued_at_its_time_limit(monkeypatch, left, 
     monkeypatch.setenv("MEMFREE_SIGNAL_SECONDS", "600")
     asked(monkeypatch, "RUNNING 11:00\n")
     assert "longer" in requeue.requeue(goes_on=False)
+
+
+def test_a_study_is_requeued_whatever_it_is_running(monkeypatch):
+    asked(monkeypatch, "RUNNING 1:00\n")
+    ends = []
+    monkeypatch.setattr(requeue.os, "_exit", ends.append)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    with requeue.requeued_when_warned(), requeue.requeued_when_warned(goes_on=False):
+        calls = asked(monkeypatch, "RUNNING 1:00\n")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert calls == ["squeue", "scontrol"] and ends == [128 + signal.SIGUSR1]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before

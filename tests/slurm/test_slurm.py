@@ -10,7 +10,9 @@ import tarfile
 import time
 from pathlib import Path
 
+import pyarrow.csv as pcsv
 import pytest
+import yaml
 from trained_state import difference, trained_state
 
 from memfree.models.checkpoints import latest_checkpoint, step_of
@@ -181,6 +183,39 @@ def test_an_array_of_jobs_embeds_an_index(slurm, digits, tmp_path):
         assert slurm.wait_to_end(name) == ("COMPLETED", 0)
     for name in ("vectors.npy", "items.parquet", "calibration.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_an_array_of_jobs_does_a_study(slurm, training, tmp_path):
+    network = {
+        word.removeprefix("--"): yaml.safe_load(value)
+        for word, value in (option.split("=", 1) for option in training)
+        if word.startswith("--model.")
+    }
+    config = {
+        "name": "trial",
+        "grids": [{"conditioning": ["unconditional", "class"], "factor": [8]}],
+        "training_seeds": [1],
+        "subjects": {"unguided": {"mitigation": "none", "false_positive_rate": 0.1}},
+        "duplicated": 1,
+        "steps": 20,
+        "count": 20,
+        "options": {
+            "prepare": {"parts.train": 40, "parts.calibration": 100, "parts.fit": 20},
+            "train": {**network, "trainer.accelerator": "cpu"},
+            "sample": {"trainer.accelerator": "cpu", "steps": 5},
+            "evaluate": {"false_positive_rate": 0.1, "other_rates": [0.2]},
+        },
+    }
+    (tmp_path / "trial.yaml").write_text(yaml.safe_dump(config))
+    options = ["trial.yaml", "--out=study", "--slurm.logs=logs", "--slurm.array=2"]
+    job, _ = submit(slurm, "study", *options, cwd=tmp_path)
+    ends = [slurm.wait_to_end(f"{job}_{element}") for element in range(2)]
+    logs = [(tmp_path / f"logs/{job}_{n}/{job}_{n}_0_log.out").read_text() for n in range(2)]
+    assert ends == [("COMPLETED", 0)] * 2, logs
+    # One of them has made the data set that both have, and the last one the tables.
+    assert sum("Written: " in log for log in logs) >= 1
+    rows = pcsv.read_csv(tmp_path / "study" / "trial.csv")
+    assert {*rows["conditioning"].to_pylist()} == {"unconditional", "class"}
 
 
 def images(folder):
