@@ -172,7 +172,7 @@ class Summary:
             if fit is not None:
                 shown = [
                     interval_text(fit.slope),
-                    interval_text(fit.midpoint),
+                    "" if fit.midpoint is None else interval_text(fit.midpoint),
                     f"{fit.dispersion:.1f}",
                 ]
             rows.append([model, subject, *shown])
@@ -182,7 +182,8 @@ class Summary:
             "### Logistic fit in log2 of the factor",
             "",
             "95 % intervals, quasi-binomial: widened by the dispersion over factors and training",
-            "seeds. Empty where no curve has a finite best fit.",
+            "seeds. Empty where no curve has a finite best fit; without a factor of 50 % where the",
+            "slope's interval has 0 in it: the share of copies is not known to depend on the factor.",
         ]
         titles = ["model", "subject", "logits a doubling", "factor of 50 % copies", "dispersion"]
         return markdown_table("\n".join(text), titles, rows)
