@@ -50,6 +50,17 @@ def test_expansion_is_the_product_of_each_grid_without_repetitions():
     assert expand(GRIDS, [1, 2]) == cells
     with pytest.raises(ValueError, match="the study has no cell"):
         expand([Grid()], [1])
+    with pytest.raises(ValueError, match="--grids: a ladder is empty"):
+        expand([Grid(ladder=[[1, 2], []])], [1])
+
+
+@pytest.mark.parametrize("names", [("default", "100-steps"), ("Wide", "wide")])
+def test_cells_that_would_share_a_folder_are_refused(names):
+    first, second = (Grid(factor=[1], model=[name]) for name in names)
+    first.steps[:] = [100] if names[0] == "default" else [0]
+    assert len(expand([first], [1])) == len(expand([second], [1])) == 1
+    with pytest.raises(ValueError, match="--grids: two models would share the folder uncond"):
+        expand([first, second], [1])
 
 
 def test_names_say_what_differs_from_the_study():
