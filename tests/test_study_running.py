@@ -181,7 +181,7 @@ def test_the_plan_estimates_what_is_left_from_what_is_finished(pretending, tmp_p
     assert "6 samplings (300 samples)" in plan_size(runs)
     assert "no command is finished" in plan_size(runs)
     runs[0].run(Console(quiet=True))
-    record = tmp_path / "unconditional-x1-seed1" / "trial.json"
+    record = tmp_path / "unconditional-x1-seed1" / "study-trial.json"
     seconds = {"prepare": 1, "index": 2, "train": 600, "sample": 30, "evaluate": 10}
     rows = [
         {"command": stage.line(), "seconds": seconds[stage.command]} for stage in runs[0].stages
@@ -190,33 +190,38 @@ def test_the_plan_estimates_what_is_left_from_what_is_finished(pretending, tmp_p
     found = plan_size(runs)
     assert "18 commands, 6 of them finished" in found
     assert f"about {2 * (1 + 2 + 600 + 60 + 10) / 60:.0f} minutes" in found
-    record.write_text("[{}]")
-    with pytest.raises(ValueError, match="is damaged"):
-        plan_size(runs)
+    for damaged in ("[{}]", "[[[", "{", "3", "[" * 100_000):
+        record.write_text(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            plan_size(runs)
 
 
-def test_two_processes_do_not_run_one_command_at_once(monkeypatch, tmp_path):
+def test_two_processes_do_not_run_one_command_at_once(monkeypatch, tmp_path, capsys):
+    """Cells with data in common, in a folder that one names from here and the other from /."""
     running, most = [], []
 
     def slowly(stage):
-        running.append(stage.line())
-        most.append(sum(line == stage.line() for line in running))
+        made = Path(stage.options["out"]).resolve()
+        running.append(made)
+        most.append(running.count(made))
         time.sleep(0.05)
-        running.remove(stage.line())
-        finish(Path(stage.options["out"]))
+        running.remove(made)
+        finish(made)
 
     monkeypatch.setattr(Stage, "run", slowly)
-    plan = Plan("trial", tmp_path, {"unguided": {}})
-    cells = [Cell(kind, (1,), 1) for kind in ("unconditional", "class")]
-    threads = [
-        threading.Thread(target=CellRun(plan, cell).run, args=(Console(quiet=True),))
-        for cell in cells
+    monkeypatch.chdir(tmp_path)
+    runs = [
+        CellRun(Plan("trial", out, {"unguided": {}}), Cell(kind, (1,), 1))
+        for out, kind in ((tmp_path / "out", "unconditional"), (Path("out"), "class"))
     ]
+    threads = [threading.Thread(target=run.run, args=(Console(),)) for run in runs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert max(most) == 1 and len(most) == 10
+    assert "waiting for another process that makes" in capsys.readouterr().out
+    assert not [*(tmp_path / "out" / ".turns").iterdir()], "locks are removed"
 
 
 @pytest.mark.parametrize(
