@@ -234,13 +234,27 @@ def test_two_processes_do_not_run_one_command_at_once(monkeypatch, tmp_path, cap
         ({"grids": [{"factor": [0]}]}, "factor"),
         ({"oracle": True, "subjects": {"oracle_steps": {}}}, "are the models of --oracle"),
         ({"part": "9/8"}, "--part 9/8"),
+        ({"subjects": {"heldout": {}}}, "--subjects: heldout"),
+        ({"subjects": {"a": {"mitigation": "amgg"}}}, "--options.sample or --subjects: "),
+        ({"models": {"ladder": {}}}, "--models: 'ladder'"),
+        ({"models": {"a": {"trainer.max_steps": None}}}, "--models.a: the study sets trainer.max"),
+        ({"options": {"train": {"trainer.max_steps": None}}}, "use --steps"),
+        ({"options": {"train": {"trainer": {"max_steps": 5}}}}, "--options.train: the study sets"),
+        ({"options": {"train": {"trainer.max_stps": 5}}}, "did you mean --trainer.max_steps?"),
+        ({"options": {"prepare": {"parts.train": "x"}}, "oracle": True}, "--options.prepare"),
+        ({"options": {"sample": {"out": "x"}}}, "the study sets out itself; use --out"),
+        ({"options": {"sample": {"count": "many"}}}, "--options.sample: the study sets count"),
+        ({"options": {"sample": {"batch_size": "many"}}}, "--batch_size"),
+        ({"options": {"evaluate": {"samples.x": "x"}}}, "--options.evaluate: the study sets sampl"),
+        ({"grids": [{"ladder": [[]]}]}, "--grids: a ladder is empty"),
     ],
 )
-def test_wrong_options_are_refused_in_one_line(changed, message, config, capsys):
+def test_wrong_options_are_refused_in_one_line(changed, message, config, capsys, tmp_path):
     given = {**yaml.safe_load(Path(config).read_text()), **changed}
     Path(config).write_text(yaml.safe_dump(given))
     with pytest.raises(SystemExit) as refused:
-        run(config)
+        run(config, "--dry_run=true")
+    assert not (tmp_path / "out").exists()
     assert refused.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -23,10 +23,10 @@ from memfree.untrusted import read_json, short
 class CellRun:
     """One cell of a study, and what is known of its commands.
 
-    ``CELL/study-NAME.json`` lists each command with the seconds that it has taken. The cell is finished
-    where the list has all commands of the plan and its figures are there: a subject that was added
-    since, or an option that was changed, makes the cell run again, and each command that is done
-    says so.
+    ``CELL/study-NAME.json`` lists each command with the seconds that it has taken. The cell is
+    finished where the list has all commands of the plan and its figures are there: a subject that
+    was added since, or an option that was changed, makes the cell run again, and each command that
+    is done says so.
 
     Args:
         plan: the study.

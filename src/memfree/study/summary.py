@@ -182,8 +182,8 @@ class Summary:
             "### Logistic fit in log2 of the factor",
             "",
             "95 % intervals, quasi-binomial: widened by the dispersion over factors and training",
-            "seeds. Empty where no curve has a finite best fit; without a factor of 50 % where the",
-            "slope's interval has 0 in it: the share of copies is not known to depend on the factor.",
+            "seeds. Empty where no curve has a finite best fit; without a factor of 50 % copies",
+            "where the interval of the slope has 0 in it: the factor may not matter at all.",
         ]
         titles = ["model", "subject", "logits a doubling", "factor of 50 % copies", "dispersion"]
         return markdown_table("\n".join(text), titles, rows)

@@ -9,6 +9,8 @@ Key = tuple[str, int, str, str]
 metric."""
 LADDER = 0
 """Duplication factor of a model whose data have several."""
+LADDER_LABEL = "ladder"
+"""How the names of such models end in tables."""
 Values = dict[Key, dict[int, Measured]]
 """What was measured, by key and training seed."""
 
