@@ -9,8 +9,9 @@ from pathlib import Path
 from memfree.evaluation.metrics import HELDOUT
 from memfree.stages import Stage
 from memfree.study.cells import DEFAULT_MODEL, Cell, Grid
+from memfree.study.labels import LADDER_LABEL
 from memfree.study.plan import Options, Plan
-from memfree.study.values import LADDER_LABEL, ORACLES
+from memfree.study.values import ORACLES
 
 _NAME = re.compile(r"[\w-]+")
 _REPEATED = "factor and ladder of --grids and --duplicated"

@@ -50,7 +50,8 @@ def study(
     the one that finds all of them finished writes the tables.
 
     Args:
-        name: of the study; its results are NAME.csv, .parquet, .md, .png and .html in out.
+        name: of the study; its results are NAME.csv, .parquet, .md, .png and .html in out, and
+            NAME-against-oracle.png where several factors have an oracle.
         grids: which models; a union of grids.
         subjects: ways to sample, by name: options of sample.py below --guidance.
         out: folder for all data sets, models, samples and results; studies of the same numbers may
