@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from memfree.evaluation.intervals import Interval
@@ -30,7 +31,8 @@ from memfree.study.statistics import (
 )
 from memfree.study.summary import Summary
 from memfree.study.table import Bold, ResultTable, figure_text
-from memfree.study.tables import by_metric, differences, mean_tables
+from memfree.study.tables import by_metric, differences, mean_tables, printed
+from memfree.study.values import SHOWN
 
 
 def test_interval_over_seeds_is_students():
@@ -218,3 +220,18 @@ def test_means_stand_in_a_table_a_metric():
         "| class × 64 | 55.0 |  |",
     ]
     assert "| unconditional × 4 | 1234 |  |" in distance and "| class × 64 | 1.00 |" in distance
+
+
+def test_the_terminal_has_all_means_in_80_columns(capsys):
+    known = {1: Measured(0.5, 100)}
+    values = {
+        (label, 64, subject, name): known
+        for label in ("unconditional, 4096 images", "random labels, 4096 images")
+        for subject in ("unguided", "oracle_epochs")
+        for name in SHOWN
+        if name != "class_agreement"
+    }
+    Console(width=80).print(printed(values))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.split()[1:] == ["50.0"] * 3 + ["0.500"] * 2 for line in lines) == 4
+    assert "EfficientNet" in " ".join(lines) and not any("…" in line for line in lines)

@@ -92,7 +92,7 @@ def _per_image(axes: Any, summary: Summary) -> int:
         axes.plot([*by_factor], means, "-", color=coloured[line], lw=1.3, label=names[line])
         dots(axes, [*by_factor], found, coloured[line])
     axes.set_yscale("symlog", linthresh=0.1)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     axes.set_ylabel("copies of an image")
     doubling_axis(axes, (f for of in lines.values() for f in of), "records of the image")
     return legend(axes, "means over training seeds, 95 % intervals")

@@ -34,18 +34,19 @@ def colours(names: Iterable[Any]) -> dict[Any, str]:
     return {name: palette[number % len(palette)] for number, name in enumerate(named)} | _GREY
 
 
-def line_names(lines: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Models and subjects as a legend names them: without what they all have in common."""
-    known = list(lines)
-    models, subjects = ({line[part] for line in known} for part in (0, 1))
-    if len(models) == 1:
-        return {line: line[1] for line in known}
-    return {line: line[0] if len(subjects) == 1 else ", ".join(line) for line in known}
-
-
 def subject_name(subject: str) -> str:
     """A subject as a legend names it."""
     return f"oracle, equal {ORACLES[subject]}" if subject in ORACLES else subject
+
+
+def line_names(lines: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Models and subjects as a legend names them: without what they all have in common."""
+    named = {line: (line[0], subject_name(line[1])) for line in lines}
+    models, subjects = ({name[part] for name in named.values()} for part in (0, 1))
+    if len(models) == 1:
+        return {line: subject for line, (_, subject) in named.items()}
+    parts = 1 if len(subjects) == 1 else 2
+    return {line: ", ".join(name[:parts]) for line, name in named.items()}
 
 
 def error(found: Sequence[Interval], scale: float = 1.0) -> list[list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from memfree.study.labels import LADDER, cell_title
@@ -128,14 +129,18 @@ def by_cell(values: Values) -> list[ResultTable]:
 
 
 def printed(values: Values) -> Table:
-    """The figures of all cells in one table for the terminal."""
-    table = Table(title="Means over training seeds, 95 % intervals")
-    for title in ("model", "subject", *SHOWN.values()):
-        table.add_column(title)
+    """The means of all cells in one table for the terminal, which has no room for intervals."""
+    known = [metric for metric in SHOWN if any(key[3] == metric for key in values)]
+    table = Table(title="Means over training seeds", title_justify="left", box=SIMPLE, padding=0)
+    table.add_column("model, subject")
+    for metric in known:
+        table.add_column(SHOWN[metric].replace(", ", ",\n"), justify="right")
     for cell in cells_of(values):
+        table.add_row(f"[bold]{cell_title(*cell)}")
         for subject in subjects_of(values, *cell):
-            shown = [_shown(values.get((*cell, subject, one)), one) for one in SHOWN]
-            table.add_row(cell_title(*cell), subject, *shown)
+            means = [_mean(values.get((*cell, subject, one)), one) for one in known]
+            table.add_row(f"  {subject}", *means)
+        table.add_section()
     return table
 
 
