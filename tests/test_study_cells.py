@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from memfree.study.cells import Cell, Grid, expand
+from memfree.study.claim import claim
 from memfree.study.plan import CommandOptions, Plan
 
 SUBJECTS = {
@@ -50,6 +51,17 @@ def test_expansion_is_the_product_of_each_grid_without_repetitions():
     assert expand(GRIDS, [1, 2]) == cells
     with pytest.raises(ValueError, match="the study has no cell"):
         expand([Grid()], [1])
+    with pytest.raises(ValueError, match="--grids: a ladder is empty"):
+        expand([Grid(ladder=[[1, 2], []])], [1])
+
+
+@pytest.mark.parametrize("names", [("default", "100-steps"), ("Wide", "wide")])
+def test_cells_that_would_share_a_folder_are_refused(names):
+    first, second = (Grid(factor=[1], model=[name]) for name in names)
+    first.steps[:] = [100] if names[0] == "default" else [0]
+    assert len(expand([first], [1])) == len(expand([second], [1])) == 1
+    with pytest.raises(ValueError, match="--grids: two models would share the folder uncond"):
+        expand([first, second], [1])
 
 
 def test_names_say_what_differs_from_the_study():
@@ -120,10 +132,41 @@ def test_the_oracle_is_trained_on_deduplicated_data_at_equal_steps_and_equal_epo
         plan(oracle=True, source="folder").stages(cell)
 
 
+def test_the_oracle_needs_a_number_of_training_images():
+    for wrong in ("x", None, 0, 2.5):
+        given = CommandOptions(prepare={"parts.train": wrong})
+        with pytest.raises(ValueError, match="--oracle needs the number of training images"):
+            plan(oracle=True, source="folder", options=given).stages(Cell("class", (64,), 1))
+
+
 def test_a_study_of_another_size_is_refused(tmp_path):
-    plan(out=tmp_path).claim()
-    plan(out=tmp_path, name="other", subjects={"amg": {"mitigation": "amg"}}).claim()
+    claim(plan(out=tmp_path, models={}))
+    claim(plan(out=tmp_path, name="other", subjects={"amg": {"mitigation": "amg"}}))
     with pytest.raises(ValueError, match="holds a study with --count 1000, not 200"):
-        plan(out=tmp_path, count=200).claim()
+        claim(plan(out=tmp_path, count=200))
     with pytest.raises(ValueError, match="--options.train"):
-        plan(out=tmp_path, options=CommandOptions(train={"seed": 5})).claim()
+        claim(plan(out=tmp_path, options=CommandOptions(train={"data.batch_size": 5})))
+    for damaged in ("3", '{"models": 3}', "{"):
+        (tmp_path / "study.json").write_text(damaged)
+        with pytest.raises(ValueError, match="study.json is n"):
+            claim(plan(out=tmp_path))
+
+
+def test_models_may_be_added_and_the_way_to_run_may_change(tmp_path):
+    begun = {"wide": {"model.network.layers_per_block": 2}}
+    claim(plan(out=tmp_path, models=begun))
+    claim(plan(out=tmp_path, models={"deep": {"model.network.layers_per_block": 9}}))
+    claim(plan(out=tmp_path, models={**begun, "other": {}}))
+    for changed in ("wide", "deep"):
+        with pytest.raises(ValueError, match=f"a study with --models.{changed} "):
+            claim(plan(out=tmp_path, models={changed: {"model.network.layers_per_block": 3}}))
+    how = CommandOptions(
+        train={"trainer.logger": True, "trainer.devices": 2, "trainer.enable_progress_bar": True},
+        sample={"batch_size": 7, "trainer.devices": 2},
+        evaluate={"batch_size": 7},
+    )
+    claim(plan(out=tmp_path, models={}, options=how))
+    claim(plan(out=tmp_path, models={"wide": {**begun["wide"], "trainer.logger.name": "x"}}))
+    claim(plan(out=tmp_path, models={}))
+    with pytest.raises(ValueError, match="--options.sample"):
+        claim(plan(out=tmp_path, models={}, options=CommandOptions(sample={"steps": 7})))

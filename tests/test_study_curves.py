@@ -110,6 +110,39 @@ def test_no_curve_where_none_fits_best(points):
     assert fit_logistic(points) is None
 
 
+@pytest.mark.parametrize(
+    ("factors", "copies"),
+    [((1, 256), (10, 10)), ((1, 16, 256), (10, 11, 12)), ((1, 4, 16, 64), (12, 8, 13, 9))],
+)
+def test_a_flat_curve_has_a_slope_about_zero_and_no_midpoint(factors, copies):
+    """What a mitigation that works leaves: its slope's interval is the result."""
+    points = [Point(f, c, 1000) for f, c in zip(factors, copies, strict=True)]
+    best = minimize(likelihood, [-4.0, 0.0], args=(points,), method="BFGS", tol=1e-12)
+    found = fit_logistic(points)
+    assert (found.intercept, found.slope.value) == pytest.approx(tuple(best.x), abs=1e-5)
+    assert found.slope.low < 0 < found.slope.high < 1
+    assert found.midpoint is None
+    each = np.array(copies) / 1000
+    low, high = found.band(np.array(factors))
+    rate = found.rate(np.array(factors))
+    assert np.all(low < rate) and np.all(rate < high)
+    assert np.all(low < each) and np.all(each < high)
+
+
+def test_the_band_is_what_draws_of_the_parameters_give():
+    found = fit_logistic(made(0.9, 30, seeds=20))
+    draws = np.random.default_rng(1).multivariate_normal(
+        [found.intercept, found.slope.value], found.covariance, 200_000
+    )
+    factors = np.array([1.0, 20.0, 256.0])
+    logits = draws[:, :1] + draws[:, 1:] * np.log2(factors)
+    spread = logits.std(0) * found.quantile
+    middle = found.intercept + found.slope.value * np.log2(factors)
+    low, high = found.band(factors)
+    assert np.log(low / (1 - low)) == pytest.approx(middle - spread, abs=1e-2)
+    assert np.log(high / (1 - high)) == pytest.approx(middle + spread, abs=1e-2)
+
+
 def test_two_points_are_met_exactly():
     found = fit_logistic([Point(2, 20, 100), Point(8, 80, 100)])
     assert found.rate(np.array([2, 8])) == pytest.approx([0.2, 0.8])

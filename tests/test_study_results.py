@@ -1,15 +1,26 @@
-"""Means over training seeds against scipy, and the verdict on the goal."""
+"""Means over training seeds against scipy, the verdict on the goal, tables and pictures."""
 
+import html
+import itertools
 import math
+import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from scipy import stats
 
+from memfree.evaluation.intervals import Interval
 from memfree.evaluation.metrics import metric, write_metrics
 from memfree.manifest import write_manifest
-from memfree.study.cells import Cell
+from memfree.study import against_oracle
+from memfree.study.cells import Cell, Grid, expand
+from memfree.study.curve_tables import curve_tables
+from memfree.study.curves import write_curves
 from memfree.study.plan import Plan
+from memfree.study.report import write_report
 from memfree.study.results import by_key, gather
 from memfree.study.statistics import (
     Measured,
@@ -18,7 +29,10 @@ from memfree.study.statistics import (
     upper_limit,
     upper_limit_of_rates,
 )
-from memfree.study.tables import as_markdown, by_metric, differences
+from memfree.study.summary import Summary
+from memfree.study.table import Bold, ResultTable, figure_text
+from memfree.study.tables import by_metric, differences, mean_tables, printed
+from memfree.study.values import SHOWN
 
 
 def test_interval_over_seeds_is_students():
@@ -73,17 +87,116 @@ def test_finished_cells_are_gathered_and_compared(finished):
     assert folders["both", 2] == "class-x64-seed2/samples/both"
     assert folders["oracle_steps", 2] == "class-x64-seed2/evaluation-oracle"
     values = by_key(rows)
-    text = as_markdown(values)
-    assert "class, repeated images × 64 (training seeds: 3)" in text
+    (compared,) = differences(values)
+    text = "\n".join(table.as_markdown() for table in mean_tables(values))
+    assert "### class, repeated images × 64 (training seeds: 3)" in text
     assert "| both | 0.20 (0.00–0.45) | 1.30 (1.30–1.30) |" in text
-    verdicts = differences(values)
+    verdicts = compared.as_markdown()
     row = verdicts.splitlines()[-1]
     assert row.startswith("| class × 64 | steps | **-0.40 (≤ -0.1")  # counts keep it from −0.40
     assert row.endswith("|  |  | +30.00 (≤ +30.00) |  |")
-    assert "in bold: the limit is within it (1 of 2)" in verdicts and verdicts in text
+    assert "it (1 of 2)" in verdicts.replace("\n", " ") and verdicts in text
     without = {key: value for key, value in values.items() if not key[2].startswith("oracle")}
-    assert differences(without) == ""
-    assert by_metric(values) == "", "one model: its own table says all"
+    assert differences(without) == []
+    assert by_metric(values) == [], "one model: its own table says all"
+
+
+def test_two_ladders_and_a_model_named_like_one_keep_their_figures(tmp_path):
+    """Each conditioning copies as often as its number says, on each of two ladders."""
+    grids = [
+        Grid(["unconditional", "class"], ladder=[[1, 4], [1, 8]]),
+        Grid(["class"], factor=[1, 4], model=["my-ladder"]),
+    ]
+    models = {"my-ladder": {}}
+    plan = Plan("trial", tmp_path, {"unguided": {}}, models=models)
+    cells = expand(grids, [1, 2])
+    for number, cell in enumerate(cells):
+        folder = plan.evaluation(cell)
+        folder.mkdir(parents=True)
+        figures = [metric("copies", "unguided", number / 100, 100)]
+        for factor in cell.factors if len(cell.factors) > 1 else ():
+            figures.append(
+                metric(f"copies_per_image_of_factor_{factor}", "unguided", 10 * number + factor, 9)
+            )
+        write_metrics(folder / "metrics.json", figures)
+        if len(cell.factors) > 1:
+            near = {"nearest_multiplicity": [*cell.factors] * 10, "copy": [True, False, True] * 6}
+            near["copy"] += [True, False]
+            table = {"subject": ["unguided"] * 20, "distance_ratio": [0.5] * 20, **near}
+            pq.write_table(pa.table(table), folder / "per_sample.parquet")
+        write_manifest(folder, "evaluation")
+    rows = gather(plan, cells)
+    values = by_key(rows)
+    copies = [len(seeds) for key, seeds in values.items() if key[3] == "copies"]
+    assert copies == [2] * 6, "no model's figures hide another's"
+    summary = Summary("trial", values, rows, 0, len(cells))
+    tables = {table.heading: table for table in curve_tables(summary)}
+    found = tables["Copies of an image against its repetitions"].rows
+    expected = [
+        [f"{conditioning}, ladder 1-{top}", str(factor), 10 * number + factor + 10 * 6 / 2]
+        for number, (conditioning, top) in enumerate(
+            itertools.product(("unconditional", "class"), (4, 8))
+        )
+        for factor in (1, top)
+    ]
+    assert [[row[0], row[2], float(row[3].split()[0])] for row in found] == expected
+    fitted = {row[0] for row in tables["Logistic fit in log2 of the factor"].rows}
+    assert "class, my-ladder" in fitted and len(fitted) == 5
+    assert write_curves(tmp_path / "trial.png", summary)
+    alone = gather(plan, cells[:1])
+    assert {row["label"] for row in alone} == {"unconditional, ladder"}
+
+
+def test_tables_stand_alike_in_markdown_and_on_the_page(tmp_path):
+    values = {
+        ("class", 4, "both", "copies"): {1: Measured(0.001, 1000), 2: Measured(0.001, 1000)},
+        ("class", 4, "oracle_steps", "copies"): {1: Measured(0.02, 1000), 2: Measured(0.02, 1000)},
+    }
+    write_report(tmp_path, Summary("trial", values, [], 1, 3), {})
+    text = (tmp_path / "trial.md").read_text()
+    page = (tmp_path / "trial.html").read_text()
+    assert text.startswith("1 of 3 cells are not finished")
+    bold = re.findall(r"\*\*(.+?)\*\*", text)
+    assert bold and bold == [html.unescape(one) for one in re.findall("<b>(.+?)</b>", page)]
+    cells = [one for line in text.splitlines() for one in line.strip("| ").split(" | ")]
+    for cell in re.findall("<td>([^<]+)</td>", page):
+        assert html.unescape(cell) in cells
+
+
+def test_a_figure_stands_with_its_interval():
+    assert figure_text(Interval(0.12345), ".1f", 100) == "12.3"
+    assert figure_text(Interval(0.5, 0.25, 1.0), ".1f", 100) == "50.0 (25.0–100.0)"
+    assert figure_text(Interval(123.4, 100.0, 1234.0), "#.3g") == "123 (100–1.23e+03)"
+    table = ResultTable("One", ["", "b"], [["x", Bold("1")]], "word " * 40)
+    lines = table.as_markdown().splitlines()
+    assert lines[0] == "### One" and lines[-3:] == ["|  | b |", "|---|---|", "| x | **1** |"]
+    assert max(map(len, lines)) <= 100 and " ".join(lines[2:-4]) == ("word " * 40).strip()
+
+
+def test_the_picture_beside_the_oracle_has_a_row_a_model(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(against_oracle, "save", lambda figure, path: drawn.append(figure))
+    subjects = ("unguided", "both", "oracle_steps", "oracle_epochs", "heldout")
+    values = {
+        (label, factor, subject, name): {1: Measured(0.25, 100), 2: Measured(0.75, 100)}
+        for label in ("unconditional", "class")
+        for factor in (1, 4, 64)
+        for subject in (subjects if factor > 1 else (*subjects[:2], "heldout"))
+        for name in against_oracle.PANELS
+    }
+    values["class, ladder", 0, "oracle_steps", "copies"] = {1: Measured(0.5, 100)}
+    assert against_oracle.write_against_oracle(tmp_path / "x.png", values)
+    (figure,) = drawn
+    assert len(figure.axes) == 2 * 3
+    for number, axes in enumerate(figure.axes):
+        lines = {line.get_label(): line for line in axes.get_lines() if line.get_label()[0] != "_"}
+        assert [*lines] == ["unguided", "both", "oracle, equal steps", "oracle, equal epochs"]
+        mean = 0.5 if number % 3 == 2 else 50
+        assert lines["both"].get_xydata().tolist() == [[1, mean], [4, mean], [64, mean]]
+        assert lines["oracle, equal steps"].get_xydata().tolist() == [[4, mean], [64, mean]]
+    without = {key: value for key, value in values.items() if not key[2].startswith("oracle")}
+    assert against_oracle.write_against_oracle(tmp_path / "x.png", without) == ""
+    assert len(drawn) == 1
 
 
 def test_means_stand_in_a_table_a_metric():
@@ -97,14 +210,28 @@ def test_means_stand_in_a_table_a_metric():
         ("unconditional", 4, "both", "copies"): measured(0.0),
         ("unconditional", 4, "unguided", "frechet_pixels"): measured(1234.5),
     }
-    copies, distance = by_metric(values).split("### ")[1:]
+    copies, distance = (table.as_markdown() for table in by_metric(values))
     assert copies.splitlines() == [
-        "Copies, %",
+        "### Copies, %",
         "",
         "|  | unguided | both |",
         "|---|---|---|",
         "| unconditional × 4 | 25.0 | 0.0 |",
         "| class × 64 | 55.0 |  |",
-        "",
     ]
     assert "| unconditional × 4 | 1234 |  |" in distance and "| class × 64 | 1.00 |" in distance
+
+
+def test_the_terminal_has_all_means_in_80_columns(capsys):
+    known = {1: Measured(0.5, 100)}
+    values = {
+        (label, 64, subject, name): known
+        for label in ("unconditional, 4096 images", "random labels, 4096 images")
+        for subject in ("unguided", "oracle_epochs")
+        for name in SHOWN
+        if name != "class_agreement"
+    }
+    Console(width=80).print(printed(values))
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.split()[1:] == ["50.0"] * 3 + ["0.500"] * 2 for line in lines) == 4
+    assert "EfficientNet" in " ".join(lines) and not any("…" in line for line in lines)

@@ -167,11 +167,11 @@ def test_results_are_one_row_a_figure_with_the_grid_and_a_folder(pretending, con
         assert expected in row["folder"] and (out / row["folder"]).is_dir()
     text = (out / "trial.md").read_text()
     assert "### Logistic fit in log2 of the factor" in text
-    assert "| unguided | 2 | 2 (2–2) | 25.0 (" in text
+    assert "| unconditional, 40 images, ladder | unguided | 2 | 2 (2–2) | 25.0 (" in text
     page = (out / "trial.html").read_text()
     assert 'href="class-x64-seed1/samples/amg/"' in page and "data:image/png" in page
     assert (out / "trial.png").stat().st_size > 5000
-    assert (out / "trial-factors.png").stat().st_size > 5000
+    assert not [*out.glob("*oracle*")], "no oracle to draw beside"
 
 
 def test_the_plan_estimates_what_is_left_from_what_is_finished(pretending, tmp_path):
@@ -181,7 +181,7 @@ def test_the_plan_estimates_what_is_left_from_what_is_finished(pretending, tmp_p
     assert "6 samplings (300 samples)" in plan_size(runs)
     assert "no command is finished" in plan_size(runs)
     runs[0].run(Console(quiet=True))
-    record = tmp_path / "unconditional-x1-seed1" / "trial.json"
+    record = tmp_path / "unconditional-x1-seed1" / "study-trial.json"
     seconds = {"prepare": 1, "index": 2, "train": 600, "sample": 30, "evaluate": 10}
     rows = [
         {"command": stage.line(), "seconds": seconds[stage.command]} for stage in runs[0].stages
@@ -190,33 +190,38 @@ def test_the_plan_estimates_what_is_left_from_what_is_finished(pretending, tmp_p
     found = plan_size(runs)
     assert "18 commands, 6 of them finished" in found
     assert f"about {2 * (1 + 2 + 600 + 60 + 10) / 60:.0f} minutes" in found
-    record.write_text("[{}]")
-    with pytest.raises(ValueError, match="is damaged"):
-        plan_size(runs)
+    for damaged in ("[{}]", "[[[", "{", "3", "[" * 100_000):
+        record.write_text(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            plan_size(runs)
 
 
-def test_two_processes_do_not_run_one_command_at_once(monkeypatch, tmp_path):
+def test_two_processes_do_not_run_one_command_at_once(monkeypatch, tmp_path, capsys):
+    """Cells with data in common, in a folder that one names from here and the other from /."""
     running, most = [], []
 
     def slowly(stage):
-        running.append(stage.line())
-        most.append(sum(line == stage.line() for line in running))
+        made = Path(stage.options["out"]).resolve()
+        running.append(made)
+        most.append(running.count(made))
         time.sleep(0.05)
-        running.remove(stage.line())
-        finish(Path(stage.options["out"]))
+        running.remove(made)
+        finish(made)
 
     monkeypatch.setattr(Stage, "run", slowly)
-    plan = Plan("trial", tmp_path, {"unguided": {}})
-    cells = [Cell(kind, (1,), 1) for kind in ("unconditional", "class")]
-    threads = [
-        threading.Thread(target=CellRun(plan, cell).run, args=(Console(quiet=True),))
-        for cell in cells
+    monkeypatch.chdir(tmp_path)
+    runs = [
+        CellRun(Plan("trial", out, {"unguided": {}}), Cell(kind, (1,), 1))
+        for out, kind in ((tmp_path / "out", "unconditional"), (Path("out"), "class"))
     ]
+    threads = [threading.Thread(target=run.run, args=(Console(),)) for run in runs]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert max(most) == 1 and len(most) == 10
+    assert "waiting for another process that makes" in capsys.readouterr().out
+    assert not [*(tmp_path / "out" / ".turns").iterdir()], "locks are removed"
 
 
 @pytest.mark.parametrize(
@@ -229,13 +234,27 @@ def test_two_processes_do_not_run_one_command_at_once(monkeypatch, tmp_path):
         ({"grids": [{"factor": [0]}]}, "factor"),
         ({"oracle": True, "subjects": {"oracle_steps": {}}}, "are the models of --oracle"),
         ({"part": "9/8"}, "--part 9/8"),
+        ({"subjects": {"heldout": {}}}, "--subjects: heldout"),
+        ({"subjects": {"a": {"mitigation": "amgg"}}}, "--options.sample or --subjects: "),
+        ({"models": {"ladder": {}}}, "--models: 'ladder'"),
+        ({"models": {"a": {"trainer.max_steps": None}}}, "--models.a: the study sets trainer.max"),
+        ({"options": {"train": {"trainer.max_steps": None}}}, "use --steps"),
+        ({"options": {"train": {"trainer": {"max_steps": 5}}}}, "--options.train: the study sets"),
+        ({"options": {"train": {"trainer.max_stps": 5}}}, "did you mean --trainer.max_steps?"),
+        ({"options": {"prepare": {"parts.train": "x"}}, "oracle": True}, "--options.prepare"),
+        ({"options": {"sample": {"out": "x"}}}, "the study sets out itself; use --out"),
+        ({"options": {"sample": {"count": "many"}}}, "--options.sample: the study sets count"),
+        ({"options": {"sample": {"batch_size": "many"}}}, "--batch_size"),
+        ({"options": {"evaluate": {"samples.x": "x"}}}, "--options.evaluate: the study sets sampl"),
+        ({"grids": [{"ladder": [[]]}]}, "--grids: a ladder is empty"),
     ],
 )
-def test_wrong_options_are_refused_in_one_line(changed, message, config, capsys):
+def test_wrong_options_are_refused_in_one_line(changed, message, config, capsys, tmp_path):
     given = {**yaml.safe_load(Path(config).read_text()), **changed}
     Path(config).write_text(yaml.safe_dump(given))
     with pytest.raises(SystemExit) as refused:
-        run(config)
+        run(config, "--dry_run=true")
+    assert not (tmp_path / "out").exists()
     assert refused.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

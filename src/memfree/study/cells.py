@@ -74,8 +74,10 @@ def expand(grids: Sequence[Grid], seeds: Sequence[int]) -> list[Cell]:
         seeds: training seeds.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, a ladder has no step, or two cells would share a folder.
     """
+    if any(not ladder for grid in grids for ladder in grid.ladder):
+        raise ValueError("--grids: a ladder is empty; write one data set as [[1, 2, 4, 8]]")
     cells = [
         Cell(conditioning, factors, seed, size, model, steps)
         for seed in seeds
@@ -92,4 +94,14 @@ def expand(grids: Sequence[Grid], seeds: Sequence[int]) -> list[Cell]:
         raise ValueError(
             "the study has no cell: give --grids, each with factor or ladder, and --training_seeds"
         )
-    return list(dict.fromkeys(cells))
+    cells = list(dict.fromkeys(cells))
+    by_name: dict[str, Cell] = {}
+    for cell in cells:
+        # Some file systems take upper and lower case for one.
+        other = by_name.setdefault(cell.name.casefold(), cell)
+        if other != cell:
+            raise ValueError(
+                f"--grids: two models would share the folder {cell.name} (model {other.model!r} "
+                f"and model {cell.model!r}): rename one below --models"
+            )
+    return cells

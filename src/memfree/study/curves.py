@@ -1,4 +1,4 @@
-"""The picture of a study: copies against repetitions and data size, and against quality."""
+"""The picture of what a study varied: copies by repetitions, data size or model, and by quality."""
 
 from __future__ import annotations
 
@@ -9,161 +9,177 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from memfree.evaluation.intervals import Interval
 from memfree.evaluation.metrics import HELDOUT
-from memfree.evaluation.plots import PRINTED_COLOURS
-from memfree.manifest import write_atomic
 from memfree.study.capacity import MEMORIZED
-from memfree.study.statistics import Measured, over_seeds, rate_over_seeds
-from memfree.study.summary import RATIO, Summary, cell_title
-from memfree.study.values import DISTANCES, cells_of, subjects_of
+from memfree.study.drawing import (
+    colours,
+    distance_axis,
+    dots,
+    doubling_axis,
+    error,
+    legend,
+    line_names,
+    percent_axis,
+    save,
+    subject_name,
+    title,
+)
+from memfree.study.labels import cell_title
+from memfree.study.logistic import Point
+from memfree.study.statistics import amount_over_seeds, rate_over_seeds
+from memfree.study.summary import Line, Summary, rates_by_factor
+from memfree.study.values import DISTANCES, RATIO, cells_of, subjects_of
 
 QUALITY = "frechet_pixels"
 """Metric of the vertical axis against copies."""
 MARKERS = "os^Dvpx*"
 """A marker a model, where a panel has several."""
-_WIDTH = 4.6
+_WIDTH = 4.8
+
+Panel = tuple[str, Callable[[Any, Summary], int]]
+"""What it shows, and what draws it and returns the rows of its legend."""
 
 
-def write_curves(path: Path, summary: Summary) -> bool:
+def write_curves(path: Path, summary: Summary) -> str:
     """Write a PNG with a panel for each thing that the study varied.
 
     Returns:
-        Whether there was anything to draw.
+        What it shows; empty where there is nothing to draw, and nothing is written.
     """
-    panels: list[Callable[[Any], None]] = []
-    if summary.per_image():
-        panels.append(lambda axes: _per_image(axes, summary))
-    if summary.doses():
-        panels.append(lambda axes: _doses(axes, summary))
-    if summary.sizes():
-        panels.append(lambda axes: _sizes(axes, summary))
-    elif not summary.doses() and len(cells_of(summary.values)) > 1:
-        panels.append(lambda axes: _models(axes, summary))
-    if _fronts(summary):
-        panels.append(lambda axes: _front(axes, summary))
+    panels = _panels(summary)
     if not panels:
-        return False
-    figure = Figure(figsize=(_WIDTH * len(panels), 4.0), layout="constrained")
-    for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw(axes)
-        axes.spines[["top", "right"]].set_visible(False)
-    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
-    return True
+        return ""
+    figure = Figure(layout="constrained")
+    rows = 0
+    for part, (text, draw) in zip(_parts(figure, len(panels)), panels, strict=True):
+        axes = part.subplots()
+        title(axes, text)
+        rows = max(rows, draw(axes, summary))
+    figure.set_size_inches(_WIDTH * len(panels), 4.0 + 0.18 * rows)
+    save(figure, path)
+    return "; ".join(text for text, _ in panels)
 
 
-def _colour(number: int) -> str:
-    return PRINTED_COLOURS[number % len(PRINTED_COLOURS)]
+def _parts(figure: Figure, number: int) -> Any:
+    """Subfigures beside each other, each with axes and a legend of its own."""
+    return figure.subfigures(1, number, squeeze=False)[0]
 
 
-def _error(found: Interval, scale: float = 1.0) -> list[list[float]]:
-    """Lengths of an error bar, (2, 1)."""
-    low = found.value if found.low is None else found.low
-    high = found.value if found.high is None else found.high
-    return [[scale * max(found.value - low, 0.0)], [scale * max(high - found.value, 0.0)]]
+def _panels(summary: Summary) -> list[Panel]:
+    panels: list[Panel] = []
+    if summary.per_image():
+        panels.append(("copies of one image among all samples", _per_image))
+    if summary.ladders():
+        panels.append(("copies among samples nearest to such an image", _ladders))
+    if summary.doses():
+        panels.append(("samples that are copies", _doses))
+    if summary.sizes():
+        panels.append(("samples with d1/d2 < 1/3", _sizes))
+    elif not summary.doses() and not summary.ladders() and len(cells_of(summary.values)) > 1:
+        panels.append(("memorized samples", _models))
+    if _fronts(summary):
+        panels.append(("quality against copies", _front))
+    return panels
 
 
-def _per_image(axes: Any, summary: Summary) -> None:
-    """Copies of an image against its records: mean over seeds, a dot a seed."""
-    for number, (subject, by_factor) in enumerate(summary.per_image().items()):
-        colour = _colour(number)
-        factors = sorted(by_factor)
-        means = [over_seeds([one.value for one in by_factor[f].values()]).value for f in factors]
-        axes.plot(factors, means, "-", color=colour, label=subject)
-        for factor in factors:
-            each = [one.value for one in by_factor[factor].values()]
-            axes.plot([factor] * len(each), each, ".", color=colour, alpha=0.6)
-    axes.set_xscale("log", base=2)
+def _per_image(axes: Any, summary: Summary) -> int:
+    """Copies of an image against its records: means over training seeds."""
+    lines = summary.per_image()
+    names, coloured = line_names(lines), colours(lines)
+    for line, by_factor in lines.items():
+        found = [amount_over_seeds([*seeds.values()]) for seeds in by_factor.values()]
+        means = [one.value for one in found]
+        axes.plot([*by_factor], means, "-", color=coloured[line], lw=1.3, label=names[line])
+        dots(axes, [*by_factor], found, coloured[line])
     axes.set_yscale("symlog", linthresh=0.1)
-    axes.set_xlabel("records of the image")
-    axes.set_title("copies of an image, among all samples", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
+    axes.set_ylabel("copies of an image")
+    doubling_axis(axes, (f for of in lines.values() for f in of), "records of the image")
+    return legend(axes, "means over training seeds, 95 % intervals")
 
 
-def _doses(axes: Any, summary: Summary) -> None:
-    """Share of copies against the factor, with intervals over seeds and the fitted curve."""
+def _ladders(axes: Any, summary: Summary) -> int:
+    return _responses(axes, summary, summary.ladders(), "records of the nearest training image")
+
+
+def _doses(axes: Any, summary: Summary) -> int:
+    return _responses(axes, summary, summary.doses(), "records of a repeated image")
+
+
+def _responses(axes: Any, summary: Summary, lines: dict[Line, list[Point]], dose: str) -> int:
+    """Share of copies against the factor, the fitted curve, and the intervals of both."""
     fits = summary.fits()
-    for number, (line, points) in enumerate(summary.doses().items()):
-        colour = _colour(number)
-        factors = sorted({point.factor for point in points})
-        for factor in factors:
-            at = [Measured(p.copies / p.count, p.count) for p in points if p.factor == factor]
-            found = rate_over_seeds(at)
-            axes.errorbar(
-                [factor],
-                [100 * found.value],
-                yerr=_error(found, 100),
-                fmt="o",
-                color=colour,
-                markersize=4,
-                capsize=2,
-                linewidth=1,
-            )
-        fit = fits[line]
-        if fit is not None:
+    names, coloured = line_names(lines), colours(lines)
+    for line, points in lines.items():
+        by_factor = rates_by_factor(points)
+        factors = [*by_factor]
+        found = [rate_over_seeds(each) for each in by_factor.values()]
+        dots(axes, factors, found, coloured[line], 100)
+        fit, name = fits[line], names[line]
+        if fit is None:
+            name = f"{name} (no fit)"
+        else:
             x = np.geomspace(factors[0], factors[-1], 200)
-            axes.plot(x, 100 * fit.rate(x), "-", color=colour, linewidth=1.3)
-        axes.plot([], [], "o-", color=colour, markersize=4, label=", ".join(line))
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(-3, 103)
-    axes.set_xlabel("records of a repeated image")
-    axes.set_title("copies, %, with a logistic fit", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _sizes(axes: Any, summary: Summary) -> None:
-    """Share with d_1/d_2 < 1/3 against the number of training images."""
-    for number, (line, of) in enumerate(summary.sizes().items()):
-        colour = _colour(number)
-        found = [rate_over_seeds([*seeds.values()]) for seeds in of.values()]
-        axes.plot([*of], [100 * one.value for one in found], "-", color=colour, linewidth=1.3)
-        for size, one in zip(of, found, strict=True):
-            axes.errorbar(
-                [size],
-                [100 * one.value],
-                yerr=_error(one, 100),
-                fmt="o",
-                color=colour,
-                markersize=4,
-                capsize=2,
-                linewidth=1,
+            axes.plot(x, 100 * fit.rate(x), "-", color=coloured[line], linewidth=1.3)
+            low, high = fit.band(x)
+            axes.fill_between(
+                x, 100 * low, 100 * high, color=coloured[line], alpha=0.15, linewidth=0
             )
-        axes.plot([], [], "o-", color=colour, markersize=4, label=", ".join(line))
-    axes.axhline(100 * MEMORIZED, color="#999999", linestyle=":", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_ylim(-3, 103)
-    axes.set_xlabel("training images")
-    axes.set_title("samples with d1/d2 < 1/3, %", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+        axes.plot([], [], "o" if fit is None else "o-", color=coloured[line], ms=4, label=name)
+    percent_axis(axes)
+    doubling_axis(axes, (point.factor for of in lines.values() for point in of), dose)
+    return legend(axes, "means over training seeds, logistic fit, 95 % intervals of both")
 
 
-def _models(axes: Any, summary: Summary) -> None:
+def _sizes(axes: Any, summary: Summary) -> int:
+    """Share with d_1/d_2 < 1/3 against the number of training images, and where it is 90 %."""
+    lines, capacities = summary.sizes(), summary.capacities()
+    names, coloured = line_names(lines), colours(lines)
+    for line, of in lines.items():
+        found = [rate_over_seeds([*seeds.values()]) for seeds in of.values()]
+        label = f"{names[line]} (EMM {capacities[line].text})"
+        shares = [100 * one.value for one in found]
+        axes.plot([*of], shares, "-", color=coloured[line], linewidth=1.3, label=label)
+        dots(axes, [*of], found, coloured[line], 100)
+    axes.axhline(
+        100 * MEMORIZED, color="#777777", ls=":", lw=1, label=f"memorized: {100 * MEMORIZED:g} %"
+    )
+    percent_axis(axes)
+    doubling_axis(axes, (size for of in lines.values() for size in of), "training images")
+    return legend(axes, "means over training seeds, 95 % intervals")
+
+
+def _models(axes: Any, summary: Summary) -> int:
     """Bars of both measures of memorization, a group a model."""
     cells = cells_of(summary.values)
     reference = subjects_of(summary.values, *cells[0])[0]
-    for number, (name, label) in enumerate((("copies", "copies"), (RATIO, "d1/d2 < 1/3"))):
-        for place, cell in enumerate(cells):
-            measured = summary.values.get((*cell, reference, name))
-            if not measured:
-                continue
-            found = rate_over_seeds([*measured.values()])
-            axes.bar(
-                [place + 0.4 * number - 0.2],
-                [100 * found.value],
-                0.38,
-                yerr=_error(found, 100),
-                color=_colour(number),
-                capsize=3,
-                label=label if place == 0 else None,
-            )
+    measures = {"copies": "copies", RATIO: "d1/d2 < 1/3"}
+    coloured = colours(measures)
+    for number, (metric, name) in enumerate(measures.items()):
+        known = {
+            place + 0.4 * number - 0.2: rate_over_seeds([*measured.values()])
+            for place, cell in enumerate(cells)
+            if (measured := summary.values.get((*cell, reference, metric)))
+        }
+        axes.bar(
+            [*known],
+            [100 * one.value for one in known.values()],
+            0.38,
+            yerr=error([*known.values()], 100),
+            color=coloured[metric],
+            capsize=3,
+            label=name,
+        )
+    repeated = any(factor > 1 for _, factor in cells)
+    titles = [cell_title(*cell) if repeated else cell[0] for cell in cells]
     axes.set_xticks(
         range(len(cells)),
-        [cell_title(*cell).replace(", ", "\n") for cell in cells],
+        [text.replace(", ", "\n") for text in titles],
         fontsize=8,
-        rotation=20 if len(cells) > 4 else 0,
+        rotation=30 if len(cells) > 4 else 0,
     )
-    axes.set_title(f"memorized samples, %, {reference}", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    percent_axis(axes)
+    return legend(axes, f"{reference}, 95 % intervals", columns=2)
 
 
 def _fronts(summary: Summary) -> dict[tuple[str, int], list[str]]:
@@ -180,38 +196,33 @@ def _fronts(summary: Summary) -> dict[tuple[str, int], list[str]]:
     return found
 
 
-def _front(axes: Any, summary: Summary) -> None:
-    """Copies against quality: a colour a subject, a marker a model."""
+def _front(axes: Any, summary: Summary) -> int:
+    """Copies against quality: a colour a subject, a marker a model, better to the lower left."""
     fronts = _fronts(summary)
-    names = list(dict.fromkeys(one for subjects in fronts.values() for one in subjects))
-    for number, (cell, subjects) in enumerate(fronts.items()):
+    coloured = colours(one for subjects in fronts.values() for one in subjects)
+    drawn = []
+    for number, ((label, factor), subjects) in enumerate(fronts.items()):
         for subject in subjects:
-            model, factor = cell
-            copies = rate_over_seeds([*summary.values[model, factor, subject, "copies"].values()])
-            measured = summary.values[model, factor, subject, QUALITY].values()
-            quality = over_seeds([one.value for one in measured])
-            axes.plot(
+            copies = rate_over_seeds([*summary.values[label, factor, subject, "copies"].values()])
+            quality = amount_over_seeds([*summary.values[label, factor, subject, QUALITY].values()])
+            drawn.append(quality.value)
+            axes.errorbar(
                 [100 * copies.value],
                 [quality.value],
-                MARKERS[number % len(MARKERS)],
-                color=_colour(names.index(subject)),
+                xerr=error([copies], 100),
+                yerr=error([quality]),
+                fmt=MARKERS[number % len(MARKERS)],
+                color=coloured[subject],
                 markersize=6,
+                elinewidth=0.8,
             )
-            if len(fronts) == 1:
-                axes.annotate(
-                    subject,
-                    (100 * copies.value, quality.value),
-                    textcoords="offset points",
-                    xytext=(5, 4),
-                    fontsize=8,
-                )
-    if len(fronts) > 1:
-        for number, subject in enumerate(names):
-            axes.plot([], [], "o", color=_colour(number), label=subject)
-        for number, cell in enumerate(fronts):
-            marker = MARKERS[number % len(MARKERS)]
-            axes.plot([], [], marker, color="#777777", label=cell_title(*cell))
-        axes.legend(frameon=False, fontsize=7, ncols=2)
-    axes.set_yscale("log")
+    for subject in dict.fromkeys(one for subjects in fronts.values() for one in subjects):
+        axes.plot([], [], "o", color=coloured[subject], label=subject_name(subject))
+    for number, cell in enumerate(fronts if len(fronts) > 1 else []):
+        marker = MARKERS[number % len(MARKERS)]
+        axes.plot([], [], marker, color="#777777", ls="", label=cell_title(*cell))
+    distance_axis(axes, drawn)
+    axes.set_xlim(left=-3)
     axes.set_xlabel("copies, %")
-    axes.set_title(f"{DISTANCES[QUALITY]}, against copies", loc="left", fontsize=10)
+    axes.set_ylabel(f"{DISTANCES[QUALITY]} (lower is better)")
+    return legend(axes, "means over training seeds, 95 % intervals", columns=2)

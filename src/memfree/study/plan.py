@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from memfree.manifest import check_kind, write_json
 from memfree.stages import Stage
 from memfree.study.cells import DEFAULT_MODEL, Cell
-from memfree.untrusted import read_json
 
 Options = dict[str, Any]
 """Options of a command by dotted name, without the dashes."""
@@ -57,32 +54,6 @@ class Plan:
     shared_data: bool = True
     models: dict[str, Options] = field(default_factory=dict)
     options: CommandOptions = CommandOptions()
-
-    def claim(self) -> None:
-        """Refuse a folder that holds a study of another size; its figures would be taken for ours.
-
-        Raises:
-            ValueError: ``out`` was begun with other numbers, or holds something else.
-        """
-        check_kind(self.out, "study")
-        mine = ("source", "duplicated", "steps", "count", "guidance_scale", "shared_data", "models")
-        asked = {key: value for key, value in asdict(self).items() if key in mine}
-        asked |= {f"options.{key}": value for key, value in asdict(self.options).items()}
-        asked = json.loads(json.dumps(asked, default=str))
-        path = self.out / "study.json"
-        if not path.is_file():
-            write_json(path, asked)
-            return
-        begun = read_json(path)
-        if not isinstance(begun, dict):
-            raise ValueError(f"{path} is no study's file; choose another --out")
-        for key, value in asked.items():
-            # Studies begun before an option existed had its only value.
-            if key in begun and begun[key] != value:
-                raise ValueError(
-                    f"{self.out} holds a study with --{key} {begun[key]}, not {value}; "
-                    "choose another --out"
-                )
 
     def cell(self, cell: Cell) -> Path:
         """Folder of a cell's model, samples and figures."""
@@ -157,7 +128,7 @@ class Plan:
         """
         unique = cell.size or self.options.prepare.get("parts.train")
         unique = unique or TRAINING_IMAGES.get(self.source)
-        if unique is None or unique < 1:
+        if not isinstance(unique, int) or unique < 1:
             raise ValueError(
                 "--oracle needs the number of training images: give --options.prepare with "
                 '{"parts.train": NUMBER}'

@@ -1,51 +1,71 @@
-"""The page of a study: its pictures, its tables, and links to the folders behind each row."""
+"""What a study writes to be read: its tables as Markdown, and a page with its pictures."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from memfree.evaluation.templates import template
 from memfree.manifest import write_text
+from memfree.study.curve_tables import curve_tables
+from memfree.study.labels import cell_title
 from memfree.study.summary import Summary
-from memfree.study.tables import cell_title
+from memfree.study.table import Bold, ResultTable
+from memfree.study.tables import mean_tables
 
 
-@dataclass
-class PageTable:
-    """One table of the page."""
+def write_report(out: Path, summary: Summary, pictures: dict[str, str]) -> None:
+    """Write ``out/NAME.md`` and ``out/NAME.html``, the same tables, of the curves first.
 
-    heading: str
-    text: str = ""
-    titles: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
-
-
-def write_report(out: Path, summary: Summary, pictures: Sequence[str]) -> None:
-    """Write ``out/NAME.html``, one page that needs no network; it holds no training images.
+    The page needs no network, and holds no training images.
 
     Args:
         out: the study's folder.
         summary: what it found.
-        pictures: names of PNG files in ``out``.
+        pictures: names of PNG files in ``out``, and what each shows.
     """
+    tables = [*curve_tables(summary), *mean_tables(summary.values)]
+    write_text(out / f"{summary.name}.md", _markdown(summary, tables))
+    write_text(out / f"{summary.name}.html", _page(out, summary, tables, pictures))
+
+
+def _markdown(summary: Summary, tables: Sequence[ResultTable]) -> str:
+    notes = []
+    if summary.missing:
+        notes = [f"{summary.missing} of {summary.cells} cells are not finished and left out.\n"]
+    return "\n".join([*notes, *(table.as_markdown() for table in tables)])
+
+
+def _page(
+    out: Path, summary: Summary, tables: Sequence[ResultTable], pictures: dict[str, str]
+) -> str:
     done = summary.cells - summary.missing
     folders = {
         (row["label"], row["factor"], row["training_seed"], row["subject"]): row["folder"]
         for row in summary.rows
     }
-    text = template("report.html", "study").render(
+    return template("report.html", "study").render(
         name=summary.name,
         lead=f"{done} of {summary.cells} trained models are finished."
         if summary.missing
         else f"{summary.cells} trained models.",
         pictures=[
-            {"name": name, "data": base64.b64encode((out / name).read_bytes()).decode("ascii")}
-            for name in pictures
+            {"shows": shows, "data": base64.b64encode((out / name).read_bytes()).decode("ascii")}
+            for name, shows in pictures.items()
         ],
-        tables=tables_of(summary.as_markdown()),
+        tables=[
+            {
+                "heading": table.heading,
+                "text": table.text,
+                "titles": table.titles,
+                "rows": [
+                    [{"text": cell, "bold": isinstance(cell, Bold)} for cell in row]
+                    for row in table.rows
+                ],
+            }
+            for table in tables
+        ],
         folders=[
             {
                 "cell": f"{cell_title(label, factor)}, seed {seed}",
@@ -55,23 +75,3 @@ def write_report(out: Path, summary: Summary, pictures: Sequence[str]) -> None:
             for (label, factor, seed, subject), folder in folders.items()
         ],
     )
-    write_text(out / f"{summary.name}.html", text)
-
-
-def tables_of(markdown: str) -> list[PageTable]:
-    """The tables of a text that has headings, paragraphs and tables, and nothing else."""
-    tables: list[PageTable] = []
-    for line in markdown.splitlines():
-        if line.startswith("### "):
-            tables.append(PageTable(line.removeprefix("### ")))
-        elif line.startswith("|---") or not line.strip() or not tables:
-            continue
-        elif line.startswith("| "):
-            cells = [cell.strip().replace("**", "") for cell in line.strip("|").split("|")]
-            if tables[-1].titles:
-                tables[-1].rows.append(cells)
-            else:
-                tables[-1].titles = cells
-        else:
-            tables[-1].text = f"{tables[-1].text} {line}".strip()
-    return tables

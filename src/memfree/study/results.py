@@ -16,20 +16,23 @@ from rich.console import Console
 
 from memfree.evaluation.intervals import wilson
 from memfree.evaluation.metrics import Metric, metric, read_metrics
-from memfree.manifest import write_atomic, write_text
+from memfree.manifest import write_atomic
+from memfree.study.against_oracle import write_against_oracle
 from memfree.study.cells import Cell
 from memfree.study.curves import write_curves
+from memfree.study.labels import LADDER, model_label
 from memfree.study.plan import Plan
-from memfree.study.plot import write_dose_response
 from memfree.study.report import write_report
 from memfree.study.statistics import Measured
-from memfree.study.summary import SCHEMA, Summary, model_label
+from memfree.study.summary import SCHEMA, Summary
 from memfree.study.tables import printed
-from memfree.study.values import LADDER, Values
+from memfree.study.values import Values
 
 
 def summarise(plan: Plan, cells: Sequence[Cell], console: Console) -> Summary:
     """Gather the finished cells of a study: NAME.parquet, .csv, .md, .png and .html in ``out``.
+
+    With an oracle at two factors or more also NAME-against-oracle.png.
 
     Args:
         plan: the study.
@@ -48,18 +51,18 @@ def summarise(plan: Plan, cells: Sequence[Cell], console: Console) -> Summary:
     write_atomic(to.with_suffix(".csv"), lambda path: pa_csv.write_csv(table, path))
     missing = len(cells) - len(finished(plan, cells))
     summary = Summary(plan.name, by_key(rows), rows, missing, len(cells))
-    write_text(to.with_suffix(".md"), summary.as_markdown())
+    curves, oracle = f"{plan.name}.png", f"{plan.name}-against-oracle.png"
     pictures = {
-        f"{plan.name}.png": write_curves(to.with_suffix(".png"), summary),
-        f"{plan.name}-factors.png": write_dose_response(
-            plan.out / f"{plan.name}-factors.png", summary.values
-        ),
+        curves: write_curves(plan.out / curves, summary),
+        oracle: write_against_oracle(plan.out / oracle, summary.values),
     }
-    write_report(plan.out, summary, [name for name, there in pictures.items() if there])
+    write_report(plan.out, summary, {name: shows for name, shows in pictures.items() if shows})
     console.print(printed(summary.values))
     if missing:
         console.print(f"{missing} of {len(cells)} cells are not finished and left out")
-    console.print(f"Written: {to}.parquet, .csv, .md, .png, .html")
+    console.print(f"Written: {to}.parquet, .csv, .html, and .md with intervals")
+    for name in (name for name, shows in pictures.items() if shows):
+        console.print(f"Written: {plan.out / name}")
     return summary
 
 
@@ -69,13 +72,20 @@ def finished(plan: Plan, cells: Sequence[Cell]) -> list[Cell]:
 
 
 def gather(plan: Plan, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """One row a cell, subject and metric, with the columns ``SCHEMA``."""
+    """One row a cell, subject and metric, with the columns ``SCHEMA``.
+
+    Args:
+        plan: the study.
+        cells: all that belong to it, whether finished or not.
+    """
     rows: list[dict[str, Any]] = []
+    ladders = {cell.factors for cell in cells if len(cell.factors) > 1}
     for cell in finished(plan, cells):
         evaluation = plan.evaluation(cell)
         folders = {
             subject: os.path.relpath(path, plan.out) for subject, path in plan.samples(cell).items()
         }
+        label = model_label(cell, several_ladders=len(ladders) > 1)
         described = {
             "conditioning": cell.conditioning,
             "factor": cell.factors[0] if len(cell.factors) == 1 else LADDER,
@@ -97,7 +107,7 @@ def gather(plan: Plan, cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "low": one.low,
                 "high": one.high,
                 "count": one.count,
-                "label": model_label(cell),
+                "label": label,
                 "folder": folders.get(one.subject, os.path.relpath(evaluation, plan.out)),
             }
             for one in measured
@@ -135,5 +145,6 @@ def by_key(rows: list[dict[str, Any]]) -> Values:
     values: Values = defaultdict(dict)
     for row in rows:
         key = (row["label"], row["factor"], row["subject"], row["metric"])
+        # Of figures with one name, as differences to several references, the first counts.
         values[key].setdefault(row["training_seed"], Measured(row["value"], row["count"]))
     return dict(values)

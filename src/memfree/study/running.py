@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,24 +12,21 @@ from typing import Any
 
 from rich.console import Console
 
+from memfree.folder_lock import FolderLock
 from memfree.manifest import write_json
 from memfree.stages import Stage, run_stages
 from memfree.study.cells import Cell
 from memfree.study.plan import Plan
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows: cells must not run at the same time
-    fcntl = None  # type: ignore[assignment]
+from memfree.untrusted import read_json, short
 
 
 class CellRun:
     """One cell of a study, and what is known of its commands.
 
-    ``cell/NAME.json`` lists each command with the seconds that it has taken. The cell is finished
-    where the list has all commands of the plan and its figures are there: a subject that was added
-    since, or an option that was changed, makes the cell run again, and each command that is done
-    says so.
+    ``CELL/study-NAME.json`` lists each command with the seconds that it has taken. The cell is
+    finished where the list has all commands of the plan and its figures are there: a subject that
+    was added since, or an option that was changed, makes the cell run again, and each command that
+    is done says so.
 
     Args:
         plan: the study.
@@ -38,7 +35,7 @@ class CellRun:
 
     def __init__(self, plan: Plan, cell: Cell) -> None:
         self.stages = plan.stages(cell)
-        self._path = plan.cell(cell) / f"{plan.name}.json"
+        self._path = plan.cell(cell) / f"study-{plan.name}.json"
         self._figures = plan.evaluation(cell) / "manifest.json"
         self._turns = plan.out / ".turns"
 
@@ -57,10 +54,10 @@ class CellRun:
         if not self._path.is_file():
             return {}
         try:
-            rows = json.loads(self._path.read_text(encoding="utf-8"))
+            rows = read_json(self._path)
             return {str(row["command"]): float(row["seconds"]) for row in rows}
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self._path} is damaged ({error}): delete it") from error
+            raise ValueError(f"{self._path} is damaged ({short(error)}): delete it") from error
 
     def run(self, console: Console) -> None:
         """Run what is missing; another process that runs the same command is waited for."""
@@ -85,19 +82,19 @@ class CellRun:
 def _turn(folder: Path, stage: Stage, console: Console) -> Iterator[None]:
     """Keep two processes from running one command at once; who comes second finds it done.
 
-    The lock is the system's, and ends with its process, however that ends.
+    Unlike the command's own lock, which refuses a second writer, this one waits. It lies in the
+    study's folder, and is the same however ``--out`` is written.
     """
-    if fcntl is None:
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(str(stage.options["out"]).encode()).hexdigest()[:16]
-    with open(folder / name, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print(f"[dim]waiting for another process that makes {stage.options['out']}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks
-            pass
+    out = Path(stage.options["out"]).resolve()
+    name = hashlib.sha256(str(out).encode()).hexdigest()[:16]
+    lock = FolderLock(folder / name, f"--out {stage.options['out']}")
+    try:
+        lock.acquire()
+    except ValueError:
+        console.print(f"[dim]waiting for another process that makes {stage.options['out']}")
+        lock.acquire(wait=math.inf)
+    try:
         yield
+    finally:
+        lock.release()

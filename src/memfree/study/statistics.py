@@ -30,6 +30,12 @@ def over_seeds(values: list[float], level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def amount_over_seeds(measured: list[Measured], level: float = 0.95) -> Interval:
+    """Mean over training seeds of what is never negative, a distance or a number of copies."""
+    found = over_seeds([one.value for one in measured], level)
+    return Interval(found.value, None if found.low is None else max(found.low, 0.0), found.high)
+
+
 def rate_over_seeds(measured: list[Measured], level: float = 0.95) -> Interval:
     """Mean rate over training seeds; the wider of Student's t and of Wilson's pooled interval.
 

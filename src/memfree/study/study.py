@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -12,14 +11,15 @@ from memfree.manifest import write_manifest
 from memfree.one_writer import one_at_a_time
 from memfree.part import ALL, WHOLE, part_of
 from memfree.resolved import save_config
-from memfree.study.cells import DEFAULT_MODEL, Cell, Grid, expand
+from memfree.study.cells import Cell, Grid, expand
+from memfree.study.check import check_commands, check_names, check_options
+from memfree.study.claim import claim
 from memfree.study.estimate import plan_size
 from memfree.study.plan import CommandOptions, Options, Plan, StudySource, Subjects
 from memfree.study.results import summarise
 from memfree.study.running import CellRun
 
 NONE = "none"
-_NAME = re.compile(r"[\w-]+")
 UNGUIDED: Subjects = {"unguided": {"mitigation": "none"}}
 
 
@@ -50,7 +50,8 @@ def study(
     the one that finds all of them finished writes the tables.
 
     Args:
-        name: of the study; its results are NAME.csv, .parquet, .md, .png and .html in out.
+        name: of the study; its results are NAME.csv, .parquet, .md, .png and .html in out, and
+            NAME-against-oracle.png where several factors have an oracle.
         grids: which models; a union of grids.
         subjects: ways to sample, by name: options of sample.py below --guidance.
         out: folder for all data sets, models, samples and results; studies of the same numbers may
@@ -63,13 +64,15 @@ def study(
         guidance_scale: classifier-free guidance scale of models that are told a label.
         oracle: compare with the same network trained on the deduplicated images, at equal steps and
             at equal epochs.
-        models: networks of the grid, by name: options of train.py.
-        options: further options of the commands.
+        models: networks of the grid, by name: options of train.py. More may be added to a study
+            that is there.
+        options: further options of the commands, but those that the study sets itself.
         shared_data: whether conditionings that change no label share a data set; false: each
             prepares its own.
         part: all; a part of the cells as 3/8 (the third of eight), for processes or jobs that do
             a study together; or none, to tabulate what is finished.
-        dry_run: print the commands, how many they are and how long they may take, and stop.
+        dry_run: check and print the commands, how many they are and how long they may take, and
+            stop.
 
     Raises:
         ValueError: an option is wrong, or out holds a study of other numbers.
@@ -88,15 +91,17 @@ def study(
         models,
         options,
     )
-    _check(plan, grids)
+    check_names(plan, grids)
+    check_options(plan)
     every = expand(grids, training_seeds)
     work = WHOLE if part == NONE else part_of(part)
     chosen = [] if part == NONE else work.share(every)
+    check_commands(plan, every)
     console = Console()
     if dry_run:
         _print(plan, chosen, console)
         return
-    plan.claim()
+    claim(plan)
     for number, cell in enumerate(chosen, 1):
         console.rule(f"[bold]cell {number} of {len(chosen)}: {cell.name}")
         run = CellRun(plan, cell)
@@ -109,29 +114,6 @@ def study(
         summarise(plan, every, console)
         save_config(out)
         write_manifest(out, "study", name=name, cells=[cell.name for cell in every])
-
-
-def _check(plan: Plan, grids: list[Grid]) -> None:
-    """Refuse names that cannot be folders, and models that are not described.
-
-    Raises:
-        ValueError: names the option.
-    """
-    for option, names in (
-        ("name", [plan.name]),
-        ("subjects", [*plan.subjects]),
-        ("models", [*plan.models]),
-    ):
-        for one in names:
-            if not _NAME.fullmatch(one):
-                raise ValueError(f"--{option}: use letters, digits, - and _ for the name {one!r}")
-    if not plan.subjects:
-        raise ValueError("--subjects is empty: name at least one way to sample")
-    if plan.oracle and {"oracle_steps", "oracle_epochs"} & plan.subjects.keys():
-        raise ValueError("--subjects: oracle_steps and oracle_epochs are the models of --oracle")
-    for model in (one for grid in grids for one in grid.model):
-        if model != DEFAULT_MODEL and model not in plan.models:
-            raise ValueError(f"--grids: there is no model {model!r} below --models")
 
 
 def _print(plan: Plan, cells: list[Cell], console: Console) -> None:

@@ -1,22 +1,23 @@
-"""Tables of a study: means over training seeds, differences to the oracle, every interval."""
+"""Tables of a study's means: over training seeds, with intervals, and less those of the oracle."""
 
 from __future__ import annotations
 
 import math
 
+from rich.box import SIMPLE
 from rich.table import Table
 
-from memfree.evaluation.intervals import Interval
+from memfree.study.labels import LADDER, cell_title
 from memfree.study.statistics import (
     Measured,
-    over_seeds,
+    amount_over_seeds,
     rate_over_seeds,
     upper_limit,
     upper_limit_of_rates,
 )
+from memfree.study.table import Bold, ResultTable, figure_text
 from memfree.study.values import (
     DISTANCES,
-    LADDER,
     MARGINS,
     ORACLES,
     RATES,
@@ -27,20 +28,19 @@ from memfree.study.values import (
 )
 
 
-def as_markdown(values: Values) -> str:
-    """All tables of a study: by metric, the differences to the oracle, and by cell."""
-    tables = [by_metric(values), differences(values), by_cell(values)]
-    return "\n".join(table for table in tables if table)
+def mean_tables(values: Values) -> list[ResultTable]:
+    """All tables of means: by metric, the differences to the oracle, and by cell."""
+    return [*by_metric(values), *differences(values), *by_cell(values)]
 
 
-def by_metric(values: Values) -> str:
-    """A table a metric: models down, subjects across, means; empty for a study of one model."""
+def by_metric(values: Values) -> list[ResultTable]:
+    """A table a metric: models down, subjects across, means; none for a study of one model."""
     cells = cells_of(values)
     if len(cells) < 2:
-        return ""
+        return []
     # The cell with the most subjects has all of them, in their order.
     subjects = max((subjects_of(values, *cell) for cell in cells), key=len)
-    parts = []
+    tables = []
     for metric, title in SHOWN.items():
         known = [cell for cell in cells if any((*cell, one, metric) in values for one in subjects)]
         rows = [
@@ -51,12 +51,12 @@ def by_metric(values: Values) -> str:
             for cell in known
         ]
         if rows:
-            parts.append(markdown_table(f"### {_capital(title)}", ["", *subjects], rows))
-    return "\n".join(parts)
+            tables.append(ResultTable(_capital(title), ["", *subjects], rows))
+    return tables
 
 
-def differences(values: Values, subject: str = "both") -> str:
-    """The goal of a mitigation: (subject − oracle), with its upper limit; empty without oracles."""
+def differences(values: Values, subject: str = "both") -> list[ResultTable]:
+    """The goal of a mitigation: (subject − oracle), with its upper limit; none without oracles."""
     rows, within, total = [], 0, 0
     for cell in cells_of(values):
         for oracle, equal in ORACLES.items():
@@ -76,21 +76,19 @@ def differences(values: Values, subject: str = "both") -> str:
             if any(row[2:]):
                 rows.append(row)
     if not rows:
-        return ""
+        return []
     titles = [
         f"{SHOWN[metric].removesuffix(', %')}, {'%' if metric in DISTANCES else 'points'}, "
         f"≤ {100 * margin:+g}"
         for metric, margin in MARGINS.items()
     ]
-    text = [
-        f"### {subject} − oracle",
-        "",
-        "Mean difference over training seeds and, in parentheses, its one-sided 95 % upper limit:",
-        "Student's t over seeds, for rates the larger of that and of Newcombe's limit for the",
-        "pooled counts. Fréchet distances are relative to the oracle's. The goal stands above each",
-        f"column; in bold: the limit is within it ({within} of {total}).",
-    ]
-    return markdown_table("\n".join(text), ["", "oracle at equal", *titles], rows)
+    text = (
+        "Mean difference over training seeds and, in parentheses, its one-sided 95 % upper limit: "
+        "Student's t over seeds, for rates the larger of that and of Newcombe's limit for the "
+        "pooled counts. Fréchet distances are relative to the oracle's. The goal stands above each "
+        f"column; in bold: the limit is within it ({within} of {total})."
+    )
+    return [ResultTable(f"{subject} − oracle", ["", "oracle at equal", *titles], rows, text)]
 
 
 def _mean_and_limit(metric: str, own: list[Measured], other: list[Measured]) -> tuple[float, float]:
@@ -109,64 +107,41 @@ def _mean_and_limit(metric: str, own: list[Measured], other: list[Measured]) -> 
     return sum(each) / len(each), limit
 
 
-def by_cell(values: Values) -> str:
+def by_cell(values: Values) -> list[ResultTable]:
     """A table a cell: subjects down, metrics across, means over seeds with 95 % intervals."""
-    parts = []
-    for conditioning, factor in cells_of(values):
-        subjects = subjects_of(values, conditioning, factor)
+    tables = []
+    for label, factor in cells_of(values):
+        subjects = subjects_of(values, label, factor)
         columns = [
             metric
             for metric in SHOWN
-            if any((conditioning, factor, subject, metric) in values for subject in subjects)
+            if any((label, factor, one, metric) in values for one in subjects)
         ]
-        seeds = max(len(values[conditioning, factor, one, "copies"]) for one in subjects)
+        seeds = max(len(values[label, factor, one, "copies"]) for one in subjects)
         rows = [
-            [
-                subject,
-                *(_shown(values.get((conditioning, factor, subject, one)), one) for one in columns),
-            ]
+            [subject, *(_shown(values.get((label, factor, subject, one)), one) for one in columns)]
             for subject in subjects
         ]
-        data = "a ladder of repetitions" if factor == LADDER else f"repeated images × {factor}"
-        title = f"### {conditioning}, {data} (training seeds: {seeds})"
-        parts.append(markdown_table(title, ["", *(SHOWN[one] for one in columns)], rows))
-    return "\n".join(parts)
+        title = label if factor == LADDER else f"{label}, repeated images × {factor}"
+        heading = f"{title} (training seeds: {seeds})"
+        tables.append(ResultTable(heading, ["", *(SHOWN[one] for one in columns)], rows))
+    return tables
 
 
 def printed(values: Values) -> Table:
-    """The figures of all cells in one table for the terminal."""
-    table = Table(title="Means over training seeds, 95 % intervals")
-    for title in ("model", "subject", *SHOWN.values()):
-        table.add_column(title)
+    """The means of all cells in one table for the terminal, which has no room for intervals."""
+    known = [metric for metric in SHOWN if any(key[3] == metric for key in values)]
+    table = Table(title="Means over training seeds", title_justify="left", box=SIMPLE, padding=0)
+    table.add_column("model, subject")
+    for metric in known:
+        table.add_column(SHOWN[metric].replace(", ", ",\n"), justify="right")
     for cell in cells_of(values):
+        table.add_row(f"[bold]{cell_title(*cell)}")
         for subject in subjects_of(values, *cell):
-            shown = [_shown(values.get((*cell, subject, one)), one) for one in SHOWN]
-            table.add_row(cell_title(*cell), subject, *shown)
+            means = [_mean(values.get((*cell, subject, one)), one) for one in known]
+            table.add_row(f"  {subject}", *means)
+        table.add_section()
     return table
-
-
-def _interval(by_seed: dict[int, Measured], metric: str) -> Interval:
-    """Mean over training seeds of a rate or a distance, with its 95 % interval, never below 0."""
-    measured = list(by_seed.values())
-    if metric in RATES:
-        return rate_over_seeds(measured)
-    found = over_seeds([one.value for one in measured])
-    return Interval(found.value, found.low and max(found.low, 0.0), found.high)
-
-
-def markdown_table(heading: str, titles: list[str], rows: list[list[str]]) -> str:
-    """A heading, or text that begins with one, and a table below it."""
-    lines = [heading, "", _line(titles), "|---" * len(titles) + "|", *map(_line, rows), ""]
-    return "\n".join(lines)
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def cell_title(model: str, factor: int) -> str:
-    """A cell as it stands in tables."""
-    return f"{model}, ladder" if factor == LADDER else f"{model} × {factor}"
 
 
 def _capital(title: str) -> str:
@@ -177,7 +152,7 @@ def _difference_text(mean: float, limit: float, margin: float) -> str:
     if math.isnan(limit):
         return f"{100 * mean:+.2f} (one seed)"
     text = f"{100 * mean:+.2f} (≤ {100 * limit:+.2f})"
-    return f"**{text}**" if limit <= margin else text
+    return Bold(text) if limit <= margin else text
 
 
 def _mean(by_seed: dict[int, Measured] | None, metric: str) -> str:
@@ -194,8 +169,7 @@ def _shown(by_seed: dict[int, Measured] | None, metric: str) -> str:
     """Mean over seeds with its interval in parentheses."""
     if not by_seed:
         return ""
-    found = _interval(by_seed, metric)
-    scale = 100 if metric in RATES else 1
-    if found.low is None or found.high is None:
-        return f"{scale * found.value:.2f}"
-    return f"{scale * found.value:.2f} ({scale * found.low:.2f}–{scale * found.high:.2f})"
+    measured = list(by_seed.values())
+    if metric in RATES:
+        return figure_text(rate_over_seeds(measured), ".2f", 100)
+    return figure_text(amount_over_seeds(measured), ".2f")

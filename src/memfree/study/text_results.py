@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from memfree.data.prompts import PromptSet
+from memfree.evaluation.intervals import Interval
 from memfree.evaluation.metrics import HELDOUT, Metric, read_metrics
 from memfree.manifest import write_atomic, write_text
 from memfree.study.detectors import Roc, detectors
+from memfree.study.table import ResultTable, figure_text
 from memfree.study.text_plots import write_front, write_roc
 
 ORACLE = "oracle"
@@ -92,7 +94,9 @@ def summarise_text(
         write_roc(cell / f"{name}-detection.png", rocs)
     for prompts in prompt_sets:
         console.print(printed(found, prompts, shown))
-    console.print(f"Written: {cell / name}.parquet, .csv, .md, .png")
+    written = [".parquet", ".csv", ".md", ".png", *(["-detection.png"] if rocs else [])]
+    line = f"Written: {cell / name}{', '.join(written)}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def gather_text(folder: Path, prompt_sets: Sequence[PromptSet]) -> Found:
@@ -110,29 +114,28 @@ def gather_text(folder: Path, prompt_sets: Sequence[PromptSet]) -> Found:
 
 def as_markdown(found: Found, subjects: Sequence[str], rocs: Sequence[Roc]) -> str:
     """A table a prompt set, with 95 % intervals; then how well copies are foreseen."""
-    parts = []
+    tables = []
     for prompts in dict.fromkeys(prompts for prompts, _, _ in found):
-        columns, title = _columns(found, prompts, subjects), PROMPTS[prompts]
-        lines = [f"### {prompts.capitalize()}: {title}", "", _line(["", *columns.values()])]
-        lines.append("|---" * (len(columns) + 1) + "|")
-        lines += [
-            _line([subject, *(_shown(found.get((prompts, subject, one)), one) for one in columns)])
+        columns = _columns(found, prompts, subjects)
+        rows = [
+            [subject, *(_shown(found.get((prompts, subject, one)), one) for one in columns)]
             for subject in subjects
         ]
-        parts.append("\n".join([*lines, ""]))
+        heading = f"{prompts.capitalize()}: {PROMPTS[prompts]}"
+        tables.append(ResultTable(heading, ["", *columns.values()], rows))
     if rocs:
-        lines = ["### Foreseeing copies", "", _line(["score", "AUC", "found at 1 %", "copies"])]
-        lines.append("|---" * 4 + "|")
-        for roc in rocs:
-            auc = roc.detector.auc
-            area = f"{auc.value:.3f}"
-            if auc.low is not None and auc.high is not None:
-                area += f" ({auc.low:.3f}–{auc.high:.3f})"
-            share = f"{100 * roc.detector.true_positive_rate(0.01):.1f} %"
-            total = roc.detector.copies + roc.detector.others
-            lines.append(_line([roc.title, area, share, f"{roc.detector.copies} of {total}"]))
-        parts.append("\n".join([*lines, ""]))
-    return "\n".join(parts)
+        rows = [
+            [
+                roc.title,
+                figure_text(roc.detector.auc, ".3f"),
+                f"{100 * roc.detector.true_positive_rate(0.01):.1f} %",
+                f"{roc.detector.copies} of {roc.detector.copies + roc.detector.others}",
+            ]
+            for roc in rocs
+        ]
+        titles = ["score", "AUC", "found at 1 %", "copies"]
+        tables.append(ResultTable("Foreseeing copies", titles, rows))
+    return "\n".join(table.as_markdown() for table in tables)
 
 
 def printed(found: Found, prompts: PromptSet, subjects: Sequence[str]) -> Table:
@@ -160,10 +163,6 @@ def _columns(found: Found, prompts: PromptSet, subjects: Sequence[str]) -> dict[
     }
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _format(name: str) -> tuple[float, str]:
     """Factor and format of a metric's figures."""
     if name.endswith("copies") or name == "duplicated_share":
@@ -177,13 +176,12 @@ def _value(one: Metric | None, name: str) -> str:
     if one is None:
         return ""
     factor, form = _format(name)
-    return f"{factor * one.value:{form}}".rstrip(".")
+    return figure_text(Interval(one.value), form, factor)
 
 
 def _shown(one: Metric | None, name: str) -> str:
     """The figure with its interval in parentheses."""
-    if one is None or one.low is None or one.high is None:
-        return _value(one, name)
+    if one is None:
+        return ""
     factor, form = _format(name)
-    low, high = (f"{factor * end:{form}}".rstrip(".") for end in (one.low, one.high))
-    return f"{_value(one, name)} ({low}–{high})"
+    return figure_text(Interval(one.value, one.low, one.high), form, factor)

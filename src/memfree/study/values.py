@@ -7,8 +7,6 @@ from memfree.study.statistics import Measured
 Key = tuple[str, int, str, str]
 """Model (conditioning and what else is not the study's default), duplication factor, subject,
 metric."""
-LADDER = 0
-"""Duplication factor of a model whose data have several."""
 Values = dict[Key, dict[int, Measured]]
 """What was measured, by key and training seed."""
 
@@ -25,6 +23,9 @@ DISTANCES = {
 SHOWN = {**RATES, **DISTANCES}
 """Metrics of the tables and their titles. Seconds are left to quiet machines: studies may share
 theirs, and the first sampling of a model pays for its warm-up."""
+
+RATIO = "distance_ratio_below_third"
+"""Share of samples with d_1/d_2 < 1/3, what Gu et al. (2023) count as copies."""
 
 MARGINS = {
     "copies": 0.005,
