@@ -20,7 +20,7 @@ from memfree.guidance.neighbour_conditions import (
     CAPTION_RECORDS,
     NeighbourConditions,
 )
-from memfree.guidance.prediction import Prediction, combine, row_norm
+from memfree.guidance.prediction import Prediction, row_norm
 from memfree.guidance.similarity import Match, Similarity
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 
@@ -299,6 +299,6 @@ def _clean_estimate_of(prediction: Prediction, x_t: Tensor, rows: Tensor) -> Ten
         cond = prediction.denoise(x_t, prediction.conditions[rows])
     if prediction.output_uncond is not None:
         uncond = prediction.denoise(x_t, None)
-    output = combine(cond, uncond, prediction.guidance_scale)
+    output = prediction.combined(cond, uncond)
     alpha_bar = prediction.alpha_bar.clone()
     return predicted_x_0(x_t.float(), output.float(), alpha_bar, prediction.prediction_type)

@@ -11,7 +11,7 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from memfree.conditions import TextConditions
-from memfree.diffusion_math import eps_change
+from memfree.diffusion_math import eps_change, per_sample
 from memfree.guidance.baselines.magnitude import branches, magnitude, size_factor
 from memfree.guidance.baselines.prompt_embedding import PromptEmbeddingOptions, optimized
 from memfree.guidance.baselines.semantic_search import SemanticSearch
@@ -127,12 +127,12 @@ class _Reanchoring:
         m = row_norm(eps_change(difference, prediction.alpha_bar, prediction.prediction_type))
         target, threshold = self.options.target * factor, self.options.threshold * factor
         s_pr = reanchoring_scale(m, target, threshold, s).to(y.dtype)
-        shape = [-1, *[1] * (y.ndim - 1)]
-        s_pr, anchor = s_pr.reshape(shape), (m > target).reshape(shape)
+        s_pr, anchor = per_sample(s_pr, y), per_sample(m > target, y)
         # The coefficients of the outputs sum to 1: the formula holds for v as for ε.
         anchored = y + s_pr * (y_mod - y) + (s - s_pr) * (y_mod - u)
+        chosen = torch.where(anchor, anchored, combine(y_mod, u, s))
         output = prediction.output.clone()
-        output[rows] = torch.where(anchor, anchored, combine(y_mod, u, s))
+        output[rows] = prediction.as_stepped(chosen, y_mod)
         return replace(prediction, output=output).activated(triggered)
 
     def _alternatives(self, prediction: Prediction, factor: float) -> tuple[TextConditions, Tensor]:
