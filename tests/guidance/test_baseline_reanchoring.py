@@ -183,7 +183,7 @@ def test_prss_with_nothing_triggered_is_plain_guidance():
 def test_bad_uses_are_refused_in_one_line():
     with pytest.raises(ValueError, match="target 5 must be below .*threshold 5"):
         PromptReanchoring(["a"], PromptReanchoringOptions(target=5))
-    with pytest.raises(ValueError, match="alternative search needs prompts"):
+    with pytest.raises(ValueError, match="alternative search chooses"):
         PromptReanchoring()
     model, x = TextModel(), noise(4)
     (prss,) = PromptReanchoring(CANDIDATES).guidances()

@@ -72,8 +72,8 @@ class PromptReanchoring(Mitigation):
             )
         if options.alternative == "search" and not prompts:
             raise ValueError(
-                "--guidance.prss.alternative search needs prompts to choose from; give some, or "
-                "say optimized"
+                "--guidance.prss.alternative search chooses among the captions of the index: give "
+                "--index of captioned images, or say --guidance.prss.alternative optimized"
             )
         self.options = options
         self.prompts_to_search = list(prompts)
