@@ -35,6 +35,32 @@ def index():
     return ReferenceIndex.build(images, captions=CAPTIONS, counts=counts, groups=[0, 1, 2, 3])
 
 
+def padded(texts, length, seed, dtype=torch.int64):
+    """As T5 pads: the vectors behind the text are large, alike, and masked."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = 50 + torch.randn(len(texts), length, 3, generator=generator)
+    tokens[:, :2] = encode(texts).embeddings
+    mask = torch.zeros(len(texts), length, dtype=dtype)
+    mask[:, :2] = 1
+    return TextConditions(tokens, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_masked_tokens_do_not_count_in_a_sentence(index, dtype):
+    texts = ["red apple", "unseen", "grinning face"]
+    plain = encode(texts)
+    masked = [padded(texts, 120, seed, dtype) for seed in (0, 1)]
+    for one in masked:
+        torch.testing.assert_close(one.sentence(), plain.sentence(), atol=1e-6, rtol=0)
+    # Before, the padding alone decided: all prompts were the same.
+    assert float(TextConditions(masked[0].embeddings).sentence()[0] @ plain.sentence()[2]) > 0.5
+    weights = CaptionWeights(index, 0.2)(
+        masked[0], lambda captions: padded(captions, 120, 2, dtype)
+    )
+    for made, expected in zip(weights, CaptionWeights(index, 0.2)(plain, encode), strict=True):
+        torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("bandwidth", [0.0, 0.2])
 def test_captions_weigh_as_by_hand(index, bandwidth):
     prompts = ["red apple", "unseen", "grinning face"]
