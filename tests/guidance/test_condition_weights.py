@@ -35,6 +35,21 @@ def index():
     return ReferenceIndex.build(images, captions=CAPTIONS, counts=counts, groups=[0, 1, 2, 3])
 
 
+def test_records_without_a_caption_count_under_every_prompt():
+    """Row 0 has 4 of 5 records with a caption, row 1 none of 3."""
+    images = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    repeated = images[[0, 0, 1, 2]]
+    captions = ["red apple", None, None, "grinning face"]
+    counts = torch.tensor([4, 1, 3, 2])
+    index = ReferenceIndex.build(repeated, captions=captions, counts=counts)
+    log_1, log_m = CaptionWeights(index, 0.0)(encode(["red apple", "unseen"]), encode)
+    expected = np.array([[5.0, 3.0, 0.0], [1.0, 3.0, 0.0]])
+    np.testing.assert_allclose(log_m.exp().numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(log_1.exp().numpy(), expected / [5, 3, 2], rtol=1e-6)
+    share = CaptionWeights(index, 0.0).share_of_first_records(encode(["red apple"]), encode)
+    assert share.tolist() == pytest.approx([1 / 5])
+
+
 def padded(texts, length, seed, dtype=torch.int64):
     """As T5 pads: the vectors behind the text are large, alike, and masked."""
     generator = torch.Generator().manual_seed(seed)

@@ -25,6 +25,7 @@ from memfree.guidance.multiplicity import MultiplicityGuidance
 from memfree.guidance.neighbour_conditions import CAPTION_NEIGHBOURS, CAPTION_RECORDS
 from memfree.guidance.prediction import Guidance
 from memfree.guidance.recommended import recommended
+from memfree.guidance.sigma_gradient import Through
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 from memfree.retrieval.captions import CaptionPolicy
 
@@ -87,7 +88,7 @@ class GuidanceSettings:
     does not call it back. None: false, embeddings true."""
     final_correction: bool = True
     """Move what is still too near at the last step past λ_0, by a quarter of gate_margin."""
-    gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate"
+    gradient: Through = "clean_estimate"
     """Take ∇σ through x̂_0 alone, or through the denoiser as well (slower)."""
     strength: NonNegativeFloat = 1.5
     """κ of multiplicity guidance."""

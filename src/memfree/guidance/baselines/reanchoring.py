@@ -12,11 +12,11 @@ from torch import Tensor
 
 from memfree.conditions import TextConditions
 from memfree.diffusion_math import eps_change, per_sample
-from memfree.guidance.baselines.magnitude import branches, magnitude, size_factor
+from memfree.guidance.baselines.magnitude import branches, eps_norm, magnitude, size_factor
 from memfree.guidance.baselines.prompt_embedding import PromptEmbeddingOptions, optimized
 from memfree.guidance.baselines.semantic_search import SemanticSearch
 from memfree.guidance.mitigation import Mitigation
-from memfree.guidance.prediction import Guidance, Prediction, combine, row_norm
+from memfree.guidance.prediction import Guidance, Prediction, combine
 
 
 @dataclass
@@ -123,8 +123,7 @@ class _Reanchoring:
             return prediction
         y, u = cond[rows], uncond[rows]
         y_mod = prediction.denoise(prediction.x_t[rows], modified[rows])
-        difference = (y_mod - u).float()
-        m = row_norm(eps_change(difference, prediction.alpha_bar, prediction.prediction_type))
+        m = eps_norm(prediction, y_mod - u)
         target, threshold = self.options.target * factor, self.options.threshold * factor
         s_pr = reanchoring_scale(m, target, threshold, s).to(y.dtype)
         s_pr, anchor = per_sample(s_pr, y), per_sample(m > target, y)
