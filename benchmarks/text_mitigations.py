@@ -37,7 +37,7 @@ from memfree.guidance.baselines import (
     SharpnessAwareOptions,
     TextTools,
 )
-from memfree.guidance.settings import MitigationName
+from memfree.guidance.mitigation_names import MitigationName
 from memfree.sampling import SamplingModule
 
 EVERY = "acting on every sample"

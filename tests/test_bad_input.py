@@ -128,6 +128,8 @@ SAMPLING = {
     "trainer.devices": "1",
 }
 
+MOST_COMMON = {"guidance.caption_policy": "most_common", "guidance.caption_neighbours": "1000"}
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -145,6 +147,14 @@ SAMPLING = {
         (
             {"guidance.mitigation": "amg", "index": "bare_index"},
             "bare_index has no captions, which --guidance.c2 steers away from",
+        ),
+        (
+            {"guidance.mitigation": "prss", "index": None},
+            "give --index of captioned images, or say",
+        ),
+        (
+            {"guidance.mitigation": "amg", **MOST_COMMON},
+            "--guidance.caption_neighbours 1000: the index has 55 distinct groups, use 1 to 55",
         ),
         ({"guidance.mitigation": "multiplicity"}, "needs --latents"),
         (

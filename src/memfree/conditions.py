@@ -37,8 +37,14 @@ class TextConditions:
         return self._each(lambda value: value.expand(count, *value.shape[1:]))
 
     def sentence(self) -> Tensor:
-        """(B, D) float32 of length 1: the mean of the token vectors, to compare prompts by."""
-        return torch.nn.functional.normalize(self.embeddings.float().mean(dim=1), dim=1)
+        """(B, D) float32 of length 1: the mean of the token vectors, to compare prompts by.
+
+        With a mask of the tokens that count, else of all: CLIP's begin and padding tokens included.
+        """
+        tokens = self.embeddings.float()
+        if self.mask is not None:
+            tokens = tokens * self.mask.to(tokens)[..., None]  # its length is normalised away
+        return torch.nn.functional.normalize(tokens.mean(dim=1), dim=1)
 
     @classmethod
     def cat(cls, parts: Sequence[TextConditions]) -> TextConditions:

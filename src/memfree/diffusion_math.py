@@ -34,18 +34,6 @@ def predicted_x_0(
     return output
 
 
-def predicted_eps(
-    x_t: Tensor, output: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
-) -> Tensor:
-    """Noise estimate ε̂ from the denoiser's output; arguments as in ``predicted_x_0``."""
-    a = per_sample(alpha_bar, x_t)
-    if prediction_type == "epsilon":
-        return output
-    if prediction_type == "v_prediction":
-        return a.sqrt() * output + (1 - a).sqrt() * x_t
-    return (x_t - a.sqrt() * output) / (1 - a).sqrt()
-
-
 def output_change_from_eps(
     delta_eps: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
 ) -> Tensor:

@@ -26,6 +26,7 @@ from memfree.sampling.checks import (
     labels_in_turn,
     latents_for,
     refuse_without_captions,
+    refuse_wrong_settings,
     scheduler_for,
 )
 from memfree.sampling.png import from_bytes, to_bytes
@@ -105,6 +106,7 @@ def tune(
     reference = index_for(index, loaded, guidance, allow_other_dataset)
     refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
     guidance = guidance.resolved(reference)
+    refuse_wrong_settings(guidance, loaded, reference)
     reference.to("cuda" if torch.cuda.is_available() else "cpu")
     sampler = scheduler_for(scheduler, loaded, steps)
     batches = torch.arange(count).split(batch_size)

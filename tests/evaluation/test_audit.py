@@ -15,8 +15,9 @@ from memfree import cli
 from memfree.data import DatasetFolder
 from memfree.evaluation import audit
 from memfree.evaluation.audit import measure
-from memfree.evaluation.false_discovery import adjusted, fewest_discoveries
-from memfree.guidance import NormalizedL2, calibrate, calibration_of
+from memfree.evaluation.false_discovery import adjusted, are_discoveries, fewest_discoveries
+from memfree.evaluation.neighbours import find_neighbours
+from memfree.guidance import EmbeddingSimilarity, NormalizedL2, calibrate, calibration_of
 from memfree.manifest import read_manifest
 from memfree.retrieval import EfficientNetFeatures, ReferenceIndex
 from memfree.sampling import png
@@ -37,9 +38,27 @@ def test_discoveries_are_those_of_the_definition(seed):
     p_values = generator.integers(1, 40, 60) / 40
     p_values[: seed * 2] = 1 / 40
     for rate in (0.01, 0.05, 0.1, 0.3, 0.9):
-        found = set(np.flatnonzero(adjusted(p_values) <= rate + 1e-12).tolist())
+        found = set(np.flatnonzero(are_discoveries(adjusted(p_values), rate)).tolist())
         assert found == step_up(p_values, rate + 1e-12)
     assert (adjusted(p_values) >= p_values - 1e-12).all() and adjusted(p_values).max() <= 1
+
+
+def test_what_is_exactly_on_the_line_is_a_discovery():
+    """p_(k)·m/k = q in whole numbers: i/(n+1)·m·100 = k·percent, which floats miss by rounding."""
+    missed = 0
+    for n, m, percent in ((99, 50, 10), (199, 60, 5), (999, 1000, 1)):
+        ties = [
+            (i, k) for i in range(1, n) for k in range(1, m) if i * m * 100 == k * percent * (n + 1)
+        ]
+        for i, k in ties:
+            p_values = np.ones(m)
+            p_values[:k] = i / (n + 1)
+            found = are_discoveries(adjusted(p_values), percent / 100)
+            assert found.tolist() == [True] * k + [False] * (m - k)
+            missed += int((adjusted(p_values) <= percent / 100).sum() < k)
+            p_values[k - 1] = (i + 1) / (n + 1)
+            assert are_discoveries(adjusted(p_values), percent / 100).sum() < k
+    assert missed  # n = 99, m = 50, 35 images with p = 0.07 is one
 
 
 @pytest.mark.parametrize(("m", "n", "rate"), [(60, 500, 0.05), (10, 19, 0.05), (1000, 99, 0.1)])
@@ -135,11 +154,34 @@ def test_it_says_where_no_discovery_is_possible(dataset, index, folder):
     assert "it takes at least 50 such" in measure(loaded, folder, 0.051, 0.5).warning
 
 
+def test_an_index_of_one_image_is_refused_in_one_line(folder, tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    index = ReferenceIndex.build(torch.rand(1, 1, 8, 8, generator=generator))
+    calibrate(index, NormalizedL2(k=1), torch.rand(500, 1, 8, 8, generator=generator))
+    index.save(tmp_path / "index")
+    with pytest.raises(SystemExit):
+        cli.main(["audit", str(folder), f"--index={tmp_path / 'index'}"])
+    assert "the index has one group of images, and nL2" in capsys.readouterr().err
+
+
+def test_every_image_is_embedded_once(dataset, folder):
+    embedded = ReferenceIndex.build(dataset, EfficientNetFeatures())
+    calibrate(embedded, EmbeddingSimilarity(), DatasetFolder(dataset).part("calibration").images())
+    images = DatasetFolder(dataset).part("fit").images()[:12]
+    seen, calibration = [], calibration_of(embedded, EmbeddingSimilarity())
+    with embedded.features.register_forward_hook(lambda *call: seen.append(len(call[2]))):
+        found = find_neighbours(embedded, EmbeddingSimilarity(), calibration, images, 0.3, 8)
+    assert seen == [8, 4]
+    vectors = embedded.features(images)
+    distances = torch.cdist(vectors.double(), embedded.vectors.double())
+    expected = [row[embedded.group != embedded.group[row.argmin()]].min() for row in distances]
+    ratio = distances.min(dim=1).values / torch.stack(expected)
+    np.testing.assert_allclose(found.distance_ratio, ratio, atol=1e-4)
+
+
 def test_an_index_of_embeddings_shows_the_data_sets_images(dataset, index, folder, tmp_path):
     data = DatasetFolder(dataset)
     embedded = ReferenceIndex.build(dataset, EfficientNetFeatures())
-    from memfree.guidance import EmbeddingSimilarity
-
     calibrate(embedded, EmbeddingSimilarity(), data.part("calibration").images())
     embedded.save(tmp_path / "embedded")
     audit(folder, tmp_path / "embedded", tmp_path / "without", pairs=3)

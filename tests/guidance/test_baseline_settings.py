@@ -33,8 +33,8 @@ from memfree.guidance.baselines import (
     TextTools,
 )
 from memfree.guidance.mitigation import Mitigation
+from memfree.guidance.mitigation_names import TEXT_ONLY, WITH_INDEX, MitigationName
 from memfree.guidance.multiplicity import MultiplicityGuidance
-from memfree.guidance.settings import TEXT_ONLY, WITH_INDEX, MitigationName
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.checks import refuse_text_only

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from memfree.guidance import Calibration, NormalizedL2, calibrate, calibration_of
+from memfree.guidance import (
+    Calibration,
+    NormalizedL2,
+    calibrate,
+    calibration_of,
+    default_similarity,
+)
 from memfree.retrieval import ReferenceIndex
 
 
@@ -86,3 +92,13 @@ def test_calibration_needs_images():
     index = ReferenceIndex.build(torch.rand(60, 1, 4, 4))
     with pytest.raises(ValueError, match="held-out"):
         calibrate(index, NormalizedL2(), torch.empty(0, 1, 4, 4))
+
+
+def test_distances_to_one_group_are_no_measure():
+    """nL2 = ℓ2/(½·ℓ2) = 2 whatever the image: nothing would be near."""
+    images = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    one = ReferenceIndex.build(images, groups=[0, 0, 0])
+    assert NormalizedL2(k=1)(one, images + 0.1).sigma.tolist() == pytest.approx([-2] * 3)
+    with pytest.raises(ValueError, match="one group of images, and nL2 .* at least 2 distinct"):
+        default_similarity(one)
+    assert default_similarity(ReferenceIndex.build(images, groups=[0, 0, 1])).k == 2

@@ -35,6 +35,47 @@ def index():
     return ReferenceIndex.build(images, captions=CAPTIONS, counts=counts, groups=[0, 1, 2, 3])
 
 
+def test_records_without_a_caption_count_under_every_prompt():
+    """Row 0 has 4 of 5 records with a caption, row 1 none of 3."""
+    images = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    repeated = images[[0, 0, 1, 2]]
+    captions = ["red apple", None, None, "grinning face"]
+    counts = torch.tensor([4, 1, 3, 2])
+    index = ReferenceIndex.build(repeated, captions=captions, counts=counts)
+    log_1, log_m = CaptionWeights(index, 0.0)(encode(["red apple", "unseen"]), encode)
+    expected = np.array([[5.0, 3.0, 0.0], [1.0, 3.0, 0.0]])
+    np.testing.assert_allclose(log_m.exp().numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(log_1.exp().numpy(), expected / [5, 3, 2], rtol=1e-6)
+    share = CaptionWeights(index, 0.0).share_of_first_records(encode(["red apple"]), encode)
+    assert share.tolist() == pytest.approx([1 / 5])
+
+
+def padded(texts, length, seed, dtype=torch.int64):
+    """As T5 pads: the vectors behind the text are large, alike, and masked."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = 50 + torch.randn(len(texts), length, 3, generator=generator)
+    tokens[:, :2] = encode(texts).embeddings
+    mask = torch.zeros(len(texts), length, dtype=dtype)
+    mask[:, :2] = 1
+    return TextConditions(tokens, mask=mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_masked_tokens_do_not_count_in_a_sentence(index, dtype):
+    texts = ["red apple", "unseen", "grinning face"]
+    plain = encode(texts)
+    masked = [padded(texts, 120, seed, dtype) for seed in (0, 1)]
+    for one in masked:
+        torch.testing.assert_close(one.sentence(), plain.sentence(), atol=1e-6, rtol=0)
+    # Before, the padding alone decided: all prompts were the same.
+    assert float(TextConditions(masked[0].embeddings).sentence()[0] @ plain.sentence()[2]) > 0.5
+    weights = CaptionWeights(index, 0.2)(
+        masked[0], lambda captions: padded(captions, 120, 2, dtype)
+    )
+    for made, expected in zip(weights, CaptionWeights(index, 0.2)(plain, encode), strict=True):
+        torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("bandwidth", [0.0, 0.2])
 def test_captions_weigh_as_by_hand(index, bandwidth):
     prompts = ["red apple", "unseen", "grinning face"]

@@ -32,15 +32,15 @@ def test_clean_estimate_eq_12(kind):
     output = {"epsilon": eps, "v_prediction": v, "sample": x_0}[kind]
     t = [torch.tensor(value, dtype=torch.float64) for value in (x_t, output, a)]
     np.testing.assert_allclose(diffusion_math.predicted_x_0(*t, kind), x_0, atol=1e-12)
-    np.testing.assert_allclose(diffusion_math.predicted_eps(*t, kind), eps, atol=1e-12)
     target = diffusion_math.training_target(torch.tensor(x_0), torch.tensor(eps), t[2], kind)
     np.testing.assert_allclose(target, output, atol=1e-12)
     # A change of ε̂ (or of x̂_0) by d, said in the output's own terms, changes ε̂ (x̂_0) by d.
     d = torch.tensor(rng.normal(size=x_0.shape))
     changed = t[1] + diffusion_math.output_change_from_eps(d, t[2], kind)
-    np.testing.assert_allclose(
-        diffusion_math.predicted_eps(t[0], changed, t[2], kind), eps + d.numpy(), atol=1e-12
-    )
+    # ε̂ = (x_t − √ᾱ·x̂_0)/√(1−ᾱ), of the changed x̂_0.
+    changed_x_0 = diffusion_math.predicted_x_0(t[0], changed, t[2], kind).numpy()
+    changed_eps = (x_t - np.sqrt(a) * changed_x_0) / np.sqrt(1 - a)
+    np.testing.assert_allclose(changed_eps, eps + d.numpy(), atol=1e-12)
     changed = t[1] + diffusion_math.output_change_from_x_0(d, t[2], kind)
     np.testing.assert_allclose(
         diffusion_math.predicted_x_0(t[0], changed, t[2], kind), x_0 + d.numpy(), atol=1e-12

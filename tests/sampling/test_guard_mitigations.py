@@ -19,7 +19,7 @@ from guard_parts import (
 import memfree
 from memfree.guidance import GuidanceSettings
 from memfree.guidance.mitigation import Mitigation
-from memfree.guidance.settings import MitigationName
+from memfree.guidance.mitigation_names import MitigationName
 from memfree.retrieval import ReferenceIndex
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from memfree.calibration_size import DEFAULT_RATE
 from memfree.evaluation.audit_page import render
 from memfree.evaluation.audited_images import AuditedImages
-from memfree.evaluation.false_discovery import adjusted, fewest_discoveries
+from memfree.evaluation.false_discovery import adjusted, are_discoveries, fewest_discoveries
 from memfree.evaluation.neighbours import Neighbours, find_neighbours
 from memfree.evaluation.triples import training_images
 from memfree.guidance import Calibration, calibration_of, default_similarity
@@ -166,7 +166,7 @@ def _table(names: list[str], found: Neighbours, keys: list[str], rate: float) ->
             "p_value": found.p_value[order],
             "q_value": q_value[order],
             "copy": found.copy[order],
-            "discovery": q_value[order] <= rate,
+            "discovery": are_discoveries(q_value[order], rate),
         }
     )
 

@@ -66,7 +66,7 @@ def find_neighbours(
     with torch.no_grad():
         for batch in images.to(index.device).split(batch_size):
             match = similarity(index, batch)
-            hits = index.search(batch, 2)
+            hits = index.search(match.vectors, 2)
             sigmas.append(match.sigma.double().cpu())
             rows.append(match.rows[:, 0].cpu())
             ratios.append(distance_ratio(hits.scores.double().cpu(), index.metric))

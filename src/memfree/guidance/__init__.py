@@ -10,9 +10,10 @@ from memfree.guidance.calibration import (
 )
 from memfree.guidance.detection import Cadence, Observer
 from memfree.guidance.mitigation import Mitigation, Start
+from memfree.guidance.mitigation_names import TEXT_ONLY, WITH_AMG, WITH_INDEX
 from memfree.guidance.multiplicity import MultiplicityGuidance
 from memfree.guidance.prediction import Guidance, Prediction, apply
-from memfree.guidance.settings import TEXT_ONLY, WITH_AMG, WITH_INDEX, GuidanceSettings
+from memfree.guidance.settings import GuidanceSettings
 from memfree.guidance.similarity import EmbeddingSimilarity, Match, NormalizedL2, Similarity
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 

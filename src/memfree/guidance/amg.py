@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from memfree.calibration_size import DEFAULT_RATE
 from memfree.conditions import differ
-from memfree.diffusion_math import predicted_x_0
 from memfree.guidance import corrections
 from memfree.guidance.asked_records import AskedRecords
 from memfree.guidance.detection import EVERY_STEP, Cadence, Detection, Observer, recorded
@@ -20,7 +19,8 @@ from memfree.guidance.neighbour_conditions import (
     CAPTION_RECORDS,
     NeighbourConditions,
 )
-from memfree.guidance.prediction import Prediction, combine, row_norm
+from memfree.guidance.prediction import Prediction, row_norm
+from memfree.guidance.sigma_gradient import Through, sigma_gradient
 from memfree.guidance.similarity import Match, Similarity
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 
@@ -84,7 +84,7 @@ class AntiMemorizationGuidance(Observer):
         gate_margin: float = 0.0,
         max_displacement: float | None = None,
         final_correction: float | None = None,
-        gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate",
+        gradient: Through = "clean_estimate",
         gated: bool = True,
         margin_per_doubling: float = 0.0,
         least_scale: float = 1.0,
@@ -221,7 +221,9 @@ class AntiMemorizationGuidance(Observer):
 
     def _g_sim(self, prediction: Prediction, match: Match, rows: Tensor) -> Tensor:
         """G_sim (eq. 17) of ``rows``, shortened to ``max_displacement``."""
-        gradient = self._sigma_gradient(prediction, match, rows)
+        gradient = sigma_gradient(
+            prediction, self.index, self.similarity, match.rows[rows], rows, self.gradient
+        )
         g_sim = corrections.dissimilarity(self.c3, prediction.alpha_bar, gradient)
         if self.max_displacement is None:
             return g_sim
@@ -242,22 +244,6 @@ class AntiMemorizationGuidance(Observer):
             x_t = prediction.x_t[rows[places[other]]]
             output[places[other]] = prediction.denoise(x_t, y_n[other])
         return output
-
-    def _sigma_gradient(self, prediction: Prediction, match: Match, rows: Tensor) -> Tensor:
-        """∇_{x_t} σ_t (len(rows), ...) in float32; the neighbours are not differentiated."""
-        with torch.inference_mode(False), torch.enable_grad():
-            neighbours = match.rows[rows].clone()
-            if self.gradient == "denoiser":
-                x_t = prediction.x_t[rows].clone().requires_grad_()
-                x_0 = _clean_estimate_of(prediction, x_t, rows)
-            else:
-                x_t = x_0 = prediction.clean_estimate(rows).clone().requires_grad_()
-            sigma = self.similarity.against(self.index, prediction.decode(x_0), neighbours)
-            (gradient,) = torch.autograd.grad(sigma.sum(), x_t)
-        if self.gradient == "denoiser":
-            return gradient.float()
-        # With ε̂ constant, ∂x̂_0/∂x_t = 1/√ᾱ (eq. 12), in every parameterisation.
-        return gradient / prediction.alpha_bar.sqrt()
 
     def _correct_last(
         self, prediction: Prediction, sigma: Tensor, active: Tensor, target: float
@@ -290,15 +276,3 @@ class AntiMemorizationGuidance(Observer):
                 prediction.decode,
             )
         return prediction.with_clean_change((moved - before[rows]) / gain, rows).activated(above)
-
-
-def _clean_estimate_of(prediction: Prediction, x_t: Tensor, rows: Tensor) -> Tensor:
-    """x̂_0 of other noisy samples at this step, by calling the denoiser on both branches again."""
-    cond = uncond = None
-    if prediction.output_cond is not None and prediction.conditions is not None:
-        cond = prediction.denoise(x_t, prediction.conditions[rows])
-    if prediction.output_uncond is not None:
-        uncond = prediction.denoise(x_t, None)
-    output = combine(cond, uncond, prediction.guidance_scale)
-    alpha_bar = prediction.alpha_bar.clone()
-    return predicted_x_0(x_t.float(), output.float(), alpha_bar, prediction.prediction_type)

@@ -21,7 +21,8 @@ class AskedRecords:
     """m(y) = m − Σ_c (1 − K(y, c))·m_c of the nearest image's group, at least 1.
 
     m are the group's records, m_c those with caption c, K the kernel of ``caption_kernel``. Records
-    with other captions than the prompt did not teach the model to answer it with this image.
+    with other captions than the prompt did not teach the model to answer it with this image; those
+    without a caption count under every prompt.
     Without prompts, captions, a text encoder or a bandwidth all records count: m(y) = m.
 
     Args:

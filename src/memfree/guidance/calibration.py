@@ -149,7 +149,18 @@ def calibration_of(index: ReferenceIndex, similarity: Similarity) -> Calibration
 
 
 def default_similarity(index: ReferenceIndex) -> Similarity:
-    """NormalizedL2 for an index of distances, EmbeddingSimilarity for one of cosines."""
-    if index.metric == "l2":
-        return NormalizedL2(k=min(50, int(index.group.max()) + 1))
-    return EmbeddingSimilarity()
+    """NormalizedL2 for an index of distances, EmbeddingSimilarity for one of cosines.
+
+    Raises:
+        ValueError: the index is of distances and has one group: its own distance is all that nL2
+            could divide by, so that σ would be the same for every image.
+    """
+    if index.metric != "l2":
+        return EmbeddingSimilarity()
+    groups = int(index.group.max()) + 1
+    if groups < 2:
+        raise ValueError(
+            "the index has one group of images, and nL2 compares the nearest group with others: "
+            "index at least 2 distinct images, or features that are compared by cosine"
+        )
+    return NormalizedL2(k=min(50, groups))

@@ -66,6 +66,7 @@ class CaptionWeights:
     m_i(y) = Σ_c K(y, c)·(records of i with caption c), with K = 1 for equal embeddings and else
     exp(−(1 − cos)/bandwidth) of the sentence vectors; without bandwidth only equal captions count.
     Deduplicated, a group has one record, whose caption is any of its records': m_i(y) / Σ_group m.
+    Records without a caption count under every prompt, as in ``AskedRecords``: any may call them.
 
     Args:
         index: references with captions.
@@ -89,7 +90,8 @@ class CaptionWeights:
         self._caption = torch.tensor([number[one] for one in columns["caption"]], device=device)
         self._row = torch.tensor(columns["row"], device=device)
         self._count = torch.tensor(columns["count"], dtype=torch.float32, device=device)
-        self._rows = len(index)
+        captioned = torch.zeros(len(index), device=device).index_add_(0, self._row, self._count)
+        self._uncaptioned = (index.multiplicity.to(captioned) - captioned).clamp(min=0)
         self._log_group = index.group_multiplicity.float().log().to(device)
         self._sentences: Tensor | None = None
         self._encoder: object = None
@@ -106,11 +108,11 @@ class CaptionWeights:
         """
         cosine = self._cosine(prompts, encode)
         kernel = caption_kernel(cosine, self.bandwidth)
-        m = torch.zeros(len(prompts), self._rows, device=cosine.device)
+        m = self._uncaptioned.repeat(len(prompts), 1)
         m.index_add_(1, self._row, kernel[:, self._caption] * self._count)
         log_m = m.log()
         log_1 = log_m - self._log_group
-        # Where no caption fits, all references weigh the same in both: nothing is corrected.
+        # Where no record fits, all references weigh the same in both: nothing is corrected.
         none = (m.sum(dim=1) == 0)[:, None]
         return log_1.masked_fill(none, 0.0), log_m.masked_fill(none, 0.0)
 
@@ -119,6 +121,7 @@ class CaptionWeights:
 
         Σ_i m_i(y)/m_i / Σ_i m_i(y), over the references i with caption y: 1 where none of them is
         repeated or none has this caption, 1/m for the caption of one image of m records alone.
+        Records without a caption are left out: none was learned with this prompt.
         """
         records = (self._cosine(prompts, encode) > SAME).float()[:, self._caption] * self._count
         total = records.sum(dim=1)

@@ -48,8 +48,8 @@ class NeighbourConditions:
         groups = int(index.group.max()) + 1
         if policy == "most_common" and not 1 <= neighbours <= groups:
             raise ValueError(
-                f"caption_neighbours is {neighbours}, but the index has {groups} distinct groups: "
-                f"use 1 to {groups}"
+                f"--guidance.caption_neighbours {neighbours}: the index has {groups} distinct "
+                f"groups, use 1 to {groups}"
             )
         if records < 0:
             raise ValueError(f"caption_records must be at least 0, not {records}")

@@ -46,6 +46,8 @@ class Prediction:
     """What ``output`` is, as in ``scheduler.config.prediction_type``."""
     denoise: Callable[[Tensor, Conditions | None], Tensor]
     """The denoiser at this step's t: (rows of x_t, their conditions or None) → output."""
+    guidance_rescale: float = 0.0
+    """How far a combination is scaled to the deviation of its conditional branch (``rescaled``)."""
     step: int = 0
     """Number of this denoising step, from 0."""
     is_last: bool = False
@@ -88,14 +90,30 @@ class Prediction:
         output[rows] = self.output[rows] + change.to(output.dtype)
         return replace(self, output=output)
 
+    def combined(
+        self, cond: Tensor | None, uncond: Tensor | None, guidance_scale: float | None = None
+    ) -> Tensor:
+        """Branches (b, ...) combined as the sampler does, with s_0 or another scale."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return self.as_stepped(combine(cond, uncond, scale), cond)
+
+    def as_stepped(self, output: Tensor, cond: Tensor | None) -> Tensor:
+        """A combination (b, ...) as the sampler steps with it: rescaled to ``cond`` if it does."""
+        if self.guidance_rescale <= 0 or cond is None:
+            return output
+        return rescaled(output, cond, self.guidance_rescale)
+
     def with_branches(self, cond: Tensor | None, uncond: Tensor | None) -> Prediction:
-        """This record with other branches, recombined by classifier-free guidance."""
-        return replace(
-            self,
-            output=combine(cond, uncond, self.guidance_scale),
-            output_cond=cond,
-            output_uncond=uncond,
-        )
+        """This record with other branches, and with what they change of the combination.
+
+        What earlier guidances made of ``output`` stays: the change is added to it. Where it is
+        still the combination of the branches, it becomes that of the new ones, to the bit; where
+        the combination is the same, so is ``output``.
+        """
+        before = self.combined(self.output_cond, self.output_uncond)
+        after = self.combined(cond, uncond)
+        output = torch.where(self.output == before, after, self.output + (after - before))
+        return replace(self, output=output, output_cond=cond, output_uncond=uncond)
 
     def recorded(self, **columns: Tensor) -> Prediction:
         """This record with more trace columns, each (B,)."""
@@ -113,6 +131,13 @@ def combine(cond: Tensor | None, uncond: Tensor | None, guidance_scale: float) -
         assert only is not None
         return only
     return uncond + guidance_scale * (cond - uncond)
+
+
+def rescaled(output: Tensor, cond: Tensor, amount: float) -> Tensor:
+    """``guidance_rescale`` (Lin et al., 2023, section 3.4), in the arithmetic of diffusers."""
+    dimensions = list(range(1, output.ndim))
+    ratio = cond.std(dim=dimensions, keepdim=True) / output.std(dim=dimensions, keepdim=True)
+    return torch.as_tensor(amount * (output * ratio) + (1 - amount) * output)
 
 
 class Guidance(Protocol):

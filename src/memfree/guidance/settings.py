@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from memfree.calibration_size import DEFAULT_RATE
 from memfree.guidance import baselines
 from memfree.guidance.amg import AntiMemorizationGuidance
+from memfree.guidance.baselines.by_name import baseline
 from memfree.guidance.calibration import calibration_of, default_similarity
 from memfree.guidance.detection import Cadence, Observer
 from memfree.guidance.mitigation import Mitigation
+from memfree.guidance.mitigation_names import WITH_AMG, WITH_INDEX, MitigationName
 from memfree.guidance.multiplicity import MultiplicityGuidance
 from memfree.guidance.neighbour_conditions import CAPTION_NEIGHBOURS, CAPTION_RECORDS
 from memfree.guidance.prediction import Guidance
 from memfree.guidance.recommended import recommended
+from memfree.guidance.sigma_gradient import Through
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 from memfree.retrieval.captions import CaptionPolicy
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-
-MitigationName = Literal[
-    "none",
-    "amg",
-    "multiplicity",
-    "both",
-    "reject",
-    "lower_guidance",
-    "rt",
-    "rna",
-    "cwr",
-    "gni",
-    "wen",
-    "ren",
-    "jain",
-    "prss",
-    "sail",
-]
-WITH_AMG = ("amg", "both")
-"""Mitigations that AMG is part of."""
-WITH_INDEX = ("amg", "multiplicity", "both", "reject")
-"""Mitigations that need a reference index."""
-TEXT_ONLY = ("lower_guidance", "rt", "rna", "cwr", "gni", "wen", "ren", "jain", "prss", "sail")
-"""The field's baselines (docs/baselines.md), which run on text-to-image models alone."""
 
 
 @dataclass
@@ -67,19 +51,19 @@ class GuidanceSettings:
     """λ_t: rising as t falls (eq. 19), or constant at its end point (the paper's ablation)."""
     gated: bool = True
     """False opens the gate to every sample at every step (the paper's ablation)."""
-    start_ratio: float | None = None
+    start_ratio: PositiveFloat | None = None
     """Where λ_t starts, as a multiple of its end point (pixels; None: 1.4, in the paper 1.3) or a
     fraction 1/start_ratio of it (embeddings; None: 1.16, in the authors' code 1.33)."""
-    rate: float = 0.025
+    rate: PositiveFloat = 0.025
     """c of eq. 19, per step of a 250-step grid."""
-    gate_margin: float | None = None
+    gate_margin: NonNegativeFloat | None = None
     """The gate opens this far below λ_t, in units of σ. None: 0.1, embeddings 0.05."""
-    margin_per_doubling: float | None = None
+    margin_per_doubling: NonNegativeFloat | None = None
     """The margin grows by this with every doubling of the training records of the nearest image,
     those that the prompt asks for (caption_bandwidth). None: 0, embeddings 0.05."""
-    c1: float = 5.0
+    c1: NonNegativeFloat = 5.0
     """Despecification (eq. 13); 0 switches it off."""
-    c2: float = 5.0
+    c2: NonNegativeFloat = 5.0
     """Caption or label deduplication (eq. 15); 0 switches it off."""
     caption_policy: CaptionPolicy = "nearest"
     """Which caption c2 steers away from: the nearest image's (nearest, the paper's), or the most
@@ -90,12 +74,12 @@ class GuidanceSettings:
     caption_records: NonNegativeInt = CAPTION_RECORDS
     """The most common caption is taken if more training records than this have it, else the
     nearest image's; 20 in the authors' code."""
-    c3: float = 300.0
+    c3: NonNegativeFloat = 300.0
     """Dissimilarity guidance (eq. 17); 0 switches it off."""
-    max_displacement: float | None = None
+    max_displacement: NonNegativeFloat | None = None
     """G_sim moves x̂_0 by at most this root mean square a step; 0: no limit. None: 1, embeddings
     0.6 after multiplicity guidance and 2 without."""
-    least_scale: float | None = None
+    least_scale: ClosedUnitInterval | None = None
     """What c1 and c2 leave of the guidance scale near a repeated image: 1, the conditional
     prediction, in the paper; 0: down to the unconditional one, for prompts of one memorized image.
     None: 1, embeddings 0."""
@@ -104,9 +88,9 @@ class GuidanceSettings:
     does not call it back. None: false, embeddings true."""
     final_correction: bool = True
     """Move what is still too near at the last step past λ_0, by a quarter of gate_margin."""
-    gradient: Literal["clean_estimate", "denoiser"] = "clean_estimate"
+    gradient: Through = "clean_estimate"
     """Take ∇σ through x̂_0 alone, or through the denoiser as well (slower)."""
-    strength: float = 1.5
+    strength: NonNegativeFloat = 1.5
     """κ of multiplicity guidance."""
     caption_bandwidth: NonNegativeFloat = 0.3
     """How far records with other captions than the prompt count, in multiplicity guidance and in
@@ -115,8 +99,10 @@ class GuidanceSettings:
     """In multiplicity guidance of text-to-image, a caption of repeated images counts as much as it
     would after deduplication: 1/m for one image with m records."""
     cadence: PositiveInt = 1
-    """Search the nearest images every so many steps only, until λ_t has risen (time 0.3): cheaper,
-    but guidance may begin late by as many steps."""
+    """Search the nearest images every so many steps only, until cadence_always_below: cheaper, but
+    guidance may begin late by as many steps."""
+    cadence_always_below: ClosedUnitInterval = 0.3
+    """Search at every step from this time on (1 is noise, 0 the image), where λ_t has risen."""
     wen_norm_steps: NonNegativeInt = 0
     """Record Wen's norm, the mean of ‖ε_c − ε_∅‖ over this many first steps, as wen_norm in the
     trace; 0: do not. Of text-to-image models, where the guidance scale is above 1."""
@@ -205,7 +191,7 @@ class GuidanceSettings:
         guided = [] if index is None else self._guided(index, latents)
         steps = int(self.wen_norm_steps)
         norm = [baselines.Guided([baselines.WenNorm(steps)])] if steps else []
-        parts = [*norm, *self._baseline(text), *guided]
+        parts = [*norm, *baseline(self, text), *guided]
         return parts[0] if len(parts) == 1 else baselines.Sequential(parts)
 
     def for_pixels(self, index: ReferenceIndex) -> Mitigation:
@@ -226,31 +212,19 @@ class GuidanceSettings:
             guided.append(baselines.RejectAndResample(index, default_similarity(index), end))
         return guided
 
-    def _baseline(self, text: baselines.TextTools | None) -> list[Mitigation]:
-        """The named baseline of the field; empty for mitigations that are none."""
-        name = self.mitigation
-        needs_text = name in ("rt", "ren") or (name == "prss" and self.prss.alternative == "search")
-        if needs_text and text is None:
-            raise ValueError(f"--guidance.mitigation {name} needs the model's tokenizer")
-        if name == "rt":
-            assert text is not None
-            return [baselines.RandomTokens(text.words, self.rt)]
-        if name == "ren":
-            assert text is not None
-            return [baselines.AttentionRescaling(text.count_tokens, self.ren)]
-        if name == "prss":
-            prompts = [] if text is None else text.prompts
-            return [baselines.PromptReanchoring(prompts, self.prss)]
-        plain: dict[str, Callable[[], Mitigation]] = {
-            "lower_guidance": lambda: baselines.LowerGuidance(self.lower_guidance),
-            "rna": lambda: baselines.RandomNumbers(self.rna),
-            "cwr": lambda: baselines.RepeatedWords(self.cwr),
-            "gni": lambda: baselines.EmbeddingNoise(self.gni),
-            "wen": lambda: baselines.PromptEmbeddingOptimization(self.wen),
-            "jain": lambda: baselines.OppositeGuidance(self.jain),
-            "sail": lambda: baselines.SharpnessAwareInitialization(self.sail),
-        }
-        return [plain[name]()] if name in plain else []
+    def check(self, index: ReferenceIndex | None, text: baselines.TextTools | None) -> None:
+        """Refuse wrong settings where that costs nothing, before anything is drawn or written.
+
+        Args:
+            index: as of ``for_text``, on any device.
+            text: as of ``for_text``; None for a model without text.
+
+        Raises:
+            ValueError: a setting is wrong by itself, or for this index or model.
+        """
+        if index is not None and self.mitigation in WITH_AMG:
+            self.anti_memorization(index)
+        baseline(self, text)
 
     @property
     def needs_captions(self) -> bool:
@@ -265,7 +239,7 @@ class GuidanceSettings:
     def observer(self, index: ReferenceIndex) -> Observer:
         """What records σ_t against λ_t and changes nothing."""
         similarity, threshold = default_similarity(index), self._threshold(index)
-        return Observer(index, similarity, threshold, Cadence(int(self.cadence)))
+        return Observer(index, similarity, threshold, self._cadence)
 
     def anti_memorization(self, index: ReferenceIndex) -> AntiMemorizationGuidance:
         """AMG with these settings on the index's calibrated threshold."""
@@ -287,16 +261,22 @@ class GuidanceSettings:
             margin_per_doubling=this.margin_per_doubling,
             least_scale=this.least_scale,
             latched=this.latched,
-            cadence=Cadence(int(self.cadence)),
+            cadence=self._cadence,
             caption_policy=self.caption_policy,
             caption_neighbours=int(self.caption_neighbours),
             caption_records=int(self.caption_records),
             caption_bandwidth=float(self.caption_bandwidth),
         )
 
+    @property
+    def _cadence(self) -> Cadence:
+        return Cadence(int(self.cadence), float(self.cadence_always_below))
+
     def _threshold(self, index: ReferenceIndex) -> ThresholdSchedule | ConstantThreshold:
         end, ratio = self.end_threshold(index), self.resolved(index).start_ratio
         assert ratio is not None
+        if ratio <= 0:
+            raise ValueError(f"--guidance.start_ratio must be above 0, not {ratio:g}")
         if self.schedule == "constant":
             return ConstantThreshold(end)
         # A distance's σ is negative: a multiple above 1 is lower. A cosine's is positive.

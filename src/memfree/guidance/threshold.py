@@ -21,7 +21,11 @@ class ThresholdSchedule:
     end: float
     """b: the value at t = 0."""
     rate: float = 0.025
-    """c, per step of the 250-step grid."""
+    """c, above 0, per step of the 250-step grid."""
+
+    def __post_init__(self) -> None:
+        if self.rate <= 0:
+            raise ValueError(f"rate of the threshold must be above 0, not {self.rate:g}")
 
     def __call__(self, time: float) -> float:
         """λ at ``time`` in [0, 1], 1 being pure noise."""

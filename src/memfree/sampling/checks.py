@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memfree.guidance import TEXT_ONLY, GuidanceSettings
+from memfree.guidance.baselines import TextTools
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.schedulers import SchedulerName, build_scheduler
@@ -19,6 +20,14 @@ def refuse_text_only(guidance: GuidanceSettings, model: LoadedModel) -> None:
             f"--guidance.mitigation {guidance.mitigation} needs a text-to-image model; this one "
             "makes images from labels or from nothing"
         )
+
+
+def refuse_wrong_settings(
+    guidance: GuidanceSettings, model: LoadedModel, index: ReferenceIndex | None
+) -> None:
+    """Refuse what the mitigation itself would refuse once sampling has begun."""
+    pipe = model.pipe
+    guidance.check(index, None if pipe is None else TextTools.of(pipe.tokenizer, index))
 
 
 def labels_in_turn(

@@ -107,8 +107,7 @@ class SamplingModule(LightningModule):
             assert self.index is not None
             self.mitigation = self.settings.for_pixels(self.index)
             return
-        captions = (self.index.captions if self.index is not None else None) or []
-        tools = TextTools(self.model.pipe.tokenizer, sorted(set(captions)))
+        tools = TextTools.of(self.model.pipe.tokenizer, self.index)
         self.mitigation = self.settings.for_text(self.index, tools, self.latents)
 
     def asked_of(self, index: Tensor) -> list[int] | list[str] | None:

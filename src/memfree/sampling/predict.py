@@ -25,6 +25,7 @@ from memfree.sampling.checks import (
     latents_for,
     refuse_text_only,
     refuse_without_captions,
+    refuse_wrong_settings,
     scheduler_for,
 )
 from memfree.sampling.folder import read_records
@@ -132,6 +133,7 @@ def predict(
         raise ValueError(f"--guidance.mitigation {guidance.mitigation} needs --index")
     if index is not None and reference is not None:
         refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
+    refuse_wrong_settings(guidance, loaded, reference)
     references = latents_for(latents, loaded, guidance)
     sampler = scheduler_for(scheduler, loaded, steps)
 

@@ -5,7 +5,7 @@ from memfree.guidance.baselines.attention_rescaling import (
     AttentionRescalingOptions,
 )
 from memfree.guidance.baselines.embedding_noise import EmbeddingNoise, EmbeddingNoiseOptions
-from memfree.guidance.baselines.guided import Guided, RejectAndResample, Sequential
+from memfree.guidance.baselines.guided import Guided
 from memfree.guidance.baselines.insertion import Insertion
 from memfree.guidance.baselines.lower_guidance import LowerGuidance, LowerGuidanceOptions
 from memfree.guidance.baselines.opposite_guidance import OppositeGuidance, OppositeGuidanceOptions
@@ -16,7 +16,9 @@ from memfree.guidance.baselines.prompt_embedding import (
 from memfree.guidance.baselines.random_numbers import RandomNumbers
 from memfree.guidance.baselines.random_tokens import RandomTokens
 from memfree.guidance.baselines.reanchoring import PromptReanchoring, PromptReanchoringOptions
+from memfree.guidance.baselines.reject_and_resample import RejectAndResample
 from memfree.guidance.baselines.repeated_words import RepeatedWords
+from memfree.guidance.baselines.sequential import Sequential
 from memfree.guidance.baselines.sharpness_aware_noise import (
     SharpnessAwareInitialization,
     SharpnessAwareOptions,

@@ -1,22 +1,11 @@
-"""Guidances, rejection, and several mitigations one after another, as mitigations."""
+"""Guidances as a mitigation."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from memfree.conditions import TextConditions
-from memfree.guidance.mitigation import Mitigation, Start
+from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.prediction import Guidance
-from memfree.guidance.similarity import Similarity
-
-if TYPE_CHECKING:
-    from memfree.retrieval import ReferenceIndex
 
 
 class Guided(Mitigation):
@@ -32,81 +21,3 @@ class Guided(Mitigation):
     def guidances(self) -> list[Guidance]:
         """Those that were given."""
         return list(self._guidances)
-
-
-class RejectAndResample(Mitigation):
-    """Draws a sample again while it is a copy by the index's own calibrated threshold.
-
-    Args:
-        index: references, on the device of the samples.
-        similarity: σ.
-        threshold: a finished image with σ above it is rejected.
-    """
-
-    def __init__(self, index: ReferenceIndex, similarity: Similarity, threshold: float) -> None:
-        self.index = index
-        self.similarity = similarity
-        self.threshold = threshold
-
-    @torch.no_grad()
-    def accept(self, images: Tensor) -> Tensor:
-        """σ ≤ threshold of finished images (B, C, H, W), (B,) bool."""
-        return self.similarity(self.index, images).sigma <= self.threshold
-
-
-class Sequential(Mitigation):
-    """Several mitigations: at each stage one after another, what one leaves is the next one's.
-
-    Args:
-        mitigations: in order.
-    """
-
-    def __init__(self, mitigations: Sequence[Mitigation]) -> None:
-        self.mitigations = list(mitigations)
-
-    def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
-        """Pass the prompts down the list."""
-        changed = list(prompts)
-        for one in self.mitigations:
-            changed = one.prompts(changed, generators)
-        return changed
-
-    def embedding(self, start: Start) -> TextConditions:
-        """Pass the conditions down the list."""
-        for one in self.mitigations:
-            start = replace(start, conditions=one.embedding(start))
-        return start.conditions
-
-    def initial_noise(self, start: Start) -> Tensor:
-        """Pass the noise down the list."""
-        for one in self.mitigations:
-            start = replace(start, noise=one.initial_noise(start))
-        return start.noise
-
-    def guidance_scale(self, guidance_scale: float) -> float:
-        """Pass s_0 down the list."""
-        for one in self.mitigations:
-            guidance_scale = one.guidance_scale(guidance_scale)
-        return guidance_scale
-
-    def around(self, network: Any) -> AbstractContextManager[Any]:
-        """Enter all, the first outermost."""
-        return self._around(network)
-
-    @contextmanager
-    def _around(self, network: Any) -> Generator[None]:
-        with ExitStack() as stack:
-            for one in self.mitigations:
-                stack.enter_context(one.around(network))
-            yield
-
-    def guidances(self) -> list[Guidance]:
-        """All guidances, in order."""
-        return [guidance for one in self.mitigations for guidance in one.guidances()]
-
-    def accept(self, images: Tensor) -> Tensor:
-        """Kept are the images that all accept."""
-        kept = super().accept(images)
-        for one in self.mitigations:
-            kept = kept & one.accept(images)
-        return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,3 +27,22 @@ def inserted(prompt: str, word: str, generator: torch.Generator) -> str:
     words = prompt.split(" ")
     words.insert(draw_below(len(words) + 1, generator), word)
     return " ".join(words)
+
+
+def with_words(
+    prompt: str,
+    count: int,
+    word: Callable[[torch.Generator], str],
+    generator: torch.Generator,
+) -> str:
+    """The prompt with ``count`` words inserted one after another.
+
+    Args:
+        prompt: of one sample.
+        count: insertions.
+        word: draws a word.
+        generator: of the sample; a word is drawn first, then its place.
+    """
+    for _ in range(count):
+        prompt = inserted(prompt, word(generator), generator)
+    return prompt

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jsonargparse.typing import NonNegativeFloat
+from jsonargparse.typing import restricted_number_type
 
 from memfree.guidance.mitigation import Mitigation
+
+AtLeastOne = restricted_number_type("AtLeastOne", float, (">=", 1))
+"""s_0 from 1 on."""
 
 
 @dataclass
 class LowerGuidanceOptions:
     """Options of lower guidance."""
 
-    guidance_scale: NonNegativeFloat = 2.0
-    """Largest s_0 that is used; ours, there is no source. 1 is the conditional model alone."""
+    guidance_scale: AtLeastOne = 2.0  # type: ignore[valid-type]
+    """Largest s_0 that is used; ours, there is no source. 1, the least, is the conditional model
+    alone: diffusers takes no smaller one for less guidance, but for none."""
 
 
 class LowerGuidance(Mitigation):
@@ -22,12 +26,20 @@ class LowerGuidance(Mitigation):
 
     Args:
         options: the limit.
+
+    Raises:
+        ValueError: it is below 1.
     """
 
     def __init__(
         self,
         options: LowerGuidanceOptions = LowerGuidanceOptions(),  # noqa: B008 - read only
     ) -> None:
+        if options.guidance_scale < 1:
+            raise ValueError(
+                "--guidance.lower_guidance.guidance_scale must be at least 1, not "
+                f"{options.guidance_scale:g}"
+            )
         self.options = options
 
     def guidance_scale(self, guidance_scale: float) -> float:

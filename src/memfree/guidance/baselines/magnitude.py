@@ -37,8 +37,12 @@ def magnitude(prediction: Prediction, method: str) -> Tensor:
         ValueError: classifier-free guidance is off, so that there is one branch.
     """
     cond, uncond = branches(prediction, method)
-    change = cond.float() - uncond.float()
-    return row_norm(eps_change(change, prediction.alpha_bar, prediction.prediction_type))
+    return eps_norm(prediction, cond.float() - uncond.float())
+
+
+def eps_norm(prediction: Prediction, change: Tensor) -> Tensor:
+    """‖Δε‖ of a change (b, ...) of the denoiser's output at this step, (b,) float32."""
+    return row_norm(eps_change(change.float(), prediction.alpha_bar, prediction.prediction_type))
 
 
 def branches(prediction: Prediction, method: str) -> tuple[Tensor, Tensor]:

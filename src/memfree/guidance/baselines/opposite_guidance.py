@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memfree.guidance.baselines.magnitude import branches, magnitude
 from memfree.guidance.mitigation import Mitigation
-from memfree.guidance.prediction import Guidance, Prediction, combine
+from memfree.guidance.prediction import Guidance, Prediction
 
 
 @dataclass
@@ -84,7 +84,7 @@ class _BeforeTransition:
             return prediction
         cond, uncond = branches(prediction, "opposite guidance (jain)")
         output = prediction.output.clone()
-        output[rows] = combine(cond[rows], uncond[rows], self.options.scale_before)
+        output[rows] = prediction.combined(cond[rows], uncond[rows], self.options.scale_before)
         return replace(prediction, output=output).activated(before)
 
     def _before(self, prediction: Prediction) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from memfree.guidance.baselines.insertion import Insertion, draw_below, inserted
+from memfree.guidance.baselines.insertion import Insertion, draw_below, with_words
 from memfree.guidance.mitigation import Mitigation
 
 NUMBERS = 100_000
@@ -28,9 +28,11 @@ class RandomNumbers(Mitigation):
 
     def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
         """Insert ``count`` numbers in every prompt."""
-        changed = []
-        for prompt, generator in zip(prompts, generators, strict=True):
-            for _ in range(self.options.count):
-                prompt = inserted(prompt, str(draw_below(NUMBERS, generator)), generator)
-            changed.append(prompt)
-        return changed
+        return [
+            with_words(prompt, self.options.count, _number, generator)
+            for prompt, generator in zip(prompts, generators, strict=True)
+        ]
+
+
+def _number(generator: torch.Generator) -> str:
+    return str(draw_below(NUMBERS, generator))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from memfree.guidance.baselines.insertion import Insertion, draw_below, inserted
+from memfree.guidance.baselines.insertion import Insertion, draw_below, with_words
 from memfree.guidance.mitigation import Mitigation
 
 
@@ -41,9 +41,11 @@ class RandomTokens(Mitigation):
         words = self._words() if callable(self._words) else self._words
         if not words:
             raise ValueError("random tokens (rt) need a vocabulary that is not empty")
-        changed = []
-        for prompt, generator in zip(prompts, generators, strict=True):
-            for _ in range(self.options.count):
-                prompt = inserted(prompt, words[draw_below(len(words), generator)], generator)
-            changed.append(prompt)
-        return changed
+
+        def word(generator: torch.Generator) -> str:
+            return words[draw_below(len(words), generator)]
+
+        return [
+            with_words(prompt, self.options.count, word, generator)
+            for prompt, generator in zip(prompts, generators, strict=True)
+        ]

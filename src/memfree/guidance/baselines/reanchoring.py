@@ -11,12 +11,12 @@ from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from memfree.conditions import TextConditions
-from memfree.diffusion_math import eps_change
-from memfree.guidance.baselines.magnitude import branches, magnitude, size_factor
+from memfree.diffusion_math import eps_change, per_sample
+from memfree.guidance.baselines.magnitude import branches, eps_norm, magnitude, size_factor
 from memfree.guidance.baselines.prompt_embedding import PromptEmbeddingOptions, optimized
 from memfree.guidance.baselines.semantic_search import SemanticSearch
 from memfree.guidance.mitigation import Mitigation
-from memfree.guidance.prediction import Guidance, Prediction, combine, row_norm
+from memfree.guidance.prediction import Guidance, Prediction, combine
 
 
 @dataclass
@@ -72,8 +72,8 @@ class PromptReanchoring(Mitigation):
             )
         if options.alternative == "search" and not prompts:
             raise ValueError(
-                "--guidance.prss.alternative search needs prompts to choose from; give some, or "
-                "say optimized"
+                "--guidance.prss.alternative search chooses among the captions of the index: give "
+                "--index of captioned images, or say --guidance.prss.alternative optimized"
             )
         self.options = options
         self.prompts_to_search = list(prompts)
@@ -123,16 +123,15 @@ class _Reanchoring:
             return prediction
         y, u = cond[rows], uncond[rows]
         y_mod = prediction.denoise(prediction.x_t[rows], modified[rows])
-        difference = (y_mod - u).float()
-        m = row_norm(eps_change(difference, prediction.alpha_bar, prediction.prediction_type))
+        m = eps_norm(prediction, y_mod - u)
         target, threshold = self.options.target * factor, self.options.threshold * factor
         s_pr = reanchoring_scale(m, target, threshold, s).to(y.dtype)
-        shape = [-1, *[1] * (y.ndim - 1)]
-        s_pr, anchor = s_pr.reshape(shape), (m > target).reshape(shape)
+        s_pr, anchor = per_sample(s_pr, y), per_sample(m > target, y)
         # The coefficients of the outputs sum to 1: the formula holds for v as for ε.
         anchored = y + s_pr * (y_mod - y) + (s - s_pr) * (y_mod - u)
+        chosen = torch.where(anchor, anchored, combine(y_mod, u, s))
         output = prediction.output.clone()
-        output[rows] = torch.where(anchor, anchored, combine(y_mod, u, s))
+        output[rows] = prediction.as_stepped(chosen, y_mod)
         return replace(prediction, output=output).activated(triggered)
 
     def _alternatives(self, prediction: Prediction, factor: float) -> tuple[TextConditions, Tensor]:

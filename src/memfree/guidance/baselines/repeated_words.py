@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from memfree.guidance.baselines.insertion import Insertion, draw_below, inserted
+from memfree.guidance.baselines.insertion import Insertion, draw_below, with_words
 from memfree.guidance.mitigation import Mitigation
 
 
@@ -25,10 +25,13 @@ class RepeatedWords(Mitigation):
 
     def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
         """Repeat ``count`` words in every prompt; an empty prompt stays empty."""
-        changed = []
-        for prompt, generator in zip(prompts, generators, strict=True):
-            words = prompt.split(" ")
-            for _ in range(self.options.count if prompt else 0):
-                prompt = inserted(prompt, words[draw_below(len(words), generator)], generator)
-            changed.append(prompt)
-        return changed
+        return [
+            self._repeated(prompt, generator)
+            for prompt, generator in zip(prompts, generators, strict=True)
+        ]
+
+    def _repeated(self, prompt: str, generator: torch.Generator) -> str:
+        words, count = prompt.split(" "), self.options.count if prompt else 0
+        return with_words(
+            prompt, count, lambda source: words[draw_below(len(words), source)], generator
+        )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from memfree.conditions import SAME, Encode, TextConditions, cosines, sentences
-from memfree.diffusion_math import eps_change
-from memfree.guidance.prediction import Prediction, row_norm
+from memfree.guidance.baselines.magnitude import eps_norm
+from memfree.guidance.prediction import Prediction
 
 
 class SemanticSearch:
@@ -59,8 +59,7 @@ class SemanticSearch:
             chosen = [self.prompts[row] for row in ranked[place, column].tolist()]
             encoded = prediction.encode(chosen)
             output = prediction.denoise(prediction.x_t[searching], encoded)
-            change = (output - prediction.output_uncond[searching]).float()
-            m = row_norm(eps_change(change, prediction.alpha_bar, prediction.prediction_type))
+            m = eps_norm(prediction, output - prediction.output_uncond[searching])
             better = m < best[searching]
             rows = searching[better]
             best[rows] = m[better]

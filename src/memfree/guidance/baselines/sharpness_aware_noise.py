@@ -8,6 +8,7 @@ import torch
 from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from memfree.diffusion_math import per_sample
 from memfree.guidance.baselines.magnitude import size_factor
 from memfree.guidance.mitigation import Mitigation, Start
 from memfree.guidance.prediction import row_norm
@@ -39,9 +40,10 @@ class SharpnessAwareInitialization(Mitigation):
     The first term stands for the difference of the Hessians along the difference of the scores, by
     one finite difference. Source: Jeon, Kim and No, "Understanding and Mitigating Memorization in
     Generative Models via Sharpness of Probability Landscapes", ICML 2025, arXiv 2412.04140,
-    algorithm 2, as in the authors' program. Where no candidate gets below the threshold theirs
-    starts again, raises the threshold by 0.1 and so on without an end; here the candidate with
-    the smallest loss is taken, so that the cost is bounded.
+    algorithm 2. The authors' program takes the inner Δ, which gives the step, at the initial noise
+    in every iteration; here it is taken at the present x_T. Where no candidate gets below the
+    threshold theirs starts again, raises the threshold by 0.1 and so on without an end; here the
+    candidate with the smallest loss is taken, so that the cost is bounded.
 
     Args:
         options: threshold, weight, learning rate, iterations, candidates.
@@ -98,6 +100,6 @@ class SharpnessAwareInitialization(Mitigation):
         noise = x.to(start.noise.dtype)
         first = start.eps_difference(noise, start.conditions).float()
         length = row_norm(first).clamp(min=torch.finfo(torch.float32).tiny)
-        step = factor * first / length.reshape(-1, *[1] * (first.ndim - 1))
+        step = factor * first / per_sample(length, first)
         second = start.eps_difference((x + step).to(noise.dtype), start.conditions)
         return row_norm(second) + self.options.gaussianity * row_norm(x)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
 
 
 class TextTools:
@@ -18,6 +21,12 @@ class TextTools:
     def __init__(self, tokenizer: Any, prompts: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.prompts = list(prompts)
+
+    @classmethod
+    def of(cls, tokenizer: Any, index: ReferenceIndex | None) -> TextTools:
+        """The tokenizer, and the captions of the index, where it has any, for prompts."""
+        captions = None if index is None else index.captions
+        return cls(tokenizer, sorted(set(captions or ())))
 
     @cached_property
     def _words(self) -> list[str]:

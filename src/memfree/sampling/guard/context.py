@@ -119,7 +119,7 @@ def guard(
             one.to(pipe._execution_device)
         if isinstance(guidance, GuidanceSettings):
             budget = guidance.budget if guidance.mitigation == "reject" else budget
-            tools = TextTools(pipe.tokenizer, sorted(set(index.captions or ())))
+            tools = TextTools.of(pipe.tokenizer, index)
             mitigation = guidance.for_text(index, tools, latents)
             guidance = None
         judge = Judge(index, similarity, calibration, false_positive_rate, chunk_size)

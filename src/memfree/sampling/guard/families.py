@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from memfree.conditions import TextConditions
@@ -232,10 +231,3 @@ def usable(arguments: Any) -> Any:
     if isinstance(arguments, (list, tuple)):
         return type(arguments)(usable(value) for value in arguments)
     return arguments
-
-
-def rescaled(output: Tensor, cond: Tensor, amount: float) -> Tensor:
-    """``guidance_rescale`` (Lin et al., 2023, section 3.4), in the pipeline's own arithmetic."""
-    dimensions = list(range(1, output.ndim))
-    ratio = cond.std(dim=dimensions, keepdim=True) / output.std(dim=dimensions, keepdim=True)
-    return torch.as_tensor(amount * (output * ratio) + (1 - amount) * output)

@@ -13,9 +13,9 @@ from torch import Tensor
 from memfree.conditions import Conditions, TextConditions
 from memfree.diffusion_math import PredictionType
 from memfree.guidance import Guidance, Prediction
-from memfree.guidance.prediction import combine
+from memfree.guidance.prediction import apply, combine
 from memfree.sampling.guard.decode import Decoder, explained_chunks
-from memfree.sampling.guard.families import Arguments, Family, rescaled, rows_of, usable
+from memfree.sampling.guard.families import Arguments, Family, rows_of, usable
 from memfree.sampling.guard.noise_level import NoiseLevel, NoiseLevels
 from memfree.sampling.last_step import returned
 from memfree.sampling.loop import trace_rows
@@ -120,13 +120,14 @@ class Draw:
             guidance_scale=view.scale,
             prediction_type=view.prediction_type,
             denoise=view.denoise,
+            guidance_rescale=amount,
             step=view.level.step,
             is_last=view.level.is_last,
             decode=self.decoder.finished if view.level.is_last else self.decoder.estimate,
             encode=self.encode,
             memory=self._memory,
         )
-        base = _rescaled(base, amount)
+        base = replace(base, output=base.as_stepped(base.output, base.output_cond))
         if view.level.is_last and view.level.flow_sigma is None:
             t = self.pipe.scheduler.timesteps[-1]
             base = replace(
@@ -143,25 +144,12 @@ class Draw:
             )
         decoder = self.decoder
         with explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()):
-            result = base
-            for guidance in self.guidances:
-                branch = result.output_cond
-                result = guidance(result)
-                if result.output_cond is not branch:
-                    result = _rescaled(result, amount)  # recombined from other branches
+            result = apply(self.guidances, base)
         self.trace.append(trace_rows(result, view.level.step, torch.tensor(view.level.t)))
         rows = (result.output != base.output).flatten(1).any(dim=1).nonzero().squeeze(1)
         if not len(rows):
             return None
         return rows, view.to_native(result.output[rows], base.output[rows], native, rows)
-
-
-def _rescaled(prediction: Prediction, amount: float) -> Prediction:
-    """The record whose combined prediction the pipeline will step with (``guidance_rescale``)."""
-    if amount <= 0:
-        return prediction
-    assert prediction.output_cond is not None
-    return replace(prediction, output=rescaled(prediction.output, prediction.output_cond, amount))
 
 
 @dataclass
