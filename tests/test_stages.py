@@ -16,6 +16,20 @@ def test_a_stage_is_a_command_line():
     assert Stage("index", {"out": "a b"}).line() == "memfree index '--out=a b'"
 
 
+def test_options_are_checked_without_running(tmp_path):
+    folders = {"dataset": tmp_path / "none", "out": tmp_path / "index"}
+    Stage("index", folders).check()
+    with pytest.raises(
+        ValueError, match=r"^unknown option --batch_sise, did .*\(in: memfree index"
+    ):
+        Stage("index", {**folders, "batch_sise": 3}).check()
+    with pytest.raises(ValueError, match=r"^missing option --dataset \(in: memfree index --out="):
+        Stage("index", {"out": tmp_path}).check()
+    with pytest.raises(ValueError, match=r"^--count: Not of type PositiveInt.*python sample.py"):
+        Stage("sample", {"model": "m", "out": tmp_path, "count": 0}).check()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failing_stage_ends_the_chain_with_its_own_line(tmp_path, capsys):
     stages = [Stage("index", {"dataset": tmp_path / "none", "out": tmp_path / "index"})]
     with pytest.raises(SystemExit) as caught:

@@ -13,7 +13,6 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from memfree import cli
 from memfree.evaluation.metrics import Metric, write_metrics
 from memfree.study import text_plots
 from memfree.study.text import Counts, TextStudy, Training, text_study
@@ -76,13 +75,10 @@ def test_every_judge_has_all_samples():
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("emoji_*.yaml")), ids=lambda path: path.stem)
-def test_every_subject_of_the_configurations_is_an_option_of_sampling(path, capsys):
+def test_every_subject_of_the_configurations_is_an_option_of_sampling(path):
     config = yaml.safe_load(path.read_text())
     for stage in study(config["subjects"]).sampled("other"):
-        with pytest.raises(SystemExit) as exit_:
-            cli.run_command("sample", [*stage.arguments(), "--print_config"])
-        assert exit_.value.code == 0, stage.line()
-        capsys.readouterr()
+        stage.check()
 
 
 def test_studies_that_choose_settings_share_no_noise_and_no_repeats_with_those_reported():
@@ -108,6 +104,30 @@ def test_subjects_are_checked(tmp_path):
         text_study("trial", {"oracle": {}}, out=tmp_path)
     with pytest.raises(ValueError, match=r"--subjects: use letters, digits, - and _ .*'kappa_2.5'"):
         text_study("trial", {"kappa_2.5": {}}, out=tmp_path)
+    with pytest.raises(ValueError, match=r"--name: use letters, digits, - and _ .*'\.\./x'"):
+        text_study("../x", SUBJECTS, out=tmp_path)
+    with pytest.raises(ValueError, match="--prompt_sets is empty"):
+        text_study("trial", SUBJECTS, out=tmp_path, prompt_sets=[])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"mitigation": "wenn"},
+            r"--guidance.mitigation: Expected .* wenn \(in: python sample.py ",
+        ),
+        ({"mitigation": "wen", "wen.learning": 1}, "unknown option --guidance.wen.learning"),
+        ({"at_most": 0}, "--subjects.wen.at_most must be a whole number above 0, not 0"),
+        ({"at_most": "many"}, "at_most must be a whole number above 0, not 'many'"),
+    ],
+)
+def test_options_of_subjects_are_checked_before_anything_runs(options, message, tmp_path):
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=message) as caught:
+            text_study("trial", {"none": {}, "wen": options}, tmp_path / "out", dry_run=dry_run)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_is_started_where_its_configuration_is(tmp_path, monkeypatch):
@@ -209,4 +229,6 @@ def test_results_are_gathered_from_both_judges(tmp_path, capsys):
     assert f"{truth.sum()} of 120 |" in text
     assert (tmp_path / "trial.png").stat().st_size > 5000
     assert (tmp_path / "trial-detection.png").stat().st_size > 5000
-    assert "captions of the repeated images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "captions of the repeated images" in printed
+    assert f"Written: {tmp_path / 'trial'}.parquet, .csv, .md, .png, -detection.png" in printed

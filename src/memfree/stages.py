@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 import time
+from argparse import ArgumentError
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from memfree.cli import SCRIPTS, run_command
+from memfree.cli import COMMANDS, SCRIPTS, load, parser_of, run_command
+from memfree.option_messages import option_message
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,19 @@ class Stage:
         """The command as a user would type it."""
         return shlex.join((["python"] if self.command in SCRIPTS else []) + self.words())
 
+    def check(self) -> None:
+        """Parse the options as the command itself will, and do nothing; no folder need exist yet.
+
+        Raises:
+            ValueError: an option is unknown or has a wrong value; the message ends with the line.
+        """
+        parser = _parser(self.command)
+        try:
+            parser.parse_args(self.arguments())
+        except ArgumentError as error:
+            message = option_message(str(error), parser).removesuffix("; see --help")
+            raise ValueError(f"{' '.join(message.split())} (in: {self.line()})") from error
+
     def run(self) -> None:
         """Run it in this process; a failure ends the process with the command's own one line."""
         before = sys.argv
@@ -57,6 +76,11 @@ def run_stages(stages: list[Stage], console: Console) -> float:
         stage.run()
         console.print(f"[dim]{time.perf_counter() - start:.1f} s")
     return time.perf_counter() - begin
+
+
+@functools.cache  # a study asks for the same one hundreds of times
+def _parser(command: str) -> ArgumentParser:
+    return parser_of(load(COMMANDS.get(command) or SCRIPTS[command]), None)
 
 
 def _word(value: Any) -> str:

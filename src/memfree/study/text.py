@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,10 @@ from memfree.resolved import save_config
 from memfree.stages import Stage, run_stages
 from memfree.study.text_plots import write_rows
 from memfree.study.text_results import ORACLE, reference_of, summarise_text
+from memfree.study.text_subjects import AT_MOST, Subjects, check_study
 
-Subjects = dict[str, dict[str, Any]]
-"""Options of sample.py below --guidance by subject, as {"wen_5": {"mitigation": "wen", ...}}."""
 CONFIG = Path("configs/emoji_scratch.yaml")
 """How the model is trained."""
-AT_MOST = "at_most"
-"""Option of a subject that is none of sampling: draw no more than so many samples of it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,8 @@ def text_study(
     them at the end, for tables of all.
 
     Args:
-        name: of the study; its results are NAME.csv, .parquet, .md, .png and -rows.png.
+        name: of the study; its results are NAME.csv, .parquet, .md, .png, -rows.png, and, if a
+            subject is called none, -detection.png.
         subjects: ways to sample, by name: options of sample.py below --guidance; and at_most, for
             subjects that are too slow, or matter too little, for all samples of a prompt set.
         out: folder for everything; studies of the same data share it.
@@ -96,19 +93,16 @@ def text_study(
         dry_run: print the commands and stop.
 
     Raises:
-        ValueError: there is no subject, or one has a name that cannot be used.
+        ValueError: there is no subject or no prompt set, a name cannot be used, or an option of a
+            subject is none of sampling's; before anything runs.
         FileNotFoundError: it was not started in the repository's folder.
     """
-    if not subjects:
-        raise ValueError("--subjects is empty: name at least one way to sample")
-    for subject in subjects:
-        if not re.fullmatch(r"[\w-]+", subject):
-            raise ValueError(f"--subjects: use letters, digits, - and _ for the name {subject!r}")
-    if oracle and ORACLE in subjects:
-        raise ValueError(f"--subjects: {ORACLE} is the model without repetitions; choose a name")
+    check_study(name, subjects, prompt_sets, oracle)
     study = TextStudy(
         name, subjects, out, training, counts, oracle, steps, guidance_scale, batch_size, noise_seed
     )
+    for stage in study.sampled(prompt_sets[0]):
+        stage.check()
     stages = [*study.shared(), *study.trained()]
     for prompts in prompt_sets:
         stages += [*study.sampled(prompts), *study.evaluated(prompts)]

@@ -92,7 +92,9 @@ def summarise_text(
         write_roc(cell / f"{name}-detection.png", rocs)
     for prompts in prompt_sets:
         console.print(printed(found, prompts, shown))
-    console.print(f"Written: {cell / name}.parquet, .csv, .md, .png")
+    written = [".parquet", ".csv", ".md", ".png", *(["-detection.png"] if rocs else [])]
+    line = f"Written: {cell / name}{', '.join(written)}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def gather_text(folder: Path, prompt_sets: Sequence[PromptSet]) -> Found:
