@@ -112,6 +112,8 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
             found = draw.guided(view, usable(torch.cat(branches)))
             rows = draw.trace.pop()
             self.report.add_trace(self.report.calls - 1, 0, list(range(view.count)), rows)
+            if draw.unmoved:
+                self.report.unmoved.append(self.report.calls - 1)
             if found is None:
                 return plain
             pred = usable(plain.pred).clone()

@@ -50,6 +50,8 @@ class Draw:
         self.guidances = guidances
         self.decoder = decoder
         self.trace: list[dict[str, Tensor]] = []
+        self.unmoved = False
+        """Whether the scheduler's last step was found not to follow the prediction."""
         self.levels = NoiseLevels(pipe.scheduler, family.flow)
         self._memory: dict[Any, Any] = {}
         self._like: Tensor | None = None
@@ -141,6 +143,7 @@ class Draw:
                     self.call.get("generator"),
                 ),
             )
+            self.unmoved = base.returned is not None and base.returned[1] == 0
         decoder = self.decoder
         with explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()):
             result = base

@@ -60,6 +60,9 @@ class GuardReport:
     """What no verdict says."""
     calls: int = 0
     """Pipeline calls so far."""
+    unmoved: list[int] = field(default_factory=list)
+    """Calls whose scheduler's last step does not follow the prediction (Euler with
+    ``final_sigmas_type`` sigma_min): there no last correction was possible."""
     _trace: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
 
     @property
@@ -117,6 +120,11 @@ class GuardReport:
         if self.verdicts:
             rate = 100 * self.verdicts[0].false_positive_rate
             parts.append(f"The threshold calls {rate:g} % of held-out real images copies.")
+        if self.unmoved:
+            parts.append(
+                "The last step of the scheduler does not follow the prediction: the last "
+                f"correction was left out in {len(self.unmoved)} of {self.calls} calls."
+            )
         return Group(*parts, self.not_covered)
 
     def __str__(self) -> str:

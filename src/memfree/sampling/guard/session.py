@@ -197,6 +197,8 @@ class Session:
             output = self.kind.__call__(pipe, **call)
         for rows in draw.trace:
             self.report.add_trace(number, attempt, places, rows)
+        if draw.unmoved and number not in self.report.unmoved:
+            self.report.unmoved.append(number)
         return output
 
     def _prompts(self, call: dict[str, Any], generators: list[torch.Generator]) -> dict[str, Any]:
