@@ -14,6 +14,7 @@ LAYERS = [
         "option_messages",
         "quiet",
         "bars",
+        "console",
         "difference",
         "trainers",
         "diffusion_math",

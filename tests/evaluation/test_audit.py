@@ -166,3 +166,18 @@ def test_the_command_takes_images_as_its_first_word(index, folder, capsys, tmp_p
             cli.main(["audit", *arguments])
         assert exit_.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_names_are_shown_as_they_are(index, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    names = ["[/a].png", "[bold]k58.png", ":cat:.png"]
+    for number, name in enumerate(names):
+        values = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+        path = tmp_path / "in" / name  # the first one is in a folder called [
+        path.parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(values).save(path)
+    out = tmp_path / "[/o]"
+    audit(tmp_path / "in", index, out)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    assert f"Written to {out}: audit.parquet" in printed

@@ -59,7 +59,8 @@ def summarise(plan: Plan, cells: Sequence[Cell], console: Console) -> Summary:
     console.print(printed(summary.values))
     if missing:
         console.print(f"{missing} of {len(cells)} cells are not finished and left out")
-    console.print(f"Written: {to}.parquet, .csv, .md, .png, .html")
+    line = f"Written: {to}.parquet, .csv, .md, .png, .html"
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
     return summary
 
 

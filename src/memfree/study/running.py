@@ -96,7 +96,8 @@ def _turn(folder: Path, stage: Stage, console: Console) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print(f"[dim]waiting for another process that makes {stage.options['out']}")
+            line = f"waiting for another process that makes {stage.options['out']}"
+            console.print(line, style="dim", markup=False, emoji=False, soft_wrap=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks
             pass

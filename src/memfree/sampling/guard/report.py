@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from memfree.sampling.loop import TRACE_COLUMNS
@@ -110,11 +111,11 @@ class GuardReport:
         for verdict in self.verdicts:
             table.add_row(
                 f"{verdict.call}.{verdict.image}",
-                verdict.nearest,
+                Text(verdict.nearest),
                 f"{verdict.similarity:.3f}",
                 f"{verdict.threshold:.3f}",
                 f"{verdict.p_value:.3g}",
-                _said(verdict),
+                Text(_said(verdict)),
             )
         parts: list[Any] = [table]
         if self.verdicts:
