@@ -11,6 +11,7 @@ from guard_parts import (
     SHAPE,
     drawn,
     make_index,
+    make_latents,
     noise,
     options,
     state,
@@ -20,7 +21,6 @@ import memfree
 from memfree.guidance import GuidanceSettings
 from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.settings import MitigationName
-from memfree.retrieval import ReferenceIndex
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +31,6 @@ def pipe():
 @pytest.fixture(scope="module")
 def index():
     return make_index()
-
-
-def make_latents():
-    """References of multiplicity guidance in latents; 5 of 60 are repeated."""
-    counts = torch.ones(60, dtype=torch.int64)
-    counts[:5] = 50
-    return ReferenceIndex.build(
-        torch.rand(60, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1,
-        captions=PROMPTS * 30,
-        counts=counts,
-        groups=range(60),
-    )
 
 
 @pytest.mark.parametrize("name", get_args(MitigationName))

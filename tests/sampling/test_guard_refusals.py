@@ -4,7 +4,7 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
-from guard_parts import drawn, make_index, state
+from guard_parts import drawn, make_index, make_latents, state
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -23,20 +23,12 @@ def index():
     return make_index()
 
 
-def make_latents(captions=True):
-    """References of the pipeline's latents, one of them repeated."""
-    values = torch.rand(60, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    texts = [f"picture {i}" for i in range(60)] if captions else None
-    counts = torch.ones(60, dtype=torch.int64).index_fill_(0, torch.tensor([0]), 50)
-    return ReferenceIndex.build(values, captions=texts, counts=counts, groups=range(60))
-
-
 @pytest.mark.parametrize(
     ("name", "captions", "latents", "message"),
     [
         ("amg", False, None, "the index has no captions, which c2 .* or give c2=0"),
         ("multiplicity", True, None, "the mitigation multiplicity needs latents="),
-        ("both", True, make_latents(False), "latents= has no captions"),
+        ("both", True, make_latents(captions=False), "latents= has no captions"),
     ],
 )
 def test_settings_without_what_they_need_are_refused(pipe, name, captions, latents, message):
@@ -50,15 +42,46 @@ def test_settings_without_what_they_need_are_refused(pipe, name, captions, laten
     assert state(pipe) == before
 
 
-def test_references_of_another_space_are_refused(pipe, index):
-    drawn(pipe)  # a call leaves marks of its own on the pipe
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (make_index(), "latents= is an index of pixels, not of latents: give one that"),
+        (make_latents(tiny_pipelines.autoencoder(1)), "latents= holds latents of another auto"),
+        (
+            make_latents(tiny_pipelines.autoencoder(scaling_factor=0.5)),
+            "latents= holds latents of another autoencoder than the pipeline's: index with",
+        ),
+    ],
+)
+def test_references_of_another_space_are_refused(pipe, index, latents, message):
     before = state(pipe)
     with (
-        pytest.raises(ValueError, match="x_t has 256 values, the references have 768"),
-        memfree.guard(pipe, index, GuidanceSettings("multiplicity"), latents=index),
+        pytest.raises(ValueError, match=message) as caught,
+        memfree.guard(pipe, index, GuidanceSettings("multiplicity"), latents=latents),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+    assert state(pipe) == before
+
+
+def test_references_of_images_of_another_size_are_refused(pipe, index):
+    drawn(pipe)  # a call leaves marks of its own on the pipe
+    before, larger = state(pipe), make_latents(size=32)
+    with (
+        pytest.raises(ValueError, match="x_t has 256 values, the references have 1024"),
+        memfree.guard(pipe, index, GuidanceSettings("multiplicity"), latents=larger),
     ):
         drawn(pipe)
     assert state(pipe) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_autoencoder_in_half_precision_is_still_the_same(dtype, seed):
+    """A decoder of its own does not change latents."""
+    latents, vae = make_latents(), tiny_pipelines.autoencoder(seed).to(dtype)
+    vae.decoder.conv_out.bias += 1
+    assert latents.features.are_of(vae) == (seed == 0)
 
 
 def test_latents_are_moved_to_the_pipe_and_back(pipe, index, monkeypatch):

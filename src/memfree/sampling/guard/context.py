@@ -17,6 +17,7 @@ from memfree.guidance import (
 from memfree.guidance.baselines import TextTools
 from memfree.guidance.mitigation import Mitigation
 from memfree.retrieval import ReferenceIndex
+from memfree.retrieval.latents import check_latents
 from memfree.sampling.guard.decode import Decoder
 from memfree.sampling.guard.families import family_of
 from memfree.sampling.guard.noise_level import check_scheduler
@@ -109,6 +110,8 @@ def guard(
         if mitigation is not None:
             raise ValueError("give guidance settings or a mitigation, not both")
         _check_settings(guidance, index, latents)
+    if latents is not None:
+        check_latents(latents.features, pipe.vae, "memfree.guard: latents=")
     decode = Decoder(pipe.vae, index, chunk_size, decoder)
     home = None if decoder is None else decoder.device
     moved = [(one, one.device, one.features.device) for one in (index, latents) if one is not None]
