@@ -14,6 +14,7 @@ from guard_parts import (
     make_latents,
     noise,
     options,
+    random_images,
     state,
 )
 
@@ -21,6 +22,7 @@ import memfree
 from memfree.guidance import GuidanceSettings
 from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.settings import MitigationName
+from memfree.sampling.guard.stages import sources
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +171,55 @@ def test_stages_that_a_family_does_not_define_are_refused(index, name):
         pytest.raises(ValueError, match="AllStages changes the .* not defined for StableDiff"),
     ):
         pipe(PROMPTS, **options(name))
+
+
+FORMS = {
+    "one tensor": lambda images: images[0],
+    "a batch of one": lambda images: images[:1],
+    "tensors": list,
+    "a tensor": lambda images: images,
+    "an array": lambda images: images.permute(0, 2, 3, 1).numpy(),
+    "arrays": lambda images: list(images.permute(0, 2, 3, 1).numpy()),
+    "batches": lambda images: [images[:2], images[2:]],
+    "one array": lambda images: images[0].permute(1, 2, 0).numpy(),
+}
+
+
+class RejectsOnce(Mitigation):
+    """Does not accept one image of the first draw."""
+
+    def __init__(self, place):
+        self.rejected = [place]
+
+    def accept(self, images):
+        accepted = super().accept(images)
+        accepted[self.rejected] = False
+        self.rejected = []
+        return accepted
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("each", [1, 2])
+def test_images_that_were_given_are_given_again_to_what_is_drawn_again(index, form, each):
+    """Three prompts, as many as an image has channels; one image is not accepted at first."""
+    pipe, begin = tiny_pipelines.stable_diffusion_img2img(), random_images(3, 3) / 2 + 0.5
+    prompts, place = [*PROMPTS, "a dog"], 3 * each - 2
+    call = {"num_inference_steps": 4, "strength": 0.8, "output_type": "pt"}
+
+    def made(**more):
+        given = {"image": FORMS[form](begin), "generator": noise(3 * each), **call, **more}
+        return pipe(given.pop("prompt", prompts), **given).images
+
+    expected = made(num_images_per_prompt=each)
+    with memfree.guard(pipe, index, [], RejectsOnce(place), seed=7) as report:
+        images = made(num_images_per_prompt=each)
+    assert [one.draws for one in report.verdicts] == [1 + (i == place) for i in range(3 * each)]
+    single = "one" in form
+    again = made(
+        prompt=prompts[place // each],
+        image=begin[:1] if single else begin[place % 3 : place % 3 + 1],
+        generator=sources(7, [place], 1),
+    )
+    torch.testing.assert_close(images[place], again[0], atol=1e-4, rtol=0)
+    kept = [i for i in range(3 * each) if i != place]
+    assert torch.equal(images[kept], expected[kept])

@@ -3,6 +3,7 @@
 import pytest
 import tiny_pipelines
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from guard_parts import drawn, make_index, make_latents, state
 from peft import LoraConfig
@@ -109,21 +110,46 @@ def test_a_path_is_no_index(pipe):
         pass
 
 
-def test_adapters_of_another_model_leave_the_pipe_as_it_was(index, tmp_path):
-    """The pipeline itself refuses them, inside the block as outside."""
-    trained = tiny_pipelines.stable_diffusion()
-    trained.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"]))
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(trained.unet))
-    type(trained).save_lora_weights(tmp_path, unet_lora_layers=layers)
-    other = tiny_pipelines.stable_diffusion_xl()  # its text is wider
-    expected, before = drawn(other), state(other)
+def save_adapters(folder, network):
+    """A LoRA of random weights for a U-Net like this one."""
+    network.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+def no_state(*_, **__):
+    raise RuntimeError("Error(s) in loading state_dict for CLIPTextModel:\n\tsize mismatch")
+
+
+@pytest.mark.parametrize("wrong", ["unet", "text_encoder"])
+def test_adapters_of_another_model_leave_the_pipe_as_it_was(index, tmp_path, wrong, monkeypatch):
+    """Refused in one line; an adapter that was there before stays, and no half of one is added."""
+    save_adapters(tmp_path / "own", tiny_pipelines.unet())
+    pipe = tiny_pipelines.stable_diffusion()
+    pipe.load_lora_weights(tmp_path / "own", adapter_name="own")
+    expected, before = drawn(pipe), state(pipe)
+    if wrong == "unet":
+        save_adapters(tmp_path / "other", tiny_pipelines.unet_xl())  # its text is wider
+    else:
+        save_adapters(tmp_path / "other", tiny_pipelines.unet())
+        monkeypatch.setattr(StableDiffusionPipeline, "load_lora_into_text_encoder", no_state)
     with (
-        pytest.raises(RuntimeError, match="size mismatch"),
-        memfree.guard(other, index, []) as report,
+        pytest.raises(ValueError, match="the LoRA does not fit this StableDiff") as caught,
+        memfree.guard(pipe, index, []) as report,
     ):
-        drawn(other)
-        other.load_lora_weights(tmp_path)
+        drawn(pipe)
+        pipe.load_lora_weights(tmp_path / "other")
+    assert "\n" not in str(caught.value)
     assert len(report.verdicts) == 2  # of the images before
-    assert state(other) == before
-    other.unload_lora_weights()
-    assert torch.equal(drawn(other), expected)
+    assert state(pipe) == before
+    assert pipe.get_list_adapters() == {"unet": ["own"]}
+    assert pipe.get_active_adapters() == ["own"] and torch.equal(drawn(pipe), expected)
+
+
+def test_adapters_are_loaded_inside_the_block_as_outside(index, tmp_path):
+    save_adapters(tmp_path, tiny_pipelines.unet())
+    pipe, same = tiny_pipelines.stable_diffusion(), tiny_pipelines.stable_diffusion()
+    same.load_lora_weights(tmp_path)
+    with memfree.guard(pipe, index, []):
+        pipe.load_lora_weights(tmp_path)
+    assert torch.equal(drawn(pipe), drawn(same))

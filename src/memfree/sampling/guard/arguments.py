@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,6 @@ _PER_PROMPT = (
         for sign in ("", "negative_")
         for name in ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
     ),
-    "image",
 )
 """Arguments with an entry a prompt, where they are a list or a tensor."""
 
@@ -81,6 +81,8 @@ def for_images(call: Mapping[str, Any], images: Sequence[int]) -> dict[str, Any]
     for name in _PER_PROMPT:
         if name in part:
             part[name] = _spread(part[name], [image // each for image in images], prompts)
+    if "image" in part:
+        part["image"] = _given_images(part["image"], images)
     part["num_images_per_prompt"] = 1
     return part
 
@@ -93,6 +95,21 @@ def _spread(value: Any, prompts: list[int], count: int) -> Any:
     if isinstance(value, Tensor) and len(value) == count:
         return value[torch.tensor(prompts, device=value.device)]
     return value
+
+
+def _given_images(value: Any, images: Sequence[int]) -> Any:
+    """The images that image-to-image begins with; one image, in whatever form, is everyone's.
+
+    Image k of the call begins with the k-th of n, then again from the first, as in diffusers.
+    """
+    if isinstance(value, (list, tuple)) and [getattr(one, "ndim", 0) for one in value[:1]] == [4]:
+        join: Any = torch.cat if isinstance(value[0], Tensor) else np.concatenate
+        value = join(value)
+    batch = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4
+    if not (batch or isinstance(value, (list, tuple))) or len(value) < 2:
+        return value
+    places = [image % len(value) for image in images]
+    return value[places] if batch else [value[place] for place in places]
 
 
 def texts(call: Mapping[str, Any]) -> list[str] | None:

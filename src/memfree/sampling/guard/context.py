@@ -18,6 +18,7 @@ from memfree.guidance.baselines import TextTools
 from memfree.guidance.mitigation import Mitigation
 from memfree.retrieval import ReferenceIndex
 from memfree.retrieval.latents import check_latents
+from memfree.sampling.guard.adapters import loading_adapters
 from memfree.sampling.guard.decode import Decoder
 from memfree.sampling.guard.families import family_of
 from memfree.sampling.guard.noise_level import check_scheduler
@@ -49,9 +50,9 @@ def guard(
     active, images have the bits of the unguarded pipeline. Supported: Stable Diffusion 1, 2 and XL
     with their img2img pipelines, PixArt, Stable Diffusion 3.
 
-    Inside the block the pipeline's class is a subclass of its own, which sees ``__call__`` and
-    ``prepare_latents``; hooks stand on the denoiser during a call. Afterwards, also after an
-    exception, the pipeline is as it was.
+    Inside the block the pipeline's class is a subclass of its own, which sees ``__call__``,
+    ``prepare_latents`` and ``load_lora_weights``; hooks stand on the denoiser during a call.
+    Afterwards, also after an exception, the pipeline is as it was.
 
     Args:
         pipe: the pipeline.
@@ -208,4 +209,6 @@ def _guarded(kind: Any, session: Session) -> type:
         "__doc__": kind.__doc__,
         _MARK: True,
     }
+    if hasattr(kind, "load_lora_weights"):  # PixArt's pipelines have none
+        names["load_lora_weights"] = loading_adapters(kind)
     return type(kind.__name__, (kind,), names)
