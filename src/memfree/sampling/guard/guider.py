@@ -16,8 +16,9 @@ from memfree.conditions import TextConditions
 from memfree.guidance import Guidance
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.guard.decode import Decoder
-from memfree.sampling.guard.families import StableDiffusionXL, usable
+from memfree.sampling.guard.families import StableDiffusionXL
 from memfree.sampling.guard.hook import Draw
+from memfree.sampling.guard.nested import usable
 from memfree.sampling.guard.noise_level import check_scheduler
 from memfree.sampling.guard.report import GuardReport
 

@@ -15,7 +15,8 @@ from memfree.diffusion_math import PredictionType
 from memfree.guidance import Guidance, Prediction
 from memfree.guidance.prediction import combine
 from memfree.sampling.guard.decode import Decoder, explained_chunks
-from memfree.sampling.guard.families import Arguments, Family, rescaled, rows_of, usable
+from memfree.sampling.guard.families import Arguments, Family, rescaled
+from memfree.sampling.guard.nested import rows_of, usable
 from memfree.sampling.guard.noise_level import NoiseLevel, NoiseLevels
 from memfree.sampling.last_step import returned
 from memfree.sampling.loop import trace_rows
