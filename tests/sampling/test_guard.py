@@ -183,8 +183,8 @@ def test_refusals_are_one_line(pipe, index):
     cases = [
         (lambda: memfree.guard(object(), index), "does not support object"),
         (lambda: memfree.guard(pipe, index, on_copy="drop"), "on_copy must be"),
-        (lambda: memfree.guard(pipe, index, budget=0), "budget must be at least 1"),
-        (lambda: memfree.guard(pipe, index, chunk_size=0), "chunk_size must be at least 1"),
+        (lambda: memfree.guard(pipe, index, budget=0), "budget must be a whole number of at l"),
+        (lambda: memfree.guard(pipe, index, chunk_size=0), "chunk_size must be a whole number"),
         (lambda: memfree.guard(pipe, index, false_positive_rate=1e-4), "cannot be calibrated"),
         (lambda: memfree.guard(pipe, uncalibrated()), "no calibration"),
         (lambda: memfree.guard(without_encoder(), index), "loaded without one"),

@@ -223,3 +223,30 @@ def test_images_that_were_given_are_given_again_to_what_is_drawn_again(index, fo
     torch.testing.assert_close(images[place], again[0], atol=1e-4, rtol=0)
     kept = [i for i in range(3 * each) if i != place]
     assert torch.equal(images[kept], expected[kept])
+
+
+class Counting(Mitigation):
+    """Accepts what is dark on the whole; remembers how many images it saw at a time."""
+
+    def __init__(self, fail_at=None):
+        self.sizes, self.fail_at = [], fail_at
+
+    def accept(self, images):
+        self.sizes.append(len(images))
+        if self.fail_at is not None and len(images) >= self.fail_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return images.mean(dim=(1, 2, 3)) < images.mean()
+
+
+def test_finished_images_are_accepted_in_chunks(pipe, index):
+    whole, chunked = Counting(), Counting(fail_at=3)
+    for mitigation, size in ((whole, None), (chunked, 2)):
+        with memfree.guard(pipe, index, [], mitigation, budget=1, chunk_size=size):
+            drawn(pipe, 5, prompt=["a"] * 5)
+    assert whole.sizes == [5] and chunked.sizes == [2, 2, 1]
+    line = r"out of memory .* a smaller chunk_size \(now 4\)"
+    with (
+        pytest.raises(torch.OutOfMemoryError, match=line),
+        memfree.guard(pipe, index, [], Counting(fail_at=3), chunk_size=4),
+    ):
+        drawn(pipe, 5, prompt=["a"] * 5)

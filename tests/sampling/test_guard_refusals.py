@@ -1,16 +1,19 @@
 """What a guard refuses in one line when its block begins, and adapters that do not fit."""
 
+import re
+
 import pytest
 import tiny_pipelines
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from guard_parts import drawn, make_index, make_latents, state
+from guard_parts import drawn, make_index, make_latents, random_images, state
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import memfree
-from memfree.guidance import GuidanceSettings
+from memfree.guidance import GuidanceSettings, NormalizedL2, calibrate
+from memfree.guidance.mitigation import Mitigation
 from memfree.retrieval import ReferenceIndex
 
 
@@ -91,6 +94,81 @@ def test_latents_are_moved_to_the_pipe_and_back(pipe, index, monkeypatch):
     with memfree.guard(pipe, index, [], latents=latents):
         assert moved == [index, latents]
     assert moved == [index, latents] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("guidance", "amg", "give guidance=GuidanceSettings('amg')"),
+        ("guidance", GuidanceSettings, "give an instance of it"),
+        ("guidance", [GuidanceSettings("amg")], "a guidance, a list of them, or GuidanceSettings"),
+        ("guidance", Mitigation(), "give it as mitigation="),
+        ("guidance", 3, "a guidance, a list of them, or GuidanceSettings, not 3"),
+        ("mitigation", "wen", "give guidance=GuidanceSettings('wen')"),
+        ("mitigation", Mitigation, "give an instance of it"),
+        ("latents", "runs/latents", "give ReferenceIndex.load(folder)"),
+        ("budget", "3", "a whole number of at least 1, not '3'"),
+        ("budget", True, "a whole number of at least 1, not True"),
+        ("seed", -1, "a whole number of at least 0, not -1"),
+        ("chunk_size", 1.5, "a whole number of at least 1, not 1.5"),
+        ("false_positive_rate", "1%", "a number between 0 and 1, not '1%'"),
+        ("false_positive_rate", 1, "a number between 0 and 1, not 1"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_by_name(pipe, index, name, value, instead):
+    before = state(pipe)
+    with (
+        pytest.raises(
+            ValueError, match=f"memfree.guard: {name} must be .*{re.escape(instead)}"
+        ) as caught,
+        memfree.guard(pipe, index, **{name: value}),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+    assert state(pipe) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number above 0"),
+        ({"num_images_per_prompt": 1.5}, "num_images_per_prompt must be a whole number above 0"),
+        ({"output_type": "foo"}, "cannot judge output_type 'foo'; use pil, np, pt, latent"),
+        ({"guidance_scale": 1.0}, "MultiplicityGuidance needs the unconditional prediction .* 1:"),
+    ],
+)
+def test_calls_are_refused_before_the_first_step(pipe, index, call, message):
+    steps = []
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: steps.append(1))
+    settings = GuidanceSettings("multiplicity")
+    with handle, memfree.guard(pipe, index, settings, latents=make_latents()) as report:
+        with pytest.raises(ValueError, match=message) as caught:
+            drawn(pipe, **call)
+        assert "\n" not in str(caught.value)
+        assert not steps and not report.verdicts and report.calls == 0
+        drawn(pipe, guidance_scale=2.0)
+    assert steps and len(report.verdicts) == 2
+
+
+def test_undamped_captions_need_no_guidance_scale(pipe, index):
+    settings = GuidanceSettings("multiplicity", damp_captions=False)
+    with memfree.guard(pipe, index, settings, latents=make_latents()) as report:
+        drawn(pipe, guidance_scale=1.0)
+    assert len(report.verdicts) == 2
+
+
+def test_settings_take_the_rate_of_the_guard(pipe):
+    """With 100 calibration images no rate of 1 % can be had, which nobody asked for here."""
+    index = make_index()
+    calibrate(index, NormalizedL2(), random_images(100, 2), 0.1)
+    rows = {}
+    for name, rate in (("default", ()), ("same", (0.1,)), ("own", (0.2,))):
+        settings = GuidanceSettings("amg", *rate)
+        with memfree.guard(pipe, index, settings, false_positive_rate=0.1) as report:
+            drawn(pipe)
+        rows[name] = report.trace["lambda"].to_pylist()
+        assert report.verdicts[0].false_positive_rate == 0.1
+    assert rows["default"] == rows["same"] and max(rows["own"]) < max(rows["same"])
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])

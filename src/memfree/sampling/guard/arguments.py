@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from memfree.guidance import Guidance
 from memfree.sampling.guard.families import Family
+from memfree.sampling.guard.images import OUTPUT_TYPES
 
 _TEXTS = ("prompt", "prompt_2", "prompt_3")
 _PER_PROMPT = (
@@ -28,8 +31,8 @@ def check_call(call: Mapping[str, Any], family: Family) -> None:
     """Refuse a pipeline call that the guard cannot follow.
 
     Raises:
-        ValueError: there are no prompts or they are no texts, or an option changes how often the
-            denoiser is called or what is finished.
+        ValueError: there are no prompts or they are no texts, or no images, or an option changes
+            how often the denoiser is called or what is finished.
     """
     for name in _TEXTS:
         value = call.get(name)
@@ -44,6 +47,13 @@ def check_call(call: Mapping[str, Any], family: Family) -> None:
             raise ValueError(f"{name} must hold texts, not {wrong!r}")
     if call.get("prompt") is None and call.get("prompt_embeds") is None:
         raise ValueError("the pipeline call needs a prompt, or prompt_embeds")
+    each = call.get("num_images_per_prompt")
+    if each is not None and (not isinstance(each, Integral) or each < 1):
+        raise ValueError(f"num_images_per_prompt must be a whole number above 0, not {each!r}")
+    if (output_type := call.get("output_type") or "pil") not in OUTPUT_TYPES:
+        raise ValueError(
+            f"memfree.guard cannot judge output_type {output_type!r}; use {', '.join(OUTPUT_TYPES)}"
+        )
     if call.get("skip_guidance_layers") is not None:
         raise ValueError(
             "memfree.guard does not support skip_guidance_layers: skip-layer guidance calls the "
@@ -54,6 +64,24 @@ def check_call(call: Mapping[str, Any], family: Family) -> None:
             "memfree.guard does not support denoising_end: the images are not finished, so there "
             "is no verdict; guard the pipeline that finishes them"
         )
+
+
+def check_branches(call: Mapping[str, Any], guidances: Sequence[Guidance]) -> None:
+    """Refuse a guidance that needs the unconditional prediction where the pipeline makes none.
+
+    Raises:
+        ValueError: the guidance scale is not above 1.
+    """
+    scale = call.get("guidance_scale")
+    if scale is None or scale > 1:
+        return
+    for one in guidances:
+        if getattr(one, "needs_unconditional", False):
+            raise ValueError(
+                f"memfree.guard: {type(one).__name__} needs the unconditional prediction for "
+                "captions of repeated images, which the pipeline makes with a guidance_scale above "
+                f"1 only, not {scale:g}: raise it, or leave captions undamped (damp_captions=False)"
+            )
 
 
 def prompt_count(call: Mapping[str, Any]) -> int:
