@@ -149,6 +149,7 @@ SAMPLING = {
             {"guidance.mitigation": "amg", "index": "bare_index"},
             "bare_index has no captions, which --guidance.c2 steers away from",
         ),
+        ({"classes": "[0]"}, "--classes is for models of classes; a text-to-image model has --p"),
         ({"guidance.mitigation": "multiplicity"}, "needs --latents"),
         (
             {"guidance.mitigation": "multiplicity", "latents": "captioned_index"},

@@ -181,3 +181,22 @@ def test_names_are_shown_as_they_are(index, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert all(name in printed for name in names)
     assert f"Written to {out}: audit.parquet" in printed
+
+
+def test_what_is_no_image_and_no_shard_is_refused(index, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    with pytest.raises(SystemExit):
+        cli.main(["audit", f"--index={index}", str(tmp_path / "prompts.txt")])
+    said = capsys.readouterr().err
+    assert "prompts.txt is no image (PNG, JPEG, WEBP), no folder and no tar shard" in said
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_images_may_be_named_first_or_last(index, folder, capsys, separate):
+    options, image = ["--index", str(index)], str(folder / "a2.png")
+    options = options if separate else ["=".join(options)]
+    printed = []
+    for words in ([image, *options], [*options, image], [*options, "--images", image]):
+        cli.main(["audit", *words])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2] and "a2.png" in printed[0]
