@@ -45,6 +45,9 @@ def folders(tmp_path_factory):
     for name in ("captioned", "bare"):
         latents = ["--features=latents", f"--extractor.path={root / 'pipe'}"]
         cli.main(["index", f"--dataset={root / name}", f"--out={root / name}_latents", *latents])
+    tiny_pipelines.autoencoder(seed=1).save_pretrained(root / "other_vae")
+    latents = ["--features=latents", f"--extractor.path={root / 'other_vae'}"]
+    cli.main(["index", f"--dataset={root / 'captioned'}", f"--out={root}/other_latents", *latents])
     (root / "adapters").mkdir()
     (root / "adapters" / "pytorch_lora_weights.safetensors").write_bytes(b"")
     (root / "prompts.txt").write_text("a cat\n")
@@ -156,10 +159,15 @@ MOST_COMMON = {"guidance.caption_policy": "most_common", "guidance.caption_neigh
             {"guidance.mitigation": "amg", **MOST_COMMON},
             "--guidance.caption_neighbours 1000: the index has 55 distinct groups, use 1 to 55",
         ),
+        ({"classes": "[0]"}, "--classes is for models of classes; a text-to-image model has --p"),
         ({"guidance.mitigation": "multiplicity"}, "needs --latents"),
         (
             {"guidance.mitigation": "multiplicity", "latents": "captioned_index"},
-            "captioned_index holds vectors of 768 values, the model's latents have 256",
+            "captioned_index is an index of pixels, not of latents",
+        ),
+        (
+            {"guidance.mitigation": "multiplicity", "latents": "other_latents"},
+            "other_latents holds latents of another autoencoder than the pipeline's",
         ),
         (
             {"guidance.mitigation": "multiplicity", "latents": "bare_latents"},

@@ -313,3 +313,33 @@ def test_output_into_a_closed_pipe_is_no_error():
         ["sh", "-c", shell], env=environment, capture_output=True, text=True, check=False
     )
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("verb", ["study", "text-study"])
+def test_a_file_of_the_other_kind_of_study_names_its_command(verb, capsys):
+    own = {"study": "oracle", "text-study": "emoji_baselines"}
+    (other,) = own.keys() - {verb}
+    file = ROOT / "configs" / "study" / f"{own[other]}.yaml"
+    for words in ([str(file)], ["--dry_run=true", str(file)], ["--config", str(file)]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([verb, *words])
+        assert exit_.value.code == 2
+        assert f"study: memfree {other} --config {file}" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([verb, str(ROOT / "configs" / "study" / f"{own[verb]}.yaml"), "--print_config"])
+    assert exit_.value.code == 0
+
+
+def test_an_option_wins_over_a_file_before_or_behind_it(capsys):
+    file = str(ROOT / "configs" / "study" / "emoji_baselines.yaml")
+    for words in ([file, "--noise_seed=7"], ["--noise_seed=7", file]):
+        with pytest.raises(SystemExit):
+            cli.main(["text-study", *words[:1], "--print_config=", *words[1:]])
+        assert "noise_seed: 7" in capsys.readouterr().out
+
+
+def test_the_font_of_emoji_is_a_path(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "--out=x", "--source=emoji", "--font=y"])
+    said = capsys.readouterr().err
+    assert "unknown option --font: give it as --path FONT, with --source emoji; see" in said

@@ -211,6 +211,7 @@ def test_rows_show_the_first_samples_of_everyone(tmp_path, monkeypatch):
 
 
 def test_results_are_gathered_from_both_judges(tmp_path, capsys):
+    tmp_path = tmp_path / "[/o]"  # no markup
     truth, norms = write_evaluations(tmp_path, np.random.default_rng(0))
     for prompts in PROMPTS:  # of a study of other noise on the same model, with fewer samples
         (tmp_path / "samples-1" / prompts / "none").mkdir(parents=True)

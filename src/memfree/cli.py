@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memfree import __version__
+from memfree.free_word import as_options
 from memfree.one_line_errors import DEBUG_VARIABLE, INTERRUPTED, exit_with_error, guarded
 from memfree.option_messages import did_you_mean, option_message, options_of
 from memfree.part import ALL, WHOLE, part_of
+from memfree.study_files import refuse_other_study
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -29,7 +31,7 @@ class Command(NamedTuple):
     function: str
     help: str
     positional: str | None = None
-    """Option that the first word stands for, where it is no option."""
+    """Option that a word stands for that is none (``memfree.free_word``)."""
     one_writer: bool = True
     """Whether it alone may write the folder of its --out; a study's commands lock their own."""
     goes_on: bool = True
@@ -74,6 +76,7 @@ COMMANDS = {
     "text-study": Command(
         "memfree.study:text_study",
         "compare all mitigations on a text-to-image model",
+        positional="config",
         one_writer=False,
     ),
     "demo": Command("memfree.demo:demo", "induce, measure and remove memorization on digits"),
@@ -125,12 +128,13 @@ def run_command(name: str, args: Sequence[str] | None = None, prog: str | None =
     It is imported here, which takes seconds, so that Ctrl-C ends that too in one line.
     """
     command = COMMANDS.get(name) or SCRIPTS[name]
-    given = list(sys.argv[1:] if args is None else args)
-    if command.positional is not None and given and not given[0].startswith("-"):
-        args = [f"--{command.positional}={given[0]}", *given[1:]]
-    return guarded(
-        lambda: _run(_load_or_leave(command), args, prog, command.one_writer), command.goes_on
-    )
+    given = as_options(sys.argv[1:] if args is None else args, command.positional)
+
+    def call() -> Any:
+        refuse_other_study(name, given)
+        return _run(_load_or_leave(command), given, prog, command.one_writer)
+
+    return guarded(call, command.goes_on)
 
 
 def main(args: Sequence[str] | None = None) -> Any:

@@ -49,7 +49,8 @@ def demo(
     save_config(out)
     write_manifest(out, "demo", seed)
     page = out / "evaluation" / "report" / "index.html"
-    console.print(f"\n[bold]Done in {seconds / 60:.1f} minutes. Open {page} in a browser.")
+    line = f"\nDone in {seconds / 60:.1f} minutes. Open {page} in a browser."
+    console.print(line, style="bold", markup=False, emoji=False, soft_wrap=True)
 
 
 def demo_stages(

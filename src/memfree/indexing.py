@@ -12,6 +12,7 @@ from rich.console import Console
 
 from memfree.bars import counting_bar
 from memfree.calibration_size import too_few_images
+from memfree.console import plain_console
 from memfree.data import DatasetFolder
 from memfree.first_process import is_first_process
 from memfree.guidance.calibration import (
@@ -131,7 +132,7 @@ def index(
     # A network's vectors are on the disk twice, as parts and in the index.
     check_free_space(out, vectors * (1 if features == "pixels" else 2) + 100 * len(training.keys))
 
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     ways = _less_memory(features, extractor, batch_size, trainer)
 
     def write(built: ReferenceIndex) -> None:
@@ -144,7 +145,7 @@ def index(
                 assert salt_file is not None
                 written = built.hashed(read_salt(salt_file))
             written.save(out, overwrite)
-        Console().print(summary(built), thresholds(calibrated))
+        plain_console().print(summary(built), thresholds(calibrated))
         if warning := too_few_images(len(calibration.keys)):
             console.print(f"{out}: {warning}", soft_wrap=True)
 

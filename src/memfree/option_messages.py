@@ -20,6 +20,9 @@ _UNION = re.compile(
     re.DOTALL,
 )
 
+_CALLED = {"--font": ("--path", "FONT, with --source emoji")}
+"""Options that one may look for by another name, how they are called, and with what."""
+
 
 def options_of(parser: ArgumentParser) -> list[str]:
     """All options of a parser as they are typed, ``--help`` and ``-h`` included."""
@@ -32,6 +35,8 @@ def option_message(message: str, parser: ArgumentParser) -> str:
     if message.startswith("unrecognized arguments: "):
         rest = message.removeprefix("unrecognized arguments: ")
         option = rest.split()[0].split("=")[0]
+        if option in _CALLED and _CALLED[option][0] in options:
+            return f"unknown option {option}: give it as {' '.join(_CALLED[option])}; see --help"
         return f"unknown option {option}{did_you_mean(option, options)}; see --help"
     if message.startswith("the following arguments are required: "):
         names = message.removeprefix("the following arguments are required: ").split(", ")

@@ -70,7 +70,12 @@ def run_stages(stages: list[Stage], console: Console) -> float:
     for number, stage in enumerate(stages, 1):
         console.rule(f"[bold]{number} of {len(stages)}: {stage.command}", align="left")
         console.print(
-            f"$ {stage.line()}", style="dim", markup=False, highlight=False, soft_wrap=True
+            f"$ {stage.line()}",
+            style="dim",
+            markup=False,
+            emoji=False,
+            highlight=False,
+            soft_wrap=True,
         )
         start = time.perf_counter()
         stage.run()

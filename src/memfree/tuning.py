@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from memfree.console import plain_console
 from memfree.guidance import WITH_AMG, GuidanceSettings, default_similarity
 from memfree.manifest import check_replaceable, write_json, write_manifest, write_text
 from memfree.models import LoadedModel, load_model
@@ -121,7 +121,7 @@ def tune(
         guidance_scale,
         asked,
     )
-    console = Console()
+    console = plain_console()
     with console.status("drawing unguided samples"):
         unguided = batch.draw(replace(guidance, mitigation="none"))
     trials = [batch.judge(0.0, unguided, unguided, guidance)]
@@ -156,7 +156,8 @@ def tune(
             f"copies remain at every scale; raise --scales, --guidance.gate_margin or "
             f"--guidance.max_displacement ({out / 'tune.json'} has the figures)"
         )
-    console.print(f"Use it: python sample.py --config {out / 'guidance.yaml'} …")
+    line = f"Use it: python sample.py --config {out / 'guidance.yaml'} …"
+    console.print(line, soft_wrap=True)
 
 
 def _write(

@@ -299,3 +299,10 @@ def test_items_agree_with_records(digits_folder):
     assert items.column_names == ["image_key", "group", "copies", "part"]
     assert Counter(records["row"].to_pylist()) == dict(enumerate(items["copies"].to_pylist()))
     assert Items().copies() == []
+
+
+def test_a_folder_is_named_as_it_is(tmp_path, capfd):
+    out = tmp_path / "[/o]"
+    for line in (f"{out}: records: train 60", f"{out} is already prepared in this way"):
+        prepare(out, parts=SMALL)
+        assert line in capfd.readouterr().err

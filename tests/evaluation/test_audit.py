@@ -208,3 +208,37 @@ def test_the_command_takes_images_as_its_first_word(index, folder, capsys, tmp_p
             cli.main(["audit", *arguments])
         assert exit_.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_names_are_shown_as_they_are(index, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    names = ["[/a].png", "[bold]k58.png", ":cat:.png"]
+    for number, name in enumerate(names):
+        values = np.random.default_rng(number).integers(0, 256, (8, 8), dtype=np.uint8)
+        path = tmp_path / "in" / name  # the first one is in a folder called [
+        path.parent.mkdir(exist_ok=True, parents=True)
+        Image.fromarray(values).save(path)
+    out = tmp_path / "[/o]"
+    audit(tmp_path / "in", index, out)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    assert f"Written to {out}: audit.parquet" in printed
+
+
+def test_what_is_no_image_and_no_shard_is_refused(index, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    with pytest.raises(SystemExit):
+        cli.main(["audit", f"--index={index}", str(tmp_path / "prompts.txt")])
+    said = capsys.readouterr().err
+    assert "prompts.txt is no image (PNG, JPEG, WEBP), no folder and no tar shard" in said
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_images_may_be_named_first_or_last(index, folder, capsys, separate):
+    options, image = ["--index", str(index)], str(folder / "a2.png")
+    options = options if separate else ["=".join(options)]
+    printed = []
+    for words in ([image, *options], [*options, image], [*options, "--images", image]):
+        cli.main(["audit", *words])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2] and "a2.png" in printed[0]

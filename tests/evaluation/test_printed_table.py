@@ -27,3 +27,10 @@ def test_no_figure_is_cut(width, count):
     assert printed.count("1.0 – 99.0 %") >= count + 1
     assert "…" not in printed
     assert max(len(line) for line in printed.splitlines()) <= width
+
+
+def test_subjects_are_named_as_they_are():
+    console = Console(file=io.StringIO(), width=100, legacy_windows=False)
+    metrics = [Metric("copies", "[/b]", 0.5, 0.4, 0.6, 40, {"false_positive_rate": 0.01})]
+    print_table(MetricTable(metrics), ["[/b]"], console)
+    assert "[/b]" in console.file.getvalue() and "40.0 – 60.0 %" in console.file.getvalue()

@@ -4,7 +4,7 @@ import tiny_pipelines
 import torch
 
 from memfree.guidance import AntiMemorizationGuidance, ConstantThreshold, NormalizedL2, calibrate
-from memfree.retrieval import ReferenceIndex
+from memfree.retrieval import LatentFeatures, ReferenceIndex
 
 SHAPE = (3, tiny_pipelines.PIXELS, tiny_pipelines.PIXELS)
 PROMPTS = ["a cat", "two dogs"]
@@ -97,3 +97,17 @@ def state(pipe):
 def drawn(pipe, count=2, **extra):
     call = {**options("stable_diffusion", count), **extra}
     return pipe(call.pop("prompt", PROMPTS), **call).images
+
+
+def make_latents(vae=None, captions=True, size=SHAPE[1]):
+    """References of multiplicity guidance, of tiny_pipelines' autoencoder; 5 of 60 are repeated."""
+    images = torch.rand(60, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    counts = torch.ones(60, dtype=torch.int64)
+    counts[:5] = 50
+    return ReferenceIndex.build(
+        images,
+        LatentFeatures(vae or tiny_pipelines.autoencoder()),
+        captions=PROMPTS * 30 if captions else None,
+        counts=counts,
+        groups=range(60),
+    )

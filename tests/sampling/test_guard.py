@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -26,6 +27,7 @@ from guard_parts import (
 import memfree
 from memfree.guidance import GuidanceSettings, NormalizedL2, calibration_of
 from memfree.retrieval import EfficientNetFeatures, ReferenceIndex
+from memfree.sampling.guard import GuardReport, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +183,8 @@ def test_refusals_are_one_line(pipe, index):
     cases = [
         (lambda: memfree.guard(object(), index), "does not support object"),
         (lambda: memfree.guard(pipe, index, on_copy="drop"), "on_copy must be"),
-        (lambda: memfree.guard(pipe, index, budget=0), "budget must be at least 1"),
-        (lambda: memfree.guard(pipe, index, chunk_size=0), "chunk_size must be at least 1"),
+        (lambda: memfree.guard(pipe, index, budget=0), "budget must be a whole number of at l"),
+        (lambda: memfree.guard(pipe, index, chunk_size=0), "chunk_size must be a whole number"),
         (lambda: memfree.guard(pipe, index, false_positive_rate=1e-4), "cannot be calibrated"),
         (lambda: memfree.guard(pipe, uncalibrated()), "no calibration"),
         (lambda: memfree.guard(without_encoder(), index), "loaded without one"),
@@ -333,3 +335,11 @@ def test_a_lora_of_the_pipe_is_part_of_every_call(pipe, index):
     one = seen.seen[-1]
     torch.testing.assert_close(one.denoise(one.x_t, one.conditions), one.output_cond)
     torch.testing.assert_close(one.denoise(one.x_t[1:], None), one.output_uncond[1:])
+
+
+def test_keys_are_shown_as_they_are():
+    keys = ["[/b]", "[bold]k58", ":cat:"]
+    verdicts = [Verdict(0, i, key, -1.0, -1.5, 0.01, 0.5, True) for i, key in enumerate(keys)]
+    refused = replace(verdicts[0], image=3, refused=True, reason="a copy of [/b] (σ -1.0)")
+    text = str(GuardReport([*verdicts, refused]))
+    assert all(key in text for key in keys) and "refused: a copy of [/b]" in text

@@ -11,8 +11,10 @@ from guard_parts import (
     SHAPE,
     drawn,
     make_index,
+    make_latents,
     noise,
     options,
+    random_images,
     state,
 )
 
@@ -20,7 +22,7 @@ import memfree
 from memfree.guidance import GuidanceSettings
 from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.mitigation_names import MitigationName
-from memfree.retrieval import ReferenceIndex
+from memfree.sampling.guard.stages import sources
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +33,6 @@ def pipe():
 @pytest.fixture(scope="module")
 def index():
     return make_index()
-
-
-def make_latents():
-    """References of multiplicity guidance in latents; 5 of 60 are repeated."""
-    counts = torch.ones(60, dtype=torch.int64)
-    counts[:5] = 50
-    return ReferenceIndex.build(
-        torch.rand(60, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1,
-        captions=PROMPTS * 30,
-        counts=counts,
-        groups=range(60),
-    )
 
 
 @pytest.mark.parametrize("name", get_args(MitigationName))
@@ -181,3 +171,82 @@ def test_stages_that_a_family_does_not_define_are_refused(index, name):
         pytest.raises(ValueError, match="AllStages changes the .* not defined for StableDiff"),
     ):
         pipe(PROMPTS, **options(name))
+
+
+FORMS = {
+    "one tensor": lambda images: images[0],
+    "a batch of one": lambda images: images[:1],
+    "tensors": list,
+    "a tensor": lambda images: images,
+    "an array": lambda images: images.permute(0, 2, 3, 1).numpy(),
+    "arrays": lambda images: list(images.permute(0, 2, 3, 1).numpy()),
+    "batches": lambda images: [images[:2], images[2:]],
+    "one array": lambda images: images[0].permute(1, 2, 0).numpy(),
+}
+
+
+class RejectsOnce(Mitigation):
+    """Does not accept one image of the first draw."""
+
+    def __init__(self, place):
+        self.rejected = [place]
+
+    def accept(self, images):
+        accepted = super().accept(images)
+        accepted[self.rejected] = False
+        self.rejected = []
+        return accepted
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+@pytest.mark.parametrize("each", [1, 2])
+def test_images_that_were_given_are_given_again_to_what_is_drawn_again(index, form, each):
+    """Three prompts, as many as an image has channels; one image is not accepted at first."""
+    pipe, begin = tiny_pipelines.stable_diffusion_img2img(), random_images(3, 3) / 2 + 0.5
+    prompts, place = [*PROMPTS, "a dog"], 3 * each - 2
+    call = {"num_inference_steps": 4, "strength": 0.8, "output_type": "pt"}
+
+    def made(**more):
+        given = {"image": FORMS[form](begin), "generator": noise(3 * each), **call, **more}
+        return pipe(given.pop("prompt", prompts), **given).images
+
+    expected = made(num_images_per_prompt=each)
+    with memfree.guard(pipe, index, [], RejectsOnce(place), seed=7) as report:
+        images = made(num_images_per_prompt=each)
+    assert [one.draws for one in report.verdicts] == [1 + (i == place) for i in range(3 * each)]
+    single = "one" in form
+    again = made(
+        prompt=prompts[place // each],
+        image=begin[:1] if single else begin[place % 3 : place % 3 + 1],
+        generator=sources(7, [place], 1),
+    )
+    torch.testing.assert_close(images[place], again[0], atol=1e-4, rtol=0)
+    kept = [i for i in range(3 * each) if i != place]
+    assert torch.equal(images[kept], expected[kept])
+
+
+class Counting(Mitigation):
+    """Accepts what is dark on the whole; remembers how many images it saw at a time."""
+
+    def __init__(self, fail_at=None):
+        self.sizes, self.fail_at = [], fail_at
+
+    def accept(self, images):
+        self.sizes.append(len(images))
+        if self.fail_at is not None and len(images) >= self.fail_at:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return images.mean(dim=(1, 2, 3)) < images.mean()
+
+
+def test_finished_images_are_accepted_in_chunks(pipe, index):
+    whole, chunked = Counting(), Counting(fail_at=3)
+    for mitigation, size in ((whole, None), (chunked, 2)):
+        with memfree.guard(pipe, index, [], mitigation, budget=1, chunk_size=size):
+            drawn(pipe, 5, prompt=["a"] * 5)
+    assert whole.sizes == [5] and chunked.sizes == [2, 2, 1]
+    line = r"out of memory .* a smaller chunk_size \(now 4\)"
+    with (
+        pytest.raises(torch.OutOfMemoryError, match=line),
+        memfree.guard(pipe, index, [], Counting(fail_at=3), chunk_size=4),
+    ):
+        drawn(pipe, 5, prompt=["a"] * 5)

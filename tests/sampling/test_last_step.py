@@ -1,6 +1,7 @@
 """The last correction reaches what a sampler returns, also where that is no clean estimate."""
 
 import copy
+import inspect
 
 import pytest
 import tiny_pipelines
@@ -8,10 +9,15 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
+    SASolverScheduler,
     TCDScheduler,
     UniPCMultistepScheduler,
 )
@@ -20,6 +26,7 @@ from guard_parts import amg, drawn, make_index
 
 import memfree
 from memfree.diffusion_math import alpha_bar_at, predicted_x_0
+from memfree.sampling.guard.noise_level import NoiseLevels
 from memfree.sampling.last_step import returned
 
 SCHEDULES = {
@@ -28,14 +35,103 @@ SCHEDULES = {
     "pndm": (PNDMScheduler, {"skip_prk_steps": True, "set_alpha_to_one": False}),
     "ddpm": (DDPMScheduler, {"clip_sample": False}),
     "euler": (EulerDiscreteScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+    "deis": (DEISMultistepScheduler, {}),
+    "sa": (SASolverScheduler, {}),
     "dpmsolver": (DPMSolverMultistepScheduler, {}),
+    "dpmsolver min": (DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
+    "dpmsolver sde min": (
+        DPMSolverMultistepScheduler,
+        {"final_sigmas_type": "sigma_min", "algorithm_type": "sde-dpmsolver++"},
+    ),
+    "singlestep min": (DPMSolverSinglestepScheduler, {"final_sigmas_type": "sigma_min"}),
     "unipc": (UniPCMultistepScheduler, {}),
+    "unipc min": (UniPCMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
 }
+CLEAN = ("ddim to one", "ddpm", "euler", "heun", "dpmsolver", "unipc")
+"""Those whose last step returns x̂_0 itself."""
 
 
 def schedule(name, **more):
     kind, config = SCHEDULES[name]
+    if kind is DPMSolverSinglestepScheduler:  # it has no steps_offset
+        config = {**tiny_pipelines.noise_schedule().config, **config}
+        return kind.from_config({**config, "timestep_spacing": "linspace"}, **more)
     return tiny_pipelines.noise_schedule(kind, **{**config, **more})
+
+
+class AtLastStep:
+    """A scheduler before its last step, 20 steps of random predictions behind it."""
+
+    def __init__(self, scheduler, dtype=torch.float32):
+        self.scheduler = scheduler
+        scheduler.set_timesteps(20)
+        levels = NoiseLevels(scheduler, flow=False)
+        self.generator = torch.Generator().manual_seed(0)
+        self.takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+        self.sample = self.normal().to(dtype) * scheduler.init_noise_sigma
+        for self.t in scheduler.timesteps:
+            self.x_t = scheduler.scale_model_input(self.sample, self.t)
+            level = levels.next(self.t)
+            if level.is_last:
+                break
+            self.sample = self.step(self.normal().to(dtype), self.generator, scheduler)
+        self.alpha_bar = level.alpha_bar
+
+    def normal(self):
+        return torch.randn(2, 4, 8, 8, generator=self.generator)
+
+    def step(self, output, generator, scheduler=None):
+        taken = scheduler or copy.deepcopy(self.scheduler)
+        given = {"generator": generator} if self.takes_generator else {}
+        return taken.step(output, self.t, self.sample, **given).prev_sample
+
+    def x_0(self, output):
+        kind = self.scheduler.config.prediction_type
+        return predicted_x_0(self.x_t, output, self.alpha_bar, kind)
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_every_scheduler_is_asked_what_it_will_return(name, prediction_type):
+    last = AtLastStep(schedule(name, prediction_type=prediction_type))
+    outputs = [last.normal(), last.normal()]
+    before, state = str(last.scheduler.__dict__), torch.get_rng_state()
+    generator = torch.Generator().manual_seed(5)
+    found = returned(
+        last.scheduler, last.t, last.x_t, outputs[0], last.alpha_bar, generator=generator
+    )
+    assert str(last.scheduler.__dict__) == before and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(5).get_state())
+    assert (found is None) == (name in CLEAN)
+    for said in outputs:
+        offset, gain = found or (0.0, 1.0)
+        expected = last.step(said, torch.Generator().manual_seed(5))
+        torch.testing.assert_close(offset + gain * last.x_0(said), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_a_step_that_goes_nowhere_has_no_gain():
+    last = AtLastStep(schedule("euler", final_sigmas_type="sigma_min", timestep_spacing="linspace"))
+    output = last.normal()
+    offset, gain = returned(last.scheduler, last.t, last.x_t, output, last.alpha_bar)
+    assert gain == 0
+    torch.testing.assert_close(offset, last.step(output, None), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CLEAN, "lms", "deis", "unipc min", "dpmsolver min"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_returned_is_known_in_half_precision(name, dtype):
+    last = AtLastStep(schedule(name), dtype)
+    output = last.normal().to(dtype)
+    found = returned(last.scheduler, last.t, last.x_t, output, last.alpha_bar)
+    assert (found is None) == (name in CLEAN)
+    if found is not None:
+        offset, gain = found
+        exact = AtLastStep(schedule(name))
+        said = exact.normal()
+        *_, wanted = returned(exact.scheduler, exact.t, exact.x_t, said, exact.alpha_bar)
+        assert gain == pytest.approx(wanted, abs=2e-3) and offset.dtype == torch.float32
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3])
@@ -110,8 +206,8 @@ def test_options_of_another_class_are_not_the_schedulers_own(kind):
     assert scheduler.config["set_alpha_to_one"] is False  # PNDM's, kept by diffusers
     scheduler.set_timesteps(6)
     x, output = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    before = torch.get_rng_state()
-    assert returned(scheduler, scheduler.timesteps[-1], x, output, torch.tensor(0.99)) is None
+    before, t = torch.get_rng_state(), scheduler.timesteps[-1]
+    assert returned(scheduler, t, x, output, alpha_bar_at(scheduler, t, 5)) is None
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -125,6 +221,23 @@ def test_no_finished_image_is_above_the_last_corrections_target(name):
         images = drawn(pipe, num_inference_steps=10)
     assert report.verdicts[0].nearest == "img0" and not torch.equal(images[0], expected[0])
     assert max(one.similarity for one in report.verdicts) <= -0.2
+
+
+def test_the_report_says_where_nothing_can_be_corrected():
+    scheduler = schedule("euler", final_sigmas_type="sigma_min", timestep_spacing="linspace")
+    pipe = tiny_pipelines.stable_diffusion(scheduler)
+    expected = drawn(pipe)
+    index = make_index(2 * expected[:1] - 1)
+    only_last = amg(index, 1.0, c3=0.0, final_correction=-0.2)
+    with memfree.guard(pipe, index, only_last) as report:
+        assert torch.equal(drawn(pipe), expected)
+    assert report.unmoved == [0]
+    assert "last correction was left out in 1 of 1 calls" in " ".join(str(report).split())
+    assert report.verdicts[0].similarity > -0.2
+    pipe.scheduler = schedule("euler")
+    with memfree.guard(pipe, index, only_last) as report:
+        drawn(pipe)
+    assert not report.unmoved and "left out" not in str(report)
 
 
 def test_a_guard_knows_what_noisy_ddim_will_return():

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeInt
-from rich.console import Console
 
 from memfree.bars import counting_bar
 from memfree.calibration_size import too_few_images
+from memfree.console import plain_console
 from memfree.data.build import build
 from memfree.data.framing import Filter, Framing, Resize
 from memfree.data.grouping import DEFAULT_DISTANCE
@@ -114,7 +114,7 @@ def prepare(
     if labels != "own":
         recipe["labels"] = labels
     recipe = json.loads(json.dumps(recipe))
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     if _is_done(out, recipe, overwrite):
         _check_source(out, source, path, emoji_variants)
         console.print(f"{out} is already prepared in this way", soft_wrap=True)

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from memfree.calibration_size import DEFAULT_RATE
+from memfree.console import plain_console
 from memfree.evaluation.audit_page import render
 from memfree.evaluation.audited_images import AuditedImages
 from memfree.evaluation.false_discovery import adjusted, are_discoveries, fewest_discoveries
@@ -76,7 +77,7 @@ def audit(
         ValueError: the index is not calibrated or not for that rate, or ``out`` holds something
             else.
     """
-    console = Console()
+    console = plain_console()
     if out is not None:
         check_replaceable(out, "audit")
     references = ReferenceIndex.load(index)
@@ -243,9 +244,9 @@ def _print(result: Audit, rows: int, console: Console) -> None:
         )
     console.print(table)
     for name, text in result.facts.items():
-        console.print(f"{name}: {text}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name}: {text}", highlight=False, soft_wrap=True)
     if result.warning:
-        console.print(f"Warning: {result.warning}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"Warning: {result.warning}", style="yellow", soft_wrap=True)
 
 
 def _nearest_images(

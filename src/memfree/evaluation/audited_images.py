@@ -40,6 +40,7 @@ class AuditedImages:
 
         Raises:
             FileNotFoundError: there is nothing of that name, or no image in it.
+            ValueError: it is a file of another kind.
         """
         channels, height, width = self.shape
         framing = Framing(height, width, channels, resize="crop")
@@ -96,4 +97,8 @@ class AuditedImages:
             if not self.path.is_file():
                 raise FileNotFoundError(f"--images {self.path}: no such file")
             return [self.path]
+        if self.path.is_file() and not {".tar", ".tgz"} & set(self.path.suffixes):
+            raise ValueError(
+                f"--images {self.path} is no image (PNG, JPEG, WEBP), no folder and no tar shard"
+            )
         return None

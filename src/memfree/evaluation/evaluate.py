@@ -9,6 +9,7 @@ from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
 from memfree.calibration_size import DEFAULT_RATE
+from memfree.console import plain_console
 from memfree.evaluation import class_agreement, memorization
 from memfree.evaluation.alignment import ClipScorer, alignment_metrics
 from memfree.evaluation.distributions import distribution_metrics
@@ -74,7 +75,7 @@ def evaluate(
         ValueError: a folder is unfinished or of other data, the index is not calibrated, or there
             are no held-out images.
     """
-    console = Console()
+    console = plain_console()
     check_replaceable(out, "evaluation")
     scorer = None if clip is None else ClipScorer(clip)
     with step(console, "Opening data set, index and samples"):
@@ -100,7 +101,8 @@ def evaluate(
             out, inputs, index, table, subjects, seed, false_positive_rate=false_positive_rate
         )
     print_table(table, [*inputs.samples, HELDOUT], console)
-    console.print(f"Written to {out}; `memfree report --evaluation {out}` makes the page.")
+    line = f"Written to {out}; `memfree report --evaluation {out}` makes the page."
+    console.print(line, soft_wrap=True)
 
 
 def _memorization_metrics(

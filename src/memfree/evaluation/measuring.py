@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from memfree.evaluation.embedding import View, Viewer
 from memfree.evaluation.inputs import Inputs, labels_of
@@ -99,5 +100,5 @@ def _second_similarity(inputs: Inputs, batch_size: int, embedding: Path | None) 
 @contextmanager
 def step(console: Console, what: str) -> Iterator[None]:
     """Say what is going on: a spinner on a terminal, nothing where output is a file."""
-    with console.status(f"{what} …"):
+    with console.status(Text(f"{what} …")):
         yield

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from markupsafe import Markup
-from rich.console import Console
 
+from memfree.console import plain_console
 from memfree.evaluation import making, page
 from memfree.evaluation.folder import EvaluationFolder
 from memfree.evaluation.metrics import HELDOUT
@@ -38,7 +38,8 @@ def report(evaluation: Path, out: Path | None = None) -> None:
     write_atomic(target / "picture.png", lambda path: write_picture(folder, path))
     save_config(target)
     write_manifest(target, "report", evaluation=str(evaluation), contains="training images")
-    Console().print(f"Written to {target / 'index.html'}; it contains training images.")
+    line = f"Written to {target / 'index.html'}; it contains training images."
+    plain_console().print(line, soft_wrap=True)
 
 
 def render(folder: EvaluationFolder) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from memfree.evaluation.metrics import HELDOUT, Metric, MetricTable
 
@@ -233,7 +234,7 @@ def _table(table: MetricTable, subjects: Sequence[str]) -> Table:
     shown.add_column("metric")
     for subject in subjects:
         title = "held out" if subject == HELDOUT else subject
-        shown.add_column(title, justify="right", no_wrap=True)
+        shown.add_column(Text(title), justify="right", no_wrap=True)
     rows = shown_rows(table)
     for place, row in enumerate(rows):
         cells = []
@@ -241,7 +242,7 @@ def _table(table: MetricTable, subjects: Sequence[str]) -> Table:
             found = table.get(row.metric, subject)
             interval = "" if found is None else interval_text(found, row)
             value = "" if found is None else row.show(found.value)
-            cells.append(f"{value}\n[dim]{interval}[/dim]" if interval else value)
+            cells.append(Text.assemble(value, (f"\n{interval}" if interval else "", "dim")))
         label = row.label + (rate if row.metric == "copies" else "")
         last = place + 1 == len(rows) or rows[place + 1].section != row.section
         shown.add_row(label, *cells, end_section=last)

@@ -255,6 +255,8 @@ class AntiMemorizationGuidance(Observer):
         """
         x_0 = prediction.clean_estimate()
         offset, gain = prediction.returned or (torch.zeros_like(x_0), 1.0)
+        if gain == 0:
+            return prediction  # whatever is predicted, the sampler returns the same
         before = offset + gain * x_0
         limit = prediction.image_range
         returned = before if limit is None else before.clamp(-limit, limit)

@@ -134,6 +134,11 @@ class MultiplicityGuidance:
         self._labels = None if index.label_counts is None else LabelWeights(index)
         self._captions: CaptionWeights | None = None
 
+    @property
+    def needs_unconditional(self) -> bool:
+        """Whether a prompt may be damped, which takes ε_u even where s_0 is 1."""
+        return self.damped and self.strength > 0 and not self._nothing_repeats()
+
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
         """Correct both branches and recombine them; further denoiser calls are corrected too.
@@ -149,7 +154,7 @@ class MultiplicityGuidance:
             )
         norm = torch.zeros(len(prediction.x_t), device=prediction.x_t.device)
         recorded = prediction.recorded(g_mul_norm=norm)
-        if self.strength == 0 or bool((self._log_m == self._log_1).all()):
+        if self.strength == 0 or self._nothing_repeats():
             return recorded
         cond, uncond = prediction.output_cond, prediction.output_uncond
         given = {"cond": (cond, prediction.conditions), "uncond": (uncond, None)}
@@ -174,6 +179,9 @@ class MultiplicityGuidance:
         moved = corrected.clean_estimate() - prediction.clean_estimate()
         in_eps = (prediction.alpha_bar / (1 - prediction.alpha_bar)).sqrt()
         return corrected.recorded(g_mul_norm=in_eps * row_norm(moved))
+
+    def _nothing_repeats(self) -> bool:
+        return bool((self._log_m == self._log_1).all())
 
     def _damped(
         self,

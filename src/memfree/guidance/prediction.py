@@ -53,7 +53,8 @@ class Prediction:
     is_last: bool = False
     """Whether the sampler has no further step."""
     returned: tuple[Tensor, float] | None = None
-    """(offset, gain): the sampler's last step returns offset + gain·x̂_0; None: x̂_0 itself."""
+    """(offset, gain): the sampler's last step returns offset + gain·x̂_0; None: x̂_0 itself. Gain
+    0: it does not follow the prediction, so that there is no last correction."""
     image_range: float | None = None
     """Finished x_0 are clamped to ±image_range (1 for pixels); None: they are not."""
     decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)

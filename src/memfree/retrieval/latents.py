@@ -92,6 +92,21 @@ class LatentFeatures(Features):
         """Flattened latents (B, c·h·w)."""
         return self.latents(images).flatten(1)
 
+    def are_of(self, vae: Any) -> bool:
+        """Whether another autoencoder encodes to the same latents.
+
+        By the weights of its encoder, to the rounding of half precision: a pipeline in float16 has
+        not the hash of the folder that it was loaded from. What is offloaded to no device counts
+        as equal.
+        """
+        other = getattr(vae, "_orig_mod", vae)  # under torch.compile
+        if scaling(other) != (self.scaling_factor, self.shift_factor):
+            return False
+        own, others = _encoder(self.vae), _encoder(other)
+        return own.keys() == others.keys() and all(
+            _close(weight, others[name]) for name, weight in own.items()
+        )
+
     def describe(self) -> dict[str, Any]:
         """The VAE's folder, hash and factors."""
         return {
@@ -111,3 +126,41 @@ def scaling(vae: Any) -> tuple[float, float]:
     """The autoencoder's scaling and shift factors."""
     config = vae.config
     return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+
+
+def check_latents(features: Features, vae: Any, name: str) -> None:
+    """Refuse references of multiplicity guidance that are not in the latents of a pipeline.
+
+    Args:
+        features: of the references' index.
+        vae: the pipeline's autoencoder.
+        name: of the option, to begin the message with.
+
+    Raises:
+        ValueError: they are no latents, or of another autoencoder.
+    """
+    if not isinstance(features, LatentFeatures):
+        raise ValueError(
+            f"{name} is an index of {features.describe()['name']}, not of latents: give one that "
+            "`memfree index --features latents` wrote"
+        )
+    if not features.are_of(vae):
+        raise ValueError(
+            f"{name} holds latents of another autoencoder than the pipeline's: index with "
+            "--features latents and --extractor.path of this model"
+        )
+
+
+def _encoder(vae: Any) -> dict[str, Tensor]:
+    """What latents depend on."""
+    parts = ("encoder.", "quant_conv.")
+    return {name: value for name, value in vae.state_dict().items() if name.startswith(parts)}
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape:
+        return False
+    if "meta" in (first.device.type, second.device.type):
+        return True
+    other = second.to(first.device).float()
+    return torch.allclose(first.float(), other, rtol=2**-7, atol=1e-6)

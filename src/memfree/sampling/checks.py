@@ -10,6 +10,7 @@ from memfree.guidance import TEXT_ONLY, GuidanceSettings
 from memfree.guidance.baselines import TextTools
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
+from memfree.retrieval.latents import check_latents
 from memfree.sampling.schedulers import SchedulerName, build_scheduler
 
 
@@ -70,11 +71,12 @@ def latents_for(path: Path | None, model: LoadedModel, guidance: GuidanceSetting
             "--latents: an index that `memfree index --features latents` wrote"
         )
     index = ReferenceIndex.load(path)
+    check_latents(index.features, model.pipe.vae, f"--latents {path}")
     size = math.prod(model.noise_shape)
-    if index.metric != "l2" or index.vectors.shape[1] != size:
+    if index.vectors.shape[1] != size:
         raise ValueError(
             f"--latents {path} holds vectors of {index.vectors.shape[1]} values, the model's "
-            f"latents have {size}: index the model's own latents"
+            f"latents have {size}: index images of the size that it makes"
         )
     if index.captions is None:
         raise ValueError(

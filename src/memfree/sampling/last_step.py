@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from diffusers import PNDMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from memfree.diffusion_math import output_change_from_x_0, predicted_x_0
+
+EXACT = 1e-3
+"""A gain as near to 1, and an offset as small beside x̂_0, are rounding."""
+LEAST_GAIN = 0.05
+"""With less, a step hardly follows the prediction, and no correction of it is worth its size."""
 
 
 def returned(
@@ -27,57 +32,88 @@ def returned(
 
     Most samplers return x̂_0. Stable Diffusion's own settings do not: with ``set_alpha_to_one``
     false, DDIM's last step goes to ᾱ_0 and keeps some of ε̂, so that it moves by a third of what
-    x̂_0 moves; PNDM extrapolates from earlier predictions.
+    x̂_0 moves. PNDM, LMS, DEIS and SA-Solver go on from earlier predictions; with
+    ``final_sigmas_type`` sigma_min others stop at some noise, DPM-Solver++ extrapolates, and
+    Euler's step may go nowhere. So the scheduler itself is asked.
 
     Args:
         scheduler: at its last step, which it has not taken; it is copied, not changed.
         t: the timestep.
-        sample: x_t (B, ...).
+        sample: x_t (B, ...), variance preserving, as the denoiser was given it.
         output: the model's prediction, like x_t.
         alpha_bar: ᾱ_t.
         eta: η of DDIM, the share of fresh noise that the step adds; other samplers have none.
-        generator: what it is drawn from, None for torch's own; it is copied, not used.
+        generator: what it is drawn from, None for torch's own; it is copied, not used. (SA-Solver's
+            noise is foreseen in float32 alone.)
 
     Returns:
-        offset like x_t in float32, and gain; None where the sampler returns x̂_0, clamped or not.
+        offset like x_t in float32, and gain, exactly 0 where it is below ``LEAST_GAIN``: nothing
+        can be corrected; None where the sampler returns x̂_0, clamped or not.
     """
-    if _option(scheduler, "set_alpha_to_one", True) and not isinstance(scheduler, PNDMScheduler):
-        return None
     if _option(scheduler, "clip_sample", False) or _option(scheduler, "thresholding", False):
         return None  # not linear
-    options: dict[str, Any] = {"return_dict": False}
-    taken_by_step = inspect.signature(scheduler.step).parameters
-    if "eta" in taken_by_step:
-        options["eta"] = eta
-        if eta > 0 and "variance_noise" in taken_by_step:
-            options["variance_noise"] = _noise_to_come(output, generator)
+    x_t = sample.float()
+    # Schedulers that step in σ hold x_t·√(1 + σ²), and tell that by what they make of ones.
+    one = torch.ones((), dtype=x_t.dtype, device=x_t.device)
+    held = x_t / copy.deepcopy(scheduler).scale_model_input(one, t)
 
     def step(prediction: Tensor) -> Tensor:
         # The class's own step: one that was replaced on the instance may watch the real steps.
         own = type(scheduler).step
-        taken = own(copy.deepcopy(scheduler), prediction, t, sample.float(), **options)
-        return torch.as_tensor(taken[0])
+        with _kept_random_state(output.device):
+            options = _step_options(scheduler, output, eta, generator)
+            return torch.as_tensor(own(_in_float32(scheduler), prediction, t, held, **options)[0])
 
     # Linear in the prediction, with one coefficient for all elements: two steps tell it.
     kind = scheduler.config.prediction_type
     before = step(output.float())
-    one = output_change_from_x_0(torch.ones_like(before), alpha_bar, kind)
-    gain = float((step(output.float() + one) - before).mean())
-    x_0 = predicted_x_0(sample.float(), output.float(), alpha_bar, kind)
-    return before - gain * x_0, gain
+    change = output_change_from_x_0(torch.ones_like(before), alpha_bar, kind)
+    gain = float((step(output.float() + change) - before).mean())
+    x_0 = predicted_x_0(x_t, output.float(), alpha_bar, kind)
+    if abs(gain) < LEAST_GAIN:
+        return before, 0.0
+    offset = before - gain * x_0
+    exact = abs(gain - 1) < EXACT and bool(offset.abs().max() <= EXACT * x_0.abs().max())
+    return None if exact else (offset, gain)
 
 
-def _noise_to_come(output: Tensor, generator: Any) -> Tensor:
-    """What the step will draw, float32 like ``output``; every generator stays where it is."""
-    on = output.device
-    if on.type == "cpu":
-        saved = torch.random.fork_rng([])
-    else:
-        saved = torch.random.fork_rng([on], device_type=on.type)
-    with saved:
-        return randn_tensor(
-            output.shape, copy.deepcopy(generator), output.device, output.dtype
-        ).float()
+def _step_options(scheduler: Any, output: Tensor, eta: float, generator: Any) -> dict[str, Any]:
+    """Keyword arguments of ``step`` that make it draw the noise that the pipeline's will draw."""
+    taken = inspect.signature(scheduler.step).parameters
+    options: dict[str, Any] = {"return_dict": False}
+    if "eta" in taken:
+        options["eta"] = eta
+    if eta > 0 and {"eta", "variance_noise"} <= taken.keys():
+        # DDIM draws in the prediction's own precision, which is not that of the steps asked for.
+        copied = copy.deepcopy(generator)
+        noise = randn_tensor(output.shape, copied, output.device, output.dtype)
+        options["variance_noise"] = noise.float()
+    elif "generator" in taken:
+        options["generator"] = copy.deepcopy(generator)
+    return options
+
+
+def _in_float32(scheduler: Any) -> Any:
+    """A copy whose history of half-precision steps does not round what it makes of a prediction."""
+    copied = copy.deepcopy(scheduler)
+    for name, value in vars(copied).items():
+        if isinstance(value, Tensor):
+            setattr(copied, name, _not_half(value))
+        elif isinstance(value, list):
+            setattr(copied, name, [_not_half(one) for one in value])
+    return copied
+
+
+def _not_half(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+def _kept_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Torch's own generators are afterwards where they were."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
 
 
 def _option(scheduler: Any, name: str, default: bool) -> bool:

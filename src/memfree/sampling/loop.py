@@ -111,7 +111,11 @@ def sample(
                 denoise=denoise,
                 step=step,
                 is_last=is_last,
-                returned=returned(scheduler, t, x_t, output, alpha_bar) if is_last else None,
+                returned=(
+                    returned(scheduler, t, x_in, output, alpha_bar, generator=generators)
+                    if is_last
+                    else None
+                ),
                 image_range=1.0 if decode is None else None,
                 decode=decode_here or (lambda x_0: x_0),
                 encode=encode,

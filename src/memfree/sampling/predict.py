@@ -127,6 +127,8 @@ def predict(
     asked: list[int] | list[str] | None = prompts_in_turn(prompts, loaded)
     if asked is None:
         asked = labels_in_turn(classes, loaded, guidance_scale)
+    elif classes is not None:
+        raise ValueError("--classes is for models of classes; a text-to-image model has --prompts")
     reference = None if index is None else index_for(index, loaded, guidance, allow_other_dataset)
     guidance = guidance.resolved(reference)
     if reference is None and guidance.mitigation in WITH_INDEX:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from memfree.cli import COMMANDS, SCRIPTS, load, parser_of
+from memfree.free_word import as_options
 from memfree.option_messages import did_you_mean, option_message, options_of
 from memfree.part import ALL
 from memfree.slurm.options import SlurmOptions
 from memfree.slurm.submission import Submission
+from memfree.study_files import refuse_other_study
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -77,9 +79,8 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
     """
     known = {**SCRIPTS, **COMMANDS}[command]
     function = load(known)
-    given = list(arguments)
-    if known.positional is not None and given and not given[0].startswith("-"):
-        given[0] = f"--{known.positional}={given[0]}"
+    given = as_options(arguments, known.positional)
+    refuse_other_study(command, given)
     parser = parser_of(function, f"memfree submit {command}")
     parser.add_argument("--slurm", type=SlurmOptions, default=SlurmOptions())
     own_dry_run = "--dry_run" in options_of(parser)  # a study's, which here means the job's

@@ -60,9 +60,12 @@ def summarise(plan: Plan, cells: Sequence[Cell], console: Console) -> Summary:
     console.print(printed(summary.values))
     if missing:
         console.print(f"{missing} of {len(cells)} cells are not finished and left out")
-    console.print(f"Written: {to}.parquet, .csv, .html, and .md with intervals")
-    for name in (name for name, shows in pictures.items() if shows):
-        console.print(f"Written: {plan.out / name}")
+    written = [f"{to}.parquet, .csv, .html, and .md with intervals"]
+    written += [str(plan.out / name) for name, shows in pictures.items() if shows]
+    for line in written:
+        console.print(
+            f"Written: {line}", markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
     return summary
 
 

@@ -92,7 +92,8 @@ def _turn(folder: Path, stage: Stage, console: Console) -> Iterator[None]:
     try:
         lock.acquire()
     except ValueError:
-        console.print(f"[dim]waiting for another process that makes {stage.options['out']}")
+        line = f"waiting for another process that makes {stage.options['out']}"
+        console.print(line, style="dim", markup=False, emoji=False, soft_wrap=True)
         lock.acquire(wait=math.inf)
     try:
         yield

@@ -109,7 +109,7 @@ def text_study(
     console = Console()
     if dry_run:
         lines = "\n".join(stage.line() for stage in stages)
-        console.print(lines, markup=False, highlight=False, soft_wrap=True)
+        console.print(lines, markup=False, emoji=False, highlight=False, soft_wrap=True)
         return
     if not CONFIG.is_file():
         raise FileNotFoundError(

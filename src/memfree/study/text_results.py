@@ -96,7 +96,7 @@ def summarise_text(
         console.print(printed(found, prompts, shown))
     written = [".parquet", ".csv", ".md", ".png", *(["-detection.png"] if rocs else [])]
     line = f"Written: {cell / name}{', '.join(written)}"
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def gather_text(folder: Path, prompt_sets: Sequence[PromptSet]) -> Found:

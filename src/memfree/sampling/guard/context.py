@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from memfree.calibration_size import DEFAULT_RATE
@@ -17,9 +18,12 @@ from memfree.guidance import (
 from memfree.guidance.baselines import TextTools
 from memfree.guidance.mitigation import Mitigation
 from memfree.retrieval import ReferenceIndex
+from memfree.retrieval.latents import check_latents
+from memfree.sampling.guard.adapters import loading_adapters
 from memfree.sampling.guard.decode import Decoder
 from memfree.sampling.guard.families import family_of
 from memfree.sampling.guard.noise_level import check_scheduler
+from memfree.sampling.guard.options import check_guidance, check_index, check_numbers
 from memfree.sampling.guard.report import GuardReport
 from memfree.sampling.guard.session import Judge, OnCopy, Session
 
@@ -48,9 +52,9 @@ def guard(
     active, images have the bits of the unguarded pipeline. Supported: Stable Diffusion 1, 2 and XL
     with their img2img pipelines, PixArt, Stable Diffusion 3.
 
-    Inside the block the pipeline's class is a subclass of its own, which sees ``__call__`` and
-    ``prepare_latents``; hooks stand on the denoiser during a call. Afterwards, also after an
-    exception, the pipeline is as it was.
+    Inside the block the pipeline's class is a subclass of its own, which sees ``__call__``,
+    ``prepare_latents`` and ``load_lora_weights``; hooks stand on the denoiser during a call.
+    Afterwards, also after an exception, the pipeline is as it was.
 
     Args:
         pipe: the pipeline.
@@ -68,12 +72,14 @@ def guard(
             images are a list whatever the ``output_type``.
         budget: draws of an image at most, the first included, for ``resample`` and for what the
             mitigation does not accept.
-        false_positive_rate: of the verdict, within what the index's calibration allows.
+        false_positive_rate: of the verdict, and of the guidance where its settings have the
+            default; within what the index's calibration allows.
         decoder: a cheaper autoencoder of the same latents for the clean estimates, such as
             ``AutoencoderTiny``, moved to the pipeline's device for the block; None: the pipeline's
             own. What it blurs is noticed later or not, so that guidance may begin at another step;
             the last step with its final correction, and the verdicts, are of the pipeline's own.
-        chunk_size: latents decoded and images judged at a time; None: the whole batch.
+        chunk_size: latents decoded and finished images judged at a time; None: the whole batch.
+            On the way, the images of a step are embedded together.
         seed: of further draws and of what a mitigation draws; the pipeline's first draw has the
             generators of its own call.
         latents: references of multiplicity guidance in the denoiser's own space, for settings that
@@ -88,15 +94,14 @@ def guard(
         torch.OutOfMemoryError: with a line that says which option lowers the memory.
     """
     if on_copy not in ("keep", "resample", "refuse"):
-        raise ValueError(f"on_copy must be keep, resample or refuse, not {on_copy!r}")
-    for name, value in (("budget", budget), ("chunk_size", chunk_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
-    if not isinstance(index, ReferenceIndex):
         raise ValueError(
-            f"memfree.guard: index must be a ReferenceIndex, not {index!r}: give "
-            "ReferenceIndex.load(folder)"
+            f"memfree.guard: on_copy must be keep, resample or refuse, not {on_copy!r}"
         )
+    check_numbers(budget, chunk_size, seed, false_positive_rate)
+    check_index("index", index)
+    if latents is not None:
+        check_index("latents", latents)
+    check_guidance(guidance, mitigation)
     kind = type(pipe)
     if getattr(kind, _MARK, False):
         raise ValueError("memfree.guard: this pipeline is guarded already; guards do not nest")
@@ -106,9 +111,11 @@ def guard(
     calibration = calibration_of(index, similarity)
     calibration.threshold(false_positive_rate)  # refuses a rate that it does not allow
     if isinstance(guidance, GuidanceSettings):
-        if mitigation is not None:
-            raise ValueError("give guidance settings or a mitigation, not both")
+        if guidance.false_positive_rate == DEFAULT_RATE:
+            guidance = replace(guidance, false_positive_rate=false_positive_rate)
         _check_settings(guidance, index, latents)
+    if latents is not None:
+        check_latents(latents.features, pipe.vae, "memfree.guard: latents=")
     decode = Decoder(pipe.vae, index, chunk_size, decoder)
     home = None if decoder is None else decoder.device
     moved = [(one, one.device, one.features.device) for one in (index, latents) if one is not None]
@@ -205,4 +212,6 @@ def _guarded(kind: Any, session: Session) -> type:
         "__doc__": kind.__doc__,
         _MARK: True,
     }
+    if hasattr(kind, "load_lora_weights"):  # PixArt's pipelines have none
+        names["load_lora_weights"] = loading_adapters(kind)
     return type(kind.__name__, (kind,), names)

@@ -207,27 +207,3 @@ def _reason(name: str) -> str:
         "it supports Stable Diffusion 1, 2 and XL with their img2img pipelines, PixArt, and "
         "Stable Diffusion 3"
     )
-
-
-def rows_of(arguments: Any, rows: Tensor, count: int) -> Any:
-    """The arguments for some rows: tensors with ``count`` rows are indexed, at any depth."""
-    if isinstance(arguments, Tensor):
-        if arguments.ndim and len(arguments) == count:
-            return arguments[rows.to(arguments.device)]
-        return arguments
-    if isinstance(arguments, dict):
-        return {name: rows_of(value, rows, count) for name, value in arguments.items()}
-    if isinstance(arguments, (list, tuple)):
-        return type(arguments)(rows_of(value, rows, count) for value in arguments)
-    return arguments
-
-
-def usable(arguments: Any) -> Any:
-    """The arguments outside of inference mode: tensors made inside it are copied."""
-    if isinstance(arguments, Tensor):
-        return arguments.clone() if arguments.is_inference() else arguments
-    if isinstance(arguments, dict):
-        return {name: usable(value) for name, value in arguments.items()}
-    if isinstance(arguments, (list, tuple)):
-        return type(arguments)(usable(value) for value in arguments)
-    return arguments

@@ -16,8 +16,9 @@ from memfree.conditions import TextConditions
 from memfree.guidance import Guidance
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.guard.decode import Decoder
-from memfree.sampling.guard.families import StableDiffusionXL, usable
+from memfree.sampling.guard.families import StableDiffusionXL
 from memfree.sampling.guard.hook import Draw
+from memfree.sampling.guard.nested import usable
 from memfree.sampling.guard.noise_level import check_scheduler
 from memfree.sampling.guard.report import GuardReport
 
@@ -112,6 +113,8 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
             found = draw.guided(view, usable(torch.cat(branches)))
             rows = draw.trace.pop()
             self.report.add_trace(self.report.calls - 1, 0, list(range(view.count)), rows)
+            if draw.unmoved:
+                self.report.unmoved.append(self.report.calls - 1)
             if found is None:
                 return plain
             pred = usable(plain.pred).clone()

@@ -15,7 +15,8 @@ from memfree.diffusion_math import PredictionType
 from memfree.guidance import Guidance, Prediction
 from memfree.guidance.prediction import apply, combine
 from memfree.sampling.guard.decode import Decoder, explained_chunks
-from memfree.sampling.guard.families import Arguments, Family, rows_of, usable
+from memfree.sampling.guard.families import Arguments, Family
+from memfree.sampling.guard.nested import rows_of, usable
 from memfree.sampling.guard.noise_level import NoiseLevel, NoiseLevels
 from memfree.sampling.last_step import returned
 from memfree.sampling.loop import trace_rows
@@ -50,6 +51,8 @@ class Draw:
         self.guidances = guidances
         self.decoder = decoder
         self.trace: list[dict[str, Tensor]] = []
+        self.unmoved = False
+        """Whether the scheduler's last step was found not to follow the prediction."""
         self.levels = NoiseLevels(pipe.scheduler, family.flow)
         self._memory: dict[Any, Any] = {}
         self._like: Tensor | None = None
@@ -142,6 +145,7 @@ class Draw:
                     self.call.get("generator"),
                 ),
             )
+            self.unmoved = base.returned is not None and base.returned[1] == 0
         decoder = self.decoder
         with explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()):
             result = apply(self.guidances, base)

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+"""What a pipeline may return and be judged; latents are decoded for that."""
+
 
 def as_tensor(
     images: Any, output_type: str, decode: Callable[[Tensor], Tensor], device: torch.device
@@ -17,26 +20,19 @@ def as_tensor(
 
     Args:
         images: what the pipeline returned.
-        output_type: its ``output_type``: pil, np, pt, or latent (then they are decoded).
+        output_type: one of ``OUTPUT_TYPES``.
         decode: from latents to images.
         device: where the index is.
-
-    Raises:
-        ValueError: the output type is none of these.
     """
     if output_type == "latent":
         with torch.no_grad():
             return decode(images).clamp(-1, 1)
     if output_type == "pt":
         made = images.detach().float()
-    elif output_type in ("pil", "np"):
+    else:
         arrays = [np.asarray(image, dtype=np.float32) for image in images]
         made = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
         made = made / 255 if output_type == "pil" else made
-    else:
-        raise ValueError(
-            f"memfree.guard cannot judge output_type {output_type!r}; use pil, np, pt or latent"
-        )
     return (2 * made - 1).clamp(-1, 1).to(device)
 
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from memfree.sampling.loop import TRACE_COLUMNS
@@ -60,6 +61,9 @@ class GuardReport:
     """What no verdict says."""
     calls: int = 0
     """Pipeline calls so far."""
+    unmoved: list[int] = field(default_factory=list)
+    """Calls whose scheduler's last step does not follow the prediction (Euler with
+    ``final_sigmas_type`` sigma_min): there no last correction was possible."""
     _trace: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
 
     @property
@@ -107,16 +111,21 @@ class GuardReport:
         for verdict in self.verdicts:
             table.add_row(
                 f"{verdict.call}.{verdict.image}",
-                verdict.nearest,
+                Text(verdict.nearest),
                 f"{verdict.similarity:.3f}",
                 f"{verdict.threshold:.3f}",
                 f"{verdict.p_value:.3g}",
-                _said(verdict),
+                Text(_said(verdict)),
             )
         parts: list[Any] = [table]
         if self.verdicts:
             rate = 100 * self.verdicts[0].false_positive_rate
             parts.append(f"The threshold calls {rate:g} % of held-out real images copies.")
+        if self.unmoved:
+            parts.append(
+                "The last step of the scheduler does not follow the prediction: the last "
+                f"correction was left out in {len(self.unmoved)} of {self.calls} calls."
+            )
         return Group(*parts, self.not_covered)
 
     def __str__(self) -> str:

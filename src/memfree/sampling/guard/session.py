@@ -14,7 +14,13 @@ from torch import Tensor
 from memfree.guidance import Calibration, Guidance, Similarity
 from memfree.guidance.mitigation import Mitigation
 from memfree.retrieval import ReferenceIndex
-from memfree.sampling.guard.arguments import check_call, for_images, image_count, texts
+from memfree.sampling.guard.arguments import (
+    check_branches,
+    check_call,
+    for_images,
+    image_count,
+    texts,
+)
 from memfree.sampling.guard.decode import Decoder, check_size, explained_chunks
 from memfree.sampling.guard.families import Family
 from memfree.sampling.guard.hook import Draw
@@ -110,6 +116,7 @@ class Session:
         check_scheduler(pipe.scheduler, self.family.flow)
         if self.mitigation is not None:
             call["guidance_scale"] = self.mitigation.guidance_scale(float(call["guidance_scale"]))
+        check_branches(call, self._guidances())
         number, first = self.report.calls, len(self.report.verdicts)
         self.report.calls += 1
         places = list(range(image_count(call)))
@@ -163,10 +170,17 @@ class Session:
         verdicts = self.judge.verdicts(finished, number, places)
         kept = [True] * len(places)
         if self.mitigation is not None:
-            kept = self.mitigation.accept(finished).tolist()
+            kept = self._accepted(self.mitigation, finished)
         if self.on_copy == "resample":
             kept = [fine and not verdict.copy for fine, verdict in zip(kept, verdicts, strict=True)]
         return images, verdicts, kept
+
+    def _accepted(self, mitigation: Mitigation, finished: Tensor) -> list[bool]:
+        """Which finished images the mitigation keeps."""
+        size = self.judge.chunk_size
+        with explained_chunks("judging", len(finished), size):
+            parts = finished.split(size or len(finished))
+            return torch.cat([mitigation.accept(part) for part in parts]).tolist()
 
     def _draw(
         self,
@@ -178,10 +192,9 @@ class Session:
         first: int,
     ) -> Any:
         """One call of the pipeline's own ``__call__`` with the hooks on its denoiser."""
-        guidances = list(self.guidances)
+        guidances = self._guidances()
         generators = sources(self.seed, [first + i for i in places], attempt, _MITIGATION)
         if self.mitigation is not None:
-            guidances = [*self.mitigation.guidances(), *guidances]
             call = self._prompts(call, generators)
         draw = Draw(pipe, self.family, call, guidances, self.decoder)
         denoiser = draw.denoiser
@@ -197,7 +210,13 @@ class Session:
             output = self.kind.__call__(pipe, **call)
         for rows in draw.trace:
             self.report.add_trace(number, attempt, places, rows)
+        if draw.unmoved and number not in self.report.unmoved:
+            self.report.unmoved.append(number)
         return output
+
+    def _guidances(self) -> list[Guidance]:
+        """Those of the mitigation first."""
+        return [*(self.mitigation.guidances() if self.mitigation else ()), *self.guidances]
 
     def _prompts(self, call: dict[str, Any], generators: list[torch.Generator]) -> dict[str, Any]:
         """The call with the mitigation's prompts, one an image where they are new."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from memfree.conditions import TextConditions
 from memfree.guidance.mitigation import Mitigation, Start
-from memfree.sampling.guard.families import usable
 from memfree.sampling.guard.hook import Draw, View
+from memfree.sampling.guard.nested import usable
 from memfree.sampling.guard.noise_level import NoiseLevels
 from memfree.sampling.noise import seeded
 
