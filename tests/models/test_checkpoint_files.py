@@ -50,6 +50,13 @@ def test_a_checkpoint_is_flushed_before_it_has_its_name(tmp_path, monkeypatch):
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3))
 
 
+def directory(path, offset, value):
+    """Change a byte of the first entry of the archive's directory."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + offset] = value
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -58,8 +65,13 @@ def test_a_checkpoint_is_flushed_before_it_has_its_name(tmp_path, monkeypatch):
         lambda path: cut(path, path.stat().st_size - 1),
         lambda path: cut(path, 0),
         lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        lambda path: directory(path, 8, 1),
+        lambda path: directory(path, 10, 8),
+        lambda path: directory(path, 10, 12),
+        lambda path: directory(path, 10, 14),
+        lambda path: directory(path, 10, 99),
     ],
-    ids=["bit", "half", "last byte", "empty", "zeros"],
+    ids=["bit", "half", "last byte", "empty", "zeros", "encrypted", "deflate", "bz2", "lzma", "99"],
 )
 def test_a_damaged_one_is_noticed(folder, capsys, damage):
     old, new = sorted(folder.iterdir())
