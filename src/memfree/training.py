@@ -96,7 +96,8 @@ def train(
 
     The same command again resumes from the newest checkpoint, or does nothing where the model is
     finished. A folder that holds another model is refused. SIGTERM saves a checkpoint and ends the
-    training after the present batch; a SLURM job that is warned of its end is requeued as well.
+    training after the optimizer step (of several GPUs: after every fifth); a SLURM job that is
+    warned of its end is requeued as well.
 
     Args:
         data: The dataset folder and how its records are read.
