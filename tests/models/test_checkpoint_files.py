@@ -12,7 +12,15 @@ from memfree.models.checkpoints import (
     latest_checkpoint,
     verify_checkpoint,
 )
-from memfree.models.claim import CHECKPOINTS, begin
+from memfree.models.claim import CHECKPOINTS, Claim, begin, claim
+from memfree.models.module import CHECKPOINT_KEY
+
+
+IDENTITY = {"seed": 0}
+
+
+def claimed(folder, identity=IDENTITY, overwrite=False):
+    return claim(folder.parent, identity, 4, 10, -1, overwrite)
 
 
 @pytest.fixture
@@ -20,8 +28,8 @@ def folder(tmp_path):
     """Two checkpoints, as a run leaves them that is killed between saving and removing."""
     made = tmp_path / "model" / CHECKPOINTS
     for step in (2, 4):
-        weights = {"weight": torch.full((1000,), float(step))}
-        AtomicCheckpointIO().save_checkpoint(weights, made / f"step-{step:08d}.ckpt")
+        content = {"weight": torch.full((1000,), float(step)), CHECKPOINT_KEY: IDENTITY}
+        AtomicCheckpointIO().save_checkpoint(content, made / f"step-{step:08d}.ckpt")
     return made
 
 
@@ -80,15 +88,34 @@ def test_a_damaged_one_is_noticed(folder, capsys, damage):
         verify_checkpoint(new)
     assert latest_checkpoint(folder) == new
     assert good_checkpoint(folder) == old
-    assert begin(folder.parent, "open") == old
+    found = claimed(folder)
+    assert found == Claim("open", old)
+    begin(folder.parent, found)
     printed = capsys.readouterr()
     assert f"{new} is damaged and not used" in printed.err
     assert f"resuming from {old}" in printed.out
     assert list(folder.iterdir()) == [old]
     damage(old)
     with pytest.raises(ValueError, match=r"step-00000002\.ckpt is damaged.*delete it") as refused:
-        begin(folder.parent, "open")
+        claimed(folder)
     assert "\n" not in str(refused.value)
+
+
+def test_processes_that_start_together_begin_alike(folder, monkeypatch):
+    """Whoever is first: no other process writes, and none resumes from what is overwritten."""
+    old, new = sorted(folder.iterdir())
+    with pytest.raises(ValueError, match="holds another model: seed is 0 there and 1 here"):
+        claimed(folder, {"seed": 1})
+    found = claimed(folder, {"seed": 1}, overwrite=True)
+    monkeypatch.setenv("RANK", "1")
+    assert claimed(folder, {"seed": 1}, overwrite=True) == found == Claim("other", None)
+    assert claimed(folder) == Claim("open", new)
+    begin(folder.parent, found)
+    begin(folder.parent, claimed(folder))
+    assert sorted(folder.iterdir()) == [old, new]
+    monkeypatch.setenv("RANK", "0")
+    begin(folder.parent, found)
+    assert not folder.exists()
 
 
 def test_the_newest_is_used_and_the_others_go(folder):
