@@ -34,10 +34,10 @@ _WAITING = 24 * 3600.0
 def one_writer(out: Path, part: Part = WHOLE) -> Iterator[None]:
     """Keep other commands from writing the folder ``out``; clear up what a killed one left.
 
-    The lock file lies beside the folder (where a link leads to), ``.NAME.lock``, or inside it where nothing may be written
-    beside it; it is removed at the end. Of the processes of one distributed run only the first
-    locks. Where neither place can be written there is no lock: what the command then tries to write
-    says so.
+    The lock file lies beside the folder (that a link leads to), ``.NAME.lock``, or inside it where
+    nothing may be written beside it; it is removed at the end. Of the processes of one distributed
+    run only the first locks. Where neither place can be written there is no lock: what the command
+    then tries to write says so.
 
     A part has a lock of its own, ``.NAME.part-3-of-8.lock``, beside which other parts of the same
     division may be written, but nothing else. The folder's own lock then guards the beginning.

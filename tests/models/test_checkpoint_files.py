@@ -15,7 +15,6 @@ from memfree.models.checkpoints import (
 from memfree.models.claim import CHECKPOINTS, Claim, begin, claim
 from memfree.models.module import CHECKPOINT_KEY
 
-
 IDENTITY = {"seed": 0}
 
 
@@ -44,16 +43,17 @@ def cut(path, position):
 
 
 def test_a_checkpoint_is_flushed_before_it_has_its_name(tmp_path, monkeypatch):
-    """File, rename, folder: in this order, and nothing else is left."""
+    """Folders made for it, file, rename, folder: in this order, and nothing else is left."""
     seen = []
     monkeypatch.setattr("memfree.manifest.sync", lambda path: seen.append(path.name) or sync(path))
-    path = tmp_path / "c" / "step-00000001.ckpt"
+    path = tmp_path / "b" / "c" / "step-00000001.ckpt"
     replace = __import__("os").replace
     monkeypatch.setattr(
         "memfree.manifest.os.replace", lambda *names: seen.append("rename") or replace(*names)
     )
     AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, path)
-    assert seen[0].startswith(".step-00000001.ckpt.") and seen[1:] == ["rename", "c"]
+    assert seen[:2] == [tmp_path.name, "b"]
+    assert seen[2].startswith(".step-00000001.ckpt.") and seen[3:] == ["rename", "c"]
     assert [one.name for one in path.parent.iterdir()] == [path.name]
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3))
 
