@@ -25,8 +25,8 @@ from memfree.models import (
     ModelOptions,
     build_network,
 )
+from memfree.models.loss_record import LossRecord
 from memfree.models.network import NetworkOptions
-from memfree.models.progress import LossRecord
 
 BATCH, STEPS, WARMUP = 64, 60, 10
 LIMIT = 1.05

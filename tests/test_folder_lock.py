@@ -1,5 +1,6 @@
 """The lock of an output folder: who is refused, and what a killed process leaves behind."""
 
+import contextlib
 import errno
 import json
 import os
@@ -82,30 +83,55 @@ def test_what_a_killed_process_has_started_is_waited_for(tmp_path):
     lock.release()
 
 
-def test_never_two_at_once(tmp_path):
+def without_locks(monkeypatch):
+    """Let the file system have no locks."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.parametrize("left", ["nothing", "a dead process's file"])
+def test_never_two_at_once(tmp_path, monkeypatch, locks, left):
+    if not locks:
+        without_locks(monkeypatch)
     number = tmp_path / "number"
     number.write_text("0")
+    dead = {"host": socket.gethostname(), "pid": 4194304999, "since": "then", "job": None}
+    # A short while in which two could be inside is made longer.
+    monkeypatch.setattr(folder_lock.time, "sleep", lambda _, sleep=time.sleep: sleep(0.001))
 
     def count():
-        for _ in range(30):
+        for _ in range(60):
             lock = FolderLock(tmp_path / ".lock", "--out o")
             lock.acquire(wait=60)
-            number.write_text(str(int(number.read_text()) + 1))
+            inside = number.read_text()
+            time.sleep(0.001)
+            number.write_text(str(int(inside) + 1))
             lock.release()
+            if left != "nothing":
+                leave(tmp_path, json.dumps(dead))
 
     counting = [forked(count) for _ in range(3)]
     assert [ended(pid) for pid in counting] == [0, 0, 0]
-    assert number.read_text() == "90"
-    assert not (tmp_path / ".lock").exists()
+    assert number.read_text() == "180"
+    assert left != "nothing" or not (tmp_path / ".lock").exists()
+
+
+def leave(folder, text):
+    """What a process leaves that was killed with the lock, if there is none now."""
+    mine = folder / f"{os.getpid()}"
+    mine.write_text(text)
+    with contextlib.suppress(FileExistsError):
+        os.link(mine, folder / ".lock")
 
 
 class TestWithoutLocksOfTheFileSystem:
     @pytest.fixture(autouse=True)
     def no_locks(self, monkeypatch):
-        def refuse(*_):
-            raise OSError(errno.ENOLCK, "No locks available")
-
-        monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
+        without_locks(monkeypatch)
 
     def lock(self, folder, **changes):
         mine = {"host": socket.gethostname(), "pid": os.getppid(), "since": "then", "job": None}
@@ -120,6 +146,26 @@ class TestWithoutLocksOfTheFileSystem:
         lock = self.lock(tmp_path, pid=4194304999)
         lock.acquire()
         lock.release()
+
+    def test_a_file_that_does_not_say_whose_it_is_is_held(self, tmp_path):
+        """Its maker has not come to write into it, or its machine has not sent that yet."""
+        (tmp_path / ".lock").touch()
+        with pytest.raises(ValueError, match=r"if it has ended, delete .*\.lock"):
+            FolderLock(tmp_path / ".lock", "--out o").acquire()
+
+    def test_nothing_is_left(self, tmp_path, monkeypatch):
+        lock = self.lock(tmp_path, pid=4194304999)
+        lock.acquire()
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        lock.release()
+
+        def full(_):
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(folder_lock.os, "fsync", full)
+        with pytest.raises(OSError, match="full"):
+            lock.acquire()
+        assert list(tmp_path.iterdir()) == []
 
     def test_of_another_machine_it_cannot_be_known(self, tmp_path):
         lock = self.lock(tmp_path, host="node7", pid=4194304999)

@@ -56,3 +56,17 @@ def test_the_next_training_has_a_run_of_its_own(wandb, tmp_path):
     finish(build_logger("csv", tmp_path, "logs"))
     finish(build_logger("none", tmp_path, "logs"))
     assert FakeWandb.ended == before + 1
+
+
+def test_tensorboard_goes_on_with_one_log(tmp_path):
+    """What was logged behind the step that training goes on from does not count any more."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, end, loss in ((0, 4, 1.0), (2, 6, 2.0)):
+        logger = build_logger("tensorboard", tmp_path, "logs", start)
+        for step in range(start, end):
+            logger.log_metrics({"loss": loss}, step)
+        logger.finalize("success")
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["version_0"]
+    events = accumulator.EventAccumulator(str(tmp_path / "logs" / "version_0")).Reload()
+    found = [(one.step, one.value) for one in events.Scalars("loss")]
+    assert found == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0)]

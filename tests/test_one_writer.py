@@ -21,6 +21,22 @@ def test_only_the_first_process_locks(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_has_one_lock_by_whatever_name(tmp_path):
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    (tmp_path / "place").symlink_to(tmp_path / "disk")
+    for one, two in (("disk/out", "link"), ("link", "place/out"), ("place/out", "disk/out")):
+        with (
+            one_writer(tmp_path / one),
+            pytest.raises(ValueError, match="another process"),
+            one_writer(tmp_path / two),
+        ):
+            pass
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(ValueError, match="leads back to itself"), one_writer(tmp_path / "circle"):
+        pass
+
+
 def test_a_refused_command_leaves_no_folders(tmp_path):
     with pytest.raises(RuntimeError), one_writer(tmp_path / "new" / "folder" / "out"):
         assert (tmp_path / "new" / "folder" / ".out.lock").is_file()

@@ -31,7 +31,8 @@ class FolderLock:
     a file that a killed process left behind is no lock. On network file systems with locks it holds
     between machines as well. On those without, the file itself is the lock: it is stale if its
     process has ended, or belongs to an earlier start of this very SLURM job; of a process on
-    another machine that cannot be known, and the message says which file to delete.
+    another machine that cannot be known, and the message says which file to delete. Whoever makes
+    the file has that lock, so one that does not say yet who holds it is held.
 
     Args:
         path: the lock file.
@@ -82,38 +83,68 @@ class FolderLock:
     def _try(self) -> bool:
         """Take the lock if it is free."""
         assert self._file is None
-        # Not "w": the words of a holder must stay.
-        file = open(self.path, "a+", encoding="utf-8")  # noqa: SIM115 - closed by release
+        file, made = self._open()
+        if file is None:
+            return False
         try:
-            free = _is_stale(read_holder(self.path)) if fcntl is None else self._flock(file)
+            locked = _flock(file)
             # Removed by its holder since it was opened, or another's by now: try again.
-            free = free and _is_same_file(file, self.path)
+            free = made if locked is None else locked and _is_same_file(file, self.path)
             if free:
-                file.truncate(0)
-                file.write(json.dumps(_ourselves()))
-                file.flush()
+                self._say_who(file, to_all_machines=locked is None)
                 self._file = file
                 return True
         except BaseException:
+            if made:
+                self.path.unlink(missing_ok=True)
             file.close()
             raise
         file.close()
-        return False
+        return locked is None and self._remove_stale() and self._try()
 
-    def _flock(self, file: IO[str]) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    def _open(self) -> tuple[IO[str] | None, bool]:
+        """The file, and whether it was made here; None if it comes and goes."""
+        for _ in range(10):
+            with contextlib.suppress(FileExistsError):
+                made = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                return os.fdopen(made, "r+", encoding="utf-8"), True
+            with contextlib.suppress(FileNotFoundError):
+                return os.fdopen(os.open(self.path, os.O_RDWR), "r+", encoding="utf-8"), False
+        return None, False
+
+    def _say_who(self, file: IO[str], to_all_machines: bool) -> None:
+        file.truncate(0)
+        file.write(json.dumps(_ourselves()))
+        file.flush()
+        if to_all_machines:
+            os.fsync(file.fileno())
+
+    def _remove_stale(self) -> bool:
+        """Without locks: remove the file if it is stale; whether it is gone.
+
+        One process at a time: another that has found it stale before would remove the next lock.
+        """
+        if not _is_stale(read_holder(self.path)):
             return False
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            return _is_stale(read_holder(self.path))
-        return True
+        guard = self.path.with_name(f"{self.path.name}.stale")
+        try:
+            os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        try:
+            stale = _is_stale(read_holder(self.path))
+            if stale:
+                self.path.unlink(missing_ok=True)
+        finally:
+            guard.unlink(missing_ok=True)
+        return stale
 
     def _refusal(self, holder: dict[str, Any]) -> str:
         if not holder:
-            return f"another process is writing to {self.what}; wait for it or stop it"
+            return (
+                f"another process is writing to {self.what}; wait for it or stop it "
+                f"(if it has ended, delete {self.path})"
+            )
         return (
             f"another process is writing to {self.what}: process {holder.get('pid')} on "
             f"{holder.get('host')}, since {holder.get('since')}; wait for it or stop it "
@@ -153,11 +184,26 @@ def _has_ended(holder: dict[str, Any]) -> bool:
     return pid != os.getpid() and not is_alive(pid)
 
 
+def _flock(file: IO[str]) -> bool | None:
+    """Lock a file if it is free; whether it is ours, None where there are no such locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True
+
+
 def _is_stale(holder: dict[str, Any]) -> bool:
     """Without locks of the operating system: whether the file may be taken over."""
     job, ours = holder.get("job"), _job()
     same_job = isinstance(job, list) and ours is not None and job[:1] == ours[:1] and job != ours
-    return not holder or _has_ended(holder) or same_job
+    return _has_ended(holder) or same_job
 
 
 def _is_same_file(file: IO[str], path: Path) -> bool:

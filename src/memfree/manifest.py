@@ -63,9 +63,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` on a temporary name beside ``path``, flush it to disk, then rename it.
 
     Whatever happens, ``path`` holds the old content or the new, whole; after the call the new one
-    survives a loss of power.
+    survives a loss of power, and so do the folders that had to be made for it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
@@ -74,6 +74,15 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those that it is in, and flush their names."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
 
 
 def sync(path: Path) -> None:

@@ -34,10 +34,10 @@ _WAITING = 24 * 3600.0
 def one_writer(out: Path, part: Part = WHOLE) -> Iterator[None]:
     """Keep other commands from writing the folder ``out``; clear up what a killed one left.
 
-    The lock file lies beside the folder, ``.NAME.lock``, or inside it where nothing may be written
-    beside it; it is removed at the end. Of the processes of one distributed run only the first
-    locks. Where neither place can be written there is no lock: what the command then tries to write
-    says so.
+    The lock file lies beside the folder (that a link leads to), ``.NAME.lock``, or inside it where
+    nothing may be written beside it; it is removed at the end. Of the processes of one distributed
+    run only the first locks. Where neither place can be written there is no lock: what the command
+    then tries to write says so.
 
     A part has a lock of its own, ``.NAME.part-3-of-8.lock``, beside which other parts of the same
     division may be written, but nothing else. The folder's own lock then guards the beginning.
@@ -47,7 +47,8 @@ def one_writer(out: Path, part: Part = WHOLE) -> Iterator[None]:
         part: what is written of it.
 
     Raises:
-        ValueError: another process writes there; one line with its host and process.
+        ValueError: another process writes there; one line with its host and process. Or ``out`` is
+            a link in a circle.
     """
     if not is_first_process() or out.is_file():
         yield
@@ -107,7 +108,7 @@ def _acquire(out: Path, part: Part) -> FolderLock | None:
 
 def _first_writable(out: Path, suffix: str, wait: float = 0.0) -> FolderLock | None:
     """The lock of this suffix beside ``out`` or in it, taken; None where neither can be written."""
-    place = out.absolute()
+    place = _resolved(out)
     for path in (place.parent / f".{place.name}{suffix}.lock", place / f"{suffix}.lock"):
         lock = _lock(path, out)
         try:
@@ -126,14 +127,23 @@ def _lock(path: Path, out: Path) -> FolderLock:
 
 def _part_locks(out: Path) -> list[Path]:
     """Lock files of parts, beside the folder and in it."""
-    place = out.absolute()
+    place = _resolved(out)
     name = f"{glob.escape(f'.{place.name}')}.part-*-of-*.lock"
     return [*place.parent.glob(name), *place.glob(".part-*-of-*.lock")]
 
 
 def _missing_parents(out: Path) -> list[Path]:
     """Make the folder that ``out`` will be in; what had to be made, the innermost first."""
-    missing = [folder for folder in out.absolute().parents if not folder.exists()]
+    place = _resolved(out)
+    missing = [folder for folder in place.parents if not folder.exists()]
     with contextlib.suppress(OSError):  # the command's own attempt says why
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
     return missing
+
+
+def _resolved(out: Path) -> Path:
+    """Where ``out`` really is, so that it has one lock by whatever name it is called."""
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--out {out} is a link that leads back to itself") from error

@@ -71,8 +71,8 @@ def scratch(
     latents = latent_shape(module.network, data.image_shape)
     identity = module.identity()
     steps = int(autoencoder.steps)
-    found = claim(out, identity, int(autoencoder.batch_size), steps, -1, overwrite)
-    if found == "finished":
+    claimed = claim(out, identity, int(autoencoder.batch_size), steps, -1, overwrite)
+    if claimed.found == "finished":
         print(f"{out} is already built as asked")
         return
     with quiet(*ADVICE):
@@ -87,8 +87,8 @@ def scratch(
             default_root_dir=out,
             enable_model_summary=False,
         )
-        checkpoint = begin(out, found)
-        fit.fit(module, ckpt_path=checkpoint, weights_only=True)
+        begin(out, claimed)
+        fit.fit(module, ckpt_path=claimed.checkpoint, weights_only=True)
     vae = module.cpu().finish()
     errors = {
         "train": _error(vae, training.images()),

@@ -25,12 +25,14 @@ from memfree.models import (
     SampleGrid,
     export_model,
 )
+from memfree.models.beginning import Beginning
 from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
-from memfree.models.claim import CHECKPOINTS, GRIDS, LOGS, begin, claim
+from memfree.models.claim import CHECKPOINTS, GRIDS, claim
 from memfree.models.finite import NotFiniteError
-from memfree.models.loggers import LoggerName, build_logger, check_logger, finish
+from memfree.models.loggers import LoggerName, check_logger, finish
+from memfree.models.loss_record import LossRecord
 from memfree.models.preemption import Preemption
-from memfree.models.progress import LossRecord, StepProgress
+from memfree.models.progress import StepProgress
 from memfree.models.sample_grid import averaged_module
 from memfree.models.text_pipeline import load_pipeline
 from memfree.models.text_to_image import TextToImageModule
@@ -96,7 +98,8 @@ def train(
 
     The same command again resumes from the newest checkpoint, or does nothing where the model is
     finished. A folder that holds another model is refused. SIGTERM saves a checkpoint and ends the
-    training after the present batch; a SLURM job that is warned of its end is requeued as well.
+    training after the optimizer step (of several GPUs: after every fifth); a SLURM job that is
+    warned of its end is requeued as well.
 
     Args:
         data: The dataset folder and how its records are read.
@@ -121,8 +124,8 @@ def train(
     }
     module = _module(model, data, seed, stepping)
     limits = trainer.max_steps, trainer.max_epochs
-    found = claim(out, module.identity(), data.batch_size, *limits, overwrite)
-    if found == "finished":
+    claimed = claim(out, module.identity(), data.batch_size, *limits, overwrite)
+    if claimed.found == "finished":
         print(f"{out} is already trained as asked")
         return
     losses = LossRecord(trainer.log_every_n_steps)
@@ -139,8 +142,9 @@ def train(
             accumulate_grad_batches=trainer.accumulate_grad_batches,
             gradient_clip_val=trainer.gradient_clip_val or None,
             log_every_n_steps=trainer.log_every_n_steps,
-            logger=False,  # set below, where the folder is this training's
+            logger=False,  # Beginning sets it, where the folder is this training's
             callbacks=[
+                Beginning(out, claimed, trainer.logger),
                 FiniteTraining(trainer.log_every_n_steps),
                 losses,
                 *_callbacks(out, model, trainer, seed),
@@ -152,11 +156,9 @@ def train(
             # The data module shares the records out among the ranks itself.
             use_distributed_sampler=False,
         )
-        checkpoint = begin(out, found)
-        fit.logger = build_logger(trainer.logger, out, LOGS)
         try:
             with explained_memory("training", _less_memory(data, model, trainer)):
-                fit.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+                fit.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
         except NotFiniteError:
             # All ranks come to the same end: one line for the user.
             if fit.is_global_zero:

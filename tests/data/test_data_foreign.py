@@ -76,6 +76,29 @@ def test_resumed_epoch_continues(shards, workers):
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(rest, batches[3:], strict=True))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_epoch_continues_behind_broken_records(tmp_path, tar, encode, workers):
+    """Records that replaced broken ones in a batch trained on are not given once more."""
+    generator = np.random.default_rng(0)
+    for shard in range(4):
+        members = []
+        for number in range(10):
+            pixels = generator.integers(0, 255, (8, 8, 3)).astype(np.uint8)
+            members.append((f"{number}.png", encode(pixels) if number % 5 else b"broken"))
+        tar(tmp_path / f"{shard}.tar", members)
+    options = StreamOptions(epoch_records=32, image_size=8, shuffle_buffer=4)
+    dataset = ForeignBatches(str(tmp_path), options, 5, on_error="skip", random_flip=True)
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers)
+    batches = list(loader)
+    for start in range(1, 7):
+        dataset.start = start
+        rest = list(loader)
+        assert keys(rest) == keys(batches[start:])
+        for one, two in zip(rest, batches[start:], strict=True):
+            assert torch.equal(one["image"], two["image"])
+            assert one["skipped"].counts() == two["skipped"].counts()
+
+
 def test_epoch_longer_than_the_shards(shards):
     options = StreamOptions(epoch_records=100, image_size=8)
     found = Counter(keys(ForeignBatches(shards, options, 16)))

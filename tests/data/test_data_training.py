@@ -156,7 +156,9 @@ def test_another_dataset_seed_or_batch_is_refused(whole, digits_folder, tmp_path
         data = ShardDataModule(str(digits_folder), batch_size=16, seed=1)
         fit(data, tmp_path, steps=20, checkpoint=checkpoint)
     data = ShardDataModule(str(digits_folder), batch_size=8)
-    with pytest.raises(ValueError, match="batches of 16 records on all ranks, now they have 8"):
+    with pytest.raises(
+        ValueError, match="6 batches of at most 16 records, now it would have 11 .* 8"
+    ):
         fit(data, tmp_path, steps=20, checkpoint=checkpoint)
 
 
@@ -177,12 +179,48 @@ def test_other_foreign_shards_or_another_way_to_read_them_is_refused(tmp_path, m
         run(str(tmp_path / "*.tar"), replace(options, resize="pad"), checkpoint)
 
 
-def test_another_batch_size_after_a_whole_epoch(whole, digits_folder, tmp_path):
+@pytest.mark.parametrize("name", ["epoch0", "step12"])
+@pytest.mark.parametrize(("size", "batches"), [(22, 4), (8, 11)])
+def test_another_batch_size_after_a_whole_epoch(
+    whole, digits_folder, tmp_path, name, size, batches
+):
+    """The next epoch has all its batches, whether the old one had more or fewer."""
     folder, _ = whole
-    data = ShardDataModule(str(digits_folder), batch_size=22)
-    resumed = fit(data, tmp_path, epochs=2, checkpoint=folder / "epoch0.ckpt")
-    assert [(epoch, batch) for epoch, batch, _ in resumed.seen] == [(1, i) for i in range(4)]
-    assert sum(len(keys) for _, _, keys in resumed.seen) == 88
+    epoch, done = {"epoch0": (1, 6), "step12": (2, 12)}[name]
+    data = ShardDataModule(str(digits_folder), batch_size=size)
+    resumed = fit(data, tmp_path, steps=done + batches + 1, checkpoint=folder / f"{name}.ckpt")
+    assert [(number, batch) for number, batch, _ in resumed.seen] == [
+        *((epoch, i) for i in range(batches)),
+        (epoch + 1, 0),
+    ]
+    assert sum(len(keys) for number, _, keys in resumed.seen if number == epoch) == 88
+
+
+def test_fewer_batches_than_were_trained_on_are_refused(whole, digits_folder, tmp_path):
+    """Lightning would take the epoch for a whole one."""
+    folder, _ = whole
+    data = ShardDataModule(str(digits_folder), batch_size=44)
+    with pytest.raises(ValueError, match="epoch of 6 batches"):
+        fit(data, tmp_path, steps=20, checkpoint=folder / "step4.ckpt")
+
+
+def test_foreign_shards_go_on_with_the_same_readers_only(tmp_path, make_shard):
+    for number in range(3):
+        make_shard(tmp_path, number, 8)
+    options = StreamOptions(epoch_records=24, image_size=8)
+
+    def run(folder, steps, workers, checkpoint=None):
+        data = ShardDataModule(str(tmp_path), 8, stream=options, num_workers=workers)
+        checkpoints = [by_step(folder, 1)]
+        return fit(data, folder, steps, checkpoint=checkpoint, checkpoints=checkpoints).seen
+
+    whole = run(tmp_path / "whole", 6, 0)
+    within, end = (tmp_path / "whole" / f"step{step}.ckpt" for step in (2, 3))
+    with pytest.raises(ValueError, match="1 rank with 1 worker each read, now 1 rank with 3 work"):
+        run(tmp_path / "other", 6, 3, within)
+    assert run(tmp_path / "same", 6, 1, within) == whole[2:]
+    rest = run(tmp_path / "end", 6, 3, end)
+    assert [seen[:2] for seen in rest] == [(1, 0), (1, 1), (1, 2)]
 
 
 def test_bad_options(digits_folder):

@@ -14,6 +14,8 @@ from memfree.guidance import calibrate
 from memfree.guidance.calibration import default_similarity
 from memfree.manifest import write_manifest
 from memfree.models import NetworkOptions, export_model
+from memfree.models.checkpoints import AtomicCheckpointIO
+from memfree.models.module import CHECKPOINT_KEY
 from memfree.models.network import build_network
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import png
@@ -24,7 +26,7 @@ SHAPE = (1, 4, 4)
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """A folder of whole folders: data, index, model, pipe, samples, evaluation."""
+    """A folder of whole folders: data, index, model, pipe, samples, evaluation, checkpoints."""
     root = tmp_path_factory.mktemp("whole")
     prepare(
         root / "data",
@@ -36,6 +38,9 @@ def whole(tmp_path_factory):
     tiny_pipelines.stable_diffusion().save_pretrained(root / "pipe")
     _samples(root / "samples")
     _evaluation(root / "evaluation")
+    checkpoint = {CHECKPOINT_KEY: {"a": 1}, "state_dict": {"weight": torch.ones(300)}}
+    path = root / "checkpoints" / "step-00000002.ckpt"
+    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
     return root
 
 

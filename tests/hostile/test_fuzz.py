@@ -9,12 +9,20 @@ from hostile_guard import bounded, one_line
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from spoiling import places
-from test_hostile_folders import READERS
+from test_hostile_folders import READERS as FOLDERS
 
 from memfree.data.skipped import Skipped
 from memfree.data.tarstream import read_shard
 from memfree.evaluation.metrics import read_metrics
+from memfree.models.checkpoints import good_checkpoint, read_identity
 
+
+def read_checkpoint(folder):
+    path = good_checkpoint(folder)
+    assert path is not None and isinstance(read_identity(path), dict)
+
+
+READERS = {**FOLDERS, "checkpoints": read_checkpoint}
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -43,6 +51,7 @@ FILES = {
     + ["calibration.json"],
     "samples": ["manifest.json", "samples-000-000000.tar", "trace-000-000000.parquet"],
     "evaluation": ["manifest.json", "metrics.json", "per_sample.parquet", "pictures.parquet"],
+    "checkpoints": ["step-00000002.ckpt"],
 }
 FEW = settings(
     max_examples=25,

@@ -1,9 +1,15 @@
 """Training stopped and resumed is training undisturbed: weights, average, optimizer, loss, all."""
 
+import io
+import shutil
 import subprocess
 import sys
+import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
+from pyarrow import parquet
 from trained_state import difference, trained_state
 
 from memfree import cli
@@ -137,10 +143,81 @@ def test_two_ranks_and_then_another_number(folder, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert on_ranks(tmp_path, 5, words(folder, tmp_path / "out")).returncode != 0
     assert step_of(latest_checkpoint(tmp_path / "out" / "checkpoints")) == 4
+    shutil.copytree(tmp_path / "out", tmp_path / "one")
     one = ["--trainer.devices=1"]
     with pytest.raises(SystemExit):  # within an epoch, with half as many records a step
         cli.run(train, words(folder, tmp_path / "out", *one, "--data.batch_size=8"))
-    assert "choose --data.batch_size and devices with the same product" in capsys.readouterr().err
+    assert "epoch of 3 batches of at most 16 records, now it would" in capsys.readouterr().err
     done = on_ranks(tmp_path, -1, words(folder, tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     check_same(trained_state(tmp_path / "whole"), trained_state(tmp_path / "out"))
+    # One process with batches of twice the size goes on with the same records.
+    cli.run(train, words(folder, tmp_path / "one", *one, "--data.batch_size=16"))
+    exposures = "exposures.parquet"
+    assert (tmp_path / "one" / exposures).read_bytes() == (
+        tmp_path / "whole" / exposures
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ranks_with_workers_and_accumulated_batches(folder, tmp_path):
+    more = ["--data.num_workers=1", "--trainer.accumulate_grad_batches=2"]
+    done = on_ranks(tmp_path, -1, words(folder, tmp_path / "whole", *more))
+    assert done.returncode == 0, done.stderr
+    assert on_ranks(tmp_path, 5, words(folder, tmp_path / "out", *more)).returncode != 0
+    assert step_of(latest_checkpoint(tmp_path / "out" / "checkpoints")) == 4
+    done = on_ranks(tmp_path, -1, words(folder, tmp_path / "out", *more))
+    assert done.returncode == 0, done.stderr
+    check_same(trained_state(tmp_path / "whole"), trained_state(tmp_path / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [16, 8], ids=["same", "half"])
+def test_stopped_at_the_end_of_an_epoch(folder, tmp_path, monkeypatch, size):
+    """Of three batches; the next one may have others, and has all its records."""
+    every = "--trainer.checkpoint_every_n_steps=3"
+    more = ["--trainer.devices=1", every]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_after(patch, 4)
+        cli.run(train, words(folder, tmp_path / "out", *more, "--data.batch_size=16"))
+    assert step_of(latest_checkpoint(tmp_path / "out" / "checkpoints")) == 3
+    if size == 16:
+        cli.run(train, words(folder, tmp_path / "out", *more, "--data.batch_size=16"))
+        cli.run(train, words(folder, tmp_path / "whole", *more, "--data.batch_size=16"))
+        check_same(trained_state(tmp_path / "whole"), trained_state(tmp_path / "out"))
+    else:
+        steps = "--trainer.max_steps=9"
+        cli.run(train, words(folder, tmp_path / "out", *more, "--data.batch_size=8", steps))
+        table = parquet.read_table(tmp_path / "out" / "exposures.parquet").to_pydict()
+        assert table["exposures"] == [2 * copies for copies in table["copies"][:30]] + 40 * [0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_foreign_shards_with_broken_records(tmp_path, monkeypatch, workers):
+    """Every fifth image does not decode; 40 others are an epoch of three batches."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(5):
+        with tarfile.open(shards / f"{number}.tar", "w") as archive:
+            for record in range(10):
+                image = io.BytesIO()
+                pixels = generator.integers(0, 255, (8, 8)).astype(np.uint8)
+                Image.fromarray(pixels).save(image, "PNG")
+                data = image.getvalue() if record % 5 else b"broken"
+                member = tarfile.TarInfo(f"{record}.png")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    stream = {"epoch_records": 40, "image_size": 8, "channels": 1, "shuffle_buffer": 8}
+    more = [f"--data.stream.{name}={value}" for name, value in stream.items()]
+    more += ["--data.on_error=skip", f"--data.num_workers={workers}", "--data.random_flip=true"]
+    more += ["--data.batch_size=16", "--trainer.devices=1"]
+    cli.run(train, words(shards, tmp_path / "whole", *more))
+    for stop in (3, 5):
+        out = tmp_path / f"stopped-{stop}"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            stop_after(patch, stop)
+            cli.run(train, words(shards, out, *more))
+        cli.run(train, words(shards, out, *more))
+        check_same(trained_state(tmp_path / "whole"), trained_state(out))

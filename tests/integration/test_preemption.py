@@ -107,6 +107,27 @@ def test_a_training_that_is_told_to_end_goes_on_to_the_same_model(
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
 
 
+@pytest.mark.parametrize("in_a_job", [True, False])
+def test_a_signal_in_the_last_step_is_passed_on_in_a_job(
+    in_a_job, folder, tmp_path, signalled, monkeypatch
+):
+    """To whom had the signals before, who requeues; by then the last step is saved."""
+    monkeypatch.setattr("memfree.models.preemption.job_id", lambda: "12" if in_a_job else None)
+    out, passed_on = tmp_path / "m", []
+
+    def before(number, _):
+        saved = step_of(latest_checkpoint(out / "checkpoints"))
+        passed_on.append((number, saved, (out / "manifest.json").exists()))
+
+    more = ("--trainer.devices=1", "--trainer.max_epochs=1")
+    signalled(3, signal.SIGUSR1)
+    with requeue.handled(before):
+        cli.run(train, options(folder, out, -1, *more))
+        assert signal.getsignal(signal.SIGUSR1) is before
+    assert passed_on == ([(signal.SIGUSR1, 3, False)] if in_a_job else [])
+    assert (out / "manifest.json").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_end_together(folder, tmp_path):
     """The first of them, which has started the other, gets the signal."""

@@ -22,7 +22,7 @@ COMMANDS = {
     "index_pixels": 7,
     "index_network": 10,
     "sample": 12,
-    "evaluate": 2,
+    "evaluate": 6,
 }
 """Points of each command that the quick test kills at."""
 RANDOM_KILLS = 20
@@ -57,13 +57,18 @@ def undisturbed(server, inputs, tmp_path_factory):
 
 
 def points(events, limit):
-    """Numbers of changes, and how to kill there: one of a kind, spread over the run."""
+    """Numbers of changes, and how to kill there: one of a kind, spread over the run.
+
+    Behind what promises that something is on the disk: what follows may rely on it. Before a rename
+    is behind the flush of its file.
+    """
     kinds = {}
     for number, (kind, path) in enumerate(events):
         kinds.setdefault((kind, re.sub(r"[0-9a-f]*\d+", "N", path)), number)
     numbers = sorted(kinds.values())
     chosen = {numbers[round(i * (len(numbers) - 1) / (limit - 1))] for i in range(limit)}
-    return [(n, "torn" if events[n][0] == "fsync" else "before") for n in sorted(chosen)]
+    hows = {"fsync": ("torn", "after"), "rename": ("after",), "replace": ("after",)}
+    return [(n, how) for n in sorted(chosen) for how in hows.get(events[n][0], ("before",))]
 
 
 def every_point(events):

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from memfree.models import DDPMModule, ExponentialMovingAverage, FiniteTraining, SampleGrid
 from memfree.models.checkpoints import Checkpoints, latest_checkpoint, read_identity, step_of
-from memfree.models.progress import LossRecord, StepProgress
+from memfree.models.loss_record import LossRecord
+from memfree.models.progress import StepProgress
 from memfree.models.sample_grid import averaged_module
 
 

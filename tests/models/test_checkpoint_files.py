@@ -12,7 +12,14 @@ from memfree.models.checkpoints import (
     latest_checkpoint,
     verify_checkpoint,
 )
-from memfree.models.claim import CHECKPOINTS, begin
+from memfree.models.claim import CHECKPOINTS, Claim, begin, claim
+from memfree.models.module import CHECKPOINT_KEY
+
+IDENTITY = {"seed": 0}
+
+
+def claimed(folder, identity=IDENTITY, overwrite=False):
+    return claim(folder.parent, identity, 4, 10, -1, overwrite)
 
 
 @pytest.fixture
@@ -20,8 +27,8 @@ def folder(tmp_path):
     """Two checkpoints, as a run leaves them that is killed between saving and removing."""
     made = tmp_path / "model" / CHECKPOINTS
     for step in (2, 4):
-        weights = {"weight": torch.full((1000,), float(step))}
-        AtomicCheckpointIO().save_checkpoint(weights, made / f"step-{step:08d}.ckpt")
+        content = {"weight": torch.full((1000,), float(step)), CHECKPOINT_KEY: IDENTITY}
+        AtomicCheckpointIO().save_checkpoint(content, made / f"step-{step:08d}.ckpt")
     return made
 
 
@@ -36,18 +43,26 @@ def cut(path, position):
 
 
 def test_a_checkpoint_is_flushed_before_it_has_its_name(tmp_path, monkeypatch):
-    """File, rename, folder: in this order, and nothing else is left."""
+    """Folders made for it, file, rename, folder: in this order, and nothing else is left."""
     seen = []
     monkeypatch.setattr("memfree.manifest.sync", lambda path: seen.append(path.name) or sync(path))
-    path = tmp_path / "c" / "step-00000001.ckpt"
+    path = tmp_path / "b" / "c" / "step-00000001.ckpt"
     replace = __import__("os").replace
     monkeypatch.setattr(
         "memfree.manifest.os.replace", lambda *names: seen.append("rename") or replace(*names)
     )
     AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, path)
-    assert seen[0].startswith(".step-00000001.ckpt.") and seen[1:] == ["rename", "c"]
+    assert seen[:2] == [tmp_path.name, "b"]
+    assert seen[2].startswith(".step-00000001.ckpt.") and seen[3:] == ["rename", "c"]
     assert [one.name for one in path.parent.iterdir()] == [path.name]
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(3))
+
+
+def directory(path, offset, value):
+    """Change a byte of the first entry of the archive's directory."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + offset] = value
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +73,13 @@ def test_a_checkpoint_is_flushed_before_it_has_its_name(tmp_path, monkeypatch):
         lambda path: cut(path, path.stat().st_size - 1),
         lambda path: cut(path, 0),
         lambda path: path.write_bytes(bytes(path.stat().st_size)),
+        lambda path: directory(path, 8, 1),
+        lambda path: directory(path, 10, 8),
+        lambda path: directory(path, 10, 12),
+        lambda path: directory(path, 10, 14),
+        lambda path: directory(path, 10, 99),
     ],
-    ids=["bit", "half", "last byte", "empty", "zeros"],
+    ids=["bit", "half", "last byte", "empty", "zeros", "encrypted", "deflate", "bz2", "lzma", "99"],
 )
 def test_a_damaged_one_is_noticed(folder, capsys, damage):
     old, new = sorted(folder.iterdir())
@@ -68,15 +88,34 @@ def test_a_damaged_one_is_noticed(folder, capsys, damage):
         verify_checkpoint(new)
     assert latest_checkpoint(folder) == new
     assert good_checkpoint(folder) == old
-    assert begin(folder.parent, "open") == old
+    found = claimed(folder)
+    assert found == Claim("open", old)
+    begin(folder.parent, found)
     printed = capsys.readouterr()
     assert f"{new} is damaged and not used" in printed.err
     assert f"resuming from {old}" in printed.out
     assert list(folder.iterdir()) == [old]
     damage(old)
     with pytest.raises(ValueError, match=r"step-00000002\.ckpt is damaged.*delete it") as refused:
-        begin(folder.parent, "open")
+        claimed(folder)
     assert "\n" not in str(refused.value)
+
+
+def test_processes_that_start_together_begin_alike(folder, monkeypatch):
+    """Whoever is first: no other process writes, and none resumes from what is overwritten."""
+    old, new = sorted(folder.iterdir())
+    with pytest.raises(ValueError, match="holds another model: seed is 0 there and 1 here"):
+        claimed(folder, {"seed": 1})
+    found = claimed(folder, {"seed": 1}, overwrite=True)
+    monkeypatch.setenv("RANK", "1")
+    assert claimed(folder, {"seed": 1}, overwrite=True) == found == Claim("other", None)
+    assert claimed(folder) == Claim("open", new)
+    begin(folder.parent, found)
+    begin(folder.parent, claimed(folder))
+    assert sorted(folder.iterdir()) == [old, new]
+    monkeypatch.setenv("RANK", "0")
+    begin(folder.parent, found)
+    assert not folder.exists()
 
 
 def test_the_newest_is_used_and_the_others_go(folder):

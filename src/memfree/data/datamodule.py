@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningDataModule
 from torch import distributed
-from torch.utils.data import DataLoader
 
+from memfree.data.epoch_loader import EpochLoader
 from memfree.data.folder import DatasetFolder
 from memfree.data.foreign import ForeignBatches, StreamOptions
+from memfree.data.order import batches_per_epoch
 from memfree.data.rank_batches import Batch, OnError
+from memfree.data.resuming import epoch_order, go_on
 from memfree.data.skipped import Skipped
 from memfree.data.stream import EpochBatches
 from memfree.data.wording import counted
@@ -81,7 +81,6 @@ class ShardDataModule(LightningDataModule):
         self.stream = stream
         self.skipped = Skipped()
         self._folder: DatasetFolder | None = None
-        self._stopped_at: dict[str, Any] | None = None
 
     @property
     def folder(self) -> DatasetFolder | None:
@@ -176,7 +175,7 @@ class ShardDataModule(LightningDataModule):
             if dataset.missing and rank == 0:
                 count = counted(len(dataset.missing.shards), "shard")
                 _log.warning("skipped %s; first: %s", count, dataset.missing.messages[0])
-        return EpochLoader(self, dataset)
+        return EpochLoader(dataset, self.num_workers, self._position, self.count)
 
     def count(self, batch: Batch) -> None:
         """Count what was left out for a batch, and name it if it is among the first."""
@@ -207,12 +206,22 @@ class ShardDataModule(LightningDataModule):
             if total and (self.trainer is None or self.trainer.is_global_zero):
                 _log.warning("%s", total.text())
 
+    def _order(self) -> dict[str, Any]:
+        world_size = self.trainer.world_size if self.trainer else 1
+        dealt_out = self.num_workers if self.folder is None else None
+        batches = batches_per_epoch(self._records(), self.batch_size, world_size)
+        return epoch_order(batches, self.batch_size * world_size, world_size, dealt_out)
+
+    def _records(self) -> int:
+        if self.folder is None:
+            return self.stream.epoch_records
+        return len(self.folder.part_records("train"))
+
     def state_dict(self) -> dict[str, Any]:
         """What must be the same for a run that resumes; Lightning itself keeps the position."""
-        world_size = self.trainer.world_size if self.trainer else 1
         return {
             "identity": self.identity(),
-            "global_batch_size": self.batch_size * world_size,
+            "order": self._order(),
             "skipped": self.skipped_on_all_ranks().counts(),
         }
 
@@ -220,77 +229,28 @@ class ShardDataModule(LightningDataModule):
         """Take up a stopped run.
 
         Raises:
-            ValueError: it was trained on another dataset, or in another order.
+            ValueError: it was trained on another dataset, or it was stopped within an epoch whose
+                batches would be others now.
         """
         if difference := first_difference(state_dict.get("identity"), self.identity(), "data"):
             raise ValueError(
                 f"the checkpoint was trained on other records than {self.path} gives now: "
                 f"{difference}; give the same options, or start a new run"
             )
-        if self.trainer is None or self.trainer.is_global_zero:  # the counts are of all ranks
+        if "order" not in state_dict:
+            raise ValueError("the checkpoint is of an earlier version of memfree: start a new run")
+        trainer = self.trainer
+        if trainer is None or trainer.is_global_zero:  # the counts are of all ranks
             self.skipped = Skipped.from_counts(state_dict["skipped"])
-        self._stopped_at = state_dict
+        if trainer is not None:
+            # Lightning takes its loops from the same checkpoint, after this.
+            loops = trainer._checkpoint_connector._loaded_checkpoint["loops"]["fit_loop"]
+            progress = loops["epoch_loop.batch_progress"]["current"]
+            go_on(progress, state_dict["order"], self._order())
 
-    def position(self, global_batch_size: int) -> tuple[int, int]:
-        """(epoch, batches of it that were trained on), from the trainer.
-
-        Raises:
-            ValueError: a run stopped within an epoch goes on with batches of another size.
-        """
+    def _position(self) -> tuple[int, int]:
+        """(epoch, batches of it that were trained on), from the trainer."""
         trainer = self.trainer
         if trainer is None:
             return 0, 0
-        start = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        stopped, self._stopped_at = self._stopped_at, None
-        if start and stopped and stopped["global_batch_size"] != global_batch_size:
-            raise ValueError(
-                f"the checkpoint stopped within an epoch of batches of "
-                f"{stopped['global_batch_size']} records on all ranks, now they have "
-                f"{global_batch_size}; choose --data.batch_size and devices with the same product"
-            )
-        return trainer.current_epoch, start
-
-
-class EpochLoader:
-    """A loader that knows by the trainer which epoch it is, and where in it training stands."""
-
-    def __init__(self, module: ShardDataModule, dataset: EpochBatches | ForeignBatches) -> None:
-        self._module = module
-        self.epochs = dataset
-        self._loader: DataLoader[Batch] = DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=module.num_workers,
-            persistent_workers=module.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def __len__(self) -> int:
-        return self.epochs.batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The rest of the present epoch.
-
-        Lightning asks for an iterator long before it asks for its first batch, so the position is
-        looked up with that one.
-        """
-        self.epochs.epoch, self.epochs.start = self._module.position(self.epochs.global_batch_size)
-        for batch in self._loader:
-            self._module.count(batch)
-            yield batch
-
-    @property
-    def _iterator(self) -> Any:
-        """The workers, under the name by which Lightning finds and ends them after training."""
-        return self._loader._iterator
-
-    @_iterator.setter
-    def _iterator(self, value: Any) -> None:
-        self._loader._iterator = value
-
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: the position is the trainer's. Tells Lightning that this loader can resume."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load."""
+        return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready

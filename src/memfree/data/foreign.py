@@ -51,7 +51,8 @@ class ForeignBatches(RankBatches):
     are fewer shards than these, everyone reads all shards and takes every so-many-th record. A
     worker whose shards end before its share of the epoch begins them again in another order. All
     ranks get the same number of batches. Order depends on the number of ranks and workers, but not
-    on time: a resumed epoch continues with the batches that were left.
+    on time: with the same ranks and workers a resumed epoch continues with the batches that were
+    left. Those before are read again, and decoded too where broken records are left out.
 
     Args:
         shards: see :func:`memfree.data.tarstream.expand_shards`.
@@ -109,10 +110,8 @@ class ForeignBatches(RankBatches):
             first, last = global_slice(self.records, self.batches, batch)
             low, high = rank_slice(first, last, self._rank, self._world_size)
             flips = generator.random(high - low) < 0.5
-            if batch < start:  # trained on before the run was stopped: pass over, decode nothing
-                for _ in range(high - low):
-                    next(records)
-                skipped.take()
+            if batch < start:  # trained on before the run was stopped
+                self._pass_over(records, high - low, skipped)
                 continue
             made = self._batch(records, high - low, flips, skipped)
             made["weight"] = (high - low) * self._world_size / (last - first)
@@ -146,20 +145,35 @@ class ForeignBatches(RankBatches):
             rng = random.Random(f"{self._seed} {epoch} {turn} {unit}")
             yield from _shuffle(one_pass(turn), buffer, buffer, rng)
 
+    def _pass_over(self, records: Iterator[TarRecord], size: int, skipped: Skipped) -> None:
+        """Leave out the records of a batch; broken ones, which others replaced in it, as well."""
+        for _ in range(size):
+            if self._on_error == "stop":  # then there were none, and nothing need be decoded
+                next(records)
+            else:
+                self._next_whole(records, skipped)
+        skipped.take()
+
+    def _next_whole(
+        self, records: Iterator[TarRecord], skipped: Skipped
+    ) -> tuple[TarRecord, np.ndarray]:
+        """The next record that decodes, and its pixels (C, H, W)."""
+        while True:
+            record = next(records)
+            try:
+                return record, self._decode(record)
+            except ValueError as error:
+                if self._on_error == "stop":
+                    raise
+                skipped.record(str(error))
+
     def _batch(
         self, records: Iterator[TarRecord], size: int, flips: np.ndarray, skipped: Skipped
     ) -> Batch:
         images: list[np.ndarray] = []
         taken: list[TarRecord] = []
         while len(taken) < size:
-            record = next(records)
-            try:
-                pixels = self._decode(record)
-            except ValueError as error:
-                if self._on_error == "stop":
-                    raise
-                skipped.record(str(error))
-                continue
+            record, pixels = self._next_whole(records, skipped)
             flip = self._random_flip and flips[len(taken)]
             images.append(pixels[:, :, ::-1] if flip else pixels)
             taken.append(record)

@@ -42,7 +42,6 @@ class RankBatches(IterableDataset[Batch]):
     ) -> None:
         self.records = records
         self.batches = batches_per_epoch(records, batch_size, world_size)
-        self.global_batch_size = batch_size * world_size
         self._seed = seed
         self._rank, self._world_size = rank, world_size
         self._random_flip, self._on_error = random_flip, on_error

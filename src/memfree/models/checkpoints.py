@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,6 +15,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from memfree.manifest import write_atomic
 from memfree.models.module import CHECKPOINT_KEY
+from memfree.untrusted import short
+
+_ENCRYPTED = 0x1
+"""Flag of a part of a zip archive."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -143,11 +148,23 @@ def verify_checkpoint(path: Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            _refuse_packed(archive)
             wrong = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):  # of the disk, not of what is in the file
+            raise
+        raise _damaged(path, type(error).__name__) from error
+    except Exception as error:  # whatever an archive of someone else makes zipfile raise
         raise _damaged(path, type(error).__name__) from error
     if wrong is not None:
-        raise _damaged(path, f"wrong checksum of {wrong}")
+        raise _damaged(path, f"wrong checksum of {short(wrong)}")
+
+
+def _refuse_packed(archive: zipfile.ZipFile) -> None:
+    """Let nothing be unpacked: torch packs and encrypts nothing; others may pack bombs."""
+    for part in archive.infolist():
+        if part.compress_type != zipfile.ZIP_STORED or part.flag_bits & _ENCRYPTED:
+            raise ValueError("packed")
 
 
 def _damaged(path: Path, reason: str) -> ValueError:
@@ -173,9 +190,8 @@ def read_identity(path: Path) -> dict[str, Any]:
         ValueError: it is damaged, or not a checkpoint of memfree.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch packs nothing; others may pack bombs
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                raise ValueError("packed")
+        with zipfile.ZipFile(path) as archive:
+            _refuse_packed(archive)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a TorchScript file, which is refused
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,17 @@ LOGS = "logs"
 GRIDS = "samples"
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What a folder is to a training that may have it."""
+
+    found: Literal["open", "finished", "other"]
+    """``open``: to be trained, from a checkpoint if there is one; ``finished``: trained already;
+    ``other``: it holds another model, which ``begin`` deletes."""
+    checkpoint: Path | None = None
+    """The verified checkpoint to resume from, None to start."""
+
+
 def claim(
     out: Path,
     identity: dict[str, Any],
@@ -32,8 +44,11 @@ def claim(
     max_steps: int,
     max_epochs: int,
     overwrite: bool,
-) -> Literal["open", "finished", "other"]:
+) -> Claim:
     """Accept ``out`` as the folder of the model that ``identity`` describes; writes nothing.
+
+    Each of several processes asks by itself, and all find the same as long as none of them writes:
+    ``begin`` comes when all have asked.
 
     Args:
         out: the model folder, which need not exist.
@@ -42,10 +57,6 @@ def claim(
         max_steps: optimizer steps wanted, negative: no such limit.
         max_epochs: epochs wanted, negative: no such limit.
         overwrite: whether another model in it may be deleted.
-
-    Returns:
-        ``open``: to be trained, from a checkpoint if there is one; ``finished``: trained already;
-        ``other``: it holds another model, which ``clear`` deletes.
 
     Raises:
         ValueError: it holds another model and ``overwrite`` is not set, or something else.
@@ -75,38 +86,36 @@ def claim(
             "use another --out, or --overwrite true to delete it"
         )
     if difference:
-        return "other"
+        return Claim("other")
     enough_epochs = 0 <= max_epochs <= manifest.get("epochs", 0)
     finished = bool(manifest) and (0 <= max_steps <= manifest.get("steps", 0) or enough_epochs)
-    return "finished" if finished else "open"
+    return Claim("finished") if finished else Claim("open", checkpoint)
 
 
-def begin(out: Path, found: Literal["open", "other"]) -> Path | None:
+def begin(out: Path, claimed: Claim) -> None:
     """Make room for a training that ``claim`` accepted, and save its configuration.
 
-    Returns:
-        The checkpoint to resume from, None to start.
+    Of several processes only the first does; the others must wait for it.
     """
-    if found == "other":
+    if not is_first_process():
+        return
+    if claimed.found == "other":
         clear(out)
     save_config(out)
-    newest, checkpoint = latest_checkpoint(out / CHECKPOINTS), good_checkpoint(out / CHECKPOINTS)
-    if checkpoint is not None and is_first_process():
-        if newest != checkpoint:
+    if claimed.checkpoint is not None:
+        newest = latest_checkpoint(out / CHECKPOINTS)
+        if newest != claimed.checkpoint:
             print(f"{newest} is damaged and not used", file=sys.stderr)
-        keep_only(checkpoint, out / CHECKPOINTS)
-        print(f"resuming from {checkpoint}")
-    return checkpoint
+        keep_only(claimed.checkpoint, out / CHECKPOINTS)
+        print(f"resuming from {claimed.checkpoint}")
 
 
 def clear(out: Path) -> None:
     """Delete what training writes, and nothing else that may lie in the folder.
 
-    Under several processes only the first deletes. The checkpoints come last: killed before, the
-    same command finds the other model still and goes on deleting.
+    The checkpoints come last: killed before, the same command finds the other model still and goes
+    on deleting.
     """
-    if not is_first_process():
-        return
     (out / "manifest.json").unlink(missing_ok=True)
     for name in (DIFFUSERS_NAME, LOGS, GRIDS, CHECKPOINTS):
         shutil.rmtree(out / name, ignore_errors=True)

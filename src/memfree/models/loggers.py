@@ -32,7 +32,7 @@ def check_logger(name: LoggerName) -> None:
         )
 
 
-def build_logger(name: LoggerName, out: Path, logs: str) -> Logger | None:
+def build_logger(name: LoggerName, out: Path, logs: str, step: int = 0) -> Logger | None:
     """The logger of this name, which writes below ``out``: call it where that is claimed.
 
     W&B runs are called after the model folder, whose path is in their configuration, and a resumed
@@ -43,13 +43,15 @@ def build_logger(name: LoggerName, out: Path, logs: str) -> Logger | None:
         name: which.
         out: the model folder.
         logs: folder in it for what the logger writes.
+        step: optimizer step that training begins or goes on with; what was logged from there on
+            by an earlier run does not count any more.
     """
     if name == "none":
         return None
     if name == "csv":
         return LossLog(out / logs)
     if name == "tensorboard":
-        return TensorBoardLogger(out, name=logs)
+        return TensorBoardLogger(out, name=logs, version=0, purge_step=step)
     return _wandb(out, logs)
 
 

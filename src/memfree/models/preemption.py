@@ -15,7 +15,7 @@ from memfree.requeue import handled, ignore, job_id, requeue
 
 
 class Preemption(pl.Callback):
-    """On SIGTERM or USR1: a checkpoint after the present batch, then the end of the process.
+    """On SIGTERM or USR1: a checkpoint after the optimizer step, then the end of the process.
 
     The handler only remembers the signal. Whether any rank has one is agreed on between the ranks
     after an optimizer step, where all of them stand at the same place; a checkpoint, which they
@@ -41,9 +41,16 @@ class Preemption(pl.Callback):
         self._signal, self._step = None, trainer.global_step
         self._handlers.enter_context(handled(self._remember))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the signals back."""
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the signals back, and one that came in the last steps as well.
+
+        All is saved by now, but a large model takes longer to export than a warning leaves: inside
+        a SLURM job, whoever had the signals before requeues it. Elsewhere the training ends by
+        itself.
+        """
         self._handlers.close()
+        if self._signal is not None and job_id() is not None:
+            os.kill(os.getpid(), self._signal)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -60,7 +67,7 @@ class Preemption(pl.Callback):
         """Agree whether to end, if an optimizer step is done."""
         step = trainer.global_step
         # Gradients that are still being added up are in no checkpoint; the last step is followed
-        # by the end in any case.
+        # by the end in any case, which passes the signal on.
         if step == self._step or _is_last(trainer):
             return
         self._step = step

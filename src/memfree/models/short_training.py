@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from memfree.difference import first_difference
 from memfree.manifest import check_kind, read_manifest
 from memfree.models.finite import FiniteTraining
-from memfree.models.progress import LossRecord, StepProgress
+from memfree.models.loss_record import LossRecord
+from memfree.models.progress import StepProgress
 from memfree.quiet import quiet
 from memfree.resolved import save_config
 from memfree.trainers import build_trainer
