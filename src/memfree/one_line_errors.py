@@ -31,7 +31,7 @@ def guarded(call: Callable[[], Any], goes_on: bool = True) -> Any:
     except _mendable() as error:
         if os.environ.get(DEBUG_VARIABLE):
             traceback.print_exc()
-        exit_with_error(_message(error))
+        exit_with_error(message_of(error))
     except KeyboardInterrupt:
         _exit_interrupted()
     except SystemExit as error:
@@ -52,7 +52,7 @@ def _mendable() -> tuple[type[Exception], ...]:
     return (ValueError, OSError, *(error for error in found if error is not None))
 
 
-def _message(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """What an error says, without Python's ``[Errno 2]`` and Lightning's addresses."""
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memfree.cli import _message
+from memfree.one_line_errors import message_of
 
 MEMORY = 1 << 30
 """Address space that a reader may take on top of what the process has, bytes."""
@@ -33,7 +33,7 @@ def bounded():
 
 def one_line(error):
     """The message as a command prints it; fails if it is long, or not plain text on one line."""
-    message = _message(error)
+    message = message_of(error)
     assert message.isprintable(), repr(message)
     assert 10 < len(message) < 700, message
     return message
