@@ -20,8 +20,8 @@ from harness import compared, interleaved, record, write
 from stream import BATCH, colour_folder
 
 from memfree.data import ShardDataModule, prepare
-from memfree.manifest import write_atomic
-from memfree.one_writer import one_writer
+from memfree.folders.atomic_files import write_atomic
+from memfree.folders.one_writer import one_writer
 
 STATE_LIMIT = 1000
 """Goal: bytes of the data module's state in a checkpoint, at most."""

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule
 
 from memfree import cli
 from memfree.first_process import is_first_process
-from memfree.resolved import save_config
+from memfree.folders.resolved import save_config
 
 ROOT = Path(__file__).parents[1]
 

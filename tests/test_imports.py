@@ -6,8 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "memfree"
 LAYERS = [
     {
-        "manifest",
-        "resolved",
+        "folders",
         "first_process",
         "free_word",
         "requeue",
@@ -21,12 +20,7 @@ LAYERS = [
         "diffusion_math",
         "conditions",
         "calibration_size",
-        "whole_folder",
         "untrusted",
-        "folder_lock",
-        "one_writer",
-        "part",
-        "storage_errors",
         "study_files",
     },
     {"data", "models", "retrieval"},

@@ -14,7 +14,7 @@ from scipy import stats
 
 from memfree.evaluation.intervals import Interval
 from memfree.evaluation.metrics import metric, write_metrics
-from memfree.manifest import write_manifest
+from memfree.folders.manifest import write_manifest
 from memfree.study import against_oracle
 from memfree.study.cells import Cell, Grid, expand
 from memfree.study.curve_tables import curve_tables

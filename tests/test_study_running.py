@@ -16,7 +16,8 @@ from rich.console import Console
 
 from memfree import cli
 from memfree.evaluation.metrics import metric, write_metrics
-from memfree.manifest import read_manifest, write_json
+from memfree.folders.atomic_files import write_json
+from memfree.folders.manifest import read_manifest
 from memfree.stages import Stage
 from memfree.study.cells import Cell
 from memfree.study.estimate import plan_size

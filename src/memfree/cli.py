@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memfree import __version__
+from memfree.folders.part import ALL, WHOLE, part_of
 from memfree.free_word import as_options
 from memfree.one_line_errors import DEBUG_VARIABLE, INTERRUPTED, exit_with_error, guarded
 from memfree.option_messages import did_you_mean, option_message, options_of
-from memfree.part import ALL, WHOLE, part_of
 from memfree.study_files import refuse_other_study
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def run(
     Every parameter is an option; fields of dataclasses and of a data module are options below it
     (``--data.batch_size``). ``--config FILE`` reads options from YAML, several files layer, and
     what stands later on the line wins. The function itself saves the resolved configuration beside
-    what it makes, by ``memfree.resolved.save_config``: it knows whether it makes anything.
+    what it makes, by ``memfree.folders.resolved.save_config``: it knows whether it makes anything.
 
     Args:
         function: annotated and documented; its docstring and those of its dataclasses are the
@@ -109,7 +109,7 @@ def run(
         args: the command line without the program's name, None for ``sys.argv[1:]``.
         prog: the name in the usage line, None for the script's.
         one_writer: whether no other command may write to the folder of an option ``--out``
-            meanwhile (``memfree.one_writer``).
+            meanwhile (``memfree.folders.one_writer``).
 
     Returns:
         What ``function`` returns.
@@ -253,8 +253,8 @@ def _run(
     except RecursionError:
         exit_with_error("--config: a value that contains itself, or too many in each other")
     # Here, not above: manifest imports torch, and `memfree --help` should not wait for it.
+    from memfree.folders.resolved import resolved_config
     from memfree.memory import explained_memory
-    from memfree.resolved import resolved_config
 
     options = options_of(parser)
     batches = [f"a smaller {option}" for option in options if option.endswith("batch_size")]
@@ -270,8 +270,8 @@ def _run(
 @contextmanager
 def _writing(arguments: Any, lock: bool) -> Iterator[None]:
     """Be the only writer of ``--out``, or of a part of it; name it where it cannot be written."""
-    from memfree.one_writer import one_writer
-    from memfree.storage_errors import explained_storage
+    from memfree.folders.one_writer import one_writer
+    from memfree.folders.storage_errors import explained_storage
 
     out = arguments.get("out")
     if not isinstance(out, Path):

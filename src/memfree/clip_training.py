@@ -14,7 +14,9 @@ from memfree.data import DatasetFolder
 from memfree.data.distinct import DistinctImages
 from memfree.data.split import PartName
 from memfree.evaluation.alignment import ClipScorer, pair_report
-from memfree.manifest import sha256, write_json, write_manifest
+from memfree.folders.atomic_files import write_json
+from memfree.folders.hashes import sha256
+from memfree.folders.manifest import write_manifest
 from memfree.models.short_training import Accelerator, fit, is_finished, write_folder
 from memfree.models.small_clip import (
     PREPROCESSING,

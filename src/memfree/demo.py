@@ -7,8 +7,8 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
-from memfree.manifest import check_kind, write_manifest
-from memfree.resolved import save_config
+from memfree.folders.manifest import check_kind, write_manifest
+from memfree.folders.resolved import save_config
 from memfree.stages import Stage, run_stages
 
 SAMPLES = {"unguided": "none", "amg": "amg", "both": "both"}

@@ -15,6 +15,9 @@ from memfree.calibration_size import too_few_images
 from memfree.console import plain_console
 from memfree.data import DatasetFolder
 from memfree.first_process import is_first_process
+from memfree.folders.one_writer import one_at_a_time
+from memfree.folders.part import ALL, Part, part_of
+from memfree.folders.storage_errors import check_free_space
 from memfree.guidance.calibration import (
     Calibration,
     calibration_of,
@@ -22,10 +25,7 @@ from memfree.guidance.calibration import (
     measure,
 )
 from memfree.index_tables import summary, thresholds
-from memfree.manifest import check_free_space
 from memfree.memory import explained_memory
-from memfree.one_writer import one_at_a_time
-from memfree.part import ALL, Part, part_of
 from memfree.quiet import quiet
 from memfree.retrieval import Features, ReferenceIndex
 from memfree.retrieval.extractors import HAVE_DTYPE, ExtractorOptions, FeatureName, make_features

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from memfree.data import DatasetFolder
-from memfree.manifest import write_atomic
+from memfree.folders.atomic_files import write_atomic
 from memfree.models.autoencoder import AutoencoderModule, AutoencoderOptions
 from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
 from memfree.models.claim import CHECKPOINTS, begin, claim

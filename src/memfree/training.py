@@ -14,6 +14,7 @@ from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from memfree.data import ExposureCounter, ShardDataModule
 from memfree.data.wording import counted
+from memfree.folders.whole_folder import put_in_place, unfinished
 from memfree.memory import explained_memory
 from memfree.models import (
     DDPMModule,
@@ -38,7 +39,6 @@ from memfree.models.text_pipeline import load_pipeline
 from memfree.models.text_to_image import TextToImageModule
 from memfree.quiet import quiet
 from memfree.trainers import build_trainer
-from memfree.whole_folder import put_in_place, unfinished
 
 EXPOSURES = "exposures.parquet"
 LORA = "lora"

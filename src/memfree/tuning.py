@@ -15,10 +15,12 @@ from rich.table import Table
 from torch import Tensor
 
 from memfree.console import plain_console
+from memfree.folders.atomic_files import write_json, write_text
+from memfree.folders.manifest import check_replaceable, write_manifest
+from memfree.folders.resolved import save_config
+from memfree.folders.whole_folder import put_in_place, unfinished
 from memfree.guidance import WITH_AMG, GuidanceSettings, default_similarity
-from memfree.manifest import check_replaceable, write_json, write_manifest, write_text
 from memfree.models import LoadedModel, load_model
-from memfree.resolved import save_config
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import SamplingModule
 from memfree.sampling.checks import (
@@ -32,7 +34,6 @@ from memfree.sampling.checks import (
 from memfree.sampling.png import from_bytes, to_bytes
 from memfree.sampling.prompts import PromptOptions, prompts_in_turn
 from memfree.sampling.schedulers import SchedulerName
-from memfree.whole_folder import put_in_place, unfinished
 
 
 @dataclass(frozen=True)

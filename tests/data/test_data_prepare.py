@@ -10,7 +10,6 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from memfree import whole_folder
 from memfree.data import (
     DatasetFolder,
     DuplicationPlan,
@@ -19,6 +18,7 @@ from memfree.data import (
 )
 from memfree.data.records import Items
 from memfree.data.shards import ShardWriter
+from memfree.folders import whole_folder
 
 SMALL = PartSizes(train=60, calibration=40, test=30, fit=20)
 PLAN = DuplicationPlan(images=4, factor=8)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from pyarrow import parquet
 
-from memfree.manifest import write_manifest
+from memfree.folders.manifest import write_manifest
 from memfree.sampling import png
 from memfree.sampling.writer import trace_table, write_shard
 

@@ -17,8 +17,8 @@ from memfree.evaluation import audit
 from memfree.evaluation.audit import measure
 from memfree.evaluation.false_discovery import adjusted, are_discoveries, fewest_discoveries
 from memfree.evaluation.neighbours import find_neighbours
+from memfree.folders.manifest import read_manifest
 from memfree.guidance import EmbeddingSimilarity, NormalizedL2, calibrate, calibration_of
-from memfree.manifest import read_manifest
 from memfree.retrieval import EfficientNetFeatures, ReferenceIndex
 from memfree.sampling import png
 

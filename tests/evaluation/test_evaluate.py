@@ -14,8 +14,8 @@ from rich.console import Console
 from memfree.cli import main
 from memfree.data import DatasetFolder
 from memfree.evaluation import EvaluationFolder, evaluate, report
+from memfree.folders.manifest import read_manifest
 from memfree.guidance import calibrate
-from memfree.manifest import read_manifest
 from memfree.retrieval import ReferenceIndex
 
 

@@ -10,9 +10,9 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from pyarrow import parquet
 
 from memfree.data import DuplicationPlan, PartSizes, prepare
+from memfree.folders.manifest import write_manifest
 from memfree.guidance import calibrate
 from memfree.guidance.calibration import default_similarity
-from memfree.manifest import write_manifest
 from memfree.models import NetworkOptions, export_model
 from memfree.models.checkpoints import AtomicCheckpointIO
 from memfree.models.module import CHECKPOINT_KEY

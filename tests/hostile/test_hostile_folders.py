@@ -25,8 +25,8 @@ from memfree.data.prompts import prompt_set
 from memfree.evaluation.folder import EvaluationFolder
 from memfree.evaluation.metrics import read_metrics
 from memfree.evaluation.picture import _draw
+from memfree.folders.manifest import read_manifest
 from memfree.guidance.calibration import Calibration, calibration_of, default_similarity
-from memfree.manifest import read_manifest
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import SampleFolder, SampleRun
 

@@ -13,8 +13,8 @@ from memfree import tuning
 from memfree.cli import main, run
 from memfree.demo import demo
 from memfree.evaluation import read_metrics
+from memfree.folders.manifest import read_manifest
 from memfree.guidance import GuidanceSettings
-from memfree.manifest import read_manifest
 from memfree.sampling import SampleFolder
 from memfree.sampling.predict import predict
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memfree.manifest import sync
+from memfree.folders.atomic_files import sync
 from memfree.models.checkpoints import (
     AtomicCheckpointIO,
     Checkpoints,
@@ -45,11 +45,14 @@ def cut(path, position):
 def test_a_checkpoint_is_flushed_before_it_has_its_name(tmp_path, monkeypatch):
     """Folders made for it, file, rename, folder: in this order, and nothing else is left."""
     seen = []
-    monkeypatch.setattr("memfree.manifest.sync", lambda path: seen.append(path.name) or sync(path))
+    monkeypatch.setattr(
+        "memfree.folders.atomic_files.sync", lambda path: seen.append(path.name) or sync(path)
+    )
     path = tmp_path / "b" / "c" / "step-00000001.ckpt"
     replace = __import__("os").replace
     monkeypatch.setattr(
-        "memfree.manifest.os.replace", lambda *names: seen.append("rename") or replace(*names)
+        "memfree.folders.atomic_files.os.replace",
+        lambda *names: seen.append("rename") or replace(*names),
     )
     AtomicCheckpointIO().save_checkpoint({"a": torch.ones(3)}, path)
     assert seen[:2] == [tmp_path.name, "b"]

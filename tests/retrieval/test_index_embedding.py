@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 
 from memfree.cli import main
 from memfree.data import DatasetFolder
-from memfree.part import WHOLE
+from memfree.folders.part import WHOLE
 from memfree.retrieval import ReferenceIndex, TimmFeatures, Whitened, embedding
 from memfree.retrieval.embedding import EmbeddedParts, parts_folder
 

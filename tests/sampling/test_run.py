@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from memfree.part import part_of
+from memfree.folders.part import part_of
 from memfree.sampling import SampleRun
 from memfree.sampling.run import shard_indices
 from memfree.sampling.writer import write_shard

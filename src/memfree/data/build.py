@@ -21,7 +21,7 @@ from memfree.data.shards import RECORDS_SCHEMA, ShardWriter, record_bytes
 from memfree.data.skipped import Skipped
 from memfree.data.sources import Source
 from memfree.data.split import PARTS, PartName, PartSizes, deal, limited
-from memfree.manifest import check_free_space
+from memfree.folders.storage_errors import check_free_space
 
 
 def build(

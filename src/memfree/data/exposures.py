@@ -14,7 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
 
 from memfree.data.datamodule import ShardDataModule
-from memfree.manifest import write_atomic
+from memfree.folders.atomic_files import write_atomic
 
 
 class ExposureCounter(Callback):

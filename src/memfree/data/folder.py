@@ -21,7 +21,8 @@ from memfree.data.shards import CONDITIONS_SCHEMA, ITEMS_SCHEMA, RECORDS_SCHEMA
 from memfree.data.skipped import Skipped
 from memfree.data.split import PARTS, PartName
 from memfree.data.wording import counted
-from memfree.manifest import read_manifest, sha256
+from memfree.folders.hashes import sha256
+from memfree.folders.manifest import read_manifest
 from memfree.untrusted import read_table, short
 
 _SIZES = range(1 << 62)  # of shards and their members, bytes

@@ -22,9 +22,10 @@ from memfree.data.skipped import Skipped
 from memfree.data.sources import SourceName, open_source
 from memfree.data.split import PARTS, PartSizes
 from memfree.data.wording import counted
-from memfree.manifest import check_free_space, read_manifest, write_manifest
-from memfree.resolved import save_config
-from memfree.whole_folder import put_in_place, unfinished
+from memfree.folders.manifest import read_manifest, write_manifest
+from memfree.folders.resolved import save_config
+from memfree.folders.storage_errors import check_free_space
+from memfree.folders.whole_folder import put_in_place, unfinished
 
 _NO_COPIES = DuplicationPlan()
 _DEFAULT_SIZES = PartSizes()

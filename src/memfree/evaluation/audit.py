@@ -21,11 +21,12 @@ from memfree.evaluation.audited_images import AuditedImages
 from memfree.evaluation.false_discovery import adjusted, are_discoveries, fewest_discoveries
 from memfree.evaluation.neighbours import Neighbours, find_neighbours
 from memfree.evaluation.triples import training_images
+from memfree.folders.atomic_files import write_text
+from memfree.folders.manifest import check_replaceable, write_manifest
+from memfree.folders.resolved import save_config
+from memfree.folders.whole_folder import put_in_place, unfinished
 from memfree.guidance import Calibration, calibration_of, default_similarity
-from memfree.manifest import check_replaceable, write_manifest, write_text
-from memfree.resolved import save_config
 from memfree.retrieval import PixelFeatures, ReferenceIndex
-from memfree.whole_folder import put_in_place, unfinished
 
 
 @dataclass

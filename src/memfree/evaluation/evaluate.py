@@ -25,8 +25,8 @@ from memfree.evaluation.subject import Subject
 from memfree.evaluation.table import print_table
 from memfree.evaluation.trajectories import active_share, trace_of
 from memfree.evaluation.writer import write_evaluation
+from memfree.folders.manifest import check_replaceable
 from memfree.guidance import WITH_AMG, NormalizedL2, calibration_of, default_similarity
-from memfree.manifest import check_replaceable
 
 
 def evaluate(

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from memfree.evaluation.metrics import HELDOUT, MetricTable, read_metrics
-from memfree.manifest import read_manifest
+from memfree.folders.manifest import read_manifest
 from memfree.untrusted import read_table, short
 
 

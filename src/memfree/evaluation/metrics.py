@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any
 
 from memfree.evaluation.intervals import Interval
-from memfree.manifest import write_json
+from memfree.folders.atomic_files import write_json
 from memfree.untrusted import read_json, short
 
 HELDOUT = "heldout"

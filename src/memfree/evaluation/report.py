@@ -13,8 +13,9 @@ from memfree.evaluation.metrics import HELDOUT
 from memfree.evaluation.picture import write_picture
 from memfree.evaluation.plots import distance_chart, dose_chart, trajectory_chart
 from memfree.evaluation.templates import template
-from memfree.manifest import check_kind, write_atomic, write_manifest, write_text
-from memfree.resolved import save_config
+from memfree.folders.atomic_files import write_atomic, write_text
+from memfree.folders.manifest import check_kind, write_manifest
+from memfree.folders.resolved import save_config
 
 
 def report(evaluation: Path, out: Path | None = None) -> None:

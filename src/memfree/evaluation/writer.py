@@ -15,10 +15,10 @@ from memfree.evaluation.metrics import MetricTable, write_metrics
 from memfree.evaluation.subject import Subject
 from memfree.evaluation.trajectories import trace_of, trajectory_rows
 from memfree.evaluation.triples import choose_samples, picture_rows, training_images
+from memfree.folders.manifest import check_replaceable, read_manifest, write_manifest
+from memfree.folders.resolved import save_config
+from memfree.folders.whole_folder import put_in_place, unfinished
 from memfree.guidance import NormalizedL2, default_similarity
-from memfree.manifest import check_replaceable, read_manifest, write_manifest
-from memfree.resolved import save_config
-from memfree.whole_folder import put_in_place, unfinished
 
 CONTAINS = "pictures.parquet and the report contain training images"
 

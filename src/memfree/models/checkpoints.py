@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from memfree.manifest import write_atomic
+from memfree.folders.atomic_files import write_atomic
 from memfree.models.module import CHECKPOINT_KEY
 from memfree.untrusted import short
 

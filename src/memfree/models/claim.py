@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from memfree.difference import first_difference
 from memfree.first_process import is_first_process
-from memfree.manifest import read_manifest
+from memfree.folders.manifest import read_manifest
+from memfree.folders.resolved import save_config
 from memfree.models.checkpoints import (
     good_checkpoint,
     keep_only,
@@ -19,7 +20,6 @@ from memfree.models.checkpoints import (
     step_of,
 )
 from memfree.models.export import DIFFUSERS_NAME
-from memfree.resolved import save_config
 
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"

@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from memfree.conditions import TextConditions
-from memfree.manifest import read_manifest
+from memfree.folders.manifest import read_manifest
 from memfree.models.export import DIFFUSERS_NAME
 from memfree.models.latents import decode_latents, latent_shape
 from memfree.models.noise_schedule import scheduler_class_named

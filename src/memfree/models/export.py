@@ -11,8 +11,9 @@ import diffusers
 import transformers
 from torch import nn
 
-from memfree.manifest import check_free_space, write_manifest
-from memfree.whole_folder import put_in_place, unfinished
+from memfree.folders.manifest import write_manifest
+from memfree.folders.storage_errors import check_free_space
+from memfree.folders.whole_folder import put_in_place, unfinished
 
 DIFFUSERS_NAME = "diffusers"
 

@@ -11,7 +11,7 @@ from typing import Literal
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from memfree.first_process import is_first_process
-from memfree.manifest import write_text
+from memfree.folders.atomic_files import write_text
 from memfree.models.loss_log import LossLog
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "none"]

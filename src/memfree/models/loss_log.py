@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from memfree.manifest import write_atomic
+from memfree.folders.atomic_files import write_atomic
 
 METRICS = "metrics.csv"
 SAVED_EVERY = 100

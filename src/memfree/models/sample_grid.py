@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from torchvision.utils import make_grid, save_image
 
-from memfree.manifest import write_atomic
+from memfree.folders.atomic_files import write_atomic
 from memfree.models.ema import ExponentialMovingAverage
 from memfree.models.module import DiffusionModule
 

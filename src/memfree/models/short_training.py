@@ -13,14 +13,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from memfree.difference import first_difference
-from memfree.manifest import check_kind, read_manifest
+from memfree.folders.manifest import check_kind, read_manifest
+from memfree.folders.resolved import save_config
+from memfree.folders.whole_folder import put_in_place, unfinished
 from memfree.models.finite import FiniteTraining
 from memfree.models.loss_record import LossRecord
 from memfree.models.progress import StepProgress
 from memfree.quiet import quiet
-from memfree.resolved import save_config
 from memfree.trainers import build_trainer
-from memfree.whole_folder import put_in_place, unfinished
 
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from memfree.conditions import TextConditions
 from memfree.diffusion_math import per_sample, training_target
-from memfree.manifest import folder_hash
+from memfree.folders.hashes import folder_hash
 from memfree.models.caches import EmbeddingCache, LatentCache
 from memfree.models.export import pipeline_folder
 from memfree.models.latents import latent_shape, posterior

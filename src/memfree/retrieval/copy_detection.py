@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from memfree.manifest import read_manifest, sha256
+from memfree.folders.hashes import sha256
+from memfree.folders.manifest import read_manifest
 from memfree.retrieval.network import NetworkFeatures, state_hash
 
 WEIGHTS = "copy_detection.safetensors"

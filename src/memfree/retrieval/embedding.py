@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from memfree.data import DatasetFolder, DatasetPart
 from memfree.data.folder import to_float
-from memfree.manifest import write_atomic
-from memfree.part import WHOLE, Part
+from memfree.folders.atomic_files import write_atomic
+from memfree.folders.part import WHOLE, Part
 from memfree.retrieval.building import Embedded
 from memfree.retrieval.features import Features, identity
 from memfree.retrieval.grouping import content_hashes

@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memfree.manifest import write_atomic
+from memfree.folders.atomic_files import write_atomic
 from memfree.retrieval.items import Items, conditions_table
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from memfree.manifest import read_manifest, sha256
+from memfree.folders.hashes import sha256
+from memfree.folders.manifest import read_manifest
 from memfree.retrieval.extractors import features_from
 from memfree.retrieval.features import PixelFeatures
 from memfree.retrieval.index import ReferenceIndex

@@ -12,10 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 
-from memfree.manifest import check_free_space, read_manifest, sha256, write_json, write_manifest
-from memfree.resolved import save_config
+from memfree.folders.atomic_files import write_json
+from memfree.folders.hashes import sha256
+from memfree.folders.manifest import read_manifest, write_manifest
+from memfree.folders.resolved import save_config
+from memfree.folders.storage_errors import check_free_space
+from memfree.folders.whole_folder import put_in_place, unfinished
 from memfree.retrieval.features import Features, PixelFeatures, identity
-from memfree.whole_folder import put_in_place, unfinished
 
 if TYPE_CHECKING:
     from memfree.retrieval.index import ReferenceIndex

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memfree.data.decode import MAX_IMAGE_BYTES, MAX_PIXELS
 from memfree.data.tarrecord import MAX_TEXT_BYTES
-from memfree.manifest import read_manifest
+from memfree.folders.manifest import read_manifest
 from memfree.sampling import png
 from memfree.untrusted import parse_json, read_table, short
 

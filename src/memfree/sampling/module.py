@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 
-from memfree.folder_lock import ORPHAN_WAIT
+from memfree.folders.folder_lock import ORPHAN_WAIT
 from memfree.guidance import Guidance, GuidanceSettings, Mitigation
 from memfree.guidance.baselines import Guided, TextTools
 from memfree.models import LoadedModel

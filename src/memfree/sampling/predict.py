@@ -10,15 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from memfree.folders.hashes import folder_hash
+from memfree.folders.one_writer import one_at_a_time
+from memfree.folders.part import ALL, part_of
+from memfree.folders.resolved import save_config
+from memfree.folders.storage_errors import check_free_space
 from memfree.guidance import WITH_AMG, WITH_INDEX, GuidanceSettings
-from memfree.manifest import check_free_space, folder_hash
 from memfree.memory import explained_memory
 from memfree.models import LoadedModel, load_model
 from memfree.models.export import pipeline_folder
-from memfree.one_writer import one_at_a_time
-from memfree.part import ALL, part_of
 from memfree.quiet import quiet
-from memfree.resolved import save_config
 from memfree.sampling.checks import (
     index_for,
     labels_in_turn,

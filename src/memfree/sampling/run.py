@@ -11,10 +11,11 @@ from typing import Any
 
 from memfree.difference import first_difference
 from memfree.first_process import is_first_process
-from memfree.folder_lock import FolderLock
-from memfree.manifest import read_manifest, write_json, write_manifest
-from memfree.part import WHOLE, Part
-from memfree.resolved import CONFIG_NAME
+from memfree.folders.atomic_files import write_json
+from memfree.folders.folder_lock import FolderLock
+from memfree.folders.manifest import read_manifest, write_manifest
+from memfree.folders.part import WHOLE, Part
+from memfree.folders.resolved import CONFIG_NAME
 from memfree.untrusted import read_json, short
 
 RUN_FILE = "run.json"

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from pyarrow import parquet
 from torch import Tensor
 
-from memfree.manifest import write_atomic
+from memfree.folders.atomic_files import write_atomic
 from memfree.sampling import png
 from memfree.sampling.loop import TRACE_COLUMNS
 from memfree.sampling.module import SampleBatch

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from memfree.cli import COMMANDS, SCRIPTS, load, parser_of
+from memfree.folders.part import ALL
 from memfree.free_word import as_options
 from memfree.option_messages import did_you_mean, option_message, options_of
-from memfree.part import ALL
 from memfree.slurm.options import SlurmOptions
 from memfree.slurm.submission import Submission
 from memfree.study_files import refuse_other_study

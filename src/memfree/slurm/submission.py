@@ -10,7 +10,7 @@ from pathlib import Path
 from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import SlurmExecutor
 
-from memfree.manifest import write_text
+from memfree.folders.atomic_files import write_text
 from memfree.slurm.options import SlurmOptions
 from memfree.stages import Stage
 

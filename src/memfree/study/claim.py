@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from memfree.manifest import check_kind, write_json
+from memfree.folders.atomic_files import write_json
+from memfree.folders.manifest import check_kind
 from memfree.study.plan import Options, Plan
 from memfree.untrusted import read_json
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
 
 from memfree.evaluation.intervals import Interval
 from memfree.evaluation.plots import PRINTED_COLOURS
-from memfree.manifest import write_atomic
+from memfree.folders.atomic_files import write_atomic
 from memfree.study.values import ORACLES
 
 _LONG = 28  # characters of a name that has a row of its own

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from memfree.evaluation.templates import template
-from memfree.manifest import write_text
+from memfree.folders.atomic_files import write_text
 from memfree.study.curve_tables import curve_tables
 from memfree.study.labels import cell_title
 from memfree.study.summary import Summary

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from memfree.evaluation.intervals import wilson
 from memfree.evaluation.metrics import Metric, metric, read_metrics
-from memfree.manifest import write_atomic
+from memfree.folders.atomic_files import write_atomic
 from memfree.study.against_oracle import write_against_oracle
 from memfree.study.cells import Cell
 from memfree.study.curves import write_curves

@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from memfree.folder_lock import FolderLock
-from memfree.manifest import write_json
+from memfree.folders.atomic_files import write_json
+from memfree.folders.folder_lock import FolderLock
 from memfree.stages import Stage, run_stages
 from memfree.study.cells import Cell
 from memfree.study.plan import Plan

@@ -7,10 +7,10 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
-from memfree.manifest import write_manifest
-from memfree.one_writer import one_at_a_time
-from memfree.part import ALL, WHOLE, part_of
-from memfree.resolved import save_config
+from memfree.folders.manifest import write_manifest
+from memfree.folders.one_writer import one_at_a_time
+from memfree.folders.part import ALL, WHOLE, part_of
+from memfree.folders.resolved import save_config
 from memfree.study.cells import Cell, Grid, expand
 from memfree.study.check import check_commands, check_names, check_options
 from memfree.study.claim import claim

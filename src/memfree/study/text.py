@@ -10,8 +10,8 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
 from memfree.data.prompts import PromptSet
-from memfree.manifest import write_manifest
-from memfree.resolved import save_config
+from memfree.folders.manifest import write_manifest
+from memfree.folders.resolved import save_config
 from memfree.stages import Stage, run_stages
 from memfree.study.text_plots import write_rows
 from memfree.study.text_results import ORACLE, reference_of, summarise_text

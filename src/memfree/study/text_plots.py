@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from memfree.evaluation.plots import PRINTED_COLOURS
-from memfree.manifest import write_atomic
+from memfree.folders.atomic_files import write_atomic
 from memfree.sampling.folder import SampleFolder
 
 if TYPE_CHECKING:

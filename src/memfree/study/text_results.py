@@ -14,7 +14,7 @@ from rich.table import Table
 from memfree.data.prompts import PromptSet
 from memfree.evaluation.intervals import Interval
 from memfree.evaluation.metrics import HELDOUT, Metric, read_metrics
-from memfree.manifest import write_atomic, write_text
+from memfree.folders.atomic_files import write_atomic, write_text
 from memfree.study.detectors import Roc, detectors
 from memfree.study.table import ResultTable, figure_text
 from memfree.study.text_plots import write_front, write_roc

@@ -1,29 +1,23 @@
-"""Manifests and atomic files: what made a folder, and that nothing half-written counts as whole."""
+"""Manifests: what a finished folder holds, and what made it."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from memfree.folders.atomic_files import write_json
 from memfree.untrusted import read_json, short
 
 FORMAT_VERSION = 1
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-"""Names of ``write_atomic``."""
 _PACKAGES = ("memfree", "torch", "torchvision", "lightning", "diffusers", "numpy")
 
 
@@ -57,75 +51,6 @@ def _git_commit() -> str | None:
 
 def _cpu_name() -> str:
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
-
-
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` on a temporary name beside ``path``, flush it to disk, then rename it.
-
-    Whatever happens, ``path`` holds the old content or the new, whole; after the call the new one
-    survives a loss of power, and so do the folders that had to be made for it.
-    """
-    _make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and those that it is in, and flush their names."""
-    if folder.is_dir():
-        return
-    _make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync(folder.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file's content, or the names in a folder, to the disk."""
-    try:
-        opened = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        if path.is_dir():  # Windows opens no folders
-            return
-        raise
-    try:
-        os.fsync(opened)
-    except OSError as error:
-        # Some network file systems flush no folders.
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(opened)
-
-
-def remove_temporary(folder: Path) -> None:
-    """Remove what killed processes left of ``write_atomic`` in ``folder`` and two levels below.
-
-    Nobody else may be writing there.
-    """
-    for level in (".*.tmp", "*/.*.tmp", "*/*/.*.tmp"):
-        for path in folder.glob(level):
-            if _TEMPORARY.fullmatch(path.name):
-                path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically; NaN and infinities are refused."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomic(path, write)
 
 
 def write_manifest(folder: Path, kind: str, seed: int | None = None, **fields: Any) -> None:
@@ -191,44 +116,3 @@ def check_kind(folder: Path, kind: str) -> None:
     """
     if (folder / "manifest.json").is_file():
         read_manifest(folder, kind)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256_chunks(file)
-        )
-
-
-def _sha256_chunks(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def check_free_space(folder: Path, needed: int) -> None:
-    """Refuse to start writing ``needed`` bytes where the disk has less.
-
-    Raises:
-        OSError: too little is free at the nearest existing parent of ``folder``.
-    """
-    parent = folder.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OSError(
-            f"{folder} needs about {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB is free; "
-            "choose another --out or make room"
-        )
-
-
-def folder_hash(folder: Path) -> str:
-    """SHA-256 over names and contents of a folder's files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = [[path.relative_to(folder).as_posix(), sha256(path)] for path in files]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()

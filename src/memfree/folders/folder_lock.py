@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from memfree.whole_folder import is_alive
+from memfree.folders.whole_folder import is_alive
 
 try:
     import fcntl

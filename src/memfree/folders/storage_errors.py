@@ -1,8 +1,9 @@
-"""Where a disk is full or may not be written: one line that names the folder."""
+"""Where a disk is full, has too little room or may not be written: one line names the folder."""
 
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,3 +79,20 @@ def _place(name: str | Path | None, out: Path) -> str:
     if name is None or _is_within(name, out):
         return f"--out {out}"
     return str(Path(name).parent)
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Refuse to start writing ``needed`` bytes where the disk has less.
+
+    Raises:
+        OSError: too little is free at the nearest existing parent of ``folder``.
+    """
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OSError(
+            f"{folder} needs about {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB is free; "
+            "choose another --out or make room"
+        )

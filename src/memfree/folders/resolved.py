@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from memfree.first_process import is_first_process
-from memfree.manifest import write_text
+from memfree.folders.atomic_files import write_text
 
 CONFIG_NAME = "config.yaml"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memfree.part import WHOLE, Part, part_of
+from memfree.folders.part import WHOLE, Part, part_of
 
 
 def test_the_third_of_eight():

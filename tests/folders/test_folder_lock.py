@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from memfree import cli, folder_lock
-from memfree.folder_lock import FolderLock, read_holder
+from memfree import cli
+from memfree.folders import folder_lock
+from memfree.folders.folder_lock import FolderLock, read_holder
 
 
 def forked(work):

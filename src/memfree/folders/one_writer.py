@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from memfree.first_process import is_first_process
-from memfree.folder_lock import FolderLock
-from memfree.manifest import remove_temporary
-from memfree.part import WHOLE, Part
-from memfree.whole_folder import clear_up
+from memfree.folders.atomic_files import remove_temporary
+from memfree.folders.folder_lock import FolderLock
+from memfree.folders.part import WHOLE, Part
+from memfree.folders.whole_folder import clear_up
 
 _UNWRITABLE = (
     errno.EACCES,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from memfree.manifest import sync
+from memfree.folders.atomic_files import sync
 
 
 @contextmanager
