@@ -177,6 +177,13 @@ SPOILT = {
         "records without rows": table("records.parquet", "row", None),
         "records of unknown rows": table("records.parquet", "row", 1 << 40),
         "records of one row": table("records.parquet", "row", 0),
+        "records in the order of others": lambda f: rewritten(
+            f,
+            "records.parquet",
+            lambda t: t.set_column(
+                t.schema.get_field_index("row"), "row", pa.array(t["row"].to_pylist()[::-1])
+            ),
+        ),
         "records before their shard": table("records.parquet", "offset", -1),
         "records behind their shard": table("records.parquet", "offset", (1 << 63) - 1),
         "records beyond memory": table("records.parquet", "size", 1 << 62),

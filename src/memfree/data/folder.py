@@ -148,6 +148,11 @@ class DatasetFolder:
             raise ValueError(f"{self.path}/records.parquet does not belong to its manifest")
         ranges = {"row": range(len(self.items)), "offset": _SIZES, "size": _SIZES}
         self._check("records.parquet", table, ranges)
+        if not pc.all(pc.equal(table["part"], self.items["part"].take(table["row"]))).as_py():
+            raise ValueError(
+                f"{self.path}/records.parquet is damaged: a record is of another part than its "
+                "image; prepare the dataset again"
+            )
         return table
 
     @cached_property
