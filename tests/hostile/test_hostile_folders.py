@@ -320,6 +320,7 @@ SPOILT = {
         "metrics without end": endless("metrics.json"),
         "value of text": lambda f: edit(f / "metrics.json", 0, "value", "high"),
         "value of a list": lambda f: edit(f / "metrics.json", 0, "value", [1]),
+        "value of no size": lambda f: edit(f / "metrics.json", 0, "value", 10**400),
         "name of a list": lambda f: edit(f / "metrics.json", 0, "metric", []),
         "subject of a number": lambda f: edit(f / "metrics.json", 0, "subject", 7),
         "interval of text": lambda f: edit(f / "metrics.json", 0, "low", "x"),

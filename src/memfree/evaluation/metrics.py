@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -81,7 +81,7 @@ def read_metrics(path: Path) -> MetricTable:
         raise FileNotFoundError(f"no metrics at {path}; run `memfree evaluate` first")
     try:
         return MetricTable([_metric(entry) for entry in read_json(path)])
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"{path} is not a list of metrics: {short(error)}") from error
 
 
@@ -97,4 +97,6 @@ def _metric(entry: Any) -> Metric:
         for value in values:
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise TypeError(f"{short(repr(value), 40)} in {short(repr(one.metric), 40)}")
-    return one
+    # JSON of others may write 1.0 as 1.
+    numbers = {name: getattr(one, name) for name in ("value", "low", "high")}
+    return replace(one, **{name: None if n is None else float(n) for name, n in numbers.items()})
