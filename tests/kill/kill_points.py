@@ -76,10 +76,11 @@ class KillPoints:
             if self.how == "torn" and os.path.isfile(path):
                 self._truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-        done = change()
-        if here:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return done
+        try:
+            return change()
+        finally:  # also of a change that fails, as of a file that is not there
+            if here:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _place(path: Any, folder: int | None) -> str:
