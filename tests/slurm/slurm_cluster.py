@@ -135,6 +135,7 @@ class Cluster:
     def wait_to_end(self, job, seconds=420):
         """Wait for the end of a job; its state and how often it was started again."""
         active = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED")
+        active += ("SIGNALING",)  # while a warning is on its way
         return self.wait(job, lambda state, _: state not in active, seconds)
 
     def template(self, name, folder, log, **changes):
