@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -150,12 +150,14 @@ def ignore() -> None:
 
 
 @contextmanager
-def handled(handler: Callable[..., Any]) -> Iterator[None]:
-    """Let ``handler`` take the warnings inside this context; only the main thread can."""
+def handled(
+    handler: Callable[..., Any], numbers: Sequence[signal.Signals] = WARNINGS
+) -> Iterator[None]:
+    """Let ``handler`` take these signals inside this context; only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in WARNINGS}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:

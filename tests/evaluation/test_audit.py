@@ -119,13 +119,24 @@ def test_an_audit_of_a_folder(dataset, index, folder, tmp_path, capsys):
 
 
 def test_the_page_shows_pairs(index, folder, tmp_path):
-    audit(folder, index, tmp_path / "audit", pairs=6)
+    audit(folder, index, tmp_path / "audit", pairs=14)
     page = (tmp_path / "audit" / "index.html").read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(pictures) == 12 and "this page contains training images" in page
+    assert len(pictures) == 28 and "this page contains training images" in page
     first, nearest = (np.array(Image.open(io.BytesIO(base64.b64decode(p)))) for p in pictures[:2])
     assert np.array_equal(first, nearest)  # exact copies come first
     assert "<script" not in page and "--page:" in page
+    rows = parquet.read_table(tmp_path / "audit" / "audit.parquet").to_pylist()[:14]
+    verdicts = [
+        "called a copy"
+        if row["discovery"]
+        else "copy by itself, not among so many"
+        if row["copy"]
+        else "not called a copy"
+        for row in rows
+    ]
+    assert re.findall(r"<p>([^<]*copy[^<]*)</p>", page) == verdicts
+    assert "not called a copy" in verdicts
 
 
 def test_other_kinds_of_images(dataset, index, folder, samples, tmp_path):

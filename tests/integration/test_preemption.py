@@ -85,11 +85,12 @@ def test_a_training_that_is_told_to_end_goes_on_to_the_same_model(
     """At every batch, the last of an epoch and the first of two accumulated ones among them."""
     more = ("--trainer.devices=1", f"--trainer.accumulate_grad_batches={accumulate}")
     whole = tmp_path / "whole"
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    heard = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+    before = [signal.getsignal(number) for number in heard]
     cli.run(train, options(folder, whole, 4, *more))
     for batch in (1, 2, 3, 4) if accumulate == 1 else (1, 2, 3):
         out = tmp_path / f"at-{batch}"
-        number = signal.SIGUSR1 if batch == 2 else signal.SIGTERM
+        number = {1: signal.SIGINT, 2: signal.SIGUSR1}.get(batch, signal.SIGTERM)
         signalled(batch, number)
         capsys.readouterr()
         if batch < 4:
@@ -97,14 +98,15 @@ def test_a_training_that_is_told_to_end_goes_on_to_the_same_model(
                 cli.run(train, options(folder, out, 4, *more))
             assert exit_.value.code == 128 + number
             steps = step_of(latest_checkpoint(out / "checkpoints"))
-            line = f"{number.name} came: saved step {steps}; the same command goes on from there"
+            what = "interrupted" if number == signal.SIGINT else f"{number.name} came"
+            line = f"memfree: {what}: saved step {steps}; the same command goes on from there"
             assert line in capsys.readouterr().err
             assert steps < 4 and not (out / "manifest.json").exists()
             signalled(0)
         # Told so in its last batch, it ends by itself.
         cli.run(train, options(folder, out, 4, *more))
         assert_same(out, whole)
-        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+        assert [signal.getsignal(number) for number in heard] == before
 
 
 @pytest.mark.parametrize("in_a_job", [True, False])

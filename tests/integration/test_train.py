@@ -233,7 +233,7 @@ def test_the_last_line_says_what_was_done(folder, tmp_path, capsys):
 
 def test_interrupt_is_one_line_and_the_same_command_resumes(folder, tmp_path, capsys):
     out = tmp_path / "m"
-    more = ["--trainer.devices=1", "--trainer.checkpoint_every_n_steps=1"]
+    more = ["--trainer.devices=1", "--trainer.checkpoint_every_n_steps=20"]
     command = [sys.executable, str(SCRIPT), *options(folder, out, 4000, *more)]
     process = start(command, stderr=subprocess.PIPE)
     while latest_checkpoint(out / "checkpoints") is None and process.poll() is None:
@@ -241,9 +241,11 @@ def test_interrupt_is_one_line_and_the_same_command_resumes(folder, tmp_path, ca
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
-    assert error.splitlines()[-1] == "memfree: interrupted"
+    saved = step_of(latest_checkpoint(out / "checkpoints"))
+    line = f"memfree: interrupted: saved step {saved}; the same command goes on from there"
+    assert error.splitlines()[-1] == line
     assert error.count("interrupt") == 1 and "Traceback" not in error
-    steps = step_of(latest_checkpoint(out / "checkpoints")) + 1
+    steps = saved + 1
     run(folder, out, steps, more[1])
     assert f"trained {steps} steps" in capsys.readouterr().out
 

@@ -98,5 +98,5 @@ def _metric(entry: Any) -> Metric:
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise TypeError(f"{short(repr(value), 40)} in {short(repr(one.metric), 40)}")
     # JSON of others may write 1.0 as 1.
-    numbers = {name: getattr(one, name) for name in ("value", "low", "high")}
-    return replace(one, **{name: None if n is None else float(n) for name, n in numbers.items()})
+    low, high = (None if end is None else float(end) for end in (one.low, one.high))
+    return replace(one, value=float(one.value), low=low, high=high)

@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 
 from memfree.models.checkpoints import Checkpoints
-from memfree.requeue import handled, ignore, job_id, requeue
+from memfree.requeue import WARNINGS, handled, ignore, job_id, requeue
 
 
 class Preemption(pl.Callback):
-    """On SIGTERM or USR1: a checkpoint after the optimizer step, then the end of the process.
+    """On SIGTERM, USR1 or Ctrl-C: a checkpoint after the optimizer step, then the process ends.
 
     The handler only remembers the signal. Whether any rank has one is agreed on between the ranks
     after an optimizer step, where all of them stand at the same place; a checkpoint, which they
@@ -23,7 +23,7 @@ class Preemption(pl.Callback):
     process then requeues the job, whose next start is the same command and goes on from that
     checkpoint.
 
-    The process ends with status 128 + signal (143 for SIGTERM).
+    The process ends with status 128 + signal (143 for SIGTERM). A second Ctrl-C ends it at once.
 
     Args:
         every_n_steps: optimizer steps between two agreements of several ranks on GPUs, where each
@@ -39,7 +39,11 @@ class Preemption(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over the signals, Lightning's handler of SIGTERM among them."""
         self._signal, self._step = None, trainer.global_step
-        self._handlers.enter_context(handled(self._remember))
+        numbers = [*WARNINGS]
+        # Ctrl-C where there is a terminal: jobs have none, what runs in the background ignores it.
+        if job_id() is None and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            numbers.append(signal.SIGINT)
+        self._handlers.enter_context(handled(self._remember, numbers))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the signals back, and one that came in the last steps as well.
@@ -60,6 +64,8 @@ class Preemption(pl.Callback):
 
     def _remember(self, number: int, *_: object) -> None:
         self._signal = self._signal or number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -87,7 +93,8 @@ class Preemption(pl.Callback):
         trainer.strategy.barrier("the checkpoint is written")
         # Where only another rank had the signal, it is on its way to this one.
         number = self._signal or signal.SIGTERM
-        saved = f"memfree: {signal.Signals(number).name} came: saved step {trainer.global_step}"
+        what = "interrupted" if number == signal.SIGINT else f"{signal.Signals(number).name} came"
+        saved = f"memfree: {what}: saved step {trainer.global_step}"
         if job_id() is not None:
             self._end_job(trainer, saved, 128 + number)
         if trainer.is_global_zero:
