@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,5 +107,5 @@ def _executor(kind: type[SlurmExecutor], command: str, slurm: SlurmOptions) -> S
 
 def _reason(error: Exception) -> str:
     """The last thing that sbatch said."""
-    lines = [line.removeprefix("sbatch: error: ") for line in str(error).splitlines() if line]
-    return lines[0] if lines else "sbatch failed"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"^sbatch: (error|fatal): ", "", lines[-1]) if lines else "sbatch failed"
