@@ -247,7 +247,8 @@ def _embed(
         return features, parts
     with quiet(*QUIET), _bar(console) as progress:
         # The first process counts its own share; the others' are as large.
-        task = progress.add_task("embed", total=len(images))
+        mine = [len(parts.rows(batch)) for batch in parts.missing(work)]
+        task = progress.add_task("embed", total=sum(mine))
         embed(
             images,
             features,
