@@ -60,6 +60,14 @@ def assert_same(out, other):
 
 
 @pytest.fixture
+def ctrl_c():
+    """Heed it, also where these tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def signalled(monkeypatch):
     """Have a signal sent in the middle of the batch of this number, counted over all epochs."""
     plain, calls = DDPMModule.training_step, []
@@ -80,7 +88,7 @@ def signalled(monkeypatch):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_training_that_is_told_to_end_goes_on_to_the_same_model(
-    accumulate, folder, tmp_path, signalled, capsys
+    accumulate, folder, tmp_path, signalled, ctrl_c, capsys
 ):
     """At every batch, the last of an epoch and the first of two accumulated ones among them."""
     more = ("--trainer.devices=1", f"--trainer.accumulate_grad_batches={accumulate}")
