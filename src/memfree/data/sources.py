@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from memfree.data.decode import MAX_IMAGE_BYTES, SUFFIXES
+from memfree.data.decode import MAX_IMAGE_BYTES
+from memfree.data.names import SUFFIXES
 from memfree.data.skipped import Skipped
 from memfree.data.tarrecord import MAX_TEXT_BYTES
 from memfree.data.tarstream import expand_shards, read_shard
