@@ -103,7 +103,9 @@ def shard_labels(shards: Sequence[str]) -> list[str]:
 
 
 def _longer(shard: str, level: int) -> str:
-    """The last ``level`` parts of a shard's path, without the ending of a tar."""
+    """The last ``level`` parts of a shard's path without the ending of a tar, at last all of it."""
+    if level > len(Path(shard).parts):
+        return shard
     name = "/".join(Path(shard).parts[-level:])
     ends = [suffix for suffix in TAR_SUFFIXES if name.lower().endswith(suffix)]
     return name[: -len(max(ends, key=len))] if ends else name

@@ -69,6 +69,11 @@ class Skipped:
     def __bool__(self) -> bool:
         return bool(self.records or self.shards)
 
+    def named(self) -> str:
+        """The first three reasons, in one line."""
+        more = "; ..." if len(self.messages) > _NAMED else ""
+        return short("; ".join(self.messages[:_NAMED]), 1000) + more
+
     def text(self, noun: str = "record") -> str:
         """Such as ``661 of 1508 records skipped, 2 shards damaged or missing``; empty for none."""
         parts = []
@@ -114,6 +119,12 @@ class LeftOut:
             self.places[place] = max(self.places.get(place, 0), number)
         for what in other.first:
             self._say(what)
+
+    def take(self) -> LeftOut:
+        """What came, or came to more, since this was last called."""
+        taken = LeftOut(self.places, self.first)
+        self.places, self.first = {}, []
+        return taken
 
     def counts(self) -> dict[str, Any]:
         """The number and the first names, as JSON."""
