@@ -159,7 +159,13 @@ def train(
             # The data module shares the records out among the ranks itself.
             use_distributed_sampler=False,
         )
-        _check_accumulation(trainer.accumulate_grad_batches, data.batches(fit.world_size))
+        batches = data.batches(fit.world_size)
+        rest = _rest_of_epoch(trainer.accumulate_grad_batches, batches)
+        if rest and fit.is_global_zero:
+            _log.warning(
+                "the last step of an epoch adds up %d of its %d batches, not %d",
+                *(rest, batches, trainer.accumulate_grad_batches),
+            )
         try:
             with explained_memory("training", _less_memory(data, model, trainer)):
                 fit.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
@@ -264,19 +270,19 @@ def _check_length(options: TrainerOptions) -> None:
         raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
 
 
-def _check_accumulation(accumulated: int, batches: int) -> None:
-    """Refuse steps of more batches than an epoch has: Lightning ends each step with its epoch."""
+def _rest_of_epoch(accumulated: int, batches: int) -> int:
+    """Batches of the last step of an epoch where they are fewer: Lightning ends it there.
+
+    Raises:
+        ValueError: an epoch has not even the batches of one step.
+    """
     if accumulated > batches:
         raise ValueError(
             f"--trainer.accumulate_grad_batches {accumulated}: an epoch has only "
-            f"{counted(batches, 'batch', 'batches')}, and a step ends with it; give "
-            f"{batches} or fewer, or a smaller --data.batch_size"
+            f"{counted(batches, 'batch', 'batches')}, and a step ends with it; give {batches} or "
+            "fewer, or a smaller --data.batch_size"
         )
-    if rest := batches % accumulated:
-        _log.warning(
-            "the last step of each epoch adds up %d batches, not %d: an epoch has %d",
-            *(rest, accumulated, batches),
-        )
+    return batches % accumulated
 
 
 def _precision(options: TrainerOptions) -> Any:

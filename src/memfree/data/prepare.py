@@ -215,11 +215,8 @@ def _check_source(
     about = read_manifest(out, "dataset").get("source")
     about = about if isinstance(about, dict) else {}
     reason = ""
-    if "hash" not in about:  # of an earlier version of memfree
-        same = list(opened.size) == about.get("size")
-    elif files_hash(opened.files) == about.get("files_hash"):
-        same = True
-    else:
+    same = list(opened.size) == about.get("size")  # all that earlier versions wrote
+    if same and "hash" in about and files_hash(opened.files) != about.get("files_hash"):
         try:
             same = _hash_of(opened, on_error) == about["hash"]
         except (ValueError, OSError) as error:
