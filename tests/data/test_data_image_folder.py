@@ -83,6 +83,12 @@ def test_other_endings_of_the_formats_that_are_read(put, name):
     assert list(load(put(**{name: 0}))[0]) == [name]
 
 
+@pytest.mark.parametrize("name", ["a.gif", ".x/a.png", "notes.md"])
+def test_a_folder_without_pictures_says_what_is_there(put, name):
+    with pytest.raises(FileNotFoundError, match=f"--path: no PNG.*{name.split('/')[0]}"):
+        ImageFolder(put(**{name: "x"}))
+
+
 def test_links_are_followed(put, tmp_path, encode):
     folder = put(**{"cat/a.png": 0})
     (tmp_path / "elsewhere" / "deep").mkdir(parents=True)

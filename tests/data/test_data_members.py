@@ -190,6 +190,7 @@ def test_captions_are_read(tmp_path, tar, png, members, expected):
         ({"txt": b"one", "caption": b"two"}, "--records.caption_source"),
         ({"cls": b"1", "json": b'{"label": 2}'}, "class is 1 in .cls, but 2"),
         ({"json": b'{"label": "cat"}'}, "class 'cat' is not a number"),
+        ({"json": b'{"group": ["a"]}'}, "group is"),
     ],
 )
 def test_captions_and_classes_that_are_refused(tmp_path, tar, png, members, message):
@@ -208,6 +209,15 @@ def test_which_caption_is_meant(tmp_path, tar, png, source, caption):
     members = [("1.png", png(0)), ("1.txt", b"one"), ("1.caption", b"two")]
     shard = tar(tmp_path / "a.tar", [*members, ("1.json", b'{"caption": "three"}')])
     assert read(shard, caption_source=source)[0]["1"].caption == caption
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"), [("7", "7"), ("7.0", "7"), ('"7"', "7"), ("NaN", None), ("null", None)]
+)
+def test_groups_that_are_numbers(tmp_path, tar, png, group, expected):
+    meta = b'{"group": %s}' % group.encode()
+    shard = tar(tmp_path / "a.tar", [("1.png", png(0)), ("1.json", meta)])
+    assert read(shard)[0]["1"].group == expected
 
 
 @pytest.mark.parametrize("beside", ["0.tar.md5", "0.tar.sha256", "SHA256SUMS", "0.parquet"])
