@@ -97,6 +97,7 @@ def test_files_of_a_sample_that_stand_apart(tmp_path, tar, png):
     packed.write_bytes(gzip.compress(shard.read_bytes()))
     message = refusal(packed)
     assert "sample 0 do not stand together" in message and str(packed) in message
+    assert list(read_shard(str(packed), Skipped())) == []  # none of them without its caption
 
 
 def test_captions_are_kept_though_records_are_skipped(tmp_path, tar, png):
@@ -309,6 +310,15 @@ def test_every_picture_of_a_shard(tmp_path, tar, png):
     )
     assert [name for name, _ in found] == ["a/1", "a/1.seg", "a/2", "a/2.png"]
     assert left_out.first == ["2.txt"]
+
+
+def test_captions_that_no_one_asked_for_do_not_matter(tmp_path, tar, png):
+    members = [("1.png", png(0)), ("1.txt", b"\xff"), ("1.json", b'{"caption": ["a"]}')]
+    tar(tmp_path / "0.tar", members)
+    (batch,) = ForeignBatches(str(tmp_path), StreamOptions(1, 8), 1)
+    assert "caption" not in batch
+    with pytest.raises(ValueError, match="UTF-8"):
+        list(ForeignBatches(str(tmp_path), StreamOptions(1, 8, captions=True), 1))
 
 
 def test_streamed_shards_of_one_name_keep_their_pictures_apart(tmp_path, tar, png):

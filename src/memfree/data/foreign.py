@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal
 
@@ -103,6 +103,9 @@ class ForeignBatches(RankBatches):
         )
         self._labels = shard_labels(self._shards)
         self._options = options
+        self._records_as = options.records
+        if not options.captions:  # then it does not matter what is wrong with them
+            self._records_as = replace(options.records, caption_source="none")
         self._framing = Framing(height, width, options.channels, options.resize)
         self.image_shape = (int(options.channels), height, width)
 
@@ -149,7 +152,7 @@ class ForeignBatches(RankBatches):
                     self._shards[shard],
                     handler,
                     left_out,
-                    self._options.records,
+                    self._records_as,
                     "--data.stream.records.",
                     self._labels[shard],
                 )
