@@ -349,6 +349,9 @@ def test_what_a_stream_asks_names_its_options(tmp_path, tar, png):
     options = StreamOptions(epoch_records=1, image_size=8)
     with pytest.raises(ValueError, match="--data.stream.records.image_suffix"):
         list(ForeignBatches(str(tmp_path), options, 1))
+    data = ShardDataModule(str(tmp_path), num_workers=1, stream=options)
+    with pytest.raises(ValueError, match=r"^0/1 has 2 pictures.*jpg or png$"):
+        list(data.train_dataloader())
     options = StreamOptions(1, 8, records=RecordOptions(image_suffix="png"))
     assert len(list(ForeignBatches(str(tmp_path), options, 1))) == 1
 
