@@ -14,7 +14,8 @@ from memfree.data.distinct import DistinctImages
 from memfree.data.split import PartName
 from memfree.folders.hashes import sha256
 from memfree.folders.manifest import write_manifest
-from memfree.models.copy_detection import CopyDetectionModule, CopyDetectionOptions
+from memfree.models.copy_detection import CopyDetectionModule
+from memfree.models.options import CopyDetectionOptions
 from memfree.models.short_training import Accelerator, fit, is_finished, write_folder
 from memfree.retrieval.copy_detection import WEIGHTS, CopyDetectionShape
 

@@ -28,8 +28,9 @@ from memfree.index_tables import summary, thresholds
 from memfree.memory import explained_memory
 from memfree.quiet import quiet
 from memfree.retrieval import Features, ReferenceIndex
-from memfree.retrieval.extractors import HAVE_DTYPE, ExtractorOptions, FeatureName, make_features
+from memfree.retrieval.extractors import HAVE_DTYPE, make_features
 from memfree.retrieval.hashing import read_salt
+from memfree.retrieval.options import ExtractorOptions, FeatureName
 from memfree.retrieval.storage import check_replaceable, is_written
 
 if TYPE_CHECKING:

@@ -13,14 +13,15 @@ from torchvision.utils import make_grid, save_image
 
 from memfree.data import DatasetFolder
 from memfree.folders.atomic_files import write_atomic
-from memfree.models.autoencoder import AutoencoderModule, AutoencoderOptions
+from memfree.models.autoencoder import AutoencoderModule
 from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
 from memfree.models.claim import CHECKPOINTS, begin, claim
 from memfree.models.export import export_model
 from memfree.models.finite import FiniteTraining
 from memfree.models.latents import latent_shape
+from memfree.models.options import AutoencoderOptions, ScratchOptions
 from memfree.models.progress import StepProgress
-from memfree.models.small_pipeline import ScratchOptions, build_pipeline
+from memfree.models.small_pipeline import build_pipeline
 from memfree.quiet import quiet
 from memfree.trainers import build_trainer
 

@@ -13,13 +13,12 @@ from memfree.bars import counting_bar
 from memfree.calibration_size import too_few_images
 from memfree.console import plain_console
 from memfree.data.build import build
-from memfree.data.framing import Filter, Framing, Resize
-from memfree.data.grouping import DEFAULT_DISTANCE
-from memfree.data.labels import LabelPolicy
+from memfree.data.framing import Framing
+from memfree.data.options import DEFAULT_DISTANCE, Filter, LabelPolicy, Resize, SourceName
 from memfree.data.plan import DuplicationPlan
 from memfree.data.shards import record_bytes
 from memfree.data.skipped import Skipped
-from memfree.data.sources import SourceName, open_source
+from memfree.data.sources import open_source
 from memfree.data.split import PARTS, PartSizes
 from memfree.data.wording import counted
 from memfree.folders.manifest import read_manifest, write_manifest

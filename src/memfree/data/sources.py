@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from memfree.data.decode import MAX_IMAGE_BYTES, SUFFIXES
+from memfree.data.options import SourceName
 from memfree.data.skipped import Skipped
 from memfree.data.tarrecord import MAX_TEXT_BYTES
 from memfree.data.tarstream import expand_shards, read_shard
 from memfree.data.wording import counted
 from memfree.untrusted import short
-
-SourceName = Literal["digits", "cifar10", "emoji", "folder", "shards"]
 
 
 @dataclass

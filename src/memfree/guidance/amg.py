@@ -14,13 +14,10 @@ from memfree.guidance.asked_records import AskedRecords
 from memfree.guidance.detection import EVERY_STEP, Cadence, Detection, Observer, recorded
 from memfree.guidance.displacement import limit_displacement, move_below
 from memfree.guidance.latch import Call, nearest_call, where
-from memfree.guidance.neighbour_conditions import (
-    CAPTION_NEIGHBOURS,
-    CAPTION_RECORDS,
-    NeighbourConditions,
-)
+from memfree.guidance.mitigation_names import CAPTION_NEIGHBOURS, CAPTION_RECORDS, Through
+from memfree.guidance.neighbour_conditions import NeighbourConditions
 from memfree.guidance.prediction import Prediction, row_norm
-from memfree.guidance.sigma_gradient import Through, sigma_gradient
+from memfree.guidance.sigma_gradient import sigma_gradient
 from memfree.guidance.similarity import Match, Similarity
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 

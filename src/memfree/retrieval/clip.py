@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from memfree.retrieval.network import Arithmetic, NetworkFeatures, state_hash
+from memfree.retrieval.network import NetworkFeatures, state_hash
+from memfree.retrieval.options import Arithmetic
 from memfree.retrieval.preprocessing import Preprocessing
 from memfree.retrieval.weights_file import UNREADABLE, last_line
 
