@@ -17,8 +17,8 @@ from memfree.evaluation.alignment import ClipScorer, pair_report
 from memfree.folders.atomic_files import write_json
 from memfree.folders.hashes import sha256
 from memfree.folders.manifest import write_manifest
-from memfree.models.options import SmallClipOptions
-from memfree.models.short_training import Accelerator, fit, is_finished, write_folder
+from memfree.models.options import Accelerator, SmallClipOptions
+from memfree.models.short_training import fit, is_finished, write_folder
 from memfree.models.small_clip import PREPROCESSING, SmallClipModule, model_config
 
 PARTS: tuple[PartName, ...] = ("train", "calibration", "fit")

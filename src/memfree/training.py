@@ -30,8 +30,9 @@ from memfree.models.beginning import Beginning
 from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
 from memfree.models.claim import CHECKPOINTS, GRIDS, claim
 from memfree.models.finite import NotFiniteError
-from memfree.models.loggers import LoggerName, check_logger, finish
+from memfree.models.loggers import check_logger, finish
 from memfree.models.loss_record import LossRecord
+from memfree.models.options import LoggerName
 from memfree.models.preemption import Preemption
 from memfree.models.progress import StepProgress
 from memfree.models.sample_grid import averaged_module

@@ -69,3 +69,6 @@ class DataOptions:
     """Compare the SHA-256 of every shard at the start, not only its size."""
     stream: StreamOptions = field(default_factory=StreamOptions)
     """How shards without a manifest are read."""
+
+
+PromptSet = Literal["duplicated", "other", "unseen"]

@@ -23,7 +23,7 @@ from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-    from memfree.retrieval.captions import CaptionPolicy
+    from memfree.retrieval.options import CaptionPolicy
 
 
 class AntiMemorizationGuidance(Observer):

@@ -13,7 +13,7 @@ from memfree.guidance.similarity import Match
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-    from memfree.retrieval.captions import CaptionPolicy
+    from memfree.retrieval.options import CaptionPolicy
 
 
 class NeighbourConditions:

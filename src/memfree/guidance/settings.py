@@ -32,7 +32,7 @@ from memfree.guidance.multiplicity import MultiplicityGuidance
 from memfree.guidance.prediction import Guidance
 from memfree.guidance.recommended import recommended
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
-from memfree.retrieval.captions import CaptionPolicy
+from memfree.retrieval.options import CaptionPolicy
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex

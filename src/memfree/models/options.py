@@ -221,3 +221,9 @@ class SmallClipOptions:
     weight_decay: NonNegativeFloat = 0.2
     """Weight decay of AdamW."""
     augmentation: AugmentationOptions = field(default_factory=lambda: _MILD)
+
+
+LoggerName = Literal["csv", "tensorboard", "wandb", "none"]
+
+
+Accelerator = Literal["auto", "cpu", "gpu", "mps"]

@@ -53,3 +53,6 @@ class ExtractorOptions:
     """Seed of timm's random weights, where neither path nor pretrained is given."""
     dtype: Arithmetic = "float32"
     """Arithmetic of the network; vectors are float32 in any case."""
+
+
+CaptionPolicy = Literal["most_common", "nearest"]

@@ -32,10 +32,10 @@ from memfree.sampling.checks import (
 from memfree.sampling.folder import read_records
 from memfree.sampling.identity import index_state, vectors_hash
 from memfree.sampling.module import SampleIndices, SamplingModule
+from memfree.sampling.options import PromptOptions, SchedulerName
 from memfree.sampling.progress import SampleProgress
-from memfree.sampling.prompts import PromptOptions, prompts_in_turn
+from memfree.sampling.prompts import prompts_in_turn
 from memfree.sampling.run import SampleRun
-from memfree.sampling.schedulers import SchedulerName
 from memfree.sampling.summary import trace_summary
 from memfree.sampling.writer import SampleWriter
 from memfree.trainers import build_trainer
