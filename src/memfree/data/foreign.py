@@ -14,10 +14,11 @@ from webdataset.filters import _shuffle
 from memfree.data.decode import open_image
 from memfree.data.folder import to_float
 from memfree.data.framing import Framing
+from memfree.data.names import shard_labels
 from memfree.data.options import OnError, StreamOptions
 from memfree.data.order import global_slice, rank_slice
 from memfree.data.rank_batches import Batch, RankBatches
-from memfree.data.skipped import Skipped
+from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.tarrecord import TarRecord
 from memfree.data.tarstream import expand_shards, read_shard
 from memfree.data.wording import counted
@@ -45,6 +46,8 @@ class ForeignBatches(RankBatches):
 
     Attributes:
         missing: takes local shards that are not there.
+        left_out: what lies beside the shards; each batch carries, as ``left_out``, what was met in
+            them and not used.
     """
 
     def __init__(
@@ -71,7 +74,11 @@ class ForeignBatches(RankBatches):
             options.epoch_records, batch_size, seed, rank, world_size, random_flip, on_error
         )
         self.missing = Skipped()
-        self._shards = expand_shards(shards, self.missing if on_error == "skip" else None)
+        self.left_out = LeftOut()
+        self._shards = expand_shards(
+            shards, self.missing if on_error == "skip" else None, self.left_out
+        )
+        self._labels = shard_labels(self._shards)
         self._options = options
         self._framing = Framing(height, width, options.channels, options.resize)
         self.image_shape = (int(options.channels), height, width)
@@ -83,7 +90,8 @@ class ForeignBatches(RankBatches):
         offset = (start + number) % step  # the loader asks worker 0 first, also after a resume
         skipped = Skipped()
         unit = self._rank * step + offset
-        records = self._records(epoch, unit, self._world_size * step, skipped)
+        left_out = LeftOut()
+        records = self._records(epoch, unit, self._world_size * step, skipped, left_out)
         generator = np.random.Generator(np.random.PCG64([self._seed, epoch, unit, 9]))
         for batch in range(offset, self.batches, step):
             first, last = global_slice(self.records, self.batches, batch)
@@ -96,9 +104,12 @@ class ForeignBatches(RankBatches):
             made["weight"] = (high - low) * self._world_size / (last - first)
             if self._on_error == "skip":
                 made["skipped"] = skipped.take()
+            made["left_out"] = left_out.take()
             yield made
 
-    def _records(self, epoch: int, unit: int, units: int, skipped: Skipped) -> Iterator[TarRecord]:
+    def _records(
+        self, epoch: int, unit: int, units: int, skipped: Skipped, left_out: LeftOut
+    ) -> Iterator[TarRecord]:
         """Records of one worker without end, shuffled within its buffer."""
         shared = len(self._shards) < units
         # Where everyone reads all shards, one of them counts what is broken.
@@ -111,7 +122,15 @@ class ForeignBatches(RankBatches):
             mine = order if shared else order[unit::units]
             found = 0
             for shard in mine.tolist():
-                for number, record in enumerate(read_shard(self._shards[shard], handler)):
+                read = read_shard(
+                    self._shards[shard],
+                    handler,
+                    left_out,
+                    self._options.records,
+                    "--data.stream.records.",
+                    self._labels[shard],
+                )
+                for number, record in enumerate(read):
                     found += 1
                     if not shared or (number + turn) % units == unit:
                         yield record

@@ -21,6 +21,32 @@ DEFAULT_DISTANCE = 0.15
 """Two images are near duplicates up to this distance; see :func:`near_pairs`."""
 
 
+KeyEnds = Literal["ask", "first_dot", "last_dot"]
+
+
+CaptionSource = Literal["any", "txt", "caption", "json", "metadata", "none"]
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """How records are read where their names or contents leave a choice."""
+
+    key_ends: KeyEnds = "ask"
+    """Where the key of k.seg.png ends, in shards: first_dot (WebDataset's rule: a part of sample
+    k), last_dot (the picture of a record k.seg) or ask: stop where a sample has no other
+    picture."""
+    image_suffix: str | None = None
+    """Which file of a sample is its picture where it has several, such as jpg for k.jpg and the
+    mask k.png; the others are left out."""
+    caption_source: CaptionSource = "any"
+    """Which caption is meant where a picture has several: txt, caption (files of that ending),
+    json (of a shard's record), metadata (of a folder's metadata.jsonl or .csv) or none."""
+
+    def suffix(self) -> str | None:
+        """``image_suffix`` as suffixes are written here: lower case, without its dot."""
+        return self.image_suffix.lower().lstrip(".") if self.image_suffix is not None else None
+
+
 @dataclass(frozen=True)
 class StreamOptions:
     """How shards without a manifest are read; has no meaning for a dataset folder."""
@@ -39,6 +65,8 @@ class StreamOptions:
     """Give the records' .txt or JSON caption to the model."""
     shuffle_buffer: int = 1000
     """Records held back a worker, from which the next one is drawn."""
+    records: RecordOptions = field(default_factory=RecordOptions)
+    """Which files of a sample are meant where there is a choice."""
 
 
 LabelPolicy = Literal["own", "random", "unique"]
