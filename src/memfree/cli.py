@@ -212,7 +212,13 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(
-        docstring_parse_attribute_docstrings=True, subclasses_disabled=[_is_data_module]
+        docstring_parse_attribute_docstrings=True,
+        subclasses_disabled=[_is_data_module],
+        # Importing a module runs it: a configuration may name no class but those of the options,
+        # which the parser names to itself.
+        import_path_denylist=["*"],
+        import_path_allowlist=["memfree"],
+        instantiate_subclass_spec_in_any=False,
     )
     parser = ArgumentParser(
         prog=prog,
@@ -248,10 +254,14 @@ def _run(
     parser = parser_of(function, prog)
     try:
         config = parser.parse_args(sys.argv[1:] if args is None else list(args))
-    except argparse.ArgumentError as error:
+    # ImportError: jsonargparse's, for a class that a configuration within another one names.
+    except (argparse.ArgumentError, ImportError) as error:
         exit_with_error(option_message(str(error), parser))
     except RecursionError:
         exit_with_error("--config: a value that contains itself, or too many in each other")
+    for name in parser.groups:  # jsonargparse takes a list for a set of options
+        if not hasattr(config.get(name), "keys"):
+            exit_with_error(f"--{name}: {config.get(name)!r} is not a set of options; see --help")
     # Here, not above: manifest imports torch, and `memfree --help` should not wait for it.
     from memfree.folders.resolved import resolved_config
     from memfree.memory import explained_memory

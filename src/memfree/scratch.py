@@ -15,7 +15,7 @@ from memfree.data import DatasetFolder
 from memfree.folders.atomic_files import write_atomic
 from memfree.models.autoencoder import AutoencoderModule
 from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
-from memfree.models.claim import CHECKPOINTS, begin, claim
+from memfree.models.claim import CHECKPOINTS, RECONSTRUCTIONS, begin, claim
 from memfree.models.export import export_model
 from memfree.models.finite import FiniteTraining
 from memfree.models.latents import latent_shape
@@ -93,7 +93,7 @@ def scratch(
     vae = module.cpu().finish()
     errors = {
         "train": _error(vae, training.images()),
-        "test": _error(vae, held_out.images(), out / "reconstructions.png"),
+        "test": _error(vae, held_out.images(), out / RECONSTRUCTIONS),
     }
     pipeline: Any = build_pipeline(vae, _captions(data), model, seed)
     export_model(

@@ -29,7 +29,7 @@ from memfree.models import (
 )
 from memfree.models.beginning import Beginning
 from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
-from memfree.models.claim import CHECKPOINTS, GRIDS, claim
+from memfree.models.claim import CHECKPOINTS, EXPOSURES, GRIDS, LORA, claim
 from memfree.models.finite import NotFiniteError
 from memfree.models.loggers import check_logger, finish
 from memfree.models.loss_record import LossRecord
@@ -42,8 +42,6 @@ from memfree.models.text_to_image import TextToImageModule
 from memfree.quiet import quiet
 from memfree.trainers import build_trainer
 
-EXPOSURES = "exposures.parquet"
-LORA = "lora"
 _log = logging.getLogger(__name__)
 ADVICE = (
     # Reading is a small part of a step here, and small sets are read without workers.

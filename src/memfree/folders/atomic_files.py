@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-"""Names of ``write_atomic``."""
+from memfree.folders.temporary import new_file
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -21,14 +19,11 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     survives a loss of power, and so do the folders that had to be made for it.
     """
     _make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(path) as temporary:
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _make_folder(folder: Path) -> None:
@@ -56,17 +51,6 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(opened)
-
-
-def remove_temporary(folder: Path) -> None:
-    """Remove what killed processes left of ``write_atomic`` in ``folder`` and two levels below.
-
-    Nobody else may be writing there.
-    """
-    for level in (".*.tmp", "*/.*.tmp", "*/*/.*.tmp"):
-        for path in folder.glob(level):
-            if _TEMPORARY.fullmatch(path.name):
-                path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from torch import Tensor
 
 from memfree.retrieval.clip import CLIPFeatures
@@ -17,6 +20,7 @@ from memfree.retrieval.options import ExtractorOptions, FeatureName
 from memfree.retrieval.sscd import SSCDFeatures
 from memfree.retrieval.timm_features import TimmFeatures
 from memfree.retrieval.whitening import Whitened
+from memfree.untrusted import short
 
 _APPLIES: dict[FeatureName, tuple[str, ...]] = {
     "pixels": (),
@@ -126,12 +130,11 @@ def _made(
         return Whitened.from_tensors(features_from(base, {}, weights, trust_file), tensors)
     if name == "sscd":
         return _sscd({**description, "preprocessing": description["preset"]}, trust_file)
-    if name == "clip":
-        return _clip(description)
+    if name in ("clip", "timm"):
+        with _cached_repositories(description):
+            return (_clip if name == "clip" else _timm_described)(description)
     if name == "copy-detection":
         return CopyDetectionFeatures.from_description(description, tensors)
-    if name == "timm":
-        return _timm({**description, "seed": description["seed"] or 0})
     if name == "vae-latents":
         if description["path"] is None:
             raise ValueError(
@@ -157,6 +160,35 @@ def _clip(fields: dict[str, Any]) -> Features:
 def _timm(fields: dict[str, Any]) -> Features:
     names = ("model", "path", "pretrained", "seed", "dtype")
     return TimmFeatures(**{name: fields[name] for name in names})
+
+
+def _timm_described(description: dict[str, Any]) -> Features:
+    return _timm({**description, "seed": description["seed"] or 0})
+
+
+@contextmanager
+def _cached_repositories(description: dict[str, Any]) -> Iterator[None]:
+    """Take a repository that an index names (``hf-hub:…``) from the hub's cache only.
+
+    The user did not name it. The hub's own switch, HF_HUB_OFFLINE, is read when it is imported.
+
+    Raises:
+        ValueError: it is not in the cache.
+    """
+    model = str(description["model"])
+    if ":" not in model:
+        yield
+        return
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"the index was made with {short(model, 80)}, which is not in the cache here: "
+            "download it first, if you trust it"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def _latents(fields: dict[str, Any]) -> Features:
