@@ -10,6 +10,8 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from memfree.full_precision import full_precision
+
 DEFAULT_DISTANCE = 0.15
 """Two images are near duplicates up to this distance; see :func:`near_pairs`."""
 
@@ -42,6 +44,7 @@ def distinct(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return of, np.array(first, np.int64)
 
 
+@full_precision(torch.device("cpu"))
 def near_pairs(
     pixels: np.ndarray,
     distance: float = DEFAULT_DISTANCE,
