@@ -11,6 +11,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from memfree.data.options import DEFAULT_DISTANCE
+from memfree.full_precision import full_precision
 
 _GRID = 16  # side of the windows that are compared; smaller images are compared as they are
 _RANK = 32  # dimensions of the projection that rules most pairs out
@@ -41,6 +42,7 @@ def distinct(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return of, np.array(first, np.int64)
 
 
+@full_precision(torch.device("cpu"))
 def near_pairs(
     pixels: np.ndarray,
     distance: float = DEFAULT_DISTANCE,

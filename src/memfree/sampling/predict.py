@@ -82,6 +82,7 @@ def predict(
     batches_per_shard: PositiveInt = 1,
     part: str = ALL,
     allow_other_dataset: bool = False,
+    one_call: bool = True,
     trainer: SamplingDevices = SamplingDevices(),  # noqa: B008
 ) -> None:
     """Draw samples from a trained model, with or without a mitigation of memorization.
@@ -115,6 +116,9 @@ def predict(
         part: all, or a part of the samples as 3/8 (the third of eight), for jobs that fill one
             folder at the same time; the one that finds all samples drawn finishes it.
         allow_other_dataset: accept an index of other images than the model was trained on.
+        one_call: ask the network for both branches of classifier-free guidance in one call, which
+            is faster; in two where the device's memory does not suffice. false: always in two, for
+            the bits of samples that were drawn so.
         trainer: devices.
 
     Raises:
@@ -200,6 +204,7 @@ def predict(
                     asked=asked,
                     index=reference,
                     latents=references,
+                    one_call=one_call,
                 ),
                 datamodule=SampleIndices(run, batch_size),
                 return_predictions=False,

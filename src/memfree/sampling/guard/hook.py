@@ -149,7 +149,7 @@ class Draw:
         decoder = self.decoder
         with explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()):
             result = apply(self.guidances, base)
-        self.trace.append(trace_rows(result, view.level.step, torch.tensor(view.level.t)))
+        self.trace.append(trace_rows(result, view.level.step, view.level.t))
         rows = (result.output != base.output).flatten(1).any(dim=1).nonzero().squeeze(1)
         if not len(rows):
             return None
