@@ -1,9 +1,10 @@
-"""JSON and parquet files that others may have written: limits, and one line for what is wrong."""
+"""Untrusted JSON and parquet files: limits, and one line for what is wrong."""
 
 from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ MAX_JSON_BYTES = 256 << 20
 _DEPTH = 64  # of lists and objects in each other: all that is written here has fewer
 _FREE = 64 << 20  # bytes that any table may take in memory
 _RATIO = 1000  # and how many times the bytes of its file
-_ROWS = 1 << 16  # read at a time
+_ROWS = 1 << 12  # read at a time
+_DELTA = "DELTA_BYTE_ARRAY"  # a value may be as long as all values before it, in no bytes
 
 
 def short(value: object, length: int = 160) -> str:
@@ -25,6 +27,23 @@ def short(value: object, length: int = 160) -> str:
     text = "".join(one if one.isprintable() else " " for one in str(value)[: 10 * length])
     text = " ".join(text.split()) or type(value).__name__
     return text if len(text) <= length else f"{text[:length]} ..."
+
+
+def check_plain(path: Path) -> None:
+    """Refuse a FIFO, socket or device, which may have no end or never begin; links are followed.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+        ValueError: it is not a plain file; the message begins with ``path``.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path} is missing") from None
+    except OSError as error:  # a circle of links, a folder that may not be entered
+        raise ValueError(f"{path} is no plain file: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is no plain file")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -62,10 +81,7 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
         ValueError: it is no plain file, too large, or not valid JSON; the message begins with
             ``path``.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
-    if not path.is_file():
-        raise ValueError(f"{path} is no plain file")
+    check_plain(path)
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path} has {size} bytes, the limit is {limit}")
     try:
@@ -91,10 +107,7 @@ def read_table(
             with ``path``.
         FileNotFoundError: there is no such file.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
-    if not path.is_file():
-        raise ValueError(f"{path} is no plain file")
+    check_plain(path)
     wanted = _as_dict(columns)
     try:
         table = _read(path, _FREE + _RATIO * path.stat().st_size)
@@ -111,12 +124,11 @@ def read_table(
 def _read(path: Path, limit: int) -> pa.Table:
     """The table, in parts whose size is known before they are unpacked."""
     schema = pq.read_schema(path)
-    text = [one.name for one in schema if pa.types.is_string(one.type)]
-    # Strings stay numbers of a dictionary until it is known how long they are together.
+    text = [one.name for one in schema if _is_text(one.type)]
+    # Texts stay numbers of a dictionary until it is known how long they are together.
     with pq.ParquetFile(path, read_dictionary=text) as file:
+        _check_promised(file.metadata, schema, limit)
         parts, size = [], 0
-        if file.metadata.num_rows * max(len(schema), 1) > limit:
-            raise ValueError(f"it says that it has {file.metadata.num_rows} rows")
         for part in file.iter_batches(batch_size=_ROWS):
             size += sum(_unpacked_bytes(column) for column in part.columns)
             if size > limit:
@@ -124,6 +136,48 @@ def _read(path: Path, limit: int) -> pa.Table:
             parts.append(pa.Table.from_batches([part]).cast(schema.remove_metadata()))
         whole = pa.concat_tables(parts) if parts else schema.remove_metadata().empty_table()
         return whole.replace_schema_metadata(schema.metadata)
+
+
+def _check_promised(found: pq.FileMetaData, schema: pa.Schema, limit: int) -> None:
+    """Refuse by its header a table of other kinds of columns, or of more than ``limit`` bytes."""
+    for one in schema:
+        if not _is_flat(one.type):
+            raise ValueError(
+                f"its column {one.name} is of type {one.type}, which no table here has"
+            )
+    bytes_a_row = sum(max(_bit_width(one.type), 8) / 8 for one in schema)
+    if found.num_rows * max(bytes_a_row, 1) > limit:
+        raise ValueError(f"it says that it has {found.num_rows} rows")
+    pages = 0
+    for group in range(found.num_row_groups):
+        for place in range(found.num_columns):
+            column = found.row_group(group).column(place)
+            pages += max(column.total_uncompressed_size, 0)
+            if _DELTA in column.encodings:
+                raise ValueError(f"its column {column.path_in_schema} is encoded as {_DELTA}")
+    if pages > limit:
+        raise ValueError(f"it unpacks to more than {limit} bytes")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether values may be of any length: strings and bytes."""
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+    )
+
+
+def _is_flat(kind: pa.DataType) -> bool:
+    """Whether a value is a number, a time, a text, or nothing: neither nested nor wide."""
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return pa.types.is_primitive(kind) or pa.types.is_null(kind) or _is_text(kind)
+
+
+def _bit_width(kind: pa.DataType) -> int:
+    return int(kind.bit_width) if pa.types.is_primitive(kind) else 32
 
 
 def _unpacked_bytes(column: pa.Array) -> int:
