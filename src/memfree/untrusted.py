@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +45,23 @@ def check_plain(path: Path) -> None:
         raise ValueError(f"{path} is no plain file: {error.strerror}") from error
     if not stat.S_ISREG(mode):
         raise ValueError(f"{path} is no plain file")
+
+
+def check_plain_folder(folder: Path) -> None:
+    """``check_plain`` of every file below a folder that a library will read; links are followed.
+
+    Raises:
+        ValueError: one of them is something else; the message begins with its path.
+    """
+    seen: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        found = os.stat(place)
+        if (found.st_dev, found.st_ino) in seen:  # a link back to where it is
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        for name in files:
+            check_plain(Path(place, name))
 
 
 def parse_json(text: str | bytes) -> Any:

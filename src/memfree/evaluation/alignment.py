@@ -18,6 +18,7 @@ from memfree.evaluation.metrics import Metric, metric
 from memfree.retrieval.network import state_hash
 from memfree.retrieval.preprocessing import Preprocessing
 from memfree.retrieval.weights_file import UNREADABLE, last_line
+from memfree.untrusted import check_plain_folder
 
 SHUFFLES = 20
 """Shuffles of the captions that are averaged: one alone would add noise to the margin."""
@@ -43,6 +44,7 @@ class ClipScorer:
 
         if not folder.is_dir():
             raise FileNotFoundError(f"--clip {folder}: no such folder")
+        check_plain_folder(folder)
         name = f"local-dir:{folder.absolute()}"
         try:
             self._model: Any = open_clip.create_model(name, require_pretrained=True)

@@ -15,7 +15,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
-from memfree.untrusted import read_json, short
+from memfree.untrusted import check_plain_folder, read_json, short
 
 _LIBRARIES: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
 _PARTS: tuple[Any, ...] = (
@@ -63,6 +63,7 @@ def check_network(kind: Any, folder: Path) -> None:
     Raises:
         ValueError: the configuration is damaged, or of another network than the weights.
     """
+    check_plain_folder(folder)
     config = read_config(folder / "config.json")
     try:
         with torch.device("meta"):  # has shapes, but no memory
@@ -110,6 +111,7 @@ def check_pipeline_folder(folder: Path) -> dict[str, Any]:
             whose configuration is refused.
     """
     path = folder / "model_index.json"
+    check_plain_folder(folder)
     index = read_config(path)
     check_parts(index, str(path))
     for part, value in _named(index):
