@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +19,7 @@ import pyarrow.parquet as pq
 
 MAX_JSON_BYTES = 256 << 20
 """Largest JSON file that is read, bytes: the calibration of millions of images."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DEPTH = 64  # of lists and objects in each other: all that is written here has fewer
 _FREE = 64 << 20  # bytes that any table may take in memory
 _RATIO = 1000  # and how many times the bytes of its file
@@ -103,9 +107,86 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path} has {size} bytes, the limit is {limit}")
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = parse_json(text)
+        if _SURROGATE.search(text):  # escapes can spell what no UTF-8 can hold
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {short(error)}") from error
+
+
+@dataclass(frozen=True)
+class Number:
+    """Shape of a number, not NaN, from ``low`` to ``high``, both included."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    whole: bool = False
+    """Only integers."""
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """Shape of a field that may be missing or null."""
+
+    shape: Any
+
+
+def check_fields(value: Any, shape: Any, name: str) -> None:
+    """Refuse a JSON value of another shape.
+
+    Args:
+        value: what ``read_json`` returned.
+        shape: a type or several; ``Number``; ``[shape]``, a list of values of that shape;
+            ``{field: shape}``, an object with these fields among others, where ``Maybe(shape)``
+            may be missing or null; ``{str: shape}``, an object with fields of any name.
+        name: of the value, which the message begins with.
+
+    Raises:
+        ValueError: it is of another shape; the message names the field.
+    """
+    if isinstance(shape, Maybe):
+        if value is not None:
+            check_fields(value, shape.shape, name)
+    elif isinstance(shape, Number):
+        kind = int if shape.whole else (int, float)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, kind)
+            or not (shape.low <= value <= shape.high)
+        ):
+            raise ValueError(f"{name} is {short(repr(value), 40)}, not {_described(shape)}")
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is {short(repr(value), 40)}, not a list")
+        for place, inner in enumerate(value):
+            check_fields(inner, shape[0], f"{name}.{place}")
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is {short(repr(value), 40)}, not an object")
+        for field, inner in shape.items():
+            if field is str:
+                for other in value:
+                    check_fields(value[other], inner, f"{name}.{short(other, 40)}")
+            elif field in value or isinstance(inner, Maybe):
+                check_fields(value.get(field), inner, f"{name}.{field}")
+            else:
+                raise ValueError(f"{name} lacks {field}")
+    elif not isinstance(value, shape) or (isinstance(value, bool) and shape is int):
+        kinds = shape if isinstance(shape, tuple) else (shape,)
+        wanted = " or ".join(_KINDS.get(kind, kind.__name__) for kind in kinds)
+        raise ValueError(f"{name} is {short(repr(value), 40)}, not {wanted}")
+
+
+_KINDS = {str: "text", dict: "an object", list: "a list", bool: "true or false", NoneType: "null"}
+
+
+def _described(shape: Number) -> str:
+    """Such as ``a whole number from 1 to 8``."""
+    ends = f" from {shape.low:g}" if shape.low > -math.inf else ""
+    ends += f" to {shape.high:g}" if shape.high < math.inf else ""
+    return ("a whole number" if shape.whole else "a number") + ends
 
 
 def read_table(
