@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,7 @@ from memfree.trainers import build_trainer
 
 EXPOSURES = "exposures.parquet"
 LORA = "lora"
+_log = logging.getLogger(__name__)
 ADVICE = (
     # Reading is a small part of a step here, and small sets are read without workers.
     ".*does not have many workers.*",
@@ -70,7 +72,8 @@ class TrainerOptions:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """Arithmetic of the network; auto: bf16-mixed on GPUs that have it, else 32-true."""
     accumulate_grad_batches: PositiveInt = 1
-    """Batches whose gradients are added up for one optimizer step."""
+    """Batches whose gradients are added up for one optimizer step; at most those of an epoch, and
+    the last step of an epoch takes what is left of it."""
     gradient_clip_val: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0: not clipped."""
     log_every_n_steps: PositiveInt = 50
@@ -156,6 +159,7 @@ def train(
             # The data module shares the records out among the ranks itself.
             use_distributed_sampler=False,
         )
+        _check_accumulation(trainer.accumulate_grad_batches, data.batches(fit.world_size))
         try:
             with explained_memory("training", _less_memory(data, model, trainer)):
                 fit.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
@@ -166,6 +170,7 @@ def train(
             raise SystemExit(2) from None
     finish(fit.logger)
     skipped = data.skipped_on_all_ranks().counts()
+    left_out = data.left_out_on_all_ranks()
     if fit.is_global_zero:
         averaged = averaged_module(fit, module)
         if isinstance(averaged, TextToImageModule) and model.finetune.lora_rank:
@@ -188,6 +193,7 @@ def train(
             identity=module.identity(),
             exposures=_exposure_summary(out / EXPOSURES),
             skipped=skipped,
+            **({"left_out": left_out.counts()} if left_out else {}),
         )
         loss = losses.last()
         print(
@@ -256,6 +262,21 @@ def _check_length(options: TrainerOptions) -> None:
             raise ValueError(f"--trainer.{name} {value}: give 1 or more, or -1 for no such limit")
     if options.max_steps == options.max_epochs == -1:
         raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
+
+
+def _check_accumulation(accumulated: int, batches: int) -> None:
+    """Refuse steps of more batches than an epoch has: Lightning ends each step with its epoch."""
+    if accumulated > batches:
+        raise ValueError(
+            f"--trainer.accumulate_grad_batches {accumulated}: an epoch has only "
+            f"{counted(batches, 'batch', 'batches')}, and a step ends with it; give "
+            f"{batches} or fewer, or a smaller --data.batch_size"
+        )
+    if rest := batches % accumulated:
+        _log.warning(
+            "the last step of each epoch adds up %d batches, not %d: an epoch has %d",
+            *(rest, accumulated, batches),
+        )
 
 
 def _precision(options: TrainerOptions) -> Any:

@@ -68,14 +68,24 @@ def check_plain_folder(folder: Path) -> None:
             check_plain(Path(place, name))
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, any_number: bool = False) -> Any:
     """A JSON value; only what JSON knows, so neither NaN nor numbers beyond float64.
+
+    Args:
+        text: the JSON.
+        any_number: take NaN, infinities and numbers of any size too, as floats where they are
+            larger than 64 bits.
 
     Raises:
         ValueError: it is no JSON, is nested too deeply, or has such a number.
     """
     try:
-        value = json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
+        if any_number:
+            value = json.loads(text, parse_int=_integer_or_float)
+        else:
+            value = json.loads(
+                text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer
+            )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level = [value]
@@ -300,6 +310,10 @@ def _integer(text: str) -> int:
     if len(text) > 20:  # of 64 bits
         raise ValueError(f"{text[:20]}... is too large a number")
     return int(text)
+
+
+def _integer_or_float(text: str) -> int | float:
+    return int(text) if len(text) <= 20 else float(text)
 
 
 def _finite(text: str) -> float:

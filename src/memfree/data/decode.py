@@ -16,8 +16,6 @@ MAX_PIXELS = 64_000_000
 """Largest image that is decoded, pixels: the header is checked before memory is allocated."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 """The only decoders that are ever called."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-"""File name endings of these formats, lower case."""
 MAX_SCANS = 500
 """Most scans of a JPEG: each goes over all its pixels, however few bytes it has."""
 

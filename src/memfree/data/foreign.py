@@ -16,10 +16,11 @@ from webdataset.filters import _shuffle
 from memfree.data.decode import open_image
 from memfree.data.folder import to_float
 from memfree.data.framing import Framing, Resize
+from memfree.data.names import shard_labels
 from memfree.data.order import global_slice, rank_slice
 from memfree.data.rank_batches import Batch, OnError, RankBatches
-from memfree.data.skipped import Skipped
-from memfree.data.tarrecord import TarRecord
+from memfree.data.skipped import LeftOut, Skipped
+from memfree.data.tarrecord import RecordOptions, TarRecord
 from memfree.data.tarstream import expand_shards, read_shard
 from memfree.data.wording import counted
 
@@ -42,6 +43,8 @@ class StreamOptions:
     """Give the records' .txt or JSON caption to the model."""
     shuffle_buffer: int = 1000
     """Records held back a worker, from which the next one is drawn."""
+    records: RecordOptions = RecordOptions()  # noqa: RUF009 - frozen
+    """Which files of a sample are meant where there is a choice."""
 
 
 class ForeignBatches(RankBatches):
@@ -66,6 +69,8 @@ class ForeignBatches(RankBatches):
 
     Attributes:
         missing: takes local shards that are not there.
+        left_out: what lies beside the shards; each batch carries, as ``left_out``, what was met in
+            them and not used.
     """
 
     def __init__(
@@ -92,7 +97,11 @@ class ForeignBatches(RankBatches):
             options.epoch_records, batch_size, seed, rank, world_size, random_flip, on_error
         )
         self.missing = Skipped()
-        self._shards = expand_shards(shards, self.missing if on_error == "skip" else None)
+        self.left_out = LeftOut()
+        self._shards = expand_shards(
+            shards, self.missing if on_error == "skip" else None, self.left_out
+        )
+        self._labels = shard_labels(self._shards)
         self._options = options
         self._framing = Framing(height, width, options.channels, options.resize)
         self.image_shape = (int(options.channels), height, width)
@@ -104,7 +113,8 @@ class ForeignBatches(RankBatches):
         offset = (start + number) % step  # the loader asks worker 0 first, also after a resume
         skipped = Skipped()
         unit = self._rank * step + offset
-        records = self._records(epoch, unit, self._world_size * step, skipped)
+        left_out = LeftOut()
+        records = self._records(epoch, unit, self._world_size * step, skipped, left_out)
         generator = np.random.Generator(np.random.PCG64([self._seed, epoch, unit, 9]))
         for batch in range(offset, self.batches, step):
             first, last = global_slice(self.records, self.batches, batch)
@@ -117,9 +127,12 @@ class ForeignBatches(RankBatches):
             made["weight"] = (high - low) * self._world_size / (last - first)
             if self._on_error == "skip":
                 made["skipped"] = skipped.take()
+            made["left_out"] = left_out.take()
             yield made
 
-    def _records(self, epoch: int, unit: int, units: int, skipped: Skipped) -> Iterator[TarRecord]:
+    def _records(
+        self, epoch: int, unit: int, units: int, skipped: Skipped, left_out: LeftOut
+    ) -> Iterator[TarRecord]:
         """Records of one worker without end, shuffled within its buffer."""
         shared = len(self._shards) < units
         # Where everyone reads all shards, one of them counts what is broken.
@@ -132,7 +145,15 @@ class ForeignBatches(RankBatches):
             mine = order if shared else order[unit::units]
             found = 0
             for shard in mine.tolist():
-                for number, record in enumerate(read_shard(self._shards[shard], handler)):
+                read = read_shard(
+                    self._shards[shard],
+                    handler,
+                    left_out,
+                    self._options.records,
+                    "--data.stream.records.",
+                    self._labels[shard],
+                )
+                for number, record in enumerate(read):
                     found += 1
                     if not shared or (number + turn) % units == unit:
                         yield record

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memfree.data.decode import MAX_IMAGE_BYTES, SUFFIXES, channels_of, open_image, upright
+from memfree.data.decode import MAX_IMAGE_BYTES, channels_of, open_image, upright
 from memfree.data.folder import to_float
 from memfree.data.framing import Framing
+from memfree.data.names import SUFFIXES
 from memfree.data.skipped import Skipped
 from memfree.data.tarstream import expand_shards, read_shard
 
