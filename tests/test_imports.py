@@ -22,6 +22,7 @@ LAYERS = [
         "conditions",
         "calibration_size",
         "untrusted",
+        "untrusted_yaml",
         "study_files",
     },
     {"data", "models", "retrieval"},

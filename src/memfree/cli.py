@@ -20,6 +20,7 @@ from memfree.free_word import as_options
 from memfree.one_line_errors import DEBUG_VARIABLE, INTERRUPTED, exit_with_error, guarded
 from memfree.option_messages import did_you_mean, option_message, options_of
 from memfree.study_files import refuse_other_study
+from memfree.untrusted_yaml import check_config_files, limit_aliases
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -131,6 +132,7 @@ def run_command(name: str, args: Sequence[str] | None = None, prog: str | None =
     given = as_options(sys.argv[1:] if args is None else args, command.positional)
 
     def call() -> Any:
+        check_config_files(given)
         refuse_other_study(name, given)
         return _run(_load_or_leave(command), given, prog, command.one_writer)
 
@@ -211,6 +213,7 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     # Here, not above: a script is in the care of guarded before anything slow is imported.
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    limit_aliases()
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True,
         subclasses_disabled=[_is_data_module],
@@ -252,8 +255,10 @@ def _run(
     function: Callable[..., Any], args: Sequence[str] | None, prog: str | None, lock: bool
 ) -> Any:
     parser = parser_of(function, prog)
+    words = sys.argv[1:] if args is None else list(args)
+    check_config_files(words)
     try:
-        config = parser.parse_args(sys.argv[1:] if args is None else list(args))
+        config = parser.parse_args(words)
     # ImportError: jsonargparse's, for a class that a configuration within another one names.
     except (argparse.ArgumentError, ImportError) as error:
         exit_with_error(option_message(str(error), parser))

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from memfree.evaluation.manifest_fields import DATASET, INDEX, SAMPLES
 from memfree.evaluation.metrics import CHANGED, HELDOUT
 from memfree.evaluation.subject import DEFAULT_REFERENCE
+from memfree.folders.manifest import read_manifest
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.folder import SampleFolder
+from memfree.untrusted import check_fields
 
 if TYPE_CHECKING:
     from memfree.data import DatasetFolder
@@ -70,8 +73,11 @@ def open_inputs(
             f"--index {index} is of another data set than --dataset {dataset}; "
             "build it with `memfree index` from this one"
         )
+    check_fields(data.manifest, DATASET, f"{dataset}/manifest.json")
+    check_fields(read_manifest(index, "index"), INDEX, f"{index}/manifest.json")
     folders = {name: SampleFolder(path) for name, path in samples.items()}
     for name, folder in folders.items():
+        check_fields(folder.manifest, SAMPLES, f"{folder.path}/manifest.json")
         _check_samples(name, folder, data, other_data)
         _check_unseen(name, folder, references)
     if reference not in folders:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from markupsafe import Markup
@@ -16,6 +18,7 @@ from memfree.evaluation.templates import template
 from memfree.folders.atomic_files import write_atomic, write_text
 from memfree.folders.manifest import check_kind, write_manifest
 from memfree.folders.resolved import save_config
+from memfree.untrusted import short
 
 
 def report(evaluation: Path, out: Path | None = None) -> None:
@@ -34,13 +37,28 @@ def report(evaluation: Path, out: Path | None = None) -> None:
     target = evaluation / "report" if out is None else out
     check_kind(target, "report")
     folder = EvaluationFolder(evaluation)
-    text = render(folder)
+    folder.check_figures()
+    with _drawing(folder):
+        text = render(folder)
+        write_atomic(target / "picture.png", lambda path: write_picture(folder, path))
     write_text(target / "index.html", text)
-    write_atomic(target / "picture.png", lambda path: write_picture(folder, path))
     save_config(target)
     write_manifest(target, "report", evaluation=str(evaluation), contains="training images")
     line = f"Written to {target / 'index.html'}; it contains training images."
     plain_console().print(line, soft_wrap=True)
+
+
+@contextmanager
+def _drawing(folder: EvaluationFolder) -> Iterator[None]:
+    """Name the folder in whatever a drawing library makes of absurd numbers in it."""
+    try:
+        yield
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        if str(folder.path) in str(error):
+            raise
+        raise ValueError(
+            f"{folder.path} cannot be drawn ({short(error)}); run `memfree evaluate` again"
+        ) from error
 
 
 def render(folder: EvaluationFolder) -> str:

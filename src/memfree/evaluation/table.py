@@ -11,6 +11,11 @@ from rich.text import Text
 
 from memfree.evaluation.metrics import HELDOUT, Metric, MetricTable
 
+COPIES_AT = "copies_at_"
+"""Metrics of copies at another false-positive rate begin so, and end with the rate."""
+COPIES_OF_FACTOR = "copies_per_image_of_factor_"
+"""Metrics of copies of images with so many records begin so, and end with their number."""
+
 
 def percent(value: float) -> str:
     """A rate as a percentage: 0.4715 as 47.2 %, a tiny one with another digit."""
@@ -193,8 +198,8 @@ def shown_rows(table: MetricTable) -> list[Row]:
             rows.append(row)
         if row.metric == "copies":
             for name in table.names():
-                if name.startswith("copies_at_"):
-                    rate = float(name.removeprefix("copies_at_"))
+                if name.startswith(COPIES_AT):
+                    rate = float(name.removeprefix(COPIES_AT))
                     label = f"Copies at {100 * rate:g} % false positives"
                     rows.append(Row(name, label, percent, "At a laxer threshold."))
     return rows

@@ -219,12 +219,17 @@ class ReferenceIndex(Searched):
 
     @classmethod
     def load(
-        cls, folder: Path | str, weights: Path | str | None = None, trust_file: bool = False
+        cls,
+        folder: Path | str,
+        weights: Path | str | None = None,
+        trust_file: bool = False,
+        verify: bool = True,
     ) -> ReferenceIndex:
         """Open an index folder, vectors memory-mapped; see ``loading.load``."""
         from memfree.retrieval.loading import load
 
-        return load(Path(folder), None if weights is None else Path(weights), trust_file)
+        place = None if weights is None else Path(weights)
+        return load(Path(folder), place, trust_file, verify)
 
 
 def _opened(dataset: DatasetFolder | Path | str) -> DatasetFolder:

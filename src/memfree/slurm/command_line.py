@@ -13,6 +13,7 @@ from memfree.option_messages import did_you_mean, option_message, options_of
 from memfree.slurm.options import SlurmOptions
 from memfree.slurm.submission import Submission
 from memfree.study_files import refuse_other_study
+from memfree.untrusted_yaml import check_config_files
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -80,6 +81,7 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
     known = {**SCRIPTS, **COMMANDS}[command]
     function = load(known)
     given = as_options(arguments, known.positional)
+    check_config_files(given)
     refuse_other_study(command, given)
     parser = parser_of(function, f"memfree submit {command}")
     parser.add_argument("--slurm", type=SlurmOptions, default=SlurmOptions())
