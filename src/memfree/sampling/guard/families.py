@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from memfree.conditions import TextConditions
@@ -26,6 +27,12 @@ class Family:
     """Whether the model was trained by flow matching: x_t = (1−σ)·x_0 + σ·ε, v = ε − x_0."""
     from_image: bool = False
     """Whether sampling begins with a given image, noised."""
+    inpaints: bool = False
+    """Whether part of that image is kept."""
+    control: str = ""
+    """Name of the call's argument with the images of a ControlNet; empty without one."""
+    text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
+    """Components without which captions cannot be encoded."""
 
     def prediction(self, output: Tensor, channels: int) -> Tensor:
         """The part of the denoiser's output that the scheduler steps with."""
@@ -39,10 +46,37 @@ class Family:
         """The arguments with other conditions in their place."""
         return {**arguments, "encoder_hidden_states": conditions.embeddings}
 
-    def encode(self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any]) -> TextConditions:
-        """The pipeline's own text encoding of captions, with the options of the pipeline call."""
+    def encode(
+        self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any], length: int
+    ) -> TextConditions:
+        """The pipeline's own text encoding of captions, with the options of the pipeline call.
+
+        Args:
+            pipe: the pipeline.
+            captions: at least one.
+            call: arguments of the pipeline call by name.
+            length: token vectors of the call's prompts, L. CLIP encodes a fixed number, a chunk:
+                longer prompts are several chunks, and captions are filled up with chunks of the
+                empty text, as tools for long prompts do.
+
+        Returns:
+            Conditions of as many captions and ``length`` token vectors.
+        """
+        encoded = self._encode(pipe, list(captions), call)
+        if (chunk := encoded.embeddings.shape[1]) < length:
+            empty = self._encode(pipe, [""], call).embeddings.expand_as(encoded.embeddings)
+            chunks = [encoded.embeddings, *[empty] * ((length - 1) // chunk)]
+            encoded = replace(encoded, embeddings=torch.cat(chunks, dim=1))
+        return replace(encoded, embeddings=encoded.embeddings[:, :length])
+
+    def missing_text_part(self, pipe: Any) -> str | None:
+        """A component without which the pipeline cannot encode captions; None if it has all."""
+        missing = (part for part in self.text_parts if getattr(pipe, part, None) is None)
+        return next(missing, None)
+
+    def _encode(self, pipe: Any, captions: list[str], call: Mapping[str, Any]) -> TextConditions:
         embeddings, _ = pipe.encode_prompt(
-            list(captions), pipe._execution_device, 1, False, **self._text_options(call)
+            captions, pipe._execution_device, 1, False, **self._text_options(call)
         )
         return TextConditions(embeddings)
 
@@ -55,6 +89,8 @@ class Family:
 class StableDiffusionXL(Family):
     """Two text encoders: token vectors of both, and a pooled vector of the second."""
 
+    text_parts: tuple[str, ...] = ("text_encoder_2", "tokenizer_2")
+
     def conditions(self, arguments: Arguments) -> TextConditions:
         """Token vectors and pooled vector."""
         return TextConditions(
@@ -66,10 +102,10 @@ class StableDiffusionXL(Family):
         added = {**arguments["added_cond_kwargs"], "text_embeds": conditions.pooled}
         return {**super().told(arguments, conditions), "added_cond_kwargs": added}
 
-    def encode(self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any]) -> TextConditions:
+    def _encode(self, pipe: Any, captions: list[str], call: Mapping[str, Any]) -> TextConditions:
         """Both encoders are given the caption."""
         embeddings, _, pooled, _ = pipe.encode_prompt(
-            prompt=list(captions),
+            prompt=captions,
             device=pipe._execution_device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
@@ -102,16 +138,17 @@ class PixArt(Family):
             "encoder_attention_mask": conditions.mask,
         }
 
-    def encode(self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any]) -> TextConditions:
-        """With the call's own caption cleaning and length."""
-        options = {
-            name: call[name] for name in ("clean_caption", "max_sequence_length") if name in call
-        }
+    def encode(
+        self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any], length: int
+    ) -> TextConditions:
+        """With the call's own caption cleaning; T5 is asked for the length, and masks the rest."""
+        options = {name: call[name] for name in ("clean_caption",) if name in call}
         embeddings, mask, _, _ = pipe.encode_prompt(
             list(captions),
             do_classifier_free_guidance=False,
             num_images_per_prompt=1,
             device=pipe._execution_device,
+            max_sequence_length=length,
             **options,
         )
         return TextConditions(embeddings, mask=mask)
@@ -124,6 +161,7 @@ class StableDiffusion3(Family):
     denoiser: str = "transformer"
     sample: str = "hidden_states"
     flow: bool = True
+    text_parts: tuple[str, ...] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
     def conditions(self, arguments: Arguments) -> TextConditions:
         """Token vectors and pooled vector."""
@@ -133,8 +171,10 @@ class StableDiffusion3(Family):
         """The pooled vector goes with the tokens."""
         return {**super().told(arguments, conditions), "pooled_projections": conditions.pooled}
 
-    def encode(self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any]) -> TextConditions:
-        """All encoders are given the caption."""
+    def encode(
+        self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any], length: int
+    ) -> TextConditions:
+        """All encoders are given the caption; T5 makes what CLIP leaves of the length."""
         texts = list(captions)
         embeddings, _, pooled, _ = pipe.encode_prompt(
             prompt=texts,
@@ -143,10 +183,10 @@ class StableDiffusion3(Family):
             device=pipe._execution_device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
-            max_sequence_length=call.get("max_sequence_length", 256),
+            max_sequence_length=max(1, length - pipe.tokenizer_max_length),
             **self._text_options(call),
         )
-        return TextConditions(embeddings, pooled)
+        return TextConditions(embeddings[:, :length], pooled)
 
 
 def family_of(pipe: Any) -> Family:

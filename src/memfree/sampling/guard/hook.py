@@ -85,9 +85,24 @@ class Draw:
         """Captions as the prompts of this call; one function for all steps, which guidances keep.
 
         Not for the next call of the pipeline: its options may be others.
+
+        Raises:
+            ValueError: the pipeline lacks the encoders of the call's embeddings.
         """
         assert self._like is not None
-        encoded = self.family.encode(self.pipe, captions, self.call)
+        _, length, width = self._like.shape
+        if part := self.family.missing_text_part(self.pipe):
+            raise ValueError(
+                f"memfree.guard: captions must be encoded, but the pipeline's {part} is None: leave "
+                "out guidance that needs captions (c2=0)"
+            )
+        encoded = self.family.encode(self.pipe, captions, self.call, length)
+        if encoded.embeddings.shape[2] != width:
+            raise ValueError(
+                f"memfree.guard: prompt_embeds have vectors of {width}, the pipeline's own encoding "
+                f"has {encoded.embeddings.shape[2]}: load all text encoders, or leave out guidance "
+                "that needs captions (c2=0)"
+            )
         return encoded.to(self._like.device, self._like.dtype)
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
