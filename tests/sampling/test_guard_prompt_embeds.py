@@ -6,6 +6,7 @@ import torch
 from guard_parts import NEVER, PROMPTS, ActiveRows, amg, make_index, options
 
 import memfree
+
 FAMILIES = ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "pixart"]
 NAMES = {
     "stable_diffusion": ["prompt_embeds", "negative_prompt_embeds"],

@@ -31,6 +31,8 @@ class Family:
     """Whether part of that image is kept."""
     control: str = ""
     """Name of the call's argument with the images of a ControlNet; empty without one."""
+    control_by_prompt: bool = False
+    """Whether lists of lists of these images hold a list a prompt, rather than a ControlNet."""
     text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
     """Components without which captions cannot be encoded."""
 
@@ -90,6 +92,14 @@ class StableDiffusionXL(Family):
     """Two text encoders: token vectors of both, and a pooled vector of the second."""
 
     text_parts: tuple[str, ...] = ("text_encoder_2", "tokenizer_2")
+
+    def missing_text_part(self, pipe: Any) -> str | None:
+        """The first encoder too, where the denoiser takes the vectors of both."""
+        missing = super().missing_text_part(pipe)
+        if missing is None and pipe.text_encoder is None:
+            second = pipe.text_encoder_2.config.hidden_size
+            missing = None if pipe.unet.config.cross_attention_dim == second else "text_encoder"
+        return missing
 
     def conditions(self, arguments: Arguments) -> TextConditions:
         """Token vectors and pooled vector."""
@@ -200,30 +210,51 @@ def family_of(pipe: Any) -> Family:
     families: list[tuple[type, Family]] = [
         (diffusers.StableDiffusionPipeline, Family()),
         (diffusers.StableDiffusionImg2ImgPipeline, Family(from_image=True)),
+        (diffusers.StableDiffusionInpaintPipeline, Family(from_image=True, inpaints=True)),
+        (
+            diffusers.StableDiffusionControlNetPipeline,
+            Family(control="image", control_by_prompt=True),
+        ),
+        (
+            diffusers.StableDiffusionControlNetImg2ImgPipeline,
+            Family(from_image=True, control="control_image"),
+        ),
+        (
+            diffusers.StableDiffusionControlNetInpaintPipeline,
+            Family(from_image=True, inpaints=True, control="control_image"),
+        ),
+        (diffusers.LatentConsistencyModelPipeline, Family()),
+        (diffusers.LatentConsistencyModelImg2ImgPipeline, Family(from_image=True)),
         (diffusers.StableDiffusionXLPipeline, StableDiffusionXL()),
         (diffusers.StableDiffusionXLImg2ImgPipeline, StableDiffusionXL(from_image=True)),
+        (
+            diffusers.StableDiffusionXLInpaintPipeline,
+            StableDiffusionXL(from_image=True, inpaints=True),
+        ),
+        (diffusers.StableDiffusionXLControlNetPipeline, StableDiffusionXL(control="image")),
+        (
+            diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
+            StableDiffusionXL(from_image=True, control="control_image"),
+        ),
+        (
+            diffusers.StableDiffusionXLControlNetInpaintPipeline,
+            StableDiffusionXL(from_image=True, inpaints=True, control="control_image"),
+        ),
         (diffusers.PixArtAlphaPipeline, PixArt()),
         (diffusers.PixArtSigmaPipeline, PixArt()),
         (diffusers.StableDiffusion3Pipeline, StableDiffusion3()),
+        (diffusers.StableDiffusion3Img2ImgPipeline, StableDiffusion3(from_image=True)),
     ]
     name = type(pipe).__name__
     family = next((family for kind, family in families if isinstance(pipe, kind)), None)
     if family is None:
         raise ValueError(f"memfree.guard does not support {name}: {_reason(name)}")
-    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    if all(getattr(pipe, encoder, None) is None for encoder in encoders):
-        raise ValueError(
-            f"memfree.guard needs the text encoder of {name} (it encodes the captions of near "
-            "training images), but this pipeline was loaded without one"
-        )
-    if all(getattr(pipe, part, None) is None for part in ("tokenizer", "tokenizer_2")):
-        raise ValueError(f"memfree.guard needs the tokenizer of {name}, which has none")
     taken = getattr(pipe, family.denoiser).config.in_channels
     latents = pipe.vae.config.latent_channels
-    if taken != latents:
+    if taken != latents and not (family.inpaints and taken == 2 * latents + 1):
         raise ValueError(
-            f"memfree.guard does not support a denoiser that takes {taken} channels where latents "
-            f"have {latents}: inpainting and edit models see an image beside x_t"
+            f"memfree.guard does not support a denoiser of {name} that takes {taken} channels "
+            f"where latents have {latents}: it sees an image beside x_t"
         )
     if getattr(pipe.vae.config, "latents_mean", None) is not None:
         raise ValueError(
@@ -239,11 +270,14 @@ def _reason(name: str) -> str:
             "with true classifier-free guidance it calls its transformer once a branch, and the "
             "guard has to see both branches in one batch"
         )
-    if "Inpaint" in name:
-        return "inpainting mixes the given image into every step, which no guidance may change"
-    if "ControlNet" in name or "Adapter" in name:
-        return "further networks feed its denoiser, which the guard could not call again by itself"
+    if "PAG" in name:
+        return "perturbed-attention guidance adds a third branch to the batch"
+    if "Pix2Pix" in name:
+        return "it guides by an image and by a text, which adds a third branch to the batch"
+    if "Adapter" in name or "Union" in name:
+        return "the guard is not tested with the further network that feeds its denoiser"
     return (
-        "it supports Stable Diffusion 1, 2 and XL with their img2img pipelines, PixArt, and "
-        "Stable Diffusion 3"
+        "it supports Stable Diffusion 1, 2 and XL with their img2img, inpainting and ControlNet "
+        "pipelines, latent consistency models, PixArt, and Stable Diffusion 3 with its img2img "
+        "pipeline"
     )
