@@ -3,6 +3,7 @@
 import tiny_pipelines
 import torch
 
+import memfree
 from memfree.guidance import AntiMemorizationGuidance, ConstantThreshold, NormalizedL2, calibrate
 from memfree.retrieval import LatentFeatures, ReferenceIndex
 
@@ -97,6 +98,26 @@ def state(pipe):
 def drawn(pipe, count=2, **extra):
     call = {**options("stable_diffusion", count), **extra}
     return pipe(call.pop("prompt", PROMPTS), **call).images
+
+
+def copies(pipe, count=20, guidance=None, **call):
+    """Verdicts "copy" of a pipeline that draws images of its own index: (unguarded, guarded).
+
+    What is nearer to an image of the index than nL2 0.05 is a copy.
+    """
+    call = {"num_inference_steps": 10, "output_type": "pt", **call}
+
+    def draw():
+        return pipe(["a cat"] * count, generator=noise(count), **call).images
+
+    index = make_index(2 * draw() - 1)
+    index.calibrations["nl2-k50-a0.5"]["sigmas"] = [-0.05] * 500
+    left = []
+    for guidances in ([], guidance):
+        with memfree.guard(pipe, index, guidances) as report:
+            draw()
+        left.append(len(report.copies))
+    return tuple(left)
 
 
 def make_latents(vae=None, captions=True, size=SHAPE[1]):

@@ -77,7 +77,8 @@ class Draw:
             arguments = usable(self.bound(args, kwargs))
             is_tuple = isinstance(output, tuple)
             raw = usable(output[0] if is_tuple else output.sample)
-            view = self.view(arguments, self.levels.next(arguments["timestep"]))
+            planned = getattr(self.pipe, "num_timesteps", None)
+            view = self.view(arguments, self.levels.next(arguments["timestep"], planned))
             self.finished = view.level.is_last
             found = self.guided(view, raw)
         if found is None:
