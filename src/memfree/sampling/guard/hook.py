@@ -259,7 +259,8 @@ class View:
         if conditions is None and not self.twice:
             raise ValueError(
                 "memfree.guard: this guidance needs the unconditional prediction, which the "
-                "pipeline makes with a guidance_scale above 1 only"
+                "pipeline makes with a guidance_scale above 1 only, and never with a denoiser that "
+                "is told the scale"
             )
         rows = self._rows(x)
         half = rows if conditions is None else rows + (self.total - self.count)
