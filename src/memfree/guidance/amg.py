@@ -134,6 +134,11 @@ class AntiMemorizationGuidance(Observer):
             mitigation="amg", false_positive_rate=false_positive_rate
         ).anti_memorization(index)
 
+    @property
+    def needs_text_encoder(self) -> bool:
+        """Whether captions are encoded to steer away from them (eq. 15), where s_0 is above 1."""
+        return self.c2 > 0
+
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
         """Correct the active rows; all others keep their bits."""
@@ -252,7 +257,10 @@ class AntiMemorizationGuidance(Observer):
         """
         x_0 = prediction.clean_estimate()
         offset, gain = prediction.returned or (torch.zeros_like(x_0), 1.0)
-        if gain == 0:
+        free = None  # every element follows the prediction
+        if isinstance(gain, torch.Tensor):
+            free = gain != 0
+        if not (gain if free is None else bool(free.any())):
             return prediction  # whatever is predicted, the sampler returns the same
         before = offset + gain * x_0
         limit = prediction.image_range
@@ -273,5 +281,11 @@ class AntiMemorizationGuidance(Observer):
                 target,
                 limit,
                 prediction.decode,
+                free=None if free is None else free[rows],
             )
-        return prediction.with_clean_change((moved - before[rows]) / gain, rows).activated(above)
+        change = moved - before[rows]
+        if isinstance(gain, torch.Tensor):
+            change = torch.where(gain[rows] != 0, change / gain[rows], 0.0)
+        else:
+            change = change / gain
+        return prediction.with_clean_change(change, rows).activated(above)
