@@ -9,6 +9,7 @@ LAYERS = [
         "folders",
         "first_process",
         "free_word",
+        "launcher",
         "requeue",
         "memory",
         "option_messages",
