@@ -10,6 +10,7 @@ LAYERS = [
         "first_process",
         "free_word",
         "full_precision",
+        "launcher",
         "requeue",
         "memory",
         "option_messages",
