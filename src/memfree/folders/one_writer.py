@@ -84,7 +84,7 @@ def one_of_launch(out: Path) -> Iterator[None]:
         ValueError: another process does it.
     """
     made = _missing_parents(out)
-    lock = _first_writable(out, "")
+    lock = _first_writable(out, WHOLE)
     try:
         yield
     finally:
