@@ -25,7 +25,7 @@ from memfree.data.wording import counted
 from memfree.folders.manifest import read_manifest, write_manifest
 from memfree.folders.resolved import save_config
 from memfree.folders.storage_errors import check_free_space
-from memfree.folders.whole_folder import put_in_place, unfinished
+from memfree.folders.whole_folder import check_place, put_in_place, unfinished
 
 _NO_COPIES = DuplicationPlan()
 _DEFAULT_SIZES = PartSizes()
@@ -120,6 +120,7 @@ def prepare(
         _check_source(out, source, path, emoji_variants)
         console.print(f"{out} is already prepared in this way", soft_wrap=True)
         return
+    check_place(out)
     opened = open_source(source, path, emoji_variants)
     count, size = opened.size
     framing = Framing(height, width, channels, resize, interpolation)
