@@ -24,6 +24,7 @@ from memfree.models.progress import StepProgress
 from memfree.models.small_pipeline import build_pipeline
 from memfree.quiet import quiet
 from memfree.trainers import build_trainer
+from memfree.untrusted import short
 
 ADVICE = (".*does not have many workers.*", "Checkpoint directory .* exists and is not empty.*")
 SHOWN = 16
@@ -76,6 +77,11 @@ def scratch(
     if claimed.found == "finished":
         print(f"{out} is already built as asked")
         return
+    captions = _captions(data)
+    try:
+        build_pipeline(module.network, captions, model, seed)
+    except Exception as error:  # whatever diffusers and transformers make of sizes that do not fit
+        raise ValueError(f"--model.* makes no text-to-image model: {short(error)}") from error
     with quiet(*ADVICE):
         fit = build_trainer(
             accelerator=accelerator,
@@ -95,7 +101,7 @@ def scratch(
         "train": _error(vae, training.images()),
         "test": _error(vae, held_out.images(), out / RECONSTRUCTIONS),
     }
-    pipeline: Any = build_pipeline(vae, _captions(data), model, seed)
+    pipeline: Any = build_pipeline(vae, captions, model, seed)
     export_model(
         out,
         pipeline,

@@ -226,6 +226,15 @@ def test_number_1_of_another_container_has_not_ended(tmp_path, monkeypatch):
     FolderLock(tmp_path / "lock", "--out x").acquire()
 
 
+def test_somebodys_own_traces_are_not_taken_for_left_over(tmp_path):
+    """Traces without samples, which a killed run leaves, are removed."""
+    (tmp_path / "trace-of-thought.parquet").touch()
+    with pytest.raises(ValueError, match="trace-of-thought"):
+        SampleRun(tmp_path, {}, 1).check()
+    SampleRun(tmp_path, {}, 1).clean_up()
+    assert (tmp_path / "trace-of-thought.parquet").exists()
+
+
 def test_a_finished_sample_folder_keeps_a_users_own_files(tmp_path):
     run = SampleRun(tmp_path / "s", {}, 0)
     with run:

@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
+from diffusers import DiffusionPipeline
 from hostile_guard import one_line
 from hostile_payloads import pickled
 from open_clip.model import CLIP
@@ -283,6 +284,21 @@ def test_a_pipeline_runs_and_downloads_nothing(copy, asked, tmp_path, name):
 def test_a_whole_pipeline_asks_no_network(whole, asked):
     load_pipeline(whole / "pipe")
     assert asked == []
+
+
+def test_a_pipeline_from_the_hub_is_checked_before_it_is_built(copy, tmp_path, monkeypatch):
+    folder = copy("pipe")
+    module_beside(TOKENIZER, "auto_map", CODE)(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda name: index)
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda name, **_: folder)
+
+    def built(*_, **__):
+        raise AssertionError("it was built")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", built)
+    with pytest.raises(ValueError, match="some/pipeline .*auto_map"):
+        load_pipeline("some/pipeline")
 
 
 HUB_NAMES = {

@@ -32,7 +32,7 @@ from memfree.data.wording import counted
 from memfree.folders.manifest import read_manifest, write_manifest
 from memfree.folders.resolved import save_config
 from memfree.folders.storage_errors import check_free_space
-from memfree.folders.whole_folder import put_in_place, unfinished
+from memfree.folders.whole_folder import check_place, put_in_place, unfinished
 
 _NO_COPIES = DuplicationPlan()
 _DEFAULT_SIZES = PartSizes()
@@ -133,6 +133,7 @@ def prepare(
             _check_source(out, source, path, emoji_variants, records, on_error)
         console.print(f"{out} is already prepared in this way", soft_wrap=True)
         return
+    check_place(out)
     opened = open_source(source, path, emoji_variants, records)
     listed = files_hash(opened.files)  # before they are read: what changes meanwhile is noticed
     count, size = opened.size

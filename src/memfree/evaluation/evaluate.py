@@ -80,6 +80,8 @@ def evaluate(
     scorer = None if clip is None else ClipScorer(clip)
     with step(console, "Opening data set, index and samples"):
         inputs = open_inputs(dataset, index, samples, reference, other_data)
+    if scorer is not None and not any(folder.captions for folder in inputs.samples.values()):
+        raise ValueError("--clip needs samples with captions, and none have; leave it out")
     subjects, second = measure_subjects(
         inputs, false_positive_rate, batch_size, console, second_embedding
     )
@@ -183,8 +185,6 @@ def _class_metrics(
 def _alignment_metrics(inputs: Inputs, scorer: ClipScorer, seed: int) -> list[Metric]:
     """CLIP scores of the samples that have captions, and of the test images."""
     folders = {name: folder for name, folder in inputs.samples.items() if folder.captions}
-    if not folders:
-        raise ValueError("--clip needs samples with captions, and none have; leave it out")
     paired = {
         name: reference
         for name, reference in inputs.paired.items()

@@ -12,14 +12,19 @@ from typing import Any
 from memfree.folders.temporary import new_file
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], None], mode: int = 0o666) -> None:
     """Call ``write`` on a temporary name beside ``path``, flush it to disk, then rename it.
 
     Whatever happens, ``path`` holds the old content or the new, whole; after the call the new one
     survives a loss of power, and so do the folders that had to be made for it.
+
+    Args:
+        path: the file.
+        write: fills the file of the name that it is given, which exists and is empty.
+        mode: permissions of the file, less those that the umask takes away.
     """
     _make_folder(path.parent)
-    with new_file(path) as temporary:
+    with new_file(path, mode) as temporary:
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)

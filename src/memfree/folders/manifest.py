@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from memfree.folders.atomic_files import write_json
+from memfree.folders.whole_folder import check_place
 from memfree.untrusted import read_json, short
 
 FORMAT_VERSION = 1
@@ -112,10 +113,11 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def check_replaceable(out: Path, kind: str) -> None:
-    """Refuse to replace what is not a finished folder of this ``kind``.
+    """Refuse to replace what is not a finished folder of this ``kind``, or cannot be replaced.
 
     Raises:
-        ValueError: ``out`` is a file, or a folder with other contents.
+        ValueError: ``out`` is a file, a folder with other contents, or a mount point.
+        OSError: nothing can be written beside it.
     """
     if out.is_file():
         raise ValueError(f"--out {out} is a file; name a folder")
@@ -127,6 +129,7 @@ def check_replaceable(out: Path, kind: str) -> None:
                 f"--out {out} holds files of something else ({error}); "
                 "choose an empty or a new folder"
             ) from error
+    check_place(out)
 
 
 def check_kind(folder: Path, kind: str) -> None:

@@ -24,14 +24,18 @@ _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """An empty hidden file beside ``path``, made here and locked; removed at the end if it is left.
+
+    Args:
+        path: what it is to become.
+        mode: its permissions, less those that the umask takes away.
 
     Raises:
         OSError: it cannot be made.
     """
     temporary = _random_name(path, "tmp")
-    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)
+    handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, mode)
     try:
         if not _lock(handle):  # Windows renames no open file
             os.close(handle)

@@ -73,12 +73,8 @@ def check_place(out: Path) -> None:
         ValueError: ``out`` is where a file system is mounted, which cannot be renamed or replaced.
         OSError: nothing can be written beside it.
     """
+    refuse_mount_point(out)
     out = out.resolve()
-    if out.is_dir() and _is_mounted(out):
-        raise ValueError(
-            f"--out {out} is a mount point, which cannot be replaced by the finished folder: "
-            f"name a folder in it, as {out / 'result'}"
-        )
     missing = [folder for folder in out.parents if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +84,20 @@ def check_place(out: Path) -> None:
         for folder in missing:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def refuse_mount_point(out: Path) -> None:
+    """Refuse a folder where a file system is mounted: it can be neither renamed nor replaced.
+
+    Raises:
+        ValueError: it is one.
+    """
+    place = out.resolve()
+    if place.is_dir() and _is_mounted(place):
+        raise ValueError(
+            f"--out {out} is a mount point, which the finished folder cannot replace: name a "
+            f"folder inside it, such as {out / 'result'}"
+        )
 
 
 def _is_mounted(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from memfree.first_process import is_first_process
 from memfree.folders.manifest import read_manifest
 from memfree.folders.resolved import CONFIG_NAME, save_config
 from memfree.folders.temporary import remove_temporary
+from memfree.folders.whole_folder import refuse_mount_point
 from memfree.models.checkpoints import (
     good_checkpoint,
     keep_only,
@@ -68,6 +69,8 @@ def claim(
     """
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file: name a folder")
+    for name in (DIFFUSERS_NAME, LORA):  # replaced when the training is finished
+        refuse_mount_point(out / name)
     manifest = read_manifest(out, "model") if (out / "manifest.json").is_file() else {}
     if manifest:
         for name, kind in (("steps", int), ("epochs", int), ("identity", dict)):

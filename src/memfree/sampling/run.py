@@ -96,7 +96,8 @@ class SampleRun:
             foreign = sorted(
                 path.name
                 for path in self.folder.iterdir()
-                if not path.name.startswith((".", "trace-"))
+                if not path.name.startswith(".")
+                and not (path.name.startswith("trace-") and _FILE.fullmatch(path.name))
                 and path.name not in (RUN_FILE, CONFIG_NAME)
             )
             if foreign:
@@ -191,6 +192,8 @@ class SampleRun:
         temporary = ".*.tmp" if self.part.whole else f".*-{self._prefix}*.tmp"
         remove_temporary(self.folder, pattern=temporary)
         for trace in self.folder.glob(f"trace-{self._prefix}*.parquet"):
+            if not _FILE.fullmatch(trace.name):
+                continue
             if not self.folder.joinpath(f"samples-{trace.stem[6:]}.tar").is_file():
                 trace.unlink(missing_ok=True)
 
