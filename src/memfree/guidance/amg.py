@@ -159,8 +159,9 @@ class AntiMemorizationGuidance(Observer):
         columns["gate"] = threshold - self.margin(now.records)
         if len(rows):
             result = self._despecified(prediction, steering, threshold, held, rows, columns)
-            if self.c3 > 0 and bool(near.any()):
-                rows = near.nonzero().squeeze(1)
+            if self.latched and self.c3 > 0:
+                rows = near.nonzero().squeeze(1)  # without a latch, all that are active
+            if self.c3 > 0 and len(rows):
                 # The gradient is at x̂_0 as it was detected, before anything was changed.
                 g_sim = self._g_sim(prediction, match, rows)
                 columns["g_sim_norm"][rows] = row_norm(g_sim)

@@ -208,11 +208,11 @@ class MultiplicityGuidance:
         """The conditional output (B, ...) with each prompt's influence times its e(y)."""
         if self not in prediction.memory:
             assert isinstance(prediction.conditions, TextConditions)
-            prediction.memory[self] = self._caption_weights().share_of_first_records(
+            share = self._caption_weights().share_of_first_records(
                 prediction.conditions, prediction.encode
             )
-        share = prediction.memory[self]
-        rows = (share < 1).nonzero().squeeze(1)
+            prediction.memory[self] = share, (share < 1).nonzero().squeeze(1)
+        share, rows = prediction.memory[self]
         if not len(rows):
             return cond
         base = denoise(prediction.x_t[rows], None) if uncond is None else uncond[rows]
