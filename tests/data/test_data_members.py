@@ -7,6 +7,7 @@ import tarfile
 
 import pytest
 from pictures import picture
+from PIL import Image
 
 from memfree.data import ShardDataModule, StreamOptions, prepare
 from memfree.data.foreign import ForeignBatches
@@ -190,6 +191,7 @@ def test_captions_are_read(tmp_path, tar, png, members, expected):
         ({"txt": b"one", "caption": b"two"}, "--records.caption_source"),
         ({"cls": b"1", "json": b'{"label": 2}'}, "class is 1 in .cls, but 2"),
         ({"json": b'{"label": "cat"}'}, "class 'cat' is not a number"),
+        ({"json": b'{"group": ["a"]}'}, "group is"),
     ],
 )
 def test_captions_and_classes_that_are_refused(tmp_path, tar, png, members, message):
@@ -208,6 +210,15 @@ def test_which_caption_is_meant(tmp_path, tar, png, source, caption):
     members = [("1.png", png(0)), ("1.txt", b"one"), ("1.caption", b"two")]
     shard = tar(tmp_path / "a.tar", [*members, ("1.json", b'{"caption": "three"}')])
     assert read(shard, caption_source=source)[0]["1"].caption == caption
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"), [("7", "7"), ("7.0", "7"), ('"7"', "7"), ("NaN", None), ("null", None)]
+)
+def test_groups_that_are_numbers(tmp_path, tar, png, group, expected):
+    meta = b'{"group": %s}' % group.encode()
+    shard = tar(tmp_path / "a.tar", [("1.png", png(0)), ("1.json", meta)])
+    assert read(shard)[0]["1"].group == expected
 
 
 @pytest.mark.parametrize("beside", ["0.tar.md5", "0.tar.sha256", "SHA256SUMS", "0.parquet"])
@@ -255,6 +266,38 @@ def test_broken_links_to_shards_are_missing_shards(tmp_path, tar, png):
 def test_empty_shards_are_damaged_shards(tmp_path):
     (tmp_path / "0.tar").touch()
     assert "0.tar" in refusal(tmp_path / "0.tar")
+
+
+def test_shards_without_records_are_counted(tmp_path, tar, png):
+    assert "no record" in read(tar(tmp_path / "0.tar", []))[1].text()
+    shard = tar(tmp_path / "1.tar", [("1.img", png(0))])
+    assert read(shard)[1].count == 2
+    with pytest.raises(ValueError, match=r"no readable image.*1\.img"):
+        prepare(tmp_path / "out", "shards", str(shard))
+    options = StreamOptions(epoch_records=1, image_size=8)
+    with pytest.raises(ValueError, match=r"no readable record.*1\.img"):
+        list(ForeignBatches(str(shard), options, 1))
+
+
+def animation(kind):
+    """Two frames."""
+    out = io.BytesIO()
+    frames = [Image.fromarray(picture(number)) for number in range(2)]
+    frames[0].save(out, kind, save_all=True, append_images=frames[1:])
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_later_frames_are_counted(tmp_path, tar, png, capsys, kind):
+    members = [(f"{number}.png", png(number)) for number in range(19)]
+    tar(tmp_path / "0.tar", [*members, (f"x.{kind.lower()}", animation(kind))])
+    prepare(tmp_path / "out", "shards", str(tmp_path / "0.tar"), channels=3)
+    assert "left out: 1 (0/x: 1 further frame)" in capsys.readouterr().err
+    options = StreamOptions(epoch_records=20, image_size=8)
+    data = ShardDataModule(str(tmp_path / "0.tar"), 10, stream=options)
+    for _ in range(2):
+        list(data.train_dataloader())
+    assert data.left_out.first[0] == "0/x: 1 further frame"
 
 
 def test_every_picture_of_a_shard(tmp_path, tar, png):

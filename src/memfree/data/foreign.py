@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import get_worker_info
 from webdataset.filters import _shuffle
 
-from memfree.data.decode import open_image
+from memfree.data.decode import further_frames, open_image
 from memfree.data.folder import to_float
 from memfree.data.framing import Framing
 from memfree.data.names import shard_labels
@@ -98,9 +98,9 @@ class ForeignBatches(RankBatches):
             low, high = rank_slice(first, last, self._rank, self._world_size)
             flips = generator.random(high - low) < 0.5
             if batch < start:  # trained on before the run was stopped
-                self._pass_over(records, high - low, skipped)
+                self._pass_over(records, high - low, skipped, left_out)
                 continue
-            made = self._batch(records, high - low, flips, skipped)
+            made = self._batch(records, high - low, flips, skipped, left_out)
             made["weight"] = (high - low) * self._world_size / (last - first)
             if self._on_error == "skip":
                 made["skipped"] = skipped.take()
@@ -136,42 +136,51 @@ class ForeignBatches(RankBatches):
                         yield record
             if not found:
                 first = f"; first {counter.messages[0]}" if counter.messages else ""
-                raise ValueError(f"no readable record in {counted(len(mine), 'shard')}{first}")
+                other = f"; {left_out.text()}" if left_out else ""
+                shards = counted(len(mine), "shard")
+                raise ValueError(f"no readable record in {shards}{first}{other}")
 
         buffer = max(self._options.shuffle_buffer, 1)
         for turn in count():
             rng = random.Random(f"{self._seed} {epoch} {turn} {unit}")
             yield from _shuffle(one_pass(turn), buffer, buffer, rng)
 
-    def _pass_over(self, records: Iterator[TarRecord], size: int, skipped: Skipped) -> None:
+    def _pass_over(
+        self, records: Iterator[TarRecord], size: int, skipped: Skipped, left_out: LeftOut
+    ) -> None:
         """Leave out the records of a batch; broken ones, which others replaced in it, as well."""
         for _ in range(size):
             if self._on_error == "stop":  # then there were none, and nothing need be decoded
                 next(records)
             else:
-                self._next_whole(records, skipped)
+                self._next_whole(records, skipped, left_out)
         skipped.take()
 
     def _next_whole(
-        self, records: Iterator[TarRecord], skipped: Skipped
+        self, records: Iterator[TarRecord], skipped: Skipped, left_out: LeftOut
     ) -> tuple[TarRecord, np.ndarray]:
         """The next record that decodes, and its pixels (C, H, W)."""
         while True:
             record = next(records)
             try:
-                return record, self._decode(record)
+                return record, self._decode(record, left_out)
             except ValueError as error:
                 if self._on_error == "stop":
                     raise
                 skipped.record(str(error))
 
     def _batch(
-        self, records: Iterator[TarRecord], size: int, flips: np.ndarray, skipped: Skipped
+        self,
+        records: Iterator[TarRecord],
+        size: int,
+        flips: np.ndarray,
+        skipped: Skipped,
+        left_out: LeftOut,
     ) -> Batch:
         images: list[np.ndarray] = []
         taken: list[TarRecord] = []
         while len(taken) < size:
-            record, pixels = self._next_whole(records, skipped)
+            record, pixels = self._next_whole(records, skipped, left_out)
             flip = self._random_flip and flips[len(taken)]
             images.append(pixels[:, :, ::-1] if flip else pixels)
             taken.append(record)
@@ -187,11 +196,14 @@ class ForeignBatches(RankBatches):
             batch["caption"] = [record.caption for record in taken]
         return batch
 
-    def _decode(self, record: TarRecord) -> np.ndarray:
+    def _decode(self, record: TarRecord, left_out: LeftOut) -> np.ndarray:
         classes = self._options.num_classes
         if classes and (record.label is None or record.label >= classes):
             raise ValueError(f"{record.name}: class {record.label} is not in 0..{classes - 1}")
         if self._options.captions and record.caption is None:
             raise ValueError(f"{record.name}: record without a caption")
         image = open_image(record.image, record.name)
+        if frames := further_frames(image):
+            note = left_out.at(record.name)
+            note(f"{record.name}: {counted(frames, 'further frame')}")
         return self._framing.apply(image, record.name, self._framing)

@@ -62,7 +62,7 @@ class StreamOptions:
     num_classes: int = 0
     """Classes of the records' .cls or JSON label; 0: labels are not read."""
     captions: bool = False
-    """Give the records' .txt or JSON caption to the model."""
+    """Give the records' .txt, .caption or JSON caption to the model."""
     shuffle_buffer: int = 1000
     """Records held back a worker, from which the next one is drawn."""
     records: RecordOptions = field(default_factory=RecordOptions)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memfree.data.captions import checked_text, chosen_caption, decode_text
-from memfree.data.names import MAX_NAME, OTHER_PICTURES, SUFFIXES, problem_with
+from memfree.data.names import MAX_NAME, OTHER_PICTURES, SUFFIXES, is_text
 from memfree.data.options import RecordOptions
 from memfree.untrusted import parse_json, short
 
@@ -137,8 +137,8 @@ def _image(name: str, found: dict[str, Member], options: RecordOptions, prefix: 
         which = f"{prefix}image_suffix {short(suffixes[0], 40)}"
         if options.key_ends == "ask":
             raise ValueError(
-                f"{short(parts[0].name)} is the picture of a record of its own "
-                f"({prefix}key_ends last_dot) or a part of sample {name} ({which})"
+                f"{name}: is {short(parts[0].name)} a record of its own "
+                f"({prefix}key_ends last_dot) or the picture of this one ({which})?"
             )
         raise ValueError(f"{name}: record without a picture of its own; give {which}")
     others = [member.suffix for member in found.values() if member.ending in _OTHER_IMAGES]
@@ -190,14 +190,15 @@ def _label(name: str, value: Any) -> int:
 
 def _declared(name: str, meta: dict[str, Any], field: str) -> str | None:
     value = meta.get(field)
-    if value is None or value == "":
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        return None
+    if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"{name}: its {field} is {short(repr(value), 40)}, no text")
+    value = str(value)
     if len(value) > MAX_NAME:
         raise ValueError(f"{name}: its {field} has {len(value)} characters; at most {MAX_NAME}")
-    if (problem := problem_with(value)) and "absolute" not in problem and "climbs" not in problem:
-        raise ValueError(f"{name}: its {field} {problem}")
+    if not is_text(value):
+        raise ValueError(f"{name}: its {field} has control characters")
     return value

@@ -201,6 +201,7 @@ def read_shard(
             samples = (_gathered if in_any_order else _runs)(
                 archive, lambda name: split_name(name, ends), options, note
             )
+            key = None
             for key, members in samples:
                 try:
                     record = record_of(f"{label}/{key}", members, options, prefix, note)
@@ -210,6 +211,8 @@ def read_shard(
                     skipped.record(str(error))
                     continue
                 yield record
+            if key is None:
+                note(f"{shard}: no record in it")
     except OSError as error:
         message = f"shard {shard}: {short(error)}"
         if skipped is None:
