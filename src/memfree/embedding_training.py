@@ -9,6 +9,7 @@ from pathlib import Path
 import safetensors.torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from memfree.console import say
 from memfree.data import DatasetFolder
 from memfree.data.distinct import DistinctImages
 from memfree.data.split import PartName
@@ -78,7 +79,7 @@ def train_embedding(
         "seed": seed,
     }
     if is_finished(out, "embedding", identity, overwrite):
-        print(f"{out} is already trained as asked")
+        say(f"{out} is already trained as asked")
         return
     images = DistinctImages(folder, PARTS)
     module = CopyDetectionModule(model, shape, seed)
@@ -101,7 +102,7 @@ def train_embedding(
         )
 
     write_folder(out, write)
-    print(
+    say(
         f"{out}: trained {steps} steps on {len(images)} images, loss {loss:.3g}; next: memfree "
         f"index --dataset {dataset} --features copy_detection --extractor.path {out}"
     )

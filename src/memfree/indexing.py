@@ -12,7 +12,7 @@ from rich.console import Console
 
 from memfree.bars import counting_bar
 from memfree.calibration_size import too_few_images
-from memfree.console import plain_console
+from memfree.console import plain_console, say
 from memfree.data import DatasetFolder
 from memfree.first_process import is_first_process
 from memfree.folders.one_writer import one_at_a_time
@@ -166,9 +166,9 @@ def index(
             return
         with one_at_a_time(out, work):
             if not work.whole and is_written(out, folder.hash, made.describe()):
-                print(f"{out} is finished")
+                say(f"{out} is finished")
             elif missing := parts.missing():
-                print(f"{out}: part {part} is embedded; {len(missing)} batches of others are not")
+                say(f"{out}: part {part} is embedded; {len(missing)} batches of others are not")
                 return
             else:
                 write(ReferenceIndex.of_embedded(folder, made, parts.read()))
@@ -267,4 +267,4 @@ def _embed(
 
 
 def _bar(console: Console) -> Progress:
-    return counting_bar(console if is_first_process() else Console(quiet=True))
+    return counting_bar(console if is_first_process() else plain_console(quiet=True))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from memfree.console import say
 from memfree.launcher import check_variables
 from memfree.requeue import requeued_when_warned
 
@@ -72,7 +74,6 @@ def _exit_interrupted() -> NoReturn:
 
 def exit_with_error(message: str) -> NoReturn:
     """End the process with status 2 and ``message`` as the one line of it."""
-    # What a file of others says in it must not reach the terminal as commands.
-    shown = "".join(one if one.isprintable() else " " for one in message)
-    print(f"memfree: error: {' '.join(shown.split())}", file=sys.stderr)
+    line = re.sub(" {2,}", " ", " ".join(message.splitlines()).replace("\t", " ")).strip()
+    say(f"memfree: error: {line}", stderr=True)
     raise SystemExit(2)

@@ -11,6 +11,7 @@ from jsonargparse.typing import NonNegativeInt
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from memfree.console import say
 from memfree.data import DatasetFolder
 from memfree.folders.atomic_files import write_atomic
 from memfree.models.autoencoder import AutoencoderModule
@@ -75,7 +76,7 @@ def scratch(
     steps = int(autoencoder.steps)
     claimed = claim(out, identity, int(autoencoder.batch_size), steps, -1, overwrite)
     if claimed.found == "finished":
-        print(f"{out} is already built as asked")
+        say(f"{out} is already built as asked")
         return
     captions = _captions(data)
     try:
@@ -119,7 +120,7 @@ def scratch(
         tokens=len(pipeline.tokenizer),
     )
     shape = "x".join(map(str, latents))
-    print(
+    say(
         f"{out}: latents {shape}, {len(pipeline.tokenizer)} tokens; reconstructions are off by "
         f"{errors['train']:.3f} (train) and {errors['test']:.3f} (test), root mean square of "
         "values in [-1, 1]"

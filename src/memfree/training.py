@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from memfree.console import say
 from memfree.data import ExposureCounter, ShardDataModule
 from memfree.data.wording import counted
 from memfree.folders.whole_folder import put_in_place, unfinished
@@ -128,7 +129,7 @@ def train(
     limits = trainer.max_steps, trainer.max_epochs
     claimed = claim(out, module.identity(), data.batch_size, *limits, overwrite)
     if claimed.found == "finished":
-        print(f"{out} is already trained as asked")
+        say(f"{out} is already trained as asked")
         return
     losses = LossRecord(trainer.log_every_n_steps)
     check_logger(trainer.logger)
@@ -201,7 +202,7 @@ def train(
             **({"left_out": left_out.counts()} if left_out else {}),
         )
         loss = losses.last()
-        print(
+        say(
             f"{out}: trained {counted(fit.global_step, 'step')}"
             + ("" if loss is None else f", loss {loss:.3g}")
         )

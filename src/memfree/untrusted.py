@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ import pyarrow.parquet as pq
 
 MAX_JSON_BYTES = 256 << 20
 """Largest JSON file that is read, bytes: the calibration of millions of images."""
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DEPTH = 64  # of lists and objects in each other: all that is written here has fewer
 _FREE = 64 << 20  # bytes that any table may take in memory
 _RATIO = 1000  # and how many times the bytes of its file
@@ -117,11 +115,7 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path} has {size} bytes, the limit is {limit}")
     try:
-        text = path.read_text(encoding="utf-8")
-        value = parse_json(text)
-        if _SURROGATE.search(text):  # escapes can spell what no UTF-8 can hold
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {short(error)}") from error
 

@@ -123,7 +123,7 @@ def test_every_value_of_an_evaluation(copy, monkeypatch, name):
         (copy / name).write_text(json.dumps([*kept[:3], second[0], factors[0], kept[4]]))
         assert text_of(copy) is None
     refused, count = every(copy / name, lambda: text_of(copy), copy)
-    assert 0 < refused < count and count > 500
+    assert 0 < refused < count and count > 300
 
 
 def charts():
@@ -173,7 +173,13 @@ def test_every_column_of_an_evaluation(copy, tmp_path, name):
                 table = whole.set_column(place, column, filled)
             parquet.write_table(table, copy / name)
             try:
-                report(copy, tmp_path / "out")
+                # Most are refused before anything is drawn; these may not be.
+                if what in ("huge", "no rows", "whole number"):
+                    report(copy, tmp_path / "out")
+                else:
+                    found = EvaluationFolder(copy)
+                    found.check_figures()
+                    found.distances()
             except ValueError as error:
                 one_line(error, copy)
                 assert name in str(error) or "drawn" in str(error)

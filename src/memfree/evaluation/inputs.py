@@ -15,7 +15,7 @@ from memfree.evaluation.subject import DEFAULT_REFERENCE
 from memfree.folders.manifest import read_manifest
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.folder import SampleFolder
-from memfree.untrusted import check_fields
+from memfree.untrusted import check_fields, short
 
 if TYPE_CHECKING:
     from memfree.data import DatasetFolder
@@ -118,7 +118,7 @@ def _check_unseen(name: str, folder: SampleFolder, index: ReferenceIndex) -> Non
     steered_by = folder.manifest.get("index_features")
     if folder.manifest.get("mitigation") != "none" and steered_by not in (None, own):
         raise ValueError(
-            f"--samples.{name} {folder.path} was steered by an index of {steered_by}, --index is "
+            f"--samples.{name} {folder.path} was steered by an index of {short(steered_by, 40)}, --index is "
             f"of {own}: the second measure would be what steered; give the index that steered"
         )
 

@@ -44,7 +44,9 @@ def report(evaluation: Path, out: Path | None = None) -> None:
         with _drawing(folder):
             text = render(folder)
             write_atomic(target / "picture.png", lambda path: write_picture(folder, path))
-        write_text(target / "index.html", text)
+        # A name that is not UTF-8 is written out.
+        shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+        write_text(target / "index.html", shown)
         save_config(target)
         write_manifest(target, "report", evaluation=str(evaluation), contains="training images")
     line = f"Written to {target / 'index.html'}; it contains training images."
@@ -68,7 +70,7 @@ def render(folder: EvaluationFolder) -> str:
     """The page's HTML."""
     headline, lead = page.headline(folder)
     data = folder.manifest["dataset"]["manifest"]
-    source = data.get("source", {}).get("name", "images")
+    source = (data.get("source") or {}).get("name", "images")
     return template("report.html").render(
         title=Markup(headline).striptags(),
         eyebrow=f"memorization of {source}, measured {folder.manifest['made_by']['created'][:10]} "

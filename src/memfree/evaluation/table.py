@@ -235,11 +235,11 @@ def _table(table: MetricTable, subjects: Sequence[str]) -> Table:
     rate = (
         "" if main is None else f" ({100 * main.detail['false_positive_rate']:g} % false positives)"
     )
-    shown = Table(title="Evaluation, with 95 % intervals", title_justify="left")
-    shown.add_column("metric")
+    drawn = Table(title="Evaluation, with 95 % intervals", title_justify="left")
+    drawn.add_column("metric")
     for subject in subjects:
         title = "held out" if subject == HELDOUT else subject
-        shown.add_column(Text(title), justify="right", no_wrap=True)
+        drawn.add_column(Text(shown(title)), justify="right", no_wrap=True)
     rows = shown_rows(table)
     for place, row in enumerate(rows):
         cells = []
@@ -250,5 +250,5 @@ def _table(table: MetricTable, subjects: Sequence[str]) -> Table:
             cells.append(Text.assemble(value, (f"\n{interval}" if interval else "", "dim")))
         label = row.label + (rate if row.metric == "copies" else "")
         last = place + 1 == len(rows) or rows[place + 1].section != row.section
-        shown.add_row(label, *cells, end_section=last)
-    return shown
+        drawn.add_row(label, *cells, end_section=last)
+    return drawn

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from memfree.console import shown
 from memfree.sampling.loop import TRACE_COLUMNS
 
 NOT_COVERED = (
@@ -125,11 +126,11 @@ class GuardReport:
         for verdict in self.verdicts:
             table.add_row(
                 f"{verdict.call}.{verdict.image}",
-                Text(verdict.nearest),
+                Text(shown(verdict.nearest)),
                 f"{verdict.similarity:.3f}" if verdict.finite else "",
                 f"{verdict.threshold:.3f}",
                 f"{verdict.p_value:.3g}" if verdict.finite else "",
-                Text(_said(verdict)),
+                Text(shown(_said(verdict))),
             )
         parts: list[Any] = [table]
         if self.verdicts:
