@@ -155,7 +155,7 @@ class MultiplicityGuidance:
     @property
     def needs_text_encoder(self) -> bool:
         """Whether captions are compared with prompts."""
-        return self.index.captions is not None and self.strength > 0 and not self._nothing_repeats()
+        return self.index.captions is not None and self.strength > 0 and not self._nothing_repeats
 
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
