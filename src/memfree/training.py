@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from memfree.console import say
 from memfree.data import ExposureCounter, ShardDataModule
 from memfree.data.wording import counted
 from memfree.folders.whole_folder import put_in_place, unfinished
@@ -29,10 +30,11 @@ from memfree.models import (
 )
 from memfree.models.beginning import Beginning
 from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
-from memfree.models.claim import CHECKPOINTS, GRIDS, claim
+from memfree.models.claim import CHECKPOINTS, EXPOSURES, GRIDS, LORA, claim
 from memfree.models.finite import NotFiniteError
-from memfree.models.loggers import LoggerName, check_logger, finish
+from memfree.models.loggers import check_logger, finish
 from memfree.models.loss_record import LossRecord
+from memfree.models.options import LoggerName
 from memfree.models.preemption import Preemption
 from memfree.models.progress import StepProgress
 from memfree.models.sample_grid import averaged_module
@@ -41,8 +43,6 @@ from memfree.models.text_to_image import TextToImageModule
 from memfree.quiet import quiet
 from memfree.trainers import build_trainer
 
-EXPOSURES = "exposures.parquet"
-LORA = "lora"
 _log = logging.getLogger(__name__)
 ADVICE = (
     # Reading is a small part of a step here, and small sets are read without workers.
@@ -129,7 +129,7 @@ def train(
     limits = trainer.max_steps, trainer.max_epochs
     claimed = claim(out, module.identity(), data.batch_size, *limits, overwrite)
     if claimed.found == "finished":
-        print(f"{out} is already trained as asked")
+        say(f"{out} is already trained as asked")
         return
     losses = LossRecord(trainer.log_every_n_steps)
     check_logger(trainer.logger)
@@ -202,7 +202,7 @@ def train(
             **({"left_out": left_out.counts()} if left_out else {}),
         )
         loss = losses.last()
-        print(
+        say(
             f"{out}: trained {counted(fit.global_step, 'step')}"
             + ("" if loss is None else f", loss {loss:.3g}")
         )

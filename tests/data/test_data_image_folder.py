@@ -10,9 +10,9 @@ from memfree import cli
 from memfree.data import prepare
 from memfree.data.framing import Framing
 from memfree.data.ingest import ingest
+from memfree.data.options import RecordOptions
 from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.sources import ImageFolder, SourceImage
-from memfree.data.tarrecord import RecordOptions
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from PIL import Image
 
 from memfree.data import ShardDataModule, StreamOptions, prepare
 from memfree.data.foreign import ForeignBatches
+from memfree.data.options import RecordOptions
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.data.tarrecord import RecordOptions
 from memfree.data.tarstream import expand_shards, read_members, read_shard
 
 
@@ -133,7 +133,7 @@ def test_hidden_and_unknown_members_are_counted(tmp_path, tar, png):
     shard = tar(tmp_path / "a.tar", [("1.png", png(0)), *((name, b"x") for name in others)])
     records, left_out = read(shard)
     assert list(records) == ["1"] and left_out.count == len(others)
-    assert [text.split(":")[0] for text in left_out.first] == others
+    assert [text.split(":")[0] for text in left_out.first] == [f"a/{name}" for name in others]
 
 
 def test_pictures_of_other_formats_are_refused_by_name(tmp_path, tar):
@@ -309,7 +309,7 @@ def test_every_picture_of_a_shard(tmp_path, tar, png):
         str(tmp_path / "a.tar"), lambda name: name[-3:] in ("png", "jpg"), 10**6, None, left_out
     )
     assert [name for name, _ in found] == ["a/1", "a/1.seg", "a/2", "a/2.png"]
-    assert left_out.first == ["2.txt"]
+    assert left_out.first == ["a/2.txt"]
 
 
 def test_captions_that_no_one_asked_for_do_not_matter(tmp_path, tar, png):
@@ -360,6 +360,6 @@ def test_the_summary_and_the_manifest_say_what_was_left_out(tmp_path, tar, png, 
     members = [m for i in range(20) for m in ((f"{i}.png", png(i)), (f"{i}.npy", b"x"))]
     tar(tmp_path / "0.tar", members)
     prepare(tmp_path / "out", "shards", str(tmp_path / "0.tar"))
-    assert "left out: 20 (0.npy; 1.npy; 2.npy; ...)" in capsys.readouterr().err
+    assert "left out: 20 (0/0.npy; 0/1.npy; 0/2.npy; ...)" in capsys.readouterr().err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["left_out"]["count"] == 20 and manifest["left_out"]["first"][0] == "0.npy"
+    assert manifest["left_out"]["count"] == 20 and manifest["left_out"]["first"][0] == "0/0.npy"

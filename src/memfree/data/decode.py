@@ -48,7 +48,8 @@ def open_image(data: bytes, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{name}: more pixels than the limit {MAX_PIXELS} ({width} x {height})")
-    if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+    # By its first bytes: Pillow calls a JPEG with several pictures in it MPO.
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
         raise ValueError(f"{name}: JPEG of more than {MAX_SCANS} scans")
     try:
         image.load()

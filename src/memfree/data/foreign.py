@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,36 +14,15 @@ from webdataset.filters import _shuffle
 
 from memfree.data.decode import further_frames, open_image
 from memfree.data.folder import to_float
-from memfree.data.framing import Framing, Resize
+from memfree.data.framing import Framing
 from memfree.data.names import shard_labels
+from memfree.data.options import OnError, StreamOptions
 from memfree.data.order import global_slice, rank_slice
-from memfree.data.rank_batches import Batch, OnError, RankBatches
+from memfree.data.rank_batches import Batch, RankBatches
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.data.tarrecord import RecordOptions, TarRecord
+from memfree.data.tarrecord import TarRecord
 from memfree.data.tarstream import expand_shards, read_shard
 from memfree.data.wording import counted
-
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """How shards without a manifest are read; has no meaning for a dataset folder."""
-
-    epoch_records: int = 0
-    """Records that count as one epoch, all ranks together; needed, since the shards do not say."""
-    image_size: int | tuple[int, int] = 0
-    """Height and width that all images are brought to; needed."""
-    channels: Literal[1, 3] = 3
-    """1 grey, 3 RGB."""
-    resize: Resize = "crop"
-    """crop keeps the centre, squash scales both sides, pad adds black borders."""
-    num_classes: int = 0
-    """Classes of the records' .cls or JSON label; 0: labels are not read."""
-    captions: bool = False
-    """Give the records' .txt, .caption or JSON caption to the model."""
-    shuffle_buffer: int = 1000
-    """Records held back a worker, from which the next one is drawn."""
-    records: RecordOptions = RecordOptions()  # noqa: RUF009 - frozen
-    """Which files of a sample are meant where there is a choice."""
 
 
 class ForeignBatches(RankBatches):

@@ -21,7 +21,6 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 MAX_NAME = 4096
 """Longest name of a record, characters: the longest path of most systems."""
 
-KeyEnds = Literal["ask", "first_dot", "last_dot"]
 
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _FIRST_DOT = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from memfree.console import shown
 from memfree.data.wording import counted
 from memfree.untrusted import short
 
@@ -63,6 +64,7 @@ class Skipped:
         return cls(counts["records"], counts["kept"], set(counts["shards"]))
 
     def _say(self, message: str) -> None:
+        message = shown(message)  # names of files are in it
         if len(self.messages) < _MESSAGES and message not in self.messages:
             self.messages.append(message)
 

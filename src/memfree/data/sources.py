@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from memfree.data.decode import MAX_IMAGE_BYTES
 from memfree.data.names import OTHER_PICTURES, SUFFIXES, problem_with
+from memfree.data.options import RecordOptions, SourceName
 from memfree.data.sidecars import FolderCaptions
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.data.tarrecord import RecordOptions
 from memfree.data.tarstream import expand_shards, read_shard
 from memfree.data.walk import files_below, problem_with_file
 from memfree.data.wording import counted
 from memfree.untrusted import short
 
-SourceName = Literal["digits", "cifar10", "emoji", "folder", "shards"]
 _DEFAULT_OPTIONS = RecordOptions()
 
 

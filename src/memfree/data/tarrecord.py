@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from memfree.data.captions import CaptionSource, checked_text, chosen_caption, decode_text
-from memfree.data.names import MAX_NAME, OTHER_PICTURES, SUFFIXES, KeyEnds, is_text
+from memfree.data.captions import checked_text, chosen_caption, decode_text
+from memfree.data.names import MAX_NAME, OTHER_PICTURES, SUFFIXES, is_text
+from memfree.data.options import RecordOptions
 from memfree.untrusted import parse_json, short
 
 MAX_TEXT_BYTES = 1 << 20
@@ -20,26 +21,6 @@ IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 TEXTS = ("txt", "caption", "cls", "json")
 """Suffixes of members that say something about one."""
 _OTHER_IMAGES = tuple(suffix[1:] for suffix in OTHER_PICTURES)
-
-
-@dataclass(frozen=True)
-class RecordOptions:
-    """How records are read where their names or contents leave a choice."""
-
-    key_ends: KeyEnds = "ask"
-    """Where the key of k.seg.png ends, in shards: first_dot (WebDataset's rule: a part of sample
-    k), last_dot (the picture of a record k.seg) or ask: stop where a sample has no other
-    picture."""
-    image_suffix: str | None = None
-    """Which file of a sample is its picture where it has several, such as jpg for k.jpg and the
-    mask k.png; the others are left out."""
-    caption_source: CaptionSource = "any"
-    """Which caption is meant where a picture has several: txt, caption (files of that ending),
-    json (of a shard's record), metadata (of a folder's metadata.jsonl or .csv) or none."""
-
-    def suffix(self) -> str | None:
-        """``image_suffix`` as suffixes are written here: lower case, without its dot."""
-        return self.image_suffix.lower().lstrip(".") if self.image_suffix is not None else None
 
 
 @dataclass

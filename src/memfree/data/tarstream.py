@@ -24,16 +24,9 @@ from memfree.data.names import (
     shard_labels,
     split_name,
 )
+from memfree.data.options import RecordOptions
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.data.tarrecord import (
-    MAX_TEXT_BYTES,
-    TEXTS,
-    Member,
-    RecordOptions,
-    TarRecord,
-    is_wanted,
-    record_of,
-)
+from memfree.data.tarrecord import MAX_TEXT_BYTES, TEXTS, Member, TarRecord, is_wanted, record_of
 from memfree.data.walk import problem_with_file
 from memfree.untrusted import short
 
@@ -200,8 +193,8 @@ def read_shard(
         OSError: the archive cannot be opened, is truncated or damaged, or the files of a sample do
             not stand together where they must.
     """
-    note = (left_out if left_out is not None else LeftOut()).at(shard)
     label = shard_labels([shard])[0] if label is None else label
+    note = _note(left_out, shard, label)
     ends: Any = "last_dot" if options.key_ends == "last_dot" else "first_dot"
 
     def split(name: str) -> tuple[str, str]:
@@ -224,7 +217,7 @@ def read_shard(
                     continue
                 yield record
             if key is None:
-                note(f"{shard}: no record in it")
+                note("no record in it")
     except OSError as error:
         message = f"shard {shard}: {short(error)}"
         if skipped is None:
@@ -258,8 +251,8 @@ def read_members(
         ValueError: a member is too large, or no file.
         OSError: the archive cannot be opened, is truncated or damaged.
     """
-    note = (left_out if left_out is not None else LeftOut()).at(shard)
     label = shard_labels([shard])[0] if label is None else label
+    note = _note(left_out, shard, label)
     names: set[str] = set()
     try:
         with _opened(shard) as (archive, _):
@@ -283,6 +276,12 @@ def read_members(
         if skipped is None:
             raise OSError(message) from error
         skipped.shard(shard, message)
+
+
+def _note(left_out: LeftOut | None, shard: str, label: str) -> Callable[[str], None]:
+    """A function that takes names of members that are left out, without their shard's label."""
+    note = (left_out if left_out is not None else LeftOut()).at(shard)
+    return lambda what: note(f"{label}/{what}")
 
 
 class _ScatteredError(OSError):

@@ -10,7 +10,9 @@ from memfree.data.names import is_hidden
 from memfree.data.skipped import LeftOut, Skipped
 
 
-def files_below(folder: Path, left_out: LeftOut, skipped: Skipped | None = None) -> list[Path]:
+def files_below(
+    folder: Path, left_out: LeftOut, skipped: Skipped | None = None, hidden: bool = False
+) -> list[Path]:
     """Everything below a folder but folders, sorted; links are followed, into folders too.
 
     Broken links and special files are in the list as well: :func:`problem_with_file` tells.
@@ -20,6 +22,7 @@ def files_below(folder: Path, left_out: LeftOut, skipped: Skipped | None = None)
         left_out: takes hidden files and folders, links that lead back to a folder they are in,
             and empty folders.
         skipped: takes folders that cannot be listed, instead of an error.
+        hidden: hidden files and folders are in the list too.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -45,7 +48,7 @@ def files_below(folder: Path, left_out: LeftOut, skipped: Skipped | None = None)
             note(f"{relative}/: an empty folder")
         for entry in entries:
             name = f"{relative}/{entry.name}" if relative else entry.name
-            if is_hidden(entry.name):
+            if is_hidden(entry.name) and not hidden:
                 note(f"{name}{'/' if _is_folder(entry) else ''}: hidden")
             elif _is_folder(entry):
                 waiting.append((Path(entry.path), name, (*within, identity)))
