@@ -363,3 +363,13 @@ def test_the_summary_and_the_manifest_say_what_was_left_out(tmp_path, tar, png, 
     assert "left out: 20 (0/0.npy; 0/1.npy; 0/2.npy; ...)" in capsys.readouterr().err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["left_out"]["count"] == 20 and manifest["left_out"]["first"][0] == "0/0.npy"
+
+
+def test_checkpoints_of_earlier_versions_are_of_the_same_stream(tmp_path, tar, png):
+    """Their identity has no options of records; it changes with those that are given."""
+    path = str(tar(tmp_path / "0.tar", [("1.png", png(0))]))
+    plain = ShardDataModule(path, stream=StreamOptions(1, 8)).identity()
+    assert "records" not in plain["stream"] and plain["stream"]["image_size"] == 8
+    options = StreamOptions(1, 8, records=RecordOptions(image_suffix="png"))
+    changed = ShardDataModule(path, stream=options).identity()
+    assert changed["stream"]["records"]["image_suffix"] == "png"
