@@ -245,7 +245,7 @@ def _kind_of(part: str, library: str, name: str) -> Any:
     if part == "safety_checker" and library == "stable_diffusion":
         return StableDiffusionSafetyChecker if name == "StableDiffusionSafetyChecker" else None
     if part == "scheduler":
-        known = library == "diffusers" and re.fullmatch(r"\w+Scheduler", name)
+        known = library == "diffusers" and re.fullmatch(r"\w+Scheduler", name) is not None
     else:
         known = library in _LIBRARIES and name in _PARTS.get(part, ())
     kind = getattr(_LIBRARIES[library], name, None) if known else None
