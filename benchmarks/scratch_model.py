@@ -16,8 +16,9 @@ from torch import nn
 
 from memfree.guidance import calibrate, default_similarity
 from memfree.models import LoadedModel
-from memfree.models.autoencoder import AutoencoderModule, AutoencoderOptions
-from memfree.models.small_pipeline import ScratchOptions, build_pipeline
+from memfree.models.autoencoder import AutoencoderModule
+from memfree.models.options import AutoencoderOptions, ScratchOptions
+from memfree.models.small_pipeline import build_pipeline
 from memfree.models.text_pipeline import TextDenoiser, encode
 from memfree.retrieval import ReferenceIndex
 from memfree.retrieval.copy_detection import (

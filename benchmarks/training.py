@@ -26,7 +26,7 @@ from memfree.models import (
     build_network,
 )
 from memfree.models.loss_record import LossRecord
-from memfree.models.network import NetworkOptions
+from memfree.models.options import NetworkOptions
 
 BATCH, STEPS, WARMUP = 64, 60, 10
 LIMIT = 1.05

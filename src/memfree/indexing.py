@@ -12,7 +12,7 @@ from rich.console import Console
 
 from memfree.bars import counting_bar
 from memfree.calibration_size import too_few_images
-from memfree.console import plain_console
+from memfree.console import plain_console, say
 from memfree.data import DatasetFolder
 from memfree.first_process import is_first_process
 from memfree.folders.one_writer import one_at_a_time
@@ -29,8 +29,9 @@ from memfree.index_tables import summary, thresholds
 from memfree.memory import explained_memory
 from memfree.quiet import quiet
 from memfree.retrieval import Features, ReferenceIndex
-from memfree.retrieval.extractors import HAVE_DTYPE, ExtractorOptions, FeatureName, make_features
+from memfree.retrieval.extractors import HAVE_DTYPE, make_features
 from memfree.retrieval.hashing import read_salt
+from memfree.retrieval.options import ExtractorOptions, FeatureName
 from memfree.retrieval.storage import check_replaceable, is_written
 
 if TYPE_CHECKING:
@@ -165,9 +166,9 @@ def index(
             return
         with one_at_a_time(out, work):
             if not work.whole and is_written(out, folder.hash, made.describe()):
-                print(f"{out} is finished")
+                say(f"{out} is finished")
             elif missing := parts.missing():
-                print(f"{out}: part {part} is embedded; {len(missing)} batches of others are not")
+                say(f"{out}: part {part} is embedded; {len(missing)} batches of others are not")
                 return
             else:
                 write(ReferenceIndex.of_embedded(folder, made, parts.read()))
@@ -266,4 +267,4 @@ def _embed(
 
 
 def _bar(console: Console) -> Progress:
-    return counting_bar(console if is_first_process() else Console(quiet=True))
+    return counting_bar(console if is_first_process() else plain_console(quiet=True))

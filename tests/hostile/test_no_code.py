@@ -18,7 +18,8 @@ from spoiling import edit
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from memfree.evaluation.alignment import ClipScorer
-from memfree.models.small_pipeline import ScratchOptions, train_tokenizer
+from memfree.models.options import ScratchOptions
+from memfree.models.small_pipeline import train_tokenizer
 from memfree.models.text_pipeline import load_pipeline
 from memfree.retrieval import CLIPFeatures, TimmFeatures
 from memfree.retrieval.extractors import features_from

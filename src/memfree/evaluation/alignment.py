@@ -18,6 +18,7 @@ from memfree.evaluation.metrics import Metric, metric
 from memfree.retrieval.clip_folder import load_clip, load_tokenizer
 from memfree.retrieval.network import state_hash
 from memfree.retrieval.preprocessing import Preprocessing
+from memfree.untrusted import check_plain_folder
 
 SHUFFLES = 20
 """Shuffles of the captions that are averaged: one alone would add noise to the margin."""
@@ -42,6 +43,7 @@ class ClipScorer:
 
         if not folder.is_dir():
             raise FileNotFoundError(f"--clip {folder}: no such folder")
+        check_plain_folder(folder)
         try:
             self._model: Any = load_clip(folder)
             self._tokenizer: Any = load_tokenizer(folder)

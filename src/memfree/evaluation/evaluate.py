@@ -14,14 +14,14 @@ from memfree.evaluation import class_agreement, memorization
 from memfree.evaluation.alignment import ClipScorer, alignment_metrics
 from memfree.evaluation.distributions import distribution_metrics
 from memfree.evaluation.embedding import View
-from memfree.evaluation.inputs import DEFAULT_REFERENCE, Inputs, open_inputs
+from memfree.evaluation.inputs import Inputs, open_inputs
 from memfree.evaluation.intervals import wilson
 from memfree.evaluation.measuring import Second, measure_subjects, step
 from memfree.evaluation.metrics import CHANGED, HELDOUT, Metric, MetricTable, metric
 from memfree.evaluation.neighbours import find_neighbours
 from memfree.evaluation.power import CHANGED_IMAGES, changed_copies
 from memfree.evaluation.second_similarity import second_copies, second_metric
-from memfree.evaluation.subject import Subject
+from memfree.evaluation.subject import DEFAULT_REFERENCE, Subject
 from memfree.evaluation.table import print_table
 from memfree.evaluation.trajectories import active_share, trace_of
 from memfree.evaluation.writer import write_evaluation

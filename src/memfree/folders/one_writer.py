@@ -76,6 +76,28 @@ def one_writer(out: Path, part: Part = WHOLE) -> Iterator[None]:
 
 
 @contextmanager
+def one_of_launch(out: Path) -> Iterator[None]:
+    """Refuse another process of the same launch that does the whole of what commands share.
+
+    Args:
+        out: the folder, in which each command has a lock of its own; nothing is cleared up.
+
+    Raises:
+        ValueError: another process does it.
+    """
+    made = _missing_parents(out)
+    lock = _first_writable(out, WHOLE)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+@contextmanager
 def one_at_a_time(out: Path, part: Part) -> Iterator[None]:
     """Among several parts, do alone what is done once, as to finish the folder.
 

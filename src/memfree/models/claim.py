@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from memfree.console import say
 from memfree.difference import first_difference
 from memfree.first_process import is_first_process
 from memfree.folders.manifest import read_manifest
@@ -114,9 +114,9 @@ def begin(out: Path, claimed: Claim) -> None:
     if claimed.checkpoint is not None:
         newest = latest_checkpoint(out / CHECKPOINTS)
         if newest != claimed.checkpoint:
-            print(f"{newest} is damaged and not used", file=sys.stderr)
+            say(f"{newest} is damaged and not used", stderr=True)
         keep_only(claimed.checkpoint, out / CHECKPOINTS)
-        print(f"resuming from {claimed.checkpoint}")
+        say(f"resuming from {claimed.checkpoint}")
 
 
 def clear(out: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -18,11 +18,10 @@ from memfree.folders.resolved import save_config
 from memfree.folders.whole_folder import check_place, put_in_place, unfinished
 from memfree.models.finite import FiniteTraining
 from memfree.models.loss_record import LossRecord
+from memfree.models.options import Accelerator
 from memfree.models.progress import StepProgress
 from memfree.quiet import quiet
 from memfree.trainers import build_trainer
-
-Accelerator = Literal["auto", "cpu", "gpu", "mps"]
 
 
 def is_finished(out: Path, kind: str, identity: dict[str, Any], overwrite: bool) -> bool:

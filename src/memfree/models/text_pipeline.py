@@ -155,8 +155,7 @@ class TextDenoiser(nn.Module):
             conditions: encoded prompts (B, ...); None: the empty prompt.
         """
         if conditions is None:
-            assert self.null is not None
-            conditions = self.null.to(x_t.device).expand(len(x_t))
+            conditions = self.unconditional(len(x_t), x_t.device)
         assert isinstance(conditions, TextConditions)
         added = None
         if conditions.pooled is not None:
@@ -174,3 +173,7 @@ class TextDenoiser(nn.Module):
             added_cond_kwargs=added,
             return_dict=False,
         )[0]
+
+    def unconditional(self, count: int, device: torch.device) -> TextConditions | None:
+        """The encoded empty prompt, (count, ...); None if it was not given."""
+        return None if self.null is None else self.null.to(device).expand(count)

@@ -15,7 +15,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memfree.untrusted import read_json, short
+from memfree.untrusted import check_plain_folder, read_json, short
 
 _LIBRARIES: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -119,6 +119,7 @@ def check_network(kind: Any, folder: Path) -> None:
         ValueError: the configuration is damaged, names code or other files, or is of another
             network than the weights.
     """
+    check_plain_folder(folder)
     config = _read_own_config(folder / "config.json")
     _check_other_files(folder)
     try:
@@ -215,6 +216,7 @@ def check_pipeline_folder(folder: Path) -> dict[str, Any]:
         ValueError: it names another class, or a part whose configuration is refused.
     """
     path = folder / "model_index.json"
+    check_plain_folder(folder)
     index = read_config(path)
     check_parts(index, str(path))
     for part, value in _named(index):

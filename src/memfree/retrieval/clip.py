@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from memfree.retrieval.clip_folder import load_clip
-from memfree.retrieval.network import Arithmetic, NetworkFeatures, state_hash
+from memfree.retrieval.network import NetworkFeatures, state_hash
+from memfree.retrieval.options import Arithmetic
 from memfree.retrieval.preprocessing import Preprocessing
 from memfree.retrieval.weights_file import UNREADABLE, last_line
+from memfree.untrusted import check_plain_folder
 
 
 class CLIPFeatures(NetworkFeatures):
@@ -45,6 +47,8 @@ class CLIPFeatures(NetworkFeatures):
             raise FileNotFoundError(f"no CLIP checkpoint at {self.path}")
         if self.path is not None and not (self.path.is_file() or self.path.is_dir()):
             raise ValueError(f"{self.path} is no plain file")  # a device would have no end
+        if self.path is not None and self.path.is_dir():
+            check_plain_folder(self.path)
         self.model = None if self.path is not None and self.path.is_dir() else model
         self.pretrained = pretrained
         tower, config = self._load()

@@ -26,6 +26,7 @@ from memfree.retrieval.building import Embedded
 from memfree.retrieval.features import Features, identity
 from memfree.retrieval.grouping import content_hashes
 from memfree.retrieval.whitening import Whitened
+from memfree.untrusted import check_plain
 
 _FOLDER = re.compile("[0-9a-f]{16}")  # a ``_digest``
 
@@ -93,6 +94,7 @@ class EmbeddedParts:
         for batch in range(self.batches):
             rows, path = self.rows(batch), self.path(batch)
             try:
+                check_plain(path)
                 tensors = safetensors.torch.load_file(path)
                 part, digests = tensors["vectors"], tensors["hashes"]
                 if vectors is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import constants
 from torch import Tensor
@@ -16,13 +16,11 @@ from memfree.retrieval.copy_detection import CopyDetectionFeatures
 from memfree.retrieval.efficientnet import EfficientNetFeatures
 from memfree.retrieval.features import Features, PixelFeatures, identity
 from memfree.retrieval.latents import LatentFeatures
-from memfree.retrieval.network import Arithmetic
-from memfree.retrieval.sscd import SSCDFeatures, SSCDModel, SSCDPreprocessing
+from memfree.retrieval.options import ExtractorOptions, FeatureName
+from memfree.retrieval.sscd import SSCDFeatures
 from memfree.retrieval.timm_features import TimmFeatures
 from memfree.retrieval.whitening import Whitened
 from memfree.untrusted import short
-
-FeatureName = Literal["pixels", "efficientnet", "sscd", "clip", "timm", "latents", "copy_detection"]
 
 _APPLIES: dict[FeatureName, tuple[str, ...]] = {
     "pixels": (),
@@ -36,33 +34,6 @@ _APPLIES: dict[FeatureName, tuple[str, ...]] = {
 """Which options each extractor has."""
 HAVE_DTYPE = tuple(name for name, options in _APPLIES.items() if "dtype" in options)
 """Features whose network can work in another arithmetic than float32."""
-
-
-@dataclass(frozen=True)
-class ExtractorOptions:
-    """What a feature extractor is made of."""
-
-    path: Path | None = None
-    """Local weights. sscd: the TorchScript file; clip: a checkpoint, or a folder with
-    open_clip_config.json; timm: safetensors or a state dict; latents: a VAE or pipeline folder;
-    copy_detection: the folder of `memfree train-embedding`."""
-    model: str | None = None
-    """Architecture, by open_clip's name (clip: ViT-B-32 by default) or timm's (timm)."""
-    pretrained: str | None = None
-    """Published weights instead of a path, downloaded. clip: open_clip's tag; timm: true."""
-    sscd_model: SSCDModel = "disc_mixup"
-    """Which of the published SSCD models the file is."""
-    preprocessing: SSCDPreprocessing = "authors_288"
-    """How images are prepared for SSCD: authors_288 (shorter side 288, ImageNet mean and
-    deviation), authors_320 (320x320, the same), dcr (256, centre 224, mean and deviation 0.5),
-    dcr_search (256, centre 224, ImageNet), amg (224x224, not normalised)."""
-    trust_file: bool = False
-    """Load the SSCD file, which is a program, although its SHA-256 is not on the list of known
-    files."""
-    seed: int = 0
-    """Seed of timm's random weights, where neither path nor pretrained is given."""
-    dtype: Arithmetic = "float32"
-    """Arithmetic of the network; vectors are float32 in any case."""
 
 
 def make_features(name: FeatureName, options: ExtractorOptions) -> Features:
