@@ -265,7 +265,7 @@ def _run(
         exit_with_error(option_message(str(error), parser))
     except RecursionError:
         exit_with_error("--config: a value that contains itself, or too many in each other")
-    for name in parser.groups:  # jsonargparse takes a list for a set of options
+    for name in parser.groups or {}:  # jsonargparse takes a list for a set of options
         if not hasattr(config.get(name), "keys"):
             exit_with_error(f"--{name}: {config.get(name)!r} is not a set of options; see --help")
     # Here, not above: manifest imports torch, and `memfree --help` should not wait for it.

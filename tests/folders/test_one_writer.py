@@ -47,12 +47,12 @@ def test_a_refused_command_leaves_no_folders(tmp_path):
 def leave(tmp_path):
     """What killed runs left: half a folder, an earlier result that was moved aside, a file."""
     (tmp_path / ".out.node7-12.partial").mkdir()
-    (tmp_path / ".out.0123456789abcdef.partial").mkdir()
+    (tmp_path / ".out.0123456789abcdef01234567.partial").mkdir()
     aside = tmp_path / ".out.node7-13.old"
     aside.mkdir()
     (aside / "manifest.json").write_text("{}")
     (aside / ".config.yaml.77.tmp").touch()
-    (aside / ".config.yaml.0123456789abcdef.tmp").touch()
+    (aside / ".config.yaml.0123456789abcdef01234567.tmp").touch()
 
 
 def test_the_only_writer_clears_up(tmp_path):
@@ -68,7 +68,7 @@ def test_a_refused_command_only_puts_back(tmp_path):
     leave(tmp_path)
     with pytest.raises(ValueError, match="refused"), one_writer(tmp_path / "out"):
         raise ValueError("refused")
-    left = [".out.0123456789abcdef.partial", ".out.node7-12.partial", "out"]
+    left = [".out.0123456789abcdef01234567.partial", ".out.node7-12.partial", "out"]
     assert names(tmp_path) == left
     assert len(names(tmp_path / "out")) == 3
 

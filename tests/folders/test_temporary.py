@@ -42,7 +42,9 @@ def killed(work):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("neighbour", ["x.v2", "x.node7-1", "x.0123456789abcdef", "x.partial"])
+@pytest.mark.parametrize(
+    "neighbour", ["x.v2", "x.node7-1", "x.0123456789abcdef01234567", "x.partial"]
+)
 def test_another_folder_whose_name_begins_alike_is_left_alone(tmp_path, neighbour):
     with unfinished(tmp_path / neighbour) as working:
         (working / "half").write_text("1")
@@ -107,6 +109,23 @@ def test_what_a_killed_process_left_is_cleared_up(tmp_path):
     assert tree(tmp_path) == {}
 
 
+def test_one_of_another_machine_is_cleared_up_under_the_lock(tmp_path, monkeypatch):
+    """Locks of some network file systems hold on one machine only."""
+    monkeypatch.setattr(temporary.socket, "gethostname", lambda: "node7")
+
+    def work():
+        with unfinished(tmp_path / "out"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    killed(work)
+    monkeypatch.undo()
+    (left,) = tmp_path.iterdir()
+    with unfinished(tmp_path / "out"):
+        assert left.exists()
+    with one_writer(tmp_path / "out"), unfinished(tmp_path / "out"):
+        assert not left.exists()
+
+
 def test_a_file_that_is_being_written_is_not_abandoned(tmp_path):
     write_atomic(tmp_path / "file", lambda place: (remove_temporary(tmp_path), place.stat()))
 
@@ -115,8 +134,8 @@ def test_temporaries_are_made_and_not_followed(tmp_path, monkeypatch):
     """Even if somebody guessed the name."""
     monkeypatch.setattr(temporary.secrets, "token_hex", lambda _: "0" * 16)
     (tmp_path / "own").write_text("own")
-    (tmp_path / ".file.0000000000000000.tmp").symlink_to(tmp_path / "own")
-    (tmp_path / ".out.0000000000000000.partial").symlink_to(tmp_path)
+    (tmp_path / f".file.{temporary._machine()}0000000000000000.tmp").symlink_to(tmp_path / "own")
+    (tmp_path / f".out.{temporary._machine()}0000000000000000.partial").symlink_to(tmp_path)
     with pytest.raises(FileExistsError):
         write_text(tmp_path / "file", "new")
     with pytest.raises(FileExistsError), unfinished(tmp_path / "out"):
@@ -128,7 +147,7 @@ def test_temporaries_are_made_and_not_followed(tmp_path, monkeypatch):
 
 def test_folders_below_are_of_other_commands(tmp_path):
     """A command that is refused touches nothing, one that succeeds only its own folder."""
-    for name in ("x/.a.77.tmp", "x/y/.b.0123456789abcdef.tmp", "x/y/z/.c.5.tmp"):
+    for name in ("x/.a.77.tmp", "x/y/.b.0123456789abcdef01234567.tmp", "x/y/z/.c.5.tmp"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     before = tree(tmp_path)
@@ -194,7 +213,7 @@ def test_the_lock_of_an_earlier_version_is_heeded(tmp_path):
     with pytest.raises(ValueError, match=f"process {os.getpid()}"), one_writer(tmp_path / "x"):
         pass
     older.release()
-    (tmp_path / ".x.lock").write_text('{"host": "node7", "pid": 7}')
+    (tmp_path / ".x.lock").write_text('{"host": "node7", "pid": 7, "since": "then"}')
     with one_writer(tmp_path / "x"):
         pass
     assert tree(tmp_path) == {}

@@ -10,10 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from hostile_guard import one_line
 from hostile_payloads import pickled
 from open_clip.model import CLIP
 from spoiling import edit
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from memfree.evaluation.alignment import ClipScorer
 from memfree.models.options import ScratchOptions
@@ -136,6 +138,8 @@ CLIPS = {
     "trust_remote_code": remote_tokenizer,
     "auto_map of a tokenizer": local_tokenizer,
     "tokenizer of another class": tokenizer_named(tokenizer_class="RagTokenizer"),
+    "tokenizer of no class": tokenizer_named(tokenizer_class=None),
+    "no tokenizer": text_option("hf_tokenizer_name", "bert-base-uncased"),
     "vocabulary elsewhere": tokenizer_named(vocab_file="/etc/hostname"),
     "vocabulary of SimpleTokenizer": text_option("tokenizer_kwargs", {"bpe_path": "/etc/hostname"}),
     "options that are a list": text_option("tokenizer_kwargs", [1]),
@@ -253,6 +257,9 @@ PIPES = {
     "vocabulary elsewhere": config(TOKENIZER, "vocab_file", "/etc/hostname"),
     "repository in a configuration": config(TEXT, "backbone", "evil/net"),
     "weights elsewhere": config(TEXT, "transformers_weights", "../../model.safetensors"),
+    "tokenizer nested deeply": lambda folder: (folder / TOKENIZER).write_text(
+        '{"a":' * 900 + "1" + "}" * 900
+    ),
     "adapters and their base model": written(
         "text_encoder/adapter_config.json", base_model_name_or_path="evil/net", peft_type="LORA"
     ),
@@ -281,9 +288,30 @@ def test_a_pipeline_runs_and_downloads_nothing(copy, asked, tmp_path, name):
     check_refused(lambda: load_pipeline(folder), folder, asked, tmp_path)
 
 
-def test_a_whole_pipeline_asks_no_network(whole, asked):
-    load_pipeline(whole / "pipe")
+def test_a_whole_pipeline_asks_no_network(copy, asked):
+    folder = copy("pipe")
+    load_pipeline(folder)
+    edit(folder / TOKENIZER, "model_max_length", int(1e30))  # as transformers writes for no limit
+    load_pipeline(folder)
     assert asked == []
+
+
+def test_a_safety_checker_and_an_image_processor_are_loaded(copy, asked):
+    folder = copy("pipe")
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 1, "image_size": 16, "patch_size": 8}
+    options = CLIPConfig(vision_config=vision, projection_dim=8)
+    StableDiffusionSafetyChecker(options).save_pretrained(folder / "safety_checker")
+    CLIPImageProcessor().save_pretrained(folder / "feature_extractor")
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    edit(folder / "model_index.json", "safety_checker", checker)
+    edit(folder / "model_index.json", "feature_extractor", ["transformers", "CLIPImageProcessor"])
+    pipe = load_pipeline(folder)
+    assert pipe.safety_checker is not None and pipe.feature_extractor is not None
+    assert asked == []
+    edit(folder / "safety_checker" / "config.json", "auto_map", CODE)
+    with pytest.raises(ValueError, match="safety_checker.*auto_map"):
+        load_pipeline(folder)
 
 
 def test_a_pipeline_from_the_hub_is_checked_before_it_is_built(copy, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from memfree.first_process import is_first_process
 from memfree.folders.folder_lock import FolderLock, read_holder
 from memfree.folders.part import WHOLE, Part
 from memfree.folders.temporary import remove_temporary
-from memfree.folders.whole_folder import clear_up, put_back
+from memfree.folders.whole_folder import alone, clear_up, put_back
 
 _UNWRITABLE = (
     errno.EACCES,
@@ -31,6 +31,7 @@ _WAITING = 24 * 3600.0
 """Seconds to wait for the part that does what is done once."""
 
 _LOCK = re.compile(r"\.memfree(-\d+-of-\d+)?\.lock$")
+"""Names of lock files; see ``_name``."""
 
 
 @contextmanager
@@ -62,7 +63,8 @@ def one_writer(out: Path, part: Part = WHOLE) -> Iterator[None]:
     made = _missing_parents(out)
     lock = _acquire(out, part)
     try:
-        yield
+        with alone(out) if lock is not None and part.whole else contextlib.nullcontext():
+            yield
         if lock is not None:
             _clear_up(out, part)
     finally:
@@ -168,7 +170,7 @@ def _refuse_older_version(out: Path) -> None:
     for path in (place.parent / f".{place.name}.lock", place / ".lock"):
         if _LOCK.search(path.name) or path.is_symlink():
             continue  # the present lock of a folder with a shorter name
-        if "pid" in read_holder(path):
+        if read_holder(path).keys() >= {"host", "pid", "since"}:
             lock = _lock(path, out)
             lock.acquire()
             lock.release()

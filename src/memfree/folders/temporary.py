@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import secrets
+import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +18,9 @@ try:
 except ImportError:  # pragma: no cover - Windows
     fcntl = None  # type: ignore[assignment]
 
-RANDOM = "[0-9a-f]{16}"
-"""The random part of a name. It has no dot, so that no name for ``x`` is one for ``x.v2``."""
+RANDOM = "[0-9a-f]{24}"
+"""The part of a name that tells the machine and is random. It has no dot, so that no name for ``x``
+is one for ``x.v2``."""
 _TEMPORARY = re.compile(rf"\..+\.({RANDOM}|\d+)\.tmp")
 """Names of ``new_file``; earlier versions had the number of the process."""
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -120,8 +123,17 @@ def remove_temporary(*folders: Path, pattern: str = ".*.tmp") -> None:
                     path.unlink()
 
 
+def is_of_this_machine(name: str) -> bool:
+    """Whether a random part comes from here: locks of some file systems hold on one machine."""
+    return name.startswith(_machine())
+
+
+def _machine() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
 def _random_name(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{suffix}")
+    return path.with_name(f".{path.name}.{_machine()}{secrets.token_hex(8)}.{suffix}")
 
 
 def _lock(handle: int) -> bool:

@@ -11,10 +11,23 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from memfree.folders.atomic_files import sync
-from memfree.folders.temporary import RANDOM, held, is_held, new_folder
+from memfree.folders.temporary import RANDOM, held, is_held, is_of_this_machine, new_folder
+
+_alone: ContextVar[frozenset[Path]] = ContextVar("alone", default=frozenset())
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Tell ``unfinished`` that no other run writes ``out``: this process holds its lock."""
+    token = _alone.set(_alone.get() | {out.resolve()})
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 @contextmanager
@@ -26,7 +39,7 @@ def unfinished(out: Path) -> Iterator[Path]:
     """
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    clear_up(out)
+    clear_up(out, sole_writer=out in _alone.get())
     with new_folder(out) as folder:
         try:
             yield folder
@@ -167,17 +180,18 @@ def _leftovers(out: Path, sole_writer: bool) -> list[tuple[Path, str]]:
     is believed only if it is this one: ``.x.v2.node7-12.partial`` is of ``x.v2``, not of ``x``.
     """
     name = re.compile(
-        re.escape(f".{out.name}.") + rf"(?:{RANDOM}|(.+)-(\d+))\.(partial|old)", re.DOTALL
+        re.escape(f".{out.name}.") + rf"(?:({RANDOM})|(.+)-(\d+))\.(partial|old)", re.DOTALL
     )
     found = []
     for left in out.parent.glob(f"{glob.escape(f'.{out.name}.')}*"):
         match = name.fullmatch(left.name)
         if match is None or left.is_symlink() or not left.is_dir():
             continue
-        host, number, suffix = match.groups()
-        if host is None:
+        random, host, number, suffix = match.groups()
+        if random is not None:
             holder = is_held(left)
-            ended = sole_writer if holder is None else not holder
+            is_known = holder is not None and is_of_this_machine(random)
+            ended = not holder and (sole_writer or is_known)
         elif host == socket.gethostname():
             ended = not is_alive(int(number)) and (sole_writer or int(number) != os.getpid())
         else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from memfree.conditions import Conditions, Encode
 from memfree.diffusion_math import (
     PredictionType,
+    bounded,
     output_change_from_eps,
     output_change_from_x_0,
     predicted_x_0,
@@ -29,7 +30,7 @@ class Prediction:
     x_t: Tensor
     """Noisy samples (B, ...), variance preserving: √ᾱ·x_0 + √(1−ᾱ)·ε."""
     alpha_bar: Tensor
-    """ᾱ_t of this step, 0-d float32, from the scheduler."""
+    """ᾱ_t of this step, 0-d float32, from the scheduler; kept inside (0, 1)."""
     time: float
     """Timestep over the number of training timesteps, in [0, 1]: 1 is noise."""
     output: Tensor
@@ -69,6 +70,10 @@ class Prediction:
     """(B,) bool: rows that some guidance of this step changed on purpose."""
     trace: dict[str, Tensor] = field(default_factory=dict)
     """Columns (B,) that the guidances of this step recorded."""
+
+    def __post_init__(self) -> None:
+        # Zero terminal SNR, or no noise: guidances divide by √ᾱ and √(1−ᾱ).
+        object.__setattr__(self, "alpha_bar", bounded(self.alpha_bar))
 
     def clean_estimate(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """x̂_0 of the combined prediction (eq. 12), not clamped, in float32."""

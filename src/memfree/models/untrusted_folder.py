@@ -76,15 +76,22 @@ def read_config(path: Path) -> dict[str, Any]:
     value = read_json(path, _CONFIG_BYTES)
     if not isinstance(value, dict):
         raise ValueError(f"{path} is no configuration but {short(repr(value), 40)}")
-    for key, inner in _values(value):
-        built_in = inner is None or (_ATTENTION.fullmatch(key) and inner in _BUILT_IN)
-        if (key in _CODE or _ATTENTION.fullmatch(key)) and not built_in:
-            raise ValueError(f"{path} has {short(key, 40)}, which could load code: remove it")
+    _refuse_code(value, path)
     for key, number in _numbers(value):
         limit = _LAYERS if "layers" in key or key.startswith("num_hidden") else _LARGEST
         if not -_LARGEST <= number <= limit:
             raise ValueError(f"{path}: {short(key, 40)} {short(number, 40)} is absurdly large")
     return value
+
+
+def _refuse_code(config: dict[str, Any], path: Path) -> None:
+    """Refuse a configuration with keys that name further code, at any depth."""
+    for key, value in _values(config):
+        is_attention = _ATTENTION.fullmatch(key) is not None
+        if key not in _CODE and not is_attention:
+            continue
+        if not (value is None or (is_attention and value in _BUILT_IN)):
+            raise ValueError(f"{path} has {short(key, 40)}, which could load code: remove it")
 
 
 def _read_own_config(path: Path) -> dict[str, Any]:
@@ -153,19 +160,25 @@ def check_scheduler(folder: Path) -> str:
     return name
 
 
-def check_tokenizer(folder: Path) -> None:
+def check_tokenizer(folder: Path, must_be_named: bool = False) -> None:
     """Refuse a tokenizer's folder that names code, other files, or an unknown class.
+
+    Args:
+        folder: with tokenizer_config.json.
+        must_be_named: whether the folder itself has to say which class it is of, which would be
+            looked for elsewhere otherwise.
 
     Raises:
         ValueError: in one line that names the file.
     """
     for name in ("tokenizer_config.json", "config.json"):
         path = folder / name
-        if not path.is_file():
+        must_be_named &= name == "tokenizer_config.json"
+        if not path.exists() and not must_be_named:
             continue
-        config = read_config(path)
+        config = _read_tokenizer(path)
         kind = config.get("tokenizer_class")
-        if kind is not None and kind not in _FOLDER_TOKENIZERS:
+        if kind not in _FOLDER_TOKENIZERS and (kind is not None or must_be_named):
             raise ValueError(f"{path}: tokenizer_class {short(repr(kind), 40)} is not supported")
         for key in config:  # such as vocab_file, which would be read instead of the folder's own
             if key.endswith("_file") and key != "special_tokens_map_file":
@@ -173,6 +186,27 @@ def check_tokenizer(folder: Path) -> None:
                     f"{path} has {short(key, 40)}, which names another file: remove it"
                 )
     _check_other_files(folder)
+
+
+def _read_tokenizer(path: Path) -> dict[str, Any]:
+    """A tokenizer's configuration; of its numbers, the greatest length is often 10^30.
+
+    Raises:
+        ValueError: it cannot be read, or names code; the message begins with ``path``.
+    """
+    if not path.is_file() or path.stat().st_size > _CONFIG_BYTES:
+        raise ValueError(f"{path} is missing, or is not a tokenizer's configuration")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {short(error)}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a tokenizer's configuration")
+    try:
+        _refuse_code(value, path)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    return value
 
 
 def check_pipeline_folder(folder: Path) -> dict[str, Any]:
@@ -247,7 +281,7 @@ def _kind_of(part: str, library: str, name: str) -> Any:
     if part == "safety_checker" and library == "stable_diffusion":
         return StableDiffusionSafetyChecker if name == "StableDiffusionSafetyChecker" else None
     if part == "scheduler":
-        known = library == "diffusers" and re.fullmatch(r"\w+Scheduler", name)
+        known = library == "diffusers" and re.fullmatch(r"\w+Scheduler", name) is not None
     else:
         known = library in _LIBRARIES and name in _PARTS.get(part, ())
     kind = getattr(_LIBRARIES[library], name, None) if known else None

@@ -67,7 +67,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         if not text.get("hf_tokenizer_name"):
             return SimpleTokenizer(**options)
-        check_tokenizer(folder)
+        check_tokenizer(folder, must_be_named=True)
         return HFTokenizer(
             str(folder.absolute()),
             tokenizer_mode=text.get("tokenizer_mode"),
