@@ -49,7 +49,7 @@ def checked_text(text: str, name: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name} is no text that can be written as UTF-8") from error
+        raise ValueError(f"{name} cannot be written as UTF-8") from error
     return text
 
 
@@ -71,7 +71,6 @@ def chosen_caption(
         return captions.get(source)
     if len({text.strip() for text in captions.values()}) > 1:
         raise ValueError(
-            f"{name} has different captions ({' and '.join(captions)}); "
-            f"say with {option} which is meant"
+            f"{name} has different captions ({' and '.join(captions)}); pass {option} to choose one"
         )
     return next(iter(captions.values()), None)

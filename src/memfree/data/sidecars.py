@@ -72,7 +72,7 @@ class FolderCaptions:
                 self._read_metadata(file, known, note)
             elif self._is_meant("metadata") and file.name.lower() == "metadata.parquet":
                 raise ValueError(
-                    f"{short(file, 1000)} is not read: {READ}; convert it, or give "
+                    f"{short(file, 1000)} is not read: {READ}; convert it, or pass "
                     f"{prefix}caption_source"
                 )
             else:
@@ -93,8 +93,8 @@ class FolderCaptions:
         beside = self._beside.get(image.with_suffix(""), {})
         if beside and self._stems[image.with_suffix("")] > 1:
             raise ValueError(
-                f"{shown} shares its caption with a picture of another format; say with "
-                f"{self._prefix}image_suffix which one is meant"
+                f"{shown} shares its caption with a picture of another format; pass "
+                f"{self._prefix}image_suffix to choose one"
             )
         captions: dict[str, str] = {}
         for kind, files in beside.items():
@@ -157,7 +157,7 @@ def read_text(file: Path, limit: int = MAX_TEXT_BYTES) -> str:
     """The text of a file.
 
     Raises:
-        ValueError: it is no plain file, too large, or in an unknown encoding.
+        ValueError: it is not a plain file, is too large, or in an unknown encoding.
     """
     shown = short(file, 1000)
     if problem := problem_with_file(file):
@@ -200,5 +200,5 @@ def _caption(value: Any, name: str) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, (bool, list, dict)):
-        raise ValueError(f"{name}: its caption is {short(json.dumps(value))}, no text")
+        raise ValueError(f"{name}: its caption is {short(json.dumps(value))}, not text")
     return checked_text(str(value), f"{name}: its caption")

@@ -129,7 +129,7 @@ def _image(name: str, found: dict[str, Member], options: RecordOptions, prefix: 
     images = [suffix for suffix in found if suffix in IMAGES]
     if len(images) > 1:
         raise ValueError(
-            f"{name} has {len(images)} pictures; say with {prefix}image_suffix which one is meant: "
+            f"{name} has {len(images)} pictures; pass {prefix}image_suffix to choose one: "
             f"{' or '.join(sorted(images))}"
         )
     if images:
@@ -143,7 +143,7 @@ def _image(name: str, found: dict[str, Member], options: RecordOptions, prefix: 
                 f"{name}: is {short(parts[0].name)} a record of its own "
                 f"({prefix}key_ends last_dot) or the picture of this one ({which})?"
             )
-        raise ValueError(f"{name}: record without a picture of its own; give {which}")
+        raise ValueError(f"{name}: record without a picture of its own; pass {which}")
     others = [member.suffix for member in found.values() if member.ending in _OTHER_IMAGES]
     is_of = f"; its .{short(others[0], 40)} is not read" if others else ""
     raise ValueError(f"{name}: record without a PNG, JPEG or WEBP image{is_of}")
@@ -165,7 +165,7 @@ def _json_caption(name: str, value: Any) -> str | None:
         return None
     endless = isinstance(value, float) and math.isinf(value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or endless:
-        raise ValueError(f"{name}: its caption is {short(repr(value))}, no text")
+        raise ValueError(f"{name}: its caption is {short(repr(value))}, not text")
     return checked_text(str(value), f"{name}: its caption in .json")
 
 
@@ -198,7 +198,7 @@ def _declared(name: str, meta: dict[str, Any], field: str) -> str | None:
     if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError(f"{name}: its {field} is {short(repr(value), 40)}, no text")
+        raise ValueError(f"{name}: its {field} is {short(repr(value), 40)}, not text")
     value = str(value)
     if len(value) > MAX_NAME:
         raise ValueError(f"{name}: its {field} has {len(value)} characters; at most {MAX_NAME}")

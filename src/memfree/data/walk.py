@@ -72,4 +72,4 @@ def problem_with_file(file: Path) -> str | None:
         return "a broken link" if file.is_symlink() else "no such file"
     except OSError as error:
         return error.strerror or str(error)
-    return None if stat.S_ISREG(mode) else "no plain file"
+    return None if stat.S_ISREG(mode) else "not a plain file"
