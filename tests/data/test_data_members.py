@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import random
 import tarfile
 
 import pytest
@@ -12,8 +13,10 @@ from PIL import Image
 from memfree.data import ShardDataModule, StreamOptions, prepare
 from memfree.data.foreign import ForeignBatches
 from memfree.data.options import RecordOptions
+from memfree.data.names import split_name
 from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.tarstream import expand_shards, read_members, read_shard
+from memfree.untrusted import short
 
 
 @pytest.fixture
@@ -98,6 +101,14 @@ def test_files_of_a_sample_that_stand_apart(tmp_path, tar, png):
     message = refusal(packed)
     assert "sample 0 do not stand together" in message and str(packed) in message
     assert list(read_shard(str(packed), Skipped())) == []  # none of them without its caption
+
+
+def test_remote_shards_that_are_scattered_are_never_skipped(tmp_path, tar, png, monkeypatch):
+    """They cannot be looked at beforehand: pictures would be used without their captions."""
+    shard = tar(tmp_path / "a.tar", [("1.png", png(0)), ("2.png", png(1)), ("1.txt", b"text")])
+    monkeypatch.setattr("memfree.data.tarstream.gopen", lambda address, mode: shard.open(mode))
+    with pytest.raises(OSError, match="sample 1 do not stand together"):
+        list(read_shard("https://host/a.tar", Skipped()))
 
 
 def test_captions_are_kept_though_records_are_skipped(tmp_path, tar, png):
@@ -286,6 +297,27 @@ def animation(kind):
     frames = [Image.fromarray(picture(number)) for number in range(2)]
     frames[0].save(out, kind, save_all=True, append_images=frames[1:])
     return out.getvalue()
+
+
+@pytest.mark.parametrize("key_ends", ["ask", "first_dot", "last_dot"])
+def test_every_member_of_random_shards_is_accounted_for(tmp_path, tar, png, key_ends):
+    """In a record of its key, in a sample that is refused by its key, or left out by its name."""
+    draw = random.Random(0)
+    stems = ["k", "a/k", "a.b/k", "k.v2", "._k", ".x/k", "k\u202f", "K", "__MACOSX/k", "k..x", "-"]
+    suffixes = "png jpg JPG jpeg txt TXT caption json cls gif npy tar seg.png".split()
+    content = {"txt": b"t", "caption": b"t", "json": b'{"caption": "t"}', "cls": b"1"}
+    for _ in range(100):
+        names = [f"{draw.choice(stems)}.{draw.choice(suffixes)}" for _ in range(6)]
+        members = [(name, content.get(name.rpartition(".")[2].lower(), png(0))) for name in names]
+        shard = tar(tmp_path / "s.tar", [*members, ("README", b"words")])
+        skipped, left_out = Skipped(), LeftOut()
+        options = RecordOptions(key_ends=key_ends)
+        records = read_shard(str(shard), skipped, left_out, options)
+        used = {record.name for record in records}
+        for name in [*names, "README"]:
+            key, _ = split_name(f"s/{name}", "last_dot" if key_ends == "last_dot" else "first_dot")
+            named = " ".join([*left_out.first, *skipped.messages])
+            assert key in used or short(key) in named or short(name) in named, (name, names)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])

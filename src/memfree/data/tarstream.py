@@ -191,7 +191,7 @@ def read_shard(
         ValueError: a record is too large, has no image or several, or its class or JSON is
             unreadable.
         OSError: the archive cannot be opened, is truncated or damaged, or the files of a sample do
-            not stand together where they must.
+            not stand together where they must (in remote shards, even if ``skipped`` is given).
     """
     label = shard_labels([shard])[0] if label is None else label
     note = _note(left_out, shard, label)
@@ -220,7 +220,9 @@ def read_shard(
                 note("no record in it")
     except OSError as error:
         message = f"shard {shard}: {short(error)}"
-        if skipped is None:
+        # Of a remote shard that is scattered, pictures were used without what stands behind them.
+        scattered = isinstance(error, _ScatteredError) and _is_address(shard)
+        if skipped is None or scattered:
             raise OSError(message) from error
         skipped.shard(shard, message)
 
