@@ -12,8 +12,8 @@ from PIL import Image
 
 from memfree.data import ShardDataModule, StreamOptions, prepare
 from memfree.data.foreign import ForeignBatches
-from memfree.data.options import RecordOptions
 from memfree.data.names import split_name
+from memfree.data.options import RecordOptions
 from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.tarstream import expand_shards, read_members, read_shard
 from memfree.untrusted import short
@@ -304,7 +304,8 @@ def test_every_member_of_random_shards_is_accounted_for(tmp_path, tar, png, key_
     """In a record of its key, in a sample that is refused by its key, or left out by its name."""
     draw = random.Random(0)
     stems = ["k", "a/k", "a.b/k", "k.v2", "._k", ".x/k", "k\u202f", "K", "__MACOSX/k", "k..x", "-"]
-    suffixes = "png jpg JPG jpeg txt TXT caption json cls gif npy tar seg.png".split()
+    suffixes = ["png", "jpg", "JPG", "jpeg", "seg.png", "gif", "npy", "tar"]
+    suffixes += ["txt", "TXT", "caption", "json", "cls"]
     content = {"txt": b"t", "caption": b"t", "json": b'{"caption": "t"}', "cls": b"1"}
     for _ in range(100):
         names = [f"{draw.choice(stems)}.{draw.choice(suffixes)}" for _ in range(6)]
