@@ -137,6 +137,11 @@ class AntiMemorizationGuidance(Observer):
             mitigation="amg", false_positive_rate=false_positive_rate
         ).anti_memorization(index)
 
+    @property
+    def calls_denoiser(self) -> bool:
+        """Whether the denoiser may be called for captions (eq. 16)."""
+        return self.c2 > 0
+
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
         """Correct the active rows; all others keep their bits."""

@@ -197,17 +197,15 @@ class Session:
         if self.mitigation is not None:
             call = self._prompts(call, generators)
         draw = Draw(pipe, self.family, call, guidances, self.decoder)
-        denoiser = draw.denoiser
+        before = None
         with ExitStack() as stack:
             if self.mitigation is not None:
+                stack.callback(setattr, self, "_stages", self._stages)
                 self._stages = Stages(draw, self.mitigation, generators)
-                stack.callback(setattr, self, "_stages", None)
-                stack.enter_context(self.mitigation.around(denoiser))
-                stack.enter_context(
-                    denoiser.register_forward_pre_hook(self._stages.before, with_kwargs=True)
-                )
-            stack.enter_context(denoiser.register_forward_hook(draw.after, with_kwargs=True))
-            output = self.kind.__call__(pipe, **call)
+                before = self._stages.before
+                stack.enter_context(self.mitigation.around(draw.denoiser))
+            stack.enter_context(draw.hooked(before))
+            output = self.kind.__call__(pipe, **draw.callbacks_aside(call))
         for rows in draw.trace:
             self.report.add_trace(number, attempt, places, rows)
         if draw.unmoved and number not in self.report.unmoved:
