@@ -262,7 +262,7 @@ class AntiMemorizationGuidance(Observer):
         offset, gain = prediction.returned or (torch.zeros_like(x_0), 1.0)
         if gain == 0:
             return prediction  # whatever is predicted, the sampler returns the same
-        before = offset + gain * x_0
+        before = offset + gain * x_0 if prediction.finish is None else prediction.finish(x_0)
         limit = prediction.image_range
         returned = before if limit is None else before.clamp(-limit, limit)
         changed = active | (returned != x_0).flatten(1).any(dim=1)
@@ -273,6 +273,9 @@ class AntiMemorizationGuidance(Observer):
         rows = above.nonzero().squeeze(1)
         if not len(rows):
             return prediction
+        if prediction.clean_range is not None:
+            moved = self._moved_within(prediction, returned, offset, gain, rows, target)
+            return prediction.with_clean_change(moved - x_0[rows], rows).activated(above)
         with torch.inference_mode(False):
             moved = move_below(
                 self.index,
@@ -283,3 +286,30 @@ class AntiMemorizationGuidance(Observer):
                 prediction.decode,
             )
         return prediction.with_clean_change((moved - before[rows]) / gain, rows).activated(above)
+
+    def _moved_within(
+        self,
+        prediction: Prediction,
+        returned: Tensor,
+        offset: Tensor,
+        gain: float,
+        rows: Tensor,
+        target: float,
+    ) -> Tensor:
+        """x̂_0 of ``rows`` in ±clean_range, which the sampler makes samples below ``target`` of."""
+        assert prediction.clean_range is not None
+        limit = prediction.image_range
+        # What is moved is gain·x̂_0: there, the range is one number.
+        furthest = prediction.clean_range * abs(gain)
+        start = (returned[rows] - offset[rows]).clamp(-furthest, furthest)
+        with torch.inference_mode(False):
+            moved = move_below(
+                self.index,
+                self.similarity,
+                start.clone(),
+                target,
+                furthest,
+                lambda x: prediction.decode(x if limit is None else x.clamp(-limit, limit)),
+                offset=offset[rows].clone(),
+            )
+        return moved / gain

@@ -27,7 +27,7 @@ from memfree.sampling.guard.denoiser import (
 from memfree.sampling.guard.families import Arguments, Family
 from memfree.sampling.guard.nested import rows_of, usable
 from memfree.sampling.guard.noise_level import NoiseLevel, NoiseLevels
-from memfree.sampling.last_step import returned
+from memfree.sampling.last_step import LastStep, last_step
 from memfree.sampling.loop import trace_rows
 from memfree.sampling.noise import OwnRandomness
 
@@ -67,6 +67,7 @@ class Draw:
         self._memory: dict[Any, Any] = {}
         self._like: Tensor | None = None
         self._randomness = OwnRandomness()
+        self._ended = False
         self._images = image_count(call) if call else None
         known = getattr(diffusers, family.model)
         needed = (family.sample, "timestep", "encoder_hidden_states")
@@ -178,6 +179,28 @@ class Draw:
         """Where the guard's own parts may draw, such as an autoencoder: torch's stay in place."""
         return self._randomness.on(self.pipe._execution_device)
 
+    def _step_of(self, view: View, base: Prediction) -> tuple[Any, ...]:
+        """The scheduler's step from here, as ``LastStep`` takes it."""
+        scheduler, following = self.pipe.scheduler, view.level.following
+        return (
+            scheduler,
+            scheduler.timesteps[-1 - len(following)],
+            view.native_x_t,
+            view.native(base),
+            view.level.alpha_bar,
+            float(self.call.get("eta", 0.0)),
+            self.call.get("generator"),
+            view.level.flow_sigma,
+            following,
+        )
+
+    def _ends(self, view: View, base: Prediction) -> bool:
+        """Whether the finished sample is decided at this step: no further one follows it."""
+        if len(view.level.following) == 1:
+            self._ended = LastStep(*self._step_of(view, base)).is_last()
+            return self._ended
+        return view.level.is_last and not self._ended
+
     def guided(self, view: View, raw: Tensor) -> tuple[Tensor, Tensor] | None:
         """Which rows are corrected, and the prediction to step with there; None if none is.
 
@@ -202,26 +225,14 @@ class Draw:
             denoise=view.denoise,
             guidance_rescale=amount,
             step=view.level.step,
-            is_last=view.level.is_last,
-            decode=self.decoder.finished if view.level.is_last else self.decoder.estimate,
+            decode=self.decoder.estimate,
             encode=self.encode,
             memory=self._memory,
         )
         base = replace(base, output=base.as_stepped(base.output, base.output_cond))
-        if view.level.is_last and view.level.flow_sigma is None:
-            t = self.pipe.scheduler.timesteps[-1]
-            base = replace(
-                base,
-                returned=returned(
-                    self.pipe.scheduler,
-                    t,
-                    view.x_t,
-                    base.output,
-                    view.level.alpha_bar,
-                    float(self.call.get("eta", 0.0)),
-                    self.call.get("generator"),
-                ),
-            )
+        if self._ends(view, base):
+            ending = last_step(*self._step_of(view, base))
+            base = replace(base, is_last=True, decode=self.decoder.finished, **ending)
             self.unmoved = base.returned is not None and base.returned[1] == 0
         decoder = self.decoder
         with (
@@ -264,6 +275,7 @@ class View:
         self.channels = everything.shape[1]
         self.dtype = everything.dtype
         x_t = everything[: self.count]
+        self.native_x_t = x_t
         self.norm = 1.0
         if self.level.flow_sigma is not None:
             sigma = self.level.flow_sigma
@@ -288,6 +300,13 @@ class View:
             return output
         samples = self.x_t if x_t is None else x_t
         return self.norm * output.float() + (1 - 2 * self.level.flow_sigma) * samples.float()
+
+    def native(self, prediction: Prediction) -> Tensor:
+        """The combined prediction in the model's own terms: v of flow matching."""
+        if self.level.flow_sigma is None:
+            return prediction.output
+        shift = (1 - 2 * self.level.flow_sigma) * self.x_t.float()
+        return (prediction.output - shift) / self.norm
 
     def to_native(self, corrected: Tensor, before: Tensor, native: Tensor, rows: Tensor) -> Tensor:
         """What the denoiser should have said in some rows: the inverse of ``from_native``."""
