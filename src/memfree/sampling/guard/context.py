@@ -237,12 +237,12 @@ def _guarded(kind: Any, session: Session) -> type:
         return kind(*args, **kwargs)
 
     def copied(self: Any) -> Any:
-        made = kind.__new__(kind)
+        made = object.__new__(kind)
         vars(made).update(vars(self))
         return session.take(made, guarded)
 
     def deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
-        made = kind.__new__(kind)
+        made = object.__new__(kind)
         memo[id(self)] = made
         with session.unwatched(self):  # or the copy of the denoiser would keep our hook
             vars(made).update(copy.deepcopy(vars(self), memo))
@@ -250,9 +250,7 @@ def _guarded(kind: Any, session: Session) -> type:
 
     def reduced(self: Any, protocol: Any) -> Any:
         """What is pickled is an ordinary pipeline."""
-        made = kind.__new__(kind)
-        vars(made).update(vars(self))
-        return made.__reduce_ex__(protocol)
+        return object.__new__, (kind,), vars(self)
 
     names = {
         "__call__": call,
