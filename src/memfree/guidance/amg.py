@@ -142,6 +142,11 @@ class AntiMemorizationGuidance(Observer):
         """Whether captions are encoded to steer away from them (eq. 15), where s_0 is above 1."""
         return self.c2 > 0
 
+    @property
+    def calls_denoiser(self) -> bool:
+        """Whether the denoiser may be called for captions (eq. 16)."""
+        return self.c2 > 0
+
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
         """Correct the active rows; all others keep their bits."""

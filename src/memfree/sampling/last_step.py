@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from memfree.diffusion_math import output_change_from_x_0, predicted_x_0
+from memfree.sampling.noise import kept_random_state
 
 EXACT = 1e-3
 """A gain as near to 1, and an offset as small beside x̂_0, are rounding."""
@@ -60,7 +60,7 @@ def returned(
     def step(prediction: Tensor) -> Tensor:
         # The class's own step: one that was replaced on the instance may watch the real steps.
         own = type(scheduler).step
-        with _kept_random_state(output.device):
+        with kept_random_state(output.device):
             options = _step_options(scheduler, output, eta, generator)
             return torch.as_tensor(own(_in_float32(scheduler), prediction, t, held, **options)[0])
 
@@ -107,13 +107,6 @@ def _in_float32(scheduler: Any) -> Any:
 def _not_half(value: Any) -> Any:
     half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if half else value
-
-
-def _kept_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Torch's own generators are afterwards where they were."""
-    if device.type == "cpu":
-        return torch.random.fork_rng([])
-    return torch.random.fork_rng([device], device_type=device.type)
 
 
 def _option(scheduler: Any, name: str, default: bool) -> bool:

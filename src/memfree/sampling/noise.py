@@ -1,8 +1,10 @@
-"""Random numbers of one sample, from (seed, sample index) alone."""
+"""Random numbers of one sample, from (seed, sample index) alone, and streams of our own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -33,3 +35,84 @@ def draw(shape: Sequence[int], sources: Sequence[torch.Generator]) -> Tensor:
 def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
     """The noise that the samples start from: the first draw of each sample's generator."""
     return draw(shape, generators(seed, indices))
+
+
+class _Borrowed:
+    """Torch's own generators, put back where they were when the last borrower is done.
+
+    They belong to the process: two threads that each restored what they found would restore what
+    the other one had drawn from.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._states: RandomState = {}
+
+    @contextmanager
+    def __call__(self, device: torch.device) -> Iterator[None]:
+        with self._lock:
+            self._states = {**random_state(device), **self._states}
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count -= 1
+                if not self._count:
+                    set_random_state(self._states)
+                    self._states = {}
+
+
+RandomState = dict[torch.device, Tensor]
+"""States of torch's own generators, by device."""
+
+
+def random_state(device: torch.device) -> RandomState:
+    """Where torch's own generators are: the CPU's and a device's."""
+    state: RandomState = {torch.device("cpu"): torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_random_state(state: RandomState) -> None:
+    """Put torch's own generators there."""
+    for device, one in state.items():
+        if device.type == "cpu":
+            torch.set_rng_state(one)
+        else:
+            torch.get_device_module(device).set_rng_state(one, device)
+
+
+kept_random_state = _Borrowed()
+"""``with kept_random_state(device)``: torch's own generators are afterwards where they were."""
+
+
+class OwnRandomness:
+    """A stream beside torch's own random numbers, for code that draws without a generator.
+
+    The global generators stay where they were, so that such code moves nobody else's samples.
+
+    Args:
+        seed: of the stream.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._state: RandomState = {}
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Draw from the stream, on the CPU and on a device."""
+        with kept_random_state(device):
+            if not self._state:
+                self._state = {
+                    one: torch.Generator(one).manual_seed(self.seed).get_state()
+                    for one in random_state(device)
+                }
+            set_random_state(self._state)
+            try:
+                yield
+            finally:
+                self._state = random_state(device)

@@ -51,6 +51,7 @@ class NoiseLevels:
         self._calls = 0
         self._schedule = torch.empty(0)
         self._starts: list[int] = []
+        self._planned = 0
 
     def next(self, timestep: Tensor | float, planned: int | None = None) -> NoiseLevel:
         """The level of the denoiser call that is being made.
@@ -83,6 +84,23 @@ class NoiseLevels:
             is_last=position == len(self._schedule) - 1,
         )
 
+    def check_followed(self, interrupted: bool) -> None:
+        """Refuse a finished pipeline call whose denoiser was called elsewhere too, or not at all.
+
+        Args:
+            interrupted: whether the pipeline was asked to stop before the end.
+
+        Raises:
+            ValueError: fewer calls were seen than the pipeline planned.
+        """
+        if self._calls and (interrupted or self._calls >= self._planned):
+            return
+        raise ValueError(
+            f"memfree.guard: the pipeline's denoiser was called {self._calls} times where "
+            f"{self._planned or 'its'} steps are due: it calls another, or in a thread of its own, "
+            "where the guard does not follow, so that its images would be unguided"
+        )
+
     def _position(self, t: Tensor, planned: int | None) -> int:
         """Position of this call in the schedule, which image-to-image does not enter at 0."""
         if self._calls == 0:
@@ -91,6 +109,8 @@ class NoiseLevels:
             likely = self._likely_start(planned)
             starts = (self._schedule.to(t.dtype) == t).nonzero().flatten().tolist()
             self._starts = sorted(starts, key=lambda start: start != likely)
+            self._planned = len(self._schedule) - (self._starts or [0])[0]
+            self._planned = self._planned if planned is None else planned
         expected = self._schedule.to(t.dtype).tolist()
         self._starts = [
             start

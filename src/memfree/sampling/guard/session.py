@@ -26,6 +26,7 @@ from memfree.sampling.guard.arguments import (
     texts,
 )
 from memfree.sampling.guard.decode import Decoder, check_size, explained_chunks
+from memfree.sampling.guard.denoiser import watched
 from memfree.sampling.guard.families import Family
 from memfree.sampling.guard.hook import Draw
 from memfree.sampling.guard.images import (
@@ -154,13 +155,15 @@ class Session:
 
     def watch(self, pipe: Any) -> None:
         """Put the watch on a pipeline's denoiser."""
-        denoiser = getattr(pipe, self.family.denoiser)
-        self._watched[pipe] = denoiser.register_forward_pre_hook(self._watch())
+        watch = watched(getattr(pipe, self.family.denoiser), self._called_outside)
+        stack = ExitStack()
+        stack.enter_context(watch)
+        self._watched[pipe] = stack
 
     def leave(self, pipe: Any) -> None:
         """Take the watch off a pipeline's denoiser."""
-        if (handle := self._watched.pop(pipe, None)) is not None:
-            handle.remove()
+        if (stack := self._watched.pop(pipe, None)) is not None:
+            stack.close()
 
     @contextmanager
     def unwatched(self, pipe: Any) -> Iterator[None]:
@@ -255,23 +258,16 @@ class Session:
         if drawing is not None and isinstance(images, Tensor):
             drawing.finite.append(finite_rows(images))
 
-    def _watch(self) -> Any:
-        """A pre-hook of the denoiser that says once where an unguarded pipeline calls it."""
-
-        @torch.compiler.disable
-        def watch(module: Any, args: Any) -> None:
-            if _DRAWING.get() is not None:
-                return
-            self.report.outside += 1
-            if self.report.outside == 1:
-                warnings.warn(
-                    f"memfree.guard: the {self.family.denoiser} of the guarded "
-                    f"{self.kind.__name__} was called by something else, such as a pipeline that "
-                    "from_pipe made of it: that is neither guided nor judged; guard it as well",
-                    stacklevel=2,
-                )
-
-        return watch
+    def _called_outside(self) -> None:
+        """Say once that something else calls the denoiser, such as an unguarded pipeline."""
+        self.report.outside += 1
+        if self.report.outside == 1:
+            warnings.warn(
+                f"memfree.guard: the {self.family.denoiser} of the guarded {self.kind.__name__} "
+                "was called by something else, such as a pipeline that from_pipe made of it: that "
+                "is neither guided nor judged; guard it as well",
+                stacklevel=2,
+            )
 
     def _is_distilled(self, pipe: Any) -> bool:
         """Whether the denoiser is told the guidance scale, and makes one prediction only."""
@@ -336,18 +332,16 @@ class Session:
         if self.mitigation is not None:
             call = self._prompts(pipe, call, generators)
         draw = Draw(pipe, self.family, call.all, self._guidances(pipe), self.decoder)
-        drawing, denoiser = Drawing(draw), draw.denoiser
+        drawing, before = Drawing(draw), None
         with ExitStack() as stack:
             stack.callback(_DRAWING.reset, _DRAWING.set(drawing))
             if self.mitigation is not None:
-                stack.enter_context(self.mitigation.around(denoiser))
-            if self.mitigation is not None and self.mitigation.changes_start():
-                drawing.stages = Stages(draw, self.mitigation, generators)
-                stack.enter_context(
-                    denoiser.register_forward_pre_hook(drawing.stages.before, with_kwargs=True)
-                )
-            stack.enter_context(denoiser.register_forward_hook(draw.after, with_kwargs=True))
-            output = call(pipe)
+                stack.enter_context(self.mitigation.around(draw.denoiser))
+                if self.mitigation.changes_start():
+                    drawing.stages = Stages(draw, self.mitigation, generators)
+                    before = drawing.stages.before
+            stack.enter_context(draw.hooked(before))
+            output = call.with_(**draw.callbacks_aside(call.given))(pipe)
         for rows in draw.trace:
             self.report.add_trace(number, attempt, places, rows)
         if draw.unmoved and number not in self.report.unmoved:
