@@ -138,6 +138,11 @@ class AntiMemorizationGuidance(Observer):
         ).anti_memorization(index)
 
     @property
+    def needs_text_encoder(self) -> bool:
+        """Whether captions are encoded to steer away from them (eq. 15), where s_0 is above 1."""
+        return self.c2 > 0
+
+    @property
     def calls_denoiser(self) -> bool:
         """Whether the denoiser may be called for captions (eq. 16)."""
         return self.c2 > 0
@@ -260,7 +265,10 @@ class AntiMemorizationGuidance(Observer):
         """
         x_0 = prediction.clean_estimate()
         offset, gain = prediction.returned or (torch.zeros_like(x_0), 1.0)
-        if gain == 0:
+        free = None  # every element follows the prediction
+        if isinstance(gain, torch.Tensor):
+            free = gain != 0
+        if not (gain if free is None else bool(free.any())):
             return prediction  # whatever is predicted, the sampler returns the same
         before = offset + gain * x_0 if prediction.finish is None else prediction.finish(x_0)
         limit = prediction.image_range
@@ -284,23 +292,30 @@ class AntiMemorizationGuidance(Observer):
                 target,
                 limit,
                 prediction.decode,
+                free=None if free is None else free[rows],
             )
-        return prediction.with_clean_change((moved - before[rows]) / gain, rows).activated(above)
+        change = moved - before[rows]
+        if isinstance(gain, torch.Tensor):
+            change = torch.where(gain[rows] != 0, change / gain[rows], 0.0)
+        else:
+            change = change / gain
+        return prediction.with_clean_change(change, rows).activated(above)
 
     def _moved_within(
         self,
         prediction: Prediction,
         returned: Tensor,
         offset: Tensor,
-        gain: float,
+        gain: float | Tensor,
         rows: Tensor,
         target: float,
     ) -> Tensor:
         """x̂_0 of ``rows`` in ±clean_range, which the sampler makes samples below ``target`` of."""
         assert prediction.clean_range is not None
         limit = prediction.image_range
+        each = torch.as_tensor(gain, device=returned.device).expand_as(returned)[rows]
         # What is moved is gain·x̂_0: there, the range is one number.
-        furthest = prediction.clean_range * abs(gain)
+        furthest = prediction.clean_range * float(each.abs().max())
         start = (returned[rows] - offset[rows]).clamp(-furthest, furthest)
         with torch.inference_mode(False):
             moved = move_below(
@@ -311,5 +326,6 @@ class AntiMemorizationGuidance(Observer):
                 furthest,
                 lambda x: prediction.decode(x if limit is None else x.clamp(-limit, limit)),
                 offset=offset[rows].clone(),
+                free=each != 0,
             )
-        return moved / gain
+        return torch.where(each != 0, moved / each, 0.0)

@@ -40,6 +40,7 @@ def move_below(
     decode: Callable[[Tensor], Tensor] = lambda x_0: x_0,
     iterations: int = 20,
     offset: Tensor | None = None,
+    free: Tensor | None = None,
 ) -> Tensor:
     """Move clean estimates along −∇σ until every σ is at most ``target``, by Newton steps.
 
@@ -56,6 +57,8 @@ def move_below(
         decode: from x_0 to images (B, C, H, W) in [−1, 1].
         iterations: the most steps taken.
         offset: like x_0, added to it before it is decoded; None: nothing.
+        free: like x_0, bool: which elements may move, such as those that inpainting draws; None:
+            all of them.
 
     Returns:
         The moved estimates, like x_0; rows at or below the target keep their bits.
@@ -72,6 +75,8 @@ def move_below(
         if not bool(above.any()):
             break
         rows, gradient, excess = rows[above], gradient[above], sigma.detach()[above] - target
+        if free is not None:
+            gradient = gradient * free[rows]
         gradient = _never_zero(gradient)
         if image_range is not None:
             # Pixels at the edge of the range cannot move outwards: the others do it.
@@ -80,6 +85,8 @@ def move_below(
         square = gradient.flatten(1).square().sum(dim=1)
         # 1 % past the target, so that rounding does not leave a sample on the line.
         step = per_sample((excess + 0.01 * abs(target)) / square, gradient) * gradient
+        if free is not None:
+            step = step * free[rows]
         moved = x_0[rows] - step
         x_0[rows] = moved if image_range is None else moved.clamp(-image_range, image_range)
     return x_0

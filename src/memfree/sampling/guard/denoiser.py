@@ -76,13 +76,49 @@ def hooked(denoiser: Any, after: After, before: Before | None = None) -> Iterato
         _CALL.reset(token)
 
 
-Hooks = tuple[Callable[..., Any] | None, Callable[..., Any]]
+class Watch:
+    """A pre-hook of a denoiser that tells of calls by others than guarded pipeline calls.
+
+    Copies and pickles of the denoiser hold one that tells nobody.
+
+    Args:
+        called: what such a call is told to.
+    """
+
+    def __init__(self, called: Callable[[], None] | None = None) -> None:
+        self._called = called
+
+    def __call__(self, module: Any, args: Any, kwargs: Any) -> None:
+        """Tell, unless this is a guarded call's own."""
+        if self._called is not None and not in_guarded_call():
+            self._called()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Watch, ()
+
+
+@contextmanager
+def watched(denoiser: Any, called: Callable[[], None]) -> Iterator[None]:
+    """``called`` is called, in this block, whenever no guarded pipeline call calls the denoiser.
+
+    Args:
+        denoiser: the module that several pipelines may share.
+        called: takes no arguments.
+    """
+    hooks: Hooks = (Watch(called), None)
+    with _compiled(denoiser, hooks) if _is_compiled(denoiser) else _plain(denoiser, hooks):
+        yield
+
+
+Hooks = tuple[Callable[..., Any] | None, Callable[..., Any] | None]
 
 
 @contextmanager
 def _plain(denoiser: Any, hooks: Hooks) -> Iterator[None]:
     before, after = hooks
-    handles = [denoiser.register_forward_hook(after, with_kwargs=True)]
+    handles = []
+    if after is not None:
+        handles.append(denoiser.register_forward_hook(after, with_kwargs=True))
     if before is not None:
         handles.append(denoiser.register_forward_pre_hook(before, with_kwargs=True))
     try:
@@ -134,6 +170,8 @@ class _AroundCompiled:
                 args, kwargs = changed
         output = self.compiled(*args, **kwargs)
         for _, after in hooks:
+            if after is None:
+                continue
             changed = after(self.module, args, kwargs, output)
             output = output if changed is None else changed
         return output

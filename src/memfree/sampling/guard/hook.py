@@ -63,6 +63,15 @@ class Draw:
         self.trace: list[dict[str, Tensor]] = []
         self.unmoved = False
         """Whether the scheduler's last step was found not to follow the prediction."""
+        self.finished = False
+        """Whether the denoiser was called for the schedule's last step."""
+        self.last: Prediction | None = None
+        """The record of the latest step, as the guidances left it."""
+        self.given: Tensor | None = None
+        """Latents of the given image (B, C, h, w), which an inpainting pipeline puts back itself
+        after every step; None where the denoiser sees them, or there are none."""
+        self.mask: Tensor | None = None
+        """(B, 1, h, w), twice with both branches: what that pipeline draws (1) or puts back (0)."""
         self.levels = NoiseLevels(pipe.scheduler, family.flow)
         self._memory: dict[Any, Any] = {}
         self._like: Tensor | None = None
@@ -121,18 +130,13 @@ class Draw:
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The forward hook: the denoiser's output with the active rows corrected."""
-        if not self.guidances:
+        try:
+            view, raw, found = self._step(args, kwargs, output)
+        except ValueError:
+            if self.guidances:
+                raise
+            self.last = None  # a call that is only judged need not be followed
             return None
-        with torch.inference_mode(False), torch.no_grad():
-            arguments = usable(self.bound(args, kwargs))
-            is_tuple = isinstance(output, tuple)
-            raw = usable(output[0] if is_tuple else output.sample)
-            planned = getattr(self.pipe, "num_timesteps", None)
-            level = self.levels.next(arguments["timestep"], planned)
-            if level.step == 0 and self._check_cache is not None:
-                self._check_cache()
-            view = self.view(arguments, level)
-            found = self.guided(view, raw)
         if found is None:
             return None
         rows, corrected = found
@@ -140,15 +144,40 @@ class Draw:
         target = self.family.prediction(changed, view.channels)
         for half in range(0, view.total, view.count):
             target[rows + half] = corrected
-        return (changed, *output[1:]) if is_tuple else type(output)(sample=changed)
+        return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)
+
+    def _step(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> tuple[View, Tensor, tuple[Tensor, Tensor] | None]:
+        """One call of the denoiser: what was asked, what it returned, and what is corrected."""
+        with torch.inference_mode(False), torch.no_grad():
+            arguments = usable(self.bound(args, kwargs))
+            raw = usable(output[0] if isinstance(output, tuple) else output.sample)
+            planned = getattr(self.pipe, "num_timesteps", None)
+            level = self.levels.next(arguments["timestep"], planned)
+            self.finished = level.is_last
+            if level.step == 0 and self._check_cache is not None:
+                self._check_cache()
+            view = self.view(arguments, level)
+            return view, raw, self.guided(view, raw)
 
     def encode(self, captions: Sequence[str]) -> TextConditions:
         """Captions as the prompts of this call; one function for all steps, which guidances keep.
 
         Not for the next call of the pipeline: its options may be others.
+
+        Raises:
+            ValueError: the call's embeddings are of other text encoders.
         """
         assert self._like is not None
-        encoded = self.family.encode(self.pipe, captions, self.call)
+        _, length, width = self._like.shape
+        encoded = self.family.encode(self.pipe, captions, self.call, length)
+        if encoded.embeddings.shape[2] != width:
+            raise ValueError(
+                f"memfree.guard: prompt_embeds have vectors of {width}, the pipeline's own "
+                f"encoding has {encoded.embeddings.shape[2]}: load all text encoders, or leave "
+                "out guidance that needs captions (c2=0)"
+            )
         return encoded.to(self._like.device, self._like.dtype)
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -226,25 +255,44 @@ class Draw:
             guidance_rescale=amount,
             step=view.level.step,
             decode=self.decoder.estimate,
-            encode=self.encode,
+            encode=None if self.family.missing_text_part(self.pipe) else self.encode,
             memory=self._memory,
         )
         base = replace(base, output=base.as_stepped(base.output, base.output_cond))
+        self.last = base
+        if not self.guidances:
+            return None
         if self._ends(view, base):
             ending = last_step(*self._step_of(view, base))
             base = replace(base, is_last=True, decode=self.decoder.finished, **ending)
             self.unmoved = base.returned is not None and base.returned[1] == 0
+            if self.given is not None:
+                base = self._inpainted(base)
         decoder = self.decoder
         with (
             explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()),
             self.own_randomness(),
         ):
             result = apply(self.guidances, base)
+        self.last = result
         self.trace.append(trace_rows(result, view.level.step, torch.tensor(view.level.t)))
         rows = (result.output != base.output).flatten(1).any(dim=1).nonzero().squeeze(1)
         if not len(rows):
             return None
         return rows, view.to_native(result.output[rows], base.output[rows], native, rows)
+
+    def _inpainted(self, base: Prediction) -> Prediction:
+        """The last record with the given image where the pipeline puts it back."""
+        assert self.given is not None and self.mask is not None
+        # As the pipeline: of the mask of both branches, the first half is used.
+        drawn, given = self.mask[: len(base.x_t)].float(), self.given.float()
+        offset, gain = base.returned or (torch.zeros_like(base.x_t, dtype=torch.float32), 1.0)
+        known = drawn * offset + (1 - drawn) * given, (gain * drawn).expand_as(offset)
+        if (finish := base.finish) is None:
+            return replace(base, returned=known)
+        return replace(
+            base, returned=known, finish=lambda x_0: drawn * finish(x_0) + (1 - drawn) * given
+        )
 
 
 @dataclass
@@ -272,9 +320,10 @@ class View:
         everything = self.arguments[self.draw.family.sample]
         self.total = len(everything)
         self.count = self.total // 2 if self.twice else self.total
-        self.channels = everything.shape[1]
+        # Inpainting denoisers see a mask and an image in further channels.
+        self.channels = min(everything.shape[1], self.draw.pipe.vae.config.latent_channels)
         self.dtype = everything.dtype
-        x_t = everything[: self.count]
+        x_t = everything[: self.count, : self.channels]
         self.native_x_t = x_t
         self.norm = 1.0
         if self.level.flow_sigma is not None:
@@ -325,13 +374,18 @@ class View:
         if conditions is None and not self.twice:
             raise ValueError(
                 "memfree.guard: this guidance needs the unconditional prediction, which the "
-                "pipeline makes with a guidance_scale above 1 only"
+                "pipeline makes with a guidance_scale above 1 only, and never with a denoiser that "
+                "is told the scale"
             )
         rows = self._rows(x)
         half = rows if conditions is None else rows + (self.total - self.count)
         family = self.draw.family
         arguments = rows_of(self.arguments, half, self.total)
-        arguments[family.sample] = (x * self.norm).to(self.dtype)
+        sample, beside = (
+            (x * self.norm).to(self.dtype),
+            arguments[family.sample][:, self.channels :],
+        )
+        arguments[family.sample] = torch.cat([sample, beside], 1) if beside.shape[1] else sample
         if conditions is not None:
             assert isinstance(conditions, TextConditions)
             like = self.conditions.embeddings
