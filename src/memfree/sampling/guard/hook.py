@@ -25,6 +25,7 @@ from memfree.sampling.guard.denoiser import (
     hooked,
 )
 from memfree.sampling.guard.families import Arguments, Family
+from memfree.sampling.guard.images import finite_rows
 from memfree.sampling.guard.nested import rows_of, usable
 from memfree.sampling.guard.noise_level import NoiseLevel, NoiseLevels
 from memfree.sampling.last_step import returned
@@ -240,12 +241,14 @@ class Draw:
         self.last = base
         if not self.guidances:
             return None
+        finite = finite_rows(base.output) & finite_rows(base.x_t)
+        base = _in_numbers(base)
         if view.level.is_last and view.level.flow_sigma is None:
             t = self.pipe.scheduler.timesteps[-1]
             known = returned(
                 self.pipe.scheduler,
                 t,
-                view.x_t,
+                base.x_t,
                 base.output,
                 view.level.alpha_bar,
                 float(self.call.get("eta", 0.0)),
@@ -263,7 +266,8 @@ class Draw:
             result = apply(self.guidances, base)
         self.last = result
         self.trace.append(trace_rows(result, view.level.step, torch.tensor(view.level.t)))
-        rows = (result.output != base.output).flatten(1).any(dim=1).nonzero().squeeze(1)
+        changed = (result.output != base.output).flatten(1).any(dim=1) & finite
+        rows = changed.nonzero().squeeze(1)
         if not len(rows):
             return None
         return rows, view.to_native(result.output[rows], base.output[rows], native, rows)
@@ -276,6 +280,26 @@ class Draw:
         drawn = self.mask[:count].float()
         offset, gain = base.returned or (torch.zeros_like(base.x_t, dtype=torch.float32), 1.0)
         return drawn * offset + (1 - drawn) * self.given.float(), (gain * drawn).expand_as(offset)
+
+
+def _in_numbers(prediction: Prediction) -> Prediction:
+    """The record with 0 for NaN and ∞, which no neighbour can be found of.
+
+    Rows that hold them are not corrected; one broken sample does not end the call of the others.
+    """
+
+    def numbers(values: Tensor) -> Tensor:
+        return values.nan_to_num(0.0, 0.0, 0.0)
+
+    uncond, cond = prediction.output_uncond, prediction.output_cond
+    return replace(
+        prediction,
+        x_t=numbers(prediction.x_t),
+        output=numbers(prediction.output),
+        output_cond=None if cond is None else numbers(cond),
+        output_uncond=None if uncond is None else numbers(uncond),
+        decode=lambda latents: numbers(prediction.decode(latents)),
+    )
 
 
 @dataclass
