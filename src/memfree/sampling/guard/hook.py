@@ -25,6 +25,7 @@ from memfree.sampling.guard.denoiser import (
     hooked,
 )
 from memfree.sampling.guard.families import Arguments, Family
+from memfree.sampling.guard.images import finite_rows
 from memfree.sampling.guard.nested import rows_of, usable
 from memfree.sampling.guard.noise_level import NoiseLevel, NoiseLevels
 from memfree.sampling.last_step import LastStep, last_step
@@ -262,6 +263,8 @@ class Draw:
         self.last = base
         if not self.guidances:
             return None
+        finite = finite_rows(base.output) & finite_rows(base.x_t)
+        base = _in_numbers(base)
         if self._ends(view, base):
             ending = last_step(*self._step_of(view, base))
             base = replace(base, is_last=True, decode=self.decoder.finished, **ending)
@@ -277,7 +280,8 @@ class Draw:
             result = apply(self.guidances, base)
         self.trace.append(trace_rows(result, view.level.step, view.level.t))
         self.last = result
-        rows = (result.output != base.output).flatten(1).any(dim=1).nonzero().squeeze(1)
+        changed = (result.output != base.output).flatten(1).any(dim=1) & finite
+        rows = changed.nonzero().squeeze(1)
         if not len(rows):
             return None
         return rows, view.to_native(result.output[rows], base.output[rows], native, rows)
@@ -294,6 +298,26 @@ class Draw:
         return replace(
             base, returned=known, finish=lambda x_0: drawn * finish(x_0) + (1 - drawn) * given
         )
+
+
+def _in_numbers(prediction: Prediction) -> Prediction:
+    """The record with 0 for NaN and ∞, which no neighbour can be found of.
+
+    Rows that hold them are not corrected; one broken sample does not end the call of the others.
+    """
+
+    def numbers(values: Tensor) -> Tensor:
+        return values.nan_to_num(0.0, 0.0, 0.0)
+
+    uncond, cond = prediction.output_uncond, prediction.output_cond
+    return replace(
+        prediction,
+        x_t=numbers(prediction.x_t),
+        output=numbers(prediction.output),
+        output_cond=None if cond is None else numbers(cond),
+        output_uncond=None if uncond is None else numbers(uncond),
+        decode=lambda latents: numbers(prediction.decode(latents)),
+    )
 
 
 @dataclass
