@@ -9,6 +9,8 @@ LAYERS = [
         "folders",
         "first_process",
         "free_word",
+        "full_precision",
+        "launcher",
         "requeue",
         "memory",
         "option_messages",

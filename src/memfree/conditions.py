@@ -26,6 +26,11 @@ class TextConditions:
     def __getitem__(self, rows: Tensor | slice) -> TextConditions:
         return self._each(lambda value: value[rows])
 
+    def shapes(self) -> list[torch.Size | None]:
+        """The shape of each part; of equal shapes can be one batch."""
+        parts = (self.embeddings, self.pooled, self.mask)
+        return [None if part is None else part.shape for part in parts]
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextConditions:
         """The same on another device, and of another floating type if given."""
         return self._each(

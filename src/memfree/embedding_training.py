@@ -15,8 +15,9 @@ from memfree.data.distinct import DistinctImages
 from memfree.data.split import PartName
 from memfree.folders.hashes import sha256
 from memfree.folders.manifest import write_manifest
-from memfree.models.copy_detection import CopyDetectionModule, CopyDetectionOptions
-from memfree.models.short_training import Accelerator, fit, is_finished, write_folder
+from memfree.models.copy_detection import CopyDetectionModule
+from memfree.models.options import Accelerator, CopyDetectionOptions
+from memfree.models.short_training import fit, is_finished, write_folder
 from memfree.retrieval.copy_detection import WEIGHTS, CopyDetectionShape
 
 PARTS: tuple[PartName, ...] = ("train", "fit")

@@ -18,6 +18,7 @@ from memfree.first_process import is_first_process
 from memfree.folders.one_writer import one_at_a_time
 from memfree.folders.part import ALL, Part, part_of
 from memfree.folders.storage_errors import check_free_space
+from memfree.folders.whole_folder import refuse_mount_point
 from memfree.guidance.calibration import (
     Calibration,
     calibration_of,
@@ -28,8 +29,9 @@ from memfree.index_tables import summary, thresholds
 from memfree.memory import explained_memory
 from memfree.quiet import quiet
 from memfree.retrieval import Features, ReferenceIndex
-from memfree.retrieval.extractors import HAVE_DTYPE, ExtractorOptions, FeatureName, make_features
+from memfree.retrieval.extractors import HAVE_DTYPE, make_features
 from memfree.retrieval.hashing import read_salt
+from memfree.retrieval.options import ExtractorOptions, FeatureName
 from memfree.retrieval.storage import check_replaceable, is_written
 
 if TYPE_CHECKING:
@@ -125,6 +127,9 @@ def index(
         raise ValueError("--part needs --features of a network: pixels are not embedded")
     if overwrite and not work.whole:
         raise ValueError("--part and --overwrite true exclude each other: delete --out, or choose")
+    refuse_mount_point(out)
+    if salt_file is not None and salt_file.exists():
+        read_salt(salt_file)  # refuses what is not a salt before the work
     folder = DatasetFolder(dataset)
     training, calibration = folder.part("train"), folder.part("calibration")
     made = make_features(features, extractor)

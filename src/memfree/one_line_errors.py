@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from memfree.console import say
+from memfree.launcher import check_variables
 from memfree.requeue import requeued_when_warned
 
 DEBUG_VARIABLE = "MEMFREE_DEBUG"
@@ -24,6 +25,7 @@ def guarded(call: Callable[[], Any], goes_on: bool = True) -> Any:
         goes_on: whether what it had done is kept when it is stopped and started again.
     """
     try:
+        check_variables()  # importing Lightning reads them
         with requeued_when_warned(goes_on):
             return call()
     except BrokenPipeError:

@@ -14,16 +14,18 @@ from torchvision.utils import make_grid, save_image
 from memfree.console import say
 from memfree.data import DatasetFolder
 from memfree.folders.atomic_files import write_atomic
-from memfree.models.autoencoder import AutoencoderModule, AutoencoderOptions
+from memfree.models.autoencoder import AutoencoderModule
 from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
-from memfree.models.claim import CHECKPOINTS, begin, claim
+from memfree.models.claim import CHECKPOINTS, RECONSTRUCTIONS, begin, claim
 from memfree.models.export import export_model
 from memfree.models.finite import FiniteTraining
 from memfree.models.latents import latent_shape
+from memfree.models.options import AutoencoderOptions, ScratchOptions
 from memfree.models.progress import StepProgress
-from memfree.models.small_pipeline import ScratchOptions, build_pipeline
+from memfree.models.small_pipeline import build_pipeline
 from memfree.quiet import quiet
 from memfree.trainers import build_trainer
+from memfree.untrusted import short
 
 ADVICE = (".*does not have many workers.*", "Checkpoint directory .* exists and is not empty.*")
 SHOWN = 16
@@ -76,6 +78,11 @@ def scratch(
     if claimed.found == "finished":
         say(f"{out} is already built as asked")
         return
+    captions = _captions(data)
+    try:
+        build_pipeline(module.network, captions, model, seed)
+    except Exception as error:  # whatever diffusers and transformers make of sizes that do not fit
+        raise ValueError(f"--model.* makes no text-to-image model: {short(error)}") from error
     with quiet(*ADVICE):
         fit = build_trainer(
             accelerator=accelerator,
@@ -93,9 +100,9 @@ def scratch(
     vae = module.cpu().finish()
     errors = {
         "train": _error(vae, training.images()),
-        "test": _error(vae, held_out.images(), out / "reconstructions.png"),
+        "test": _error(vae, held_out.images(), out / RECONSTRUCTIONS),
     }
-    pipeline: Any = build_pipeline(vae, _captions(data), model, seed)
+    pipeline: Any = build_pipeline(vae, captions, model, seed)
     export_model(
         out,
         pipeline,

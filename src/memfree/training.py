@@ -30,10 +30,11 @@ from memfree.models import (
 )
 from memfree.models.beginning import Beginning
 from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
-from memfree.models.claim import CHECKPOINTS, GRIDS, claim
+from memfree.models.claim import CHECKPOINTS, EXPOSURES, GRIDS, LORA, claim
 from memfree.models.finite import NotFiniteError
-from memfree.models.loggers import LoggerName, check_logger, finish
+from memfree.models.loggers import check_logger, finish
 from memfree.models.loss_record import LossRecord
+from memfree.models.options import LoggerName
 from memfree.models.preemption import Preemption
 from memfree.models.progress import StepProgress
 from memfree.models.sample_grid import averaged_module
@@ -42,8 +43,6 @@ from memfree.models.text_to_image import TextToImageModule
 from memfree.quiet import quiet
 from memfree.trainers import build_trainer
 
-EXPOSURES = "exposures.parquet"
-LORA = "lora"
 _log = logging.getLogger(__name__)
 ADVICE = (
     # Reading is a small part of a step here, and small sets are read without workers.
@@ -160,7 +159,13 @@ def train(
             # The data module shares the records out among the ranks itself.
             use_distributed_sampler=False,
         )
-        _check_accumulation(trainer.accumulate_grad_batches, data.batches(fit.world_size))
+        batches = data.batches(fit.world_size)
+        rest = _rest_of_epoch(trainer.accumulate_grad_batches, batches)
+        if rest and fit.is_global_zero:
+            _log.warning(
+                "the last step of an epoch adds up %d of its %d batches, not %d",
+                *(rest, batches, trainer.accumulate_grad_batches),
+            )
         try:
             with explained_memory("training", _less_memory(data, model, trainer)):
                 fit.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
@@ -265,19 +270,19 @@ def _check_length(options: TrainerOptions) -> None:
         raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
 
 
-def _check_accumulation(accumulated: int, batches: int) -> None:
-    """Refuse steps of more batches than an epoch has: Lightning ends each step with its epoch."""
+def _rest_of_epoch(accumulated: int, batches: int) -> int:
+    """Batches of the last step of an epoch where they are fewer: Lightning ends it there.
+
+    Raises:
+        ValueError: an epoch has not even the batches of one step.
+    """
     if accumulated > batches:
         raise ValueError(
             f"--trainer.accumulate_grad_batches {accumulated}: an epoch has only "
-            f"{counted(batches, 'batch', 'batches')}, and a step ends with it; give "
-            f"{batches} or fewer, or a smaller --data.batch_size"
+            f"{counted(batches, 'batch', 'batches')}, and a step ends with it; give {batches} or "
+            "fewer, or a smaller --data.batch_size"
         )
-    if rest := batches % accumulated:
-        _log.warning(
-            "the last step of each epoch adds up %d batches, not %d: an epoch has %d",
-            *(rest, accumulated, batches),
-        )
+    return batches % accumulated
 
 
 def _precision(options: TrainerOptions) -> Any:

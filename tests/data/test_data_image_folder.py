@@ -10,9 +10,9 @@ from memfree import cli
 from memfree.data import prepare
 from memfree.data.framing import Framing
 from memfree.data.ingest import ingest
-from memfree.data.skipped import Skipped
+from memfree.data.options import RecordOptions
+from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.sources import ImageFolder, SourceImage
-from memfree.data.tarrecord import RecordOptions
 
 
 @pytest.fixture
@@ -81,6 +81,12 @@ def test_pictures_in_other_formats_are_refused(put, name):
 @pytest.mark.parametrize("name", ["a.jfif", "a.JPE", "a.apng", "a.JPG"])
 def test_other_endings_of_the_formats_that_are_read(put, name):
     assert list(load(put(**{name: 0}))[0]) == [name]
+
+
+@pytest.mark.parametrize("name", ["a.gif", ".x/a.png", "notes.md"])
+def test_a_folder_without_pictures_says_what_is_there(put, name):
+    with pytest.raises(FileNotFoundError, match=f"--path: no PNG.*{name.split('/')[0]}"):
+        ImageFolder(put(**{name: "x"}))
 
 
 def test_links_are_followed(put, tmp_path, encode):
@@ -343,9 +349,20 @@ def test_a_rewritten_shard_is_not_called_done(tmp_path, tar, encode, capsys):
         prepare(tmp_path / "out", "shards", str(shard))
 
 
+def test_folders_of_earlier_versions_are_still_done(put, tmp_path, capsys):
+    folder = put(**{f"{number}.png": number for number in range(20)})
+    prepare(tmp_path / "out", "folder", str(folder))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    del manifest["source"]["hash"], manifest["source"]["files_hash"], manifest["left_out"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    prepare(tmp_path / "out", "folder", str(folder))
+    assert "already prepared" in capsys.readouterr().err
+
+
 def test_names_stay_unique(put, tmp_path, tar, encode):
     class Source:
         class_names = None
+        left_out = LeftOut()
 
         def images(self, skipped):
             for number, name in enumerate(["a", "a", "a#1", "a"]):

@@ -7,11 +7,12 @@ import tarfile
 
 import pytest
 from pictures import picture
+from PIL import Image
 
 from memfree.data import ShardDataModule, StreamOptions, prepare
 from memfree.data.foreign import ForeignBatches
+from memfree.data.options import RecordOptions
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.data.tarrecord import RecordOptions
 from memfree.data.tarstream import expand_shards, read_members, read_shard
 
 
@@ -96,6 +97,7 @@ def test_files_of_a_sample_that_stand_apart(tmp_path, tar, png):
     packed.write_bytes(gzip.compress(shard.read_bytes()))
     message = refusal(packed)
     assert "sample 0 do not stand together" in message and str(packed) in message
+    assert list(read_shard(str(packed), Skipped())) == []  # none of them without its caption
 
 
 def test_captions_are_kept_though_records_are_skipped(tmp_path, tar, png):
@@ -131,7 +133,7 @@ def test_hidden_and_unknown_members_are_counted(tmp_path, tar, png):
     shard = tar(tmp_path / "a.tar", [("1.png", png(0)), *((name, b"x") for name in others)])
     records, left_out = read(shard)
     assert list(records) == ["1"] and left_out.count == len(others)
-    assert [text.split(":")[0] for text in left_out.first] == others
+    assert [text.split(":")[0] for text in left_out.first] == [f"a/{name}" for name in others]
 
 
 def test_pictures_of_other_formats_are_refused_by_name(tmp_path, tar):
@@ -190,6 +192,7 @@ def test_captions_are_read(tmp_path, tar, png, members, expected):
         ({"txt": b"one", "caption": b"two"}, "--records.caption_source"),
         ({"cls": b"1", "json": b'{"label": 2}'}, "class is 1 in .cls, but 2"),
         ({"json": b'{"label": "cat"}'}, "class 'cat' is not a number"),
+        ({"json": b'{"group": ["a"]}'}, "group is"),
     ],
 )
 def test_captions_and_classes_that_are_refused(tmp_path, tar, png, members, message):
@@ -208,6 +211,15 @@ def test_which_caption_is_meant(tmp_path, tar, png, source, caption):
     members = [("1.png", png(0)), ("1.txt", b"one"), ("1.caption", b"two")]
     shard = tar(tmp_path / "a.tar", [*members, ("1.json", b'{"caption": "three"}')])
     assert read(shard, caption_source=source)[0]["1"].caption == caption
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"), [("7", "7"), ("7.0", "7"), ('"7"', "7"), ("NaN", None), ("null", None)]
+)
+def test_groups_that_are_numbers(tmp_path, tar, png, group, expected):
+    meta = b'{"group": %s}' % group.encode()
+    shard = tar(tmp_path / "a.tar", [("1.png", png(0)), ("1.json", meta)])
+    assert read(shard)[0]["1"].group == expected
 
 
 @pytest.mark.parametrize("beside", ["0.tar.md5", "0.tar.sha256", "SHA256SUMS", "0.parquet"])
@@ -257,6 +269,38 @@ def test_empty_shards_are_damaged_shards(tmp_path):
     assert "0.tar" in refusal(tmp_path / "0.tar")
 
 
+def test_shards_without_records_are_counted(tmp_path, tar, png):
+    assert "no record" in read(tar(tmp_path / "0.tar", []))[1].text()
+    shard = tar(tmp_path / "1.tar", [("1.img", png(0))])
+    assert read(shard)[1].count == 2
+    with pytest.raises(ValueError, match=r"no readable image.*1\.img"):
+        prepare(tmp_path / "out", "shards", str(shard))
+    options = StreamOptions(epoch_records=1, image_size=8)
+    with pytest.raises(ValueError, match=r"no readable record.*1\.img"):
+        list(ForeignBatches(str(shard), options, 1))
+
+
+def animation(kind):
+    """Two frames."""
+    out = io.BytesIO()
+    frames = [Image.fromarray(picture(number)) for number in range(2)]
+    frames[0].save(out, kind, save_all=True, append_images=frames[1:])
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_later_frames_are_counted(tmp_path, tar, png, capsys, kind):
+    members = [(f"{number}.png", png(number)) for number in range(19)]
+    tar(tmp_path / "0.tar", [*members, (f"x.{kind.lower()}", animation(kind))])
+    prepare(tmp_path / "out", "shards", str(tmp_path / "0.tar"), channels=3)
+    assert "left out: 1 (0/x: 1 further frame)" in capsys.readouterr().err
+    options = StreamOptions(epoch_records=20, image_size=8)
+    data = ShardDataModule(str(tmp_path / "0.tar"), 10, stream=options)
+    for _ in range(2):
+        list(data.train_dataloader())
+    assert data.left_out.first[0] == "0/x: 1 further frame"
+
+
 def test_every_picture_of_a_shard(tmp_path, tar, png):
     names = ["1.png", "1.seg.png", "2.jpg", "2.png", "2.txt"]
     tar(tmp_path / "a.tar", [(name, png(0)) for name in names])
@@ -265,7 +309,16 @@ def test_every_picture_of_a_shard(tmp_path, tar, png):
         str(tmp_path / "a.tar"), lambda name: name[-3:] in ("png", "jpg"), 10**6, None, left_out
     )
     assert [name for name, _ in found] == ["a/1", "a/1.seg", "a/2", "a/2.png"]
-    assert left_out.first == ["2.txt"]
+    assert left_out.first == ["a/2.txt"]
+
+
+def test_captions_that_no_one_asked_for_do_not_matter(tmp_path, tar, png):
+    members = [("1.png", png(0)), ("1.txt", b"\xff"), ("1.json", b'{"caption": ["a"]}')]
+    tar(tmp_path / "0.tar", members)
+    (batch,) = ForeignBatches(str(tmp_path), StreamOptions(1, 8), 1)
+    assert "caption" not in batch
+    with pytest.raises(ValueError, match="UTF-8"):
+        list(ForeignBatches(str(tmp_path), StreamOptions(1, 8, captions=True), 1))
 
 
 def test_streamed_shards_of_one_name_keep_their_pictures_apart(tmp_path, tar, png):
@@ -296,6 +349,9 @@ def test_what_a_stream_asks_names_its_options(tmp_path, tar, png):
     options = StreamOptions(epoch_records=1, image_size=8)
     with pytest.raises(ValueError, match="--data.stream.records.image_suffix"):
         list(ForeignBatches(str(tmp_path), options, 1))
+    data = ShardDataModule(str(tmp_path), num_workers=1, stream=options)
+    with pytest.raises(ValueError, match=r"^0/1 has 2 pictures.*jpg or png$"):
+        list(data.train_dataloader())
     options = StreamOptions(1, 8, records=RecordOptions(image_suffix="png"))
     assert len(list(ForeignBatches(str(tmp_path), options, 1))) == 1
 
@@ -304,6 +360,16 @@ def test_the_summary_and_the_manifest_say_what_was_left_out(tmp_path, tar, png, 
     members = [m for i in range(20) for m in ((f"{i}.png", png(i)), (f"{i}.npy", b"x"))]
     tar(tmp_path / "0.tar", members)
     prepare(tmp_path / "out", "shards", str(tmp_path / "0.tar"))
-    assert "left out: 20 (0.npy; 1.npy; 2.npy; ...)" in capsys.readouterr().err
+    assert "left out: 20 (0/0.npy; 0/1.npy; 0/2.npy; ...)" in capsys.readouterr().err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["left_out"]["count"] == 20 and manifest["left_out"]["first"][0] == "0.npy"
+    assert manifest["left_out"]["count"] == 20 and manifest["left_out"]["first"][0] == "0/0.npy"
+
+
+def test_checkpoints_of_earlier_versions_are_of_the_same_stream(tmp_path, tar, png):
+    """Their identity has no options of records; it changes with those that are given."""
+    path = str(tar(tmp_path / "0.tar", [("1.png", png(0))]))
+    plain = ShardDataModule(path, stream=StreamOptions(1, 8)).identity()
+    assert "records" not in plain["stream"] and plain["stream"]["image_size"] == 8
+    options = StreamOptions(1, 8, records=RecordOptions(image_suffix="png"))
+    changed = ShardDataModule(path, stream=options).identity()
+    assert changed["stream"]["records"]["image_suffix"] == "png"

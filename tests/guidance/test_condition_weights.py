@@ -8,7 +8,7 @@ import torch
 
 from memfree.conditions import SAME, TextConditions, cosines, differ
 from memfree.guidance import Cadence, MultiplicityGuidance, Observer, Prediction
-from memfree.guidance.condition_weights import CaptionWeights
+from memfree.guidance.condition_weights import CaptionWeights, LabelWeights
 from memfree.guidance.prediction import combine
 from memfree.guidance.similarity import Match
 from memfree.guidance.threshold import ConstantThreshold
@@ -276,3 +276,72 @@ def test_a_cadence_searches_every_n_steps_and_always_near_the_end(index, every, 
         out = observer(prediction(encode(["unseen"]), step, time, memory))
         seen.append(float(out.trace["sigma"][0]))
     assert seen == expected
+
+
+def label_weights_by_hand(records, multiplicity, groups, label):
+    """m_i(y) and m_i(y)/Σ_group m, by loops; unlabelled records count under every label."""
+    m, first = [], []
+    for row, of_row in enumerate(records):
+        counted = of_row.get(label, 0) + multiplicity[row] - sum(of_row.values())
+        total = sum(
+            n for n, group in zip(multiplicity, groups, strict=True) if group == groups[row]
+        )
+        m.append(counted)
+        first.append(counted / total)
+    return first, m
+
+
+@pytest.mark.parametrize("unlabelled", [0, 2])
+def test_labels_weigh_as_by_hand(unlabelled):
+    """An image whose copies carry two labels has one record in all, as one with two captions."""
+    images = torch.rand(5, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    picture = torch.tensor([0, 0, 0, 1, 2, 3, 4, 4])
+    labels, groups = torch.tensor([0, 0, 2, 0, 1, 2, 1, 1]), torch.tensor([0, 0, 0, 1, 2, 2, 3, 3])
+    index = ReferenceIndex.build(images[picture], labels=labels, groups=groups, num_classes=5)
+    records = [{} for _ in range(5)]
+    for row, label in zip(picture.tolist(), labels.tolist(), strict=True):
+        records[row][label] = records[row].get(label, 0) + 1
+    index.items.multiplicity[1] += unlabelled
+    index.items.group_multiplicity[1] += unlabelled
+    weights = LabelWeights(index)
+    asked = torch.tensor([2, 0, 0, 1])
+    log_1, log_m = weights(asked)
+    arguments = (records, index.multiplicity.tolist(), index.group.tolist())
+    for row, label in enumerate(asked.tolist()):
+        first, m = label_weights_by_hand(*arguments, label)
+        torch.testing.assert_close(log_1[row].exp(), torch.tensor(first))
+        torch.testing.assert_close(log_m[row].exp(), torch.tensor(m, dtype=torch.float32))
+    for unknown in (3, 4, 5, -1):
+        with pytest.raises(ValueError, match=f"label {unknown} "):
+            weights(torch.tensor([0, unknown]))
+    assert weights(asked[:0])[0].shape == (0, 5)
+
+
+def test_labels_and_captions_of_two_copies_weigh_alike():
+    images = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    picture, labels = torch.tensor([0, 0, 1, 2]), [0, 1, 0, 1]
+    words = ["red apple", "green apple"]
+    index = ReferenceIndex.build(
+        images[picture], labels=torch.tensor(labels), captions=[words[i] for i in labels]
+    )
+    by_label = LabelWeights(index)(torch.tensor([0, 1]))
+    by_caption = CaptionWeights(index, 0.0)(encode(words), encode)
+    for label, caption in zip(by_label, by_caption, strict=True):
+        torch.testing.assert_close(label, caption)
+
+
+def test_many_labels_make_no_table_of_images_and_labels():
+    """50 000 images of 1000 classes would be 400 MB; here nothing of that size is made."""
+    count, classes = 400, 5000
+    images = torch.rand(count, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(count) * 7 % classes
+    index = ReferenceIndex.build(images, labels=labels, groups=range(count), num_classes=classes)
+    held = [*vars(LabelWeights(index)).values(), *vars(index.items).values()]
+    sizes = [
+        tensor.numel()
+        for value in held
+        for tensor in (value if isinstance(value, tuple) else (value,))
+        if isinstance(tensor, torch.Tensor)
+    ]
+    assert sizes and max(sizes) <= count
+    assert torch.equal(index.labels, labels)

@@ -6,8 +6,9 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from memfree.guidance import MultiplicityGuidance, Prediction
-from memfree.guidance.multiplicity import EmpiricalPosterior, _weighted_sum
+from memfree.guidance.multiplicity import EmpiricalPosterior
 from memfree.retrieval import ReferenceIndex
+from memfree.retrieval.search import Groups, References
 from memfree.sampling import sample
 from memfree.sampling.noise import initial_noise
 
@@ -276,5 +277,26 @@ def test_references_without_weight_are_left_out_of_the_mean(used):
     weights = torch.zeros(3, 40)
     weights[:, :used] = torch.randn(3, used, generator=generator)
     expected = weights.numpy().astype(np.float64) @ vectors.numpy().astype(np.float64)
-    got = _weighted_sum(weights, vectors).numpy()
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    for keep_centred in (True, False):
+        references = References(vectors, Groups.of(torch.arange(40)), "cosine", keep_centred)
+        got = EmpiricalPosterior(references).weighted_sum(weights).numpy()
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_below_rounding_are_zero_and_change_nothing(monkeypatch):
+    """A CPU multiplies denormal numbers many times slower."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.rand(600, 6, generator=generator) * 2 - 1
+    exponents = -45 * torch.rand(8, 600, generator=generator)
+    weights = torch.randn(8, 600, generator=generator).sign() * 10**exponents / 600
+    assert ((weights != 0) & (weights.abs() < torch.finfo(torch.float32).tiny)).any()
+    seen, plain = [], References.weighted_sum
+    monkeypatch.setattr(
+        References, "weighted_sum", lambda self, w: seen.append(w) or plain(self, w)
+    )
+    references = References(vectors, Groups.of(torch.arange(600)), "cosine")
+    got = EmpiricalPosterior(references).weighted_sum(weights)
+    (used,) = seen
+    assert used[used != 0].abs().min() > 2.0**-24 / 601
+    expected = weights.double() @ vectors.double()
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=2.0**-23)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from memfree.retrieval import Hits, ReferenceIndex
+from memfree.retrieval import Hits, ReferenceIndex, searched
 from memfree.retrieval import search as search_module
 from memfree.retrieval.faiss_search import FaissReferences
 from memfree.retrieval.search import Groups, References
@@ -137,30 +137,6 @@ def test_small_memory_bounds_change_nothing(monkeypatch):
         assert torch.equal(whole.scores, parts.scores)
 
 
-@pytest.mark.parametrize("precision", ["tf32", "bf16"])
-def test_fast_matrix_products_of_the_user_change_nothing(precision):
-    vectors, group, queries = case("near", "l2")
-    exact = References(vectors, Groups.of(group), "l2").search(queries, 20)
-    matmul, before = torch.backends.mkldnn.matmul, torch.backends.mkldnn.matmul.fp32_precision
-    try:
-        matmul.fp32_precision = precision
-        found = References(vectors, Groups.of(group), "l2").search(queries, 20)
-    finally:
-        matmul.fp32_precision = before
-    assert torch.equal(exact.rows, found.rows)
-    assert torch.equal(exact.scores, found.scores)
-
-
-def test_autocast_changes_nothing():
-    vectors, group, queries = case("near", "l2")
-    references = References(vectors, Groups.of(group), "l2")
-    exact = references.search(queries, 20)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = references.search(queries, 20)
-    assert torch.equal(exact.rows, found.rows)
-    assert torch.equal(exact.scores, found.scores)
-
-
 def test_error_bound_holds():
     """The certificate rests on it: approximate costs are within the bound of float64 ones."""
     for name in CASES:
@@ -219,7 +195,6 @@ def test_wrong_queries_are_refused():
 def test_backends_of_an_index_agree():
     _, index = random_index(groups=[i % 13 for i in range(40)])
     queries = torch.randn(9, 16)
-    assert index._searches_with() == "torch"
     expected = index.search(queries, 5)
     _, other = random_index(groups=[i % 13 for i in range(40)])
     other.backend = "faiss"
@@ -243,3 +218,84 @@ def test_far_queries_keep_few_candidates(monkeypatch):
     for scale in (1, 1e3, 1e6):
         references.search(scale * vectors[:10], 20)
     assert max(scored) < 10 * 30
+
+
+def set_precision(setting):
+    """One of the ways in which a process asks for fast float32 products."""
+    if setting in ("high", "medium"):
+        torch.set_float32_matmul_precision(setting)
+    elif setting == "allow_tf32":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    elif setting == "everywhere":
+        torch.backends.fp32_precision = "tf32"
+    else:
+        torch.backends.mkldnn.matmul.fp32_precision = setting
+
+
+def precisions():
+    backends = torch.backends
+    settings = (backends, backends.cuda.matmul, backends.mkldnn.matmul)
+    return [setting.fp32_precision for setting in settings]
+
+
+@pytest.fixture
+def restored_precision():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = "none"
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(
+    "setting", ["high", "medium", "bf16", "tf32", "allow_tf32", "everywhere", "autocast"]
+)
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_fast_products_leave_bits_and_candidates(setting, metric, restored_precision, monkeypatch):
+    """With the error bound of rounded products, nearly all rows would be scored exactly."""
+    vectors, group, queries = case("plain", metric)
+    scored, select = [], References.select
+
+    def counted(self, queries, query, row, k):
+        scored.append(len(row))
+        return select(self, queries, query, row, k)
+
+    monkeypatch.setattr(References, "select", counted)
+    references = References(vectors, Groups.of(group), metric)
+    expected = references.products(queries), references.weighted_sum(queries @ vectors.T)
+    weights, hits = queries @ vectors.T, references.search(queries, 5)
+    if setting != "autocast":
+        set_precision(setting)
+    before = precisions()
+    with torch.autocast("cpu", torch.bfloat16, enabled=setting == "autocast"):
+        found = references.search(queries, 5)
+        assert torch.equal(references.products(queries), expected[0])
+        assert torch.equal(references.weighted_sum(weights), expected[1])
+    assert torch.equal(found.rows, hits.rows) and torch.equal(found.scores, hits.scores)
+    assert scored[0] == scored[1]
+    assert precisions() == before
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("k", [1, 20])
+def test_the_search_that_does_not_wait_finds_the_same(name, metric, k):
+    """What an accelerator runs; where it is not certain, it says so."""
+    vectors, group, queries = case(name, metric)
+    references = References(vectors, Groups.of(group), metric)
+    expected = references.search(queries, k)
+    found, certain = references._leading(queries, references._costs(queries), k)
+    assert certain.any() or name == "one large group" or name.startswith("near")
+    assert torch.equal(found.rows[certain], expected.rows[certain])
+    assert torch.equal(found.scores[certain], expected.scores[certain])
+    bad = torch.full_like(queries[:1], float("nan"))
+    assert not references._leading(bad, references._costs(bad), k)[1].any()
+
+
+def test_large_sets_are_searched_by_torch_without_a_second_copy(monkeypatch):
+    _, index = random_index(groups=[i % 13 for i in range(40)])
+    expected = index.search(torch.zeros(2, 16), 5)
+    monkeypatch.setattr(searched, "_SMALL", 1)
+    _, large = random_index(groups=[i % 13 for i in range(40)])
+    found = large.search(torch.zeros(2, 16), 5)
+    assert torch.equal(found.rows, expected.rows) and torch.equal(found.scores, expected.scores)
+    assert large._faiss is None and large.references._centred is None

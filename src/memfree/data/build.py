@@ -14,7 +14,7 @@ from memfree.data.framing import Framing
 from memfree.data.grouping import distinct, group, near_pairs
 from memfree.data.identity import dataset_hash
 from memfree.data.ingest import Ingested, ingest
-from memfree.data.labels import LabelPolicy
+from memfree.data.options import LabelPolicy
 from memfree.data.plan import DuplicationPlan
 from memfree.data.records import Items, arrange
 from memfree.data.shards import RECORDS_SCHEMA, ShardWriter, record_bytes

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping
-from typing import Literal
 
-CaptionSource = Literal["any", "txt", "caption", "json", "metadata", "none"]
+from memfree.data.options import CaptionSource
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

@@ -13,10 +13,11 @@ from torch import distributed
 
 from memfree.data.epoch_loader import EpochLoader
 from memfree.data.folder import DatasetFolder
-from memfree.data.foreign import ForeignBatches, StreamOptions
+from memfree.data.foreign import ForeignBatches
 from memfree.data.names import is_tar
+from memfree.data.options import OnError, RecordOptions, StreamOptions
 from memfree.data.order import batches_per_epoch
-from memfree.data.rank_batches import Batch, OnError
+from memfree.data.rank_batches import Batch
 from memfree.data.resuming import epoch_order, go_on
 from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.stream import EpochBatches
@@ -144,7 +145,7 @@ class ShardDataModule(LightningDataModule):
         }
         if self.folder is None:
             stream = json.loads(json.dumps(asdict(self.stream)))
-            if self.stream.records == StreamOptions.records:
+            if self.stream.records == RecordOptions():
                 del stream["records"]  # absent in checkpoints of earlier versions
             read |= {"path": self.path, "stream": stream}
         return read

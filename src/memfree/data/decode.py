@@ -58,6 +58,11 @@ def open_image(data: bytes, name: str) -> Image.Image:
     return image
 
 
+def further_frames(image: Image.Image) -> int:
+    """Frames after the first, the only one that is used: of animations, and of JPEGs with two."""
+    return int(getattr(image, "n_frames", 1)) - 1
+
+
 def upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF orientation says; damaged EXIF says nothing."""
     try:

@@ -10,8 +10,8 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-DEFAULT_DISTANCE = 0.15
-"""Two images are near duplicates up to this distance; see :func:`near_pairs`."""
+from memfree.data.options import DEFAULT_DISTANCE
+from memfree.full_precision import full_precision
 
 _GRID = 16  # side of the windows that are compared; smaller images are compared as they are
 _RANK = 32  # dimensions of the projection that rules most pairs out
@@ -42,6 +42,7 @@ def distinct(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return of, np.array(first, np.int64)
 
 
+@full_precision(torch.device("cpu"))
 def near_pairs(
     pixels: np.ndarray,
     distance: float = DEFAULT_DISTANCE,

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from memfree.data.decode import channels_of, open_image, to_image
+from memfree.data.decode import channels_of, further_frames, open_image, to_image
 from memfree.data.framing import Framing
 from memfree.data.identity import SourceHash
 from memfree.data.skipped import Skipped
 from memfree.data.sources import Source, SourceImage
+from memfree.data.wording import counted
 
 
 @dataclass
@@ -81,6 +82,8 @@ def ingest(
                     raise
                 skipped.record(str(error))
                 continue
+            if frames := further_frames(image):
+                source.left_out.at(item.name)(f"{item.name}: {counted(frames, 'further frame')}")
             out.write(array.tobytes())
             shape = array.shape
             item.pixels = b""
@@ -92,7 +95,8 @@ def ingest(
         skipped.kept += len(items)
     if not items:
         first = f"; first {skipped.messages[0]}" if skipped and skipped.messages else ""
-        raise ValueError(f"the source has no readable image{first}")
+        other = f"; {source.left_out.text()}" if source.left_out else ""
+        raise ValueError(f"the source has no readable image{first}{other}")
     return Ingested(
         np.memmap(file, np.uint8, "r", shape=(len(items), *shape)),
         [item.name for item in items],

@@ -21,7 +21,6 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 MAX_NAME = 4096
 """Longest name of a record, characters: the longest path of most systems."""
 
-KeyEnds = Literal["ask", "first_dot", "last_dot"]
 
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _FIRST_DOT = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
@@ -75,12 +74,14 @@ def problem_with(name: str) -> str | None:
         return "climbs with .."
     if len(name) > MAX_NAME:
         return f"has {len(name)} characters, the limit is {MAX_NAME}"
-    kinds = {unicodedata.category(character) for character in name}
-    if "Cs" in kinds:
+    if any(unicodedata.category(character) == "Cs" for character in name):
         return "is not UTF-8"
-    if kinds & {"Cc", "Zl", "Zp"}:
-        return "has control characters"
-    return None
+    return None if is_text(name) else "has control characters"
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold a text, on one line and without a terminal's commands."""
+    return not {unicodedata.category(character) for character in text} & {"Cc", "Cs", "Zl", "Zp"}
 
 
 def shard_labels(shards: Sequence[str]) -> list[str]:

@@ -13,21 +13,26 @@ from memfree.bars import counting_bar
 from memfree.calibration_size import too_few_images
 from memfree.console import plain_console
 from memfree.data.build import build
-from memfree.data.framing import Filter, Framing, Resize
-from memfree.data.grouping import DEFAULT_DISTANCE
+from memfree.data.framing import Framing
 from memfree.data.identity import SourceHash, files_hash
-from memfree.data.labels import LabelPolicy
+from memfree.data.options import (
+    DEFAULT_DISTANCE,
+    Filter,
+    LabelPolicy,
+    RecordOptions,
+    Resize,
+    SourceName,
+)
 from memfree.data.plan import DuplicationPlan
 from memfree.data.shards import record_bytes
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.data.sources import Source, SourceName, open_source
+from memfree.data.sources import Source, open_source
 from memfree.data.split import PARTS, PartSizes
-from memfree.data.tarrecord import RecordOptions
 from memfree.data.wording import counted
 from memfree.folders.manifest import read_manifest, write_manifest
 from memfree.folders.resolved import save_config
 from memfree.folders.storage_errors import check_free_space
-from memfree.folders.whole_folder import put_in_place, unfinished
+from memfree.folders.whole_folder import check_place, put_in_place, unfinished
 
 _NO_COPIES = DuplicationPlan()
 _DEFAULT_SIZES = PartSizes()
@@ -128,6 +133,7 @@ def prepare(
             _check_source(out, source, path, emoji_variants, records, on_error)
         console.print(f"{out} is already prepared in this way", soft_wrap=True)
         return
+    check_place(out)
     opened = open_source(source, path, emoji_variants, records)
     listed = files_hash(opened.files)  # before they are read: what changes meanwhile is noticed
     count, size = opened.size
@@ -215,11 +221,8 @@ def _check_source(
     about = read_manifest(out, "dataset").get("source")
     about = about if isinstance(about, dict) else {}
     reason = ""
-    if "hash" not in about:  # of an earlier version of memfree
-        same = list(opened.size) == about.get("size")
-    elif files_hash(opened.files) == about.get("files_hash"):
-        same = True
-    else:
+    same = list(opened.size) == about.get("size")  # all that earlier versions wrote
+    if same and "hash" in about and files_hash(opened.files) != about.get("files_hash"):
         try:
             same = _hash_of(opened, on_error) == about["hash"]
         except (ValueError, OSError) as error:

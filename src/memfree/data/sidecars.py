@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from memfree.data.captions import checked_text, chosen_caption, decode_text
-from memfree.data.tarrecord import MAX_TEXT_BYTES, RecordOptions
+from memfree.data.options import RecordOptions
+from memfree.data.tarrecord import MAX_TEXT_BYTES
 from memfree.data.walk import problem_with_file
 from memfree.untrusted import MAX_JSON_BYTES, parse_json, short
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from memfree.data.decode import MAX_IMAGE_BYTES
 from memfree.data.names import OTHER_PICTURES, SUFFIXES, problem_with
+from memfree.data.options import RecordOptions, SourceName
 from memfree.data.sidecars import FolderCaptions
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.data.tarrecord import RecordOptions
 from memfree.data.tarstream import expand_shards, read_shard
 from memfree.data.walk import files_below, problem_with_file
 from memfree.data.wording import counted
 from memfree.untrusted import short
 
-SourceName = Literal["digits", "cifar10", "emoji", "folder", "shards"]
 _DEFAULT_OPTIONS = RecordOptions()
 
 
@@ -152,6 +151,8 @@ class ImageFolder:
         self._images = [file for file in self.files if file.suffix.lower() in wanted]
         if not self._images:
             which = "PNG, JPEG or WEBP" if suffix is None else f".{suffix}"
+            for file in self.files:
+                note(file.relative_to(path).as_posix())
             beside = f"; {self.left_out.text()}" if self.left_out else ""
             raise FileNotFoundError(f"--path: no {which} images under {path}{beside}")
         read = set(self._images)
@@ -179,6 +180,10 @@ class ImageFolder:
 
     def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
         """See :class:`Source`."""
+        if skipped is not None:
+            skipped.add(self._unlisted)
+        elif self._unlisted:
+            raise OSError(self._unlisted.messages[0])
         for problem in self._problems():
             if skipped is None:
                 raise ValueError(problem)
@@ -194,7 +199,6 @@ class ImageFolder:
 
     def _problems(self) -> Iterator[str]:
         """What is wrong with the folder beside its images."""
-        yield from self._unlisted.messages
         for file in self._foreign:
             yield (
                 f"{short(file, 1000)}: only PNG, JPEG and WEBP are read; convert it, or leave it "
@@ -215,7 +219,7 @@ class ImageFolder:
 
 
 class Shards:
-    """WebDataset tars of any origin: ``KEY.png|jpg|webp`` with ``KEY.txt``, ``.cls``, ``.json``.
+    """WebDataset tars: ``KEY.png|jpg|webp`` with ``KEY.txt``, ``.caption``, ``.cls``, ``.json``.
 
     Shards of img2dataset are read as they are. Images that declare ``image_key`` and ``group`` in
     their JSON, as shards of memfree do, keep their groups.

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from memfree.data.captions import CaptionSource, checked_text, chosen_caption, decode_text
-from memfree.data.names import MAX_NAME, OTHER_PICTURES, SUFFIXES, KeyEnds, problem_with
+from memfree.data.captions import checked_text, chosen_caption, decode_text
+from memfree.data.names import MAX_NAME, OTHER_PICTURES, SUFFIXES, is_text
+from memfree.data.options import RecordOptions
 from memfree.untrusted import parse_json, short
 
 MAX_TEXT_BYTES = 1 << 20
@@ -20,26 +21,6 @@ IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 TEXTS = ("txt", "caption", "cls", "json")
 """Suffixes of members that say something about one."""
 _OTHER_IMAGES = tuple(suffix[1:] for suffix in OTHER_PICTURES)
-
-
-@dataclass(frozen=True)
-class RecordOptions:
-    """How records are read where their names or contents leave a choice."""
-
-    key_ends: KeyEnds = "ask"
-    """Where the key of k.seg.png ends, in shards: first_dot (WebDataset's rule: a part of sample
-    k), last_dot (the picture of a record k.seg) or ask: stop where a sample has no other
-    picture."""
-    image_suffix: str | None = None
-    """Which file of a sample is its picture where it has several, such as jpg for k.jpg and the
-    mask k.png; the others are left out."""
-    caption_source: CaptionSource = "any"
-    """Which caption is meant where a picture has several: txt, caption (files of that ending),
-    json (of a shard's record), metadata (of a folder's metadata.jsonl or .csv) or none."""
-
-    def suffix(self) -> str | None:
-        """``image_suffix`` as suffixes are written here: lower case, without its dot."""
-        return self.image_suffix.lower().lstrip(".") if self.image_suffix is not None else None
 
 
 @dataclass
@@ -106,31 +87,34 @@ def record_of(
             raise ValueError(f"{shown}: two members have the suffix .{short(member.suffix, 40)}")
         found[member.suffix] = member
     image = _image(shown, found, options, prefix)
-    texts = {suffix: found[suffix] for suffix in TEXTS if suffix in found}
+    source = options.caption_source
+    meant = {"cls", "json", source} if source != "any" else set(TEXTS)
+    texts = {suffix: found[suffix] for suffix in TEXTS if suffix in found and suffix in meant}
     for member in (image, *texts.values()):
         if member.problem:
             raise ValueError(f"{shown}: {member.problem}")
     meta = _json(shown, texts["json"].read()) if "json" in texts else {}
     said = {
         suffix: decode_text(texts[suffix].read(), f"{shown}: its .{suffix}")
-        for suffix in TEXTS
-        if suffix in texts and suffix != "json"
+        for suffix in texts
+        if suffix != "json"
     }
     label = _one_label(shown, said.pop("cls", None), meta.get("label"))
     captions = dict(said)
-    if (caption := _json_caption(shown, meta.get("caption"))) is not None:
-        captions["json"] = caption
+    if source in ("any", "json"):
+        caption = _json_caption(shown, meta.get("caption"))
+        captions |= {"json": caption} if caption is not None else {}
     option = f"{prefix}caption_source"
     record = TarRecord(
         name,
         image.read(),
-        chosen_caption(shown, captions, options.caption_source, option),
+        chosen_caption(shown, captions, source, option),
         label,
         _declared(shown, meta, "image_key"),
         _declared(shown, meta, "group"),
     )
     for suffix, member in found.items():
-        if suffix not in TEXTS and member is not image:
+        if suffix not in texts and member is not image:
             note(f"{member.name}: a further part of {shown}")
     return record
 
@@ -156,8 +140,8 @@ def _image(name: str, found: dict[str, Member], options: RecordOptions, prefix: 
         which = f"{prefix}image_suffix {short(suffixes[0], 40)}"
         if options.key_ends == "ask":
             raise ValueError(
-                f"{short(parts[0].name)} is the picture of a record of its own "
-                f"({prefix}key_ends last_dot) or a part of sample {name} ({which})"
+                f"{name}: is {short(parts[0].name)} a record of its own "
+                f"({prefix}key_ends last_dot) or the picture of this one ({which})?"
             )
         raise ValueError(f"{name}: record without a picture of its own; give {which}")
     others = [member.suffix for member in found.values() if member.ending in _OTHER_IMAGES]
@@ -209,14 +193,15 @@ def _label(name: str, value: Any) -> int:
 
 def _declared(name: str, meta: dict[str, Any], field: str) -> str | None:
     value = meta.get(field)
-    if value is None or value == "":
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        return None
+    if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"{name}: its {field} is {short(repr(value), 40)}, no text")
+    value = str(value)
     if len(value) > MAX_NAME:
         raise ValueError(f"{name}: its {field} has {len(value)} characters; at most {MAX_NAME}")
-    if (problem := problem_with(value)) and "absolute" not in problem and "climbs" not in problem:
-        raise ValueError(f"{name}: its {field} {problem}")
+    if not is_text(value):
+        raise ValueError(f"{name}: its {field} has control characters")
     return value

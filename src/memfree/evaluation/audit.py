@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,9 @@ from memfree.folders.resolved import save_config
 from memfree.folders.whole_folder import put_in_place, unfinished
 from memfree.guidance import Calibration, calibration_of, default_similarity
 from memfree.retrieval import PixelFeatures, ReferenceIndex
+
+if TYPE_CHECKING:
+    from memfree.data import DatasetFolder
 
 INCOMPLETE = 3
 """Exit status of an audit that could not judge every picture."""
@@ -93,6 +97,8 @@ def audit(
     if out is not None:
         check_replaceable(out, "audit")
     references = ReferenceIndex.load(index)
+    if dataset is not None:
+        _open_dataset(references, dataset)  # refuses another one before the work
     result = measure(
         references, images, false_discovery_rate, false_positive_rate, pairs, batch_size
     )
@@ -307,9 +313,18 @@ def _nearest_images(
         return dict(zip(wanted, images.clamp(-1, 1), strict=True))
     if dataset is None:
         return {}
+    return training_images(_open_dataset(index, dataset), set(keys))
+
+
+def _open_dataset(index: ReferenceIndex, dataset: Path) -> DatasetFolder:
+    """The data set that the index was built from.
+
+    Raises:
+        ValueError: it is another one.
+    """
     from memfree.data import DatasetFolder
 
     data = DatasetFolder(dataset)
     if index.dataset_hash is not None and data.hash != index.dataset_hash:
         raise ValueError(f"--dataset {dataset} is not the data set that the index was built from")
-    return training_images(data, set(keys))
+    return data

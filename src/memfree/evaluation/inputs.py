@@ -11,6 +11,7 @@ import torch
 
 from memfree.evaluation.manifest_fields import DATASET, INDEX, SAMPLES
 from memfree.evaluation.metrics import CHANGED, HELDOUT
+from memfree.evaluation.subject import DEFAULT_REFERENCE
 from memfree.folders.manifest import read_manifest
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.folder import SampleFolder
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 
 HELD_OUT_PARTS: tuple[Literal["calibration", "test", "fit"], ...] = ("calibration", "test", "fit")
 """Thresholds, rates of real images, and the classifier: three purposes, three disjoint parts."""
-
-
-DEFAULT_REFERENCE = "unguided"
-"""Samples that others are compared with; where there are none of this name, the first."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from markupsafe import Markup
@@ -17,6 +17,7 @@ from memfree.evaluation.plots import distance_chart, dose_chart, trajectory_char
 from memfree.evaluation.templates import template
 from memfree.folders.atomic_files import write_atomic, write_text
 from memfree.folders.manifest import check_kind, write_manifest
+from memfree.folders.one_writer import one_writer
 from memfree.folders.resolved import save_config
 from memfree.untrusted import short
 
@@ -38,13 +39,16 @@ def report(evaluation: Path, out: Path | None = None) -> None:
     check_kind(target, "report")
     folder = EvaluationFolder(evaluation)
     folder.check_figures()
-    with _drawing(folder):
-        text = render(folder)
-        write_atomic(target / "picture.png", lambda path: write_picture(folder, path))
-    # A name that is not UTF-8 is written out.
-    write_text(target / "index.html", text.encode("utf-8", "backslashreplace").decode("utf-8"))
-    save_config(target)
-    write_manifest(target, "report", evaluation=str(evaluation), contains="training images")
+    # The command line locks an --out only.
+    with one_writer(target) if out is None else nullcontext():
+        with _drawing(folder):
+            text = render(folder)
+            write_atomic(target / "picture.png", lambda path: write_picture(folder, path))
+        # A name that is not UTF-8 is written out.
+        shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+        write_text(target / "index.html", shown)
+        save_config(target)
+        write_manifest(target, "report", evaluation=str(evaluation), contains="training images")
     line = f"Written to {target / 'index.html'}; it contains training images."
     plain_console().print(line, soft_wrap=True)
 

@@ -14,19 +14,16 @@ from memfree.guidance.asked_records import AskedRecords
 from memfree.guidance.detection import EVERY_STEP, Cadence, Detection, Observer, recorded
 from memfree.guidance.displacement import limit_displacement, move_below
 from memfree.guidance.latch import Call, nearest_call, where
-from memfree.guidance.neighbour_conditions import (
-    CAPTION_NEIGHBOURS,
-    CAPTION_RECORDS,
-    NeighbourConditions,
-)
+from memfree.guidance.mitigation_names import CAPTION_NEIGHBOURS, CAPTION_RECORDS, Through
+from memfree.guidance.neighbour_conditions import NeighbourConditions
 from memfree.guidance.prediction import Prediction, row_norm
-from memfree.guidance.sigma_gradient import Through, sigma_gradient
+from memfree.guidance.sigma_gradient import sigma_gradient
 from memfree.guidance.similarity import Match, Similarity
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-    from memfree.retrieval.captions import CaptionPolicy
+    from memfree.retrieval.options import CaptionPolicy
 
 
 class AntiMemorizationGuidance(Observer):
@@ -137,6 +134,11 @@ class AntiMemorizationGuidance(Observer):
             mitigation="amg", false_positive_rate=false_positive_rate
         ).anti_memorization(index)
 
+    @property
+    def needs_text_encoder(self) -> bool:
+        """Whether captions are encoded to steer away from them (eq. 15), where s_0 is above 1."""
+        return self.c2 > 0
+
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
         """Correct the active rows; all others keep their bits."""
@@ -157,8 +159,9 @@ class AntiMemorizationGuidance(Observer):
         columns["gate"] = threshold - self.margin(now.records)
         if len(rows):
             result = self._despecified(prediction, steering, threshold, held, rows, columns)
-            if self.c3 > 0 and bool(near.any()):
-                rows = near.nonzero().squeeze(1)
+            if self.latched and self.c3 > 0:
+                rows = near.nonzero().squeeze(1)  # without a latch, all that are active
+            if self.c3 > 0 and len(rows):
                 # The gradient is at x̂_0 as it was detected, before anything was changed.
                 g_sim = self._g_sim(prediction, match, rows)
                 columns["g_sim_norm"][rows] = row_norm(g_sim)
@@ -255,7 +258,10 @@ class AntiMemorizationGuidance(Observer):
         """
         x_0 = prediction.clean_estimate()
         offset, gain = prediction.returned or (torch.zeros_like(x_0), 1.0)
-        if gain == 0:
+        free = None  # every element follows the prediction
+        if isinstance(gain, torch.Tensor):
+            free = gain != 0
+        if not (gain if free is None else bool(free.any())):
             return prediction  # whatever is predicted, the sampler returns the same
         before = offset + gain * x_0
         limit = prediction.image_range
@@ -276,5 +282,11 @@ class AntiMemorizationGuidance(Observer):
                 target,
                 limit,
                 prediction.decode,
+                free=None if free is None else free[rows],
             )
-        return prediction.with_clean_change((moved - before[rows]) / gain, rows).activated(above)
+        change = moved - before[rows]
+        if isinstance(gain, torch.Tensor):
+            change = torch.where(gain[rows] != 0, change / gain[rows], 0.0)
+        else:
+            change = change / gain
+        return prediction.with_clean_change(change, rows).activated(above)

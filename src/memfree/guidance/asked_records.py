@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +40,7 @@ class AskedRecords:
         self.index = index
         self.bandwidth = bandwidth
         self._encoder: object = None
-        self._sentences: dict[int, Tensor] = {}
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, prediction: Prediction, match: Match, wanted: Tensor) -> Tensor:
         """m(y) of the nearest image where ``wanted`` (B,) bool, its m elsewhere, (B,) float32."""
@@ -49,15 +50,16 @@ class AskedRecords:
             return records
         if not isinstance(prompts, TextConditions) or prediction.encode is None:
             return records
-        rows = (wanted & (records > 1)).nonzero().squeeze(1)
-        groups = self.index.group.to(nearest.device)[nearest[rows]]
-        for group in groups.unique().tolist():
+        groups = self.index.group.to(nearest.device)[nearest]
+        groups, order = torch.where(wanted & (records > 1), groups, -1).sort(stable=True)
+        start = 0
+        # The host waits for the device once: the samples of a group stand together in ``order``.
+        for group, samples in Counter(groups.tolist()).items():
+            same, start = order[start : start + samples], start + samples
             # Records without a caption are asked for by every prompt.
             if counts := self.index.items.caption_counts.get(group):
-                same = rows[groups == group]
-                known = self._encoded(prediction.encode, group, counts)
+                known, m = self._encoded(prediction.encode, group, counts)
                 fit = caption_kernel(cosines(prompts[same].sentence(), known), self.bandwidth)
-                m = torch.tensor(list(counts.values()), dtype=torch.float32, device=fit.device)
                 records[same] = (records[same] - ((1 - fit) * m).sum(dim=1)).clamp(min=1)
         return records
 
@@ -66,10 +68,17 @@ class AskedRecords:
         nearest = match.rows[:, 0]
         return self.index.group_multiplicity.to(nearest.device)[nearest].float()
 
-    def _encoded(self, encode: Encode, group: int, captions: Iterable[str]) -> Tensor:
-        """Sentence vectors (C, D) of a group's captions; kept, as the model's encoder is frozen."""
+    def _encoded(
+        self, encode: Encode, group: int, counts: Mapping[str, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Sentence vectors (C, D) of a group's captions and their records (C,).
+
+        They are kept, as the model's encoder is frozen.
+        """
         if self._encoder != encode:
-            self._encoder, self._sentences = encode, {}
-        if group not in self._sentences:
-            self._sentences[group] = sentences(encode, list(captions))
-        return self._sentences[group]
+            self._encoder, self._known = encode, {}
+        if group not in self._known:
+            vectors = sentences(encode, list(counts))
+            records = torch.tensor(list(counts.values()), dtype=torch.float32)
+            self._known[group] = vectors, records.to(vectors.device)
+        return self._known[group]

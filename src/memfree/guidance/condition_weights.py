@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def log_weights(counts: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """log m_i and log(m_i / Σ_group m) of counts (N, L), each (N, L); −∞ where there is none."""
+    """log m_i and log(m_i / Σ_group m) of counts (N,), each (N,); −∞ where there is none."""
     m = counts.to(torch.float64)
-    total = torch.zeros(groups, m.shape[1], dtype=torch.float64, device=m.device)
+    total = torch.zeros(groups, dtype=torch.float64, device=m.device)
     total.index_add_(0, group.to(m.device), m)
     share = m / total[group].clamp(min=1)
     return m.log().float(), share.log().float()
@@ -38,14 +39,32 @@ def caption_kernel(cosine: Tensor, bandwidth: float) -> Tensor:
 class LabelWeights:
     """Records of each reference under a label.
 
+    m_i(y) is the number of records of i with label y. Deduplicated, a group has one record, whose
+    label is any of its records': m_i(y) / Σ_group m, over all labels, as in ``CaptionWeights``.
+    Records without a label count under every label.
+
     Args:
-        index: references with label counts.
+        index: references with labels.
     """
 
     def __init__(self, index: ReferenceIndex) -> None:
-        assert index.label_counts is not None
-        groups = int(index.group.max()) + 1
-        self._log_m, self._log_1 = log_weights(index.label_counts, index.group, groups)
+        assert index.items.label_records is not None
+        self._row, label, records = index.items.label_records
+        count = len(index)
+        labelled = torch.zeros(count, dtype=torch.int64, device=label.device)
+        labelled.index_add_(0, self._row, records)
+        unlabelled = (index.multiplicity.to(labelled) - labelled).clamp(min=0)
+        # Double, as float32 would round the shares of large groups before their logarithm.
+        group = index.group_multiplicity.to(label.device).double()
+        m = (records + unlabelled[self._row]).double()
+        self._log_m, self._log_1 = m.log().float(), (m / group[self._row]).log().float()
+        self._any_log_m = unlabelled.double().log().float()
+        self._any_log_1 = (unlabelled / group).log().float()
+        # Where each label's records begin in the rows above, for the host to cut them out.
+        numbers = torch.bincount(label, minlength=index.num_classes or 0).tolist()
+        self._slices = [
+            slice(end - n, end) for n, end in zip(numbers, accumulate(numbers), strict=True)
+        ]
 
     def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Log-weights for one record a group and for all records, each (len(labels), N).
@@ -53,11 +72,19 @@ class LabelWeights:
         Raises:
             ValueError: a label that no reference carries.
         """
-        known = self._log_m.isfinite().any(dim=0).nonzero().squeeze(1)
-        unknown = labels[~torch.isin(labels, known)]
-        if len(unknown):
-            raise ValueError(f"label {int(unknown[0])} does not occur in the reference index")
-        return self._log_1.T[labels], self._log_m.T[labels]
+        count, asked = len(self._any_log_m), labels.tolist()
+        slices = []
+        for label in asked:
+            known = 0 <= label < len(self._slices)
+            if not known or self._slices[label].start == self._slices[label].stop:
+                raise ValueError(f"label {label} does not occur in the reference index")
+            slices.append(self._slices[label])
+        log_1, log_m = self._any_log_1.repeat(len(asked), 1), self._any_log_m.repeat(len(asked), 1)
+        if slices:
+            places = torch.cat([self._row[part] + i * count for i, part in enumerate(slices)])
+            log_1.view(-1)[places] = torch.cat([self._log_1[part] for part in slices])
+            log_m.view(-1)[places] = torch.cat([self._log_m[part] for part in slices])
+        return log_1, log_m
 
 
 class CaptionWeights:

@@ -39,6 +39,7 @@ def move_below(
     image_range: float | None,
     decode: Callable[[Tensor], Tensor] = lambda x_0: x_0,
     iterations: int = 20,
+    free: Tensor | None = None,
 ) -> Tensor:
     """Move clean estimates along −∇σ until every σ is at most ``target``, by Newton steps.
 
@@ -54,37 +55,49 @@ def move_below(
         image_range: keep x_0 in ±image_range; None for no limit.
         decode: from x_0 to images (B, C, H, W) in [−1, 1].
         iterations: the most steps taken.
+        free: like x_0, bool: which elements may move, such as those that inpainting draws; None:
+            all of them.
 
     Returns:
         The moved estimates, like x_0; rows at or below the target keep their bits.
     """
     x_0 = x_0.clone()
     rows = torch.arange(len(x_0), device=x_0.device)
+    anywhere = _any_direction(x_0)
     for _ in range(iterations):
         with torch.enable_grad():
             moving = x_0[rows].requires_grad_()
             sigma = similarity(index, decode(moving)).sigma
             (gradient,) = torch.autograd.grad(sigma.sum(), moving)
-        above = sigma.detach() > target
-        if not bool(above.any()):
+        above = (sigma.detach() > target).nonzero().squeeze(1)
+        if not len(above):
             break
         rows, gradient, excess = rows[above], gradient[above], sigma.detach()[above] - target
-        gradient = _never_zero(gradient)
+        if free is not None:
+            gradient = gradient * free[rows]
+        gradient = _never_zero(gradient, anywhere)
         if image_range is not None:
             # Pixels at the edge of the range cannot move outwards: the others do it.
             outwards = (x_0[rows] * -gradient.sign()) >= image_range
-            gradient = _never_zero(gradient.masked_fill(outwards, 0.0))
+            gradient = _never_zero(gradient.masked_fill(outwards, 0.0), anywhere)
         square = gradient.flatten(1).square().sum(dim=1)
         # 1 % past the target, so that rounding does not leave a sample on the line.
         step = per_sample((excess + 0.01 * abs(target)) / square, gradient) * gradient
+        if free is not None:
+            step = step * free[rows]
         moved = x_0[rows] - step
         x_0[rows] = moved if image_range is None else moved.clamp(-image_range, image_range)
     return x_0
 
 
-def _never_zero(gradient: Tensor) -> Tensor:
-    """The gradient, or any direction where there is none: on top of a reference, none is wrong."""
+def _any_direction(like: Tensor) -> Tensor:
+    """A fixed direction of length 1, as one row of ``like`` (B, ...)."""
     generator = torch.Generator().manual_seed(0)
-    anywhere = torch.randn(gradient.shape[1:], generator=generator).to(gradient)
+    anywhere = torch.randn(like.shape[1:], generator=generator).to(like)
+    return anywhere / anywhere.norm()
+
+
+def _never_zero(gradient: Tensor, anywhere: Tensor) -> Tensor:
+    """The gradient, or any direction where there is none: on top of a reference, none is wrong."""
     zero = per_sample(gradient.flatten(1).abs().amax(dim=1) < 1e-6, gradient)
-    return torch.where(zero, anywhere / anywhere.norm(), gradient)
+    return torch.where(zero, anywhere, gradient)

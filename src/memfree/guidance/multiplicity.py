@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from memfree.conditions import Conditions, TextConditions
-from memfree.diffusion_math import output_change_from_x_0, per_sample
+from memfree.diffusion_math import bounded, output_change_from_x_0, per_sample
+from memfree.full_precision import full_precision
 from memfree.guidance.condition_weights import CaptionWeights, LabelWeights, log_weights
 from memfree.guidance.prediction import Prediction, row_norm
 
@@ -23,6 +24,9 @@ EXACT_CANDIDATES = 32
 MAX_ELEMENTS = 1 << 26
 """Largest (samples × references) or (samples × candidates × D) tensor held at once; larger batches
 go in chunks."""
+ROUNDING = 2.0**-24
+"""Half a unit in the last place of 1 in float32. The weights of a posterior sum to 1, so
+differences of weights that add up to less are below the precision of its mean."""
 
 
 class EmpiricalPosterior:
@@ -42,10 +46,11 @@ class EmpiricalPosterior:
 
     def shifted(self, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
         """x_t − √ᾱ·centre, (B, D): noisy images of the centred references."""
-        return x_t - alpha_bar.sqrt() * self.references.centre
+        return x_t - bounded(alpha_bar).sqrt() * self.references.centre
 
     def expanded_square(self, shifted: Tensor, alpha_bar: Tensor) -> Tensor:
         """−‖x_t − √ᾱ r_i‖²/(2(1−ᾱ)) up to a constant a row, (B, N), from ``shifted``."""
+        alpha_bar = bounded(alpha_bar)
         products = self.references.products(shifted).mul_(alpha_bar.sqrt())
         return products.sub_(alpha_bar / 2 * self.references.squared_norms).div_(1 - alpha_bar)
 
@@ -53,9 +58,10 @@ class EmpiricalPosterior:
         self, logits: Tensor, shifted: Tensor, alpha_bar: Tensor, log_weights: Tensor
     ) -> Tensor:
         """``logits`` with exact differences for those that lead among references of weight > 0."""
+        alpha_bar = bounded(alpha_bar)
         counted = logits.masked_fill(log_weights == -torch.inf, -torch.inf)
         top, rows = counted.topk(min(EXACT_CANDIDATES, logits.shape[1]), dim=1)
-        leading = alpha_bar.sqrt() * self.references.centred[rows]  # (B, candidates, D)
+        leading = alpha_bar.sqrt() * self.references.centred_rows(rows)  # (B, candidates, D)
         exact = -(shifted[:, None] - leading).square().sum(dim=2) / (2 * (1 - alpha_bar))
         # Both are known up to a constant a row; relative to the leading candidate they agree, and
         # are small where float32 is fine enough.
@@ -74,18 +80,26 @@ class EmpiricalPosterior:
         p_1 = torch.softmax(log_likelihood + log_weights_1, dim=1)
         p_m = torch.softmax(log_likelihood + log_weights_m, dim=1)
         # Σ (p_1 − p_m) = 0: the centre drops out.
-        return _weighted_sum(p_1 - p_m, self.references.centred)
+        return self.weighted_sum(p_1 - p_m)
 
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Σ_i w_i·r_i (B, D) of the centred references; w (B, N) differences of posterior weights.
 
-def _weighted_sum(weights: Tensor, vectors: Tensor) -> Tensor:
-    """``weights @ vectors``, of the vectors alone that have a weight where those are few.
-
-    At little noise, or among the images of one label, nearly all weights are exactly 0.
-    """
-    used = weights.any(dim=0).nonzero().squeeze(1)
-    if len(used) > min(len(vectors) // 4, MAX_ELEMENTS // vectors.shape[1]):
-        return weights @ vectors
-    return weights[:, used] @ vectors[used]
+        Weights that add up to less than ``ROUNDING`` count as 0: a CPU takes many times as long for
+        products with denormal numbers. At little noise, or among the images of one label, few
+        references are left, and a CPU multiplies these alone; a GPU would have to wait to know
+        which.
+        """
+        count = weights.shape[1]
+        weights = weights.masked_fill(weights.abs() < ROUNDING / count, 0.0)
+        if weights.device.type != "cpu":
+            return self.references.weighted_sum(weights)
+        used = weights.any(dim=0).nonzero().squeeze(1)
+        dimension = self.references.vectors.shape[1]
+        if len(used) > min(count // 4, MAX_ELEMENTS // dimension):
+            return self.references.weighted_sum(weights)
+        with full_precision(weights.device):
+            return weights[:, used] @ self.references.centred_rows(used)
 
 
 class MultiplicityGuidance:
@@ -129,15 +143,21 @@ class MultiplicityGuidance:
         self.damped = damped
         self.posterior = EmpiricalPosterior(index.references)
         groups = int(index.group.max()) + 1
-        log_m, log_1 = log_weights(index.multiplicity[:, None], index.group, groups)
-        self._log_m, self._log_1 = log_m[:, 0], log_1[:, 0]
-        self._labels = None if index.label_counts is None else LabelWeights(index)
+        log_m, log_1 = log_weights(index.multiplicity, index.group, groups)
+        self._log_m, self._log_1 = log_m, log_1
+        self._nothing_repeats = bool((log_m == log_1).all())
+        self._labels = None if index.num_classes is None else LabelWeights(index)
         self._captions: CaptionWeights | None = None
 
     @property
     def needs_unconditional(self) -> bool:
         """Whether a prompt may be damped, which takes ε_u even where s_0 is 1."""
-        return self.damped and self.strength > 0 and not self._nothing_repeats()
+        return self.damped and self.strength > 0 and not self._nothing_repeats
+
+    @property
+    def needs_text_encoder(self) -> bool:
+        """Whether captions are compared with prompts."""
+        return self.index.captions is not None and self.strength > 0 and not self._nothing_repeats
 
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
@@ -146,7 +166,7 @@ class MultiplicityGuidance:
         Raises:
             ValueError: the references are not of the denoiser's space.
         """
-        values, size = prediction.x_t[0].numel(), self.index.vectors.shape[1]
+        values, size = prediction.x_t.shape[1:].numel(), self.index.vectors.shape[1]
         if values != size:
             raise ValueError(
                 f"multiplicity guidance: x_t has {values} values, the references have {size}: "
@@ -154,7 +174,7 @@ class MultiplicityGuidance:
             )
         norm = torch.zeros(len(prediction.x_t), device=prediction.x_t.device)
         recorded = prediction.recorded(g_mul_norm=norm)
-        if self.strength == 0 or self._nothing_repeats():
+        if self.strength == 0 or self._nothing_repeats:
             return recorded
         cond, uncond = prediction.output_cond, prediction.output_uncond
         given = {"cond": (cond, prediction.conditions), "uncond": (uncond, None)}
@@ -180,9 +200,6 @@ class MultiplicityGuidance:
         in_eps = (prediction.alpha_bar / (1 - prediction.alpha_bar)).sqrt()
         return corrected.recorded(g_mul_norm=in_eps * row_norm(moved))
 
-    def _nothing_repeats(self) -> bool:
-        return bool((self._log_m == self._log_1).all())
-
     def _damped(
         self,
         prediction: Prediction,
@@ -193,11 +210,11 @@ class MultiplicityGuidance:
         """The conditional output (B, ...) with each prompt's influence times its e(y)."""
         if self not in prediction.memory:
             assert isinstance(prediction.conditions, TextConditions)
-            prediction.memory[self] = self._caption_weights().share_of_first_records(
+            share = self._caption_weights().share_of_first_records(
                 prediction.conditions, prediction.encode
             )
-        share = prediction.memory[self]
-        rows = (share < 1).nonzero().squeeze(1)
+            prediction.memory[self] = share, (share < 1).nonzero().squeeze(1)
+        share, rows = prediction.memory[self]
         if not len(rows):
             return cond
         base = denoise(prediction.x_t[rows], None) if uncond is None else uncond[rows]

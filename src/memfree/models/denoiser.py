@@ -53,9 +53,15 @@ class Denoiser(nn.Module):
         """
         if self.num_classes is None and conditions is not None:
             raise ValueError("conditions were given, but the model is unconditional")
-        if self.num_classes is not None and conditions is None:
-            conditions = torch.full((len(x_t),), self.num_classes, device=x_t.device)
+        if conditions is None:
+            conditions = self.unconditional(len(x_t), x_t.device)
         return self.network(x_t, t, class_labels=conditions, return_dict=False)[0]
+
+    def unconditional(self, count: int, device: torch.device) -> Tensor | None:
+        """The label that means none, (count,) int64; None for an unconditional model."""
+        if self.num_classes is None:
+            return None
+        return torch.full((count,), self.num_classes, device=device)
 
 
 @dataclass

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
+
+from memfree.retrieval.options import CaptionPolicy
 
 if TYPE_CHECKING:
     from memfree.retrieval.items import Items
-
-CaptionPolicy = Literal["most_common", "nearest"]
 
 
 def duplicated_captions(
@@ -46,9 +47,10 @@ def duplicated_captions(
     if policy == "nearest":
         rows = rows[:, :1]
     # Of these rows alone: an index may have millions.
-    groups = items.group[rows.to(items.group.device)].tolist()
+    rows = rows.to(items.group.device)
     captions = []
-    for neighbours, numbers in zip(rows.tolist(), groups, strict=True):
+    # Both in one copy, for which the host waits.
+    for neighbours, numbers in zip(*torch.stack([rows, items.group[rows]]).tolist(), strict=True):
         caption = items.captions[neighbours[0]]
         if not caption:
             caption = _most_common(items, numbers[:1])[0]

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memfree.retrieval.search import Hits, References
+from memfree.retrieval.search import Hits, References, candidates, check_finite, kth_group
 
 # FAISS on GPUs returns at most this many neighbours.
 _MOST = 2048
-# Neighbours asked for beyond k, as a margin for rounding and for several members of a group.
-_MARGIN = 32
 
 
 class FaissReferences:
@@ -43,12 +41,13 @@ class FaissReferences:
     def search(self, queries: Tensor, k: int) -> Hits:
         """Nearest members of the k nearest distinct groups; see ``ReferenceIndex.search``."""
         refs = self.references
+        check_finite(queries)
         size = len(refs.vectors)
-        wanted = min(size, (k if refs.groups.singletons else 2 * k) + _MARGIN, _MOST)
+        wanted = min(size, candidates(k, refs.groups), _MOST)
         if wanted < k:
             return refs.search(queries, k)
         costs, rows = self._candidates(queries, wanted)
-        limit = self._kth_group(costs, rows, k) + 2 * self._error(queries)
+        limit = kth_group(costs, rows, k, refs.groups) + 2 * self._error(queries)
         certain = (limit < costs[:, -1:]).squeeze(1) | (wanted == size)
         # Columns beyond the limit are no candidates; of uncertain queries, none are kept.
         keep = (costs <= limit) & certain[:, None]
@@ -81,16 +80,3 @@ class FaissReferences:
             return refs.error(queries)
         square = (queries - refs.centre).square().sum(1, keepdim=True)
         return refs.error(queries) + 2.0**-20 * square
-
-    def _kth_group(self, costs: Tensor, rows: Tensor, k: int) -> Tensor:
-        """Approximate cost (B, 1) of the k-th distinct group; infinite if there are fewer."""
-        if self.references.groups.singletons:
-            return costs[:, k - 1 : k]
-        group = self.references.groups.group[rows]
-        order = group.argsort(dim=1, stable=True)
-        ordered = group.gather(1, order)
-        new = torch.ones_like(ordered, dtype=torch.bool)
-        new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        first = torch.zeros_like(new).scatter_(1, order, new)
-        reached = (first.cumsum(1) == k) & first
-        return torch.where(reached, costs, torch.inf).amin(1, keepdim=True)

@@ -11,6 +11,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from memfree.full_precision import full_precision
+
 NEAR_RMS = 0.03
 """Largest root mean square difference of near copies, for pixels in [-1, 1]: 4 of 255 grey levels,
 what JPEG at quality 90 does."""
@@ -53,6 +55,7 @@ def joined_by_copies(row: np.ndarray, names: Sequence[object]) -> np.ndarray:
     return numbered(joined(rows + groups, edges)[:rows].tolist())
 
 
+@full_precision(torch.device("cpu"))
 def near_copies(images: Tensor, first: int | None = None) -> np.ndarray:
     """Pairs (P, 2) of images so alike in pixels that they are one picture stored twice.
 

@@ -37,10 +37,9 @@ def read_salt(path: Path) -> str:
     if not os.path.lexists(path):
 
         def write(temporary: Path) -> None:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-                file.write(secrets.token_hex(32) + "\n")
+            temporary.write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
 
-        write_atomic(path, write)
+        write_atomic(path, write, mode=0o600)
     check_plain(path)
     if path.stat().st_size > _LONGEST:
         raise ValueError(f"{path} holds no salt: it has more than {_LONGEST} bytes")

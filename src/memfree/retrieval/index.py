@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from memfree.retrieval.building import Embedded, assemble, embedded
-from memfree.retrieval.captions import CaptionPolicy, duplicated_captions
+from memfree.retrieval.captions import duplicated_captions
 from memfree.retrieval.changing import added, removed
 from memfree.retrieval.features import Features, PixelFeatures
 from memfree.retrieval.hashing import hashed
 from memfree.retrieval.items import Items
+from memfree.retrieval.options import CaptionPolicy
 from memfree.retrieval.origin import Origin
 from memfree.retrieval.searched import Searched
 

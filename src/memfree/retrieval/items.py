@@ -58,18 +58,45 @@ class Items:
         self.contents = contents if contents is not None else unknown
         totals = torch.zeros(int(group.max()) + 1, dtype=torch.int64)
         self.group_multiplicity = totals.index_add_(0, group, multiplicity)[group]
-        self.label_counts = self._label_counts()
-        # argmax returns the first maximum, so ties go to the lower label.
-        self.labels = None if self.label_counts is None else self.label_counts.argmax(1)
+        self.label_records = self._label_records()
+        self.labels = self._most_frequent_labels()
         self.captions = self._captions()
 
-    def _label_counts(self) -> Tensor | None:
+    def _label_records(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Rows, labels and their records, each (P,) int64, ordered by label, then row; or None.
+
+        A table of all rows and labels would be nearly empty: most images have one label.
+        """
         if self.num_classes is None:
             return None
         table = self.conditions.filter(self.conditions["label"].is_valid())
-        counts = torch.zeros(len(self.keys), self.num_classes, dtype=torch.int64)
         rows, labels, count = (_tensor(table[name]) for name in ("row", "label", "count"))
-        return counts.index_put_((rows, labels), count, accumulate=True)
+        pairs, place = (labels * len(self.keys) + rows).unique(return_inverse=True)
+        records = torch.zeros(len(pairs), dtype=torch.int64).index_add_(0, place, count)
+        return pairs % len(self.keys), pairs // len(self.keys), records
+
+    def _most_frequent_labels(self) -> Tensor | None:
+        """(rows,) int64: the label of most records, ties to the lower; 0 of a row without any."""
+        if self.label_records is None:
+            return None
+        rows, labels, records = self.label_records
+        best = torch.zeros(len(self.keys), dtype=torch.int64)
+        most = best.scatter_reduce(0, rows, records, "amax")
+        frequent = records == most[rows]
+        # Of the most frequent ones the lowest: no label is above num_classes.
+        best.fill_(self.num_classes or 0)
+        best.scatter_reduce_(0, rows[frequent], labels[frequent], "amin")
+        return best.masked_fill_(most == 0, 0)
+
+    @property
+    def label_counts(self) -> Tensor | None:
+        """(rows, num_classes) int64, dense: records of each row under each label, or None."""
+        if self.label_records is None or self.num_classes is None:
+            return None
+        rows, labels, records = self.label_records
+        counts = torch.zeros(len(self.keys), self.num_classes, dtype=torch.int64)
+        counts = counts.to(records.device)
+        return counts.index_put_((rows, labels), records)
 
     def _captions(self) -> list[str] | None:
         table = self.conditions.filter(self.conditions["caption"].is_valid())
@@ -96,10 +123,13 @@ class Items:
 
     def to(self, device: torch.device) -> None:
         """Move the tensors to a device."""
-        for name in ("group", "multiplicity", "group_multiplicity", "labels", "label_counts"):
+        for name in ("group", "multiplicity", "group_multiplicity", "labels"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, value.to(device))
+        if self.label_records is not None:
+            rows, labels, records = self.label_records
+            self.label_records = rows.to(device), labels.to(device), records.to(device)
 
     @classmethod
     def merged(

@@ -51,7 +51,10 @@ class Rows:
 
     @property
     def label_counts(self) -> Tensor | None:
-        """(rows, num_classes) int64: training records of a row under each label, or None."""
+        """(rows, num_classes) int64: training records of a row under each label, or None.
+
+        Made at every call, and large where there are many labels.
+        """
         return self.items.label_counts
 
     @property
@@ -62,4 +65,4 @@ class Rows:
     @property
     def num_classes(self) -> int | None:
         """Number of classes, None without labels."""
-        return None if self.items.label_counts is None else self.items.label_counts.shape[1]
+        return self.items.num_classes

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memfree.full_precision import full_precision
 from memfree.retrieval.features import Metric
 
-# Approximate scores held at a time, in elements: 128 MB of float32.
+# Approximate scores held at a time, in elements: 128 MB of float32, or this share of the vectors.
 _SCORES = 1 << 25
+_SCORES_SHARE = 16
+MARGIN = 32
+"""Candidates beyond those asked for, for rounding and for several members of a group."""
 # Elements of a temporary of reference vectors: 32 MB of float32.
 _PART = 1 << 23
 
@@ -112,12 +116,48 @@ class References:
     @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> Hits:
         """Nearest members of the k nearest distinct groups; see ``ReferenceIndex.search``."""
-        size = max(1, _SCORES // len(self.vectors))
+        most = max(_SCORES, self.vectors.numel() // _SCORES_SHARE)
+        size = max(1, most // len(self.vectors))
         parts = [self._search(part, k) for part in queries.split(size)]
         return Hits(torch.cat([p.rows for p in parts]), torch.cat([p.scores for p in parts]))
 
     def _search(self, queries: Tensor, k: int) -> Hits:
+        if queries.device.type == "cpu":
+            check_finite(queries)
+            return self._exhaustive(queries, self._costs(queries), k)
         costs = self._costs(queries)
+        hits, certain = self._leading(queries, costs, k)
+        if bool(certain.all()):
+            return hits
+        check_finite(queries)
+        return self._exhaustive(queries, costs, k)
+
+    def _leading(self, queries: Tensor, costs: Tensor, k: int) -> tuple[Hits, Tensor]:
+        """Hits among a fixed number of lowest costs, and which are certain to be all, (B,) bool.
+
+        Sizes do not depend on the data, so that an accelerator need not wait for the host.
+        """
+        size = len(self.vectors)
+        wanted = min(size, candidates(k, self.groups))
+        lowest, rows = costs.topk(wanted, dim=1, largest=False)
+        limit = kth_group(lowest, rows, k, self.groups) + 2 * self.error(queries)
+        certain = (
+            (limit < lowest[:, -1:]).squeeze(1) if wanted < size else limit.squeeze(1) < torch.inf
+        )
+        certain = certain & queries.isfinite().all(dim=1)
+        # From here on ties go to the lower row, as both sorts are stable.
+        rows = rows.sort(dim=1).values
+        query = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows)
+        scores = self.exact_scores(queries, query.flatten(), rows.flatten()).view_as(rows)
+        order = scores.argsort(dim=1, stable=True, descending=self.metric == "cosine")
+        if not self.groups.singletons:
+            first = first_of_group(self.groups.group[rows.gather(1, order)])
+            order = order.gather(1, (~first).to(torch.uint8).argsort(dim=1, stable=True))
+        order = order[:, :k]
+        return Hits(rows.gather(1, order), scores.gather(1, order)), certain
+
+    def _exhaustive(self, queries: Tensor, costs: Tensor, k: int) -> Hits:
+        """Hits among all rows that may be among the nearest."""
         error = self.error(queries)
         best = costs if self.groups.singletons else self._best_of_group(costs)
         limit = best.topk(k, dim=1, largest=False).values[:, -1:] + 2 * error
@@ -127,7 +167,6 @@ class References:
             near = best[query, self.groups.group[row]] + 2 * error[query, 0]
             keep = costs[query, row] <= near
             query, row = query[keep], row[keep]
-        del costs, best
         return self.select(queries, query, row, k)
 
     def _costs(self, queries: Tensor) -> Tensor:
@@ -142,7 +181,7 @@ class References:
         With references on the left and in parts a CPU takes half the time of ``queries @
         centred.T`` where queries are few (docs/results.md, "What it costs").
         """
-        with torch.autocast(queries.device.type, enabled=False):
+        with full_precision(queries.device):
             if queries.device.type != "cpu" and self._has_centred:
                 return queries @ self.centred.T
             products = queries.new_empty(len(queries), len(self.vectors))
@@ -152,13 +191,31 @@ class References:
                 start += len(part)
         return products
 
+    def centred_rows(self, rows: Tensor) -> Tensor:
+        """Some of the centred vectors, (*rows.shape, D), without a centred copy of all."""
+        if self._has_centred:
+            return self.centred[rows]
+        return self.vectors[rows] - self.centre
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """``weights @ centred``, (B, N) → (B, D)."""
+        with full_precision(weights.device):
+            if self._has_centred:
+                return weights @ self.centred
+            total = weights.new_zeros(len(weights), self.vectors.shape[1])
+            start = 0
+            for part in self.centred_parts():
+                total.addmm_(weights[:, start : start + len(part)], part)
+                start += len(part)
+            return total
+
     def error(self, queries: Tensor) -> Tensor:
         """Bound (B, 1) on the rounding error of approximate costs.
 
         The probabilistic bound of a D-term product, u·√D·‖q‖·‖r‖ (Higham and Mary, 2019), times a
-        generous constant, with u the rounding unit of the device's matrix products.
+        generous constant, with u the rounding unit of float32.
         """
-        factor = 8 * _rounding_unit(queries.device) * (self.vectors.shape[1] ** 0.5 + 1)
+        factor = 8 * 2.0**-24 * (self.vectors.shape[1] ** 0.5 + 1)
         if self.metric == "cosine":
             return queries.new_full((len(queries), 1), factor)
         query = torch.linalg.vector_norm(queries - self.centre, dim=1, keepdim=True)
@@ -209,6 +266,46 @@ class References:
         return Hits(row[chosen], scores[chosen])
 
 
+def candidates(k: int, groups: Groups) -> int:
+    """How many rows of lowest cost usually hold the k nearest groups."""
+    return (k if groups.singletons else 2 * k) + MARGIN
+
+
+def first_of_group(group: Tensor) -> Tensor:
+    """Where a number occurs for the first time in its row of ``group`` (B, n), (B, n) bool."""
+    order = group.argsort(dim=1, stable=True)
+    ordered = group.gather(1, order)
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    return torch.zeros_like(new).scatter_(1, order, new)
+
+
+def kth_group(costs: Tensor, rows: Tensor, k: int, groups: Groups) -> Tensor:
+    """Cost (B, 1) of the k-th distinct group; infinite if there are fewer.
+
+    Args:
+        costs: (B, n), ascending.
+        rows: (B, n) rows of the index.
+        k: at least 1.
+        groups: of the rows.
+    """
+    if groups.singletons:
+        return costs[:, k - 1 : k]
+    first = first_of_group(groups.group[rows])
+    reached = (first.cumsum(1) == k) & first
+    return torch.where(reached, costs, torch.inf).amin(1, keepdim=True)
+
+
+def check_finite(queries: Tensor) -> None:
+    """Refuse queries for which no reference is nearer than another.
+
+    Raises:
+        ValueError: they hold NaN or infinite values.
+    """
+    if not bool(queries.isfinite().all()):
+        raise ValueError("queries hold NaN or infinite values")
+
+
 def _rows(vectors: Tensor) -> int:
     """How many vectors a temporary may hold."""
     return max(1, _PART // max(1, vectors.shape[1]))
@@ -219,12 +316,3 @@ def _mean(vectors: Tensor) -> Tensor:
     for part in vectors.split(_rows(vectors)):
         total += part.sum(0, dtype=torch.float64)
     return (total / len(vectors)).to(torch.float32)
-
-
-def _rounding_unit(device: torch.device) -> float:
-    """Relative error of one operation in a float32 matrix product under the user's settings."""
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    precision = backend.matmul.fp32_precision
-    if precision == "none":
-        precision = torch.backends.fp32_precision  # type: ignore[attr-defined]
-    return {"tf32": 2.0**-11, "bf16": 2.0**-8}.get(precision, 2.0**-24)

@@ -14,7 +14,7 @@ from memfree.retrieval.search import Groups, Hits, References
 
 Backend = Literal["auto", "torch", "faiss"]
 _SMALL = 1 << 29
-"""Elements of the vectors (2 GB) up to which torch searches on the CPU; FAISS searches above."""
+"""Elements of the vectors (2 GB) up to which a CPU keeps a second, centred copy of them."""
 
 
 class Searched(Rows):
@@ -23,8 +23,8 @@ class Searched(Rows):
     Attributes:
         vectors: (rows, D) float32, possibly memory-mapped; of length 1 for ``cosine``.
         image_shape: (C, H, W) of the images.
-        backend: ``torch`` (matrix products on the index's device), ``faiss``, or ``auto``: torch up
-            to 2 GB of vectors or on an accelerator. Results are the same.
+        backend: ``torch`` (matrix products on the index's device; ``auto`` is the same) or
+            ``faiss``, which keeps a copy of the vectors and is slower on a CPU. Results are equal.
     """
 
     def __init__(
@@ -57,18 +57,12 @@ class Searched(Rows):
     def references(self) -> References:
         """Vectors prepared for search: centred, with norms and groups; made at the first use."""
         if self._references is None:
-            keep_centred = self._searches_with() == "torch"
+            small = self.vectors.numel() <= _SMALL or self.device.type != "cpu"
+            keep_centred = small and self.backend != "faiss"
             self._references = References(
                 self.vectors, Groups.of(self.group), self.metric, keep_centred
             )
         return self._references
-
-    def _searches_with(self) -> Backend:
-        """Resolve ``auto``: torch where the vectors are on an accelerator or small, else FAISS."""
-        if self.backend != "auto":
-            return self.backend
-        small = self.vectors.numel() <= _SMALL or self.device.type != "cpu"
-        return "torch" if small else "faiss"
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> Hits:
@@ -93,7 +87,7 @@ class Searched(Rows):
                 f"groups, so k must be in 1 … {references.groups.count}"
             )
         vectors = self._query_vectors(queries)
-        if self._searches_with() == "torch":
+        if self.backend != "faiss":
             return references.search(vectors, k)
         if self._faiss is None:
             from memfree.retrieval.faiss_search import FaissReferences
@@ -116,8 +110,6 @@ class Searched(Rows):
                 f"(B, {self.vectors.shape[1]}) or images (B, C, H, W) of {tuple(self.image_shape)}"
             )
         queries = queries.to(torch.float32)
-        if not bool(queries.isfinite().all()):
-            raise ValueError("queries hold NaN or infinite values")
         if self.metric == "cosine":
             queries = torch.nn.functional.normalize(queries, dim=1)
         return queries

@@ -17,7 +17,7 @@ from memfree.folders.hashes import block_checksums, sha256
 from memfree.folders.manifest import read_manifest, write_manifest
 from memfree.folders.resolved import save_config
 from memfree.folders.storage_errors import check_free_space
-from memfree.folders.whole_folder import put_in_place, unfinished
+from memfree.folders.whole_folder import check_place, put_in_place, unfinished
 from memfree.retrieval.features import Features, PixelFeatures, identity
 
 if TYPE_CHECKING:
@@ -145,11 +145,13 @@ def check_replaceable(
         ValueError: the folder holds something else, or such an index and not ``overwrite``.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        check_place(folder)
         return
     if not folder.is_dir():
         raise ValueError(f"cannot write an index to {folder}: it is a file")
     old = read_manifest(folder, "index")
     if overwrite:
+        check_place(folder)
         return
     if difference := _difference(old, dataset_hash, features, content):
         raise ValueError(

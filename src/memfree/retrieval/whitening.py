@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from memfree.full_precision import full_precision
 from memfree.retrieval.features import Features, Metric
 
 
@@ -88,7 +89,7 @@ class Whitened(Features):
 
     def forward(self, images: Tensor) -> Tensor:
         """Whitened features (B, d) of length 1."""
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             return functional.normalize((_raw(self.features, images) - self.mean) @ self.projection)
 
     def tensors(self) -> dict[str, Tensor]:

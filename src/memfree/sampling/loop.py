@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memfree.conditions import Conditions, Encode
+from memfree.conditions import Conditions, Encode, TextConditions
 from memfree.diffusion_math import alpha_bar_at
 from memfree.guidance.prediction import Guidance, Prediction, apply, combine
 from memfree.sampling.last_step import returned
 
 Denoise = Callable[[Tensor, Tensor, Conditions | None], Tensor]
-"""(x_t, t, conditions or None) → what ``scheduler.config.prediction_type`` says."""
+"""(x_t, t, conditions or None) → what ``scheduler.config.prediction_type`` says. A denoiser that
+has ``unconditional(count, device)``, the conditions that None stands for, may be asked for both
+branches in one call."""
 
 TRACE_COLUMNS = ("sigma", "lambda", "active", "nearest", "s1", "s2", "g_sim_norm", "g_mul_norm")
 """σ_t, λ_t, whether AMG acted, the row of n_0, s_1 and s_2, and the norms of G_sim and G_mul as
@@ -47,6 +49,7 @@ def sample(
     decode: Callable[[Tensor], Tensor] | None = None,
     encode: Encode | None = None,
     decode_last: Callable[[Tensor], Tensor] | None = None,
+    one_call: bool = True,
 ) -> Result:
     """Denoise ``noise`` with a scheduler, passing every prediction through the guidance.
 
@@ -67,6 +70,9 @@ def sample(
         encode: from captions to conditions, for guidances that ask for the nearest caption's.
         decode_last: what the last step decodes with, where ``decode`` is an approximation; None:
             ``decode``.
+        one_call: ask for both branches of classifier-free guidance in one call, where the denoiser
+            has ``unconditional`` and the device's memory suffices. False: in two calls, which
+            differ in the last bits.
 
     Raises:
         ValueError: the prediction type is unknown, or NaN appears in the samples.
@@ -77,13 +83,21 @@ def sample(
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(f"prediction_type {prediction_type!r} is not supported by sample()")
     kwargs = {} if generators is None else _generator_argument(scheduler, generators)
+    # Known to the host before the first step: nothing waits for the device to say the time.
+    times = scheduler.timesteps.tolist()
+    alpha_bars = torch.stack([alpha_bar_at(scheduler, t, i) for i, t in enumerate(times)])
+    alpha_bars = alpha_bars.to(noise.device)
     x_t = noise * scheduler.init_noise_sigma
+    needs_uncond = conditions is None or guidance_scale != 1
+    null = None
+    if one_call and conditions is not None and needs_uncond:
+        null = unconditional(denoiser, conditions)
     rows: list[dict[str, Tensor]] = []
     memory: dict[Any, Any] = {}
     device = noise.device.type
     mixed, half = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     for step, t in enumerate(scheduler.timesteps):
-        is_last = step == len(scheduler.timesteps) - 1
+        is_last = step == len(times) - 1
         decode_here = decode_last if is_last and decode_last is not None else decode
         x_in = scheduler.scale_model_input(x_t, t)
 
@@ -93,15 +107,22 @@ def sample(
 
         # Mixed precision is for the network: guidance and its gradients would lose digits.
         with torch.no_grad(), torch.autocast(device, enabled=False):
-            cond = None if conditions is None else denoise(x_in, conditions)
-            needs_uncond = conditions is None or guidance_scale != 1
-            uncond = denoise(x_in, None) if needs_uncond else None
+            cond = uncond = None
+            if null is not None and conditions is not None:
+                try:
+                    both = denoise(torch.cat([x_in, x_in]), _joined(null, conditions))
+                    uncond, cond = both.chunk(2)
+                except torch.OutOfMemoryError:
+                    null = None  # in two calls from here on
+            if null is None:
+                cond = None if conditions is None else denoise(x_in, conditions)
+                uncond = denoise(x_in, None) if needs_uncond else None
             output = combine(cond, uncond, guidance_scale)
-            alpha_bar = alpha_bar_at(scheduler, t, step).to(noise.device)
+            alpha_bar = alpha_bars[step]
             prediction = Prediction(
                 x_t=x_in,
                 alpha_bar=alpha_bar,
-                time=float(t) / scheduler.config.num_train_timesteps,
+                time=times[step] / scheduler.config.num_train_timesteps,
                 output=output,
                 output_cond=cond,
                 output_uncond=uncond,
@@ -124,11 +145,35 @@ def sample(
             prediction = apply(guidance, prediction)
             x_t = scheduler.step(prediction.output, t, x_t, **kwargs).prev_sample
         if trace:
-            rows.append(trace_rows(prediction, step, t))
+            rows.append(trace_rows(prediction, step, times[step]))
     if not bool(torch.isfinite(x_t).all()):
         raise ValueError("the sampler produced NaN or infinite values; check the model's weights")
-    columns = {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else None
+    if not rows:
+        return Result(x_t, None)
+    columns = {name: torch.cat([row[name] for row in rows]).cpu() for name in rows[0]}
     return Result(x_t, columns)
+
+
+def unconditional(denoiser: Denoise, conditions: Conditions) -> Conditions | None:
+    """What ``None`` stands for, one a sample, if it can stand beside ``conditions`` in a batch."""
+    make = getattr(denoiser, "unconditional", None)
+    if make is None:
+        return None
+    if isinstance(conditions, Tensor):
+        null: Conditions | None = make(len(conditions), conditions.device)
+        fits = isinstance(null, Tensor) and null.shape == conditions.shape
+        return null.to(conditions.dtype) if fits and isinstance(null, Tensor) else None
+    null = make(len(conditions), conditions.embeddings.device)
+    same = isinstance(null, TextConditions) and null.shapes() == conditions.shapes()
+    return null if same else None
+
+
+def _joined(null: Conditions, conditions: Conditions) -> Conditions:
+    """Conditions of a batch of twice as many samples, the unconditional ones first."""
+    if isinstance(null, TextConditions) and isinstance(conditions, TextConditions):
+        return TextConditions.cat([null, conditions])
+    assert isinstance(null, Tensor) and isinstance(conditions, Tensor)
+    return torch.cat([null, conditions])
 
 
 def _generator_argument(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
@@ -137,25 +182,26 @@ def _generator_argument(scheduler: Any, generators: list[torch.Generator]) -> di
     return {"generator": generators} if takes else {}
 
 
-def trace_rows(prediction: Prediction, step: int, t: Tensor) -> dict[str, Tensor]:
+def trace_rows(prediction: Prediction, step: int, t: float) -> dict[str, Tensor]:
     """This step's rows of the trace: ``TRACE_COLUMNS`` and what guidances recorded beside them.
 
-    What no guidance recorded is NaN (nearest: −1).
+    What no guidance recorded is NaN (nearest: −1). The columns stay on the device: a copy would
+    wait for it at every step.
     """
-    batch = len(prediction.x_t)
+    batch, device = len(prediction.x_t), prediction.x_t.device
     rows = {
-        "sample": torch.arange(batch),
-        "step": torch.full((batch,), step),
-        "t": torch.full((batch,), float(t)),
+        "sample": torch.arange(batch, device=device),
+        "step": torch.full((batch,), step, device=device),
+        "t": torch.full((batch,), float(t), device=device),
     }
     for name in dict.fromkeys([*TRACE_COLUMNS, *prediction.trace]):
         value = prediction.active if name == "active" else prediction.trace.get(name)
         if value is not None:
-            rows[name] = value.cpu()
+            rows[name] = value.detach().to(device)
         elif name == "active":
-            rows[name] = torch.zeros(batch, dtype=torch.bool)
+            rows[name] = torch.zeros(batch, dtype=torch.bool, device=device)
         elif name == "nearest":
-            rows[name] = torch.full((batch,), -1)
+            rows[name] = torch.full((batch,), -1, device=device)
         else:
-            rows[name] = torch.full((batch,), float("nan"))
+            rows[name] = torch.full((batch,), float("nan"), device=device)
     return rows

@@ -60,6 +60,8 @@ class SamplingModule(LightningModule):
         index: reference index of the guidances, moved to the device with the denoiser.
         latents: references of multiplicity guidance of a text-to-image model.
         budget: draws of a sample that the mitigation does not accept; settings have their own.
+        one_call: both branches of classifier-free guidance in one call of the network; see
+            ``sample``.
 
     Raises:
         ValueError: guidance settings are given without an index.
@@ -77,6 +79,7 @@ class SamplingModule(LightningModule):
         index: ReferenceIndex | None = None,
         latents: ReferenceIndex | None = None,
         budget: int = 10,
+        one_call: bool = True,
     ) -> None:
         super().__init__()
         self.denoiser = model.denoiser
@@ -94,6 +97,7 @@ class SamplingModule(LightningModule):
         self.asked = None if asked is None else list(asked)
         self.index = index
         self.latents = latents
+        self.one_call = one_call
 
     def on_predict_start(self) -> None:
         """Move the references to the device of the denoiser, and build the mitigation there."""
@@ -140,6 +144,7 @@ class SamplingModule(LightningModule):
                     self.steps,
                     self.guidance_scale,
                     sources,
+                    self.one_call,
                 )
             guidances = self.mitigation.guidances()
             return sample(
@@ -152,6 +157,7 @@ class SamplingModule(LightningModule):
                 guidance_scale=self.guidance_scale,
                 trace=bool(guidances),
                 generators=sources,
+                one_call=self.one_call,
             )
 
         result = redraw(draw_attempt, self._rejected, len(batch), self.budget)

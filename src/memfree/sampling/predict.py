@@ -33,10 +33,10 @@ from memfree.sampling.checks import (
 from memfree.sampling.folder import read_records
 from memfree.sampling.identity import index_state, vectors_hash
 from memfree.sampling.module import SampleIndices, SamplingModule
+from memfree.sampling.options import PromptOptions, SchedulerName
 from memfree.sampling.progress import SampleProgress
-from memfree.sampling.prompts import PromptOptions, prompts_in_turn
+from memfree.sampling.prompts import prompts_in_turn
 from memfree.sampling.run import SampleRun
-from memfree.sampling.schedulers import SchedulerName
 from memfree.sampling.summary import trace_summary
 from memfree.sampling.writer import SampleWriter
 from memfree.trainers import build_trainer
@@ -83,6 +83,7 @@ def predict(
     batches_per_shard: PositiveInt = 1,
     part: str = ALL,
     allow_other_dataset: bool = False,
+    one_call: bool = True,
     trainer: SamplingDevices = SamplingDevices(),  # noqa: B008
 ) -> None:
     """Draw samples from a trained model, with or without a mitigation of memorization.
@@ -116,6 +117,9 @@ def predict(
         part: all, or a part of the samples as 3/8 (the third of eight), for jobs that fill one
             folder at the same time; the one that finds all samples drawn finishes it.
         allow_other_dataset: accept an index of other images than the model was trained on.
+        one_call: ask the network for both branches of classifier-free guidance in one call, which
+            is faster; in two where the device's memory does not suffice. false: always in two, for
+            the bits of samples that were drawn so.
         trainer: devices.
 
     Raises:
@@ -201,6 +205,7 @@ def predict(
                     asked=asked,
                     index=reference,
                     latents=references,
+                    one_call=one_call,
                 ),
                 datamodule=SampleIndices(run, batch_size),
                 return_predictions=False,

@@ -26,6 +26,7 @@ def sample_text(
     steps: int,
     guidance_scale: float,
     generators: list[torch.Generator],
+    one_call: bool = True,
 ) -> Result:
     """Draw one image a prompt: prompts, embedding, initial noise, network, prediction.
 
@@ -38,6 +39,7 @@ def sample_text(
         steps: number of denoising steps.
         guidance_scale: s_0 of classifier-free guidance.
         generators: one a sample, for all that is drawn.
+        one_call: as of ``sample``.
 
     Returns:
         Images (B, 3, H, W), about in [−1, 1], and the trace.
@@ -81,6 +83,7 @@ def sample_text(
             encode=model.encode,
             # As it is saved: what is beyond white or black counts for nothing.
             decode_last=lambda latents: model.decode(latents).clamp(-1, 1),
+            one_call=one_call,
         )
     with torch.no_grad():
         return Result(model.decode(result.images), result.trace)

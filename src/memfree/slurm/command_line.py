@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from memfree.cli import COMMANDS, SCRIPTS, load, parser_of
 from memfree.folders.part import ALL
 from memfree.free_word import as_options
+from memfree.launcher import launched
 from memfree.option_messages import did_you_mean, option_message, options_of
 from memfree.slurm.options import SlurmOptions
 from memfree.slurm.submission import Submission
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(OVERVIEW)
         return
+    launch = launched()
+    if launch.several:
+        raise ValueError(f"memfree submit: {launch.started}; submit once, from a single process")
     command, *rest = arguments
     known = {**SCRIPTS, **COMMANDS}
     if command not in known:

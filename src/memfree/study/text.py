@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from memfree.console import plain_console
-from memfree.data.prompts import PromptSet
+from memfree.data.options import PromptSet
 from memfree.folders.manifest import write_manifest
 from memfree.folders.resolved import save_config
 from memfree.stages import Stage, run_stages

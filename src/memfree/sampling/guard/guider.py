@@ -126,6 +126,7 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
             pipe = SimpleNamespace(
                 scheduler=self._pipe.scheduler,
                 unet=self._pipe.unet,
+                vae=self._pipe.vae,
                 guidance_scale=self.guidance_scale,
                 guidance_rescale=self.guidance_rescale,
                 do_classifier_free_guidance=twice,
@@ -142,7 +143,11 @@ class _Modular(StableDiffusionXL):
         super().__init__()
         object.__setattr__(self, "components", components)
 
-    def encode(self, pipe: Any, captions: Sequence[str], call: Any) -> TextConditions:
+    def missing_text_part(self, pipe: Any) -> str | None:
+        """Of the modular pipeline's components."""
+        return super().missing_text_part(self.components)  # type: ignore[attr-defined]
+
+    def _encode(self, pipe: Any, captions: list[str], call: Any) -> TextConditions:
         """The text encoding block's own function."""
         from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
             StableDiffusionXLTextEncoderStep,
@@ -152,7 +157,7 @@ class _Modular(StableDiffusionXL):
         encode: Any = StableDiffusionXLTextEncoderStep.encode_prompt  # typed for one prompt
         embeddings, _, pooled, _ = encode(
             components,
-            list(captions),
+            captions,
             device=components._execution_device,
             num_images_per_prompt=1,
             prepare_unconditional_embeds=False,

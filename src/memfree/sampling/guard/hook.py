@@ -53,6 +53,15 @@ class Draw:
         self.trace: list[dict[str, Tensor]] = []
         self.unmoved = False
         """Whether the scheduler's last step was found not to follow the prediction."""
+        self.finished = False
+        """Whether the denoiser was called for the schedule's last step."""
+        self.last: Prediction | None = None
+        """The record of the latest step, as the guidances left it."""
+        self.given: Tensor | None = None
+        """Latents of the given image (B, C, h, w), which an inpainting pipeline puts back itself
+        after every step; None where the denoiser sees them, or there are none."""
+        self.mask: Tensor | None = None
+        """(B, 1, h, w), twice with both branches: what that pipeline draws (1) or puts back (0)."""
         self.levels = NoiseLevels(pipe.scheduler, family.flow)
         self._memory: dict[Any, Any] = {}
         self._like: Tensor | None = None
@@ -64,13 +73,13 @@ class Draw:
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The forward hook: the denoiser's output with the active rows corrected."""
-        if not self.guidances:
-            return None
         with torch.inference_mode(False), torch.no_grad():
             arguments = usable(self.bound(args, kwargs))
             is_tuple = isinstance(output, tuple)
             raw = usable(output[0] if is_tuple else output.sample)
-            view = self.view(arguments, self.levels.next(arguments["timestep"]))
+            planned = getattr(self.pipe, "num_timesteps", None)
+            view = self.view(arguments, self.levels.next(arguments["timestep"], planned))
+            self.finished = view.level.is_last
             found = self.guided(view, raw)
         if found is None:
             return None
@@ -85,9 +94,19 @@ class Draw:
         """Captions as the prompts of this call; one function for all steps, which guidances keep.
 
         Not for the next call of the pipeline: its options may be others.
+
+        Raises:
+            ValueError: the call's embeddings are of other text encoders.
         """
         assert self._like is not None
-        encoded = self.family.encode(self.pipe, captions, self.call)
+        _, length, width = self._like.shape
+        encoded = self.family.encode(self.pipe, captions, self.call, length)
+        if encoded.embeddings.shape[2] != width:
+            raise ValueError(
+                f"memfree.guard: prompt_embeds have vectors of {width}, the pipeline's own "
+                f"encoding has {encoded.embeddings.shape[2]}: load all text encoders, or leave "
+                "out guidance that needs captions (c2=0)"
+            )
         return encoded.to(self._like.device, self._like.dtype)
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -127,33 +146,46 @@ class Draw:
             step=view.level.step,
             is_last=view.level.is_last,
             decode=self.decoder.finished if view.level.is_last else self.decoder.estimate,
-            encode=self.encode,
+            encode=None if self.family.missing_text_part(self.pipe) else self.encode,
             memory=self._memory,
         )
         base = replace(base, output=base.as_stepped(base.output, base.output_cond))
+        self.last = base
+        if not self.guidances:
+            return None
         if view.level.is_last and view.level.flow_sigma is None:
             t = self.pipe.scheduler.timesteps[-1]
-            base = replace(
-                base,
-                returned=returned(
-                    self.pipe.scheduler,
-                    t,
-                    view.x_t,
-                    base.output,
-                    view.level.alpha_bar,
-                    float(self.call.get("eta", 0.0)),
-                    self.call.get("generator"),
-                ),
+            known = returned(
+                self.pipe.scheduler,
+                t,
+                view.x_t,
+                base.output,
+                view.level.alpha_bar,
+                float(self.call.get("eta", 0.0)),
+                self.call.get("generator"),
             )
-            self.unmoved = base.returned is not None and base.returned[1] == 0
+            self.unmoved = known is not None and known[1] == 0
+            base = replace(base, returned=known)
+        if view.level.is_last and self.given is not None:
+            base = replace(base, returned=self._inpainted(base))
         decoder = self.decoder
         with explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()):
             result = apply(self.guidances, base)
-        self.trace.append(trace_rows(result, view.level.step, torch.tensor(view.level.t)))
+        self.trace.append(trace_rows(result, view.level.step, view.level.t))
+        self.last = result
         rows = (result.output != base.output).flatten(1).any(dim=1).nonzero().squeeze(1)
         if not len(rows):
             return None
         return rows, view.to_native(result.output[rows], base.output[rows], native, rows)
+
+    def _inpainted(self, base: Prediction) -> tuple[Tensor, Tensor]:
+        """(offset, gain) with the given image where the pipeline puts it back."""
+        assert self.given is not None and self.mask is not None
+        count = len(base.x_t)
+        # As the pipeline: of the mask of both branches, the first half is used.
+        drawn = self.mask[:count].float()
+        offset, gain = base.returned or (torch.zeros_like(base.x_t, dtype=torch.float32), 1.0)
+        return drawn * offset + (1 - drawn) * self.given.float(), (gain * drawn).expand_as(offset)
 
 
 @dataclass
@@ -181,9 +213,10 @@ class View:
         everything = self.arguments[self.draw.family.sample]
         self.total = len(everything)
         self.count = self.total // 2 if self.twice else self.total
-        self.channels = everything.shape[1]
+        # Inpainting denoisers see a mask and an image in further channels.
+        self.channels = min(everything.shape[1], self.draw.pipe.vae.config.latent_channels)
         self.dtype = everything.dtype
-        x_t = everything[: self.count]
+        x_t = everything[: self.count, : self.channels]
         self.norm = 1.0
         if self.level.flow_sigma is not None:
             sigma = self.level.flow_sigma
@@ -226,13 +259,18 @@ class View:
         if conditions is None and not self.twice:
             raise ValueError(
                 "memfree.guard: this guidance needs the unconditional prediction, which the "
-                "pipeline makes with a guidance_scale above 1 only"
+                "pipeline makes with a guidance_scale above 1 only, and never with a denoiser that "
+                "is told the scale"
             )
         rows = self._rows(x)
         half = rows if conditions is None else rows + (self.total - self.count)
         family = self.draw.family
         arguments = rows_of(self.arguments, half, self.total)
-        arguments[family.sample] = (x * self.norm).to(self.dtype)
+        sample, beside = (
+            (x * self.norm).to(self.dtype),
+            arguments[family.sample][:, self.channels :],
+        )
+        arguments[family.sample] = torch.cat([sample, beside], 1) if beside.shape[1] else sample
         if conditions is not None:
             assert isinstance(conditions, TextConditions)
             like = self.conditions.embeddings

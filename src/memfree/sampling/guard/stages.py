@@ -127,8 +127,8 @@ class Stages:
         family = self.draw.family
         if view.twice:
             return family.conditions(view.arguments)[slice(0, view.count)]
-        empty = family.encode(self.draw.pipe, [""], self.draw.call)
         like = view.conditions.embeddings
+        empty = family.encode(self.draw.pipe, [""], self.draw.call, like.shape[1])
         return empty.to(like.device, like.dtype).expand(view.count)
 
     def _replace_noise(self, sample: Tensor, noise: Tensor) -> Tensor:

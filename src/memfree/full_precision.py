@@ -1,0 +1,59 @@
+"""Matrix products in IEEE float32, whatever the process's precision settings and autocast say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import torch
+
+
+class _Setting:
+    """torch's precision of float32 products on one backend, held at ``ieee`` while anyone needs it.
+
+    The setting belongs to the process, not to a thread. So threads share one hold: the first sets
+    it, the last restores it, and none loses it because another has finished. Other threads'
+    products are exact, too, for that long.
+
+    Args:
+        matmul: ``torch.backends.cuda.matmul`` or ``torch.backends.mkldnn.matmul``.
+    """
+
+    def __init__(self, matmul: Any) -> None:
+        self._matmul = matmul
+        self._lock = Lock()
+        self._holders = 0
+        self._before = "ieee"
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._holders == 0:
+                self._before = self._matmul.fp32_precision
+            if self._matmul.fp32_precision != "ieee":
+                self._matmul.fp32_precision = "ieee"
+            self._holders += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._holders -= 1
+            # Whoever set another precision meanwhile keeps it.
+            if self._holders == 0 and self._matmul.fp32_precision == "ieee":
+                self._matmul.fp32_precision = self._before
+
+
+_CUDA = _Setting(torch.backends.cuda.matmul)
+_MKLDNN = _Setting(torch.backends.mkldnn.matmul)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute float32 products on ``device`` in IEEE float32 inside this context.
+
+    It overrides ``torch.set_float32_matmul_precision``, ``torch.backends…fp32_precision``,
+    ``allow_tf32`` and autocast, and restores them.
+    """
+    setting = _CUDA if device.type == "cuda" else _MKLDNN
+    with setting, torch.autocast(device.type, enabled=False):
+        yield
