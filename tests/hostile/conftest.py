@@ -10,6 +10,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from pyarrow import parquet
 
 from memfree.data import DuplicationPlan, PartSizes, prepare
+from memfree.evaluation.metrics import HELDOUT
 from memfree.folders.manifest import write_manifest
 from memfree.guidance import calibrate
 from memfree.guidance.calibration import default_similarity
@@ -106,24 +107,26 @@ def _samples(folder):
 def _evaluation(folder):
     folder.mkdir()
     made = {"manifest": {"made_by": {"command": ["x"]}, "count": 6, "image_shape": list(SHAPE)}}
+    rate = {"value": 0.5, "low": 0.4, "high": 0.6, "count": 6}
+    detail = {"threshold": -1.0, "false_positive_rate": 0.01}
     metrics = [
-        {
-            "metric": "copies",
-            "subject": "a",
-            "value": 0.5,
-            "low": 0.4,
-            "high": 0.6,
-            "count": 6,
-            "detail": {"threshold": -1.0},
-        }
+        {"metric": "copies", "subject": name, **rate, "detail": detail} for name in ("a", HELDOUT)
     ]
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    for name, row in {
-        "pictures": {"subject": "a", "column": 0, "png": png.encode(png.to_bytes(_images(1)[0]))},
-        "trajectories": {"subject": "a", "step": 0, "q50": -1.0},
-        "per_sample": {"subject": "a", "sigma": -1.0},
+    picture = {"column": 0, "sample": 0, "key": "k", "multiplicity": 2}
+    picture["png"] = png.encode(png.to_bytes(_images(1)[0]))
+    verdicts = [
+        {"subject": "a", "sigma": -1.0, "copy": True},
+        {"subject": None, "sigma": None, "copy": None},
+    ]
+    quantiles = {f"q{percent}": -1.0 for percent in (10, 25, 50, 75, 90)}
+    trajectory = {"subject": "a", "group": "copies", "step": 0, "t": 9.0, "lambda": -1.0}
+    for name, rows in {
+        "pictures": [{**picture, **verdict} for verdict in verdicts],
+        "trajectories": [{**trajectory, **quantiles}],
+        "per_sample": [{"subject": name, "sigma": -1.0} for name in ("a", HELDOUT)],
     }.items():
-        parquet.write_table(_table([row]), folder / f"{name}.parquet")
+        parquet.write_table(_table(rows), folder / f"{name}.parquet")
     write_manifest(
         folder,
         "evaluation",

@@ -59,6 +59,7 @@ def read_samples(folder):
 
 def read_evaluation(folder):
     evaluation = EvaluationFolder(folder)
+    evaluation.check_figures()
     evaluation.distances()
     assert all(isinstance(one.value, float) for one in evaluation.metrics.metrics)
 

@@ -213,7 +213,7 @@ def _cost_metrics(inputs: Inputs) -> list[Metric]:
                         name,
                         float(value),
                         n,
-                        device=folder.manifest["made_by"]["device"],
+                        device=folder.manifest["made_by"].get("device"),
                         steps=folder.manifest.get("steps"),
                     )
                 )
