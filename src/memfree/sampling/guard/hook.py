@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +28,7 @@ from memfree.sampling.guard.families import Arguments, Family
 from memfree.sampling.guard.images import finite_rows
 from memfree.sampling.guard.nested import rows_of, usable
 from memfree.sampling.guard.noise_level import NoiseLevel, NoiseLevels
-from memfree.sampling.last_step import returned
+from memfree.sampling.last_step import LastStep, last_step
 from memfree.sampling.loop import trace_rows
 from memfree.sampling.noise import OwnRandomness
 
@@ -77,6 +77,7 @@ class Draw:
         self._memory: dict[Any, Any] = {}
         self._like: Tensor | None = None
         self._randomness = OwnRandomness()
+        self._ended = False
         self._images = image_count(call) if call else None
         known = getattr(diffusers, family.model)
         needed = (family.sample, "timestep", "encoder_hidden_states")
@@ -208,6 +209,28 @@ class Draw:
         """Where the guard's own parts may draw, such as an autoencoder: torch's stay in place."""
         return self._randomness.on(self.pipe._execution_device)
 
+    def _step_of(self, view: View, base: Prediction) -> tuple[Any, ...]:
+        """The scheduler's step from here, as ``LastStep`` takes it."""
+        scheduler, following = self.pipe.scheduler, view.level.following
+        return (
+            scheduler,
+            scheduler.timesteps[-1 - len(following)],
+            view.native_x_t,
+            view.native(base),
+            view.level.alpha_bar,
+            float(self.call.get("eta", 0.0)),
+            self.call.get("generator"),
+            view.level.flow_sigma,
+            following,
+        )
+
+    def _ends(self, view: View, base: Prediction) -> bool:
+        """Whether the finished sample is decided at this step: no further one follows it."""
+        if len(view.level.following) == 1:
+            self._ended = LastStep(*self._step_of(view, base)).is_last()
+            return self._ended
+        return view.level.is_last and not self._ended
+
     def guided(self, view: View, raw: Tensor) -> tuple[Tensor, Tensor] | None:
         """Which rows are corrected, and the prediction to step with there; None if none is.
 
@@ -232,8 +255,7 @@ class Draw:
             denoise=view.denoise,
             guidance_rescale=amount,
             step=view.level.step,
-            is_last=view.level.is_last,
-            decode=self.decoder.finished if view.level.is_last else self.decoder.estimate,
+            decode=self.decoder.estimate,
             encode=None if self.family.missing_text_part(self.pipe) else self.encode,
             memory=self._memory,
         )
@@ -241,23 +263,15 @@ class Draw:
         self.last = base
         if not self.guidances:
             return None
-        finite = finite_rows(base.output) & finite_rows(base.x_t)
+        finite = finite_rows(base.output) & view.finite
         base = _in_numbers(base)
-        if view.level.is_last and view.level.flow_sigma is None:
-            t = self.pipe.scheduler.timesteps[-1]
-            known = returned(
-                self.pipe.scheduler,
-                t,
-                base.x_t,
-                base.output,
-                view.level.alpha_bar,
-                float(self.call.get("eta", 0.0)),
-                self.call.get("generator"),
-            )
+        if self._ends(view, base):
+            ending = last_step(*self._step_of(view, base))
+            base = replace(base, is_last=True, decode=_decoded(self.decoder.finished), **ending)
+            known = ending["returned"]
             self.unmoved = known is not None and known[1] == 0
-            base = replace(base, returned=known)
-        if view.level.is_last and self.given is not None:
-            base = replace(base, returned=self._inpainted(base))
+            if self.given is not None:
+                base = self._inpainted(base)
         decoder = self.decoder
         with (
             explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()),
@@ -272,33 +286,41 @@ class Draw:
             return None
         return rows, view.to_native(result.output[rows], base.output[rows], native, rows)
 
-    def _inpainted(self, base: Prediction) -> tuple[Tensor, Tensor]:
-        """(offset, gain) with the given image where the pipeline puts it back."""
+    def _inpainted(self, base: Prediction) -> Prediction:
+        """The last record with the given image where the pipeline puts it back."""
         assert self.given is not None and self.mask is not None
-        count = len(base.x_t)
         # As the pipeline: of the mask of both branches, the first half is used.
-        drawn = self.mask[:count].float()
+        drawn, given = self.mask[: len(base.x_t)].float(), self.given.float()
         offset, gain = base.returned or (torch.zeros_like(base.x_t, dtype=torch.float32), 1.0)
-        return drawn * offset + (1 - drawn) * self.given.float(), (gain * drawn).expand_as(offset)
+        known = drawn * offset + (1 - drawn) * given, (gain * drawn).expand_as(offset)
+        if (finish := base.finish) is None:
+            return replace(base, returned=known)
+        return replace(
+            base, returned=known, finish=lambda x_0: drawn * finish(x_0) + (1 - drawn) * given
+        )
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """0 for NaN and ∞, of which no neighbour can be found."""
+    return values.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _decoded(decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda latents: _numbers(decode(latents))
 
 
 def _in_numbers(prediction: Prediction) -> Prediction:
-    """The record with 0 for NaN and ∞, which no neighbour can be found of.
+    """The record in numbers: one broken sample does not end the call of the others.
 
-    Rows that hold them are not corrected; one broken sample does not end the call of the others.
+    Rows that hold NaN or ∞ are not corrected.
     """
-
-    def numbers(values: Tensor) -> Tensor:
-        return values.nan_to_num(0.0, 0.0, 0.0)
-
     uncond, cond = prediction.output_uncond, prediction.output_cond
     return replace(
         prediction,
-        x_t=numbers(prediction.x_t),
-        output=numbers(prediction.output),
-        output_cond=None if cond is None else numbers(cond),
-        output_uncond=None if uncond is None else numbers(uncond),
-        decode=lambda latents: numbers(prediction.decode(latents)),
+        output=_numbers(prediction.output),
+        output_cond=None if cond is None else _numbers(cond),
+        output_uncond=None if uncond is None else _numbers(uncond),
+        decode=_decoded(prediction.decode),
     )
 
 
@@ -331,6 +353,8 @@ class View:
         self.channels = min(everything.shape[1], self.draw.pipe.vae.config.latent_channels)
         self.dtype = everything.dtype
         x_t = everything[: self.count, : self.channels]
+        self.finite = finite_rows(x_t)
+        self.native_x_t = x_t = _numbers(x_t)
         self.norm = 1.0
         if self.level.flow_sigma is not None:
             sigma = self.level.flow_sigma
@@ -355,6 +379,13 @@ class View:
             return output
         samples = self.x_t if x_t is None else x_t
         return self.norm * output.float() + (1 - 2 * self.level.flow_sigma) * samples.float()
+
+    def native(self, prediction: Prediction) -> Tensor:
+        """The combined prediction in the model's own terms: v of flow matching."""
+        if self.level.flow_sigma is None:
+            return prediction.output
+        shift = (1 - 2 * self.level.flow_sigma) * self.x_t.float()
+        return (prediction.output - shift) / self.norm
 
     def to_native(self, corrected: Tensor, before: Tensor, native: Tensor, rows: Tensor) -> Tensor:
         """What the denoiser should have said in some rows: the inverse of ``from_native``."""

@@ -30,8 +30,13 @@ class NoiseLevel:
     """ᾱ of the variance-preserving sample, 0-d float32."""
     flow_sigma: float | None
     """σ of x_t = (1 − σ)·x_0 + σ·ε under flow matching; None otherwise."""
-    is_last: bool
-    """Whether the scheduler has no further step."""
+    following: Tensor
+    """Timesteps of the steps after this one."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the scheduler has no further step."""
+        return not len(self.following)
 
 
 class NoiseLevels:
@@ -81,7 +86,7 @@ class NoiseLevels:
             time=float(t) / self.scheduler.config.num_train_timesteps,
             alpha_bar=alpha_bar.clamp(min=SMALLEST_ALPHA_BAR).to(timestep.device),
             flow_sigma=sigma,
-            is_last=position == len(self._schedule) - 1,
+            following=self._schedule[position + 1 :].to(timestep.device),
         )
 
     def check_followed(self, interrupted: bool) -> None:
