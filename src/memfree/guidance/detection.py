@@ -61,8 +61,10 @@ class Observer:
         cadence: when neighbours are searched.
     """
 
-    calls_denoiser = False
-    """Whether the denoiser may be called again; a guidance that does not say so may."""
+    @property
+    def calls_denoiser(self) -> bool:
+        """Whether the denoiser may be called again; a guidance that does not say so may."""
+        return False
 
     def __init__(
         self,

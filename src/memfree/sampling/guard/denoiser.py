@@ -262,7 +262,7 @@ class Signature:
         self, arguments: Mapping[str, Any], positional: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments as a call that has ``positional`` of them without a name."""
-        rest, args = dict(arguments), []
+        rest, args = dict(arguments), list[Any]()
         for name, parameter in list(self.own.parameters.items())[1:]:
             if name not in rest or len(args) >= positional:
                 break
