@@ -1,5 +1,6 @@
 """memfree submit without a Slurm: what is checked, what the script says, what the job runs."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from submitit.core.utils import DelayedSubmission
 from memfree import cli
 from memfree.slurm.command_line import submission_of
 from memfree.slurm.options import SlurmOptions
-from memfree.slurm.submission import Submission, run_in_job
+from memfree.slurm.submission import Submission, outside_of_job, run_in_job
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TRAIN = [f"--config={CONFIGS / 'digits.yaml'}"]
@@ -188,3 +189,60 @@ def test_numbers_of_the_configuration_are_plain():
     submission, _ = submission_of("train", [*TRAIN, "--slurm.tasks_per_node=2"])
     assert isinstance(submission.slurm.nodes, (int, PositiveInt))
     assert "!!python" not in submission.configuration
+
+
+OF_THE_JOB = {
+    "SLURM_JOB_ID": "12",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+    "SLURM_MEM_PER_CPU": "100",
+    "SLURM_CPUS_PER_TASK": "1",
+    "SLURM_TRES_PER_TASK": "cpu:1",
+    "SLURM_GPUS_PER_TASK": "1",
+    "SLURM_NTASKS": "1",
+    "SRUN_CPUS_PER_TASK": "1",
+    "SBATCH_CPU_BIND": "quiet,mask_cpu:0x1",
+    "SBATCH_MEM_BIND": "none",
+    "SUBMITIT_EXECUTOR": "slurm",
+    "CUDA_VISIBLE_DEVICES": "3",
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "node7",
+    "NODE_RANK": "0",
+    "OMPI_COMM_WORLD_RANK": "0",
+}
+OF_THE_USER = {
+    "SLURM_CONF": "/somewhere/slurm.conf",
+    "SLURM_CLUSTERS": "one",
+    "SBATCH_ACCOUNT": "mine",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.mark.parametrize("array", [1, 2])
+def test_a_job_is_told_nothing_of_the_job_that_submits_it(tmp_path, monkeypatch, array):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, does in (
+        ("srun", ""),
+        ("sbatch", f"env > {tmp_path}/env; echo Submitted batch job 7"),
+    ):
+        (programs / name).write_text(f"#!/bin/sh\n{does}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    for name, value in {**OF_THE_JOB, **OF_THE_USER}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    slurm = SlurmOptions(logs=tmp_path / "logs", array=PositiveInt(array))
+    assert Submission("sample", "", slurm).submit() == "7"
+    assert dict(os.environ) == before
+    lines = (tmp_path / "env").read_text().splitlines()
+    passed = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert not OF_THE_JOB.keys() & passed.keys()
+    assert OF_THE_USER.items() <= passed.items()
+
+
+def test_outside_of_a_job_the_environment_is_the_users(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("SLURM_CPU_BIND", "none")
+    with outside_of_job():
+        assert os.environ["SLURM_CPU_BIND"] == "none"

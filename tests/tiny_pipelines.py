@@ -4,17 +4,30 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
+    ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LatentConsistencyModelImg2ImgPipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -145,11 +158,13 @@ def unet(in_channels=4, seed=0, **config):
 def unet_xl(width=WIDTH, **config):
     """With Stable Diffusion XL's further conditions, of text encoders of this width."""
     return unet(
-        cross_attention_dim=2 * width,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + width,
-        **config,
+        **{
+            "cross_attention_dim": 2 * width,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + width,
+            **config,
+        }
     )
 
 
@@ -242,7 +257,7 @@ def pixart_sigma(scheduler=None, **parts):
     return pixart(scheduler, PixArtSigmaPipeline, **parts)
 
 
-def stable_diffusion_3(scheduler=None, **parts):
+def stable_diffusion_3(scheduler=None, kind=StableDiffusion3Pipeline, **parts):
     """Stable Diffusion 3: two CLIP encoders and T5, flow matching on a transformer."""
     transformer = seeded(
         lambda: SD3Transformer2DModel(
@@ -281,4 +296,92 @@ def stable_diffusion_3(scheduler=None, **parts):
         "transformer": transformer,
         "scheduler": scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
     }
-    return _quiet(StableDiffusion3Pipeline(**{**components, **parts}))
+    return _quiet(kind(**{**components, **parts}))
+
+
+def stable_diffusion_inpaint(scheduler=None, **parts):
+    return stable_diffusion(scheduler, StableDiffusionInpaintPipeline, **parts)
+
+
+def stable_diffusion_inpaint_9(scheduler=None, **parts):
+    """With a denoiser that sees the mask and the masked image."""
+    return stable_diffusion_inpaint(scheduler, **{"unet": unet(9), **parts})
+
+
+def stable_diffusion_xl_inpaint(scheduler=None, **parts):
+    return stable_diffusion_xl(scheduler, StableDiffusionXLInpaintPipeline, **parts)
+
+
+def stable_diffusion_xl_inpaint_9(scheduler=None, **parts):
+    return stable_diffusion_xl_inpaint(scheduler, **{"unet": unet_xl(in_channels=9), **parts})
+
+
+def controlnet(xl=False):
+    """A ControlNet for the U-Nets above, whose outputs are not zero as in a fresh one."""
+
+    def build():
+        more = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+        }
+        made = ControlNetModel(
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            in_channels=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            cross_attention_dim=2 * WIDTH if xl else WIDTH,
+            attention_head_dim=4,
+            norm_num_groups=4,
+            conditioning_embedding_out_channels=(8, 16),
+            **(more if xl else {}),
+        )
+        for block in [*made.controlnet_down_blocks, made.controlnet_mid_block]:
+            torch.nn.init.normal_(block.weight, std=0.3)
+        return made
+
+    return seeded(build)
+
+
+def stable_diffusion_controlnet(scheduler=None, kind=StableDiffusionControlNetPipeline, **parts):
+    return stable_diffusion(scheduler, kind, **{"controlnet": controlnet(), **parts})
+
+
+def stable_diffusion_controlnet_img2img(scheduler=None, **parts):
+    return stable_diffusion_controlnet(scheduler, StableDiffusionControlNetImg2ImgPipeline, **parts)
+
+
+def stable_diffusion_controlnet_inpaint(scheduler=None, **parts):
+    return stable_diffusion_controlnet(scheduler, StableDiffusionControlNetInpaintPipeline, **parts)
+
+
+def stable_diffusion_xl_controlnet(
+    scheduler=None, kind=StableDiffusionXLControlNetPipeline, **parts
+):
+    return stable_diffusion_xl(scheduler, kind, **{"controlnet": controlnet(xl=True), **parts})
+
+
+def stable_diffusion_xl_controlnet_img2img(scheduler=None, **parts):
+    return stable_diffusion_xl_controlnet(
+        scheduler, StableDiffusionXLControlNetImg2ImgPipeline, **parts
+    )
+
+
+def stable_diffusion_xl_controlnet_inpaint(scheduler=None, **parts):
+    return stable_diffusion_xl_controlnet(
+        scheduler, StableDiffusionXLControlNetInpaintPipeline, **parts
+    )
+
+
+def latent_consistency(scheduler=None, kind=LatentConsistencyModelPipeline, **parts):
+    """Its denoiser is told the guidance scale."""
+    scheduler = scheduler or noise_schedule(LCMScheduler, set_alpha_to_one=True)
+    return stable_diffusion(scheduler, kind, **{"unet": unet(time_cond_proj_dim=32), **parts})
+
+
+def latent_consistency_img2img(scheduler=None, **parts):
+    return latent_consistency(scheduler, LatentConsistencyModelImg2ImgPipeline, **parts)
+
+
+def stable_diffusion_3_img2img(scheduler=None, **parts):
+    return stable_diffusion_3(scheduler, StableDiffusion3Img2ImgPipeline, **parts)

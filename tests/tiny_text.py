@@ -5,7 +5,8 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPi
 from tiny_pipelines import autoencoder, unet_xl
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from memfree.models.small_pipeline import ScratchOptions, build_pipeline
+from memfree.models.options import ScratchOptions
+from memfree.models.small_pipeline import build_pipeline
 
 CAPTIONS = ["red apple", "green apple", "grinning face", "woman firefighter"]
 OPTIONS = ScratchOptions(

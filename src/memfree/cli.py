@@ -10,19 +10,21 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memfree import __version__
-from memfree.folders.part import ALL, WHOLE, part_of
+from memfree.folders.part import ALL, part_of
 from memfree.free_word import as_options
+from memfree.launcher import Launch, advice, as_one_run, launched
 from memfree.one_line_errors import DEBUG_VARIABLE, INTERRUPTED, exit_with_error, guarded
 from memfree.option_messages import did_you_mean, option_message, options_of
 from memfree.study_files import refuse_other_study
+from memfree.untrusted_yaml import check_config_files, limit_aliases
 
 if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, Namespace
 
 
 class Command(NamedTuple):
@@ -131,6 +133,7 @@ def run_command(name: str, args: Sequence[str] | None = None, prog: str | None =
     given = as_options(sys.argv[1:] if args is None else args, command.positional)
 
     def call() -> Any:
+        check_config_files(given)
         refuse_other_study(name, given)
         return _run(_load_or_leave(command), given, prog, command.one_writer)
 
@@ -211,8 +214,15 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     # Here, not above: a script is in the care of guarded before anything slow is imported.
     from jsonargparse import ArgumentParser, set_parsing_settings
 
+    limit_aliases()
     set_parsing_settings(
-        docstring_parse_attribute_docstrings=True, subclasses_disabled=[_is_data_module]
+        docstring_parse_attribute_docstrings=True,
+        subclasses_disabled=[_is_data_module],
+        # Importing a module runs it: a configuration may name no class but those of the options,
+        # which the parser names to itself.
+        import_path_denylist=["*"],
+        import_path_allowlist=["memfree"],
+        instantiate_subclass_spec_in_any=False,
     )
     parser = ArgumentParser(
         prog=prog,
@@ -246,37 +256,70 @@ def _run(
     function: Callable[..., Any], args: Sequence[str] | None, prog: str | None, lock: bool
 ) -> Any:
     parser = parser_of(function, prog)
+    words = sys.argv[1:] if args is None else list(args)
+    check_config_files(words)
     try:
-        config = parser.parse_args(sys.argv[1:] if args is None else list(args))
-    except argparse.ArgumentError as error:
+        config = parser.parse_args(words)
+    # ImportError: jsonargparse's, for a class that a configuration within another one names.
+    except (argparse.ArgumentError, ImportError) as error:
         exit_with_error(option_message(str(error), parser))
     except RecursionError:
         exit_with_error("--config: a value that contains itself, or too many in each other")
+    for name in parser.groups or {}:  # jsonargparse takes a list for a set of options
+        if not hasattr(config.get(name), "keys"):
+            exit_with_error(f"--{name}: {config.get(name)!r} is not a set of options; see --help")
     # Here, not above: manifest imports torch, and `memfree --help` should not wait for it.
     from memfree.folders.resolved import resolved_config
     from memfree.memory import explained_memory
 
+    launch = launched()
     options = options_of(parser)
     batches = [f"a smaller {option}" for option in options if option.endswith("batch_size")]
-    with explained_memory("running", batches):
+    with _as_one_run(launch, config), explained_memory("running", batches):
         arguments = parser.instantiate(config)
         arguments.pop("config", None)
         if "part" in config:  # the folder is that of all parts
             config["part"] = ALL
-        with resolved_config(parser.dump(config)), _writing(arguments, lock):
+        with resolved_config(parser.dump(config)), _writing(arguments, lock, launch):
             return function(**arguments)
 
 
+def _as_one_run(launch: Launch, config: Namespace) -> AbstractContextManager[None]:
+    """Take the processes of a launcher as the options --trainer.* say: one run, or one each."""
+    devices, nodes = 1, config.get("trainer.num_nodes", 1)
+    if launch.told and "trainer.devices" in config:
+        from memfree.trainers import device_count
+
+        devices = device_count(launch, config["trainer.accelerator"], config["trainer.devices"])
+    return as_one_run(launch, devices, nodes)
+
+
 @contextmanager
-def _writing(arguments: Any, lock: bool) -> Iterator[None]:
+def _writing(arguments: Any, lock: bool, launch: Launch) -> Iterator[None]:
     """Be the only writer of ``--out``, or of a part of it; name it where it cannot be written."""
-    from memfree.folders.one_writer import one_writer
+    from memfree.folders.one_writer import one_of_launch, one_writer
     from memfree.folders.storage_errors import explained_storage
 
     out = arguments.get("out")
     if not isinstance(out, Path):
         yield
         return
-    part = part_of(arguments.get("part", ALL)) if lock else WHOLE
-    with explained_storage(out), one_writer(out, part) if lock else nullcontext():
+    whole = arguments.get("part", ALL) == ALL
+    with explained_storage(out), ExitStack() as stack:
+        try:
+            if lock:
+                stack.enter_context(one_writer(out, part_of(arguments.get("part", ALL))))
+            elif launch.several and whole:
+                stack.enter_context(one_of_launch(out))
+        except ValueError as error:
+            if not launch.several:
+                raise
+            raise ValueError(f"{error} ({advice(launch, _can_share(arguments))})") from error
         yield
+
+
+def _can_share(arguments: Any) -> str:
+    """Options by which several processes do a command together."""
+    if hasattr(arguments.get("trainer"), "devices"):
+        return "--trainer.devices"
+    return "--part" if "part" in arguments else ""

@@ -8,22 +8,18 @@ from pathlib import Path
 
 import safetensors.torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from rich.console import Console
 
+from memfree.console import plain_console, say
 from memfree.data import DatasetFolder
 from memfree.data.distinct import DistinctImages
 from memfree.data.split import PartName
-from memfree.evaluation.alignment import ClipScorer, pair_report
+from memfree.evaluation.alignment import ClipScorer, deranged, pair_report
 from memfree.folders.atomic_files import write_json
 from memfree.folders.hashes import sha256
 from memfree.folders.manifest import write_manifest
-from memfree.models.short_training import Accelerator, fit, is_finished, write_folder
-from memfree.models.small_clip import (
-    PREPROCESSING,
-    SmallClipModule,
-    SmallClipOptions,
-    model_config,
-)
+from memfree.models.options import Accelerator, SmallClipOptions
+from memfree.models.short_training import fit, is_finished, write_folder
+from memfree.models.small_clip import PREPROCESSING, SmallClipModule, model_config
 
 PARTS: tuple[PartName, ...] = ("train", "calibration", "fit")
 """Never test, whose pairs say what the score is worth."""
@@ -70,14 +66,24 @@ def train_clip(
         "seed": seed,
     }
     if is_finished(out, "clip", identity, overwrite):
-        print(f"{out} is already trained as asked")
+        say(f"{out} is already trained as asked")
         return
     pairs = DistinctImages(folder, PARTS)
     if pairs.captions is None:
         raise ValueError(f"--dataset {dataset} has no captions; a CLIP needs them")
+    test = folder.part("test")
+    if test.captions is None:
+        raise ValueError(f"--dataset {dataset} has test images without captions; prepare it again")
+    try:
+        deranged(test.captions, seed)
+    except ValueError as error:
+        raise ValueError(
+            f"--dataset {dataset}: what the CLIP is worth cannot be measured, {error} of its test "
+            "images"
+        ) from error
     loader = pairs.loader(batch_size, steps, seed)
     module = SmallClipModule(model, seed)
-    with Console(stderr=True).status("Looking at the images …"):
+    with plain_console(stderr=True).status("Looking at the images …"):
         module.look_at(pairs.images())
     loss = fit(module, loader, steps, accelerator)
 
@@ -89,7 +95,6 @@ def train_clip(
             partial / "open_clip_config.json",
             {"model_cfg": model_config(model), "preprocess_cfg": PREPROCESSING},
         )
-        test = folder.part("test")
         assert test.captions is not None
         report = pair_report(ClipScorer(partial), test.images(), test.captions, seed)
         write_manifest(
@@ -103,7 +108,7 @@ def train_clip(
             test=report,
             identity=identity,
         )
-        print(
+        say(
             f"{out}: trained {steps} steps on {len(pairs)} pairs, loss {loss:.3g}. "
             f"{report['pairs']} unseen test pairs: cosine {report['score']:.3f}, above shuffled "
             f"captions by {report['margin']:.3f} ({report['low']:.3f} to {report['high']:.3f}); "

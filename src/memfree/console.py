@@ -1,14 +1,85 @@
-"""A console for lines and tables that hold names of others: files, keys, folders."""
+"""Lines and tables with untrusted names in them (files, keys, folders) on any terminal."""
 
 from __future__ import annotations
 
-from rich.console import Console
+import sys
+import unicodedata
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of characters, ends of lines
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that turn the direction of the text behind them."""
 
 
-def plain_console(stderr: bool = False) -> Console:
+def shown(text: str, encoding: str = "utf-8", keep: str = "") -> str:
+    r"""Text as a terminal may show it: nothing in it moves the cursor or hides other text.
+
+    Args:
+        text: untrusted, such as a file's name. Spaces, joiners and letters of any kind stay.
+        encoding: of the stream; what it cannot show is written as ``\u03c3`` as well.
+        keep: control characters that stay.
+    """
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(
+            _escaped(one) if one not in keep and _is_active(one) else one for one in text
+        )
+    try:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    except (LookupError, UnicodeError):  # an encoding that Python does not know
+        return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def _is_active(character: str) -> bool:
+    return unicodedata.category(character) in _HIDDEN or character in _TURNING
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def say(line: str, stderr: bool = False) -> None:
+    """Print one line with untrusted names in it.
+
+    Args:
+        line: what to say.
+        stderr: write to standard error.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    print(shown(line, getattr(stream, "encoding", None) or "utf-8"), file=stream)
+
+
+def plain_console(stderr: bool = False, **options: Any) -> Console:
     """A console that shows text as it is: ``[bold]`` is no style and ``:cat:`` no picture.
+
+    Whatever is printed on it passes ``shown``; rich's ``Text`` in a table should do so before,
+    since its width is measured.
 
     Args:
         stderr: write to standard error.
+        options: further ones of rich's ``Console``.
     """
-    return Console(stderr=stderr, markup=False, emoji=False)
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **given: Any) -> Text:  # type: ignore[override]
+            return super().render_str(shown(text, self.encoding, keep="\n\t"), **given)
+
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                if segment.control or segment.text.isascii() and segment.text.isprintable():
+                    yield segment
+                else:
+                    text = shown(segment.text, self.encoding, keep="\n")
+                    yield Segment(text, segment.style)
+
+    return PlainConsole(stderr=stderr, markup=False, emoji=False, **options)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from rich.console import Console
 
+from memfree.console import plain_console
 from memfree.folders.manifest import check_kind, write_manifest
 from memfree.folders.resolved import save_config
 from memfree.stages import Stage, run_stages
@@ -42,7 +42,7 @@ def demo(
         count: samples of each kind.
         guidance_scale: classifier-free guidance scale s_0.
     """
-    console = Console()
+    console = plain_console()
     check_kind(out, "demo")
     stages = demo_stages(out, seed, duplicated, factor, steps, count, guidance_scale)
     seconds = run_stages(stages, console)

@@ -94,8 +94,10 @@ def alpha_bar_at(scheduler, timestep: Tensor | int, step_index: int) -> Tensor:
     """ᾱ in (0, 1) that the scheduler assigns to its current step, as a 0-d float32 tensor.
 
     Schedulers with sigmas (Euler, DPM-Solver++, UniPC; Karras or not) are asked for σ at
-    ``step_index``, because their timesteps are rounded: ᾱ = 1/(1 + σ²). Schedulers that step on
-    timesteps (DDPM, DDIM, PNDM) are asked for ``alphas_cumprod``.
+    ``step_index``, because their timesteps are rounded: ᾱ = 1/(1 + σ²). Schedulers that keep the
+    σ of their midpoints to themselves (KDPM2, DPM-Solver SDE) are asked how they scale the
+    denoiser's input. Schedulers that step on timesteps (DDPM, DDIM, PNDM) are asked for
+    ``alphas_cumprod``.
 
     Args:
         scheduler: a diffusers scheduler after ``set_timesteps``.
@@ -106,4 +108,19 @@ def alpha_bar_at(scheduler, timestep: Tensor | int, step_index: int) -> Tensor:
     if sigmas is not None and len(sigmas) == len(scheduler.timesteps) + 1:
         sigma = sigmas[step_index].to(torch.float64)
         return bounded((1 / (1 + sigma**2)).to(torch.float32))
+    if hasattr(scheduler, "state_in_first_order"):
+        return bounded(alpha_bar_of_input(scheduler, timestep))
     return bounded(scheduler.alphas_cumprod[int(timestep)].to(torch.float32))
+
+
+def alpha_bar_of_input(scheduler, timestep: Tensor | int) -> Tensor:
+    """ᾱ of a scheduler that divides the denoiser's input by √(1 + σ²), 0-d float32 on the CPU.
+
+    Args:
+        scheduler: a diffusers scheduler after ``set_timesteps``, at its current step or midpoint.
+        timestep: the current entry of ``scheduler.timesteps``.
+    """
+    device = timestep.device if isinstance(timestep, Tensor) else None
+    one = torch.ones(1, dtype=torch.float64, device=device)
+    scale = torch.as_tensor(scheduler.scale_model_input(one, timestep)).double()
+    return scale.square().squeeze().float().cpu()

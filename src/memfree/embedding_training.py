@@ -9,13 +9,15 @@ from pathlib import Path
 import safetensors.torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from memfree.console import say
 from memfree.data import DatasetFolder
 from memfree.data.distinct import DistinctImages
 from memfree.data.split import PartName
 from memfree.folders.hashes import sha256
 from memfree.folders.manifest import write_manifest
-from memfree.models.copy_detection import CopyDetectionModule, CopyDetectionOptions
-from memfree.models.short_training import Accelerator, fit, is_finished, write_folder
+from memfree.models.copy_detection import CopyDetectionModule
+from memfree.models.options import Accelerator, CopyDetectionOptions
+from memfree.models.short_training import fit, is_finished, write_folder
 from memfree.retrieval.copy_detection import WEIGHTS, CopyDetectionShape
 
 PARTS: tuple[PartName, ...] = ("train", "fit")
@@ -77,7 +79,7 @@ def train_embedding(
         "seed": seed,
     }
     if is_finished(out, "embedding", identity, overwrite):
-        print(f"{out} is already trained as asked")
+        say(f"{out} is already trained as asked")
         return
     images = DistinctImages(folder, PARTS)
     module = CopyDetectionModule(model, shape, seed)
@@ -100,7 +102,7 @@ def train_embedding(
         )
 
     write_folder(out, write)
-    print(
+    say(
         f"{out}: trained {steps} steps on {len(images)} images, loss {loss:.3g}; next: memfree "
         f"index --dataset {dataset} --features copy_detection --extractor.path {out}"
     )

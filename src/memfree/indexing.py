@@ -12,12 +12,13 @@ from rich.console import Console
 
 from memfree.bars import counting_bar
 from memfree.calibration_size import too_few_images
-from memfree.console import plain_console
+from memfree.console import plain_console, say
 from memfree.data import DatasetFolder
 from memfree.first_process import is_first_process
 from memfree.folders.one_writer import one_at_a_time
 from memfree.folders.part import ALL, Part, part_of
 from memfree.folders.storage_errors import check_free_space
+from memfree.folders.whole_folder import refuse_mount_point
 from memfree.guidance.calibration import (
     Calibration,
     calibration_of,
@@ -28,8 +29,9 @@ from memfree.index_tables import summary, thresholds
 from memfree.memory import explained_memory
 from memfree.quiet import quiet
 from memfree.retrieval import Features, ReferenceIndex
-from memfree.retrieval.extractors import HAVE_DTYPE, ExtractorOptions, FeatureName, make_features
+from memfree.retrieval.extractors import HAVE_DTYPE, make_features
 from memfree.retrieval.hashing import read_salt
+from memfree.retrieval.options import ExtractorOptions, FeatureName
 from memfree.retrieval.storage import check_replaceable, is_written
 
 if TYPE_CHECKING:
@@ -125,6 +127,9 @@ def index(
         raise ValueError("--part needs --features of a network: pixels are not embedded")
     if overwrite and not work.whole:
         raise ValueError("--part and --overwrite true exclude each other: delete --out, or choose")
+    refuse_mount_point(out)
+    if salt_file is not None and salt_file.exists():
+        read_salt(salt_file)  # refuses what is not a salt before the work
     folder = DatasetFolder(dataset)
     training, calibration = folder.part("train"), folder.part("calibration")
     made = make_features(features, extractor)
@@ -161,9 +166,9 @@ def index(
             return
         with one_at_a_time(out, work):
             if not work.whole and is_written(out, folder.hash, made.describe()):
-                print(f"{out} is finished")
+                say(f"{out} is finished")
             elif missing := parts.missing():
-                print(f"{out}: part {part} is embedded; {len(missing)} batches of others are not")
+                say(f"{out}: part {part} is embedded; {len(missing)} batches of others are not")
                 return
             else:
                 write(ReferenceIndex.of_embedded(folder, made, parts.read()))
@@ -262,4 +267,4 @@ def _embed(
 
 
 def _bar(console: Console) -> Progress:
-    return counting_bar(console if is_first_process() else Console(quiet=True))
+    return counting_bar(console if is_first_process() else plain_console(quiet=True))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from memfree.console import say
+from memfree.launcher import check_variables
 from memfree.requeue import requeued_when_warned
 
 DEBUG_VARIABLE = "MEMFREE_DEBUG"
@@ -22,6 +25,7 @@ def guarded(call: Callable[[], Any], goes_on: bool = True) -> Any:
         goes_on: whether what it had done is kept when it is stopped and started again.
     """
     try:
+        check_variables()  # importing Lightning reads them
         with requeued_when_warned(goes_on):
             return call()
     except BrokenPipeError:
@@ -70,7 +74,6 @@ def _exit_interrupted() -> NoReturn:
 
 def exit_with_error(message: str) -> NoReturn:
     """End the process with status 2 and ``message`` as the one line of it."""
-    # What a file of others says in it must not reach the terminal as commands.
-    shown = "".join(one if one.isprintable() else " " for one in message)
-    print(f"memfree: error: {' '.join(shown.split())}", file=sys.stderr)
+    line = re.sub(" {2,}", " ", " ".join(message.splitlines()).replace("\t", " ")).strip()
+    say(f"memfree: error: {line}", stderr=True)
     raise SystemExit(2)

@@ -19,6 +19,9 @@ _UNION = re.compile(
     r".*\sGiven value: (?P<value>.*)",
     re.DOTALL,
 )
+_DENIED = re.compile(
+    r"Importing '(?P<path>[^']*)' is not allowed, denied by .* to allow it\.", re.DOTALL
+)
 
 _CALLED = {"--font": ("--path", "FONT, with --source emoji")}
 """Options that one may look for by another name, how they are called, and with what."""
@@ -48,6 +51,7 @@ def option_message(message: str, parser: ArgumentParser) -> str:
         key, _, reason = message.removeprefix('Parser key "').partition('"')
         message = f"--{key}:{reason.lstrip(':')}"
     message = _UNION.sub(_one_of, message)
+    message = _DENIED.sub(_no_class, message)
     return f"{_TYPE_NOISE.sub(_type_name, message)}; see --help"
 
 
@@ -59,6 +63,10 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
 def _type_name(match: re.Match[str]) -> str:
     return match["name"] or ""
+
+
+def _no_class(match: re.Match[str]) -> str:
+    return f"{match['path']!r} is not a set of options: options and configs may not name classes"
 
 
 def _one_of(match: re.Match[str]) -> str:

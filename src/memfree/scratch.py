@@ -11,18 +11,21 @@ from jsonargparse.typing import NonNegativeInt
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from memfree.console import say
 from memfree.data import DatasetFolder
 from memfree.folders.atomic_files import write_atomic
-from memfree.models.autoencoder import AutoencoderModule, AutoencoderOptions
+from memfree.models.autoencoder import AutoencoderModule
 from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
-from memfree.models.claim import CHECKPOINTS, begin, claim
+from memfree.models.claim import CHECKPOINTS, RECONSTRUCTIONS, begin, claim
 from memfree.models.export import export_model
 from memfree.models.finite import FiniteTraining
 from memfree.models.latents import latent_shape
+from memfree.models.options import AutoencoderOptions, ScratchOptions
 from memfree.models.progress import StepProgress
-from memfree.models.small_pipeline import ScratchOptions, build_pipeline
+from memfree.models.small_pipeline import build_pipeline
 from memfree.quiet import quiet
 from memfree.trainers import build_trainer
+from memfree.untrusted import short
 
 ADVICE = (".*does not have many workers.*", "Checkpoint directory .* exists and is not empty.*")
 SHOWN = 16
@@ -73,8 +76,13 @@ def scratch(
     steps = int(autoencoder.steps)
     claimed = claim(out, identity, int(autoencoder.batch_size), steps, -1, overwrite)
     if claimed.found == "finished":
-        print(f"{out} is already built as asked")
+        say(f"{out} is already built as asked")
         return
+    captions = _captions(data)
+    try:
+        build_pipeline(module.network, captions, model, seed)
+    except Exception as error:  # whatever diffusers and transformers make of sizes that do not fit
+        raise ValueError(f"--model.* makes no text-to-image model: {short(error)}") from error
     with quiet(*ADVICE):
         fit = build_trainer(
             accelerator=accelerator,
@@ -92,9 +100,9 @@ def scratch(
     vae = module.cpu().finish()
     errors = {
         "train": _error(vae, training.images()),
-        "test": _error(vae, held_out.images(), out / "reconstructions.png"),
+        "test": _error(vae, held_out.images(), out / RECONSTRUCTIONS),
     }
-    pipeline: Any = build_pipeline(vae, _captions(data), model, seed)
+    pipeline: Any = build_pipeline(vae, captions, model, seed)
     export_model(
         out,
         pipeline,
@@ -112,7 +120,7 @@ def scratch(
         tokens=len(pipeline.tokenizer),
     )
     shape = "x".join(map(str, latents))
-    print(
+    say(
         f"{out}: latents {shape}, {len(pipeline.tokenizer)} tokens; reconstructions are off by "
         f"{errors['train']:.3f} (train) and {errors['test']:.3f} (test), root mean square of "
         "values in [-1, 1]"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.text import Text
 
 from memfree.cli import COMMANDS, SCRIPTS, load, parser_of, run_command
 from memfree.option_messages import option_message
@@ -68,7 +69,8 @@ def run_stages(stages: list[Stage], console: Console) -> float:
     """Run a chain, one after another; the seconds it took."""
     begin = time.perf_counter()
     for number, stage in enumerate(stages, 1):
-        console.rule(f"[bold]{number} of {len(stages)}: {stage.command}", align="left")
+        title = Text(f"{number} of {len(stages)}: {stage.command}", style="bold")
+        console.rule(title, align="left")
         console.print(
             f"$ {stage.line()}",
             style="dim",
@@ -79,7 +81,7 @@ def run_stages(stages: list[Stage], console: Console) -> float:
         )
         start = time.perf_counter()
         stage.run()
-        console.print(f"[dim]{time.perf_counter() - start:.1f} s")
+        console.print(f"{time.perf_counter() - start:.1f} s", style="dim")
     return time.perf_counter() - begin
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from memfree.untrusted_yaml import check_yaml, config_files
+
 OWN = {"study": {"grids"}, "text-study": {"training", "counts", "prompt_sets"}}
 """Options that one command has and the other has not."""
 
@@ -22,10 +24,7 @@ def refuse_other_study(command: str, words: Sequence[str]) -> None:
     if command not in OWN:
         return
     (other,) = OWN.keys() - {command}
-    pairs = zip(words, [*words[1:], ""], strict=True)
-    files = [after for word, after in pairs if word == "--config"]
-    files += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    for file in files:
+    for file in config_files(words):
         keys = _keys(Path(file))
         if keys & OWN[other] and not keys & OWN[command]:
             raise ValueError(
@@ -38,7 +37,9 @@ def _keys(path: Path) -> set[str]:
     import yaml  # `memfree --help` should not wait for it
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        check_yaml(text)
+        found = yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return set()
     return {str(key) for key in found} if isinstance(found, dict) else set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from memfree.console import say
 from memfree.data import ExposureCounter, ShardDataModule
 from memfree.data.wording import counted
 from memfree.folders.whole_folder import put_in_place, unfinished
@@ -28,10 +30,11 @@ from memfree.models import (
 )
 from memfree.models.beginning import Beginning
 from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
-from memfree.models.claim import CHECKPOINTS, GRIDS, claim
+from memfree.models.claim import CHECKPOINTS, EXPOSURES, GRIDS, LORA, claim
 from memfree.models.finite import NotFiniteError
-from memfree.models.loggers import LoggerName, check_logger, finish
+from memfree.models.loggers import check_logger, finish
 from memfree.models.loss_record import LossRecord
+from memfree.models.options import LoggerName
 from memfree.models.preemption import Preemption
 from memfree.models.progress import StepProgress
 from memfree.models.sample_grid import averaged_module
@@ -40,8 +43,7 @@ from memfree.models.text_to_image import TextToImageModule
 from memfree.quiet import quiet
 from memfree.trainers import build_trainer
 
-EXPOSURES = "exposures.parquet"
-LORA = "lora"
+_log = logging.getLogger(__name__)
 ADVICE = (
     # Reading is a small part of a step here, and small sets are read without workers.
     ".*does not have many workers.*",
@@ -70,7 +72,8 @@ class TrainerOptions:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """Arithmetic of the network; auto: bf16-mixed on GPUs that have it, else 32-true."""
     accumulate_grad_batches: PositiveInt = 1
-    """Batches whose gradients are added up for one optimizer step."""
+    """Batches whose gradients are added up for one optimizer step; at most those of an epoch, and
+    the last step of an epoch takes what is left of it."""
     gradient_clip_val: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0: not clipped."""
     log_every_n_steps: PositiveInt = 50
@@ -126,7 +129,7 @@ def train(
     limits = trainer.max_steps, trainer.max_epochs
     claimed = claim(out, module.identity(), data.batch_size, *limits, overwrite)
     if claimed.found == "finished":
-        print(f"{out} is already trained as asked")
+        say(f"{out} is already trained as asked")
         return
     losses = LossRecord(trainer.log_every_n_steps)
     check_logger(trainer.logger)
@@ -156,6 +159,13 @@ def train(
             # The data module shares the records out among the ranks itself.
             use_distributed_sampler=False,
         )
+        batches = data.batches(fit.world_size)
+        rest = _rest_of_epoch(trainer.accumulate_grad_batches, batches)
+        if rest and fit.is_global_zero:
+            _log.warning(
+                "the last step of an epoch adds up %d of its %d batches, not %d",
+                *(rest, batches, trainer.accumulate_grad_batches),
+            )
         try:
             with explained_memory("training", _less_memory(data, model, trainer)):
                 fit.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
@@ -166,6 +176,7 @@ def train(
             raise SystemExit(2) from None
     finish(fit.logger)
     skipped = data.skipped_on_all_ranks().counts()
+    left_out = data.left_out_on_all_ranks()
     if fit.is_global_zero:
         averaged = averaged_module(fit, module)
         if isinstance(averaged, TextToImageModule) and model.finetune.lora_rank:
@@ -188,9 +199,10 @@ def train(
             identity=module.identity(),
             exposures=_exposure_summary(out / EXPOSURES),
             skipped=skipped,
+            **({"left_out": left_out.counts()} if left_out else {}),
         )
         loss = losses.last()
-        print(
+        say(
             f"{out}: trained {counted(fit.global_step, 'step')}"
             + ("" if loss is None else f", loss {loss:.3g}")
         )
@@ -256,6 +268,21 @@ def _check_length(options: TrainerOptions) -> None:
             raise ValueError(f"--trainer.{name} {value}: give 1 or more, or -1 for no such limit")
     if options.max_steps == options.max_epochs == -1:
         raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
+
+
+def _rest_of_epoch(accumulated: int, batches: int) -> int:
+    """Batches of the last step of an epoch where they are fewer: Lightning ends it there.
+
+    Raises:
+        ValueError: an epoch has not even the batches of one step.
+    """
+    if accumulated > batches:
+        raise ValueError(
+            f"--trainer.accumulate_grad_batches {accumulated}: an epoch has only "
+            f"{counted(batches, 'batch', 'batches')}, and a step ends with it; give {batches} or "
+            "fewer, or a smaller --data.batch_size"
+        )
+    return batches % accumulated
 
 
 def _precision(options: TrainerOptions) -> Any:

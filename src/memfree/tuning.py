@@ -31,9 +31,9 @@ from memfree.sampling.checks import (
     refuse_wrong_settings,
     scheduler_for,
 )
+from memfree.sampling.options import PromptOptions, SchedulerName
 from memfree.sampling.png import from_bytes, to_bytes
-from memfree.sampling.prompts import PromptOptions, prompts_in_turn
-from memfree.sampling.schedulers import SchedulerName
+from memfree.sampling.prompts import prompts_in_turn
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
-"""JSON and parquet files that others may have written: limits, and one line for what is wrong."""
+"""Untrusted JSON and parquet files: limits, and one line for what is wrong."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +21,8 @@ MAX_JSON_BYTES = 256 << 20
 _DEPTH = 64  # of lists and objects in each other: all that is written here has fewer
 _FREE = 64 << 20  # bytes that any table may take in memory
 _RATIO = 1000  # and how many times the bytes of its file
-_ROWS = 1 << 16  # read at a time
+_ROWS = 1 << 12  # read at a time
+_DELTA = "DELTA_BYTE_ARRAY"  # a value may be as long as all values before it, in no bytes
 
 
 def short(value: object, length: int = 160) -> str:
@@ -27,14 +32,58 @@ def short(value: object, length: int = 160) -> str:
     return text if len(text) <= length else f"{text[:length]} ..."
 
 
-def parse_json(text: str | bytes) -> Any:
+def check_plain(path: Path) -> None:
+    """Refuse a FIFO, socket or device, which may have no end or never begin; links are followed.
+
+    Raises:
+        FileNotFoundError: there is nothing at ``path``.
+        ValueError: it is not a plain file; the message begins with ``path``.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path} is missing") from None
+    except OSError as error:  # a circle of links, a folder that may not be entered
+        raise ValueError(f"{path} is no plain file: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path} is no plain file")
+
+
+def check_plain_folder(folder: Path) -> None:
+    """``check_plain`` of every file below a folder that a library will read; links are followed.
+
+    Raises:
+        ValueError: one of them is something else; the message begins with its path.
+    """
+    seen: set[tuple[int, int]] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        found = os.stat(place)
+        if (found.st_dev, found.st_ino) in seen:  # a link back to where it is
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        for name in files:
+            check_plain(Path(place, name))
+
+
+def parse_json(text: str | bytes, any_number: bool = False) -> Any:
     """A JSON value; only what JSON knows, so neither NaN nor numbers beyond float64.
+
+    Args:
+        text: the JSON.
+        any_number: take NaN, infinities and numbers of any size too, as floats where they are
+            larger than 64 bits.
 
     Raises:
         ValueError: it is no JSON, is nested too deeply, or has such a number.
     """
     try:
-        value = json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer)
+        if any_number:
+            value = json.loads(text, parse_int=_integer_or_float)
+        else:
+            value = json.loads(
+                text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer
+            )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level = [value]
@@ -62,16 +111,86 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
         ValueError: it is no plain file, too large, or not valid JSON; the message begins with
             ``path``.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
-    if not path.is_file():
-        raise ValueError(f"{path} is no plain file")
+    check_plain(path)
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path} has {size} bytes, the limit is {limit}")
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {short(error)}") from error
+
+
+@dataclass(frozen=True)
+class Number:
+    """Shape of a number, not NaN, from ``low`` to ``high``, both included."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    whole: bool = False
+    """Only integers."""
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """Shape of a field that may be missing or null."""
+
+    shape: Any
+
+
+def check_fields(value: Any, shape: Any, name: str) -> None:
+    """Refuse a JSON value of another shape.
+
+    Args:
+        value: what ``read_json`` returned.
+        shape: a type or several; ``Number``; ``[shape]``, a list of values of that shape;
+            ``{field: shape}``, an object with these fields among others, where ``Maybe(shape)``
+            may be missing or null; ``{str: shape}``, an object with fields of any name.
+        name: of the value, which the message begins with.
+
+    Raises:
+        ValueError: it is of another shape; the message names the field.
+    """
+    if isinstance(shape, Maybe):
+        if value is not None:
+            check_fields(value, shape.shape, name)
+    elif isinstance(shape, Number):
+        kind = int if shape.whole else (int, float)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, kind)
+            or not (shape.low <= value <= shape.high)
+        ):
+            raise ValueError(f"{name} is {short(repr(value), 40)}, not {_described(shape)}")
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is {short(repr(value), 40)}, not a list")
+        for place, inner in enumerate(value):
+            check_fields(inner, shape[0], f"{name}.{place}")
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is {short(repr(value), 40)}, not an object")
+        for field, inner in shape.items():
+            if field is str:
+                for other in value:
+                    check_fields(value[other], inner, f"{name}.{short(other, 40)}")
+            elif field in value or isinstance(inner, Maybe):
+                check_fields(value.get(field), inner, f"{name}.{field}")
+            else:
+                raise ValueError(f"{name} lacks {field}")
+    elif not isinstance(value, shape) or (isinstance(value, bool) and shape is int):
+        kinds = shape if isinstance(shape, tuple) else (shape,)
+        wanted = " or ".join(_KINDS.get(kind, kind.__name__) for kind in kinds)
+        raise ValueError(f"{name} is {short(repr(value), 40)}, not {wanted}")
+
+
+_KINDS = {str: "text", dict: "an object", list: "a list", bool: "true or false", NoneType: "null"}
+
+
+def _described(shape: Number) -> str:
+    """Such as ``a whole number from 1 to 8``."""
+    ends = f" from {shape.low:g}" if shape.low > -math.inf else ""
+    ends += f" to {shape.high:g}" if shape.high < math.inf else ""
+    return ("a whole number" if shape.whole else "a number") + ends
 
 
 def read_table(
@@ -91,10 +210,7 @@ def read_table(
             with ``path``.
         FileNotFoundError: there is no such file.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
-    if not path.is_file():
-        raise ValueError(f"{path} is no plain file")
+    check_plain(path)
     wanted = _as_dict(columns)
     try:
         table = _read(path, _FREE + _RATIO * path.stat().st_size)
@@ -111,12 +227,11 @@ def read_table(
 def _read(path: Path, limit: int) -> pa.Table:
     """The table, in parts whose size is known before they are unpacked."""
     schema = pq.read_schema(path)
-    text = [one.name for one in schema if pa.types.is_string(one.type)]
-    # Strings stay numbers of a dictionary until it is known how long they are together.
+    text = [one.name for one in schema if _is_text(one.type)]
+    # Texts stay numbers of a dictionary until it is known how long they are together.
     with pq.ParquetFile(path, read_dictionary=text) as file:
+        _check_promised(file.metadata, schema, limit)
         parts, size = [], 0
-        if file.metadata.num_rows * max(len(schema), 1) > limit:
-            raise ValueError(f"it says that it has {file.metadata.num_rows} rows")
         for part in file.iter_batches(batch_size=_ROWS):
             size += sum(_unpacked_bytes(column) for column in part.columns)
             if size > limit:
@@ -124,6 +239,48 @@ def _read(path: Path, limit: int) -> pa.Table:
             parts.append(pa.Table.from_batches([part]).cast(schema.remove_metadata()))
         whole = pa.concat_tables(parts) if parts else schema.remove_metadata().empty_table()
         return whole.replace_schema_metadata(schema.metadata)
+
+
+def _check_promised(found: pq.FileMetaData, schema: pa.Schema, limit: int) -> None:
+    """Refuse by its header a table of other kinds of columns, or of more than ``limit`` bytes."""
+    for one in schema:
+        if not _is_flat(one.type):
+            raise ValueError(
+                f"its column {one.name} is of type {one.type}, which no table here has"
+            )
+    bytes_a_row = sum(max(_bit_width(one.type), 8) / 8 for one in schema)
+    if found.num_rows * max(bytes_a_row, 1) > limit:
+        raise ValueError(f"it says that it has {found.num_rows} rows")
+    pages = 0
+    for group in range(found.num_row_groups):
+        for place in range(found.num_columns):
+            column = found.row_group(group).column(place)
+            pages += max(column.total_uncompressed_size, 0)
+            if _DELTA in column.encodings:
+                raise ValueError(f"its column {column.path_in_schema} is encoded as {_DELTA}")
+    if pages > limit:
+        raise ValueError(f"it unpacks to more than {limit} bytes")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether values may be of any length: strings and bytes."""
+    return (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+    )
+
+
+def _is_flat(kind: pa.DataType) -> bool:
+    """Whether a value is a number, a time, a text, or nothing: neither nested nor wide."""
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return pa.types.is_primitive(kind) or pa.types.is_null(kind) or _is_text(kind)
+
+
+def _bit_width(kind: pa.DataType) -> int:
+    return int(kind.bit_width) if pa.types.is_primitive(kind) else 32
 
 
 def _unpacked_bytes(column: pa.Array) -> int:
@@ -147,6 +304,10 @@ def _integer(text: str) -> int:
     if len(text) > 20:  # of 64 bits
         raise ValueError(f"{text[:20]}... is too large a number")
     return int(text)
+
+
+def _integer_or_float(text: str) -> int | float:
+    return int(text) if len(text) <= 20 else float(text)
 
 
 def _finite(text: str) -> float:

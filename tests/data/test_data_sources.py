@@ -145,7 +145,7 @@ def test_classes_and_declared_groups_of_shards(tmp_path, tar, encode):
 
 def test_names_in_archives_are_not_paths(tmp_path, tar, encode):
     shard = tar(tmp_path / "evil.tar", [("../../../etc/evil.png", encode(picture(0)))])
-    with pytest.raises(ValueError, match="its name is absolute, climbs with .."):
+    with pytest.raises(ValueError, match="its name climbs with .."):
         load(Shards(str(shard)), tmp_path)
     assert {file.name for file in tmp_path.iterdir()} <= {"evil.tar", "px.tmp"}
 

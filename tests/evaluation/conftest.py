@@ -8,6 +8,7 @@ import torch
 from made_samples import COUNT, make_samples
 
 from memfree.data import DatasetFolder, DuplicationPlan, prepare
+from memfree.evaluation import evaluate
 from memfree.guidance import NormalizedL2, calibrate
 from memfree.retrieval import ReferenceIndex
 
@@ -52,3 +53,11 @@ def samples(dataset, tmp_path_factory) -> dict[str, Path]:
         ),
         "amg": make_samples(root / "amg", guided.images()[twins], classes, data.hash, "amg"),
     }
+
+
+@pytest.fixture(scope="session")
+def evaluation(dataset, index, samples, tmp_path_factory) -> Path:
+    """``samples`` measured, as ``memfree evaluate`` leaves it."""
+    out = tmp_path_factory.mktemp("evaluation") / "evaluation"
+    evaluate(dataset, index, samples, out)
+    return out

@@ -20,13 +20,6 @@ from memfree.retrieval import ReferenceIndex
 
 
 @pytest.fixture(scope="session")
-def evaluation(dataset, index, samples, tmp_path_factory):
-    out = tmp_path_factory.mktemp("evaluation") / "evaluation"
-    evaluate(dataset, index, samples, out)
-    return out
-
-
-@pytest.fixture(scope="session")
 def metrics(evaluation):
     return EvaluationFolder(evaluation).metrics
 
@@ -324,7 +317,7 @@ def test_an_evaluation_whose_manifest_lacks_something_is_one_line(
     with pytest.raises(SystemExit):
         main(["report", "--evaluation", str(broken)])
     error = capsys.readouterr().err
-    assert f"manifest.json lacks '{field}'; run `memfree evaluate` again" in error
+    assert f"{broken}/manifest.json cannot be used: manifest lacks {field}; run" in error
 
 
 def test_an_index_of_embeddings_is_judged_by_pixels_as_well(dataset, samples, tmp_path):

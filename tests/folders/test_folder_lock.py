@@ -198,7 +198,7 @@ def write(out: Path) -> None:
 
 
 def test_any_command_with_out_is_refused_at_once(tmp_path, capsys):
-    holding = holder(tmp_path / ".o.lock")
+    holding = holder(tmp_path / ".o.memfree.lock")
     with pytest.raises(SystemExit) as exit_:
         cli.run(write, [f"--out={tmp_path / 'o'}"])
     kill(holding)

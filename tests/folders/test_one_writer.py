@@ -39,21 +39,38 @@ def test_a_folder_has_one_lock_by_whatever_name(tmp_path):
 
 def test_a_refused_command_leaves_no_folders(tmp_path):
     with pytest.raises(RuntimeError), one_writer(tmp_path / "new" / "folder" / "out"):
-        assert (tmp_path / "new" / "folder" / ".out.lock").is_file()
+        assert (tmp_path / "new" / "folder" / ".out.memfree.lock").is_file()
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_only_writer_clears_up(tmp_path):
-    """Also what was left on another machine; and the earlier result goes back to its place."""
+def leave(tmp_path):
+    """What killed runs left: half a folder, an earlier result that was moved aside, a file."""
     (tmp_path / ".out.node7-12.partial").mkdir()
+    (tmp_path / ".out.0123456789abcdef01234567.partial").mkdir()
     aside = tmp_path / ".out.node7-13.old"
     aside.mkdir()
     (aside / "manifest.json").write_text("{}")
     (aside / ".config.yaml.77.tmp").touch()
+    (aside / ".config.yaml.0123456789abcdef01234567.tmp").touch()
+
+
+def test_the_only_writer_clears_up(tmp_path):
+    """Also what was left on another machine; and the earlier result goes back to its place."""
+    leave(tmp_path)
     with one_writer(tmp_path / "out"):
-        assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert (tmp_path / "out" / "manifest.json").is_file()
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["manifest.json"]
+
+
+def test_a_refused_command_only_puts_back(tmp_path):
+    leave(tmp_path)
+    with pytest.raises(ValueError, match="refused"), one_writer(tmp_path / "out"):
+        raise ValueError("refused")
+    left = [".out.0123456789abcdef01234567.partial", ".out.node7-12.partial", "out"]
+    assert names(tmp_path) == left
+    assert len(names(tmp_path / "out")) == 3
 
 
 def names(folder):
@@ -63,8 +80,8 @@ def names(folder):
 def test_parts_of_one_division_are_written_side_by_side(tmp_path):
     out = tmp_path / "out"
     with one_writer(out, Part(1, 3)), one_writer(out, Part(3, 3)):
-        assert names(tmp_path) == [".out.part-1-of-3.lock", ".out.part-3-of-3.lock"]
-        assert read_holder(tmp_path / ".out.part-1-of-3.lock")["pid"] == os.getpid()
+        assert names(tmp_path) == [".out.memfree-1-of-3.lock", ".out.memfree-3-of-3.lock"]
+        assert read_holder(tmp_path / ".out.memfree-1-of-3.lock")["pid"] == os.getpid()
     assert names(tmp_path) == []
 
 
@@ -87,9 +104,9 @@ def test_nothing_else_is_written_beside_a_part(tmp_path, monkeypatch, first, sec
 
 
 def test_the_lock_file_of_a_killed_part_stops_nobody(tmp_path):
-    (tmp_path / ".out.part-1-of-2.lock").write_text('{"pid": 1, "host": "elsewhere"}')
+    (tmp_path / ".out.memfree-1-of-2.lock").write_text('{"host": "elsewhere", "pid": 1}')
     with one_writer(tmp_path / "out"):
-        assert names(tmp_path) == [".out.lock"]
+        assert names(tmp_path) == [".out.memfree.lock"]
 
 
 def test_only_a_part_without_others_clears_up(tmp_path):
@@ -98,10 +115,11 @@ def test_only_a_part_without_others_clears_up(tmp_path):
     left = out / ".samples.7.tmp"
     left.touch()
     with one_writer(out, Part(1, 2)):
-        assert not left.exists()
-        left.touch()
         with one_writer(out, Part(2, 2)):
-            assert left.exists(), "the first may be writing it"
+            pass
+        assert left.exists(), "the first may be writing it"
+    assert not left.exists()
+    assert names(tmp_path) == ["out"]
 
 
 def _count(out, number, rounds):

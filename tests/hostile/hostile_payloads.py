@@ -86,6 +86,19 @@ def jpeg(scans=1, size=16):
     return data[:last] + data[last:-2] * scans + data[-2:]
 
 
+def mpo(scans):
+    """The same under the header of a file with two pictures, as stereo cameras write it."""
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(
+        out, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]
+    )
+    two = out.getvalue()
+    at = two.index(b"\xff\xe2")
+    length = 2 + int.from_bytes(two[at + 2 : at + 4], "big")
+    data = jpeg(scans)
+    return data[:2] + two[at : at + length] + data[2:]
+
+
 def saved(kind, size=(8, 8), **options):
     """An ordinary image in some format."""
     out = io.BytesIO()
@@ -121,6 +134,7 @@ def bad_images():
         "JPEG that is cut": photo[: len(photo) // 2],
         "JPEG of 65500 x 65500": _jpeg_of(photo, 65_500),
         "JPEG of 5000 scans": jpeg(5000),
+        "MPO of 5000 scans": mpo(5000),
         "BMP": saved("BMP"),
         "GIF": saved("GIF"),
         "TIFF": saved("TIFF"),

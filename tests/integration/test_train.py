@@ -194,6 +194,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder, tmp_path, capsys):
     assert "is a file: name a folder" in refused(capsys, folder, out, 2)
 
 
+def test_steps_of_more_batches_than_an_epoch_are_refused(folder, tmp_path, capsys, caplog):
+    """An epoch has 3 batches: Lightning would step after 3, whatever number is given."""
+    out = tmp_path / "m"
+    for number in (4, 8):
+        error = refused(capsys, folder, out, 2, f"--trainer.accumulate_grad_batches={number}")
+        assert f"--trainer.accumulate_grad_batches {number}: an epoch has only 3 batches" in error
+    assert not out.exists()
+    run(folder, out, 2, "--trainer.accumulate_grad_batches=2")
+    assert "adds up 1 of its 3 batches, not 2" in caplog.text
+    caplog.clear()
+    run(folder, tmp_path / "n", 2, "--trainer.accumulate_grad_batches=3")
+    assert "adds up" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,8 +11,9 @@ from torch.nn import functional
 from memfree.cli import main
 from memfree.data import DatasetFolder, DuplicationPlan, PartSizes, prepare
 from memfree.data.distinct import DistinctImages
-from memfree.models.augmentation import AugmentationOptions, augment
+from memfree.models.augmentation import augment
 from memfree.models.contrastive import info_nce, koleo
+from memfree.models.options import AugmentationOptions
 from memfree.retrieval import ReferenceIndex, Whitened
 from memfree.retrieval.copy_detection import CopyDetectionFeatures, CopyDetectionShape
 from memfree.retrieval.extractors import features_from

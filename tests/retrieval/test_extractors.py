@@ -24,7 +24,8 @@ from memfree.retrieval import (
     TimmFeatures,
     Whitened,
 )
-from memfree.retrieval.extractors import ExtractorOptions, features_from, make_features
+from memfree.retrieval.extractors import features_from, make_features
+from memfree.retrieval.options import ExtractorOptions
 from memfree.retrieval.sscd import DIMENSIONS, TRUST_VARIABLE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
@@ -132,7 +133,7 @@ def test_wrong_weights_and_names_are_one_line(tmp_path, vae_folder, clip_folder)
         (lambda: CLIPFeatures("ViT-B-32", pretrained="none"), ValueError, "no weights 'none'"),
         (lambda: CLIPFeatures("ViT-B-32"), ValueError, "either"),
         (lambda: CLIPFeatures(None, path=tmp_path / "no"), FileNotFoundError, "no CLIP"),
-        (lambda: CLIPFeatures(None, path=tmp_path / "empty"), ValueError, "cannot be made"),
+        (lambda: CLIPFeatures(None, path=tmp_path / "empty"), ValueError, "holds no CLIP"),
         (
             lambda: CLIPFeatures("ViT-B-32", path=clip_folder / "open_clip_model.safetensors"),
             ValueError,

@@ -257,3 +257,67 @@ def test_calibrations_can_be_saved_alone(folder):
     index.calibrations["cosine"] = {"sigmas": [0.5]}
     index.save_calibrations(folder)
     assert ReferenceIndex.load(folder).calibrations.keys() == {"nl2-k3-a0.5", "cosine"}
+
+
+def flipped(path, where):
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 1 << 4
+    path.write_bytes(data)
+
+
+FILES = ("vectors.npy", "items.parquet", "conditions.parquet", "calibration.json")
+
+
+@pytest.mark.parametrize("where", [0.5, 0.75, 0.9, 1.0])
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_is_noticed(folder, name, where):
+    flipped(folder / name, where)
+    with pytest.raises(ValueError, match=name):
+        ReferenceIndex.load(folder)
+
+
+def test_a_flipped_bit_of_whitened_features_is_noticed(tmp_path):
+    build(features=Whitened.fit(PixelFeatures(), random_images(60))).save(tmp_path / "index")
+    flipped(tmp_path / "index" / "features.safetensors", 0.9)
+    with pytest.raises(ValueError, match="features.safetensors"):
+        ReferenceIndex.load(tmp_path / "index")
+
+
+def test_checksums_can_be_skipped(folder, monkeypatch):
+    flipped(folder / "vectors.npy", 0.9)
+    assert len(ReferenceIndex.load(folder, verify=False)) == 10
+    monkeypatch.setenv("MEMFREE_SKIP_CHECKSUMS", "1")
+    assert len(ReferenceIndex.load(folder)) == 10
+
+
+def test_indexes_without_checksums_are_opened(folder):
+    """As earlier versions wrote them; a value that is no number is refused all the same."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["vectors_crc32"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    calibrations = json.loads((folder / "calibration.json").read_text())
+    del calibrations["nl2-k3-a0.5"]["sha256"]
+    (folder / "calibration.json").write_text(json.dumps(calibrations))
+    assert ReferenceIndex.load(folder).calibrations == {"nl2-k3-a0.5": {"sigmas": [-1.0, -0.5]}}
+    array = np.load(folder / "vectors.npy", mmap_mode="r+")
+    for value in (np.nan, np.inf, -np.inf):
+        array[3, 2] = value
+        array.flush()
+        with pytest.raises(ValueError, match="vectors.npy holds NaN"):
+            ReferenceIndex.load(folder)
+
+
+def test_checksums_of_blocks(tmp_path, monkeypatch):
+    import zlib
+
+    from memfree.folders import hashes
+
+    monkeypatch.setattr(hashes, "_BLOCK", 64)
+    monkeypatch.setattr(hashes, "_CHUNK", 16)
+    data = np.random.default_rng(0).bytes(1000)
+    (tmp_path / "a").write_bytes(data)
+    expected = [zlib.crc32(data[start : start + 64]) for start in range(0, 1000, 64)]
+    assert hashes.block_checksums(tmp_path / "a") == expected
+    (tmp_path / "a").write_bytes(b"")
+    assert hashes.block_checksums(tmp_path / "a") == []

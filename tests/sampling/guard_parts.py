@@ -3,6 +3,7 @@
 import tiny_pipelines
 import torch
 
+import memfree
 from memfree.guidance import AntiMemorizationGuidance, ConstantThreshold, NormalizedL2, calibrate
 from memfree.retrieval import LatentFeatures, ReferenceIndex
 
@@ -16,6 +17,19 @@ FAMILIES = (
     "pixart",
     "pixart_sigma",
     "stable_diffusion_3",
+    "stable_diffusion_3_img2img",
+    "stable_diffusion_inpaint",
+    "stable_diffusion_inpaint_9",
+    "stable_diffusion_xl_inpaint",
+    "stable_diffusion_xl_inpaint_9",
+    "stable_diffusion_controlnet",
+    "stable_diffusion_controlnet_img2img",
+    "stable_diffusion_controlnet_inpaint",
+    "stable_diffusion_xl_controlnet",
+    "stable_diffusion_xl_controlnet_img2img",
+    "stable_diffusion_xl_controlnet_inpaint",
+    "latent_consistency",
+    "latent_consistency_img2img",
 )
 NEVER, ALWAYS = 1.0, -99.0
 """Thresholds of σ = −nL2 that no sample and every sample is above."""
@@ -71,8 +85,19 @@ def noise(count=2):
 def options(name, count=2):
     """The call of a family on ``count`` images, from fixed noise."""
     call = {"num_inference_steps": 4, "output_type": "pt", "generator": noise(count)}
-    if "img2img" in name:
+    if "img2img" in name or "inpaint" in name:
         call |= {"image": random_images(count, 3) / 2 + 0.5, "strength": 0.8}
+    if "inpaint" in name:
+        mask = torch.zeros(count, 1, *SHAPE[1:])
+        mask[:, :, :, SHAPE[2] // 2 :] = 1  # the right half is drawn
+        call |= {"mask_image": mask}
+        # Otherwise the size of the training images that the denoiser's configuration tells.
+        call |= {"height": SHAPE[1], "width": SHAPE[2]}
+    if "controlnet" in name:
+        where = "control_image" if "image" in call else "image"
+        call |= {where: random_images(count, 4) / 2 + 0.5}
+    if name == "latent_consistency_img2img":
+        call |= {"num_inference_steps": 5}  # of which strength leaves four
     if "pixart" in name:
         call |= {
             "use_resolution_binning": False,
@@ -80,7 +105,7 @@ def options(name, count=2):
             "height": SHAPE[1],
             "width": SHAPE[2],
         }
-    if name == "stable_diffusion_3":
+    if "stable_diffusion_3" in name:
         call |= {"max_sequence_length": 16}
     return call
 
@@ -97,6 +122,34 @@ def state(pipe):
 def drawn(pipe, count=2, **extra):
     call = {**options("stable_diffusion", count), **extra}
     return pipe(call.pop("prompt", PROMPTS), **call).images
+
+
+def copies(pipe, count=20, guidance=None, **call):
+    """Verdicts "copy" of a pipeline that draws images of its own index: (unguarded, guarded).
+
+    What is nearer to an image of the index than nL2 0.05 is a copy.
+
+    Args:
+        pipe: the pipeline.
+        count: images.
+        guidance: makes the guidance of an index; None: the guard's own.
+        call: further arguments of the call.
+    """
+    call = {"num_inference_steps": 10, "output_type": "pt", **call}
+
+    def draw():
+        with torch.random.fork_rng([]):  # some steps draw from torch's own generator
+            torch.manual_seed(0)
+            return pipe(["a cat"] * count, generator=noise(count), **call).images
+
+    index = make_index(2 * draw() - 1)
+    index.calibrations["nl2-k50-a0.5"]["sigmas"] = [-0.05] * 500
+    left = []
+    for guidances in ([], None if guidance is None else guidance(index)):
+        with memfree.guard(pipe, index, guidances) as report:
+            draw()
+        left.append(len(report.copies))
+    return tuple(left)
 
 
 def make_latents(vae=None, captions=True, size=SHAPE[1]):

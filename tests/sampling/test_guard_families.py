@@ -1,5 +1,7 @@
 """The guard on every family: bits where nothing is active, and what acts where something is."""
 
+import functools
+
 import pytest
 import tiny_pipelines
 import torch
@@ -56,6 +58,7 @@ def test_a_guidance_moves_the_clean_estimate_by_what_it_asks_and_only_in_its_row
     pipe, estimates = pipes[name], []
     scheduler, step = pipe.scheduler, pipe.scheduler.step
 
+    @functools.wraps(step)  # pipelines look at what a step takes
     def watched(output, t, sample, **kwargs):
         """x̂_0 by the definition of the noise process, in float64."""
         if "Flow" in type(scheduler).__name__:
@@ -95,9 +98,10 @@ def test_records_hold_the_noise_process_in_the_terms_of_guidances(index, pipes, 
     call = options(name)
     scheduler, step, estimates = pipe.scheduler, pipe.scheduler.step, []
 
+    @functools.wraps(step)
     def watched(output, t, sample, **kwargs):
-        if name == "stable_diffusion_3":
-            at = len(estimates)
+        if "stable_diffusion_3" in name:
+            at = (scheduler.begin_index or 0) + len(estimates)
             estimates.append(sample.double() - scheduler.sigmas[at].double() * output.double())
         elif not hasattr(scheduler, "sigmas"):
             a = scheduler.alphas_cumprod[t].double()
@@ -115,7 +119,8 @@ def test_records_hold_the_noise_process_in_the_terms_of_guidances(index, pipes, 
         del scheduler.step
     for one, estimate in zip(observed.seen, estimates, strict=True):
         torch.testing.assert_close(one.clean_estimate().double(), estimate, atol=4e-3, rtol=1e-4)
-        for conditions, branch in ((one.conditions, one.output_cond), (None, one.output_uncond)):
+        branches = [(one.conditions, one.output_cond), (None, one.output_uncond)]
+        for conditions, branch in branches[:1] if "latent_consistency" in name else branches:
             torch.testing.assert_close(one.denoise(one.x_t, conditions), branch)
             rows = None if conditions is None else conditions[slice(1, 2)]
             torch.testing.assert_close(
@@ -141,7 +146,8 @@ def test_all_guidances_of_amg_run_on_every_family(index, pipes, name):
     assert not torch.equal(images, expected) and torch.isfinite(images).all()
     trace = report.trace.to_pydict()
     assert all(trace["active"]) and min(trace["g_sim_norm"]) > 0
-    assert max(trace["s1"]) > 0 and max(trace["s2"]) > 0
+    if "latent_consistency" not in name:  # these have one branch
+        assert max(trace["s1"]) > 0 and max(trace["s2"]) > 0
 
 
 def test_further_calls_get_the_other_arguments_of_their_own_half(index, pipes):

@@ -23,9 +23,9 @@ def pipe():
     return tiny_pipelines.stable_diffusion()
 
 
-def latents_of(pipe, denoiser="unet"):
+def latents_of(pipe):
     """References of multiplicity guidance; 5 of 60 are repeated."""
-    channels = getattr(pipe, denoiser).config.in_channels
+    channels = pipe.vae.config.latent_channels
     counts = torch.ones(60, dtype=torch.int64)
     counts[:5] = 50
     latents = torch.rand(60, channels, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -64,8 +64,7 @@ def test_branches_that_stay_keep_the_bits_of_every_family(index, name, scale):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_multiplicity_guidance_far_from_what_is_repeated_keeps_the_pipelines_bits(index, name):
     pipe = getattr(tiny_pipelines, name)()
-    denoiser = "unet" if hasattr(pipe, "unet") else "transformer"
-    references = latents_of(pipe, denoiser)
+    references = latents_of(pipe)
     multiplicity = MultiplicityGuidance(references)
     far = references.vectors.clone()
     far[:5] += 1000

@@ -8,14 +8,16 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     PNDMScheduler,
+    StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
-from guard_parts import PROMPTS, ActiveRows, amg, make_index, noise, options
+from guard_parts import PROMPTS, ActiveRows, amg, copies, make_index, noise, options, random_images
 
 import memfree
 
@@ -74,6 +76,60 @@ def test_image_to_image_begins_within_the_schedule(index, kind):
     expected = float(scheduler.alphas_cumprod[round(float(t))])
     assert float(observed.seen[0].alpha_bar) == pytest.approx(expected, rel=5e-2)
     assert [one.is_last for one in observed.seen] == [False] * (len(observed.seen) - 1) + [True]
+
+
+REPEATED = {
+    "pndm at 0.8": (PNDMScheduler, {"skip_prk_steps": True}, 0.8),
+    "pndm at 1": (PNDMScheduler, {"skip_prk_steps": True}, 1.0),
+    "pndm one step": (PNDMScheduler, {"skip_prk_steps": True}, 0.1),
+    "prk at 0.7": (PNDMScheduler, {"skip_prk_steps": False}, 0.7),
+    "prk at 0.9": (PNDMScheduler, {"skip_prk_steps": False}, 0.9),
+    "heun": (HeunDiscreteScheduler, {}, 0.8),
+    "kdpm2": (KDPM2DiscreteScheduler, {}, 0.8),
+    "deis": (DEISMultistepScheduler, {}, 0.8),
+    "unipc": (UniPCMultistepScheduler, {}, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", list(REPEATED))
+def test_no_copy_remains_where_image_to_image_enters_at_a_repeated_timestep(name):
+    kind, config, strength = REPEATED[name]
+    pipe = tiny_pipelines.stable_diffusion_img2img(tiny_pipelines.noise_schedule(kind, **config))
+    image = random_images(20, 3) / 2 + 0.5
+    assert copies(pipe, image=image, strength=strength) == (20, 0)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 10])
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_last_step_of_pndm_is_known_at_every_strength(index, steps, skip):
+    """At two steps the schedule ends with the timestep that it repeats."""
+    scheduler = tiny_pipelines.noise_schedule(PNDMScheduler, skip_prk_steps=skip)
+    pipe = tiny_pipelines.stable_diffusion_img2img(scheduler)
+    for tenth in range(1, 11):
+        if not skip and steps < 4:
+            continue  # Runge-Kutta needs four
+        observed = ActiveRows([0], 0.0)
+        call = {"num_inference_steps": steps, "strength": max(tenth / 10, 1 / steps)}
+        with memfree.guard(pipe, index, observed):
+            pipe(PROMPTS, **{**options("stable_diffusion_img2img"), **call})
+        assert len(observed.seen) == pipe.num_timesteps
+        last = [one.is_last for one in observed.seen]
+        assert last == [False] * (len(last) - 1) + [True]
+
+
+def test_a_pipeline_whose_denoiser_is_called_off_schedule_is_refused(index):
+    class Twice(StableDiffusionPipeline):
+        def progress_bar(self, *args, **kwargs):
+            self.unet(torch.zeros(4, 4, 8, 8), 3, encoder_hidden_states=torch.zeros(4, 16, 32))
+            return super().progress_bar(*args, **kwargs)
+
+    pipe = tiny_pipelines.stable_diffusion(kind=Twice)
+    with (
+        memfree.guard(pipe, index, ActiveRows([0])),
+        pytest.raises(ValueError, match="call 1 of the denoiser is at timestep 3") as caught,
+    ):
+        pipe(PROMPTS, **options(""))
+    assert "\n" not in str(caught.value)
 
 
 class Karras(DPMSolverMultistepScheduler):

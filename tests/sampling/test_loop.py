@@ -8,6 +8,8 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     PNDMScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
@@ -158,6 +160,22 @@ def test_noise_level_comes_from_the_schedulers_sigmas(name):
     for step, t in enumerate(scheduler.timesteps):
         sigma = float(scheduler.sigmas[step])
         assert alpha_bar_at(scheduler, t, step).item() == pytest.approx(1 / (1 + sigma**2))
+
+
+@pytest.mark.parametrize("kind", [KDPM2DiscreteScheduler, HeunDiscreteScheduler])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_the_noise_level_is_that_of_the_sample_also_at_midpoints(kind, spacing):
+    """Where the noise is predicted exactly, x_t = √ᾱ·x_0 + √(1−ᾱ)·ε with one x_0 at all steps."""
+    eps, seen = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), []
+    scheduler = kind(timestep_spacing=spacing, beta_schedule="scaled_linear")
+
+    def watched(prediction):
+        seen.append(prediction.clean_estimate())
+        return prediction
+
+    sample(lambda x, t, y: eps.clone(), scheduler, eps, 12, watched)
+    error = torch.stack([(x_0 - seen[0]).abs().max() for x_0 in seen])
+    assert float(error.max()) < 2e-3 * max(1.0, float(seen[0].abs().max()))
 
 
 def test_noise_level_of_ancestral_samplers_is_that_of_the_timestep():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from memfree.sampling.schedulers import SchedulerName, build_scheduler
+from memfree.sampling.options import SchedulerName
+from memfree.sampling.schedulers import build_scheduler
 
 
 @pytest.mark.parametrize("name", get_args(SchedulerName))

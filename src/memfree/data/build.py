@@ -14,7 +14,7 @@ from memfree.data.framing import Framing
 from memfree.data.grouping import distinct, group, near_pairs
 from memfree.data.identity import dataset_hash
 from memfree.data.ingest import Ingested, ingest
-from memfree.data.labels import LabelPolicy
+from memfree.data.options import LabelPolicy
 from memfree.data.plan import DuplicationPlan
 from memfree.data.records import Items, arrange
 from memfree.data.shards import RECORDS_SCHEMA, ShardWriter, record_bytes
@@ -79,7 +79,8 @@ def build(
     writer = _write_shards(folder, items, data, records_per_shard, progress)
     _write_tables(folder, items, writer)
     shards = {shard.name: shard.sha256 for shard in writer.shards}
-    facts = {
+    facts: dict[str, Any] = {
+        "source_hash": data.source_hash,
         "hash": dataset_hash(shards, items.keys, items.groups, items.copies()),
         "image_shape": [int(side) for side in data.pixels.shape[1:]],
         "num_classes": items.num_classes,
@@ -95,6 +96,7 @@ def build(
             "left_out": int(sum(sizes[number] for number, p in enumerate(part_of) if p is None)),
         },
         "repeated_images": items.repeated,
+        "left_out": source.left_out.counts(),
         "skipped": {
             "images": skipped.records if skipped else 0,
             "shards": sorted(skipped.shards) if skipped else [],

@@ -6,18 +6,20 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning import LightningDataModule
 from torch import distributed
 
 from memfree.data.epoch_loader import EpochLoader
 from memfree.data.folder import DatasetFolder
-from memfree.data.foreign import ForeignBatches, StreamOptions
+from memfree.data.foreign import ForeignBatches
+from memfree.data.names import is_tar
+from memfree.data.options import OnError, StreamOptions
 from memfree.data.order import batches_per_epoch
-from memfree.data.rank_batches import Batch, OnError
+from memfree.data.rank_batches import Batch
 from memfree.data.resuming import epoch_order, go_on
-from memfree.data.skipped import Skipped
+from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.stream import EpochBatches
 from memfree.data.wording import counted
 from memfree.difference import first_difference
@@ -25,6 +27,7 @@ from memfree.difference import first_difference
 _NO_STREAM = StreamOptions()
 _NAMED = 3  # things skipped that are named; the others are counted
 _log = logging.getLogger(__name__)
+Taker = TypeVar("Taker", Skipped, LeftOut)
 
 
 class ShardDataModule(LightningDataModule):
@@ -55,7 +58,9 @@ class ShardDataModule(LightningDataModule):
         stream: how shards without a manifest are read.
 
     Attributes:
-        skipped: what this rank has left out so far; on rank 0, of the run that is resumed too.
+        skipped: what this rank has left out so far as broken; on rank 0, of the run that is
+            resumed too.
+        left_out: what this rank met beside the records, and did not use.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class ShardDataModule(LightningDataModule):
         self.random_flip, self.on_error, self.verify = random_flip, on_error, verify
         self.stream = stream
         self.skipped = Skipped()
+        self.left_out = LeftOut()
         self._folder: DatasetFolder | None = None
 
     @property
@@ -97,7 +103,8 @@ class ShardDataModule(LightningDataModule):
     def _is_foreign(self) -> bool:
         path = Path(self.path)
         if path.is_dir():
-            return not (path / "manifest.json").is_file() and any(path.glob("*.tar*"))
+            tars = any(is_tar(file.name) for file in path.iterdir())
+            return not (path / "manifest.json").is_file() and tars
         return path.is_file() or any(sign in self.path for sign in ":{*?[")
 
     @property
@@ -137,7 +144,10 @@ class ShardDataModule(LightningDataModule):
             "random_flip": self.random_flip,
         }
         if self.folder is None:
-            read |= {"path": self.path, "stream": json.loads(json.dumps(asdict(self.stream)))}
+            stream = json.loads(json.dumps(asdict(self.stream)))
+            if self.stream.records == StreamOptions.records:
+                del stream["records"]  # absent in checkpoints of earlier versions
+            read |= {"path": self.path, "stream": stream}
         return read
 
     def dataset(self, rank: int = 0, world_size: int = 1) -> EpochBatches | ForeignBatches:
@@ -172,6 +182,7 @@ class ShardDataModule(LightningDataModule):
         dataset = self.dataset(rank, world_size)
         if isinstance(dataset, ForeignBatches):
             self.skipped.shards |= dataset.missing.shards
+            self.left_out.add(dataset.left_out)
             if dataset.missing and rank == 0:
                 count = counted(len(dataset.missing.shards), "shard")
                 _log.warning("skipped %s; first: %s", count, dataset.missing.messages[0])
@@ -179,6 +190,7 @@ class ShardDataModule(LightningDataModule):
 
     def count(self, batch: Batch) -> None:
         """Count what was left out for a batch, and name it if it is among the first."""
+        self.left_out.add(batch.pop("left_out", LeftOut()))
         named = len(self.skipped.messages)
         self.skipped.add(batch.pop("skipped", Skipped()))
         for message in self.skipped.messages[named:_NAMED]:
@@ -188,13 +200,20 @@ class ShardDataModule(LightningDataModule):
 
     def skipped_on_all_ranks(self) -> Skipped:
         """What all ranks together left out; all of them must ask."""
-        if self.on_error == "stop" or not (
-            distributed.is_available() and distributed.is_initialized()
-        ):
-            return self.skipped
+        return self.skipped if self.on_error == "stop" else self._gathered(self.skipped)
+
+    def left_out_on_all_ranks(self) -> LeftOut:
+        """What all ranks together met and did not use; all of them must ask."""
+        return self._gathered(self.left_out) if self.folder is None else self.left_out
+
+    @staticmethod
+    def _gathered(mine: Taker) -> Taker:
+        """The sum of what all ranks took."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return mine
         gathered: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(gathered, self.skipped)
-        total = Skipped()
+        distributed.all_gather_object(gathered, mine)
+        total = type(mine)()
         for part in gathered:
             total.add(part)
         return total
@@ -203,13 +222,19 @@ class ShardDataModule(LightningDataModule):
         """Say how much was left out in training."""
         if stage == "fit":
             total = self.skipped_on_all_ranks()
-            if total and (self.trainer is None or self.trainer.is_global_zero):
-                _log.warning("%s", total.text())
+            other = self.left_out_on_all_ranks()
+            if self.trainer is None or self.trainer.is_global_zero:
+                for text in filter(None, (total.text(), other.text())):
+                    _log.warning("%s", text)
+
+    def batches(self, world_size: int) -> int:
+        """Batches of an epoch on each rank."""
+        return batches_per_epoch(self._records(), self.batch_size, world_size)
 
     def _order(self) -> dict[str, Any]:
         world_size = self.trainer.world_size if self.trainer else 1
         dealt_out = self.num_workers if self.folder is None else None
-        batches = batches_per_epoch(self._records(), self.batch_size, world_size)
+        batches = self.batches(world_size)
         return epoch_order(batches, self.batch_size * world_size, world_size, dealt_out)
 
     def _records(self) -> int:

@@ -16,8 +16,6 @@ MAX_PIXELS = 64_000_000
 """Largest image that is decoded, pixels: the header is checked before memory is allocated."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 """The only decoders that are ever called."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-"""File name endings of these formats, lower case."""
 MAX_SCANS = 500
 """Most scans of a JPEG: each goes over all its pixels, however few bytes it has."""
 
@@ -50,13 +48,19 @@ def open_image(data: bytes, name: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"{name}: more pixels than the limit {MAX_PIXELS} ({width} x {height})")
-    if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+    # By its first bytes: Pillow calls a JPEG with several pictures in it MPO.
+    if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
         raise ValueError(f"{name}: JPEG of more than {MAX_SCANS} scans")
     try:
         image.load()
     except _DECODER_ERRORS as error:
         raise ValueError(f"{name}: damaged image ({_one_line(error)})") from error
     return image
+
+
+def further_frames(image: Image.Image) -> int:
+    """Frames after the first, the only one that is used: of animations, and of JPEGs with two."""
+    return int(getattr(image, "n_frames", 1)) - 1
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from memfree.data.decode import open_image, to_array
 from memfree.data.emoji_families import family_of
-from memfree.data.skipped import Skipped
+from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.sources import SHARES, SourceImage
 
 FONT_NAME = "NotoColorEmoji.ttf"
@@ -88,6 +88,8 @@ class Emoji:
         if not count:
             raise ValueError(f"{self.font}: none of its colour bitmaps is an emoji with a name")
         self.size = (count, self.font.stat().st_size)
+        self.files: Sequence[Path] = (self.font,)
+        self.left_out = LeftOut()
         self.default_sizes = _sizes(count, variants)
 
     def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:

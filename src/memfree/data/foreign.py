@@ -4,44 +4,25 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import count
-from typing import Literal
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 from webdataset.filters import _shuffle
 
-from memfree.data.decode import open_image
+from memfree.data.decode import further_frames, open_image
 from memfree.data.folder import to_float
-from memfree.data.framing import Framing, Resize
+from memfree.data.framing import Framing
+from memfree.data.names import shard_labels
+from memfree.data.options import OnError, StreamOptions
 from memfree.data.order import global_slice, rank_slice
-from memfree.data.rank_batches import Batch, OnError, RankBatches
-from memfree.data.skipped import Skipped
+from memfree.data.rank_batches import Batch, RankBatches
+from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.tarrecord import TarRecord
 from memfree.data.tarstream import expand_shards, read_shard
 from memfree.data.wording import counted
-
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """How shards without a manifest are read; has no meaning for a dataset folder."""
-
-    epoch_records: int = 0
-    """Records that count as one epoch, all ranks together; needed, since the shards do not say."""
-    image_size: int | tuple[int, int] = 0
-    """Height and width that all images are brought to; needed."""
-    channels: Literal[1, 3] = 3
-    """1 grey, 3 RGB."""
-    resize: Resize = "crop"
-    """crop keeps the centre, squash scales both sides, pad adds black borders."""
-    num_classes: int = 0
-    """Classes of the records' .cls or JSON label; 0: labels are not read."""
-    captions: bool = False
-    """Give the records' .txt or JSON caption to the model."""
-    shuffle_buffer: int = 1000
-    """Records held back a worker, from which the next one is drawn."""
 
 
 class ForeignBatches(RankBatches):
@@ -66,6 +47,8 @@ class ForeignBatches(RankBatches):
 
     Attributes:
         missing: takes local shards that are not there.
+        left_out: what lies beside the shards; each batch carries, as ``left_out``, what was met in
+            them and not used.
     """
 
     def __init__(
@@ -92,8 +75,15 @@ class ForeignBatches(RankBatches):
             options.epoch_records, batch_size, seed, rank, world_size, random_flip, on_error
         )
         self.missing = Skipped()
-        self._shards = expand_shards(shards, self.missing if on_error == "skip" else None)
+        self.left_out = LeftOut()
+        self._shards = expand_shards(
+            shards, self.missing if on_error == "skip" else None, self.left_out
+        )
+        self._labels = shard_labels(self._shards)
         self._options = options
+        self._records_as = options.records
+        if not options.captions:  # then it does not matter what is wrong with them
+            self._records_as = replace(options.records, caption_source="none")
         self._framing = Framing(height, width, options.channels, options.resize)
         self.image_shape = (int(options.channels), height, width)
 
@@ -104,22 +94,26 @@ class ForeignBatches(RankBatches):
         offset = (start + number) % step  # the loader asks worker 0 first, also after a resume
         skipped = Skipped()
         unit = self._rank * step + offset
-        records = self._records(epoch, unit, self._world_size * step, skipped)
+        left_out = LeftOut()
+        records = self._records(epoch, unit, self._world_size * step, skipped, left_out)
         generator = np.random.Generator(np.random.PCG64([self._seed, epoch, unit, 9]))
         for batch in range(offset, self.batches, step):
             first, last = global_slice(self.records, self.batches, batch)
             low, high = rank_slice(first, last, self._rank, self._world_size)
             flips = generator.random(high - low) < 0.5
             if batch < start:  # trained on before the run was stopped
-                self._pass_over(records, high - low, skipped)
+                self._pass_over(records, high - low, skipped, left_out)
                 continue
-            made = self._batch(records, high - low, flips, skipped)
+            made = self._batch(records, high - low, flips, skipped, left_out)
             made["weight"] = (high - low) * self._world_size / (last - first)
             if self._on_error == "skip":
                 made["skipped"] = skipped.take()
+            made["left_out"] = left_out.take()
             yield made
 
-    def _records(self, epoch: int, unit: int, units: int, skipped: Skipped) -> Iterator[TarRecord]:
+    def _records(
+        self, epoch: int, unit: int, units: int, skipped: Skipped, left_out: LeftOut
+    ) -> Iterator[TarRecord]:
         """Records of one worker without end, shuffled within its buffer."""
         shared = len(self._shards) < units
         # Where everyone reads all shards, one of them counts what is broken.
@@ -132,48 +126,65 @@ class ForeignBatches(RankBatches):
             mine = order if shared else order[unit::units]
             found = 0
             for shard in mine.tolist():
-                for number, record in enumerate(read_shard(self._shards[shard], handler)):
+                read = read_shard(
+                    self._shards[shard],
+                    handler,
+                    left_out,
+                    self._records_as,
+                    "--data.stream.records.",
+                    self._labels[shard],
+                )
+                for number, record in enumerate(read):
                     found += 1
                     if not shared or (number + turn) % units == unit:
                         yield record
             if not found:
                 first = f"; first {counter.messages[0]}" if counter.messages else ""
-                raise ValueError(f"no readable record in {counted(len(mine), 'shard')}{first}")
+                other = f"; {left_out.text()}" if left_out else ""
+                shards = counted(len(mine), "shard")
+                raise ValueError(f"no readable record in {shards}{first}{other}")
 
         buffer = max(self._options.shuffle_buffer, 1)
         for turn in count():
             rng = random.Random(f"{self._seed} {epoch} {turn} {unit}")
             yield from _shuffle(one_pass(turn), buffer, buffer, rng)
 
-    def _pass_over(self, records: Iterator[TarRecord], size: int, skipped: Skipped) -> None:
+    def _pass_over(
+        self, records: Iterator[TarRecord], size: int, skipped: Skipped, left_out: LeftOut
+    ) -> None:
         """Leave out the records of a batch; broken ones, which others replaced in it, as well."""
         for _ in range(size):
             if self._on_error == "stop":  # then there were none, and nothing need be decoded
                 next(records)
             else:
-                self._next_whole(records, skipped)
+                self._next_whole(records, skipped, left_out)
         skipped.take()
 
     def _next_whole(
-        self, records: Iterator[TarRecord], skipped: Skipped
+        self, records: Iterator[TarRecord], skipped: Skipped, left_out: LeftOut
     ) -> tuple[TarRecord, np.ndarray]:
         """The next record that decodes, and its pixels (C, H, W)."""
         while True:
             record = next(records)
             try:
-                return record, self._decode(record)
+                return record, self._decode(record, left_out)
             except ValueError as error:
                 if self._on_error == "stop":
                     raise
                 skipped.record(str(error))
 
     def _batch(
-        self, records: Iterator[TarRecord], size: int, flips: np.ndarray, skipped: Skipped
+        self,
+        records: Iterator[TarRecord],
+        size: int,
+        flips: np.ndarray,
+        skipped: Skipped,
+        left_out: LeftOut,
     ) -> Batch:
         images: list[np.ndarray] = []
         taken: list[TarRecord] = []
         while len(taken) < size:
-            record, pixels = self._next_whole(records, skipped)
+            record, pixels = self._next_whole(records, skipped, left_out)
             flip = self._random_flip and flips[len(taken)]
             images.append(pixels[:, :, ::-1] if flip else pixels)
             taken.append(record)
@@ -189,11 +200,14 @@ class ForeignBatches(RankBatches):
             batch["caption"] = [record.caption for record in taken]
         return batch
 
-    def _decode(self, record: TarRecord) -> np.ndarray:
+    def _decode(self, record: TarRecord, left_out: LeftOut) -> np.ndarray:
         classes = self._options.num_classes
         if classes and (record.label is None or record.label >= classes):
             raise ValueError(f"{record.name}: class {record.label} is not in 0..{classes - 1}")
         if self._options.captions and record.caption is None:
             raise ValueError(f"{record.name}: record without a caption")
         image = open_image(record.image, record.name)
+        if frames := further_frames(image):
+            note = left_out.at(record.name)
+            note(f"{record.name}: {counted(frames, 'further frame')}")
         return self._framing.apply(image, record.name, self._framing)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from memfree.data.decode import channels_of, to_array, upright, with_channels
+from memfree.data.options import Filter, Resize
 from memfree.data.wording import counted
 
-Resize = Literal["crop", "squash", "pad"]
-Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
 _FILTERS = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,

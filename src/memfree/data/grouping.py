@@ -10,10 +10,8 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from memfree.data.options import DEFAULT_DISTANCE
 from memfree.full_precision import full_precision
-
-DEFAULT_DISTANCE = 0.15
-"""Two images are near duplicates up to this distance; see :func:`near_pairs`."""
 
 _GRID = 16  # side of the windows that are compared; smaller images are compared as they are
 _RANK = 32  # dimensions of the projection that rules most pairs out

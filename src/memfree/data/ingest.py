@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from memfree.data.decode import channels_of, open_image, to_image
+from memfree.data.decode import channels_of, further_frames, open_image, to_image
 from memfree.data.framing import Framing
+from memfree.data.identity import SourceHash
 from memfree.data.skipped import Skipped
 from memfree.data.sources import Source, SourceImage
+from memfree.data.wording import counted
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Ingested:
     captions: list[str] | None
     groups: list[str | None]
     families: list[str | None]
+    source_hash: str = ""
+    """See :class:`memfree.data.identity.SourceHash`."""
 
     def num_classes(self, class_names: list[str] | None) -> int | None:
         """Number of classes: the source's names, or the largest label and one."""
@@ -56,10 +60,12 @@ def ingest(
     """
     fixed: Framing | None = None
     items: list[SourceImage] = []
-    seen: dict[str, int] = {}
+    names: set[str] = set()
+    digest = SourceHash()
     shape: tuple[int, ...] = ()
     with open(file, "xb") as out:
         for item in source.images(skipped):
+            digest.add(item)
             try:
                 if isinstance(item.pixels, bytes):
                     image = open_image(item.pixels, item.name)
@@ -76,18 +82,21 @@ def ingest(
                     raise
                 skipped.record(str(error))
                 continue
+            if frames := further_frames(image):
+                source.left_out.at(item.name)(f"{item.name}: {counted(frames, 'further frame')}")
             out.write(array.tobytes())
             shape = array.shape
             item.pixels = b""
-            number = seen[item.name] = seen.get(item.name, -1) + 1
-            item.name += f"#{number}" if number else ""
+            item.name = _unused(item.name, names)
             items.append(item)
             if progress is not None:
                 progress(item.name)
     if skipped is not None:
         skipped.kept += len(items)
     if not items:
-        raise ValueError("the source has no readable image")
+        first = f"; first {skipped.messages[0]}" if skipped and skipped.messages else ""
+        other = f"; {source.left_out.text()}" if source.left_out else ""
+        raise ValueError(f"the source has no readable image{first}{other}")
     return Ingested(
         np.memmap(file, np.uint8, "r", shape=(len(items), *shape)),
         [item.name for item in items],
@@ -95,7 +104,18 @@ def ingest(
         [str(item.caption) for item in items] if items[0].caption is not None else None,
         [item.group for item in items],
         [item.family for item in items],
+        digest.hexdigest(source.class_names),
     )
+
+
+def _unused(name: str, names: set[str]) -> str:
+    """The name, with a number where other images have it; keeps it in ``names``."""
+    unique, number = name, 0
+    while unique in names:
+        number += 1
+        unique = f"{name}#{number}"
+    names.add(unique)
+    return unique
 
 
 def _same_conditions(item: SourceImage, first: SourceImage) -> None:

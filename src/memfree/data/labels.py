@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 
+from memfree.data.options import LabelPolicy
 from memfree.data.shards import Record
-
-LabelPolicy = Literal["own", "random", "unique"]
 
 
 def relabelled(

@@ -13,22 +13,30 @@ from memfree.bars import counting_bar
 from memfree.calibration_size import too_few_images
 from memfree.console import plain_console
 from memfree.data.build import build
-from memfree.data.framing import Filter, Framing, Resize
-from memfree.data.grouping import DEFAULT_DISTANCE
-from memfree.data.labels import LabelPolicy
+from memfree.data.framing import Framing
+from memfree.data.identity import SourceHash, files_hash
+from memfree.data.options import (
+    DEFAULT_DISTANCE,
+    Filter,
+    LabelPolicy,
+    RecordOptions,
+    Resize,
+    SourceName,
+)
 from memfree.data.plan import DuplicationPlan
 from memfree.data.shards import record_bytes
-from memfree.data.skipped import Skipped
-from memfree.data.sources import SourceName, open_source
+from memfree.data.skipped import LeftOut, Skipped
+from memfree.data.sources import Source, open_source
 from memfree.data.split import PARTS, PartSizes
 from memfree.data.wording import counted
 from memfree.folders.manifest import read_manifest, write_manifest
 from memfree.folders.resolved import save_config
 from memfree.folders.storage_errors import check_free_space
-from memfree.folders.whole_folder import put_in_place, unfinished
+from memfree.folders.whole_folder import check_place, put_in_place, unfinished
 
 _NO_COPIES = DuplicationPlan()
 _DEFAULT_SIZES = PartSizes()
+_NO_CHOICE = RecordOptions()
 
 
 def prepare(
@@ -49,6 +57,7 @@ def prepare(
     emoji_variants: bool = False,
     limit: NonNegativeInt = 0,
     labels: LabelPolicy = "own",
+    records: RecordOptions = _NO_CHOICE,
     overwrite: bool = False,
 ) -> None:
     """Write a dataset folder: shards for training, three held-out parts, and what was done.
@@ -61,8 +70,8 @@ def prepare(
         out: the dataset folder.
         source: digits (bundled with scikit-learn), cifar10 (downloaded by torchvision), emoji (an
             installed colour font, captioned with Unicode names), folder (images in class folders,
-            or with captions in .txt files beside them) or shards (WebDataset tars, for instance
-            img2dataset's).
+            or with captions in .txt or .caption files beside them or in metadata.jsonl or
+            metadata.csv) or shards (WebDataset tars, for instance img2dataset's).
         path: the image folder; the shards: a folder, a file, a glob, or addresses with braces; or
             the font of emoji, if not the installed Noto Color Emoji.
         image_size: height and width of all images, one number for a square; without it all
@@ -85,6 +94,7 @@ def prepare(
         labels: own: as the source has them; random: each training image gets one of the source's
             labels, drawn whatever it shows; unique: each gets a label of its own. With the last
             two, copies share their image's label (see plan) and held-out images have none.
+        records: which files of a folder or of shards are meant where there is a choice.
         overwrite: replace the dataset folder that is there.
 
     Raises:
@@ -114,13 +124,18 @@ def prepare(
         recipe["limit"] = limit
     if labels != "own":
         recipe["labels"] = labels
+    if records != _NO_CHOICE:
+        recipe["records"] = dataclasses.asdict(records)
     recipe = json.loads(json.dumps(recipe))
     console = plain_console(stderr=True)
     if _is_done(out, recipe, overwrite):
-        _check_source(out, source, path, emoji_variants)
+        if source in ("emoji", "folder", "shards"):
+            _check_source(out, source, path, emoji_variants, records, on_error)
         console.print(f"{out} is already prepared in this way", soft_wrap=True)
         return
-    opened = open_source(source, path, emoji_variants)
+    check_place(out)
+    opened = open_source(source, path, emoji_variants, records)
+    listed = files_hash(opened.files)  # before they are read: what changes meanwhile is noticed
     count, size = opened.size
     framing = Framing(height, width, channels, resize, interpolation)
     values = (height or 1) * (width or 1) * (channels or 3)
@@ -145,6 +160,7 @@ def prepare(
         save_config(folder)
         about: dict[str, Any] = {"name": source, "path": path, "licence": licence or opened.licence}
         about["size"] = opened.size
+        about["files_hash"], about["hash"] = listed, facts.pop("source_hash")
         write_manifest(
             folder, "dataset", seed, source=about, plan=recipe["plan"], recipe=recipe, **facts
         )
@@ -152,15 +168,17 @@ def prepare(
     warning = too_few_images(facts["parts"]["calibration"]["images"])
     if warning:
         console.print(f"{out}: {warning}", soft_wrap=True)
-    console.print(f"{out}: {_result(facts, skipped)}", soft_wrap=True)
+    console.print(f"{out}: {_result(facts, skipped, opened.left_out)}", soft_wrap=True)
 
 
-def _result(facts: dict[str, Any], skipped: Skipped | None) -> str:
+def _result(facts: dict[str, Any], skipped: Skipped | None, other: LeftOut) -> str:
     """Records of each part, and what is in none of them."""
     sums = ", ".join(f"{part} {facts['parts'][part]['records']}" for part in PARTS)
     notes = [f"records: {sums}"]
     if skipped:
-        notes.append(f"{skipped.text('image')}, see its manifest")
+        notes.append(f"{skipped.text('image')}, see its manifest ({skipped.named()})")
+    if other:
+        notes.append(other.text())
     left_out = facts["grouping"]["left_out"]
     if left_out:
         images = counted(facts["grouping"]["source_images"], "image")
@@ -187,18 +205,39 @@ def _is_done(out: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
     return False
 
 
-def _check_source(out: Path, source: SourceName, path: str | None, emoji_variants: bool) -> None:
-    """Refuse to call a folder done whose source has other files now; it need not exist any more."""
-    if source not in ("emoji", "folder", "shards"):
-        return
+def _check_source(
+    out: Path,
+    source: SourceName,
+    path: str | None,
+    emoji_variants: bool,
+    records: RecordOptions,
+    on_error: Literal["stop", "skip"],
+) -> None:
+    """Refuse to call a folder done whose source is another now; it need not exist any more."""
     try:
-        size = list(open_source(source, path, emoji_variants).size)
+        opened = open_source(source, path, emoji_variants, records)
     except FileNotFoundError:
         return
     about = read_manifest(out, "dataset").get("source")
-    if not isinstance(about, dict) or size != about.get("size"):
+    about = about if isinstance(about, dict) else {}
+    reason = ""
+    same = list(opened.size) == about.get("size")  # all that earlier versions wrote
+    if same and "hash" in about and files_hash(opened.files) != about.get("files_hash"):
+        try:
+            same = _hash_of(opened, on_error) == about["hash"]
+        except (ValueError, OSError) as error:
+            same, reason = False, f" ({error})"
+    if not same:
         changed = f"--path {path}" if path is not None else f"--source {source}"
         raise ValueError(
-            f"{changed} changed after {out} was prepared; choose another --out or say "
+            f"{changed} changed after {out} was prepared{reason}; choose another --out or say "
             "--overwrite true"
         )
+
+
+def _hash_of(source: Source, on_error: Literal["stop", "skip"]) -> str:
+    """The source's hash as it is now; reads all of it."""
+    digest = SourceHash()
+    for image in source.images(Skipped() if on_error == "skip" else None):
+        digest.add(image)
+    return digest.hexdigest(source.class_names)

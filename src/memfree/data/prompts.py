@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from memfree.data.folder import DatasetFolder
-
-PromptSet = Literal["duplicated", "other", "unseen"]
+from memfree.data.options import PromptSet
 
 _MAX_BYTES = 64 << 20  # of a prompt file; more is not a list of prompts
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
 
+from memfree.data.options import OnError
 from memfree.data.order import batches_per_epoch
 
-OnError = Literal["stop", "skip"]
 Batch = dict[str, Any]
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from memfree.data.ingest import Ingested
-from memfree.data.labels import LabelPolicy, relabelled
+from memfree.data.labels import relabelled
+from memfree.data.options import LabelPolicy
 from memfree.data.plan import DuplicationPlan
 from memfree.data.shards import Record
 from memfree.data.split import PARTS, PartName

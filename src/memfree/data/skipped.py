@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from memfree.console import shown
 from memfree.data.wording import counted
+from memfree.untrusted import short
 
 _MESSAGES = 20
+_NAMED = 3  # of them stand in a summary
 
 
 @dataclass
@@ -60,11 +64,17 @@ class Skipped:
         return cls(counts["records"], counts["kept"], set(counts["shards"]))
 
     def _say(self, message: str) -> None:
+        message = shown(message)  # names of files are in it
         if len(self.messages) < _MESSAGES and message not in self.messages:
             self.messages.append(message)
 
     def __bool__(self) -> bool:
         return bool(self.records or self.shards)
+
+    def named(self) -> str:
+        """The first three reasons, in one line."""
+        more = "; ..." if len(self.messages) > _NAMED else ""
+        return short("; ".join(self.messages[:_NAMED]), 1000) + more
 
     def text(self, noun: str = "record") -> str:
         """Such as ``661 of 1508 records skipped, 2 shards damaged or missing``; empty for none."""
@@ -74,3 +84,65 @@ class Skipped:
         if self.shards:
             parts.append(f"{counted(len(self.shards), 'shard')} damaged or missing")
         return ", ".join(parts)
+
+
+@dataclass
+class LeftOut:
+    """Takes what is met and is not broken, but is not used: other files, further parts of samples.
+
+    Counted by place (a folder, a shard), where a place that is read again counts once.
+    """
+
+    places: dict[str, int] = field(default_factory=dict)
+    """How many things were left out at each place."""
+    first: list[str] = field(default_factory=list)
+    """Names of the first 20, each with its reason."""
+
+    def at(self, place: str) -> Callable[[str], None]:
+        """A function that takes the names of what is left out as ``place`` is read once."""
+        number = 0
+
+        def note(what: str) -> None:
+            nonlocal number
+            number += 1
+            self.places[place] = max(self.places.get(place, 0), number)
+            self._say(short(what))
+
+        return note
+
+    @property
+    def count(self) -> int:
+        """How many things were left out."""
+        return sum(self.places.values())
+
+    def add(self, other: LeftOut) -> None:
+        """Take all that another one took; what both met counts once."""
+        for place, number in other.places.items():
+            self.places[place] = max(self.places.get(place, 0), number)
+        for what in other.first:
+            self._say(what)
+
+    def take(self) -> LeftOut:
+        """What came, or came to more, since this was last called."""
+        taken = LeftOut(self.places, self.first)
+        self.places, self.first = {}, []
+        return taken
+
+    def counts(self) -> dict[str, Any]:
+        """The number and the first names, as JSON."""
+        return {"count": self.count, "first": list(self.first)}
+
+    def text(self) -> str:
+        """Such as ``left out: 12 (notes.md; a.gif; b.gif; ...)``; empty for none."""
+        if not self.places:
+            return ""
+        named = "; ".join(self.first[:_NAMED])
+        more = "; ..." if self.count > min(_NAMED, len(self.first)) else ""
+        return f"left out: {self.count} ({named}{more})"
+
+    def _say(self, what: str) -> None:
+        if len(self.first) < _MESSAGES and what not in self.first:
+            self.first.append(what)
+
+    def __bool__(self) -> bool:
+        return bool(self.places)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from memfree.data.decode import MAX_IMAGE_BYTES, SUFFIXES
-from memfree.data.skipped import Skipped
-from memfree.data.tarrecord import MAX_TEXT_BYTES
+from memfree.data.decode import MAX_IMAGE_BYTES
+from memfree.data.names import OTHER_PICTURES, SUFFIXES, problem_with
+from memfree.data.options import RecordOptions, SourceName
+from memfree.data.sidecars import FolderCaptions
+from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.tarstream import expand_shards, read_shard
+from memfree.data.walk import files_below, problem_with_file
 from memfree.data.wording import counted
 from memfree.untrusted import short
 
-SourceName = Literal["digits", "cifar10", "emoji", "folder", "shards"]
+_DEFAULT_OPTIONS = RecordOptions()
 
 
 @dataclass
@@ -48,6 +51,10 @@ class Source(Protocol):
     """Images for train, calibration, test and fit: counts, or shares below 1."""
     size: tuple[int, int]
     """(number of images, bytes of their files) where known beforehand, 0 otherwise."""
+    files: Sequence[Path]
+    """Files of the user that the images, their classes and captions depend on."""
+    left_out: LeftOut
+    """What was met and is not used; complete once all images were read."""
 
     def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
         """All images in a fixed order; ``skipped`` takes what is broken instead of an error."""
@@ -64,6 +71,10 @@ class Digits:
     class_names: list[str] | None = [str(digit) for digit in range(10)]
     default_sizes = (500.0, 600.0, 500.0, 197.0)
     size = (1797, 0)
+    files: Sequence[Path] = ()
+
+    def __init__(self) -> None:
+        self.left_out = LeftOut()
 
     def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
         """See :class:`Source`; values 0 to 16 become 0 to 255."""
@@ -81,9 +92,12 @@ class Cifar10:
     licence = "not stated by its authors; cite Krizhevsky 2009"
     default_sizes = (50_000.0, 4_000.0, 4_000.0, 2_000.0)
     size = (60_000, 0)
+    files: Sequence[Path] = ()
 
     def __init__(self, path: Path) -> None:
         from torchvision.datasets import CIFAR10
+
+        self.left_out = LeftOut()
 
         path.mkdir(parents=True, exist_ok=True)
         try:
@@ -105,38 +119,77 @@ class ImageFolder:
     """PNG, JPEG and WEBP files under a folder, in class folders or with captions beside them.
 
     A sub-folder is a class, named by it (deeper folders belong to it); images directly in the
-    folder have no class. ``NAME.txt`` beside ``NAME.png`` is its caption; either all images have
-    one or none.
+    folder have no class. Links are followed, hidden folders are left out. Either all images have a
+    caption or none (see :class:`memfree.data.sidecars.FolderCaptions`). Pictures in other formats
+    are refused, unless they stand beside one of the same name that is read.
+
+    Args:
+        path: the folder.
+        options: which files are meant where there is a choice.
+        prefix: of these options on the command line.
+
+    Raises:
+        FileNotFoundError: there is no folder, or no image in it.
+        ValueError: some images are in class folders and some are not, or metadata is damaged.
     """
 
     licence = "not stated"
     default_sizes = SHARES
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, options: RecordOptions = _DEFAULT_OPTIONS, prefix: str = "--records."
+    ) -> None:
         if not path.is_dir():
             raise FileNotFoundError(f"--path: no image folder at {path}")
         self._path = path
-        self._files = sorted(
-            file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
-        )
-        if not self._files:
-            raise FileNotFoundError(f"--path: no PNG, JPEG or WEBP images under {path}")
-        tops = [file.relative_to(path).parts for file in self._files]
+        self.left_out = LeftOut()
+        self._unlisted = Skipped()
+        self.files: Sequence[Path] = files_below(path, self.left_out, self._unlisted)
+        note = self.left_out.at(f"{path}/")
+        suffix = options.suffix()
+        wanted = SUFFIXES if suffix is None else (f".{suffix}",)
+        self._images = [file for file in self.files if file.suffix.lower() in wanted]
+        if not self._images:
+            which = "PNG, JPEG or WEBP" if suffix is None else f".{suffix}"
+            for file in self.files:
+                note(file.relative_to(path).as_posix())
+            beside = f"; {self.left_out.text()}" if self.left_out else ""
+            raise FileNotFoundError(f"--path: no {which} images under {path}{beside}")
+        read = set(self._images)
+        stems = {file.with_suffix("") for file in self._images}
+        self._foreign = [
+            file
+            for file in self.files
+            if file.suffix.lower() in OTHER_PICTURES
+            and file.with_suffix("") not in stems
+            and suffix is None
+        ]
+        others = [file for file in self.files if file not in read | set(self._foreign)]
+        self._captions = FolderCaptions(path, self._images, others, options, prefix, note)
+        tops = [file.relative_to(path).parts for file in self._images]
         loose = sum(len(parts) == 1 for parts in tops)
         if 0 < loose < len(tops):
             raise ValueError(
                 f"--path {path}: {counted(loose, 'image')} outside of the class folders; "
                 "put all images in class folders, or none"
             )
-        names = sorted({parts[0] for parts in tops if len(parts) > 1})
-        self.class_names: list[str] | None = names or None
-        self._captioned = any(file.with_suffix(".txt").is_file() for file in self._files)
-        self.size = (len(self._files), sum(file.stat().st_size for file in self._files))
+        names = {parts[0] for parts in tops if len(parts) > 1 and problem_with(parts[0]) is None}
+        self.class_names: list[str] | None = sorted(names) or None
+        plain = [file for file in self._images if problem_with_file(file) is None]
+        self.size = (len(self._images), sum(file.stat().st_size for file in plain))
 
     def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
         """See :class:`Source`."""
-        for file in self._files:
-            relative = file.relative_to(self._path)
+        if skipped is not None:
+            skipped.add(self._unlisted)
+        elif self._unlisted:
+            raise OSError(self._unlisted.messages[0])
+        for problem in self._problems():
+            if skipped is None:
+                raise ValueError(problem)
+            skipped.record(problem)
+        for file in self._images:
+            relative = file.relative_to(self._path).as_posix()
             try:
                 yield self._image(file, relative)
             except (OSError, ValueError) as error:
@@ -144,51 +197,67 @@ class ImageFolder:
                     raise
                 skipped.record(str(error))
 
-    def _image(self, file: Path, relative: Path) -> SourceImage:
-        if not relative.as_posix().isprintable():  # it becomes a key, which is stored and shown
-            raise ValueError(f"{short(file)}: its name is no text that can be shown: rename it")
+    def _problems(self) -> Iterator[str]:
+        """What is wrong with the folder beside its images."""
+        for file in self._foreign:
+            yield (
+                f"{short(file, 1000)}: only PNG, JPEG and WEBP are read; convert it, or leave it "
+                "out with --on_error skip"
+            )
+        yield from self._captions.lost_rows()
+
+    def _image(self, file: Path, relative: str) -> SourceImage:
+        if problem := problem_with(relative):  # it becomes a key, which is stored and shown
+            raise ValueError(f"{short(file, 1000)}: its name {problem}; rename it")
+        if problem := problem_with_file(file):
+            raise ValueError(f"{short(file, 1000)}: {problem}")
         if file.stat().st_size > MAX_IMAGE_BYTES:
             raise ValueError(f"{file}: more than the limit of {MAX_IMAGE_BYTES} bytes")
-        caption = None
-        if self._captioned:
-            text = file.with_suffix(".txt")
-            if not text.is_file():
-                raise FileNotFoundError(
-                    f"{file}: other images have a caption, {text.name} does not exist"
-                )
-            if text.stat().st_size > MAX_TEXT_BYTES:
-                raise ValueError(f"{text}: more than the limit of {MAX_TEXT_BYTES} bytes")
-            caption = text.read_text(encoding="utf-8", errors="replace").strip()
-        label = self.class_names.index(relative.parts[0]) if self.class_names else None
-        return SourceImage(relative.as_posix(), file.read_bytes(), label, caption)
+        caption = self._captions.of(file)
+        label = self.class_names.index(relative.split("/")[0]) if self.class_names else None
+        return SourceImage(relative, file.read_bytes(), label, caption)
 
 
 class Shards:
-    """WebDataset tars of any origin: ``KEY.png|jpg|webp`` with ``KEY.txt``, ``.cls``, ``.json``.
+    """WebDataset tars: ``KEY.png|jpg|webp`` with ``KEY.txt``, ``.caption``, ``.cls``, ``.json``.
 
     Shards of img2dataset are read as they are. Images that declare ``image_key`` and ``group`` in
     their JSON, as shards of memfree do, keep their groups.
+
+    Args:
+        pattern: see :func:`memfree.data.tarstream.expand_shards`.
+        options: how a record is read where there is a choice.
+        prefix: of these options on the command line.
     """
 
     licence = "not stated"
     class_names: list[str] | None = None
     default_sizes = SHARES
 
-    def __init__(self, pattern: str) -> None:
-        self._pattern = pattern
-        there = [Path(shard) for shard in expand_shards(pattern, Skipped())]
-        self.size = (0, sum(file.stat().st_size for file in there if file.is_file()))
+    def __init__(
+        self, pattern: str, options: RecordOptions = _DEFAULT_OPTIONS, prefix: str = "--records."
+    ) -> None:
+        self._pattern, self._options, self._prefix = pattern, options, prefix
+        self.left_out = LeftOut()
+        found = [Path(shard) for shard in expand_shards(pattern, Skipped(), self.left_out)]
+        self.files: Sequence[Path] = [file for file in found if file.is_file()]
+        self.size = (0, sum(file.stat().st_size for file in self.files))
 
     def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
         """See :class:`Source`."""
         for shard in expand_shards(self._pattern, skipped):
-            for record in read_shard(shard, skipped):
+            for record in read_shard(shard, skipped, self.left_out, self._options, self._prefix):
                 yield SourceImage(
                     record.name, record.image, record.label, record.caption, record.group
                 )
 
 
-def open_source(source: SourceName, path: str | None, emoji_variants: bool = False) -> Source:
+def open_source(
+    source: SourceName,
+    path: str | None,
+    emoji_variants: bool = False,
+    records: RecordOptions = _DEFAULT_OPTIONS,
+) -> Source:
     """The source of this name.
 
     Args:
@@ -196,13 +265,16 @@ def open_source(source: SourceName, path: str | None, emoji_variants: bool = Fal
         path: the image folder, the shards, the emoji font (default: found among the installed
             ones), or where CIFAR-10 is downloaded to (default: ``data/downloads``); not for digits.
         emoji_variants: emoji with skin tones and gender signs too.
+        records: which files of a folder or of shards are meant where there is a choice.
 
     Raises:
-        ValueError: ``path`` is missing or has no meaning, or the font has no colour bitmaps.
+        ValueError: ``path`` or an option is missing or has no meaning, or the font has no colour
+            bitmaps.
         OSError: there is nothing at ``path``.
     """
     if emoji_variants and source != "emoji":
         raise ValueError(f"--emoji_variants has no meaning with --source {source}")
+    _check_options(source, records)
     if source == "digits":
         if path is not None:
             raise ValueError("--path has no meaning with --source digits")
@@ -216,5 +288,18 @@ def open_source(source: SourceName, path: str | None, emoji_variants: bool = Fal
     if path is None:
         raise ValueError(f"--source {source} needs --path")
     if source == "folder":
-        return ImageFolder(Path(path))
-    return Shards(path)
+        return ImageFolder(Path(path), records)
+    return Shards(path, records)
+
+
+def _check_options(source: SourceName, records: RecordOptions) -> None:
+    """Refuse options that say nothing about this source."""
+    meant = {"folder": ("image_suffix", "caption_source"), "shards": ()}
+    for option in fields(RecordOptions):
+        value = getattr(records, option.name)
+        if value == option.default or source == "shards" or option.name in meant.get(source, ()):
+            continue
+        raise ValueError(f"--records.{option.name} has no meaning with --source {source}")
+    absent = {"folder": "json", "shards": "metadata"}.get(source)
+    if records.caption_source == absent:
+        raise ValueError(f"--records.caption_source {absent} has no meaning with --source {source}")

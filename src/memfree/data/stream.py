@@ -9,8 +9,9 @@ import torch
 from torch.utils.data import get_worker_info
 
 from memfree.data.folder import DatasetFolder, to_float
+from memfree.data.options import OnError
 from memfree.data.order import global_slice, permutation, rank_slice
-from memfree.data.rank_batches import Batch, OnError, RankBatches
+from memfree.data.rank_batches import Batch, RankBatches
 from memfree.data.reader import RecordReader
 from memfree.data.skipped import Skipped
 

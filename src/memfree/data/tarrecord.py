@@ -1,11 +1,15 @@
-"""One record of a WebDataset tar of others: its image, caption, class and what its JSON says."""
+"""One record of a foreign WebDataset tar: its image, caption, class and what its JSON says."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from memfree.data.decode import SUFFIXES
+from memfree.data.captions import checked_text, chosen_caption, decode_text
+from memfree.data.names import MAX_NAME, OTHER_PICTURES, SUFFIXES, is_text
+from memfree.data.options import RecordOptions
 from memfree.untrusted import parse_json, short
 
 MAX_TEXT_BYTES = 1 << 20
@@ -14,8 +18,26 @@ MAX_LABEL = 99_999
 """Largest class number that is believed."""
 IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
 """Suffixes of members that are images."""
-TEXTS = ("txt", "cls", "json")
+TEXTS = ("txt", "caption", "cls", "json")
 """Suffixes of members that say something about one."""
+_OTHER_IMAGES = tuple(suffix[1:] for suffix in OTHER_PICTURES)
+
+
+@dataclass
+class Member:
+    """One file of a sample."""
+
+    name: str
+    suffix: str
+    """What follows the key, lower case; may have dots."""
+    read: Callable[[], bytes]
+    problem: str | None = None
+    """Why it is not read, as the end of a sentence that begins with its name."""
+
+    @property
+    def ending(self) -> str:
+        """What follows the last dot."""
+        return self.suffix.rpartition(".")[2]
 
 
 @dataclass
@@ -33,50 +55,128 @@ class TarRecord:
     """Declared by our own shards."""
 
 
-def record_of(name: str, members: dict[str, bytes | str]) -> TarRecord:
-    """The record of these members, by suffix; ``error`` says what is wrong with one of them.
+def is_wanted(suffix: str) -> bool:
+    """Whether a member with this suffix may be a record's picture or say something of it."""
+    ending = suffix.rpartition(".")[2]
+    return ending in IMAGES or ending in _OTHER_IMAGES or ending in TEXTS
+
+
+def record_of(
+    name: str,
+    members: Iterable[Member],
+    options: RecordOptions,
+    prefix: str,
+    note: Callable[[str], None],
+) -> TarRecord:
+    """The record of these members.
+
+    Args:
+        name: of the record.
+        members: all that begin with its key.
+        options: what to do where there is a choice.
+        prefix: of the options on the command line, such as ``--records.``.
+        note: called with each member that is left out.
 
     Raises:
-        ValueError: there is no image, or a member is not what its suffix says.
+        ValueError: there is no image or more than one, or a member is not what its suffix says.
     """
-    if "error" in members:
-        raise ValueError(f"{name}: {_text(members['error'])}")
-    images = [members[suffix] for suffix in IMAGES if suffix in members]
-    if not images:
-        raise ValueError(f"{name}: record without a PNG, JPEG or WEBP image")
-    meta = _json(name, members.get("json", b"{}"))
-    caption = meta.get("caption")
-    if "txt" in members:
-        caption = _text(members["txt"])
-    label = meta.get("label")
-    if "cls" in members:
-        label = _text(members["cls"]).strip()
-    if caption is not None and (
-        isinstance(caption, bool) or not isinstance(caption, (str, int, float))
-    ):
-        raise ValueError(f"{name}: its caption is {short(repr(caption))}, no text")
-    return TarRecord(
+    shown = short(name)
+    found: dict[str, Member] = {}
+    for member in members:
+        if member.suffix in found:
+            raise ValueError(f"{shown}: two members have the suffix .{short(member.suffix, 40)}")
+        found[member.suffix] = member
+    image = _image(shown, found, options, prefix)
+    source = options.caption_source
+    meant = {"cls", "json", source} if source != "any" else set(TEXTS)
+    texts = {suffix: found[suffix] for suffix in TEXTS if suffix in found and suffix in meant}
+    for member in (image, *texts.values()):
+        if member.problem:
+            raise ValueError(f"{shown}: {member.problem}")
+    meta = _json(shown, texts["json"].read()) if "json" in texts else {}
+    said = {
+        suffix: decode_text(texts[suffix].read(), f"{shown}: its .{suffix}")
+        for suffix in texts
+        if suffix != "json"
+    }
+    label = _one_label(shown, said.pop("cls", None), meta.get("label"))
+    captions = dict(said)
+    if source in ("any", "json"):
+        caption = _json_caption(shown, meta.get("caption"))
+        captions |= {"json": caption} if caption is not None else {}
+    option = f"{prefix}caption_source"
+    record = TarRecord(
         name,
-        bytes(images[0]),  # type: ignore[arg-type]
-        _writable(name, str(caption)) if caption is not None else None,
-        _label(name, label) if label is not None else None,
-        _declared(name, meta, "image_key"),
-        _declared(name, meta, "group"),
+        image.read(),
+        chosen_caption(shown, captions, source, option),
+        label,
+        _declared(shown, meta, "image_key"),
+        _declared(shown, meta, "group"),
     )
+    for suffix, member in found.items():
+        if suffix not in texts and member is not image:
+            note(f"{member.name}: a further part of {shown}")
+    return record
 
 
-def _text(data: bytes | str) -> str:
-    return data.decode("utf-8", errors="replace") if isinstance(data, bytes) else data
+def _image(name: str, found: dict[str, Member], options: RecordOptions, prefix: str) -> Member:
+    """The one member that is the picture."""
+    wanted = options.suffix()
+    if wanted is not None:
+        if wanted not in found:
+            raise ValueError(f"{name}: record without .{short(wanted, 40)}, the image_suffix")
+        return found[wanted]
+    images = [suffix for suffix in found if suffix in IMAGES]
+    if len(images) > 1:
+        raise ValueError(
+            f"{name} has {len(images)} pictures; say with {prefix}image_suffix which one is meant: "
+            f"{' or '.join(sorted(images))}"
+        )
+    if images:
+        return found[images[0]]
+    parts = [member for member in found.values() if member.ending in IMAGES]
+    if parts:
+        suffixes = sorted(member.suffix for member in parts)
+        which = f"{prefix}image_suffix {short(suffixes[0], 40)}"
+        if options.key_ends == "ask":
+            raise ValueError(
+                f"{name}: is {short(parts[0].name)} a record of its own "
+                f"({prefix}key_ends last_dot) or the picture of this one ({which})?"
+            )
+        raise ValueError(f"{name}: record without a picture of its own; give {which}")
+    others = [member.suffix for member in found.values() if member.ending in _OTHER_IMAGES]
+    is_of = f"; its .{short(others[0], 40)} is not read" if others else ""
+    raise ValueError(f"{name}: record without a PNG, JPEG or WEBP image{is_of}")
 
 
-def _json(name: str, data: bytes | str) -> dict[str, Any]:
+def _json(name: str, data: bytes) -> dict[str, Any]:
     try:
-        value = parse_json(data)
+        value = parse_json(data, any_number=True)  # img2dataset writes NaN
     except ValueError as error:
         raise ValueError(f"{name}: its .json is not valid JSON") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name}: its .json is no object but {short(repr(value), 40)}")
     return value
+
+
+def _json_caption(name: str, value: Any) -> str | None:
+    """A caption in JSON; pandas writes a missing one as NaN."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    endless = isinstance(value, float) and math.isinf(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or endless:
+        raise ValueError(f"{name}: its caption is {short(repr(value))}, no text")
+    return checked_text(str(value), f"{name}: its caption in .json")
+
+
+def _one_label(name: str, stated: str | None, in_json: Any) -> int | None:
+    """The class that .cls states, or else the JSON; both may, if they agree."""
+    if stated is None:
+        return _label(name, in_json) if in_json is not None else None
+    label = _label(name, stated.strip())
+    if isinstance(in_json, int) and not isinstance(in_json, bool) and in_json != label:
+        raise ValueError(f"{name}: its class is {label} in .cls, but {in_json} in .json")
+    return label
 
 
 def _label(name: str, value: Any) -> int:
@@ -93,17 +193,15 @@ def _label(name: str, value: Any) -> int:
 
 def _declared(name: str, meta: dict[str, Any], field: str) -> str | None:
     value = meta.get(field)
-    if not isinstance(value, str) or not 0 < len(value) <= 1000:
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
-    if not value.isprintable():
+    if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"{name}: its {field} is {short(repr(value), 40)}, no text")
+    value = str(value)
+    if len(value) > MAX_NAME:
+        raise ValueError(f"{name}: its {field} has {len(value)} characters; at most {MAX_NAME}")
+    if not is_text(value):
         raise ValueError(f"{name}: its {field} has control characters")
     return value
-
-
-def _writable(name: str, text: str) -> str:
-    """Text that UTF-8 can hold: JSON can escape what is none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: its caption is no text that can be written") from error
-    return text

@@ -1,17 +1,5 @@
 """Memorization metrics, quality metrics, and the report."""
 
-from memfree.evaluation.audit import audit
-from memfree.evaluation.evaluate import evaluate
-from memfree.evaluation.folder import EvaluationFolder
-from memfree.evaluation.metrics import Metric, MetricTable, read_metrics
-from memfree.evaluation.report import report
+import lazy_loader
 
-__all__ = [
-    "EvaluationFolder",
-    "Metric",
-    "MetricTable",
-    "audit",
-    "evaluate",
-    "read_metrics",
-    "report",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

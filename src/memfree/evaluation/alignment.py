@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from memfree.evaluation.intervals import Interval, bootstrap
 from memfree.evaluation.metrics import Metric, metric
+from memfree.retrieval.clip_folder import load_clip, load_tokenizer
 from memfree.retrieval.network import state_hash
 from memfree.retrieval.preprocessing import Preprocessing
-from memfree.retrieval.weights_file import UNREADABLE, last_line
+from memfree.untrusted import check_plain_folder
 
 SHUFFLES = 20
 """Shuffles of the captions that are averaged: one alone would add noise to the margin."""
@@ -27,8 +28,7 @@ class ClipScorer:
     """Both towers of a CLIP in a local folder: open_clip_config.json and a checkpoint.
 
     Args:
-        folder: of ``memfree train-clip``, or any that ``open_clip.create_model("local-dir:…")``
-            loads.
+        folder: of ``memfree train-clip``, or another one in open_clip's format.
 
     Attributes:
         describe: name, folder and hash of the weights, for the metrics' detail.
@@ -43,12 +43,12 @@ class ClipScorer:
 
         if not folder.is_dir():
             raise FileNotFoundError(f"--clip {folder}: no such folder")
-        name = f"local-dir:{folder.absolute()}"
+        check_plain_folder(folder)
         try:
-            self._model: Any = open_clip.create_model(name, require_pretrained=True)
-            self._tokenizer: Any = open_clip.get_tokenizer(name)
-        except (*UNREADABLE, OSError) as error:
-            raise ValueError(f"--clip {folder} holds no CLIP: {last_line(error)}") from error
+            self._model: Any = load_clip(folder)
+            self._tokenizer: Any = load_tokenizer(folder)
+        except ValueError as error:
+            raise ValueError(f"--clip {error}") from error
         self._model.eval().requires_grad_(False)
         self._prepare = Preprocessing.of_open_clip(open_clip.get_model_preprocess_cfg(self._model))
         self.describe = {"clip": {"folder": folder.name, "weights_sha256": state_hash(self._model)}}

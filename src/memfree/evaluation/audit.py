@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from memfree.calibration_size import DEFAULT_RATE
-from memfree.console import plain_console
+from memfree.console import plain_console, shown
+from memfree.data.skipped import LeftOut, Skipped
 from memfree.evaluation.audit_page import render
 from memfree.evaluation.audited_images import AuditedImages
 from memfree.evaluation.false_discovery import adjusted, are_discoveries, fewest_discoveries
@@ -27,6 +29,12 @@ from memfree.folders.resolved import save_config
 from memfree.folders.whole_folder import put_in_place, unfinished
 from memfree.guidance import Calibration, calibration_of, default_similarity
 from memfree.retrieval import PixelFeatures, ReferenceIndex
+
+if TYPE_CHECKING:
+    from memfree.data import DatasetFolder
+
+INCOMPLETE = 3
+"""Exit status of an audit that could not judge every picture."""
 
 
 @dataclass
@@ -41,6 +49,10 @@ class Audit:
     """What was compared and how, to be shown."""
     warning: str
     """Why there are no discoveries where there cannot be any; empty otherwise."""
+    skipped: Skipped
+    """Pictures and shards that could not be judged."""
+    left_out: LeftOut
+    """What lay beside the pictures."""
 
 
 def audit(
@@ -52,7 +64,7 @@ def audit(
     false_positive_rate: OpenUnitInterval = DEFAULT_RATE,
     pairs: PositiveInt = 40,
     batch_size: PositiveInt = 256,
-) -> None:
+) -> int:
     """Give a verdict on images from anywhere: is one a copy of an indexed image, and how sure?
 
     Every image gets the nearest indexed image, its similarity, and a p-value: the share of held-out
@@ -73,6 +85,9 @@ def audit(
         pairs: most suspicious images to show on the page; half of them in the terminal.
         batch_size: images measured at a time.
 
+    Returns:
+        the exit status: 0, or 3 where pictures or shards could not be judged; they are named.
+
     Raises:
         FileNotFoundError: a folder is missing, or there is no image.
         ValueError: the index is not calibrated or not for that rate, or ``out`` holds something
@@ -82,12 +97,42 @@ def audit(
     if out is not None:
         check_replaceable(out, "audit")
     references = ReferenceIndex.load(index)
+    if dataset is not None:
+        _open_dataset(references, dataset)  # refuses another one before the work
     result = measure(
         references, images, false_discovery_rate, false_positive_rate, pairs, batch_size
     )
+    # Written before it is printed: what a terminal cannot show must not lose the audit.
+    if out is not None:
+        _write(
+            result,
+            out,
+            references,
+            images,
+            index,
+            dataset,
+            pairs,
+            false_discovery_rate,
+            false_positive_rate,
+        )
     _print(result, max(1, pairs // 2), console)
-    if out is None:
-        return
+    if out is not None:
+        console.print(f"Written to {out}: audit.parquet and index.html.", soft_wrap=True)
+    return INCOMPLETE if result.skipped else 0
+
+
+def _write(
+    result: Audit,
+    out: Path,
+    references: ReferenceIndex,
+    images: Path,
+    index: Path,
+    dataset: Path | None,
+    pairs: int,
+    false_discovery_rate: float,
+    false_positive_rate: float,
+) -> None:
+    """Write the folder beside ``out`` and put it in place when it is complete."""
     nearest = _nearest_images(references, dataset, result.table["nearest_key"].to_pylist()[:pairs])
     with unfinished(out) as partial:
         parquet.write_table(result.table, partial / "audit.parquet")
@@ -97,15 +142,16 @@ def audit(
         write_manifest(
             partial,
             "audit",
-            images=str(images),
+            images=shown(str(images)),
             index=str(index),
             false_discovery_rate=false_discovery_rate,
             false_positive_rate=false_positive_rate,
             facts=result.facts,
+            skipped={**result.skipped.counts(), "first": result.skipped.messages},
+            left_out=result.left_out.counts(),
             contains="index.html contains the images, and training images where they were given",
         )
         put_in_place(partial, out, overwrite=True)
-    console.print(f"Written to {out}: audit.parquet and index.html.", soft_wrap=True)
 
 
 def measure(
@@ -151,6 +197,8 @@ def measure(
         _facts(source, index, calibration, found, discoveries, fewest, false_discovery_rate)
         | _rates(false_positive_rate, found, calibration),
         _warning(found.p_value, calibration, discoveries, fewest),
+        source.skipped,
+        source.left_out,
     )
 
 
@@ -184,7 +232,7 @@ def _facts(
 ) -> dict[str, str]:
     shape = " × ".join(str(side) for side in index.image_shape)
     facts = {
-        "Images": f"{len(found)} from {source.path}",
+        "Images": f"{len(found)} from {shown(str(source.path))}",
         "Index": f"{len(index)} distinct images of {shape}, "
         f"{index.features.describe()['name']}, similarity {calibration.similarity}",
         "Discoveries": f"{discoveries} at a false discovery rate of {100 * rate:g} % "
@@ -197,8 +245,12 @@ def _facts(
             f"{source.changed} images of another size or number of channels were scaled and "
             f"cropped to {shape}"
         )
+    if source.frames:
+        facts["Frames"] = f"{source.frames} images are frames of animated files, each judged alone"
     if source.skipped:
         facts["Left out"] = "; ".join([source.skipped.text("image"), *source.skipped.messages])
+    if source.left_out:
+        facts["Other files"] = source.left_out.text()
     return facts
 
 
@@ -261,9 +313,18 @@ def _nearest_images(
         return dict(zip(wanted, images.clamp(-1, 1), strict=True))
     if dataset is None:
         return {}
+    return training_images(_open_dataset(index, dataset), set(keys))
+
+
+def _open_dataset(index: ReferenceIndex, dataset: Path) -> DatasetFolder:
+    """The data set that the index was built from.
+
+    Raises:
+        ValueError: it is another one.
+    """
     from memfree.data import DatasetFolder
 
     data = DatasetFolder(dataset)
     if index.dataset_hash is not None and data.hash != index.dataset_hash:
         raise ValueError(f"--dataset {dataset} is not the data set that the index was built from")
-    return training_images(data, set(keys))
+    return data

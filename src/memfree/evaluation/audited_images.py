@@ -4,26 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from memfree.data.decode import MAX_IMAGE_BYTES, SUFFIXES, channels_of, open_image, upright
+from memfree.console import shown
+from memfree.data.decode import MAX_IMAGE_BYTES, MAX_PIXELS, channels_of, open_image, upright
 from memfree.data.folder import to_float
 from memfree.data.framing import Framing
-from memfree.data.skipped import Skipped
-from memfree.data.tarstream import expand_shards, read_shard
+from memfree.data.names import OTHER_PICTURES, SUFFIXES, is_tar, shard_labels
+from memfree.data.skipped import LeftOut, Skipped
+from memfree.data.tarstream import expand_shards, read_members
+from memfree.data.walk import files_below, problem_with_file
+
+MAX_FRAMES = 1000
+"""Frames of one animated image that are judged."""
+READ = "PNG, JPEG or WEBP"
+_HEAD = 264  # bytes that tell a tar
+_SIGNATURES = (
+    (0, b"\x89PNG", READ),
+    (0, b"\xff\xd8\xff", READ),
+    (8, b"WEBP", READ),
+    (257, b"ustar", "tar"),
+    (0, b"GIF8", "GIF"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (0, b"II+\0", "TIFF"),
+    (0, b"MM\0+", "TIFF"),
+    (4, b"ftypavi", "AVIF"),
+    (4, b"ftyphe", "HEIC"),
+    (4, b"ftypmi", "HEIC"),
+    (4, b"jP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"JXL ", "JPEG XL"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"qoif", "QOI"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"\x76\x2f\x31\x01", "OpenEXR"),
+)
+"""What a file's bytes at a place say that it is, or may hold."""
+_APPLE_DOUBLE = b"\0\5\x16\7"  # ._a.png, which macOS writes beside a.png
+_ARCHIVES = (".zip", ".7z", ".rar")
+_TEXTS = (".txt", ".json", ".cls", ".csv", ".md", ".html", ".xml", ".yaml", ".yml", ".npy", ".npz")
+"""Endings of members of shards that are no pictures, lower case."""
 
 
 @dataclass
 class AuditedImages:
     """The images at a path, in order, and what had to be done to them.
 
+    What a file is, its first bytes say, whatever it is called. Every frame of an animated image is
+    an image of its own. Pictures that cannot be judged (other formats, damaged ones) are in
+    ``skipped``, everything else that is there in ``left_out``: nothing is passed over in silence.
+
     Args:
-        path: a folder (searched with its sub-folders) or one file, of PNG, JPEG or WEBP images; or
-            tar shards: one, a folder of them (samples, datasets), or a pattern with braces.
+        path: a folder (searched with its sub-folders, links followed) or one file, of PNG, JPEG or
+            WEBP images and tar shards; or a pattern of shards with braces.
         shape: (C, H, W) that every image is brought to: scaled until it covers the size, centre
             kept.
     """
@@ -31,9 +71,13 @@ class AuditedImages:
     path: Path
     shape: tuple[int, int, int]
     skipped: Skipped = field(default_factory=Skipped)
-    """What could not be read."""
+    """Pictures and shards that could not be judged."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """What is there beside pictures and shards."""
     changed: int = 0
     """Images of another size or number of channels."""
+    frames: int = 0
+    """Images that are a frame of a file with several."""
 
     def batches(self, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
         """Names, and images (b, C, H, W) float32 in [−1, 1].
@@ -46,9 +90,8 @@ class AuditedImages:
         framing = Framing(height, width, channels, resize="crop")
         names: list[str] = []
         pixels: list[np.ndarray] = []
-        for name, data in self._encoded():
+        for name, image in self._images():
             try:
-                image = open_image(data, name)
                 found = (channels_of(image, name), *upright(image).size[::-1])
                 pixels.append(framing.apply(image, name, framing))
             except ValueError as error:
@@ -62,43 +105,153 @@ class AuditedImages:
                 names, pixels = [], []
         if names:
             yield names, to_float(torch.from_numpy(np.stack(pixels)))
+        if not self.skipped.kept and not self.skipped:
+            beside = f"; {self.left_out.text()}" if self.left_out else ""
+            raise FileNotFoundError(
+                f"--images {shown(str(self.path))}: no {READ} images and no tar shards in it"
+                f"{beside}"
+            )
+
+    def _images(self) -> Iterator[tuple[str, Image.Image]]:
+        for name, data in self._encoded():
+            try:
+                image = open_image(data, name)
+            except ValueError as error:
+                self.skipped.record(str(error))
+                continue
+            yield from self._frames(name, image)
+
+    def _frames(self, name: str, image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
+        """The frames of an image, named if there are several."""
+        count = getattr(image, "n_frames", 1)
+        self.frames += min(count, MAX_FRAMES) if count > 1 else 0
+        for number in range(min(count, MAX_FRAMES)):
+            called = f"{name} (frame {number + 1} of {count})" if count > 1 else name
+            try:
+                if number:
+                    image.seek(number)
+                    if image.width * image.height > MAX_PIXELS:
+                        raise ValueError(f"more pixels than the limit {MAX_PIXELS}")
+                    image.load()
+            except Exception as error:  # whatever a decoder makes of a damaged later frame
+                self.skipped.record(f"{called}: damaged ({type(error).__name__})")
+                continue
+            yield called, image
+        if count > MAX_FRAMES:
+            self.skipped.record(f"{name}: only {MAX_FRAMES} of its {count} frames were judged")
 
     def _encoded(self) -> Iterator[tuple[str, bytes]]:
-        files = self._files()
-        if files is None:
-            for shard in expand_shards(str(self.path), self.skipped):
-                for record in read_shard(shard, self.skipped):
-                    yield record.name, record.image
-            return
-        for file in files:
-            name = str(file.relative_to(self.path)) if self.path.is_dir() else file.name
+        """Name and content of every picture of the formats that are read."""
+        if self.path.is_dir():
+            yield from self._of_folder()
+        elif self.path.exists():
+            yield from self._of_file()
+        elif self.path.suffix.lower() in (*SUFFIXES, *OTHER_PICTURES):
+            raise FileNotFoundError(f"--images {shown(str(self.path))}: no such file")
+        else:
+            shards = expand_shards(str(self.path), self.skipped, self.left_out)
+            yield from self._of_shards(shards)
+
+    def _of_folder(self) -> Iterator[tuple[str, bytes]]:
+        note = self.left_out.at(f"{self.path}/")
+        shards: list[str] = []
+        pictures: list[Path] = []
+        for file in files_below(self.path, self.left_out, self.skipped, hidden=True):
+            name = shown(str(file.relative_to(self.path)))
+            try:
+                if problem := problem_with_file(file):
+                    raise ValueError(problem)
+                kind = _kind(_head(file), file.name)
+            except (OSError, ValueError) as error:
+                self.skipped.record(f"{name}: {_reason(error)}")
+                continue
+            if kind == "tar":
+                shards.append(str(file))
+            elif kind == READ:
+                pictures.append(file)
+            elif kind is None:
+                note(name)
+            else:
+                self.skipped.record(f"{name}: {_not_read(kind)}")
+        for file in pictures:
+            name = shown(str(file.relative_to(self.path)))
             try:
                 with open(file, "rb") as opened:  # one byte more than open_image takes
                     yield name, opened.read(MAX_IMAGE_BYTES + 1)
             except OSError as error:
-                self.skipped.record(f"{name}: {error.strerror or error}")
+                self.skipped.record(f"{name}: {_reason(error)}")
+        yield from self._of_shards(shards)
 
-    def _files(self) -> list[Path] | None:
-        """Image files; None where the path names shards."""
-        if self.path.is_dir():
-            found = [
-                file
-                for file in sorted(self.path.rglob("*"))
-                if file.suffix.lower() in SUFFIXES and file.is_file()
-            ]
-            if found:
-                return found
-            if not any(self.path.glob("*.tar")):
-                raise FileNotFoundError(
-                    f"--images {self.path}: no PNG, JPEG or WEBP images and no tar shards in it"
-                )
-            return None
-        if self.path.suffix.lower() in SUFFIXES:
-            if not self.path.is_file():
-                raise FileNotFoundError(f"--images {self.path}: no such file")
-            return [self.path]
-        if self.path.is_file() and not {".tar", ".tgz"} & set(self.path.suffixes):
-            raise ValueError(
-                f"--images {self.path} is no image (PNG, JPEG, WEBP), no folder and no tar shard"
+    def _of_file(self) -> Iterator[tuple[str, bytes]]:
+        option = f"--images {shown(str(self.path))}"
+        if problem := problem_with_file(self.path):
+            raise ValueError(f"{option}: {problem}")
+        kind = _kind(_head(self.path), self.path.name)
+        if kind == "tar":
+            yield from self._of_shards([str(self.path)])
+        elif kind == READ:
+            with open(self.path, "rb") as opened:
+                yield shown(self.path.name), opened.read(MAX_IMAGE_BYTES + 1)
+        elif kind is None:
+            raise ValueError(f"{option} is no image (PNG, JPEG, WEBP), no folder and no tar shard")
+        else:
+            raise ValueError(f"{option}: {_not_read(kind)}")
+
+    def _of_shards(self, shards: list[str]) -> Iterator[tuple[str, bytes]]:
+        for shard, label in zip(shards, shard_labels(shards), strict=True):
+            note = self.left_out.at(f"{shard}, by content")
+            called = ""
+
+            def wanted(name: str) -> bool:
+                nonlocal called
+                called = name
+                return _may_be_picture(name)
+
+            members = read_members(
+                shard, wanted, MAX_IMAGE_BYTES, self.skipped, self.left_out, shown(label)
             )
+            for name, data in members:
+                kind = _kind(data[:_HEAD], called)  # which still has its ending
+                if kind == READ:
+                    yield name, data
+                elif kind is None:
+                    note(name)
+                else:
+                    self.skipped.record(f"{name}: {_not_read(kind)}")
+
+
+def _may_be_picture(name: str) -> bool:
+    """Whether a member of a shard is looked at: all but texts and arrays."""
+    return PurePosixPath(name).suffix.lower() not in _TEXTS
+
+
+def _head(file: Path) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read(_HEAD)
+
+
+def _kind(head: bytes, name: str) -> str | None:
+    """``READ``, ``tar``, another format that may hold pictures, or None for anything else."""
+    if is_tar(name):
+        return "tar"
+    for place, signature, kind in _SIGNATURES:
+        if head[place : place + len(signature)] == signature:
+            return kind
+    suffix = PurePosixPath(name).suffix.lower()
+    if head.startswith(b"BM") and head[6:10] == bytes(4):
+        return "BMP"
+    if head.startswith(_APPLE_DOUBLE):
         return None
+    if suffix in _ARCHIVES:
+        return f"a {suffix} archive"
+    if suffix in SUFFIXES:
+        return READ  # which it is not, as whoever opens it will say
+    return suffix[1:].upper() if suffix in OTHER_PICTURES else None
+
+
+def _not_read(kind: str) -> str:
+    return f"{kind}: only PNG, JPEG and WEBP are judged; convert or unpack it"
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)

@@ -14,14 +14,14 @@ from memfree.evaluation import class_agreement, memorization
 from memfree.evaluation.alignment import ClipScorer, alignment_metrics
 from memfree.evaluation.distributions import distribution_metrics
 from memfree.evaluation.embedding import View
-from memfree.evaluation.inputs import DEFAULT_REFERENCE, Inputs, open_inputs
+from memfree.evaluation.inputs import Inputs, open_inputs
 from memfree.evaluation.intervals import wilson
 from memfree.evaluation.measuring import Second, measure_subjects, step
 from memfree.evaluation.metrics import CHANGED, HELDOUT, Metric, MetricTable, metric
 from memfree.evaluation.neighbours import find_neighbours
 from memfree.evaluation.power import CHANGED_IMAGES, changed_copies
 from memfree.evaluation.second_similarity import second_copies, second_metric
-from memfree.evaluation.subject import Subject
+from memfree.evaluation.subject import DEFAULT_REFERENCE, Subject
 from memfree.evaluation.table import print_table
 from memfree.evaluation.trajectories import active_share, trace_of
 from memfree.evaluation.writer import write_evaluation
@@ -80,6 +80,8 @@ def evaluate(
     scorer = None if clip is None else ClipScorer(clip)
     with step(console, "Opening data set, index and samples"):
         inputs = open_inputs(dataset, index, samples, reference, other_data)
+    if scorer is not None and not any(folder.captions for folder in inputs.samples.values()):
+        raise ValueError("--clip needs samples with captions, and none have; leave it out")
     subjects, second = measure_subjects(
         inputs, false_positive_rate, batch_size, console, second_embedding
     )
@@ -183,8 +185,6 @@ def _class_metrics(
 def _alignment_metrics(inputs: Inputs, scorer: ClipScorer, seed: int) -> list[Metric]:
     """CLIP scores of the samples that have captions, and of the test images."""
     folders = {name: folder for name, folder in inputs.samples.items() if folder.captions}
-    if not folders:
-        raise ValueError("--clip needs samples with captions, and none have; leave it out")
     paired = {
         name: reference
         for name, reference in inputs.paired.items()

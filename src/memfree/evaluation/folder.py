@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-import functools
-import operator
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from memfree.evaluation.metrics import HELDOUT, MetricTable, read_metrics
+from memfree.evaluation.manifest_fields import EVALUATION
+from memfree.evaluation.metrics import HELDOUT, Metric, MetricTable, read_metrics
+from memfree.evaluation.table import COPIES_AT, COPIES_OF_FACTOR
 from memfree.folders.manifest import read_manifest
-from memfree.untrusted import read_table, short
+from memfree.untrusted import Number, check_fields, read_table, short
+
+_COPIES = {"threshold": Number(), "false_positive_rate": Number(0, 1)}
+_PICTURES = {
+    "column": pa.int64(),
+    "subject": pa.string(),
+    "sample": pa.int64(),
+    "key": pa.string(),
+    "multiplicity": pa.int64(),
+    "sigma": pa.float64(),
+    "copy": pa.bool_(),
+    "png": pa.binary(),
+}
+_TRAJECTORIES = {
+    "subject": pa.string(),
+    "group": pa.string(),
+    "t": pa.float64(),
+    "lambda": pa.float64(),
+    **{name: pa.float64() for name in ("q10", "q25", "q50", "q75", "q90")},
+}
 
 
 class EvaluationFolder:
@@ -39,60 +62,116 @@ class EvaluationFolder:
         self.path = Path(path)
         self.manifest: dict[str, Any] = read_manifest(self.path, "evaluation")
         self.metrics: MetricTable = read_metrics(self.path / "metrics.json")
-        try:
+        with self._named("manifest.json"):
+            check_fields(self.manifest, EVALUATION, "manifest")
             self.reference: str = self.manifest["reference"]
             names = list(self.manifest["samples"])
             self.subjects = sorted(names, key=lambda name: name != self.reference)
             self.paired = [name for name in self.subjects if name in self.manifest["paired"]]
             if self.reference not in names:
-                raise TypeError(f"the reference {short(repr(self.reference))} is no subject")
-            _check_makers(self.manifest)
-        except KeyError as error:
-            raise ValueError(
-                f"{self.path}/manifest.json lacks {error}; run `memfree evaluate` again"
-            ) from error
-        except (AttributeError, IndexError, TypeError) as error:
-            raise ValueError(
-                f"{self.path}/manifest.json is damaged ({short(error)}); run `memfree evaluate` "
-                "again"
-            ) from error
-        self.pictures = self._table("pictures.parquet").to_pylist()
-        self.trajectories = self._table("trajectories.parquet").to_pylist()
+                raise ValueError(f"the reference {short(repr(self.reference), 40)} is no subject")
+            if len(self.manifest["dataset"]["manifest"]["image_shape"]) != 3:
+                raise ValueError("manifest.dataset.manifest.image_shape is not (C, H, W)")
+        self.pictures = self._rows("pictures.parquet", _PICTURES, ("subject", "sigma", "copy"))
+        self.trajectories = self._rows("trajectories.parquet", _TRAJECTORIES, ("lambda",))
+
+    def check_figures(self) -> None:
+        """Refuse figures from which no page can be drawn.
+
+        Raises:
+            ValueError: a subject has no rate of copies, or a metric lacks what the page says of it.
+        """
+        with self._named("metrics.json"):
+            for name in [*self.subjects, HELDOUT]:
+                if self.metrics.get("copies", name) is None:
+                    raise ValueError(f"copies of {short(name, 40)} are missing")
+            for one in self.metrics.metrics:
+                _check_metric(one)
+        with self._named("pictures.parquet"):
+            cells = {(row["subject"], row["column"]) for row in self.pictures}
+            for column in {column for _, column in cells}:
+                for subject in (None, self.reference, *self.paired):
+                    if (subject, column) not in cells:
+                        raise ValueError(f"column {column} has no picture of {short(subject, 40)}")
+            for row in self.pictures:
+                if row["subject"] is not None and None in (row["sigma"], row["copy"]):
+                    raise ValueError(f"a picture of {short(row['subject'], 40)} has no verdict")
 
     def distances(self) -> dict[str, np.ndarray]:
         """Per subject and for the test images: nL2 of every image, or −σ of another measure."""
-        table = self._table("per_sample.parquet", {"subject": pa.string(), "sigma": pa.float64()})
-        subject = np.array(table["subject"].to_pylist())
-        values = -table["sigma"].to_numpy()
-        return {name: values[subject == name] for name in [*self.subjects, HELDOUT]}
+        columns = {"subject": pa.string(), "sigma": pa.float64()}
+        with self._named("per_sample.parquet"):
+            table = read_table(self.path / "per_sample.parquet", columns)
+            subject = np.array(table["subject"].to_pylist(), dtype=object)
+            values = -table["sigma"].to_numpy()
+            found = {name: values[subject == name] for name in [*self.subjects, HELDOUT]}
+            for name, own in found.items():
+                if not len(own):
+                    raise ValueError(f"it has no images of {short(name, 40)}")
+                if not np.isfinite(own).all():
+                    raise ValueError(f"sigma of {short(name, 40)} is not finite")
+        return found
 
-    def _table(self, name: str, columns: dict[str, pa.DataType] | None = None) -> pa.Table:
+    def _rows(
+        self, name: str, columns: dict[str, pa.DataType], nullable: tuple[str, ...]
+    ) -> list[dict[str, Any]]:
+        """Rows of a table that may be empty, and then has no columns."""
+        with self._named(name):
+            table = read_table(self.path / name)
+            if not table.num_rows:
+                return []
+            for column, kind in columns.items():
+                if column not in table.column_names:
+                    raise ValueError(f"it has no column {column}")
+                found = table[column]
+                if found.type != kind and not (column in nullable and pa.types.is_null(found.type)):
+                    raise ValueError(f"its column {column} is of type {found.type}, not {kind}")
+                if found.null_count and column not in nullable:
+                    raise ValueError(f"its column {column} has missing values")
+                if pa.types.is_floating(found.type) and (
+                    pc.all(pc.is_finite(found.drop_null())).as_py() is False
+                ):
+                    raise ValueError(f"its column {column} is not finite")
+            return table.to_pylist()
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Name the file that is being looked at in what is wrong with it."""
+        path = self.path / name
         try:
-            return read_table(self.path / name, columns)
+            yield
         except (OSError, ValueError) as error:
-            raise ValueError(f"{error}; run `memfree evaluate` again") from error
+            text = str(error).removeprefix(f"{path} ").removeprefix("cannot be read: ")
+            raise ValueError(
+                f"{path} cannot be used: {short(text, 300)}; run `memfree evaluate` again"
+            ) from error
 
 
-def _check_makers(manifest: dict[str, Any]) -> None:
-    """Refuse a manifest without what the report says of how the evaluation was made.
+def _check_metric(found: Metric) -> None:
+    """Refuse a metric from which the page cannot say what it says.
 
     Raises:
-        AttributeError, KeyError, IndexError, TypeError: something of it is not there.
+        ValueError: names the metric.
     """
-    samples = manifest["samples"].values()
-    for name in ("packages", "python", "device", "created", "seed"):
-        _look_up(manifest, "made_by", name)
-    _look_up(manifest, "made_by", "command", 0)
-    for made in (manifest["dataset"], manifest["index"], *samples):
-        _look_up(made, "manifest", "made_by", "command", 0)
-    for sample in samples:
-        _look_up(sample, "manifest", "count")
-        if _look_up(sample, "model") is not None:
-            _look_up(sample, "model", "made_by", "command", 0)
-    _look_up(manifest, "dataset", "manifest", "image_shape")
-    _look_up(manifest, "dataset", "hash")
-    _look_up(manifest, "false_positive_rate")
+    name = f"{short(found.metric, 40)} of {short(found.subject, 40)}"
+    if found.metric == "copies":
+        check_fields(found.detail, _COPIES, f"{name}: detail")
+        ends = (found.low, found.value, found.high)
+        if not all(end is not None and 0 <= end <= 1 for end in ends) or found.count < 1:
+            raise ValueError(f"{name} is no rate with an interval")
+    if found.metric == "second_copies":
+        check_fields(found.detail, {"similarity": str}, f"{name}: detail")
+    for prefix, whole in ((COPIES_AT, False), (COPIES_OF_FACTOR, True)):
+        if found.metric.startswith(prefix):
+            text = found.metric.removeprefix(prefix)
+            if len(text) > 20 or not (text.isdecimal() if whole else _is_number(text)):
+                raise ValueError(f"{name} is no rate or factor")
+            if found.count < 1:
+                raise ValueError(f"{name} was measured on no image")
 
 
-def _look_up(value: Any, *keys: str | int) -> Any:
-    return functools.reduce(operator.getitem, keys, value)
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from memfree.evaluation.manifest_fields import DATASET, INDEX, SAMPLES
 from memfree.evaluation.metrics import CHANGED, HELDOUT
+from memfree.evaluation.subject import DEFAULT_REFERENCE
+from memfree.folders.manifest import read_manifest
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.folder import SampleFolder
+from memfree.untrusted import check_fields, short
 
 if TYPE_CHECKING:
     from memfree.data import DatasetFolder
 
 HELD_OUT_PARTS: tuple[Literal["calibration", "test", "fit"], ...] = ("calibration", "test", "fit")
 """Thresholds, rates of real images, and the classifier: three purposes, three disjoint parts."""
-
-
-DEFAULT_REFERENCE = "unguided"
-"""Samples that others are compared with; where there are none of this name, the first."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,11 @@ def open_inputs(
             f"--index {index} is of another data set than --dataset {dataset}; "
             "build it with `memfree index` from this one"
         )
+    check_fields(data.manifest, DATASET, f"{dataset}/manifest.json")
+    check_fields(read_manifest(index, "index"), INDEX, f"{index}/manifest.json")
     folders = {name: SampleFolder(path) for name, path in samples.items()}
     for name, folder in folders.items():
+        check_fields(folder.manifest, SAMPLES, f"{folder.path}/manifest.json")
         _check_samples(name, folder, data, other_data)
         _check_unseen(name, folder, references)
     if reference not in folders:
@@ -115,8 +118,9 @@ def _check_unseen(name: str, folder: SampleFolder, index: ReferenceIndex) -> Non
     steered_by = folder.manifest.get("index_features")
     if folder.manifest.get("mitigation") != "none" and steered_by not in (None, own):
         raise ValueError(
-            f"--samples.{name} {folder.path} was steered by an index of {steered_by}, --index is "
-            f"of {own}: the second measure would be what steered; give the index that steered"
+            f"--samples.{name} {folder.path} was steered by an index of {short(steered_by, 40)}, "
+            f"--index is of {own}: the second measure would be what steered; give the index that "
+            "steered"
         )
 
 

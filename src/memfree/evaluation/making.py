@@ -15,7 +15,7 @@ def facts(folder: EvaluationFolder) -> list[tuple[str, str]]:
     data = folder.manifest["dataset"]["manifest"]
     index = folder.manifest["index"]["manifest"]
     made = folder.manifest["made_by"]
-    parts = data.get("parts", {})
+    parts = data.get("parts") or {}
     shape = " × ".join(str(side) for side in data["image_shape"])
     rows = [
         ("Data set", f"{_source(data)}, images of {shape}"),
@@ -38,7 +38,7 @@ def facts(folder: EvaluationFolder) -> list[tuple[str, str]]:
 
 
 def _source(data: dict[str, Any]) -> str:
-    source = data.get("source", {})
+    source = data.get("source") or {}
     licence = source.get("licence")
     return f"{source.get('name', 'unknown source')}" + (f" ({licence})" if licence else "")
 
@@ -53,17 +53,17 @@ def _parts(parts: dict[str, Any]) -> str:
 
 
 def _plan(data: dict[str, Any]) -> str:
-    plan = data.get("plan", {})
-    repeated = data.get("repeated_images", 0)
+    plan = data.get("plan") or {}
+    repeated = data.get("repeated_images")
     if not repeated:
         return "nothing"
     factors = plan.get("ladder") or [plan.get("factor")]
-    kinds = ", ".join(plan.get("kinds", []))
+    kinds = ", ".join(plan.get("kinds") or [])
     return f"{repeated} images, {', '.join(f'× {factor}' for factor in factors)} ({kinds} copies)"
 
 
 def _feature(index: dict[str, Any]) -> str:
-    return str(index.get("features", {}).get("name", "features"))
+    return str((index.get("features") or {}).get("name", "features"))
 
 
 def _sampler(manifest: dict[str, Any]) -> str:
@@ -77,7 +77,9 @@ def _sampler(manifest: dict[str, Any]) -> str:
 
 def _model(manifest: dict[str, Any]) -> str:
     parts = [
-        f"{manifest['parameters'] / 1e6:.2f} million weights" if "parameters" in manifest else "",
+        f"{manifest['parameters'] / 1e6:.2f} million weights"
+        if manifest.get("parameters") is not None
+        else "",
         f"{manifest['steps']} steps of {manifest.get('batch_size')}" if "steps" in manifest else "",
     ]
     exposures = manifest.get("exposures") or {}

@@ -74,18 +74,18 @@ def _second_similarity(inputs: Inputs, batch_size: int, embedding: Path | None) 
         ValueError: the second embedding is the first measure's.
     """
     data = inputs.dataset
+    features = None if embedding is None else CopyDetectionFeatures.load(embedding)
+    if features and identity(features.describe()) == identity(inputs.index.features.describe()):
+        raise ValueError(
+            f"--second_embedding {embedding} is the embedding of --index: nothing would be "
+            "judged by another measure; train one with another --seed"
+        )
     fit_images = data.part("fit").images()
     viewer = Viewer(fit_images, batch_size)
     fit_view = viewer(fit_images)
     train_view = viewer(data.part("train").batches(batch_size))
     second: SecondSimilarity
-    if embedding is not None:
-        features = CopyDetectionFeatures.load(embedding)
-        if identity(features.describe()) == identity(inputs.index.features.describe()):
-            raise ValueError(
-                f"--second_embedding {embedding} is the embedding of --index: nothing would be "
-                "judged by another measure; train one with another --seed"
-            )
+    if features is not None:
         other = ReferenceIndex.build(data, features)
         second = IndexSimilarity(other, data.part("calibration").images())
     elif inputs.index.metric == "l2":

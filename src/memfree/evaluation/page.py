@@ -79,7 +79,7 @@ def _listed(parts: list[str]) -> str:
 def strip(folder: EvaluationFolder) -> dict[str, Any]:
     """Rows of pictures: the reference's samples, their nearest training images, guided samples."""
     if not folder.pictures:
-        return {"columns": [], "rows": []}
+        return {"columns": [], "rows": [], "aspect": "1 / 1", "small": False}
     columns = sorted({row["column"] for row in folder.pictures})
     cells = {(row["subject"], row["column"]): row for row in folder.pictures}
     channels, height, width = folder.manifest["dataset"]["manifest"]["image_shape"]

@@ -50,7 +50,8 @@ def write_picture(folder: EvaluationFolder, path: Path) -> None:
 
 
 def _draw(axes: Any, row: dict[str, Any]) -> None:
-    image = np.asarray(open_image(row["png"], "a picture of the evaluation"))
+    found = open_image(row["png"], "a picture of the evaluation")
+    image = np.asarray(found if found.mode == "L" else found.convert("RGB"))
     smooth = "nearest" if max(image.shape[:2]) < SMALL_IMAGE else "bilinear"
     axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation=smooth)
     axes.set_xticks([])
@@ -86,7 +87,12 @@ def _bars(
         value, low, high = (100 * v for v in (found.value, found.low, found.high))
         axes.barh(line, value, 0.62, color=PRINTED_COLOURS[line % len(PRINTED_COLOURS)])
         axes.errorbar(
-            value, line, xerr=[[value - low], [high - value]], color=INK, capsize=2, linewidth=1
+            value,
+            line,
+            xerr=[[max(value - low, 0)], [max(high - value, 0)]],
+            color=INK,
+            capsize=2,
+            linewidth=1,
         )
         axes.text(
             high + 3 * _highest(folder), line, f"{value:.1f} %" if value else "0 %", va="center"

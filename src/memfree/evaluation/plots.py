@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from memfree.evaluation.metrics import MetricTable
+from memfree.evaluation.table import COPIES_OF_FACTOR
 
 # Stand-ins that the SVG is drawn with, each replaced by a variable of the page's style sheet.
 INK, MUTED, RULE, HELD = "#010203", "#040506", "#070809", "#0a0b0c"
@@ -126,7 +127,7 @@ def dose_chart(table: MetricTable, subjects: Sequence[str]) -> str | None:
     Returns:
         SVG, None if there are no factors.
     """
-    prefix = "copies_per_image_of_factor_"
+    prefix = COPIES_OF_FACTOR
     factors = sorted(
         {int(name.removeprefix(prefix)) for name in table.names() if name.startswith(prefix)}
     )
@@ -156,7 +157,7 @@ def dose_chart(table: MetricTable, subjects: Sequence[str]) -> str | None:
                 axes.errorbar(
                     middle,
                     value,
-                    [[value - found.low * scale], [found.high * scale - value]],
+                    [[max(value - found.low * scale, 0)], [max(found.high * scale - value, 0)]],
                     color=INK,
                     linewidth=1,
                     capsize=2,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from markupsafe import Markup
@@ -15,7 +17,9 @@ from memfree.evaluation.plots import distance_chart, dose_chart, trajectory_char
 from memfree.evaluation.templates import template
 from memfree.folders.atomic_files import write_atomic, write_text
 from memfree.folders.manifest import check_kind, write_manifest
+from memfree.folders.one_writer import one_writer
 from memfree.folders.resolved import save_config
+from memfree.untrusted import short
 
 
 def report(evaluation: Path, out: Path | None = None) -> None:
@@ -34,20 +38,39 @@ def report(evaluation: Path, out: Path | None = None) -> None:
     target = evaluation / "report" if out is None else out
     check_kind(target, "report")
     folder = EvaluationFolder(evaluation)
-    text = render(folder)
-    write_text(target / "index.html", text)
-    write_atomic(target / "picture.png", lambda path: write_picture(folder, path))
-    save_config(target)
-    write_manifest(target, "report", evaluation=str(evaluation), contains="training images")
+    folder.check_figures()
+    # The command line locks an --out only.
+    with one_writer(target) if out is None else nullcontext():
+        with _drawing(folder):
+            text = render(folder)
+            write_atomic(target / "picture.png", lambda path: write_picture(folder, path))
+        # A name that is not UTF-8 is written out.
+        shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+        write_text(target / "index.html", shown)
+        save_config(target)
+        write_manifest(target, "report", evaluation=str(evaluation), contains="training images")
     line = f"Written to {target / 'index.html'}; it contains training images."
     plain_console().print(line, soft_wrap=True)
+
+
+@contextmanager
+def _drawing(folder: EvaluationFolder) -> Iterator[None]:
+    """Name the folder in whatever a drawing library makes of absurd numbers in it."""
+    try:
+        yield
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        if str(folder.path) in str(error):
+            raise
+        raise ValueError(
+            f"{folder.path} cannot be drawn ({short(error)}); run `memfree evaluate` again"
+        ) from error
 
 
 def render(folder: EvaluationFolder) -> str:
     """The page's HTML."""
     headline, lead = page.headline(folder)
     data = folder.manifest["dataset"]["manifest"]
-    source = data.get("source", {}).get("name", "images")
+    source = (data.get("source") or {}).get("name", "images")
     return template("report.html").render(
         title=Markup(headline).striptags(),
         eyebrow=f"memorization of {source}, measured {folder.manifest['made_by']['created'][:10]} "

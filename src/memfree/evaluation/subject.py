@@ -26,3 +26,7 @@ class Subject:
     agrees: np.ndarray | None = None
     """(≤ n,) bool: the classifier sees the class that was asked for; without the samples of classes
     that it does not know."""
+
+
+DEFAULT_REFERENCE = "unguided"
+"""Samples that others are compared with; where there are none of this name, the first."""

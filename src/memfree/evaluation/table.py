@@ -9,7 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from memfree.console import shown
 from memfree.evaluation.metrics import HELDOUT, Metric, MetricTable
+
+COPIES_AT = "copies_at_"
+"""Metrics of copies at another false-positive rate begin so, and end with the rate."""
+COPIES_OF_FACTOR = "copies_per_image_of_factor_"
+"""Metrics of copies of images with so many records begin so, and end with their number."""
 
 
 def percent(value: float) -> str:
@@ -193,8 +199,8 @@ def shown_rows(table: MetricTable) -> list[Row]:
             rows.append(row)
         if row.metric == "copies":
             for name in table.names():
-                if name.startswith("copies_at_"):
-                    rate = float(name.removeprefix("copies_at_"))
+                if name.startswith(COPIES_AT):
+                    rate = float(name.removeprefix(COPIES_AT))
                     label = f"Copies at {100 * rate:g} % false positives"
                     rows.append(Row(name, label, percent, "At a laxer threshold."))
     return rows
@@ -230,11 +236,11 @@ def _table(table: MetricTable, subjects: Sequence[str]) -> Table:
     rate = (
         "" if main is None else f" ({100 * main.detail['false_positive_rate']:g} % false positives)"
     )
-    shown = Table(title="Evaluation, with 95 % intervals", title_justify="left")
-    shown.add_column("metric")
+    drawn = Table(title="Evaluation, with 95 % intervals", title_justify="left")
+    drawn.add_column("metric")
     for subject in subjects:
         title = "held out" if subject == HELDOUT else subject
-        shown.add_column(Text(title), justify="right", no_wrap=True)
+        drawn.add_column(Text(shown(title)), justify="right", no_wrap=True)
     rows = shown_rows(table)
     for place, row in enumerate(rows):
         cells = []
@@ -245,5 +251,5 @@ def _table(table: MetricTable, subjects: Sequence[str]) -> Table:
             cells.append(Text.assemble(value, (f"\n{interval}" if interval else "", "dim")))
         label = row.label + (rate if row.metric == "copies" else "")
         last = place + 1 == len(rows) or rows[place + 1].section != row.section
-        shown.add_row(label, *cells, end_section=last)
-    return shown
+        drawn.add_row(label, *cells, end_section=last)
+    return drawn

@@ -11,6 +11,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from memfree.evaluation.inputs import Inputs
+from memfree.evaluation.manifest_fields import MODEL
 from memfree.evaluation.metrics import MetricTable, write_metrics
 from memfree.evaluation.subject import Subject
 from memfree.evaluation.trajectories import trace_of, trajectory_rows
@@ -19,6 +20,7 @@ from memfree.folders.manifest import check_replaceable, read_manifest, write_man
 from memfree.folders.resolved import save_config
 from memfree.folders.whole_folder import put_in_place, unfinished
 from memfree.guidance import NormalizedL2, default_similarity
+from memfree.untrusted import check_fields
 
 CONTAINS = "pictures.parquet and the report contain training images"
 
@@ -143,6 +145,9 @@ def _described(path: Path, manifest: dict[str, Any], data_hash: str | None) -> d
 def _model_manifest(path: str | None) -> dict[str, Any] | None:
     """Manifest of the model that drew samples, None if it is not where it was any more."""
     try:
-        return None if path is None else read_manifest(Path(path), "model")
+        found = None if path is None else read_manifest(Path(path), "model")
+        if found is not None:
+            check_fields(found, MODEL, "manifest")
+        return found
     except (OSError, ValueError):
         return None

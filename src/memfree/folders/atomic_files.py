@@ -5,30 +5,30 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-"""Names of ``write_atomic``."""
+from memfree.folders.temporary import new_file
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], None], mode: int = 0o666) -> None:
     """Call ``write`` on a temporary name beside ``path``, flush it to disk, then rename it.
 
     Whatever happens, ``path`` holds the old content or the new, whole; after the call the new one
     survives a loss of power, and so do the folders that had to be made for it.
+
+    Args:
+        path: the file.
+        write: fills the file of the name that it is given, which exists and is empty.
+        mode: permissions of the file, less those that the umask takes away.
     """
     _make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(path, mode) as temporary:
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _make_folder(folder: Path) -> None:
@@ -56,17 +56,6 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(opened)
-
-
-def remove_temporary(folder: Path) -> None:
-    """Remove what killed processes left of ``write_atomic`` in ``folder`` and two levels below.
-
-    Nobody else may be writing there.
-    """
-    for level in (".*.tmp", "*/.*.tmp", "*/*/.*.tmp"):
-        for path in folder.glob(level):
-            if _TEMPORARY.fullmatch(path.name):
-                path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

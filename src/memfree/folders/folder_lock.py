@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,9 @@ ORPHAN_WAIT = 60.0
 """Seconds to wait for what a killed process has started: it notices only after its batch."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """What a file system without locks answers."""
+_BEGIN = '{"host":'
+"""What a lock file begins with."""
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 class FolderLock:
@@ -33,6 +37,9 @@ class FolderLock:
     process has ended, or belongs to an earlier start of this very SLURM job; of a process on
     another machine that cannot be known, and the message says which file to delete. Whoever makes
     the file has that lock, so one that does not say yet who holds it is held.
+
+    A file of that name that is not a lock file is neither written nor removed, and links are not
+    followed.
 
     Args:
         path: the lock file.
@@ -52,7 +59,8 @@ class FolderLock:
                 what it started is left, ``ORPHAN_WAIT`` seconds are waited in any case.
 
         Raises:
-            ValueError: another process holds it; names host and process.
+            ValueError: another process holds it; names host and process. Or something else than a
+                lock file has its name.
             OSError: the file cannot be written.
         """
         start = time.monotonic()
@@ -68,7 +76,8 @@ class FolderLock:
         if self._file is None:
             return
         with contextlib.suppress(OSError):  # removed while it is still locked: nobody else's
-            self.path.unlink(missing_ok=True)
+            if _is_same_file(self._file, self.path):
+                self.path.unlink(missing_ok=True)
         self._file.close()
         self._file = None
 
@@ -106,11 +115,37 @@ class FolderLock:
         """The file, and whether it was made here; None if it comes and goes."""
         for _ in range(10):
             with contextlib.suppress(FileExistsError):
-                made = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                made = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)
                 return os.fdopen(made, "r+", encoding="utf-8"), True
             with contextlib.suppress(FileNotFoundError):
-                return os.fdopen(os.open(self.path, os.O_RDWR), "r+", encoding="utf-8"), False
+                return self._open_existing(), False
         return None, False
+
+    def _open_existing(self) -> IO[str]:
+        """The file, which an earlier process has made, as its content shows.
+
+        Raises:
+            ValueError: it is a link, no plain file, or somebody's own.
+        """
+        try:
+            opened = os.open(self.path, os.O_RDWR | os.O_NONBLOCK | _NOFOLLOW)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise ValueError(self._foreign()) from error
+            raise
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            os.close(opened)
+            raise ValueError(self._foreign())
+        file = os.fdopen(opened, "r+", encoding="utf-8", errors="replace")
+        # Empty: its maker has not come to write into it.
+        if file.read(len(_BEGIN)) not in ("", _BEGIN):
+            file.close()
+            raise ValueError(self._foreign())
+        file.seek(0)
+        return file
+
+    def _foreign(self) -> str:
+        return f"{self.path} is not a lock file of memfree: move it away to write {self.what}"
 
     def _say_who(self, file: IO[str], to_all_machines: bool) -> None:
         file.truncate(0)
@@ -154,9 +189,12 @@ class FolderLock:
 
 def read_holder(path: Path) -> dict[str, Any]:
     """Who holds a lock file: ``host``, ``pid``, ``since``, ``job``; empty where it does not say."""
+    if not path.is_file():  # a fifo would be waited for
+        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        with open(path, encoding="utf-8") as file:
+            value = json.loads(file.read(1 << 16))
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -167,7 +205,16 @@ def _ourselves() -> dict[str, Any]:
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "job": _job(),
+        "processes": _process_namespace(),
     }
+
+
+def _process_namespace() -> str | None:
+    """Within what process numbers count: containers may share host name and number 1."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def _job() -> list[str] | None:
@@ -180,6 +227,8 @@ def _has_ended(holder: dict[str, Any]) -> bool:
     """Whether the process that wrote the file is known to have ended."""
     pid = holder.get("pid")
     if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    if holder.get("processes") not in (None, _process_namespace()):
         return False
     return pid != os.getpid() and not is_alive(pid)
 

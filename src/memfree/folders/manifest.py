@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from memfree.folders.atomic_files import write_json
+from memfree.folders.whole_folder import check_place
 from memfree.untrusted import read_json, short
 
 FORMAT_VERSION = 1
@@ -35,18 +37,38 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the source checkout, None for an installed wheel or without git."""
-    found = (
-        subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if shutil.which("git")
-        else None
+    """Commit of memfree's own checkout; None for an installed wheel, a copy, or without git.
+
+    Git searches all parent folders for a repository: a wheel in a virtual environment inside
+    somebody's project, or the sources copied into it, would report that project's commit.
+    """
+    package = Path(__file__).resolve().parents[1]
+    root = _git(package, "rev-parse", "--show-toplevel")
+    if root is None or package != Path(root, "src", "memfree").resolve():
+        return None
+    try:
+        project = Path(root, "pyproject.toml").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    if not re.search(r'^name\s*=\s*"memfree"', project, re.MULTILINE):
+        return None
+    return _git(package, "rev-parse", "HEAD")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What git prints for the repository that ``folder`` is in; None where it fails."""
+    if not shutil.which("git"):
+        return None
+    # GIT_DIR and the like, which hooks set, would name another repository.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    done = subprocess.run(
+        ["git", "-C", str(folder), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
-    return found.stdout.strip() if found is not None and found.returncode == 0 else None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _cpu_name() -> str:
@@ -91,10 +113,11 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def check_replaceable(out: Path, kind: str) -> None:
-    """Refuse to replace what is not a finished folder of this ``kind``.
+    """Refuse to replace what is not a finished folder of this ``kind``, or cannot be replaced.
 
     Raises:
-        ValueError: ``out`` is a file, or a folder with other contents.
+        ValueError: ``out`` is a file, a folder with other contents, or a mount point.
+        OSError: nothing can be written beside it.
     """
     if out.is_file():
         raise ValueError(f"--out {out} is a file; name a folder")
@@ -106,6 +129,7 @@ def check_replaceable(out: Path, kind: str) -> None:
                 f"--out {out} holds files of something else ({error}); "
                 "choose an empty or a new folder"
             ) from error
+    check_place(out)
 
 
 def check_kind(folder: Path, kind: str) -> None:

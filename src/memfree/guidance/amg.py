@@ -14,19 +14,16 @@ from memfree.guidance.asked_records import AskedRecords
 from memfree.guidance.detection import EVERY_STEP, Cadence, Detection, Observer, recorded
 from memfree.guidance.displacement import limit_displacement, move_below
 from memfree.guidance.latch import Call, nearest_call, where
-from memfree.guidance.neighbour_conditions import (
-    CAPTION_NEIGHBOURS,
-    CAPTION_RECORDS,
-    NeighbourConditions,
-)
+from memfree.guidance.mitigation_names import CAPTION_NEIGHBOURS, CAPTION_RECORDS, Through
+from memfree.guidance.neighbour_conditions import NeighbourConditions
 from memfree.guidance.prediction import Prediction, row_norm
-from memfree.guidance.sigma_gradient import Through, sigma_gradient
+from memfree.guidance.sigma_gradient import sigma_gradient
 from memfree.guidance.similarity import Match, Similarity
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-    from memfree.retrieval.captions import CaptionPolicy
+    from memfree.retrieval.options import CaptionPolicy
 
 
 class AntiMemorizationGuidance(Observer):
@@ -136,6 +133,16 @@ class AntiMemorizationGuidance(Observer):
         return GuidanceSettings(
             mitigation="amg", false_positive_rate=false_positive_rate
         ).anti_memorization(index)
+
+    @property
+    def needs_text_encoder(self) -> bool:
+        """Whether captions are encoded to steer away from them (eq. 15), where s_0 is above 1."""
+        return self.c2 > 0
+
+    @property
+    def calls_denoiser(self) -> bool:
+        """Whether the denoiser may be called for captions (eq. 16)."""
+        return self.c2 > 0
 
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
@@ -256,9 +263,12 @@ class AntiMemorizationGuidance(Observer):
         """
         x_0 = prediction.clean_estimate()
         offset, gain = prediction.returned or (torch.zeros_like(x_0), 1.0)
-        if gain == 0:
+        free = None  # every element follows the prediction
+        if isinstance(gain, torch.Tensor):
+            free = gain != 0
+        if not (gain if free is None else bool(free.any())):
             return prediction  # whatever is predicted, the sampler returns the same
-        before = offset + gain * x_0
+        before = offset + gain * x_0 if prediction.finish is None else prediction.finish(x_0)
         limit = prediction.image_range
         returned = before if limit is None else before.clamp(-limit, limit)
         changed = active | (returned != x_0).flatten(1).any(dim=1)
@@ -269,6 +279,9 @@ class AntiMemorizationGuidance(Observer):
         rows = above.nonzero().squeeze(1)
         if not len(rows):
             return prediction
+        if prediction.clean_range is not None:
+            moved = self._moved_within(prediction, returned, offset, gain, rows, target)
+            return prediction.with_clean_change(moved - x_0[rows], rows).activated(above)
         with torch.inference_mode(False):
             moved = move_below(
                 self.index,
@@ -277,5 +290,40 @@ class AntiMemorizationGuidance(Observer):
                 target,
                 limit,
                 prediction.decode,
+                free=None if free is None else free[rows],
             )
-        return prediction.with_clean_change((moved - before[rows]) / gain, rows).activated(above)
+        change = moved - before[rows]
+        if isinstance(gain, torch.Tensor):
+            change = torch.where(gain[rows] != 0, change / gain[rows], 0.0)
+        else:
+            change = change / gain
+        return prediction.with_clean_change(change, rows).activated(above)
+
+    def _moved_within(
+        self,
+        prediction: Prediction,
+        returned: Tensor,
+        offset: Tensor,
+        gain: float | Tensor,
+        rows: Tensor,
+        target: float,
+    ) -> Tensor:
+        """x̂_0 of ``rows`` in ±clean_range, which the sampler makes samples below ``target`` of."""
+        assert prediction.clean_range is not None
+        limit = prediction.image_range
+        each = torch.as_tensor(gain, device=returned.device).expand_as(returned)[rows]
+        # What is moved is gain·x̂_0: there, the range is one number.
+        furthest = prediction.clean_range * float(each.abs().max())
+        start = (returned[rows] - offset[rows]).clamp(-furthest, furthest)
+        with torch.inference_mode(False):
+            moved = move_below(
+                self.index,
+                self.similarity,
+                start.clone(),
+                target,
+                furthest,
+                lambda x: prediction.decode(x if limit is None else x.clamp(-limit, limit)),
+                offset=offset[rows].clone(),
+                free=each != 0,
+            )
+        return torch.where(each != 0, moved / each, 0.0)

@@ -39,6 +39,8 @@ def move_below(
     image_range: float | None,
     decode: Callable[[Tensor], Tensor] = lambda x_0: x_0,
     iterations: int = 20,
+    offset: Tensor | None = None,
+    free: Tensor | None = None,
 ) -> Tensor:
     """Move clean estimates along −∇σ until every σ is at most ``target``, by Newton steps.
 
@@ -54,6 +56,9 @@ def move_below(
         image_range: keep x_0 in ±image_range; None for no limit.
         decode: from x_0 to images (B, C, H, W) in [−1, 1].
         iterations: the most steps taken.
+        offset: like x_0, added to it before it is decoded; None: nothing.
+        free: like x_0, bool: which elements may move, such as those that inpainting draws; None:
+            all of them.
 
     Returns:
         The moved estimates, like x_0; rows at or below the target keep their bits.
@@ -64,12 +69,15 @@ def move_below(
     for _ in range(iterations):
         with torch.enable_grad():
             moving = x_0[rows].requires_grad_()
-            sigma = similarity(index, decode(moving)).sigma
+            sample = moving if offset is None else moving + offset[rows]
+            sigma = similarity(index, decode(sample)).sigma
             (gradient,) = torch.autograd.grad(sigma.sum(), moving)
         above = (sigma.detach() > target).nonzero().squeeze(1)
         if not len(above):
             break
         rows, gradient, excess = rows[above], gradient[above], sigma.detach()[above] - target
+        if free is not None:
+            gradient = gradient * free[rows]
         gradient = _never_zero(gradient, anywhere)
         if image_range is not None:
             # Pixels at the edge of the range cannot move outwards: the others do it.
@@ -78,6 +86,8 @@ def move_below(
         square = gradient.flatten(1).square().sum(dim=1)
         # 1 % past the target, so that rounding does not leave a sample on the line.
         step = per_sample((excess + 0.01 * abs(target)) / square, gradient) * gradient
+        if free is not None:
+            step = step * free[rows]
         moved = x_0[rows] - step
         x_0[rows] = moved if image_range is None else moved.clamp(-image_range, image_range)
     return x_0

@@ -62,6 +62,14 @@ class Mitigation:
         """Change x_T."""
         return start.noise
 
+    def changes_start(self) -> bool:
+        """Whether the embedding or the initial noise may be changed, which takes a ``Start``."""
+        own = type(self)
+        return (
+            own.embedding is not Mitigation.embedding
+            or own.initial_noise is not Mitigation.initial_noise
+        )
+
     def guidance_scale(self, guidance_scale: float) -> float:
         """Change s_0."""
         return guidance_scale

@@ -1,4 +1,4 @@
-"""The mitigations there are, by name, and what they need."""
+"""Names of mitigations, what each needs, and constants that options share with guidance."""
 
 from __future__ import annotations
 
@@ -27,3 +27,15 @@ WITH_INDEX = ("amg", "multiplicity", "both", "reject")
 """Mitigations that need a reference index."""
 TEXT_ONLY = ("lower_guidance", "rt", "rna", "cwr", "gni", "wen", "ren", "jain", "prss", "sail")
 """The field's baselines (docs/baselines.md), which run on text-to-image models alone."""
+
+
+Through = Literal["clean_estimate", "denoiser"]
+"""What the gradient is taken through: x̂_0 with ε̂ held constant, or the denoiser too."""
+
+
+CAPTION_NEIGHBOURS = 10
+"""k of ``most_common``; 1000 in the authors' code, of the two billion images of LAION."""
+
+
+CAPTION_RECORDS = 5
+"""m of ``most_common``; 20 in the authors' code."""

@@ -154,6 +154,11 @@ class MultiplicityGuidance:
         """Whether a prompt may be damped, which takes ε_u even where s_0 is 1."""
         return self.damped and self.strength > 0 and not self._nothing_repeats
 
+    @property
+    def needs_text_encoder(self) -> bool:
+        """Whether captions are compared with prompts."""
+        return self.index.captions is not None and self.strength > 0 and not self._nothing_repeats
+
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
         """Correct both branches and recombine them; further denoiser calls are corrected too.

@@ -7,17 +7,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from memfree.conditions import Conditions, TextConditions
+from memfree.guidance.mitigation_names import CAPTION_NEIGHBOURS, CAPTION_RECORDS
 from memfree.guidance.prediction import Prediction
 from memfree.guidance.similarity import Match
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-    from memfree.retrieval.captions import CaptionPolicy
-
-CAPTION_NEIGHBOURS = 10
-"""k of ``most_common``; 1000 in the authors' code, of the two billion images of LAION."""
-CAPTION_RECORDS = 5
-"""m of ``most_common``; 20 in the authors' code."""
+    from memfree.retrieval.options import CaptionPolicy
 
 
 class NeighbourConditions:

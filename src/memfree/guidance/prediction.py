@@ -53,9 +53,15 @@ class Prediction:
     """Number of this denoising step, from 0."""
     is_last: bool = False
     """Whether the sampler has no further step."""
-    returned: tuple[Tensor, float] | None = None
+    returned: tuple[Tensor, float | Tensor] | None = None
     """(offset, gain): the sampler's last step returns offset + gain·x̂_0; None: x̂_0 itself. Gain
-    0: it does not follow the prediction, so that there is no last correction."""
+    0: it does not follow the prediction, so that there is no last correction. A gain like x_t is
+    that of each element: where inpainting keeps the given image, it is 0."""
+    finish: Callable[[Tensor], Tensor] | None = None
+    """From x̂_0 to what the sampler's last step returns, where it clips or thresholds x̂_0; None:
+    it does not, and ``returned`` holds everywhere."""
+    clean_range: float | None = None
+    """With ``finish``: where ``returned`` holds, x̂_0 in ±clean_range."""
     image_range: float | None = None
     """Finished x_0 are clamped to ±image_range (1 for pixels); None: they are not."""
     decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)

@@ -20,14 +20,19 @@ from memfree.guidance.baselines.by_name import baseline
 from memfree.guidance.calibration import calibration_of, default_similarity
 from memfree.guidance.detection import Cadence, Observer
 from memfree.guidance.mitigation import Mitigation
-from memfree.guidance.mitigation_names import WITH_AMG, WITH_INDEX, MitigationName
+from memfree.guidance.mitigation_names import (
+    CAPTION_NEIGHBOURS,
+    CAPTION_RECORDS,
+    WITH_AMG,
+    WITH_INDEX,
+    MitigationName,
+    Through,
+)
 from memfree.guidance.multiplicity import MultiplicityGuidance
-from memfree.guidance.neighbour_conditions import CAPTION_NEIGHBOURS, CAPTION_RECORDS
 from memfree.guidance.prediction import Guidance
 from memfree.guidance.recommended import recommended
-from memfree.guidance.sigma_gradient import Through
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
-from memfree.retrieval.captions import CaptionPolicy
+from memfree.retrieval.options import CaptionPolicy
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex

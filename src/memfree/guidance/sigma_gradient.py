@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from memfree.diffusion_math import predicted_x_0
+from memfree.guidance.mitigation_names import Through
 from memfree.guidance.prediction import Prediction
 from memfree.guidance.similarity import Similarity
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
-
-Through = Literal["clean_estimate", "denoiser"]
-"""What the gradient is taken through: x̂_0 with ε̂ held constant, or the denoiser too."""
 
 
 def sigma_gradient(

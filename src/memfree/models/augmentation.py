@@ -3,38 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat
 from torch import Tensor
 from torch.nn import functional
 from torchvision.io import decode_jpeg, encode_jpeg
 
-
-@dataclass(frozen=True)
-class AugmentationOptions:
-    """Which changes of an image still count as a copy of it, and how strong they are."""
-
-    smallest_crop: ClosedUnitInterval = 0.4
-    """Smallest share of the area that a crop keeps, above 0."""
-    shift: ClosedUnitInterval = 0.1
-    """Largest shift as a share of the side; what is uncovered repeats the border."""
-    rotation: NonNegativeFloat = 10.0
-    """Largest rotation, in degrees."""
-    flip: ClosedUnitInterval = 0.5
-    """Probability of a mirror image."""
-    colour: ClosedUnitInterval = 0.4
-    """Largest relative change of brightness, contrast and saturation."""
-    gray: ClosedUnitInterval = 0.1
-    """Probability of a gray image."""
-    blur: NonNegativeFloat = 0.06
-    """Largest standard deviation of a Gaussian blur as a share of the side; half are blurred. A
-    diffusion model's predictions at high noise are blurred."""
-    noise: NonNegativeFloat = 0.4
-    """Largest standard deviation of added noise, where pixels go from -1 to 1; half have noise."""
-    jpeg: ClosedUnitInterval = 0.25
-    """Probability of a way through JPEG at quality 20 to 90."""
+from memfree.models.options import AugmentationOptions
 
 
 def augment(images: Tensor, options: AugmentationOptions, generator: torch.Generator) -> Tensor:

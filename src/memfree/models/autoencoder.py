@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from diffusers import AutoencoderKL
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from memfree.models.module import CHECKPOINT_KEY
-
-
-@dataclass(frozen=True)
-class AutoencoderOptions:
-    """Shape and training of the autoencoder (diffusers AutoencoderKL)."""
-
-    block_out_channels: list[PositiveInt] = field(default_factory=lambda: [16, 32, 64])
-    """Channels of each resolution, finest first; every further one halves the image: three make
-    8x8 latents of 32x32 images."""
-    latent_channels: PositiveInt = 4
-    """Channels of the latents."""
-    norm_num_groups: PositiveInt = 8
-    """Groups of the group normalisation; divides every entry of block_out_channels."""
-    steps: PositiveInt = 3000
-    """Optimizer steps."""
-    batch_size: PositiveInt = 32
-    """Images of a step."""
-    learning_rate: PositiveFloat = 2e-3
-    """Highest learning rate of AdamW: a linear rise over a tenth of the steps, then a cosine."""
-    kl_weight: NonNegativeFloat = 1e-4
-    """Weight of the Kullback-Leibler term, which keeps latents near a standard normal."""
-    shift: int = 3
-    """Images are moved by up to so many pixels and mirrored, so that few images suffice."""
+from memfree.models.options import AutoencoderOptions
 
 
 class AutoencoderModule(pl.LightningModule):

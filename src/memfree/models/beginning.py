@@ -8,7 +8,8 @@ import lightning.pytorch as pl
 
 from memfree.models.checkpoints import step_of
 from memfree.models.claim import LOGS, Claim, begin
-from memfree.models.loggers import LoggerName, build_logger
+from memfree.models.loggers import build_logger
+from memfree.models.options import LoggerName
 
 
 class Beginning(pl.Callback):

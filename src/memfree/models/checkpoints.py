@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from memfree.folders.atomic_files import write_atomic
 from memfree.models.module import CHECKPOINT_KEY
-from memfree.untrusted import short
+from memfree.untrusted import check_plain, short
 
 _ENCRYPTED = 0x1
 """Flag of a part of a zip archive."""
@@ -146,6 +146,7 @@ def verify_checkpoint(path: Path) -> None:
         ValueError: it was cut off, or changed since it was written.
         FileNotFoundError: there is no such file.
     """
+    check_plain(path)
     try:
         with zipfile.ZipFile(path) as archive:
             _refuse_packed(archive)
@@ -189,6 +190,7 @@ def read_identity(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged, or not a checkpoint of memfree.
     """
+    check_plain(path)
     try:
         with zipfile.ZipFile(path) as archive:
             _refuse_packed(archive)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from memfree.console import say
 from memfree.difference import first_difference
 from memfree.first_process import is_first_process
 from memfree.folders.manifest import read_manifest
-from memfree.folders.resolved import save_config
+from memfree.folders.resolved import CONFIG_NAME, save_config
+from memfree.folders.temporary import remove_temporary
+from memfree.folders.whole_folder import refuse_mount_point
 from memfree.models.checkpoints import (
     good_checkpoint,
     keep_only,
@@ -24,6 +26,9 @@ from memfree.models.export import DIFFUSERS_NAME
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 GRIDS = "samples"
+LORA = "lora"
+EXPOSURES = "exposures.parquet"
+RECONSTRUCTIONS = "reconstructions.png"
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ def claim(
     """
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file: name a folder")
+    for name in (DIFFUSERS_NAME, LORA):  # replaced when the training is finished
+        refuse_mount_point(out / name)
     manifest = read_manifest(out, "model") if (out / "manifest.json").is_file() else {}
     if manifest:
         for name, kind in (("steps", int), ("epochs", int), ("identity", dict)):
@@ -101,13 +108,15 @@ def begin(out: Path, claimed: Claim) -> None:
         return
     if claimed.found == "other":
         clear(out)
+    folders = ("", CHECKPOINTS, GRIDS, LOGS, f"{LOGS}/version_0")
+    remove_temporary(*(out / name for name in folders))
     save_config(out)
     if claimed.checkpoint is not None:
         newest = latest_checkpoint(out / CHECKPOINTS)
         if newest != claimed.checkpoint:
-            print(f"{newest} is damaged and not used", file=sys.stderr)
+            say(f"{newest} is damaged and not used", stderr=True)
         keep_only(claimed.checkpoint, out / CHECKPOINTS)
-        print(f"resuming from {claimed.checkpoint}")
+        say(f"resuming from {claimed.checkpoint}")
 
 
 def clear(out: Path) -> None:
@@ -116,6 +125,7 @@ def clear(out: Path) -> None:
     The checkpoints come last: killed before, the same command finds the other model still and goes
     on deleting.
     """
-    (out / "manifest.json").unlink(missing_ok=True)
-    for name in (DIFFUSERS_NAME, LOGS, GRIDS, CHECKPOINTS):
+    for name in ("manifest.json", EXPOSURES, RECONSTRUCTIONS, CONFIG_NAME):
+        (out / name).unlink(missing_ok=True)
+    for name in (DIFFUSERS_NAME, LORA, LOGS, GRIDS, CHECKPOINTS):
         shutil.rmtree(out / name, ignore_errors=True)

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional
 
-from memfree.models.augmentation import AugmentationOptions, augment
+from memfree.models.augmentation import augment
 from memfree.models.contrastive import info_nce, koleo
+from memfree.models.options import CopyDetectionOptions
 from memfree.models.short_training import adamw_with_cosine, step_generator
 from memfree.retrieval.copy_detection import CopyDetectionNetwork, CopyDetectionShape, resized
-
-
-@dataclass(frozen=True)
-class CopyDetectionOptions:
-    """How the embedding is trained."""
-
-    temperature: PositiveFloat = 0.1
-    """Temperature of InfoNCE; SSCD's 0.05 is for batches of thousands."""
-    entropy_weight: NonNegativeFloat = 3.0
-    """Weight λ of the differential entropy; SSCD's 30 is for batches of thousands."""
-    learning_rate: PositiveFloat = 2e-3
-    """Highest learning rate of AdamW; it falls to 0 along a cosine."""
-    weight_decay: NonNegativeFloat = 1e-3
-    """Weight decay of AdamW."""
-    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
 
 
 class CopyDetectionModule(pl.LightningModule):

@@ -6,15 +6,14 @@ import importlib.util
 import os
 import secrets
 from pathlib import Path
-from typing import Literal
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from memfree.first_process import is_first_process
 from memfree.folders.atomic_files import write_text
 from memfree.models.loss_log import LossLog
+from memfree.models.options import LoggerName
 
-LoggerName = Literal["csv", "tensorboard", "wandb", "none"]
 WANDB_PROJECT = "memfree"
 """Project of the runs where the environment variable WANDB_PROJECT names no other."""
 

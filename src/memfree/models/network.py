@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import UNet2DModel
-from jsonargparse.typing import NonNegativeFloat, PositiveInt
 
-
-@dataclass(frozen=True)
-class NetworkOptions:
-    """Size and shape of the U-Net (diffusers UNet2DModel)."""
-
-    block_out_channels: list[PositiveInt] = field(default_factory=lambda: [32, 64, 64])
-    """Channels of each resolution, finest first; every further one halves the image."""
-    attention: list[bool] = field(default_factory=lambda: [False, True, True])
-    """Whether each resolution has self-attention, finest first."""
-    layers_per_block: PositiveInt = 1
-    """Residual blocks of a resolution on the way down (one more on the way up)."""
-    norm_num_groups: PositiveInt = 8
-    """Groups of the group normalisation; divides every entry of block_out_channels."""
-    attention_head_dim: PositiveInt = 8
-    """Channels of one attention head."""
-    time_scale_shift: Literal["default", "scale_shift"] = "default"
-    """How time and class enter a residual block: added, or as a scale and a shift."""
-    dropout: NonNegativeFloat = 0.0
-    """Dropout probability in the residual blocks, below 1."""
+from memfree.models.options import NetworkOptions
 
 
 def build_network(

@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 from diffusers import SchedulerMixin
-from jsonargparse.typing import PositiveFloat, PositiveInt
 
-
-@dataclass(frozen=True)
-class NoiseOptions:
-    """The noise schedule and what the network predicts."""
-
-    scheduler: str = "DDPMScheduler"
-    """diffusers scheduler that is saved with the model; training uses its noise levels."""
-    num_train_timesteps: PositiveInt = 1000
-    """Number of noise levels."""
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "linear"
-    """How the noise grows; squaredcos_cap_v2 is the cosine schedule of Nichol and Dhariwal."""
-    beta_start: PositiveFloat = 1e-4
-    """First beta (not used by squaredcos_cap_v2)."""
-    beta_end: PositiveFloat = 0.02
-    """Last beta (not used by squaredcos_cap_v2)."""
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    """Whether the network predicts the noise or the velocity v."""
-    clip_sample: bool = True
-    """Whether samplers built from the saved scheduler clip the clean estimate to [-1, 1]."""
+from memfree.models.options import NoiseOptions
 
 
 def build_scheduler(options: NoiseOptions) -> Any:

@@ -1,4 +1,4 @@
-"""What a model is and how its weights are found, as options of train.py."""
+"""Options of the networks that memfree trains: no torch here, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -10,10 +10,48 @@ from jsonargparse.typing import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
 )
 
-from memfree.models.network import NetworkOptions
-from memfree.models.noise_schedule import NoiseOptions
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Size and shape of the U-Net (diffusers UNet2DModel)."""
+
+    block_out_channels: list[PositiveInt] = field(default_factory=lambda: [32, 64, 64])
+    """Channels of each resolution, finest first; every further one halves the image."""
+    attention: list[bool] = field(default_factory=lambda: [False, True, True])
+    """Whether each resolution has self-attention, finest first."""
+    layers_per_block: PositiveInt = 1
+    """Residual blocks of a resolution on the way down (one more on the way up)."""
+    norm_num_groups: PositiveInt = 8
+    """Groups of the group normalisation; divides every entry of block_out_channels."""
+    attention_head_dim: PositiveInt = 8
+    """Channels of one attention head."""
+    time_scale_shift: Literal["default", "scale_shift"] = "default"
+    """How time and class enter a residual block: added, or as a scale and a shift."""
+    dropout: NonNegativeFloat = 0.0
+    """Dropout probability in the residual blocks, below 1."""
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """The noise schedule and what the network predicts."""
+
+    scheduler: str = "DDPMScheduler"
+    """diffusers scheduler that is saved with the model; training uses its noise levels."""
+    num_train_timesteps: PositiveInt = 1000
+    """Number of noise levels."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "linear"
+    """How the noise grows; squaredcos_cap_v2 is the cosine schedule of Nichol and Dhariwal."""
+    beta_start: PositiveFloat = 1e-4
+    """First beta (not used by squaredcos_cap_v2)."""
+    beta_end: PositiveFloat = 0.02
+    """Last beta (not used by squaredcos_cap_v2)."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    """Whether the network predicts the noise or the velocity v."""
+    clip_sample: bool = True
+    """Whether samplers built from the saved scheduler clip the clean estimate to [-1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -65,3 +103,127 @@ class ModelOptions:
     """Decay a step, below 1, of the average of the weights, which is what is saved; 0: none."""
     compile: bool = False
     """Whether torch.compile compiles the network."""
+
+
+@dataclass(frozen=True)
+class AutoencoderOptions:
+    """Shape and training of the autoencoder (diffusers AutoencoderKL)."""
+
+    block_out_channels: list[PositiveInt] = field(default_factory=lambda: [16, 32, 64])
+    """Channels of each resolution, finest first; every further one halves the image: three make
+    8x8 latents of 32x32 images."""
+    latent_channels: PositiveInt = 4
+    """Channels of the latents."""
+    norm_num_groups: PositiveInt = 8
+    """Groups of the group normalisation; divides every entry of block_out_channels."""
+    steps: PositiveInt = 3000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 32
+    """Images of a step."""
+    learning_rate: PositiveFloat = 2e-3
+    """Highest learning rate of AdamW: a linear rise over a tenth of the steps, then a cosine."""
+    kl_weight: NonNegativeFloat = 1e-4
+    """Weight of the Kullback-Leibler term, which keeps latents near a standard normal."""
+    shift: int = 3
+    """Images are moved by up to so many pixels and mirrored, so that few images suffice."""
+
+
+@dataclass(frozen=True)
+class ScratchOptions:
+    """Sizes of the small text-to-image model."""
+
+    vocabulary: PositiveInt = 2000
+    """Tokens of the byte-pair vocabulary, at most."""
+    tokens: PositiveInt = 24
+    """Length of an encoded prompt; longer ones are cut."""
+    text_width: PositiveInt = 128
+    """Channels of the text encoder."""
+    text_layers: PositiveInt = 2
+    """Layers of the text encoder."""
+    block_out_channels: list[PositiveInt] = field(default_factory=lambda: [32, 64, 96])
+    """Channels of each resolution of the U-Net, finest first."""
+    layers_per_block: PositiveInt = 1
+    """Residual blocks of a resolution on the way down (one more on the way up)."""
+    norm_num_groups: PositiveInt = 16
+    """Groups of the group normalisation; divides every entry of block_out_channels."""
+    head_dim: PositiveInt = 32
+    """Channels of one attention head."""
+
+
+@dataclass(frozen=True)
+class AugmentationOptions:
+    """Which changes of an image still count as a copy of it, and how strong they are."""
+
+    smallest_crop: ClosedUnitInterval = 0.4
+    """Smallest share of the area that a crop keeps, above 0."""
+    shift: ClosedUnitInterval = 0.1
+    """Largest shift as a share of the side; what is uncovered repeats the border."""
+    rotation: NonNegativeFloat = 10.0
+    """Largest rotation, in degrees."""
+    flip: ClosedUnitInterval = 0.5
+    """Probability of a mirror image."""
+    colour: ClosedUnitInterval = 0.4
+    """Largest relative change of brightness, contrast and saturation."""
+    gray: ClosedUnitInterval = 0.1
+    """Probability of a gray image."""
+    blur: NonNegativeFloat = 0.06
+    """Largest standard deviation of a Gaussian blur as a share of the side; half are blurred. A
+    diffusion model's predictions at high noise are blurred."""
+    noise: NonNegativeFloat = 0.4
+    """Largest standard deviation of added noise, where pixels go from -1 to 1; half have noise."""
+    jpeg: ClosedUnitInterval = 0.25
+    """Probability of a way through JPEG at quality 20 to 90."""
+
+
+@dataclass(frozen=True)
+class CopyDetectionOptions:
+    """How the embedding is trained."""
+
+    temperature: PositiveFloat = 0.1
+    """Temperature of InfoNCE; SSCD's 0.05 is for batches of thousands."""
+    entropy_weight: NonNegativeFloat = 3.0
+    """Weight λ of the differential entropy; SSCD's 30 is for batches of thousands."""
+    learning_rate: PositiveFloat = 2e-3
+    """Highest learning rate of AdamW; it falls to 0 along a cosine."""
+    weight_decay: NonNegativeFloat = 1e-3
+    """Weight decay of AdamW."""
+    augmentation: AugmentationOptions = field(default_factory=AugmentationOptions)
+
+
+_MILD = AugmentationOptions(
+    smallest_crop=0.7, shift=0.05, colour=0.1, gray=0.0, blur=0.04, noise=0.2, jpeg=0.1
+)
+
+
+@dataclass(frozen=True)
+class SmallClipOptions:
+    """The model and how it is trained."""
+
+    embedding: PositiveInt = 128
+    """Length of the common embedding of images and texts."""
+    text_width: PositiveInt = 128
+    """Width of the text transformer, a multiple of 32."""
+    text_layers: PositiveInt = 2
+    """Its layers."""
+    context_length: PositiveInt = 24
+    """Tokens of a caption that are read, start and end included."""
+    temperature: PositiveFloat = 0.1
+    """Temperature of the contrastive loss at the start; it is learned."""
+    word_dropout: ClosedUnitInterval = 0.3
+    """Probability that a word of a caption is left out; at least one stays."""
+    image_dropout: ClosedUnitInterval = 0.3
+    """Dropout of the trunk's features."""
+    views: PositiveInt = 8
+    """Augmented views of each image that the trunk sees, once, before training; the first is the
+    image itself."""
+    learning_rate: PositiveFloat = 1e-3
+    """Highest learning rate of AdamW; it falls to 0 along a cosine."""
+    weight_decay: NonNegativeFloat = 0.2
+    """Weight decay of AdamW."""
+    augmentation: AugmentationOptions = field(default_factory=lambda: _MILD)
+
+
+LoggerName = Literal["csv", "tensorboard", "wandb", "none"]
+
+
+Accelerator = Literal["auto", "cpu", "gpu", "mps"]

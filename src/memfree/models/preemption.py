@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 
+from memfree.console import say
 from memfree.models.checkpoints import Checkpoints
 from memfree.requeue import WARNINGS, handled, ignore, job_id, requeue
 
@@ -98,7 +99,7 @@ class Preemption(pl.Callback):
         if job_id() is not None:
             self._end_job(trainer, saved, 128 + number)
         if trainer.is_global_zero:
-            print(f"{saved}; the same command goes on from there", file=sys.stderr)
+            say(f"{saved}; the same command goes on from there", stderr=True)
         launcher = trainer.strategy.launcher
         # The first process kills itself when one that it has started fails.
         raise SystemExit(0 if launcher is not None and trainer.local_rank > 0 else 128 + number)
@@ -108,7 +109,7 @@ class Preemption(pl.Callback):
         if trainer.is_global_zero:
             reason = requeue()
             what = "the job is requeued" if reason is None else f"not requeued: {reason}"
-            print(f"{saved}; {what}", file=sys.stderr)
+            say(f"{saved}; {what}", stderr=True)
         # SLURM may end a job with its first task that ends, also before it is requeued.
         trainer.strategy.barrier("the job is requeued")
         for logger in trainer.loggers:

@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from memfree.console import plain_console
+
 PLAIN_INTERVAL = 10.0
 """Seconds between two lines where the output is no terminal."""
 
@@ -31,7 +33,7 @@ class StepProgress(ProgressBar):
     def __init__(self, console: Console | None = None) -> None:
         """Write to ``console``; standard error by default."""
         super().__init__()
-        self.console = console or Console(stderr=True)
+        self.console = console or plain_console(stderr=True)
         self._enabled = True
         self._bar: Progress | None = None
         self._total: float | None = None

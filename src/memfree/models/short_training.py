@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,14 +15,13 @@ from torch.utils.data import DataLoader
 from memfree.difference import first_difference
 from memfree.folders.manifest import check_kind, read_manifest
 from memfree.folders.resolved import save_config
-from memfree.folders.whole_folder import put_in_place, unfinished
+from memfree.folders.whole_folder import check_place, put_in_place, unfinished
 from memfree.models.finite import FiniteTraining
 from memfree.models.loss_record import LossRecord
+from memfree.models.options import Accelerator
 from memfree.models.progress import StepProgress
 from memfree.quiet import quiet
 from memfree.trainers import build_trainer
-
-Accelerator = Literal["auto", "cpu", "gpu", "mps"]
 
 
 def is_finished(out: Path, kind: str, identity: dict[str, Any], overwrite: bool) -> bool:
@@ -35,10 +34,13 @@ def is_finished(out: Path, kind: str, identity: dict[str, Any], overwrite: bool)
         overwrite: whether another of this kind may be replaced.
 
     Raises:
-        ValueError: it holds something else, or another network and not ``overwrite``.
+        ValueError: it holds something else, or another network and not ``overwrite``, or what is
+            trained could not be put there.
+        OSError: nothing can be written beside it.
     """
     check_kind(out, kind)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        check_place(out)
         return False
     found = read_manifest(out, kind)  # refuses files of something else
     difference = first_difference(found.get("identity"), identity)
@@ -46,6 +48,8 @@ def is_finished(out: Path, kind: str, identity: dict[str, Any], overwrite: bool)
         raise ValueError(
             f"--out {out} holds another one: {difference}; use another --out, or --overwrite true"
         )
+    if difference:
+        check_place(out)
     return not difference
 
 

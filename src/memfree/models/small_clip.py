@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from memfree.models.augmentation import AugmentationOptions, augment
+from memfree.models.augmentation import augment
+from memfree.models.options import SmallClipOptions
 from memfree.models.short_training import adamw_with_cosine, step_generator
 from memfree.retrieval.efficientnet import EfficientNetFeatures
 from memfree.retrieval.preprocessing import Preprocessing
@@ -25,38 +24,6 @@ PREPROCESSING: dict[str, Any] = {
     "fill_color": 0,
 }
 """open_clip's words for how EfficientNet-Lite0 sees images here."""
-
-_MILD = AugmentationOptions(
-    smallest_crop=0.7, shift=0.05, colour=0.1, gray=0.0, blur=0.04, noise=0.2, jpeg=0.1
-)
-
-
-@dataclass(frozen=True)
-class SmallClipOptions:
-    """The model and how it is trained."""
-
-    embedding: PositiveInt = 128
-    """Length of the common embedding of images and texts."""
-    text_width: PositiveInt = 128
-    """Width of the text transformer, a multiple of 32."""
-    text_layers: PositiveInt = 2
-    """Its layers."""
-    context_length: PositiveInt = 24
-    """Tokens of a caption that are read, start and end included."""
-    temperature: PositiveFloat = 0.1
-    """Temperature of the contrastive loss at the start; it is learned."""
-    word_dropout: ClosedUnitInterval = 0.3
-    """Probability that a word of a caption is left out; at least one stays."""
-    image_dropout: ClosedUnitInterval = 0.3
-    """Dropout of the trunk's features."""
-    views: PositiveInt = 8
-    """Augmented views of each image that the trunk sees, once, before training; the first is the
-    image itself."""
-    learning_rate: PositiveFloat = 1e-3
-    """Highest learning rate of AdamW; it falls to 0 along a cosine."""
-    weight_decay: NonNegativeFloat = 0.2
-    """Weight decay of AdamW."""
-    augmentation: AugmentationOptions = field(default_factory=lambda: _MILD)
 
 
 def model_config(options: SmallClipOptions) -> dict[str, Any]:

@@ -4,38 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from jsonargparse.typing import PositiveInt
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from memfree.models.options import ScratchOptions
+
 START, END = "<|startoftext|>", "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class ScratchOptions:
-    """Sizes of the small text-to-image model."""
-
-    vocabulary: PositiveInt = 2000
-    """Tokens of the byte-pair vocabulary, at most."""
-    tokens: PositiveInt = 24
-    """Length of an encoded prompt; longer ones are cut."""
-    text_width: PositiveInt = 128
-    """Channels of the text encoder."""
-    text_layers: PositiveInt = 2
-    """Layers of the text encoder."""
-    block_out_channels: list[PositiveInt] = field(default_factory=lambda: [32, 64, 96])
-    """Channels of each resolution of the U-Net, finest first."""
-    layers_per_block: PositiveInt = 1
-    """Residual blocks of a resolution on the way down (one more on the way up)."""
-    norm_num_groups: PositiveInt = 16
-    """Groups of the group normalisation; divides every entry of block_out_channels."""
-    head_dim: PositiveInt = 32
-    """Channels of one attention head."""
 
 
 def train_tokenizer(captions: Sequence[str], options: ScratchOptions) -> CLIPTokenizer:

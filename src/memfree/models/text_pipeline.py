@@ -40,14 +40,14 @@ def load_pipeline(name: str | Path) -> Any:
     if local:
         _check_parts(source, str(name))
     try:
-        if not local:  # what the hub's list of parts names is looked at before any of it is loaded
-            check_parts(dict(DiffusionPipeline.load_config(str(name))), str(name))
+        if not local:
+            _download(str(name))
         with quiet_bars():
             pipe: Any = DiffusionPipeline.from_pretrained(
                 # Safetensors only: a pickle from a stranger could execute code.
                 str(source) if local else str(name),
                 use_safetensors=True,
-                local_files_only=local,
+                local_files_only=True,  # a download is there by now, and checked
             )
     except Exception as error:  # whatever the libraries raise for files of others
         raise ValueError(
@@ -55,6 +55,13 @@ def load_pipeline(name: str | Path) -> Any:
         ) from error
     check_pipeline(pipe, str(name))
     return pipe
+
+
+def _download(name: str) -> None:
+    """Download a pipeline from the hub into its cache and check it before any of it is built."""
+    check_parts(dict(DiffusionPipeline.load_config(name)), name)
+    with quiet_bars():
+        check_pipeline_folder(Path(DiffusionPipeline.download(name, use_safetensors=True)))
 
 
 def _check_parts(folder: Path, name: str) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from memfree.retrieval.options import CaptionPolicy
+
 if TYPE_CHECKING:
     from memfree.retrieval.items import Items
-
-CaptionPolicy = Literal["most_common", "nearest"]
 
 
 def duplicated_captions(

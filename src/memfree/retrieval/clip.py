@@ -7,9 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from memfree.retrieval.network import Arithmetic, NetworkFeatures, state_hash
+from memfree.retrieval.clip_folder import load_clip
+from memfree.retrieval.network import NetworkFeatures, state_hash
+from memfree.retrieval.options import Arithmetic
 from memfree.retrieval.preprocessing import Preprocessing
 from memfree.retrieval.weights_file import UNREADABLE, last_line
+from memfree.untrusted import check_plain_folder
 
 
 class CLIPFeatures(NetworkFeatures):
@@ -44,6 +47,8 @@ class CLIPFeatures(NetworkFeatures):
             raise FileNotFoundError(f"no CLIP checkpoint at {self.path}")
         if self.path is not None and not (self.path.is_file() or self.path.is_dir()):
             raise ValueError(f"{self.path} is no plain file")  # a device would have no end
+        if self.path is not None and self.path.is_dir():
+            check_plain_folder(self.path)
         self.model = None if self.path is not None and self.path.is_dir() else model
         self.pretrained = pretrained
         tower, config = self._load()
@@ -56,8 +61,10 @@ class CLIPFeatures(NetworkFeatures):
         if self.model is None:
             if self.path is None:
                 raise ValueError("CLIP features need a model, as ViT-B-32")
-            name, weights = f"local-dir:{self.path}", None
+            clip = load_clip(self.path)
         else:
+            if self.model.startswith("local-dir:"):
+                raise ValueError(f"CLIP model {self.model}: give a folder as --extractor.path")
             if ":" not in self.model and open_clip.get_model_config(self.model) is None:
                 raise ValueError(
                     f"open_clip knows no model {self.model!r}; see open_clip.list_models()"
@@ -68,15 +75,19 @@ class CLIPFeatures(NetworkFeatures):
                 raise ValueError(
                     f"open_clip has no weights {self.pretrained!r} of {self.model}; it has {known}"
                 )
-            name, weights = self.model, self.pretrained or str(self.path)
+            clip = self._create(self.model, self.pretrained or str(self.path))
+        return clip.visual, open_clip.get_model_preprocess_cfg(clip)
+
+    def _create(self, name: str, weights: str) -> Any:
+        import open_clip
+
         try:
-            clip = open_clip.create_model(name, weights, require_pretrained=True)
+            return open_clip.create_model(name, weights, require_pretrained=True)
         except (*UNREADABLE, OSError) as error:
             what = self.pretrained if self.path is None else self.path
             raise ValueError(
-                f"CLIP {self.model or ''} cannot be made of {what}: {last_line(error)}"
+                f"CLIP {self.model} cannot be made of {what}: {last_line(error)}"
             ) from error
-        return clip.visual, open_clip.get_model_preprocess_cfg(clip)
 
     def run(self, inputs: Tensor) -> Tensor:
         """The image tower's projected embedding (B, D)."""

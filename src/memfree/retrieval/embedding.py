@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,10 +21,14 @@ from memfree.data import DatasetFolder, DatasetPart
 from memfree.data.folder import to_float
 from memfree.folders.atomic_files import write_atomic
 from memfree.folders.part import WHOLE, Part
+from memfree.folders.temporary import remove_temporary
 from memfree.retrieval.building import Embedded
 from memfree.retrieval.features import Features, identity
 from memfree.retrieval.grouping import content_hashes
 from memfree.retrieval.whitening import Whitened
+from memfree.untrusted import check_plain
+
+_FOLDER = re.compile("[0-9a-f]{16}")  # a ``_digest``
 
 
 class EmbeddedParts:
@@ -89,6 +94,7 @@ class EmbeddedParts:
         for batch in range(self.batches):
             rows, path = self.rows(batch), self.path(batch)
             try:
+                check_plain(path)
                 tensors = safetensors.torch.load_file(path)
                 part, digests = tensors["vectors"], tensors["hashes"]
                 if vectors is None:
@@ -102,8 +108,19 @@ class EmbeddedParts:
         return Embedded(vectors, hashes)
 
     def forget(self) -> None:
-        """Remove them, and those of other extractors for this index."""
-        shutil.rmtree(self.folder.parent, ignore_errors=True)
+        """Remove them, and those of other extractors for this index; nothing else."""
+        root = self.folder.parent
+        folders = [path for path in root.glob("*") if _FOLDER.fullmatch(path.name)]
+        for folder in (root, *folders):
+            remove_temporary(folder)
+        for folder in folders:
+            for path in folder.glob("batch-*.safetensors"):
+                path.unlink(missing_ok=True)
+        for path in root.glob("whitening-*.safetensors"):
+            path.unlink(missing_ok=True)
+        for folder in (*folders, root):
+            with contextlib.suppress(OSError):  # not empty: it holds something else
+                folder.rmdir()
 
 
 class EmbeddingModule(LightningModule):

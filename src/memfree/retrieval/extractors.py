@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from huggingface_hub import constants
 from torch import Tensor
 
 from memfree.retrieval.clip import CLIPFeatures
@@ -13,12 +16,11 @@ from memfree.retrieval.copy_detection import CopyDetectionFeatures
 from memfree.retrieval.efficientnet import EfficientNetFeatures
 from memfree.retrieval.features import Features, PixelFeatures, identity
 from memfree.retrieval.latents import LatentFeatures
-from memfree.retrieval.network import Arithmetic
-from memfree.retrieval.sscd import SSCDFeatures, SSCDModel, SSCDPreprocessing
+from memfree.retrieval.options import ExtractorOptions, FeatureName
+from memfree.retrieval.sscd import SSCDFeatures
 from memfree.retrieval.timm_features import TimmFeatures
 from memfree.retrieval.whitening import Whitened
-
-FeatureName = Literal["pixels", "efficientnet", "sscd", "clip", "timm", "latents", "copy_detection"]
+from memfree.untrusted import short
 
 _APPLIES: dict[FeatureName, tuple[str, ...]] = {
     "pixels": (),
@@ -32,33 +34,6 @@ _APPLIES: dict[FeatureName, tuple[str, ...]] = {
 """Which options each extractor has."""
 HAVE_DTYPE = tuple(name for name, options in _APPLIES.items() if "dtype" in options)
 """Features whose network can work in another arithmetic than float32."""
-
-
-@dataclass(frozen=True)
-class ExtractorOptions:
-    """What a feature extractor is made of."""
-
-    path: Path | None = None
-    """Local weights. sscd: the TorchScript file; clip: a checkpoint, or a folder with
-    open_clip_config.json; timm: safetensors or a state dict; latents: a VAE or pipeline folder;
-    copy_detection: the folder of `memfree train-embedding`."""
-    model: str | None = None
-    """Architecture, by open_clip's name (clip: ViT-B-32 by default) or timm's (timm)."""
-    pretrained: str | None = None
-    """Published weights instead of a path, downloaded. clip: open_clip's tag; timm: true."""
-    sscd_model: SSCDModel = "disc_mixup"
-    """Which of the published SSCD models the file is."""
-    preprocessing: SSCDPreprocessing = "authors_288"
-    """How images are prepared for SSCD: authors_288 (shorter side 288, ImageNet mean and
-    deviation), authors_320 (320x320, the same), dcr (256, centre 224, mean and deviation 0.5),
-    dcr_search (256, centre 224, ImageNet), amg (224x224, not normalised)."""
-    trust_file: bool = False
-    """Load the SSCD file, which is a program, although its SHA-256 is not on the list of known
-    files."""
-    seed: int = 0
-    """Seed of timm's random weights, where neither path nor pretrained is given."""
-    dtype: Arithmetic = "float32"
-    """Arithmetic of the network; vectors are float32 in any case."""
 
 
 def make_features(name: FeatureName, options: ExtractorOptions) -> Features:
@@ -155,12 +130,11 @@ def _made(
         return Whitened.from_tensors(features_from(base, {}, weights, trust_file), tensors)
     if name == "sscd":
         return _sscd({**description, "preprocessing": description["preset"]}, trust_file)
-    if name == "clip":
-        return _clip(description)
+    if name in ("clip", "timm"):
+        with _cached_repositories(description):
+            return (_clip if name == "clip" else _timm_described)(description)
     if name == "copy-detection":
         return CopyDetectionFeatures.from_description(description, tensors)
-    if name == "timm":
-        return _timm({**description, "seed": description["seed"] or 0})
     if name == "vae-latents":
         if description["path"] is None:
             raise ValueError(
@@ -186,6 +160,35 @@ def _clip(fields: dict[str, Any]) -> Features:
 def _timm(fields: dict[str, Any]) -> Features:
     names = ("model", "path", "pretrained", "seed", "dtype")
     return TimmFeatures(**{name: fields[name] for name in names})
+
+
+def _timm_described(description: dict[str, Any]) -> Features:
+    return _timm({**description, "seed": description["seed"] or 0})
+
+
+@contextmanager
+def _cached_repositories(description: dict[str, Any]) -> Iterator[None]:
+    """Take a repository that an index names (``hf-hub:…``) from the hub's cache only.
+
+    The user did not name it. The hub's own switch, HF_HUB_OFFLINE, is read when it is imported.
+
+    Raises:
+        ValueError: it is not in the cache.
+    """
+    model = str(description["model"])
+    if ":" not in model:
+        yield
+        return
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"the index was made with {short(model, 80)}, which is not in the cache here: "
+            "download it first, if you trust it"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def _latents(fields: dict[str, Any]) -> Features:

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING
 
 from memfree.folders.atomic_files import write_atomic
 from memfree.retrieval.items import Items, conditions_table
+from memfree.untrusted import check_plain
 
 if TYPE_CHECKING:
     from memfree.retrieval.index import ReferenceIndex
 
 _SHORTEST = 16
 """Characters of a salt: with fewer, keys can be found out by trying salts."""
+
+_LONGEST = 1 << 16
+"""Bytes of a salt's file."""
 
 
 def hashed_key(key: str, salt: str) -> str:
@@ -30,13 +34,15 @@ def hashed_key(key: str, salt: str) -> str:
 
 def read_salt(path: Path) -> str:
     """The salt in a file; a random one is written there, for its owner's eyes, if there is none."""
-    if not path.exists():
+    if not os.path.lexists(path):
 
         def write(temporary: Path) -> None:
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-                file.write(secrets.token_hex(32) + "\n")
+            temporary.write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
 
-        write_atomic(path, write)
+        write_atomic(path, write, mode=0o600)
+    check_plain(path)
+    if path.stat().st_size > _LONGEST:
+        raise ValueError(f"{path} holds no salt: it has more than {_LONGEST} bytes")
     return path.read_text(encoding="utf-8").strip()
 
 

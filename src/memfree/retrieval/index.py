@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from memfree.retrieval.building import Embedded, assemble, embedded
-from memfree.retrieval.captions import CaptionPolicy, duplicated_captions
+from memfree.retrieval.captions import duplicated_captions
 from memfree.retrieval.changing import added, removed
 from memfree.retrieval.features import Features, PixelFeatures
 from memfree.retrieval.hashing import hashed
 from memfree.retrieval.items import Items
+from memfree.retrieval.options import CaptionPolicy
 from memfree.retrieval.origin import Origin
 from memfree.retrieval.searched import Searched
 
@@ -218,12 +219,17 @@ class ReferenceIndex(Searched):
 
     @classmethod
     def load(
-        cls, folder: Path | str, weights: Path | str | None = None, trust_file: bool = False
+        cls,
+        folder: Path | str,
+        weights: Path | str | None = None,
+        trust_file: bool = False,
+        verify: bool = True,
     ) -> ReferenceIndex:
         """Open an index folder, vectors memory-mapped; see ``loading.load``."""
         from memfree.retrieval.loading import load
 
-        return load(Path(folder), None if weights is None else Path(weights), trust_file)
+        place = None if weights is None else Path(weights)
+        return load(Path(folder), place, trust_file, verify)
 
 
 def _opened(dataset: DatasetFolder | Path | str) -> DatasetFolder:

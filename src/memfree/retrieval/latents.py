@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from memfree.retrieval.features import Features, Metric
-from memfree.retrieval.network import Arithmetic, state_hash
+from memfree.retrieval.network import state_hash
+from memfree.retrieval.options import Arithmetic
 from memfree.retrieval.weights_file import UNREADABLE, last_line
 
 

@@ -15,20 +15,24 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from memfree.folders.hashes import sha256
+from memfree.folders.hashes import block_checksums, sha256
 from memfree.folders.manifest import read_manifest
 from memfree.retrieval.extractors import features_from
 from memfree.retrieval.features import PixelFeatures
 from memfree.retrieval.index import ReferenceIndex
 from memfree.retrieval.items import CONDITIONS, Items
-from memfree.retrieval.storage import HASHED_FILES, ITEMS
+from memfree.retrieval.storage import HASHED_FILES, ITEMS, calibration_hash
 from memfree.untrusted import read_json, read_table, short
 
 _LABEL_BYTES = 1 << 30  # that the counts of all labels may take beside a small index
+_CHECKED = 1 << 24  # numbers looked at in one go
+SKIP_VARIABLE = "MEMFREE_SKIP_CHECKSUMS"
 _NULLABLE = ("shard", "content", "label", "caption")
 
 
-def load(folder: Path, weights: Path | None = None, trust_file: bool = False) -> ReferenceIndex:
+def load(
+    folder: Path, weights: Path | None = None, trust_file: bool = False, verify: bool = True
+) -> ReferenceIndex:
     """Open an index folder. Nothing in it is executed, and sizes are checked before allocation.
 
     Args:
@@ -36,6 +40,8 @@ def load(folder: Path, weights: Path | None = None, trust_file: bool = False) ->
         weights: where the extractor's file or folder is now, if not where it was at building; it
             must have the same weights.
         trust_file: run the TorchScript file of an SSCD extractor whatever its hash is.
+        verify: read the vectors once and compare their checksums, at the speed of the disk. The
+            environment variable ``MEMFREE_SKIP_CHECKSUMS=1`` leaves it out in every command.
 
     Raises:
         FileNotFoundError: there is no such folder, or the extractor's weights are not in place.
@@ -78,6 +84,8 @@ def load(folder: Path, weights: Path | None = None, trust_file: bool = False) ->
             f"{folder}/manifest.json: images of {shape} cannot have vectors of {dimension}"
         )
     vectors = _map_vectors(folder / "vectors.npy", rows, dimension)
+    if verify and not os.environ.get(SKIP_VARIABLE):
+        _verify_vectors(folder / "vectors.npy", vectors, manifest.get("vectors_crc32"))
     items = _read_items(folder, rows, groups, manifest.get("num_classes"))
     return ReferenceIndex(
         vectors,
@@ -85,7 +93,8 @@ def load(folder: Path, weights: Path | None = None, trust_file: bool = False) ->
         items,
         (shape[0], shape[1], shape[2]),
         manifest.get("dataset_hash"),
-        _read_calibrations(folder / "calibration.json"),
+        # Records of earlier versions have no hash.
+        _read_calibrations(folder / "calibration.json", hashed="vectors_crc32" in manifest),
     )
 
 
@@ -123,6 +132,22 @@ def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
     except (OSError, OverflowError) as error:
         raise ValueError(f"{path} of {size} bytes cannot be mapped: {short(error)}") from error
     return torch.from_numpy(array)
+
+
+def _verify_vectors(path: Path, vectors: Tensor, expected: Any) -> None:
+    """Compare the file's checksums; indexes of earlier versions have none.
+
+    Raises:
+        ValueError: a bit of it has changed, or a number is not finite.
+    """
+    if expected is not None and block_checksums(path) != expected:
+        raise ValueError(
+            f"{path} is damaged: it does not have the checksums of manifest.json; build the index "
+            "again"
+        )
+    for part in vectors.split(max(1, _CHECKED // vectors.shape[1])):
+        if not all(bool(end.isfinite()) for end in torch.aminmax(part)):
+            raise ValueError(f"{path} holds NaN or infinite values; build the index again")
 
 
 def _read_items(folder: Path, rows: int, groups: int, num_classes: Any) -> Items:
@@ -170,13 +195,19 @@ def _read_table(path: Path, schemas: list[pa.Schema]) -> pa.Table:
     return table
 
 
-def _read_calibrations(path: Path) -> dict[str, dict[str, Any]]:
+def _read_calibrations(path: Path, hashed: bool) -> dict[str, dict[str, Any]]:
     try:
         value = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is damaged: {path.name} is missing") from None
     if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
         raise ValueError(f"{path} does not hold one record a similarity")
+    for name, record in value.items():
+        found = record.pop("sha256", None)
+        if (hashed or found is not None) and found != calibration_hash(name, record):
+            raise ValueError(
+                f"{path} is damaged: {short(name, 60)} does not have its SHA-256; calibrate again"
+            )
     return value
 
 

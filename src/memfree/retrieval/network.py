@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from memfree.retrieval.features import Features, Metric
+from memfree.retrieval.options import Arithmetic
 from memfree.retrieval.preprocessing import Preprocessing
-
-Arithmetic = Literal["float32", "bfloat16"]
 
 
 class NetworkFeatures(Features):

@@ -7,26 +7,14 @@ import io
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memfree.retrieval.network import Arithmetic, NetworkFeatures
+from memfree.retrieval.network import NetworkFeatures
+from memfree.retrieval.options import Arithmetic, SSCDModel, SSCDPreprocessing
 from memfree.retrieval.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-
-SSCDModel = Literal[
-    "disc_mixup",
-    "disc_large",
-    "disc_blur",
-    "disc_advanced",
-    "imagenet_blur",
-    "imagenet_advanced",
-    "imagenet_mixup",
-]
-"""The published files sscd_MODEL.torchscript.pt."""
-SSCDPreprocessing = Literal["authors_288", "authors_320", "dcr", "dcr_search", "amg"]
-"""The five ways in which the literature prepares images for SSCD."""
 
 DIMENSIONS: dict[SSCDModel, int] = {
     "disc_mixup": 512,

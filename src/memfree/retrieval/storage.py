@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import safetensors.torch
 
 from memfree.folders.atomic_files import write_json
-from memfree.folders.hashes import sha256
+from memfree.folders.hashes import block_checksums, sha256
 from memfree.folders.manifest import read_manifest, write_manifest
 from memfree.folders.resolved import save_config
 from memfree.folders.storage_errors import check_free_space
-from memfree.folders.whole_folder import put_in_place, unfinished
+from memfree.folders.whole_folder import check_place, put_in_place, unfinished
 from memfree.retrieval.features import Features, PixelFeatures, identity
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _write(index: ReferenceIndex, folder: Path) -> None:
     tensors = {name: value.cpu().contiguous() for name, value in index.features.tensors().items()}
     if tensors:
         safetensors.torch.save_file(tensors, folder / "features.safetensors")
-    write_json(folder / "calibration.json", index.calibrations)
+    write_json(folder / "calibration.json", _sealed(index.calibrations))
     save_config(folder)
     write_manifest(
         folder,
@@ -120,6 +120,7 @@ def _write(index: ReferenceIndex, folder: Path) -> None:
         num_classes=index.num_classes,
         dataset_hash=index.dataset_hash,
         content_hash=content_hash(index),
+        vectors_crc32=block_checksums(folder / "vectors.npy"),
         files={name: sha256(folder / name) for name in HASHED_FILES if (folder / name).exists()},
     )
 
@@ -144,11 +145,13 @@ def check_replaceable(
         ValueError: the folder holds something else, or such an index and not ``overwrite``.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        check_place(folder)
         return
     if not folder.is_dir():
         raise ValueError(f"cannot write an index to {folder}: it is a file")
     old = read_manifest(folder, "index")
     if overwrite:
+        check_place(folder)
         return
     if difference := _difference(old, dataset_hash, features, content):
         raise ValueError(
@@ -178,4 +181,18 @@ def _difference(
 def save_calibrations(folder: Path, calibrations: dict[str, dict[str, Any]]) -> None:
     """Replace ``calibration.json`` of a finished index folder."""
     read_manifest(folder, "index")
-    write_json(folder / "calibration.json", calibrations)
+    write_json(folder / "calibration.json", _sealed(calibrations))
+
+
+def calibration_hash(name: str, record: dict[str, Any]) -> str:
+    """SHA-256 of a record of ``calibration.json``, without the one that stands in it."""
+    rest = {field: value for field, value in record.items() if field != "sha256"}
+    return hashlib.sha256(json.dumps([name, rest], sort_keys=True).encode()).hexdigest()
+
+
+def _sealed(calibrations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The records with their hashes; the file is replaced alone, so its hash stands in itself."""
+    return {
+        name: {**record, "sha256": calibration_hash(name, record)}
+        for name, record in calibrations.items()
+    }

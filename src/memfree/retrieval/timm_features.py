@@ -12,7 +12,8 @@ from timm.data import resolve_model_data_config
 from timm.models import load_state_dict
 from torch import Tensor
 
-from memfree.retrieval.network import Arithmetic, NetworkFeatures, state_hash
+from memfree.retrieval.network import NetworkFeatures, state_hash
+from memfree.retrieval.options import Arithmetic
 from memfree.retrieval.preprocessing import Preprocessing
 from memfree.retrieval.weights_file import UNREADABLE, last_line
 

@@ -11,7 +11,8 @@ from memfree.guidance.baselines import TextTools
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
 from memfree.retrieval.latents import check_latents
-from memfree.sampling.schedulers import SchedulerName, build_scheduler
+from memfree.sampling.options import SchedulerName
+from memfree.sampling.schedulers import build_scheduler
 
 
 def refuse_text_only(guidance: GuidanceSettings, model: LoadedModel) -> None:

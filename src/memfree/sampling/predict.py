@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from memfree.console import say
 from memfree.folders.hashes import folder_hash
 from memfree.folders.one_writer import one_at_a_time
 from memfree.folders.part import ALL, part_of
@@ -32,10 +33,10 @@ from memfree.sampling.checks import (
 from memfree.sampling.folder import read_records
 from memfree.sampling.identity import index_state, vectors_hash
 from memfree.sampling.module import SampleIndices, SamplingModule
+from memfree.sampling.options import PromptOptions, SchedulerName
 from memfree.sampling.progress import SampleProgress
-from memfree.sampling.prompts import PromptOptions, prompts_in_turn
+from memfree.sampling.prompts import prompts_in_turn
 from memfree.sampling.run import SampleRun
-from memfree.sampling.schedulers import SchedulerName
 from memfree.sampling.summary import trace_summary
 from memfree.sampling.writer import SampleWriter
 from memfree.trainers import build_trainer
@@ -165,7 +166,7 @@ def predict(
     run.check()
     if run.finished:
         run.verify()
-        print(f"{out} is finished: {count} samples")
+        say(f"{out} is finished: {count} samples")
         return
     writer = SampleWriter(
         run,
@@ -215,7 +216,7 @@ def predict(
                 if run.part.whole or not (missing := run.missing()):
                     _finish(run, seed, model, index, loaded, reference)
                 else:
-                    print(f"{out}: part {part} is drawn; {len(missing)} samples of others are not")
+                    say(f"{out}: part {part} is drawn; {len(missing)} samples of others are not")
 
 
 def _less_memory(batch_size: int, devices: SamplingDevices) -> list[str]:
@@ -267,7 +268,7 @@ def _finish(
     line = f"{run.folder}: {run.count} samples, {seconds / run.count:.3f} s each"
     if summary is not None and settings["guidance"]["mitigation"] in WITH_AMG:
         line += f"; AMG acted on {summary['active_samples']:.1%} of them"
-    print(line)
+    say(line)
 
 
 def _trace_summary(

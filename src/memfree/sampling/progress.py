@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from memfree.bars import counting_bar
+from memfree.console import plain_console
 from memfree.sampling.module import SampleBatch, SampleIndices
 
 PLAIN_INTERVAL = 10.0
@@ -29,7 +30,7 @@ class SampleProgress(Callback):
 
     def __init__(self, steered: bool = True, console: Console | None = None) -> None:
         self.steered = steered
-        self.console = console or Console(stderr=True)
+        self.console = console or plain_console(stderr=True)
         self._bar: Progress | None = None
         self._total = self._done = self._active = self._ranks = 0
         self._start = self._last = 0.0

@@ -4,29 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-
-from jsonargparse.typing import PositiveInt
 
 from memfree.data import DatasetFolder
-from memfree.data.prompts import PromptSet, prompt_set, read_prompts
+from memfree.data.prompts import prompt_set, read_prompts
 from memfree.models import LoadedModel
-
-
-@dataclass
-class PromptOptions:
-    """What a text-to-image model is asked for; sample i takes prompt i, and they repeat in turn."""
-
-    file: Path | None = None
-    """Text file with one prompt a line."""
-    dataset: Path | None = None
-    """Captioned dataset folder to take prompts from."""
-    captions: PromptSet = "duplicated"
-    """Which captions of it: of repeated training images, of the other training images, or of the
-    test part."""
-    least_records: PositiveInt = 2
-    """Training records from which on an image counts as repeated."""
+from memfree.sampling.options import PromptOptions
 
 
 def prompts_in_turn(prompts: PromptOptions, model: LoadedModel) -> list[str] | None:

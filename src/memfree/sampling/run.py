@@ -12,14 +12,17 @@ from typing import Any
 from memfree.difference import first_difference
 from memfree.first_process import is_first_process
 from memfree.folders.atomic_files import write_json
-from memfree.folders.folder_lock import FolderLock
+from memfree.folders.folder_lock import FolderLock, read_holder
 from memfree.folders.manifest import read_manifest, write_manifest
 from memfree.folders.part import WHOLE, Part
 from memfree.folders.resolved import CONFIG_NAME
+from memfree.folders.temporary import remove_temporary
 from memfree.untrusted import read_json, short
 
 RUN_FILE = "run.json"
 _FILE = re.compile(r"(samples|trace)-[0-9-]+\.(tar|parquet)")
+
+_LOCK = re.compile(r"\.lock-(\d+-)?\d+")
 
 
 class SampleRun:
@@ -93,7 +96,8 @@ class SampleRun:
             foreign = sorted(
                 path.name
                 for path in self.folder.iterdir()
-                if not path.name.startswith((".", "trace-"))
+                if not path.name.startswith(".")
+                and not (path.name.startswith("trace-") and _FILE.fullmatch(path.name))
                 and path.name not in (RUN_FILE, CONFIG_NAME)
             )
             if foreign:
@@ -186,9 +190,10 @@ class SampleRun:
         Of a part only its own: others may be writing theirs.
         """
         temporary = ".*.tmp" if self.part.whole else f".*-{self._prefix}*.tmp"
-        for path in self.folder.glob(temporary):
-            path.unlink(missing_ok=True)
+        remove_temporary(self.folder, pattern=temporary)
         for trace in self.folder.glob(f"trace-{self._prefix}*.parquet"):
+            if not _FILE.fullmatch(trace.name):
+                continue
             if not self.folder.joinpath(f"samples-{trace.stem[6:]}.tar").is_file():
                 trace.unlink(missing_ok=True)
 
@@ -238,7 +243,8 @@ class SampleRun:
                 " repeat the command to draw them"
             )
         for lock in self.folder.glob(".lock-*"):
-            lock.unlink(missing_ok=True)
+            if _LOCK.fullmatch(lock.name) and not lock.is_symlink() and read_holder(lock):
+                lock.unlink(missing_ok=True)
         shards, traces = self.shards(), sorted(self.folder.glob("trace-*.parquet"))
         write_manifest(
             self.folder,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import (
     DDIMScheduler,
@@ -12,7 +12,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-SchedulerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++-karras", "euler", "unipc"]
+from memfree.sampling.options import SchedulerName
 
 _CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {}),

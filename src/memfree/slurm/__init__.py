@@ -1,7 +1,5 @@
 """Commands as SLURM jobs, written and submitted by submitit."""
 
-from memfree.slurm.command_line import main
-from memfree.slurm.options import SlurmOptions
-from memfree.slurm.submission import Submission
+import lazy_loader
 
-__all__ = ["SlurmOptions", "Submission", "main"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

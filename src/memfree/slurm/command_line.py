@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from memfree.cli import COMMANDS, SCRIPTS, load, parser_of
 from memfree.folders.part import ALL
 from memfree.free_word import as_options
+from memfree.launcher import launched
 from memfree.option_messages import did_you_mean, option_message, options_of
 from memfree.slurm.options import SlurmOptions
 from memfree.slurm.submission import Submission
 from memfree.study_files import refuse_other_study
+from memfree.untrusted_yaml import check_config_files
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -41,6 +43,9 @@ def main(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(OVERVIEW)
         return
+    launch = launched()
+    if launch.several:
+        raise ValueError(f"memfree submit: {launch.started}; submit once, from a single process")
     command, *rest = arguments
     known = {**SCRIPTS, **COMMANDS}
     if command not in known:
@@ -80,6 +85,7 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
     known = {**SCRIPTS, **COMMANDS}[command]
     function = load(known)
     given = as_options(arguments, known.positional)
+    check_config_files(given)
     refuse_other_study(command, given)
     parser = parser_of(function, f"memfree submit {command}")
     parser.add_argument("--slurm", type=SlurmOptions, default=SlurmOptions())

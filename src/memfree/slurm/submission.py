@@ -5,15 +5,29 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from submitit.core.utils import FailedJobError
+from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
 
 from memfree.folders.atomic_files import write_text
+from memfree.launcher import is_launchers
 from memfree.slurm.options import SlurmOptions
 from memfree.stages import Stage
+
+_SAYS_WHERE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_UMASK")
+"""Variables by which SLURM's commands find SLURM, inside a job and elsewhere."""
+_DEVICES = (
+    "CUDA_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "GPU_DEVICE_ORDINAL",
+    "ZE_AFFINITY_MASK",
+)
+"""Variables by which SLURM gives a job its GPUs."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +84,12 @@ class Submission:
         # submitit pickles the name of this function and the strings, nothing of ours else.
         words = self.command, str(self.path), os.getcwd()
         try:
-            if self.parts:
-                every = zip(*((*words, part) for part in self.parts), strict=True)
-                job = executor.map_array(run_in_job, *every)[0]
-            else:
-                job = executor.submit(run_in_job, *words)
+            with outside_of_job():
+                if self.parts:
+                    every = zip(*((*words, part) for part in self.parts), strict=True)
+                    job = executor.map_array(run_in_job, *every)[0]
+                else:
+                    job = executor.submit(run_in_job, *words)
         except FailedJobError as error:
             raise ValueError(f"SLURM refused the job: {_reason(error)}") from error
         return str(job.job_id).split("_")[0]
@@ -83,6 +98,27 @@ class Submission:
         """What the first task of the job writes, of an array its first job's."""
         job = f"{number}_0" if self.parts else number
         return self.slurm.logs / job / f"{job}_0_log.out"
+
+
+@contextmanager
+def outside_of_job() -> Iterator[None]:
+    """Inside a job, hide what SLURM has said to that one from sbatch, which would pass it on.
+
+    The new job would have its CPU binding, its memory a CPU or its devices beside its own. What a
+    user says to sbatch is kept: where SLURM is, and the options of SBATCH_*.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    users = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _SAYS_WHERE or (name.startswith("SBATCH_") and "_BIND" not in name)
+    }
+    of_this_job = [name for name in os.environ if is_launchers(name)]
+    with clean_env([*of_this_job, *_DEVICES]):
+        os.environ.update(users)
+        yield
 
 
 class _Unsubmitted(SlurmExecutor):

@@ -1,6 +1,5 @@
 """Studies: the same models sampled in many ways, over several training seeds."""
 
-from memfree.study.study import study
-from memfree.study.text import text_study
+import lazy_loader
 
-__all__ = ["study", "text_study"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -27,6 +27,7 @@ from memfree.study.statistics import Measured
 from memfree.study.summary import SCHEMA, Summary
 from memfree.study.tables import printed
 from memfree.study.values import Values
+from memfree.untrusted import read_table
 
 
 def summarise(plan: Plan, cells: Sequence[Cell], console: Console) -> Summary:
@@ -128,9 +129,13 @@ def ladder_metrics(per_sample: Path, factors: Sequence[int]) -> list[Metric]:
         per_sample: of an evaluation.
         factors: of the ladder.
     """
-    table = pq.read_table(
-        per_sample, columns=["subject", "nearest_multiplicity", "copy", "distance_ratio"]
-    )
+    columns = {
+        "subject": pa.string(),
+        "nearest_multiplicity": pa.int64(),
+        "copy": pa.bool_(),
+        "distance_ratio": pa.float64(),
+    }
+    table = read_table(per_sample, columns)
     found = []
     for subject in pc.unique(table["subject"]).to_pylist():
         mine = table.filter(pc.equal(table["subject"], subject))

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
+from rich.text import Text
 
+from memfree.console import plain_console
 from memfree.folders.manifest import write_manifest
 from memfree.folders.one_writer import one_at_a_time
 from memfree.folders.part import ALL, WHOLE, part_of
@@ -97,13 +99,13 @@ def study(
     work = WHOLE if part == NONE else part_of(part)
     chosen = [] if part == NONE else work.share(every)
     check_commands(plan, every)
-    console = Console()
+    console = plain_console()
     if dry_run:
         _print(plan, chosen, console)
         return
     claim(plan)
     for number, cell in enumerate(chosen, 1):
-        console.rule(f"[bold]cell {number} of {len(chosen)}: {cell.name}")
+        console.rule(Text(f"cell {number} of {len(chosen)}: {cell.name}", style="bold"))
         run = CellRun(plan, cell)
         if not run.finished:
             run.run(console)
@@ -120,7 +122,7 @@ def _print(plan: Plan, cells: list[Cell], console: Console) -> None:
     """The plan: each command where it is run first, and the size of it all."""
     printed: set[str] = set()
     for number, cell in enumerate(cells, 1):
-        console.rule(f"[bold]cell {number} of {len(cells)}: {cell.name}")
+        console.rule(Text(f"cell {number} of {len(cells)}: {cell.name}", style="bold"))
         lines = [stage.line() for stage in plan.stages(cell)]
         new = [line for line in dict.fromkeys(lines) if line not in printed]
         printed.update(new)

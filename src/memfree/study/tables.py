@@ -6,6 +6,7 @@ import math
 
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from memfree.study.labels import LADDER, cell_title
 from memfree.study.statistics import (
@@ -136,7 +137,7 @@ def printed(values: Values) -> Table:
     for metric in known:
         table.add_column(SHOWN[metric].replace(", ", ",\n"), justify="right")
     for cell in cells_of(values):
-        table.add_row(f"[bold]{cell_title(*cell)}")
+        table.add_row(Text(cell_title(*cell), style="bold"))
         for subject in subjects_of(values, *cell):
             means = [_mean(values.get((*cell, subject, one)), one) for one in known]
             table.add_row(f"  {subject}", *means)

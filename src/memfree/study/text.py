@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from rich.console import Console
 
-from memfree.data.prompts import PromptSet
+from memfree.console import plain_console
+from memfree.data.options import PromptSet
 from memfree.folders.manifest import write_manifest
 from memfree.folders.resolved import save_config
 from memfree.stages import Stage, run_stages
@@ -106,7 +106,7 @@ def text_study(
     stages = [*study.shared(), *study.trained()]
     for prompts in prompt_sets:
         stages += [*study.sampled(prompts), *study.evaluated(prompts)]
-    console = Console()
+    console = plain_console()
     if dry_run:
         lines = "\n".join(stage.line() for stage in stages)
         console.print(lines, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from memfree.data.prompts import PromptSet
+from memfree.data.options import PromptSet
 from memfree.evaluation.intervals import Interval
 from memfree.evaluation.metrics import HELDOUT, Metric, read_metrics
 from memfree.folders.atomic_files import write_atomic, write_text

@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jsonargparse.typing import PositiveFloat
 from torch import Tensor
 
 from memfree.conditions import TextConditions
 from memfree.guidance.baselines.known_prompts import KnownPrompts
+from memfree.guidance.baselines.options import AttentionRescalingOptions
 from memfree.guidance.mitigation import Mitigation, Start
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
-
-
-@dataclass
-class AttentionRescalingOptions:
-    """Options of Ren's attention rescaling."""
-
-    scale: PositiveFloat = 1.25
-    """c, which multiplies the logits of the begin-of-text token; 1.25 in the authors' command,
-    1.1 to 1.35 in papers, 1 leaves them."""
-    mask_padding: bool = True
-    """Mask the tokens behind the prompt's end of text."""
-    mask_end: bool = False
-    """Mask the end of text too; the authors' command does not."""
 
 
 class AttentionRescaling(Mitigation):

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from jsonargparse.typing import NonNegativeFloat
 
 from memfree.conditions import TextConditions
+from memfree.guidance.baselines.options import EmbeddingNoiseOptions
 from memfree.guidance.mitigation import Mitigation, Start
-
-
-@dataclass
-class EmbeddingNoiseOptions:
-    """Options of GNI."""
-
-    strength: NonNegativeFloat = 0.1
-    """λ, in units of the embedding's entries; 0.1 in the paper, 0 changes nothing."""
 
 
 class EmbeddingNoise(Mitigation):

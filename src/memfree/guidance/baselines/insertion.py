@@ -3,18 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from jsonargparse.typing import NonNegativeInt
-
-
-@dataclass
-class Insertion:
-    """How many words RT, RNA and CWR insert."""
-
-    count: NonNegativeInt = 4
-    """Insertions a prompt; 4 in the authors' programs (1 to 8 in papers), 0 changes nothing."""
 
 
 def draw_below(bound: int, generator: torch.Generator) -> int:

@@ -2,23 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from jsonargparse.typing import restricted_number_type
-
+from memfree.guidance.baselines.options import LowerGuidanceOptions
 from memfree.guidance.mitigation import Mitigation
-
-AtLeastOne = restricted_number_type("AtLeastOne", float, (">=", 1))
-"""s_0 from 1 on."""
-
-
-@dataclass
-class LowerGuidanceOptions:
-    """Options of lower guidance."""
-
-    guidance_scale: AtLeastOne = 2.0  # type: ignore[valid-type]
-    """Largest s_0 that is used; ours, there is no source. 1, the least, is the conditional model
-    alone: diffusers takes no smaller one for less guidance, but for none."""
 
 
 class LowerGuidance(Mitigation):

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval
 from torch import Tensor
 
 from memfree.guidance.baselines.magnitude import branches, magnitude
+from memfree.guidance.baselines.options import OppositeGuidanceOptions
 from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.prediction import Guidance, Prediction
-
-
-@dataclass
-class OppositeGuidanceOptions:
-    """Options of Jain's opposite guidance and transition points."""
-
-    transition: Literal["static", "dynamic"] = "static"
-    """static: at transition_time; dynamic: of each sample, where ‖ε_c − ε_∅‖ has its first local
-    minimum."""
-    transition_time: ClosedUnitInterval = 0.65
-    """Static: guidance starts at this share of the training timesteps, 1 being noise. The authors'
-    commands: 0.65 for opposite guidance, 0.5 for none; 1 changes nothing."""
-    scale_before: float = -2.0
-    """s_0 before the transition. The authors': −2 (opposite), 0 (none) with a static transition;
-    1 (the conditional prediction alone) with a dynamic one, −7.5 for opposite and dynamic."""
 
 
 class OppositeGuidance(Mitigation):

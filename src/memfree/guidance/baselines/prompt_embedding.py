@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from memfree.conditions import TextConditions
 from memfree.diffusion_math import eps_change
 from memfree.guidance.baselines.magnitude import size_factor
+from memfree.guidance.baselines.options import PromptEmbeddingOptions
 from memfree.guidance.mitigation import Mitigation, Start
 from memfree.guidance.prediction import row_norm
 
 EpsDifference = Callable[[TextConditions, Tensor], Tensor]
 """(conditions (n, ...), their rows of the batch (n,)) → ε_θ(x_T, y) − ε_θ(x_T), (n, ...)."""
-
-
-@dataclass
-class PromptEmbeddingOptions:
-    """Options of Wen's prompt-embedding optimisation."""
-
-    target: NonNegativeFloat = 3.0
-    """l: a sample stops where ‖ε_c − ε_∅‖ ≤ l. Tuned for Stable Diffusion 1.4 (papers sweep about
-    1 to 7); a large one changes nothing."""
-    learning_rate: PositiveFloat = 0.05
-    """Of AdamW; 0.05 in the authors' program."""
-    iterations: NonNegativeInt = 10
-    """Steps of AdamW at most; 10 in the authors' program."""
-    per_element: bool = True
-    """Multiply l by √(elements of a latent / 16384): the same number at 4×64×64, the same root
-    mean square elsewhere. False takes l as it is."""
 
 
 class PromptEmbeddingOptimization(Mitigation):

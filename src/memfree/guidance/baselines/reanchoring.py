@@ -3,41 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from memfree.conditions import TextConditions
 from memfree.diffusion_math import eps_change, per_sample
 from memfree.guidance.baselines.magnitude import branches, eps_norm, magnitude, size_factor
-from memfree.guidance.baselines.prompt_embedding import PromptEmbeddingOptions, optimized
+from memfree.guidance.baselines.options import PromptEmbeddingOptions, PromptReanchoringOptions
+from memfree.guidance.baselines.prompt_embedding import optimized
 from memfree.guidance.baselines.semantic_search import SemanticSearch
 from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.prediction import Guidance, Prediction, combine
-
-
-@dataclass
-class PromptReanchoringOptions:
-    """Options of PRSS."""
-
-    alternative: Literal["search", "optimized"] = "search"
-    """y_mod: the nearest of given prompts that is not memorized (SS), or the prompt's embedding
-    optimised as Wen does."""
-    trigger: NonNegativeFloat = 1.0
-    """A sample is mitigated if ‖ε_c − ε_∅‖ is above this at the first step, and y_mod is sought
-    below it; 1 in the authors' README."""
-    target: PositiveFloat = 3.0
-    """l: y_mod alone is guided to below it, re-anchoring is used above; 3 in their README."""
-    threshold: PositiveFloat = 5.0
-    """thr: from here on re-anchoring has its full strength, s_pr = s_0; 5 in their README."""
-    candidates: PositiveInt = 25
-    """Search: how many of the nearest prompts are tried; 25 in the authors' program."""
-    per_element: bool = True
-    """Multiply the three by √(elements of a latent / 16384): the same numbers at 4×64×64, the same
-    root mean square elsewhere. False takes them as they are."""
 
 
 class PromptReanchoring(Mitigation):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from memfree.guidance.baselines.insertion import Insertion, draw_below, with_words
+from memfree.guidance.baselines.insertion import draw_below, with_words
+from memfree.guidance.baselines.options import Insertion
 from memfree.guidance.mitigation import Mitigation
 
 

@@ -44,6 +44,10 @@ class Sequential(Mitigation):
             start = replace(start, noise=one.initial_noise(start))
         return start.noise
 
+    def changes_start(self) -> bool:
+        """Whether any of them does."""
+        return any(one.changes_start() for one in self.mitigations)
+
     def guidance_scale(self, guidance_scale: float) -> float:
         """Pass s_0 down the list."""
         for one in self.mitigations:

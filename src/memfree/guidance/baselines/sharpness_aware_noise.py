@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from memfree.diffusion_math import per_sample
 from memfree.guidance.baselines.magnitude import size_factor
+from memfree.guidance.baselines.options import SharpnessAwareOptions
 from memfree.guidance.mitigation import Mitigation, Start
 from memfree.guidance.prediction import row_norm
-
-
-@dataclass
-class SharpnessAwareOptions:
-    """Options of SAIL."""
-
-    threshold: NonNegativeFloat = 8.2
-    """l_thres: the first candidate whose loss is at most this is taken. Tuned for Stable Diffusion
-    1.4, where 0.05·‖x_T‖ alone is about 6.4; a large one changes nothing."""
-    gaussianity: NonNegativeFloat = 0.05
-    """α, the weight of ‖x_T‖; 0.05 in the authors' program for Stable Diffusion 1, 0.01 for 2."""
-    learning_rate: PositiveFloat = 0.05
-    """Of Adam; 0.05 in the authors' program."""
-    iterations: PositiveInt = 10
-    """Evaluations of the loss at most; 10 in the authors' program."""
-    candidates: PositiveInt = 8
-    """Noises optimised together for a sample, its own x_T the first; 8 in the authors' program."""
-    per_element: bool = True
-    """Multiply the threshold and the length of the difference step by √(elements / 16384): the
-    same numbers at 4×64×64, the same root mean square elsewhere. False takes them as they are."""
 
 
 class SharpnessAwareInitialization(Mitigation):

@@ -1,7 +1,5 @@
 """The guard: guidance and verdicts for diffusers pipelines."""
 
-from memfree.sampling.guard.context import guard
-from memfree.sampling.guard.guider import AntiMemorizationGuider
-from memfree.sampling.guard.report import GuardReport, Verdict
+import lazy_loader
 
-__all__ = ["AntiMemorizationGuider", "GuardReport", "Verdict", "guard"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,8 +1,11 @@
-"""Arguments of a pipeline call: checked, and taken for some of its images alone."""
+"""Arguments of a pipeline call: by name, checked, and taken for some of its images alone."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import Parameter
 from numbers import Integral
 from typing import Any
 
@@ -27,7 +30,74 @@ _PER_PROMPT = (
 """Arguments with an entry a prompt, where they are a list or a tensor."""
 
 
-def check_call(call: Mapping[str, Any], family: Family) -> None:
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one pipeline call by name, whatever the class of the pipeline calls its own.
+
+    A subclass may hand arguments on as ``*args`` and ``**kw``, and set defaults of its own on the
+    way: so only what the caller gave is passed, and the rest is known from the class that names it.
+    """
+
+    kind: Any
+    """The pipeline's class."""
+    given: Mapping[str, Any]
+    """What is passed on."""
+    defaults: Mapping[str, Any]
+    """Of what is not given, by the first class that names it."""
+    positional: tuple[str, ...] = ()
+    """Names of what goes by position: what the class itself takes as ``*args``, and before it."""
+
+    @classmethod
+    def bind(cls, kind: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """The arguments of ``kind.__call__``.
+
+        Raises:
+            TypeError: they are none of it, as Python says it.
+        """
+        inspect.signature(kind.__call__).bind(None, *args, **kwargs)
+        given, defaults, positional = dict(kwargs), {}, []
+        rest = list(args)
+        for each in kind.__mro__:
+            if "__call__" not in vars(each):
+                continue
+            _, *parameters = inspect.signature(vars(each)["__call__"]).parameters.values()
+            kinds = {parameter.kind for parameter in parameters}
+            for parameter in parameters:
+                if parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
+                    continue
+                name, by_place = parameter.name, parameter.kind is not Parameter.KEYWORD_ONLY
+                if name in given or name in defaults:
+                    continue
+                if by_place and rest:
+                    given[name] = rest.pop(0)
+                    positional.append(name)
+                elif parameter.default is not Parameter.empty:
+                    defaults[name] = parameter.default
+            if not kinds & {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}:
+                break
+        if rest:
+            raise TypeError(f"{kind.__name__}: nothing takes the last {len(rest)} arguments")
+        return cls(kind, given, defaults, tuple(positional))
+
+    @property
+    def all(self) -> dict[str, Any]:
+        """What is given, and the defaults of the rest."""
+        return {**self.defaults, **self.given}
+
+    def with_(self, **values: Any) -> Call:
+        """The same call with other arguments."""
+        return replace(self, given={**self.given, **values})
+
+    def __call__(self, pipe: Any) -> Any:
+        """Call the pipeline's own ``__call__``."""
+        kinds = {one.kind for one in inspect.signature(self.kind.__call__).parameters.values()}
+        if Parameter.VAR_POSITIONAL not in kinds:
+            return self.kind.__call__(pipe, **self.given)
+        by_name = {name: self.given[name] for name in self.given if name not in self.positional}
+        return self.kind.__call__(pipe, *(self.given[name] for name in self.positional), **by_name)
+
+
+def check_call(call: Mapping[str, Any]) -> None:
     """Refuse a pipeline call that the guard cannot follow.
 
     Raises:
@@ -59,28 +129,40 @@ def check_call(call: Mapping[str, Any], family: Family) -> None:
             "memfree.guard does not support skip_guidance_layers: skip-layer guidance calls the "
             "denoiser once more a step, with layers left out"
         )
-    if call.get("denoising_end") is not None:
+    if call.get("padding_mask_crop") is not None:
         raise ValueError(
-            "memfree.guard does not support denoising_end: the images are not finished, so there "
-            "is no verdict; guard the pipeline that finishes them"
+            "memfree.guard does not support padding_mask_crop: guidance would see the crop, and "
+            "the verdict the whole image; crop the image first and guard the call on the crop"
         )
 
 
-def check_branches(call: Mapping[str, Any], guidances: Sequence[Guidance]) -> None:
+def check_branches(call: Mapping[str, Any], guidances: Sequence[Guidance], distilled: bool) -> None:
     """Refuse a guidance that needs the unconditional prediction where the pipeline makes none.
 
+    Args:
+        call: arguments of the pipeline call by name.
+        guidances: in order.
+        distilled: whether the denoiser is told the guidance scale, as latent consistency models
+            are, and has one prediction whatever it is.
+
     Raises:
-        ValueError: the guidance scale is not above 1.
+        ValueError: there is no unconditional prediction.
     """
     scale = call.get("guidance_scale")
-    if scale is None or scale > 1:
+    if not distilled and (scale is None or scale > 1):
         return
     for one in guidances:
         if getattr(one, "needs_unconditional", False):
+            where = (
+                "this denoiser, which is told the guidance scale, does not have: leave"
+                if distilled
+                else "the pipeline makes with a guidance_scale above 1 only, not "
+                f"{scale:g}: raise it, or leave"
+            )
             raise ValueError(
                 f"memfree.guard: {type(one).__name__} needs the unconditional prediction for "
-                "captions of repeated images, which the pipeline makes with a guidance_scale above "
-                f"1 only, not {scale:g}: raise it, or leave captions undamped (damp_captions=False)"
+                f"captions of repeated images, which {where} captions undamped "
+                "(damp_captions=False)"
             )
 
 
@@ -102,17 +184,32 @@ def images_per_prompt(call: Mapping[str, Any]) -> int:
     return int(call.get("num_images_per_prompt") or 1)
 
 
-def for_images(call: Mapping[str, Any], images: Sequence[int]) -> dict[str, Any]:
-    """The same call for some of its images, as one image a prompt; noise is not taken along."""
-    prompts, each = prompt_count(call), images_per_prompt(call)
-    part = dict(call)
+def for_images(call: Call, family: Family, images: Sequence[int], controlnets: int = 1) -> Call:
+    """The same call for some of its images, as one image a prompt; noise is not taken along.
+
+    Args:
+        call: the pipeline call.
+        family: of the pipeline.
+        images: their numbers in the call.
+        controlnets: how many ControlNets the pipeline has, each with images of its own.
+    """
+    every = call.all
+    prompts, each = prompt_count(every), images_per_prompt(every)
+    part: dict[str, Any] = {"num_images_per_prompt": 1}
+    places = [image // each for image in images]
     for name in _PER_PROMPT:
-        if name in part:
-            part[name] = _spread(part[name], [image // each for image in images], prompts)
-    if "image" in part:
-        part["image"] = _given_images(part["image"], images)
-    part["num_images_per_prompt"] = 1
-    return part
+        if name in call.given:
+            part[name] = _spread(call.given[name], places, prompts)
+    for name in ("image", "mask_image", "masked_image_latents"):
+        if call.given.get(name) is not None and name != family.control:
+            part[name] = _given_images(call.given[name], images)
+    if (control := call.given.get(family.control)) is not None:
+        nested = isinstance(control, (list, tuple)) and isinstance(control[0], (list, tuple))
+        if controlnets == 1 or (nested and family.control_by_prompt):
+            part[family.control] = _controls(control, places, prompts)
+        else:
+            part[family.control] = [_controls(one, places, prompts) for one in control]
+    return call.with_(**part)
 
 
 def _spread(value: Any, prompts: list[int], count: int) -> Any:
@@ -120,13 +217,19 @@ def _spread(value: Any, prompts: list[int], count: int) -> Any:
         return [value] * len(prompts)
     if isinstance(value, (list, tuple)) and len(value) == count:
         return [value[prompt] for prompt in prompts]
-    if isinstance(value, Tensor) and len(value) == count:
-        return value[torch.tensor(prompts, device=value.device)]
+    if isinstance(value, (Tensor, np.ndarray)) and len(value) == count:
+        return value[prompts]
     return value
 
 
+def _controls(value: Any, prompts: list[int], count: int) -> Any:
+    """The images of a ControlNet for images of these prompts; one image is everyone's."""
+    alone = isinstance(value, (Tensor, np.ndarray)) and value.ndim < 4
+    return value if alone else _spread(value, prompts, count)
+
+
 def _given_images(value: Any, images: Sequence[int]) -> Any:
-    """The images that image-to-image begins with; one image, in whatever form, is everyone's.
+    """The images that image-to-image begins with, one each; a single one is everyone's.
 
     Image k of the call begins with the k-th of n, then again from the first, as in diffusers.
     """
@@ -134,8 +237,8 @@ def _given_images(value: Any, images: Sequence[int]) -> Any:
         join: Any = torch.cat if isinstance(value[0], Tensor) else np.concatenate
         value = join(value)
     batch = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4
-    if not (batch or isinstance(value, (list, tuple))) or len(value) < 2:
-        return value
+    if not (batch or isinstance(value, (list, tuple))):
+        return [value] * len(images)
     places = [image % len(value) for image in images]
     return value[places] if batch else [value[place] for place in places]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,10 +20,10 @@ from memfree.guidance import (
 from memfree.guidance.baselines import TextTools
 from memfree.guidance.mitigation import Mitigation
 from memfree.retrieval import ReferenceIndex
-from memfree.retrieval.latents import check_latents
 from memfree.sampling.guard.adapters import loading_adapters
 from memfree.sampling.guard.decode import Decoder
 from memfree.sampling.guard.families import family_of
+from memfree.sampling.guard.images import Watched
 from memfree.sampling.guard.noise_level import check_scheduler
 from memfree.sampling.guard.options import check_guidance, check_index, check_numbers
 from memfree.sampling.guard.report import GuardReport
@@ -41,7 +43,7 @@ def guard(
     false_positive_rate: float = DEFAULT_RATE,
     decoder: Any = None,
     chunk_size: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     latents: ReferenceIndex | None = None,
 ) -> Iterator[GuardReport]:
     """Guide and judge every call of a diffusers pipeline inside a ``with`` block.
@@ -50,11 +52,15 @@ def guard(
     generators. A forward hook on its denoiser passes every prediction through the guidance (Chen,
     Liu, Xu, 2024, eq. 10), and finished images are compared with the index. Where no guidance is
     active, images have the bits of the unguarded pipeline. Supported: Stable Diffusion 1, 2 and XL
-    with their img2img pipelines, PixArt, Stable Diffusion 3.
+    with their img2img, inpainting and ControlNet pipelines, latent consistency models, PixArt,
+    Stable Diffusion 3 with its img2img pipeline.
 
-    Inside the block the pipeline's class is a subclass of its own, which sees ``__call__``,
-    ``prepare_latents`` and ``load_lora_weights``; hooks stand on the denoiser during a call.
-    Afterwards, also after an exception, the pipeline is as it was.
+    Inside the block the pipeline's class is a subclass of its own, which sees ``__call__`` and what
+    it prepares; a hook on the denoiser guides. Copies of the pipeline (``copy.copy``,
+    ``copy.deepcopy``) are guarded to the end of the block as well. A pipeline that shares the
+    denoiser in another way, such as one that ``from_pipe`` makes, is not: the first time it is
+    called a warning says so, and so does the report. Afterwards, also after an exception, the
+    pipeline is as it was.
 
     Args:
         pipe: the pipeline.
@@ -62,9 +68,10 @@ def guard(
             block.
         guidance: one guidance, several in order, or settings; None:
             ``AntiMemorizationGuidance.recommended(index)`` (without its caption term where the
-            index has no captions), or with a ``mitigation`` its own guidances alone. An empty list
-            guides nothing and judges all the same. Settings run all stages of what they name, the
-            field's baselines included, and their budget is that of ``reject``.
+            index has no captions or the pipeline no text encoder), or with a ``mitigation`` its
+            own guidances alone. An empty list guides nothing and judges all the same. Settings run
+            all stages of what they name, the field's baselines included, and their budget is that
+            of ``reject``.
         mitigation: all stages of a mitigation; its guidances come before ``guidance``.
         on_copy: what happens to a finished image that is a copy: ``keep`` returns it with its
             verdict; ``refuse`` puts None in its place; ``resample`` draws it again with other seeds
@@ -81,7 +88,8 @@ def guard(
         chunk_size: latents decoded and finished images judged at a time; None: the whole batch.
             On the way, the images of a step are embedded together.
         seed: of further draws and of what a mitigation draws; the pipeline's first draw has the
-            generators of its own call.
+            generators of its own call. None: another one for every guard, from the operating
+            system; ``report.seed`` says which.
         latents: references of multiplicity guidance in the denoiser's own space, for settings that
             name it.
 
@@ -97,6 +105,8 @@ def guard(
         raise ValueError(
             f"memfree.guard: on_copy must be keep, resample or refuse, not {on_copy!r}"
         )
+    if seed is None:
+        seed = secrets.randbits(63)  # not from torch's generator, which is the caller's
     check_numbers(budget, chunk_size, seed, false_positive_rate)
     check_index("index", index)
     if latents is not None:
@@ -114,9 +124,7 @@ def guard(
         if guidance.false_positive_rate == DEFAULT_RATE:
             guidance = replace(guidance, false_positive_rate=false_positive_rate)
         _check_settings(guidance, index, latents)
-    if latents is not None:
-        check_latents(latents.features, pipe.vae, "memfree.guard: latents=")
-    decode = Decoder(pipe.vae, index, chunk_size, decoder)
+    decode = Decoder(pipe.vae, index, chunk_size, decoder, latents)
     home = None if decoder is None else decoder.device
     moved = [(one, one.device, one.features.device) for one in (index, latents) if one is not None]
     try:
@@ -126,7 +134,8 @@ def guard(
             one.to(pipe._execution_device)
         if isinstance(guidance, GuidanceSettings):
             budget = guidance.budget if guidance.mitigation == "reject" else budget
-            tools = TextTools.of(pipe.tokenizer, index)
+            tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
+            tools = None if tokenizer is None else TextTools.of(tokenizer, index)
             mitigation = guidance.for_text(index, tools, latents)
             guidance = None
         judge = Judge(index, similarity, calibration, false_positive_rate, chunk_size)
@@ -134,6 +143,7 @@ def guard(
             kind,
             family,
             _guidances(guidance, mitigation, index, false_positive_rate),
+            _without_captions(guidance, mitigation, index, false_positive_rate),
             mitigation,
             judge,
             decode,
@@ -141,11 +151,11 @@ def guard(
             budget,
             seed,
         )
-        pipe.__class__ = _guarded(kind, session)
+        session.take(pipe, _guarded(kind, session))
         try:
             yield session.report
         finally:
-            pipe.__class__ = kind
+            session.release()
     finally:
         if decoder is not None:
             decoder.to(home)
@@ -194,24 +204,84 @@ def _guidances(
     return list(guidance) if isinstance(guidance, Sequence) else [guidance]
 
 
+def _without_captions(
+    guidance: Guidance | Sequence[Guidance] | None,
+    mitigation: Mitigation | None,
+    index: ReferenceIndex,
+    false_positive_rate: float,
+) -> list[Guidance] | None:
+    """The default guidance for calls without a text encoder; None: there is no other guidance."""
+    if guidance is not None or mitigation is not None or index.captions is None:
+        return None
+    return [GuidanceSettings("amg", false_positive_rate, c2=0.0).anti_memorization(index)]
+
+
 def _guarded(kind: Any, session: Session) -> type:
     """A subclass of the pipeline's class that goes through the session; it keeps the name."""
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(self) is not guarded:  # a method that was kept beyond the block
+            return kind.__call__(self, *args, **kwargs)
         return session.call(self, args, kwargs)
 
     @functools.wraps(kind.prepare_latents)
     def prepare_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
         return session.prepared(self, kind.prepare_latents(self, *args, **kwargs))
 
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        """A pipeline that is made in the block, as by ``pipe.from_pipe``, is an ordinary one."""
+        return kind(*args, **kwargs)
+
+    def copied(self: Any) -> Any:
+        made = object.__new__(kind)
+        vars(made).update(vars(self))
+        return session.take(made, guarded)
+
+    def deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
+        made = object.__new__(kind)
+        memo[id(self)] = made
+        with session.unwatched(self):  # or the copy of the denoiser would keep our hook
+            vars(made).update(copy.deepcopy(vars(self), memo))
+        return session.take(made, guarded)
+
+    def reduced(self: Any, protocol: Any) -> Any:
+        """What is pickled is an ordinary pipeline."""
+        return object.__new__, (kind,), vars(self)
+
     names = {
         "__call__": call,
+        "__new__": new,
+        "__copy__": copied,
+        "__deepcopy__": deeply_copied,
+        "__reduce_ex__": reduced,
         "prepare_latents": prepare_latents,
+        "image_processor": _watched_processor(session),
         "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         _MARK: True,
     }
+    if hasattr(kind, "prepare_mask_latents"):
+
+        @functools.wraps(kind.prepare_mask_latents)
+        def prepare_mask_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return session.masked(kind.prepare_mask_latents(self, *args, **kwargs))
+
+        names["prepare_mask_latents"] = prepare_mask_latents
     if hasattr(kind, "load_lora_weights"):  # PixArt's pipelines have none
         names["load_lora_weights"] = loading_adapters(kind)
-    return type(kind.__name__, (kind,), names)
+    guarded = type(kind.__name__, (kind,), names)
+    return guarded
+
+
+def _watched_processor(session: Session) -> property:
+    """``pipe.image_processor``, which shows the session what becomes an output."""
+
+    def read(self: Any) -> Watched:
+        return Watched(vars(self)["image_processor"], session.postprocessed)
+
+    def write(self: Any, value: Any) -> None:
+        vars(self)["image_processor"] = value
+
+    return property(read, write)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
+import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
@@ -16,6 +17,7 @@ from memfree.conditions import TextConditions
 from memfree.guidance import Guidance
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.guard.decode import Decoder
+from memfree.sampling.guard.denoiser import Signature
 from memfree.sampling.guard.families import StableDiffusionXL
 from memfree.sampling.guard.hook import Draw
 from memfree.sampling.guard.nested import usable
@@ -89,10 +91,13 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         """Before each branch: see what the denoiser is given."""
         super().prepare_models(denoiser)
+        caller, known = threading.get_ident(), diffusers.UNet2DConditionModel
+        needed = ("sample", "timestep", "encoder_hidden_states")
+        signature = Signature(denoiser, known, needed)
 
         def seen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            self._calls.append(dict(bound.arguments))
+            if threading.get_ident() == caller:  # others may share the denoiser
+                self._calls.append(signature.bind(args, kwargs))
 
         self._handle = denoiser.register_forward_hook(seen, with_kwargs=True)
 
@@ -126,6 +131,8 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
             pipe = SimpleNamespace(
                 scheduler=self._pipe.scheduler,
                 unet=self._pipe.unet,
+                vae=self._pipe.vae,
+                _execution_device=self._pipe._execution_device,
                 guidance_scale=self.guidance_scale,
                 guidance_rescale=self.guidance_rescale,
                 do_classifier_free_guidance=twice,
@@ -142,7 +149,11 @@ class _Modular(StableDiffusionXL):
         super().__init__()
         object.__setattr__(self, "components", components)
 
-    def encode(self, pipe: Any, captions: Sequence[str], call: Any) -> TextConditions:
+    def missing_text_part(self, pipe: Any) -> str | None:
+        """Of the modular pipeline's components."""
+        return super().missing_text_part(self.components)  # type: ignore[attr-defined]
+
+    def _encode(self, pipe: Any, captions: list[str], call: Any) -> TextConditions:
         """The text encoding block's own function."""
         from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
             StableDiffusionXLTextEncoderStep,
@@ -152,7 +163,7 @@ class _Modular(StableDiffusionXL):
         encode: Any = StableDiffusionXLTextEncoderStep.encode_prompt  # typed for one prompt
         embeddings, _, pooled, _ = encode(
             components,
-            list(captions),
+            captions,
             device=components._execution_device,
             num_images_per_prompt=1,
             prepare_unconditional_embeds=False,

@@ -36,6 +36,34 @@ def as_tensor(
     return (2 * made - 1).clamp(-1, 1).to(device)
 
 
+def finite_rows(images: Tensor) -> Tensor:
+    """(n,) bool: which images (n, ...) hold neither NaN nor ∞."""
+    return images.detach().isfinite().flatten(1).all(dim=1)
+
+
+class Watched:
+    """A pipeline's image processor that shows what it makes an output of; otherwise unchanged.
+
+    Only there it can be seen that an image is not finite: bytes have no NaN, and ∞ is clamped.
+
+    Args:
+        processor: the pipeline's.
+        show: called with what ``postprocess`` is given.
+    """
+
+    def __init__(self, processor: Any, show: Callable[[Any], None]) -> None:
+        self._processor = processor
+        self._show = show
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def postprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the processor's own."""
+        self._show(image)
+        return self._processor.postprocess(image, *args, **kwargs)
+
+
 def images_of(output: Any) -> Any:
     """The images in what a pipeline returned."""
     return output[0] if isinstance(output, tuple) else output.images

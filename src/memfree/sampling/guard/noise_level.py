@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memfree.diffusion_math import alpha_bar_at
+from memfree.diffusion_math import alpha_bar_at, alpha_bar_of_input
 
 SMALLEST_ALPHA_BAR = 2.0**-24
 """ᾱ is kept above this, as diffusers does: at ᾱ = 0 no noise estimate moves x̂_0."""
@@ -30,12 +30,20 @@ class NoiseLevel:
     """ᾱ of the variance-preserving sample, 0-d float32."""
     flow_sigma: float | None
     """σ of x_t = (1 − σ)·x_0 + σ·ε under flow matching; None otherwise."""
-    is_last: bool
-    """Whether the scheduler has no further step."""
+    following: Tensor
+    """Timesteps of the steps after this one."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the scheduler has no further step."""
+        return not len(self.following)
 
 
 class NoiseLevels:
     """Follows one pipeline call through its schedule, one denoiser call at a time.
+
+    Steps are counted, because schedules repeat timesteps (PNDM, Heun, rounded Karras sigmas); the
+    timestep of every call must be the one that the schedule has there.
 
     Args:
         scheduler: the pipeline's, read and never changed.
@@ -46,12 +54,24 @@ class NoiseLevels:
         self.scheduler = scheduler
         self.flow = flow
         self._calls = 0
-        self._first = 0
+        self._schedule = torch.empty(0)
+        self._starts: list[int] = []
+        self._planned = 0
 
-    def next(self, timestep: Tensor) -> NoiseLevel:
-        """The level of the denoiser call that is being made at ``timestep`` (0-d or equal rows)."""
+    def next(self, timestep: Tensor | float, planned: int | None = None) -> NoiseLevel:
+        """The level of the denoiser call that is being made.
+
+        Args:
+            timestep: t of the call, 0-d or equal rows.
+            planned: denoiser calls of the whole pipeline call; None: not known.
+
+        Raises:
+            ValueError: the schedule has another timestep here.
+        """
+        timestep = torch.as_tensor(timestep)  # some callers give a number
         t = timestep.flatten()[0].detach()
-        index = self._index(t)
+        position = self._position(t.cpu(), planned)
+        index = self._index(t, position)
         step, self._calls = self._calls, self._calls + 1
         sigma = None
         if self.flow:
@@ -66,30 +86,71 @@ class NoiseLevels:
             time=float(t) / self.scheduler.config.num_train_timesteps,
             alpha_bar=alpha_bar.clamp(min=SMALLEST_ALPHA_BAR).to(timestep.device),
             flow_sigma=sigma,
-            is_last=index == len(self.scheduler.timesteps) - 1,
+            following=self._schedule[position + 1 :].to(timestep.device),
         )
 
-    def _index(self, t: Tensor) -> int:
-        """Position in ``scheduler.timesteps``, which image-to-image does not enter at 0."""
-        if hasattr(self.scheduler, "step_index"):
-            if self.scheduler.step_index is not None:
-                return int(self.scheduler.step_index)
-            if self.scheduler.begin_index is not None:
-                return int(self.scheduler.begin_index)
-            return int(self.scheduler.index_for_timestep(t))
+    def check_followed(self, interrupted: bool) -> None:
+        """Refuse a finished pipeline call whose denoiser was called elsewhere too, or not at all.
+
+        Args:
+            interrupted: whether the pipeline was asked to stop before the end.
+
+        Raises:
+            ValueError: fewer calls were seen than the pipeline planned.
+        """
+        if self._calls and (interrupted or self._calls >= self._planned):
+            return
+        raise ValueError(
+            f"memfree.guard: the pipeline's denoiser was called {self._calls} times where "
+            f"{self._planned or 'its'} steps are due: it calls another, or in a thread of its own, "
+            "where the guard does not follow, so that its images would be unguided"
+        )
+
+    def _position(self, t: Tensor, planned: int | None) -> int:
+        """Position of this call in the schedule, which image-to-image does not enter at 0."""
         if self._calls == 0:
-            # PNDM repeats timesteps: only the first call is looked up, the others are counted.
-            same = self.scheduler.timesteps.to(t.device) == t
-            self._first = int(same.nonzero()[0]) if bool(same.any()) else 0
-        return self._first + self._calls
+            # A copy: another call of the pipeline may set the scheduler's timesteps anew.
+            self._schedule = self.scheduler.timesteps.detach().cpu().clone()
+            likely = self._likely_start(planned)
+            starts = (self._schedule.to(t.dtype) == t).nonzero().flatten().tolist()
+            self._starts = sorted(starts, key=lambda start: start != likely)
+            self._planned = len(self._schedule) - (self._starts or [0])[0]
+            self._planned = self._planned if planned is None else planned
+        expected = self._schedule.to(t.dtype).tolist()
+        self._starts = [
+            start
+            for start in self._starts
+            if start + self._calls < len(expected) and expected[start + self._calls] == float(t)
+        ]
+        if not self._starts:
+            raise ValueError(
+                f"memfree.guard: call {self._calls + 1} of the denoiser is at timestep "
+                f"{float(t):g}, where the scheduler's timesteps have another: the guard follows "
+                "pipelines that call their denoiser once a timestep, in order"
+            )
+        return self._starts[0] + self._calls
+
+    def _likely_start(self, planned: int | None) -> int | None:
+        """Where the pipeline enters a schedule in which its first timestep stands twice."""
+        begin = getattr(self.scheduler, "begin_index", None)
+        if begin is not None:
+            return int(begin)
+        return None if planned is None else len(self._schedule) - planned
+
+    def _index(self, t: Tensor, position: int) -> int:
+        """Position in the scheduler's own tables, as the scheduler counts."""
+        if not hasattr(self.scheduler, "step_index"):
+            return position
+        if self.scheduler.step_index is not None:
+            return int(self.scheduler.step_index)
+        if self.scheduler.begin_index is not None:
+            return int(self.scheduler.begin_index)
+        same = self._schedule[position].to(t.device)
+        return int(self.scheduler.index_for_timestep(same))
 
     def _alpha_bar(self, t: Tensor, index: int) -> Tensor:
         if hasattr(self.scheduler, "state_in_first_order"):
-            # Second-order schedulers keep the σ of their middle points to themselves, but divide
-            # the denoiser's input by √(σ² + 1).
-            one = torch.ones(1, dtype=torch.float64, device=t.device)
-            scale = self.scheduler.scale_model_input(one, t).double()
-            return scale.square().squeeze().float().cpu()
+            return alpha_bar_of_input(self.scheduler, t)
         timestep = t if t.is_floating_point() else int(t)
         return alpha_bar_at(self.scheduler, timestep, index).detach().clone()
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from memfree.console import shown
 from memfree.sampling.loop import TRACE_COLUMNS
 
 NOT_COVERED = (
@@ -43,6 +44,12 @@ class Verdict:
     """Share of held-out real images that are as near: (1 + how many) / (1 + all)."""
     copy: bool
     """Whether σ is above the threshold."""
+    finite: bool = True
+    """Whether the image is made of numbers. One with NaN or ∞ has no verdict: ``nearest`` is empty,
+    σ and p-value are NaN, and ``copy`` is False."""
+    finished: bool = True
+    """Whether the pipeline went to the end of its schedule. After ``denoising_end``, or where it
+    was interrupted, the verdict is of the clean estimate of its last step."""
     draws: int = 1
     """How often the image was drawn, this one included."""
     refused: bool = False
@@ -57,6 +64,9 @@ class GuardReport:
 
     verdicts: list[Verdict] = field(default_factory=list)
     """One an image, in the order of the calls."""
+    seed: int = 0
+    """Of further draws and of what a mitigation draws: with ``memfree.guard(…, seed=…)`` they are
+    drawn once more."""
     not_covered: str = NOT_COVERED
     """What no verdict says."""
     calls: int = 0
@@ -64,6 +74,11 @@ class GuardReport:
     unmoved: list[int] = field(default_factory=list)
     """Calls whose scheduler's last step does not follow the prediction (Euler with
     ``final_sigmas_type`` sigma_min): there no last correction was possible."""
+    outside: int = 0
+    """Calls of the denoiser by something else than the guarded pipeline, such as a pipeline that
+    shares it: neither guided nor judged."""
+    left_out: list[str] = field(default_factory=list)
+    """Parts of the guidance that this pipeline cannot have, and why."""
     _trace: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
 
     @property
@@ -111,11 +126,11 @@ class GuardReport:
         for verdict in self.verdicts:
             table.add_row(
                 f"{verdict.call}.{verdict.image}",
-                Text(verdict.nearest),
-                f"{verdict.similarity:.3f}",
+                Text(shown(verdict.nearest)),
+                f"{verdict.similarity:.3f}" if verdict.finite else "",
                 f"{verdict.threshold:.3f}",
-                f"{verdict.p_value:.3g}",
-                Text(_said(verdict)),
+                f"{verdict.p_value:.3g}" if verdict.finite else "",
+                Text(shown(_said(verdict))),
             )
         parts: list[Any] = [table]
         if self.verdicts:
@@ -126,6 +141,25 @@ class GuardReport:
                 "The last step of the scheduler does not follow the prediction: the last "
                 f"correction was left out in {len(self.unmoved)} of {self.calls} calls."
             )
+        if broken := [verdict for verdict in self.verdicts if not verdict.finite]:
+            parts.append(
+                f"{len(broken)} of {len(self.verdicts)} images are not finite (NaN or infinity in "
+                "their pixels or latents): nothing can be said of them."
+            )
+        if unfinished := [verdict for verdict in self.verdicts if not verdict.finished]:
+            parts.append(
+                f"{len(unfinished)} of {len(self.verdicts)} images are not finished (denoising_"
+                "end, or an interrupted call): their verdicts are of the clean estimate of the "
+                "last step that was made."
+            )
+        if self.outside:
+            parts.append(
+                f"The denoiser was called {self.outside} times by something else than the guarded "
+                "pipeline: what was made there is neither guided nor judged."
+            )
+        parts += self.left_out
+        if any(verdict.draws > 1 for verdict in self.verdicts):
+            parts.append(f"Further draws are of seed {self.seed}.")
         return Group(*parts, self.not_covered)
 
     def __str__(self) -> str:
@@ -138,4 +172,8 @@ class GuardReport:
 
 def _said(verdict: Verdict) -> str:
     words = "refused" if verdict.refused else "copy" if verdict.copy else "no copy"
+    if not verdict.finite:
+        words = "not finite, no verdict"
+    elif not verdict.finished:
+        words += " (not finished)"
     return f"{words}: {verdict.reason}" if verdict.reason else words

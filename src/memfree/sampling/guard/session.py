@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from memfree.guidance import Calibration, Guidance, Similarity
+from memfree.guidance import AntiMemorizationGuidance, Calibration, Guidance, Similarity
 from memfree.guidance.mitigation import Mitigation
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.guard.arguments import (
+    Call,
     check_branches,
     check_call,
     for_images,
@@ -22,10 +26,12 @@ from memfree.sampling.guard.arguments import (
     texts,
 )
 from memfree.sampling.guard.decode import Decoder, check_size, explained_chunks
-from memfree.sampling.guard.families import Family
+from memfree.sampling.guard.denoiser import watched
+from memfree.sampling.guard.families import Family, check_parts
 from memfree.sampling.guard.hook import Draw
 from memfree.sampling.guard.images import (
     as_tensor,
+    finite_rows,
     images_of,
     put,
     put_flags,
@@ -35,10 +41,25 @@ from memfree.sampling.guard.images import (
 from memfree.sampling.guard.noise_level import check_scheduler
 from memfree.sampling.guard.report import GuardReport, Verdict
 from memfree.sampling.guard.stages import Stages, sources
+from memfree.sampling.noise import OwnRandomness
 
 OnCopy = Literal["keep", "resample", "refuse"]
 _REDRAW, _MITIGATION = 0, 1
 """What random numbers are for: another draw's noise, a mitigation's own."""
+
+
+@dataclass
+class Drawing:
+    """One draw of a guarded call, as the methods of its pipeline see it."""
+
+    draw: Draw
+    stages: Stages | None = None
+    finite: list[Tensor] = field(default_factory=list)
+    """Which images were finite when the pipeline last made an output of them, (n,) bool."""
+
+
+_DRAWING: ContextVar[Drawing | None] = ContextVar("memfree_drawing", default=None)
+"""The draw that this thread, or task, is in."""
 
 
 @dataclass
@@ -51,28 +72,46 @@ class Judge:
     false_positive_rate: float
     chunk_size: int | None
 
-    def verdicts(self, images: Tensor, call: int, places: Sequence[int]) -> list[Verdict]:
-        """One an image (n, C, H, W) in [−1, 1]; they are these places of the call."""
+    def verdicts(
+        self,
+        images: Tensor,
+        finite: Tensor,
+        finished: bool,
+        call: int,
+        places: Sequence[int],
+    ) -> list[Verdict]:
+        """What the index says of each image.
+
+        Args:
+            images: (n, C, H, W) in [−1, 1].
+            finite: (n,) bool: which of them were finite before they were made an output.
+            finished: whether the pipeline took its schedule's last step.
+            call: number of the pipeline call.
+            places: positions of the images in the call.
+        """
         check_size(self.index, images)
         threshold = self.calibration.threshold(self.false_positive_rate)
         sigmas, rows = [], []
         with torch.no_grad(), explained_chunks("judging", len(images), self.chunk_size):
-            for part in images.split(self.chunk_size or len(images)):
+            for part in images.nan_to_num(0.0).split(self.chunk_size or len(images)):
                 match = self.similarity(self.index, part)
                 sigmas.append(match.sigma.cpu())
                 rows += match.rows[:, 0].tolist()
         sigma = torch.cat(sigmas)
+        finite = finite.cpu()
         p_values = self.calibration.p_values(sigma).tolist()
         return [
             Verdict(
                 call=call,
                 image=place,
-                nearest=self.index.keys[rows[i]],
-                similarity=float(sigma[i]),
+                nearest=self.index.keys[rows[i]] if finite[i] else "",
+                similarity=float(sigma[i]) if finite[i] else float("nan"),
                 threshold=threshold,
                 false_positive_rate=self.false_positive_rate,
-                p_value=p_values[i],
-                copy=float(sigma[i]) > threshold,
+                p_value=p_values[i] if finite[i] else float("nan"),
+                copy=bool(finite[i]) and float(sigma[i]) > threshold,
+                finite=bool(finite[i]),
+                finished=finished,
             )
             for i, place in enumerate(places)
         ]
@@ -86,6 +125,7 @@ class Session:
         kind: type,
         family: Family,
         guidances: list[Guidance],
+        without_captions: list[Guidance] | None,
         mitigation: Mitigation | None,
         judge: Judge,
         decoder: Decoder,
@@ -96,41 +136,86 @@ class Session:
         self.kind: Any = kind
         self.family = family
         self.guidances = guidances
+        self.without_captions = without_captions
         self.mitigation = mitigation
         self.judge = judge
         self.decoder = decoder
         self.on_copy = on_copy
         self.budget = budget
         self.seed = seed
-        self.report = GuardReport()
-        self._stages: Stages | None = None
+        self.report = GuardReport(seed=seed)
+        self._lock = threading.Lock()
+        self._randomness = OwnRandomness(seed)
+        self._images = 0
+        self._watched: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    def take(self, pipe: Any, guarded: type) -> Any:
+        """Guard a pipeline until ``release``, and watch who else calls its denoiser."""
+        self.watch(pipe)
+        pipe.__class__ = guarded
+        return pipe
+
+    def watch(self, pipe: Any) -> None:
+        """Put the watch on a pipeline's denoiser."""
+        watch = watched(getattr(pipe, self.family.denoiser), self._called_outside)
+        stack = ExitStack()
+        stack.enter_context(watch)
+        self._watched[pipe] = stack
+
+    def leave(self, pipe: Any) -> None:
+        """Take the watch off a pipeline's denoiser."""
+        if (stack := self._watched.pop(pipe, None)) is not None:
+            stack.close()
+
+    @contextmanager
+    def unwatched(self, pipe: Any) -> Iterator[None]:
+        """Without the watch on a pipeline's denoiser, as for a copy of it."""
+        self.leave(pipe)
+        try:
+            yield
+        finally:
+            self.watch(pipe)
+
+    def release(self) -> None:
+        """Give every guarded pipeline its own class back: the one of the block and its copies."""
+        for pipe in list(self._watched):
+            self.leave(pipe)
+            pipe.__class__ = self.kind
 
     def call(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The pipeline's ``__call__``."""
-        bound = inspect.signature(self.kind.__call__).bind(pipe, *args, **kwargs)
-        bound.apply_defaults()
-        call = dict(bound.arguments)
-        del call["self"]
-        call.update(call.pop("kwargs", {}))
-        check_call(call, self.family)
+        call = Call.bind(self.kind, args, kwargs)
+        check_call(call.all)
+        check_parts(pipe, self.family)
         check_scheduler(pipe.scheduler, self.family.flow)
+        self.decoder.follow(pipe.vae)
         if self.mitigation is not None:
-            call["guidance_scale"] = self.mitigation.guidance_scale(float(call["guidance_scale"]))
-        check_branches(call, self._guidances())
-        number, first = self.report.calls, len(self.report.verdicts)
-        self.report.calls += 1
-        places = list(range(image_count(call)))
-        output = self._draw(pipe, call, number, 0, places, first)
-        images, verdicts, kept = self._judged(output, call, number, places, pipe)
+            scale = float(call.all["guidance_scale"])
+            if (other := self.mitigation.guidance_scale(scale)) != scale:
+                call = call.with_(guidance_scale=other)
+        distilled = self._is_distilled(pipe)
+        check_branches(call.all, self._guidances(pipe), distilled)
+        self._check_text(pipe, call, distilled)
+        places = list(range(image_count(call.all)))
+        with self._lock:
+            number, first = self.report.calls, self._images
+            self.report.calls += 1
+            self._images += len(places)
+        output, drawing = self._draw(pipe, call, number, 0, places, first)
+        device = pipe._execution_device
+        with self._randomness.on(device):
+            images, verdicts, kept = self._judged(output, drawing, call, number, places)
         draws = 1
         while draws < self.budget and not all(kept):
             again = [place for place in places if not kept[place]]
-            part = {**for_images(call, again), "return_dict": True}
-            part["generator"] = sources(self.seed, [first + i for i in again], draws, _REDRAW)
-            if "latents" in part:
-                part["latents"] = None
-            redrawn = self._draw(pipe, part, number, draws, again, first)
-            others, judged, accepted = self._judged(redrawn, call, number, again, pipe)
+            part = for_images(call, self.family, again, self._controlnets(pipe))
+            generators = sources(self.seed, [first + i for i in again], draws, _REDRAW)
+            part = part.with_(generator=generators, return_dict=True)
+            if "latents" in part.given:
+                part = part.with_(latents=None)
+            with self._randomness.on(device):
+                redrawn, drawing = self._draw(pipe, part, number, draws, again, first)
+                others, judged, accepted = self._judged(redrawn, drawing, call, number, again)
             draws += 1
             images, output = put(images, others, again), put_flags(output, redrawn, again)
             for place, verdict, fine in zip(again, judged, accepted, strict=True):
@@ -147,30 +232,89 @@ class Session:
         self.report.verdicts += verdicts
         return with_images(output, without(images, refused))
 
-    def prepared(self, pipe: Any, latents: Tensor) -> Tensor:
+    def prepared(self, pipe: Any, latents: Any) -> Any:
         """What ``prepare_latents`` returned, before the pipeline goes on with it.
+
+        Inpainting pipelines return the noise as well, and the given image's latents where the
+        denoiser does not see them.
 
         Raises:
             ValueError: the index cannot be compared with images of this size.
         """
-        height, width = (pipe.vae_scale_factor * side for side in latents.shape[2:])
+        several = isinstance(latents, tuple)
+        x_T = latents[0] if several else latents
+        height, width = (pipe.vae_scale_factor * side for side in x_T.shape[2:])
         image = torch.zeros(1, 3, height, width, device=self.judge.index.device)
         check_size(self.judge.index, image)
-        if self._stages is not None:
-            self._stages.latents = latents
+        if (drawing := _DRAWING.get()) is not None:
+            if drawing.stages is not None:
+                drawing.stages.latents = x_T
+            if several and len(latents) == 3:
+                drawing.draw.given = latents[2]
         return latents
 
+    def masked(self, mask_and_image: Any) -> Any:
+        """What ``prepare_mask_latents`` returned."""
+        if (drawing := _DRAWING.get()) is not None:
+            drawing.draw.mask = mask_and_image[0]
+        return mask_and_image
+
+    def postprocessed(self, images: Any) -> None:
+        """What a pipeline is about to make an output of, where NaN turns black and ∞ white."""
+        drawing = _DRAWING.get()
+        if drawing is not None and isinstance(images, Tensor):
+            drawing.finite.append(finite_rows(images))
+
+    def _called_outside(self) -> None:
+        """Say once that something else calls the denoiser, such as an unguarded pipeline."""
+        self.report.outside += 1
+        if self.report.outside == 1:
+            warnings.warn(
+                f"memfree.guard: the {self.family.denoiser} of the guarded {self.kind.__name__} "
+                "was called by something else, such as a pipeline that from_pipe made of it: that "
+                "is neither guided nor judged; guard it as well",
+                stacklevel=2,
+            )
+
+    def _is_distilled(self, pipe: Any) -> bool:
+        """Whether the denoiser is told the guidance scale, and makes one prediction only."""
+        config = getattr(pipe, self.family.denoiser).config
+        return getattr(config, "time_cond_proj_dim", None) is not None
+
+    def _controlnets(self, pipe: Any) -> int:
+        """How many ControlNets feed the denoiser, each with images of its own."""
+        return len(getattr(getattr(pipe, "controlnet", None), "nets", [None]))
+
     def _judged(
-        self, output: Any, call: dict[str, Any], number: int, places: list[int], pipe: Any
+        self, output: Any, drawing: Drawing, call: Call, number: int, places: list[int]
     ) -> tuple[Any, list[Verdict], list[bool]]:
         """Images, their verdicts, and which of them need no further draw."""
         images = images_of(output)
+        if len(images) != len(places):
+            raise ValueError(
+                f"memfree.guard: {self.kind.__name__} returned {len(images)} images, where prompt "
+                f"and num_images_per_prompt ask for {len(places)}"
+            )
         device = self.judge.index.device
-        finished = as_tensor(images, call.get("output_type") or "pil", self.decoder, device)
-        verdicts = self.judge.verdicts(finished, number, places)
+        draw = drawing.draw
+        self.decoder.follow(draw.pipe.vae)
+        finished = draw.finished or draw.last is None
+        if finished:
+            kind = call.all.get("output_type") or "pil"
+            made = as_tensor(images, kind, self.decoder, device)
+            seen = drawing.finite[-1] if drawing.finite else None
+            finite = finite_rows(made) if seen is None or len(seen) != len(made) else seen
+        else:
+            assert draw.last is not None
+            with torch.no_grad():
+                made = self.decoder.finished(draw.last.clean_estimate()).to(device)
+            finite = finite_rows(made)
+        if isinstance(images, Tensor):
+            finite = finite.cpu() & finite_rows(images).cpu()
+        verdicts = self.judge.verdicts(made, finite, finished, number, places)
         kept = [True] * len(places)
         if self.mitigation is not None:
-            kept = self._accepted(self.mitigation, finished)
+            kept = self._accepted(self.mitigation, made)
         if self.on_copy == "resample":
             kept = [fine and not verdict.copy for fine, verdict in zip(kept, verdicts, strict=True)]
         return images, verdicts, kept
@@ -185,49 +329,79 @@ class Session:
     def _draw(
         self,
         pipe: Any,
-        call: dict[str, Any],
+        call: Call,
         number: int,
         attempt: int,
         places: list[int],
         first: int,
-    ) -> Any:
+    ) -> tuple[Any, Drawing]:
         """One call of the pipeline's own ``__call__`` with the hooks on its denoiser."""
-        guidances = self._guidances()
         generators = sources(self.seed, [first + i for i in places], attempt, _MITIGATION)
         if self.mitigation is not None:
-            call = self._prompts(call, generators)
-        draw = Draw(pipe, self.family, call, guidances, self.decoder)
-        denoiser = draw.denoiser
+            call = self._prompts(pipe, call, generators)
+        draw = Draw(pipe, self.family, call.all, self._guidances(pipe), self.decoder)
+        drawing, before = Drawing(draw), None
         with ExitStack() as stack:
+            stack.callback(_DRAWING.reset, _DRAWING.set(drawing))
             if self.mitigation is not None:
-                self._stages = Stages(draw, self.mitigation, generators)
-                stack.callback(setattr, self, "_stages", None)
-                stack.enter_context(self.mitigation.around(denoiser))
-                stack.enter_context(
-                    denoiser.register_forward_pre_hook(self._stages.before, with_kwargs=True)
-                )
-            stack.enter_context(denoiser.register_forward_hook(draw.after, with_kwargs=True))
-            output = self.kind.__call__(pipe, **call)
+                stack.enter_context(self.mitigation.around(draw.denoiser))
+                if self.mitigation.changes_start():
+                    drawing.stages = Stages(draw, self.mitigation, generators)
+                    before = drawing.stages.before
+            stack.enter_context(draw.hooked(before))
+            output = call.with_(**draw.callbacks_aside(call.given))(pipe)
         for rows in draw.trace:
             self.report.add_trace(number, attempt, places, rows)
         if draw.unmoved and number not in self.report.unmoved:
             self.report.unmoved.append(number)
-        return output
+        return output, drawing
 
-    def _guidances(self) -> list[Guidance]:
+    def _guidances(self, pipe: Any) -> list[Guidance]:
         """Those of the mitigation first."""
-        return [*(self.mitigation.guidances() if self.mitigation else ()), *self.guidances]
+        own = self.guidances
+        if self.without_captions is not None and self.family.missing_text_part(pipe):
+            own = self.without_captions
+        return [*(self.mitigation.guidances() if self.mitigation else ()), *own]
 
-    def _prompts(self, call: dict[str, Any], generators: list[torch.Generator]) -> dict[str, Any]:
+    def _check_text(self, pipe: Any, call: Call, distilled: bool) -> None:
+        """Refuse guidance that needs captions where none can be encoded, before anything is drawn.
+
+        Raises:
+            ValueError: the pipeline lacks a text encoder or a tokenizer.
+        """
+        part = self.family.missing_text_part(pipe)
+        if part is None:
+            return
+        if self.without_captions is not None:
+            note = (
+                f"The caption term of the guidance was left out: the pipeline has no {part}, "
+                "which encodes the captions of near images."
+            )
+            if note not in self.report.left_out:
+                self.report.left_out.append(note)
+        for one in self._guidances(pipe):
+            branches = not distilled and float(call.all.get("guidance_scale") or 1.0) > 1
+            needs_branches = isinstance(one, AntiMemorizationGuidance)
+            if getattr(one, "needs_text_encoder", False) and (branches or not needs_branches):
+                raise ValueError(
+                    f"memfree.guard: {type(one).__name__} needs the {part} of the pipeline, which "
+                    "encodes the captions of the index, and this pipeline has none: load it, or "
+                    "leave out guidance that needs captions (c2=0)"
+                )
+
+    def _prompts(self, pipe: Any, call: Call, generators: list[torch.Generator]) -> Call:
         """The call with the mitigation's prompts, one an image where they are new."""
         assert self.mitigation is not None
-        before = texts(call)
+        before = texts(call.all)
         if before is None:
             return call
         after = self.mitigation.prompts(before, generators)
         if list(after) == before:
             return call
-        return {**for_images(call, list(range(len(before)))), "prompt": list(after)}
+        every = list(range(len(before)))
+        return for_images(call, self.family, every, self._controlnets(pipe)).with_(
+            prompt=list(after)
+        )
 
 
 def _why(verdict: Verdict) -> str:

@@ -1,0 +1,102 @@
+"""Options of sources, streams and training data: no torch here, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Resize = Literal["crop", "squash", "pad"]
+
+
+Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
+
+
+SourceName = Literal["digits", "cifar10", "emoji", "folder", "shards"]
+
+
+OnError = Literal["stop", "skip"]
+
+
+DEFAULT_DISTANCE = 0.15
+"""Two images are near duplicates up to this distance; see :func:`near_pairs`."""
+
+
+KeyEnds = Literal["ask", "first_dot", "last_dot"]
+
+
+CaptionSource = Literal["any", "txt", "caption", "json", "metadata", "none"]
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """How records are read where their names or contents leave a choice."""
+
+    key_ends: KeyEnds = "ask"
+    """Where the key of k.seg.png ends, in shards: first_dot (WebDataset's rule: a part of sample
+    k), last_dot (the picture of a record k.seg) or ask: stop where a sample has no other
+    picture."""
+    image_suffix: str | None = None
+    """Which file of a sample is its picture where it has several, such as jpg for k.jpg and the
+    mask k.png; the others are left out."""
+    caption_source: CaptionSource = "any"
+    """Which caption is meant where a picture has several: txt, caption (files of that ending),
+    json (of a shard's record), metadata (of a folder's metadata.jsonl or .csv) or none."""
+
+    def suffix(self) -> str | None:
+        """``image_suffix`` as suffixes are written here: lower case, without its dot."""
+        return self.image_suffix.lower().lstrip(".") if self.image_suffix is not None else None
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How shards without a manifest are read; has no meaning for a dataset folder."""
+
+    epoch_records: int = 0
+    """Records that count as one epoch, all ranks together; needed, since the shards do not say."""
+    image_size: int | tuple[int, int] = 0
+    """Height and width that all images are brought to; needed."""
+    channels: Literal[1, 3] = 3
+    """1 grey, 3 RGB."""
+    resize: Resize = "crop"
+    """crop keeps the centre, squash scales both sides, pad adds black borders."""
+    num_classes: int = 0
+    """Classes of the records' .cls or JSON label; 0: labels are not read."""
+    captions: bool = False
+    """Give the records' .txt, .caption or JSON caption to the model."""
+    shuffle_buffer: int = 1000
+    """Records held back a worker, from which the next one is drawn."""
+    records: RecordOptions = field(default_factory=RecordOptions)
+    """Which files of a sample are meant where there is a choice."""
+
+
+LabelPolicy = Literal["own", "random", "unique"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The dataset folder or shards to train on, and how the records are read."""
+
+    path: str
+    """Dataset folder of ``memfree prepare``; or shards without a manifest: a folder of tars, a
+    glob, or addresses with braces (see ``stream``)."""
+    batch_size: int = 64
+    """Records in a batch on each rank, at most; batches of an epoch are nearly equal."""
+    seed: int = 0
+    """Seed of the order."""
+    num_workers: int = 0
+    """Processes that decode; 0 decodes in the training process."""
+    cache_bytes: int = 1 << 30
+    """Keep decoded images in memory if all of them take at most this many bytes (without workers
+    only)."""
+    random_flip: bool = False
+    """Mirror each record with probability 1/2."""
+    on_error: OnError = "stop"
+    """Stop at a broken record or shard, or skip and count it; the first few are named, and the
+    number is reported after training."""
+    verify: bool = False
+    """Compare the SHA-256 of every shard at the start, not only its size."""
+    stream: StreamOptions = field(default_factory=StreamOptions)
+    """How shards without a manifest are read."""
+
+
+PromptSet = Literal["duplicated", "other", "unseen"]

@@ -1,0 +1,15 @@
+from .ddpm import DDPMModule as DDPMModule
+from .denoiser import Denoiser as Denoiser
+from .denoiser import LoadedModel as LoadedModel
+from .denoiser import load_model as load_model
+from .ema import ExponentialMovingAverage as ExponentialMovingAverage
+from .export import export_model as export_model
+from .finite import FiniteTraining as FiniteTraining
+from .module import DiffusionModule as DiffusionModule
+from .network import build_network as build_network
+from .noise_schedule import build_scheduler as build_scheduler
+from .options import FineTuneOptions as FineTuneOptions
+from .options import ModelOptions as ModelOptions
+from .options import NetworkOptions as NetworkOptions
+from .options import NoiseOptions as NoiseOptions
+from .sample_grid import SampleGrid as SampleGrid

@@ -1,0 +1,10 @@
+from .clip import CLIPFeatures as CLIPFeatures
+from .efficientnet import EfficientNetFeatures as EfficientNetFeatures
+from .features import Features as Features
+from .features import PixelFeatures as PixelFeatures
+from .index import ReferenceIndex as ReferenceIndex
+from .latents import LatentFeatures as LatentFeatures
+from .search import Hits as Hits
+from .sscd import SSCDFeatures as SSCDFeatures
+from .timm_features import TimmFeatures as TimmFeatures
+from .whitening import Whitened as Whitened

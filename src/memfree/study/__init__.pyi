@@ -1,0 +1,2 @@
+from .study import study as study
+from .text import text_study as text_study
