@@ -43,8 +43,9 @@ class _Setting:
                 self._matmul.fp32_precision = self._before
 
 
-_CUDA = _Setting(torch.backends.cuda.matmul)
-_MKLDNN = _Setting(torch.backends.mkldnn.matmul)
+_BACKENDS: Any = torch.backends
+_CUDA = _Setting(_BACKENDS.cuda.matmul)
+_MKLDNN = _Setting(_BACKENDS.mkldnn.matmul)
 
 
 @contextmanager

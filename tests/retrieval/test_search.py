@@ -131,6 +131,7 @@ def test_small_memory_bounds_change_nothing(monkeypatch):
     whole = References(vectors, Groups.of(group), "l2").search(queries, 20)
     monkeypatch.setattr(search_module, "_SCORES", 3 * 700)
     monkeypatch.setattr(search_module, "_PART", 7 * 48)
+    monkeypatch.setattr(search_module, "_CACHED", 5 * 48)
     for keep_centred in (True, False):
         parts = References(vectors, Groups.of(group), "l2", keep_centred).search(queries, 20)
         assert torch.equal(whole.rows, parts.rows)

@@ -20,8 +20,8 @@ class OppositeGuidance(Mitigation):
     Memorization", CVPR 2025, arXiv 2411.16738: static and dynamic transition points, opposite
     guidance. As in the authors' program for the dynamic one, the step at which
     d_t > d_{t−1} < d_{t−2} shows, with d = ‖ε_c − ε_∅‖, is the first guided one; a sample without
-    such a minimum is never guided. Their program for opposite and dynamic looks for the minimum in
-    a run of its own before sampling; here it is looked for on the way.
+    such a minimum is never guided. Their program for opposite and dynamic has another rule, in a
+    run of its own before sampling (docs/baselines.md); here the rule is the same for every scale.
 
     Args:
         options: transition and scale.

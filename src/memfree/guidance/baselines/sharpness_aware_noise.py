@@ -21,7 +21,8 @@ class SharpnessAwareInitialization(Mitigation):
     one finite difference. Source: Jeon, Kim and No, "Understanding and Mitigating Memorization in
     Generative Models via Sharpness of Probability Landscapes", ICML 2025, arXiv 2412.04140,
     algorithm 2. The authors' program takes the inner Δ, which gives the step, at the initial noise
-    in every iteration; here it is taken at the present x_T. Where no candidate gets below the
+    in every iteration; here it is taken at the present x_T. Under v-prediction theirs steps along
+    −Δ, here along Δ as for ε. Where no candidate gets below the
     threshold theirs starts again, raises the threshold by 0.1 and so on without an end; here the
     candidate with the smallest loss is taken, so that the cost is bounded.
 
