@@ -5,17 +5,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from harness import additional_memory, compared, interleaved, record, write
+from harness import Records, additional_memory, compared, interleaved, measure, record
 from torch import Tensor
 
 from memfree.guidance import MultiplicityGuidance, NormalizedL2
 from memfree.guidance.prediction import Prediction
 from memfree.retrieval import ReferenceIndex
 
-ROWS, SHAPE, BATCH, FEW = 50_000, (3, 32, 32), 64, 16
+SHAPE = (3, 32, 32)
+
+
+class Size(NamedTuple):
+    """How much is measured."""
+
+    rows: int
+    """References."""
+    batch: int
+    """Queries at a time."""
+    few: int
+    """Queries at a time of a small batch."""
+    repetitions: int
+
+
+FULL, TINY = Size(50_000, 64, 16, 9), Size(100, 8, 4, 2)
 AUTHORS_SECONDS = 8.6
 """The authors' code (AMG-iddpm), seconds a sample and step on a 2-core CPU at these sizes."""
 
@@ -29,24 +45,26 @@ def pictures(count: int, generator: torch.Generator) -> Tensor:
     )
 
 
-def run(repetitions: int = 9) -> list[dict[str, Any]]:
+def run(tiny: bool = False) -> Records:
     """Measure; one record a comparison (see ``harness.record``)."""
+    rows, batch, few, repetitions = TINY if tiny else FULL
     generator = torch.Generator().manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    references = pictures(ROWS, generator)
+    references = pictures(rows, generator)
     # Half of the queries are near a reference, as late in sampling, half are not.
-    near = references[:: ROWS // (BATCH // 2)][: BATCH // 2]
+    near = references[:: rows // (batch // 2)][: batch // 2]
     near = near + 0.02 * torch.randn(near.shape, generator=generator)
-    queries = torch.cat([near, pictures(BATCH // 2, generator)]).to(device)
-    counts = torch.ones(ROWS, dtype=torch.int64)
+    queries = torch.cat([near, pictures(batch // 2, generator)]).to(device)
+    counts = torch.ones(rows, dtype=torch.int64)
     counts[::500] = 64
 
-    index = ReferenceIndex.build(references, groups=range(ROWS), counts=counts).to(device)
-    name = f"detection (nL2, k = 50), batch {BATCH}, {ROWS} x 3072 / matrix product"
+    index = ReferenceIndex.build(references, groups=range(rows), counts=counts).to(device)
+    name = f"detection (nL2, k = 50), batch {batch}, {rows} x 3072 / matrix product"
     detection = _detection(name, index, queries, repetitions)
-    per_sample = detection["ours"] / BATCH
+    per_sample = detection["ours"] / batch
     records = [
         detection,
+        _precision(index, queries, repetitions),
         record(
             "detection a sample-step / the authors' code, as measured on 2 cores",
             per_sample,
@@ -56,13 +74,13 @@ def run(repetitions: int = 9) -> list[dict[str, Any]]:
         ),
         _multiplicity(index, queries, 0.9, repetitions),
         _multiplicity(index, queries, 0.01, repetitions),
-        _products(index, queries[:FEW], repetitions),
+        _products(index, queries[:few], repetitions),
     ]
     del index
-    # 2000 groups of 5 near copies among singletons: the search must look for distinct groups.
-    groups = [row // 5 if row < 10_000 else row for row in range(ROWS)]
+    # A fifth in groups of 5 among singletons: the search must look for distinct groups.
+    groups = [row // 5 if row < rows // 5 else row for row in range(rows)]
     grouped = ReferenceIndex.build(references, groups=groups).to(device)
-    name = "detection with 2000 groups of 5 / matrix product"
+    name = f"detection with {rows // 25} groups of 5 / matrix product"
     return [*records, _detection(name, grouped, queries, repetitions)]
 
 
@@ -85,6 +103,30 @@ def _detection(
         index_bytes=2 * index.vectors.numel() * index.vectors.element_size(),
         additional_bytes=additional_memory(functions["detect"]),
     )
+
+
+def _precision(index: ReferenceIndex, queries: Tensor, repetitions: int) -> dict[str, Any]:
+    """The same detection where the user has set what Lightning recommends on GPUs, over without."""
+    similarity = NormalizedL2(k=50)
+
+    def detect() -> object:
+        return similarity(index, queries)
+
+    timings = interleaved({"high": _in_precision("high", detect), "default": detect}, repetitions)
+    name = f"detection, batch {len(queries)}, torch.set_float32_matmul_precision high / default"
+    return compared(name, timings, "high", "default", limit=1.1)
+
+
+def _in_precision(precision: str, function: Callable[[], object]) -> Callable[[], object]:
+    def call() -> object:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            return function()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return call
 
 
 def _multiplicity(
@@ -115,7 +157,8 @@ def _multiplicity(
     }
     timings = interleaved(functions, repetitions)
     return compared(
-        f"multiplicity guidance at ᾱ = {alpha_bar:g}, batch {BATCH}, {ROWS} x 3072 / two products",
+        f"multiplicity guidance at ᾱ = {alpha_bar:g}, batch {len(x_t)}, {len(index.vectors)} x "
+        f"{flat.shape[1]} / two products",
         timings,
         "correct",
         "products",
@@ -131,9 +174,9 @@ def _products(index: ReferenceIndex, queries: Tensor, repetitions: int) -> dict[
         "ours": lambda: index.references.products(flat),
     }
     timings = interleaved(functions, repetitions)
-    name = f"one product, batch {len(flat)}, {ROWS} x 3072 / queries @ references.T"
+    name = f"one product, batch {len(flat)}, {len(index.vectors)} x 3072 / queries @ references.T"
     return compared(name, timings, "ours", "plain")
 
 
 if __name__ == "__main__":
-    write("detection", run())
+    measure("detection", run)

@@ -9,12 +9,12 @@ class for every active sample, so that eq. 16 always costs a call of the denoise
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detection import pictures
 from diffusers import DDPMScheduler, UNet2DModel
-from harness import compared, interleaved, write
+from harness import Records, compared, interleaved, measure
 from torch import Tensor
 
 from memfree.guidance import (
@@ -25,11 +25,27 @@ from memfree.guidance import (
     NormalizedL2,
 )
 from memfree.guidance.detection import Detection
+from memfree.guidance.prediction import Prediction
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import sample
 from memfree.sampling.noise import draw, generators
 
-ROWS, BATCH, STEPS = 50_000, 16, 10
+
+class Size(NamedTuple):
+    """How much is measured."""
+
+    rows: int
+    """References."""
+    batch: int
+    """Samples drawn together."""
+    steps: int
+    channels: tuple[int, ...]
+    """Of the U-Net's resolutions."""
+    repetitions: int
+
+
+FULL = Size(50_000, 16, 10, (128, 256, 256, 256), 5)
+TINY = Size(60, 2, 5, (8, 8, 8, 8), 2)
 SHARES = (0.0, 0.1, 1.0)
 LIMIT = 1.10
 """Goal for the ratio at 10 % active samples."""
@@ -41,13 +57,14 @@ CLASSES = 3
 """Labels of the class-conditional network; the last stands for no class, as in our own models."""
 
 
-def network(classes: int | None = None) -> UNet2DModel:
+def network(channels: tuple[int, ...], classes: int | None = None) -> UNet2DModel:
     """The U-Net of DDPM on CIFAR-10, 35.7 M weights, untrained: time does not depend on them."""
     torch.manual_seed(0)
     net: Any = UNet2DModel(
         sample_size=32,
         num_class_embeds=classes,
-        block_out_channels=(128, 256, 256, 256),
+        block_out_channels=channels,
+        norm_num_groups=min(32, *channels),
         layers_per_block=2,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
@@ -60,39 +77,45 @@ class ForcedGuidance(AntiMemorizationGuidance):
 
     share = 0.0
     step = 0
+    count = 0
+    """Samples that it opens for at this step."""
 
-    def opens(self, detection: Detection) -> Tensor:
-        """The first so many rows, whatever σ is."""
-        sigma = detection.match.sigma
-        each = self.share * len(sigma)
-        count = int((self.step + 1) * each) - int(self.step * each)
+    def __call__(self, prediction: Prediction) -> Prediction:
+        """Guide the first so many rows."""
+        each = self.share * len(prediction.x_t)
+        self.count = int((self.step + 1) * each) - int(self.step * each)
         self.step += 1
-        return torch.arange(len(sigma), device=sigma.device) < count
+        return super().__call__(prediction)
+
+    def opens(self, detection: Detection, records: Tensor) -> Tensor:
+        """The first so many rows, whatever σ is; AMG may ask more than once a step."""
+        return torch.arange(len(records), device=records.device) < self.count
 
 
-def run(repetitions: int = 5) -> list[dict[str, Any]]:
+def run(tiny: bool = False) -> Records:
     """Measure; one record a guidance and share (see ``harness.record``)."""
+    size = TINY if tiny else FULL
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    counts = torch.ones(ROWS, dtype=torch.int64)
+    counts = torch.ones(size.rows, dtype=torch.int64)
     counts[::500] = 64
-    references = pictures(ROWS, torch.Generator().manual_seed(0))
+    references = pictures(size.rows, torch.Generator().manual_seed(0))
     # The class that is asked for has few images: the nearest one is of the other class.
-    labels = torch.full((ROWS,), NEAREST)
-    labels[:BATCH] = ASKED
-    index = ReferenceIndex.build(references, labels=labels, groups=range(ROWS), counts=counts)
+    labels = torch.full((size.rows,), NEAREST)
+    labels[: size.batch] = ASKED
+    index = ReferenceIndex.build(references, labels=labels, groups=range(size.rows), counts=counts)
     index = index.to(device)
     return [
-        *_compare(index, False, SHARES, repetitions),
-        *_compare(index, True, (0.1,), repetitions),
+        *_compare(index, False, SHARES, size),
+        *_compare(index, True, (0.1,), size),
     ]
 
 
 def _compare(
-    index: ReferenceIndex, conditional: bool, shares: tuple[float, ...], repetitions: int
-) -> list[dict[str, Any]]:
+    index: ReferenceIndex, conditional: bool, shares: tuple[float, ...], size: Size
+) -> Records:
     kind = "class, scale 3" if conditional else "unconditional"
     device = index.vectors.device
-    net: Any = network(CLASSES if conditional else None).to(device)
+    net: Any = network(size.channels, CLASSES if conditional else None).to(device)
 
     def denoiser(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         if not conditional:
@@ -102,14 +125,14 @@ def _compare(
 
     def draw_batch(guidance: list[Guidance]) -> Callable[[], Tensor]:
         def call() -> Tensor:
-            sources = generators(0, range(BATCH))
+            sources = generators(0, range(size.batch))
             return sample(
                 denoiser,
                 DDPMScheduler(),
                 draw((3, 32, 32), sources).to(device),
-                STEPS,
+                size.steps,
                 guidance,
-                conditions=torch.full((BATCH,), ASKED, device=device) if conditional else None,
+                conditions=torch.full((size.batch,), ASKED, device=device) if conditional else None,
                 guidance_scale=3.0 if conditional else 1.0,
                 generators=sources,
             ).images
@@ -132,7 +155,7 @@ def _compare(
         amg.share = share
         functions[f"amg, {share:.0%} active"] = draw_batch([amg])
         functions[f"both, {share:.0%} active"] = draw_batch([multiplicity, amg])
-    timings = interleaved(functions, repetitions)
+    timings = interleaved(functions, size.repetitions)
     weights = sum(weight.numel() for weight in net.parameters())
     return [
         compared(
@@ -141,9 +164,9 @@ def _compare(
             name,
             "unguided",
             parameters=weights,
-            batch=BATCH,
-            steps=STEPS,
-            references=ROWS,
+            batch=size.batch,
+            steps=size.steps,
+            references=size.rows,
             limit=LIMIT if ", 10%" in name else None,
         )
         for name in functions
@@ -152,4 +175,4 @@ def _compare(
 
 
 if __name__ == "__main__":
-    write("guidance", run())
+    measure("guidance", run)

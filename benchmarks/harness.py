@@ -1,14 +1,20 @@
-"""Timing of a function against its peer in one process, and the records that benchmarks write."""
+"""Timing of a function against its peer in one process, and the records that benchmarks write.
+
+Every benchmark is a module with a function ``run(tiny)``. ``python benchmarks/NAME.py`` measures
+and writes benchmarks/results/NAME.json; with ``--tiny`` the same code runs at the smallest sizes,
+prints its table and writes nothing: it shows that the benchmark works.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +25,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
+Records = list[dict[str, Any]]
 
 
 @dataclass
@@ -157,12 +164,38 @@ def additional_memory(function: Callable[[], object]) -> int | None:
     return most
 
 
-def write(name: str, records: list[dict[str, Any]], folder: Path = RESULTS) -> None:
-    """Write ``folder/NAME.json`` and print the records as a table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}.json.tmp"
-    temporary.write_text(json.dumps(records, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / f"{name}.json")
+def measure(
+    name: str,
+    run: Callable[[bool], Records],
+    arguments: Sequence[str] | None = None,
+    folder: Path = RESULTS,
+) -> Records:
+    """Run a benchmark, print its records as a table, and write ``folder/NAME.json``.
+
+    Args:
+        name: the benchmark's.
+        run: measures; told whether at the smallest sizes.
+        arguments: words of the command line, by default those of this process: none or ``--tiny``.
+        folder: where the records are written, but those of the smallest sizes, which are nowhere.
+    """
+    parser = argparse.ArgumentParser(prog=f"benchmarks/{name}.py", allow_abbrev=False)
+    parser.add_argument(
+        "--tiny", action="store_true", help="the smallest sizes, in seconds; writes nothing"
+    )
+    tiny = parser.parse_args(arguments).tiny
+    records = run(tiny)
+    text = json.dumps(records, indent=2, allow_nan=False) + "\n"
+    if not tiny:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{name}.json.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / f"{name}.json")
+    print_table(name, records)
+    return records
+
+
+def print_table(name: str, records: Records) -> None:
+    """Print records, one a line."""
     table = Table(title=f"{name} ({records[0]['machine']})" if records else name)
     for column in ("what", "ours", "peer", "unit", "ours / peer"):
         table.add_column(column, justify="left" if column in ("what", "unit") else "right")

@@ -14,13 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from guidance import ForcedGuidance
-from harness import compared, interleaved, write
+from harness import Records, compared, interleaved, measure
 from scratch_model import (
-    BATCH,
-    PROMPTS,
-    REFERENCES,
+    FULL,
     SCALE,
-    STEPS,
+    TINY,
+    Size,
     clock,
     device,
     sampler,
@@ -51,15 +50,16 @@ last step is always compared, through the full decoder; unless said otherwise so
 time 0.3 on (``Cadence.always_below``)."""
 
 
-def run(repetitions: int = 4) -> list[dict[str, Any]]:
+def run(tiny: bool = False) -> Records:
     """Measure; one record a way and share (see ``harness.record``)."""
-    models = {small: scratch_model(small) for small in (False, True)}
-    prompts = [PROMPTS[0]] * BATCH
+    size = TINY if tiny else FULL
+    models = {small: scratch_model(size, small) for small in (False, True)}
+    prompts = size.prompts[:1] * size.batch
     indexes = {
-        "other": scratch_index(),
-        "the prompt's own": scratch_index([prompts[0]] * REFERENCES),
+        "other": scratch_index(size),
+        "the prompt's own": scratch_index(size, prompts[:1] * size.references),
     }
-    functions = {"unguided": _drawing(models[False], Mitigation(), prompts)}
+    functions = {"unguided": _drawing(size, models[False], Mitigation(), prompts)}
     details: dict[str, dict[str, Any]] = {}
     for way, (small, cadence) in WAYS.items():
         for share in SHARES:
@@ -70,10 +70,11 @@ def run(repetitions: int = 4) -> list[dict[str, Any]]:
                 if share:
                     name += f" ({caption} caption)"
                 mitigation = Guided([_forced(index, share, cadence)])
-                functions[name] = _drawing(models[small], mitigation, prompts)
+                functions[name] = _drawing(size, models[small], mitigation, prompts)
                 goal = small and cadence.every > 1 and share == 0.1
-                details[name] = {"searches": _searches(cadence), "limit": LIMIT if goal else None}
-    timings = interleaved(functions, repetitions, clock=clock())
+                searches = _searches(size, models[False], cadence)
+                details[name] = {"searches": searches, "limit": LIMIT if goal else None}
+    timings = interleaved(functions, size.repetitions, clock=clock())
     return [
         compared(
             f"latents, text, scale 3: {name} / unguided",
@@ -81,9 +82,9 @@ def run(repetitions: int = 4) -> list[dict[str, Any]]:
             name,
             "unguided",
             parameters=sum(weight.numel() for weight in models[False].denoiser.parameters()),
-            batch=BATCH,
-            steps=STEPS,
-            references=REFERENCES,
+            batch=size.batch,
+            steps=size.steps,
+            references=size.references,
             clock=clock().__name__,
             **detail,
         )
@@ -108,29 +109,29 @@ def _forced(index: ReferenceIndex, share: float, cadence: Cadence) -> ForcedGuid
 
 
 def _drawing(
-    model: LoadedModel, mitigation: Mitigation, prompts: list[str]
+    size: Size, model: LoadedModel, mitigation: Mitigation, prompts: list[str]
 ) -> Callable[[], object]:
     scheduler = sampler(model)
 
     def call() -> object:
-        sources = generators(0, range(BATCH))
+        sources = generators(0, range(size.batch))
         noise = draw(model.noise_shape, sources).to(device())
-        return sample_text(model, mitigation, prompts, noise, scheduler, STEPS, SCALE, sources)
+        return sample_text(model, mitigation, prompts, noise, scheduler, size.steps, SCALE, sources)
 
     return call
 
 
-def _searches(cadence: Cadence) -> int:
-    """Steps of 25 at which the batch is decoded and compared."""
-    scheduler: Any = sampler(scratch_model())
-    scheduler.set_timesteps(STEPS)
+def _searches(size: Size, model: LoadedModel, cadence: Cadence) -> int:
+    """Steps at which the batch is decoded and compared."""
+    scheduler: Any = sampler(model)
+    scheduler.set_timesteps(size.steps)
     trained = scheduler.config.num_train_timesteps
     times = [float(t) / trained for t in scheduler.timesteps]
     return sum(
-        step % cadence.every == 0 or time <= cadence.always_below or step == STEPS - 1
+        step % cadence.every == 0 or time <= cadence.always_below or step == size.steps - 1
         for step, time in enumerate(times)
     )
 
 
 if __name__ == "__main__":
-    write("latent_guidance", run())
+    measure("latent_guidance", run)

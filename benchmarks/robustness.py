@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from harness import compared, interleaved, record, write
+from harness import Records, compared, interleaved, measure, record
 from stream import BATCH, colour_folder
 
 from memfree.data import ShardDataModule, prepare
@@ -27,7 +27,7 @@ STATE_LIMIT = 1000
 """Goal: bytes of the data module's state in a checkpoint, at most."""
 
 
-def resume(data: Path, repetitions: int) -> list[dict[str, Any]]:
+def resume(data: Path, repetitions: int) -> Records:
     """Seconds to the next batch from the middle of an epoch, over seconds to its first batch."""
     module = ShardDataModule(str(data), batch_size=BATCH, cache_bytes=0)
     stream = module.dataset()
@@ -59,7 +59,7 @@ def resume(data: Path, repetitions: int) -> list[dict[str, Any]]:
     ]
 
 
-def writes(folder: Path, repetitions: int) -> list[dict[str, Any]]:
+def writes(folder: Path, repetitions: int) -> Records:
     """Atomic, flushed writes over plain ones, and a lock taken and given back."""
     made = []
     for size, name in ((10_000, "10 kB"), (10_000_000, "10 MB")):
@@ -137,17 +137,20 @@ def ranks_stream(data: Path, ranks: int, repetitions: int) -> dict[str, Any]:
     )
 
 
-def run(repetitions: int = 9) -> list[dict[str, Any]]:
+def run(tiny: bool = False) -> Records:
     """Measure; one record a figure (see ``harness.record``)."""
+    count, repetitions, epochs = (300, 2, 1) if tiny else (2000, 9, 3)
+    # Each rank is a process, which takes seconds to start.
+    ranks_compared = (1,) if tiny else (1, 2)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = colour_folder(folder / "pngs")
+        source = colour_folder(folder / "pngs", count)
         data = folder / "colour"
         prepare(data, source="folder", path=str(source), near_distance=0, records_per_shard=100)
-        streams = [ranks_stream(data, ranks, 3) for ranks in (1, 2)]
+        streams = [ranks_stream(data, ranks, epochs) for ranks in ranks_compared]
         return [*resume(data, repetitions), *writes(folder, repetitions), *streams]
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    write("robustness", run())
+    measure("robustness", run)

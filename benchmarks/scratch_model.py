@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,12 +29,54 @@ from memfree.retrieval.copy_detection import (
 )
 from memfree.retrieval.latents import LatentFeatures
 
-IMAGE, REFERENCES, BATCH, STEPS, SCALE = (3, 32, 32), 500, 8, 25, 3.0
-"""(C, H, W); references; samples drawn together; steps of DDIM; classifier-free guidance."""
-PROMPTS = [f"a red bird number {i}" for i in range(BATCH)]
-"""One a sample."""
-CAPTIONS = [f"picture {i} of the training set" for i in range(REFERENCES)]
-"""Of the references: none is a prompt, so that eq. 16 always costs a call of the denoiser."""
+IMAGE, SCALE = (3, 32, 32), 3.0
+"""(C, H, W); classifier-free guidance."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured; the defaults are those of ``memfree scratch``."""
+
+    references: int = 500
+    batch: int = 8
+    """Samples drawn together."""
+    steps: int = 25
+    """Of DDIM."""
+    calibration: int = 500
+    """Images that the index is calibrated on."""
+    repetitions: int = 4
+    network: ScratchOptions = field(default_factory=ScratchOptions)
+    autoencoder: AutoencoderOptions = field(default_factory=AutoencoderOptions)
+    features: CopyDetectionShape = field(default_factory=CopyDetectionShape)
+
+    @property
+    def prompts(self) -> list[str]:
+        """One a sample."""
+        return [f"a red bird number {i}" for i in range(self.batch)]
+
+    @property
+    def captions(self) -> list[str]:
+        """Of the references: none is a prompt, so eq. 16 always costs a call of the denoiser."""
+        return [f"picture {i} of the training set" for i in range(self.references)]
+
+
+FULL = Size()
+TINY = Size(
+    references=60,
+    batch=2,
+    steps=4,
+    repetitions=2,
+    network=ScratchOptions(
+        vocabulary=600,
+        text_width=16,
+        text_layers=1,
+        block_out_channels=[8, 8],
+        norm_num_groups=4,
+        head_dim=8,
+    ),
+    autoencoder=AutoencoderOptions(block_out_channels=[4, 4, 4], norm_num_groups=4),
+    features=CopyDetectionShape(widths=(8, 8), dimension=8),
+)
 
 
 def device() -> torch.device:
@@ -49,16 +92,17 @@ def clock() -> Callable[[], float]:
     return time.process_time
 
 
-def scratch_model(small_decoder: bool = False) -> LoadedModel:
-    """The model at the sizes of ``memfree scratch``'s defaults, its latents of unit variance.
+def scratch_model(size: Size, small_decoder: bool = False) -> LoadedModel:
+    """The model, its latents of unit variance.
 
     Args:
+        size: its sizes.
         small_decoder: decode clean estimates with an ``AutoencoderTiny`` of 16 channels and one
             block a resolution.
     """
     images = pictures(64, torch.Generator().manual_seed(1))
-    vae = AutoencoderModule(AutoencoderOptions(), images).finish()
-    pipe: Any = build_pipeline(vae, [*PROMPTS, *CAPTIONS], ScratchOptions(), seed=0)
+    vae = AutoencoderModule(size.autoencoder, images).finish()
+    pipe: Any = build_pipeline(vae, [*size.prompts, *size.captions], size.network, seed=0)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
@@ -94,37 +138,43 @@ def sampler(model: LoadedModel) -> Any:
     return DDIMScheduler.from_config(model.scheduler.config, clip_sample=False)
 
 
-def scratch_index(captions: list[str] = CAPTIONS) -> ReferenceIndex:
+def scratch_index(size: Size, captions: list[str] | None = None) -> ReferenceIndex:
     """Calibrated references under a copy-detection network at 32 pixels, of random weights."""
     torch.manual_seed(0)
-    shape = CopyDetectionShape()
-    features = CopyDetectionFeatures(shape, CopyDetectionNetwork(shape).state_dict())
-    index = ReferenceIndex.build(
-        _references(), features, captions=captions, groups=range(REFERENCES), counts=_counts()
+    features = CopyDetectionFeatures(
+        size.features, CopyDetectionNetwork(size.features).state_dict()
     )
-    calibrate(index, default_similarity(index), pictures(500, torch.Generator().manual_seed(2)))
+    index = ReferenceIndex.build(
+        _references(size),
+        features,
+        captions=captions or size.captions,
+        groups=range(size.references),
+        counts=_counts(size),
+    )
+    held_out = pictures(size.calibration, torch.Generator().manual_seed(2))
+    calibrate(index, default_similarity(index), held_out)
     return index.to(device())
 
 
-def scratch_latents(model: LoadedModel) -> ReferenceIndex:
+def scratch_latents(size: Size, model: LoadedModel) -> ReferenceIndex:
     """The same references as latents, for multiplicity guidance."""
     features = LatentFeatures(model.pipe.vae)
     index = ReferenceIndex.build(
-        _references().to(device()),
+        _references(size).to(device()),
         features,
-        captions=CAPTIONS,
-        groups=range(REFERENCES),
-        counts=_counts(),
+        captions=size.captions,
+        groups=range(size.references),
+        counts=_counts(size),
     )
     model.to(device())  # the index has put the autoencoder where it was embedded
     return index.to(device())
 
 
-def _references() -> torch.Tensor:
-    return pictures(REFERENCES, torch.Generator().manual_seed(0))
+def _references(size: Size) -> torch.Tensor:
+    return pictures(size.references, torch.Generator().manual_seed(0))
 
 
-def _counts() -> torch.Tensor:
-    counts = torch.ones(REFERENCES, dtype=torch.int64)
+def _counts(size: Size) -> torch.Tensor:
+    counts = torch.ones(size.references, dtype=torch.int64)
     counts[::50] = 100
     return counts

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from harness import Timing, interleaved, record, write
+from harness import Records, Timing, interleaved, measure, record
 from PIL import Image
 
-from memfree.data import ShardDataModule, prepare
+from memfree.data import PartSizes, ShardDataModule, prepare
 from memfree.data.plan import DuplicationPlan
 
 BATCH = 64
@@ -62,12 +62,16 @@ def measured(name: str, data: Path, mode: str, cached: bool, repetitions: int) -
     )
 
 
-def run(repetitions: int = 9) -> list[dict[str, Any]]:
+def run(tiny: bool = False) -> Records:
     """Measure; one record a data set (see ``harness.record``)."""
+    count, repetitions = (200, 2) if tiny else (2000, 9)
     with tempfile.TemporaryDirectory() as folder:
         digits, colour = Path(folder) / "digits", Path(folder) / "colour"
-        prepare(digits, plan=DuplicationPlan(images=16, factor=64))
-        source = colour_folder(Path(folder) / "pngs")
+        digit_parts = PartSizes(train=100) if tiny else PartSizes()
+        prepare(
+            digits, parts=digit_parts, plan=DuplicationPlan(images=16, factor=4 if tiny else 64)
+        )
+        source = colour_folder(Path(folder) / "pngs", count)
         prepare(colour, source="folder", path=str(source), near_distance=0)
         return [
             measured(
@@ -92,4 +96,4 @@ def run(repetitions: int = 9) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    write("stream", run())
+    measure("stream", run)

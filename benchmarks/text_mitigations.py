@@ -11,17 +11,16 @@ multiplicity, both and reject the detection of every step is part of the price.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, get_args
+from dataclasses import replace
+from typing import get_args
 
 import torch
-from harness import Timing, compared, interleaved, write
+from harness import Records, Timing, compared, interleaved, measure
 from scratch_model import (
-    BATCH,
-    CAPTIONS,
-    PROMPTS,
-    REFERENCES,
+    FULL,
     SCALE,
-    STEPS,
+    TINY,
+    Size,
     clock,
     device,
     sampler,
@@ -54,17 +53,20 @@ ACTING: dict[str, GuidanceSettings] = {
 """Settings under which every sample counts as memorized: the full search or optimisation each."""
 
 
-def run(repetitions: int = 3) -> list[dict[str, Any]]:
+def run(tiny: bool = False) -> Records:
     """Measure; one record a mitigation (see ``harness.record``), in seconds a sample."""
+    size = TINY if tiny else replace(FULL, repetitions=3)
     named: dict[str, GuidanceSettings] = {
         name: GuidanceSettings(name) for name in get_args(MitigationName)
     }
     named |= {f"{name}, {EVERY}": settings for name, settings in ACTING.items()}
     acted: dict[str, float | None] = {}
-    functions = {name: _call(name, _module(settings), acted) for name, settings in named.items()}
-    timings = interleaved(functions, repetitions, clock=clock())
+    functions = {
+        name: _call(name, size, _module(size, settings), acted) for name, settings in named.items()
+    }
+    timings = interleaved(functions, size.repetitions, clock=clock())
     timings = {
-        name: Timing([seconds / BATCH for seconds in timing.seconds])
+        name: Timing([seconds / size.batch for seconds in timing.seconds])
         for name, timing in timings.items()
     }
     return [
@@ -73,9 +75,9 @@ def run(repetitions: int = 3) -> list[dict[str, Any]]:
             timings,
             name,
             "none",
-            batch=BATCH,
-            steps=STEPS,
-            references=REFERENCES,
+            batch=size.batch,
+            steps=size.steps,
+            references=size.references,
             clock=clock().__name__,
             acted=acted[name],
         )
@@ -84,39 +86,39 @@ def run(repetitions: int = 3) -> list[dict[str, Any]]:
     ]
 
 
-def _module(settings: GuidanceSettings) -> SamplingModule:
+def _module(size: Size, settings: GuidanceSettings) -> SamplingModule:
     """What ``sample.py`` runs; without an index where the mitigation needs none."""
-    model = scratch_model()
-    index = scratch_index() if settings.mitigation in WITH_INDEX else None
+    model = scratch_model(size)
+    index = scratch_index(size) if settings.mitigation in WITH_INDEX else None
     in_latents = settings.mitigation in ("multiplicity", "both")
     module = SamplingModule(
         model,
         sampler(model),
-        STEPS,
+        size.steps,
         seed=1,
         guidance=settings,
         guidance_scale=SCALE,
-        asked=PROMPTS,
+        asked=size.prompts,
         index=index,
     ).to(device())
     # As the module does when sampling begins, but with captions to search where there is no index.
     module.mitigation = settings.for_text(
         index,
-        TextTools(model.pipe.tokenizer, CAPTIONS),
-        scratch_latents(model) if in_latents else None,
+        TextTools(model.pipe.tokenizer, size.captions),
+        scratch_latents(size, model) if in_latents else None,
     )
     return module
 
 
 def _call(
-    name: str, module: SamplingModule, acted: dict[str, float | None]
+    name: str, size: Size, module: SamplingModule, acted: dict[str, float | None]
 ) -> Callable[[], object]:
     def call() -> None:
-        trace = module.predict_step(torch.arange(BATCH)).trace
+        trace = module.predict_step(torch.arange(size.batch)).trace
         acted[name] = None if trace is None else float(trace["active"].float().mean())
 
     return call
 
 
 if __name__ == "__main__":
-    write("text_mitigations", run())
+    measure("text_mitigations", run)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from diffusers import DDPMScheduler
-from harness import Timing, compared, write
+from harness import Records, Timing, compared, measure
 from lightning.pytorch.callbacks import Callback
 
 from memfree.data import ExposureCounter, ShardDataModule, prepare
@@ -28,36 +28,49 @@ from memfree.models import (
 from memfree.models.loss_record import LossRecord
 from memfree.models.options import NetworkOptions
 
-BATCH, STEPS, WARMUP = 64, 60, 10
+
+class Size(NamedTuple):
+    """How much is measured."""
+
+    batch: int
+    steps: int
+    """Timed optimizer steps."""
+    warmup: int
+    """Steps before them."""
+    repetitions: int
+
+
+FULL, TINY = Size(64, 60, 10, 7), Size(4, 3, 1, 2)
 LIMIT = 1.05
 
 
 class Clock(Callback):
     """Seconds of the steps after the warm-up, data loading included."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: Size) -> None:
+        self.size = size
         self.started = 0.0
         self.seconds = 0.0
 
     def on_train_batch_end(self, trainer: Any, *unused: Any) -> None:
         """Start after the warm-up, stop after the last step."""
-        if trainer.global_step == WARMUP:
+        if trainer.global_step == self.size.warmup:
             self.started = time.perf_counter()
-        if trainer.global_step == WARMUP + STEPS:
+        if trainer.global_step == self.size.warmup + self.size.steps:
             self.seconds = time.perf_counter() - self.started
 
 
-def ours(data: Path, out: Path) -> float:
+def ours(data: Path, out: Path, size: Size) -> float:
     """Seconds a step of what ``train.py`` runs between two checkpoints and sample grids.
 
     Data module, module, averaged weights, clipping, exposures, the check for finite losses and the
     record of the loss.
     """
-    module_data = ShardDataModule(str(data), batch_size=BATCH)
+    module_data = ShardDataModule(str(data), batch_size=size.batch)
     module = DDPMModule(ModelOptions(), (1, 8, 8))
-    clock = Clock()
+    clock = Clock(size)
     trainer = pl.Trainer(
-        max_steps=WARMUP + STEPS,
+        max_steps=size.warmup + size.steps,
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         gradient_clip_val=1.0,
@@ -75,10 +88,10 @@ def ours(data: Path, out: Path) -> float:
         ],
     )
     trainer.fit(module, datamodule=module_data)
-    return clock.seconds / STEPS
+    return clock.seconds / size.steps
 
 
-def bare(images: torch.Tensor) -> float:
+def bare(images: torch.Tensor, size: Size) -> float:
     """Seconds a step of a loop that a diffusers user writes: the images lie in memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = build_network(NetworkOptions(), (1, 8, 8)).to(device)
@@ -89,11 +102,11 @@ def bare(images: torch.Tensor) -> float:
     scheduler: Any = DDPMScheduler()
     images = images.to(device)
     started = 0.0
-    for step in range(WARMUP + STEPS):
-        if step == WARMUP:
+    for step in range(size.warmup + size.steps):
+        if step == size.warmup:
             started = time.perf_counter()
-        x_0 = images[torch.randint(len(images), (BATCH,), device=device)]
-        t = torch.randint(1000, (BATCH,), device=device)
+        x_0 = images[torch.randint(len(images), (size.batch,), device=device)]
+        t = torch.randint(1000, (size.batch,), device=device)
         noise = torch.randn_like(x_0)
         output = network(scheduler.add_noise(x_0, noise, t), t).sample
         loss = torch.nn.functional.mse_loss(output, noise)
@@ -102,11 +115,12 @@ def bare(images: torch.Tensor) -> float:
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(network)
-    return (time.perf_counter() - started) / STEPS
+    return (time.perf_counter() - started) / size.steps
 
 
-def run(repetitions: int = 7) -> list[dict[str, Any]]:
+def run(tiny: bool = False) -> Records:
     """Measure; one record (see ``harness.record``)."""
+    size = TINY if tiny else FULL
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         prepare(data, plan=DuplicationPlan(images=16, factor=64))
@@ -114,20 +128,20 @@ def run(repetitions: int = 7) -> list[dict[str, Any]]:
         assert module_data.folder is not None
         images = module_data.folder.part("train").images()
         timings: dict[str, list[float]] = {"ours": [], "bare": []}
-        for _ in range(repetitions):
-            timings["ours"].append(ours(data, Path(folder) / "out"))
-            timings["bare"].append(bare(images))
+        for _ in range(size.repetitions):
+            timings["ours"].append(ours(data, Path(folder) / "out", size))
+            timings["bare"].append(bare(images, size))
     return [
         compared(
-            f"training step, 8 x 8 U-Net, batch {BATCH} / bare torch loop",
+            f"training step, 8 x 8 U-Net, batch {size.batch} / bare torch loop",
             {name: Timing(seconds) for name, seconds in timings.items()},
             "ours",
             "bare",
-            steps=STEPS,
+            steps=size.steps,
             limit=LIMIT,
         )
     ]
 
 
 if __name__ == "__main__":
-    write("training", run())
+    measure("training", run)

@@ -123,12 +123,20 @@ def moved(value):
 @contextmanager
 def counted_waits(monkeypatch):
     """Count the host's waits for the pretended device inside this context."""
-    autocast = torch.autocast
-    monkeypatch.setattr(
-        torch,
-        "autocast",
-        lambda kind, *a, **k: nullcontext() if kind == "meta" else autocast(kind, *a, **k),
-    )
+    # torch knows no autocast of this device.
+    for name, there in (
+        ("autocast", nullcontext()),
+        ("is_autocast_enabled", False),
+        ("get_autocast_dtype", torch.bfloat16),
+    ):
+        monkeypatch.setattr(torch, name, _except_there(getattr(torch, name), there))
     waits = Waits()
     with _FromHost(waits.counts), waits:
         yield waits
+
+
+def _except_there(function, there):
+    def called(kind, *args, **kwargs):
+        return there if kind == DEVICE.type else function(kind, *args, **kwargs)
+
+    return called

@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
+SMALLEST_ALPHA_BAR = 2.0**-40
+"""What stands for ᾱ = 0 (zero terminal SNR), where no change of ε̂ moves x̂_0: below the ᾱ of any
+schedule that does not end there (cosine, 4000 steps: 1.5e-10)."""
+LARGEST_ALPHA_BAR = 1 - 2.0**-24
+"""What stands for ᾱ = 1, where no change of x̂_0 changes ε̂: the last float32 below 1."""
+
+
+def bounded(alpha_bar: Tensor) -> Tensor:
+    """ᾱ inside (0, 1), where the formulas below divide by √ᾱ and √(1−ᾱ)."""
+    return alpha_bar.clamp(SMALLEST_ALPHA_BAR, LARGEST_ALPHA_BAR)
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
@@ -81,7 +91,7 @@ def training_target(
 
 
 def alpha_bar_at(scheduler, timestep: Tensor | int, step_index: int) -> Tensor:
-    """ᾱ that the scheduler assigns to its current step, as a 0-d float32 tensor.
+    """ᾱ in (0, 1) that the scheduler assigns to its current step, as a 0-d float32 tensor.
 
     Schedulers with sigmas (Euler, DPM-Solver++, UniPC; Karras or not) are asked for σ at
     ``step_index``, because their timesteps are rounded: ᾱ = 1/(1 + σ²). Schedulers that keep the
@@ -97,10 +107,10 @@ def alpha_bar_at(scheduler, timestep: Tensor | int, step_index: int) -> Tensor:
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) == len(scheduler.timesteps) + 1:
         sigma = sigmas[step_index].to(torch.float64)
-        return (1 / (1 + sigma**2)).to(torch.float32)
+        return bounded((1 / (1 + sigma**2)).to(torch.float32))
     if hasattr(scheduler, "state_in_first_order"):
-        return alpha_bar_of_input(scheduler, timestep)
-    return scheduler.alphas_cumprod[int(timestep)].to(torch.float32)
+        return bounded(alpha_bar_of_input(scheduler, timestep))
+    return bounded(scheduler.alphas_cumprod[int(timestep)].to(torch.float32))
 
 
 def alpha_bar_of_input(scheduler, timestep: Tensor | int) -> Tensor:

@@ -97,6 +97,7 @@ def test_files_of_a_sample_that_stand_apart(tmp_path, tar, png):
     packed.write_bytes(gzip.compress(shard.read_bytes()))
     message = refusal(packed)
     assert "sample 0 do not stand together" in message and str(packed) in message
+    assert list(read_shard(str(packed), Skipped())) == []  # none of them without its caption
 
 
 def test_captions_are_kept_though_records_are_skipped(tmp_path, tar, png):
@@ -132,7 +133,7 @@ def test_hidden_and_unknown_members_are_counted(tmp_path, tar, png):
     shard = tar(tmp_path / "a.tar", [("1.png", png(0)), *((name, b"x") for name in others)])
     records, left_out = read(shard)
     assert list(records) == ["1"] and left_out.count == len(others)
-    assert [text.split(":")[0] for text in left_out.first] == others
+    assert [text.split(":")[0] for text in left_out.first] == [f"a/{name}" for name in others]
 
 
 def test_pictures_of_other_formats_are_refused_by_name(tmp_path, tar):
@@ -308,7 +309,16 @@ def test_every_picture_of_a_shard(tmp_path, tar, png):
         str(tmp_path / "a.tar"), lambda name: name[-3:] in ("png", "jpg"), 10**6, None, left_out
     )
     assert [name for name, _ in found] == ["a/1", "a/1.seg", "a/2", "a/2.png"]
-    assert left_out.first == ["2.txt"]
+    assert left_out.first == ["a/2.txt"]
+
+
+def test_captions_that_no_one_asked_for_do_not_matter(tmp_path, tar, png):
+    members = [("1.png", png(0)), ("1.txt", b"\xff"), ("1.json", b'{"caption": ["a"]}')]
+    tar(tmp_path / "0.tar", members)
+    (batch,) = ForeignBatches(str(tmp_path), StreamOptions(1, 8), 1)
+    assert "caption" not in batch
+    with pytest.raises(ValueError, match="UTF-8"):
+        list(ForeignBatches(str(tmp_path), StreamOptions(1, 8, captions=True), 1))
 
 
 def test_streamed_shards_of_one_name_keep_their_pictures_apart(tmp_path, tar, png):
@@ -339,6 +349,9 @@ def test_what_a_stream_asks_names_its_options(tmp_path, tar, png):
     options = StreamOptions(epoch_records=1, image_size=8)
     with pytest.raises(ValueError, match="--data.stream.records.image_suffix"):
         list(ForeignBatches(str(tmp_path), options, 1))
+    data = ShardDataModule(str(tmp_path), num_workers=1, stream=options)
+    with pytest.raises(ValueError, match=r"^0/1 has 2 pictures.*jpg or png$"):
+        list(data.train_dataloader())
     options = StreamOptions(1, 8, records=RecordOptions(image_suffix="png"))
     assert len(list(ForeignBatches(str(tmp_path), options, 1))) == 1
 
@@ -347,6 +360,6 @@ def test_the_summary_and_the_manifest_say_what_was_left_out(tmp_path, tar, png, 
     members = [m for i in range(20) for m in ((f"{i}.png", png(i)), (f"{i}.npy", b"x"))]
     tar(tmp_path / "0.tar", members)
     prepare(tmp_path / "out", "shards", str(tmp_path / "0.tar"))
-    assert "left out: 20 (0.npy; 1.npy; 2.npy; ...)" in capsys.readouterr().err
+    assert "left out: 20 (0/0.npy; 0/1.npy; 0/2.npy; ...)" in capsys.readouterr().err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["left_out"]["count"] == 20 and manifest["left_out"]["first"][0] == "0.npy"
+    assert manifest["left_out"]["count"] == 20 and manifest["left_out"]["first"][0] == "0/0.npy"

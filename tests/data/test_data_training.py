@@ -8,6 +8,7 @@ import textwrap
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from pretended_device import counted_waits, moved
 
 from memfree.data import DatasetFolder, ExposureCounter, ShardDataModule, StreamOptions
 
@@ -293,3 +295,26 @@ def test_two_ranks(digits_folder, tmp_path, whole):
     found = dict(zip(table["image_key"].to_pylist(), table["exposures"].to_pylist(), strict=True))
     for key, copies in zip(train.keys, train.copies.tolist(), strict=True):
         assert found[key] == 2 * copies  # two epochs
+
+
+def test_counting_exposures_waits_for_no_device(tmp_path, digits_folder, monkeypatch):
+    """A copy of the rows to the host would wait for the whole training step."""
+    data = ShardDataModule(digits_folder, batch_size=4)
+    data.setup("fit")
+    trainer = SimpleNamespace(
+        datamodule=data, is_global_zero=True, global_step=1, max_steps=9, strategy=None
+    )
+    counter = ExposureCounter(str(tmp_path))
+    with counted_waits(monkeypatch) as waits:
+        counter.on_train_start(trainer, None)
+        rows = [torch.tensor([3, 5, 3, 0]), torch.tensor([5, 1])]
+        batches = [{"row": moved(row), "weight": 1.0, "key": []} for row in rows]
+        batches.append({"row": moved(rows[0]), "weight": 0.0, "key": []})
+        counter.on_train_batch_end(trainer, None, None, batches[0], 0)  # moves the counts there
+        waits.counts.clear()
+        for number, batch in enumerate(batches[1:], 1):
+            counter.on_train_batch_end(trainer, None, None, batch, number)
+        assert waits.counts.total() == 0, waits.counts
+        counted = counter.state_dict()["rows"]
+    assert counted.device.type == "cpu"
+    assert counted[:6].tolist() == [1, 1, 0, 2, 0, 2] and counted.sum() == 6

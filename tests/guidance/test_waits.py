@@ -1,6 +1,7 @@
 """How often a step of guidance makes the host wait for an accelerator: eight times at most."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from memfree.guidance import (
     NormalizedL2,
 )
 from memfree.retrieval import ReferenceIndex
+from memfree.sampling import sample
 from memfree.sampling.loop import trace_rows
 
 MOST = 8
@@ -120,3 +122,37 @@ def test_a_step_waits_at_most_eight_times(
     torch.testing.assert_close(result.output.held, expected.output, atol=1e-5, rtol=1e-5)
     assert sum(counts.values()) <= most, counts
     assert all(isinstance(column, OnDevice) for column in rows.values())
+
+
+class Instant:
+    """A scheduler that keeps its times and noise levels on the device, as diffusers' do."""
+
+    init_noise_sigma = 1.0
+    config = SimpleNamespace(prediction_type="epsilon", num_train_timesteps=1000)
+
+    def __deepcopy__(self, memo):
+        return Instant()
+
+    def set_timesteps(self, steps, device):
+        self.timesteps = moved(torch.linspace(900, 100, steps))
+        self.alphas_cumprod = torch.linspace(0.99, 0.01, 1000)
+
+    def scale_model_input(self, x_t, t):
+        return x_t
+
+    def step(self, output, t, x_t):
+        return SimpleNamespace(prev_sample=x_t - 0.1 * output)
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_the_loop_itself_waits_at_its_ends_alone(trace, monkeypatch):
+    """Neither the time of a step, nor its noise level, nor its trace is copied at every step."""
+    monkeypatch.setattr("memfree.sampling.loop.returned", lambda *args, **kwargs: None)
+    totals = []
+    with counted_waits(monkeypatch) as waits:
+        for steps in (3, 9):
+            waits.counts.clear()
+            noise = moved(torch.randn(4, 1, 4, 4))
+            sample(lambda x, t, y: 0.5 * x, Instant(), noise, steps, trace=trace)
+            totals.append(waits.counts.total())
+    assert totals[0] == totals[1], waits.counts

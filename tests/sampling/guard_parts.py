@@ -128,16 +128,24 @@ def copies(pipe, count=20, guidance=None, **call):
     """Verdicts "copy" of a pipeline that draws images of its own index: (unguarded, guarded).
 
     What is nearer to an image of the index than nL2 0.05 is a copy.
+
+    Args:
+        pipe: the pipeline.
+        count: images.
+        guidance: makes the guidance of an index; None: the guard's own.
+        call: further arguments of the call.
     """
     call = {"num_inference_steps": 10, "output_type": "pt", **call}
 
     def draw():
-        return pipe(["a cat"] * count, generator=noise(count), **call).images
+        with torch.random.fork_rng([]):  # some steps draw from torch's own generator
+            torch.manual_seed(0)
+            return pipe(["a cat"] * count, generator=noise(count), **call).images
 
     index = make_index(2 * draw() - 1)
     index.calibrations["nl2-k50-a0.5"]["sigmas"] = [-0.05] * 500
     left = []
-    for guidances in ([], guidance):
+    for guidances in ([], None if guidance is None else guidance(index)):
         with memfree.guard(pipe, index, guidances) as report:
             draw()
         left.append(len(report.copies))

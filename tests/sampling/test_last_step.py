@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from functools import partial
 
 import pytest
 import tiny_pipelines
@@ -14,7 +15,10 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
+    LCMScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
     SASolverScheduler,
@@ -22,7 +26,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.utils.torch_utils import randn_tensor
-from guard_parts import amg, drawn, make_index
+from guard_parts import amg, copies, drawn, make_index
 
 import memfree
 from memfree.diffusion_math import alpha_bar_at, predicted_x_0
@@ -223,14 +227,84 @@ def test_no_finished_image_is_above_the_last_corrections_target(name):
     assert max(one.similarity for one in report.verdicts) <= -0.2
 
 
+CLIPPING = {
+    "ddim": (DDIMScheduler, {"thresholding": True, "set_alpha_to_one": True}),
+    "ddim of sd": (DDIMScheduler, {"thresholding": True}),
+    "ddim clip": (DDIMScheduler, {"clip_sample": True}),
+    "ddpm": (DDPMScheduler, {"thresholding": True}),
+    "ddpm clip": (DDPMScheduler, {"clip_sample": True, "clip_sample_range": 0.5}),
+    "deis": (DEISMultistepScheduler, {"thresholding": True}),
+    "dpmsolver": (DPMSolverMultistepScheduler, {"thresholding": True}),
+    "dpmsolver max": (DPMSolverMultistepScheduler, {"thresholding": True, "sample_max_value": 3.0}),
+    "dpmsolver below 1": (
+        DPMSolverMultistepScheduler,
+        {"thresholding": True, "sample_max_value": 0.5},
+    ),
+    "dpmsolver sde": (
+        DPMSolverMultistepScheduler,
+        {"thresholding": True, "algorithm_type": "sde-dpmsolver++", "euler_at_final": True},
+    ),
+    "dpmsolver min": (
+        DPMSolverMultistepScheduler,
+        {"thresholding": True, "final_sigmas_type": "sigma_min", "lower_order_final": False},
+    ),
+    "heun clip": (HeunDiscreteScheduler, {"clip_sample": True}),
+    "unipc": (UniPCMultistepScheduler, {"thresholding": True}),
+    "unipc min": (
+        UniPCMultistepScheduler,
+        {"thresholding": True, "final_sigmas_type": "sigma_min"},
+    ),
+    "sa": (SASolverScheduler, {"thresholding": True}),
+    "lcm": (LCMScheduler, {"thresholding": True, "original_inference_steps": 50}),
+}
+
+
+@pytest.mark.parametrize("name", list(CLIPPING))
+def test_no_copy_remains_where_the_scheduler_clips_the_clean_estimate(name):
+    kind, config = CLIPPING[name]
+    pipe = tiny_pipelines.stable_diffusion(tiny_pipelines.noise_schedule(kind, **config))
+    assert copies(pipe) == (20, 0)
+    only_last = partial(amg, threshold=1.0, c3=0.0, final_correction=-0.2)
+    assert copies(pipe, guidance=only_last) == (20, 0)
+
+
+FLOW = {
+    "deis": (DEISMultistepScheduler, {}),
+    "dpmsolver": (DPMSolverMultistepScheduler, {}),
+    "dpmsolver min": (DPMSolverMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
+    "dpmsolver high": (DPMSolverMultistepScheduler, {"lower_order_final": False}),
+    "dpmsolver 3": (DPMSolverMultistepScheduler, {"solver_order": 3}),
+    "dpmsolver sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmsolver thresholding": (DPMSolverMultistepScheduler, {"thresholding": True}),
+    "singlestep": (DPMSolverSinglestepScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+    "unipc min": (UniPCMultistepScheduler, {"final_sigmas_type": "sigma_min"}),
+    "sa": (SASolverScheduler, {}),
+    "euler": (FlowMatchEulerDiscreteScheduler, {"shift": 3.0}),
+    "euler stochastic": (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}),
+    "heun": (FlowMatchHeunDiscreteScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("name", list(FLOW))
+def test_no_copy_remains_under_flow_matching(name):
+    kind, config = FLOW[name]
+    if "FlowMatch" not in kind.__name__:
+        config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", **config}
+    pipe = tiny_pipelines.stable_diffusion_3(kind(**config))
+    only_last = partial(amg, threshold=1.0, c3=0.0, final_correction=-0.2)
+    assert copies(pipe, guidance=only_last, max_sequence_length=16) == (20, 0)
+
+
 def test_the_report_says_where_nothing_can_be_corrected():
+    """One step that goes nowhere."""
     scheduler = schedule("euler", final_sigmas_type="sigma_min", timestep_spacing="linspace")
     pipe = tiny_pipelines.stable_diffusion(scheduler)
-    expected = drawn(pipe)
+    expected = drawn(pipe, num_inference_steps=1)
     index = make_index(2 * expected[:1] - 1)
     only_last = amg(index, 1.0, c3=0.0, final_correction=-0.2)
     with memfree.guard(pipe, index, only_last) as report:
-        assert torch.equal(drawn(pipe), expected)
+        assert torch.equal(drawn(pipe, num_inference_steps=1), expected)
     assert report.unmoved == [0]
     assert "last correction was left out in 1 of 1 calls" in " ".join(str(report).split())
     assert report.verdicts[0].similarity > -0.2
@@ -238,6 +312,19 @@ def test_the_report_says_where_nothing_can_be_corrected():
     with memfree.guard(pipe, index, only_last) as report:
         drawn(pipe)
     assert not report.unmoved and "left out" not in str(report)
+
+
+def test_a_last_step_that_goes_nowhere_leaves_the_correction_to_the_one_before():
+    scheduler = schedule("euler", final_sigmas_type="sigma_min", timestep_spacing="linspace")
+    pipe, index, seen = tiny_pipelines.stable_diffusion(scheduler), make_index(), []
+    with memfree.guard(pipe, index, lambda prediction: seen.append(prediction) or prediction):
+        latents = drawn(pipe, output_type="latent")
+    assert [one.is_last for one in seen] == [False, False, True, False]
+    offset, gain = seen[2].returned
+    expected = offset + gain * seen[2].clean_estimate()
+    torch.testing.assert_close(expected, latents, atol=1e-3, rtol=1e-4)
+    only_last = partial(amg, threshold=1.0, c3=0.0, final_correction=-0.2)
+    assert copies(pipe, guidance=only_last) == (20, 0)
 
 
 def test_a_guard_knows_what_noisy_ddim_will_return():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from memfree.data.rank_batches import Batch, RankBatches
 
@@ -30,8 +30,8 @@ class EpochLoader:
     ) -> None:
         self.epochs = epochs
         self._position, self._count = position, count
-        self._loader: DataLoader[Batch] = DataLoader(
-            epochs,
+        self._loader: DataLoader[Batch | Exception] = DataLoader(
+            _WithErrors(epochs),
             batch_size=None,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -49,6 +49,8 @@ class EpochLoader:
         """
         self.epochs.epoch, self.epochs.start = self._position()
         for batch in self._loader:
+            if isinstance(batch, Exception):
+                raise batch
             self._count(batch)
             yield batch
 
@@ -67,3 +69,16 @@ class EpochLoader:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load."""
+
+
+class _WithErrors(IterableDataset["Batch | Exception"]):
+    """Batches, and the error that ends them: raised in a worker, it would be text of many lines."""
+
+    def __init__(self, epochs: RankBatches) -> None:
+        self._epochs = epochs
+
+    def __iter__(self) -> Iterator[Batch | Exception]:
+        try:
+            yield from self._epochs
+        except (ValueError, OSError) as error:
+            yield error

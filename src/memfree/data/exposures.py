@@ -58,9 +58,11 @@ class ExposureCounter(Callback):
         """
         assert self._rows is not None
         if batch["weight"] != 0:
-            rows = batch["row"].cpu()
             if len(self._rows):
-                self._rows += torch.bincount(rows, minlength=len(self._rows))
+                # Counted where the batch is: a copy to the host would wait for the whole step.
+                rows = batch["row"]
+                self._rows = self._rows.to(rows.device)
+                self._rows.index_add_(0, rows, torch.ones_like(rows))
             else:
                 self._keys.update(batch["key"])
         if trainer.global_step == trainer.max_steps:
@@ -98,7 +100,7 @@ class ExposureCounter(Callback):
         """Counts of all ranks together; Lightning saves checkpoints on all ranks at once."""
         if self._rows is None or self._trainer is None:
             return {"rows": torch.zeros(0, dtype=torch.int64), "keys": {}}
-        rows, keys = self._rows.clone(), Counter(self._keys)
+        rows, keys = self._rows.to("cpu", copy=True), Counter(self._keys)
         if distributed.is_available() and distributed.is_initialized():
             device = self._trainer.strategy.root_device
             on_device = rows.to(device)

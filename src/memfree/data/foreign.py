@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -80,6 +81,9 @@ class ForeignBatches(RankBatches):
         )
         self._labels = shard_labels(self._shards)
         self._options = options
+        self._records_as = options.records
+        if not options.captions:  # then it does not matter what is wrong with them
+            self._records_as = replace(options.records, caption_source="none")
         self._framing = Framing(height, width, options.channels, options.resize)
         self.image_shape = (int(options.channels), height, width)
 
@@ -126,7 +130,7 @@ class ForeignBatches(RankBatches):
                     self._shards[shard],
                     handler,
                     left_out,
-                    self._options.records,
+                    self._records_as,
                     "--data.stream.records.",
                     self._labels[shard],
                 )

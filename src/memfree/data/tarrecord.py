@@ -87,31 +87,34 @@ def record_of(
             raise ValueError(f"{shown}: two members have the suffix .{short(member.suffix, 40)}")
         found[member.suffix] = member
     image = _image(shown, found, options, prefix)
-    texts = {suffix: found[suffix] for suffix in TEXTS if suffix in found}
+    source = options.caption_source
+    meant = {"cls", "json", source} if source != "any" else set(TEXTS)
+    texts = {suffix: found[suffix] for suffix in TEXTS if suffix in found and suffix in meant}
     for member in (image, *texts.values()):
         if member.problem:
             raise ValueError(f"{shown}: {member.problem}")
     meta = _json(shown, texts["json"].read()) if "json" in texts else {}
     said = {
         suffix: decode_text(texts[suffix].read(), f"{shown}: its .{suffix}")
-        for suffix in TEXTS
-        if suffix in texts and suffix != "json"
+        for suffix in texts
+        if suffix != "json"
     }
     label = _one_label(shown, said.pop("cls", None), meta.get("label"))
     captions = dict(said)
-    if (caption := _json_caption(shown, meta.get("caption"))) is not None:
-        captions["json"] = caption
+    if source in ("any", "json"):
+        caption = _json_caption(shown, meta.get("caption"))
+        captions |= {"json": caption} if caption is not None else {}
     option = f"{prefix}caption_source"
     record = TarRecord(
         name,
         image.read(),
-        chosen_caption(shown, captions, options.caption_source, option),
+        chosen_caption(shown, captions, source, option),
         label,
         _declared(shown, meta, "image_key"),
         _declared(shown, meta, "group"),
     )
     for suffix, member in found.items():
-        if suffix not in TEXTS and member is not image:
+        if suffix not in texts and member is not image:
             note(f"{member.name}: a further part of {shown}")
     return record
 

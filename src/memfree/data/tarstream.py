@@ -193,14 +193,19 @@ def read_shard(
         OSError: the archive cannot be opened, is truncated or damaged, or the files of a sample do
             not stand together where they must.
     """
-    note = (left_out if left_out is not None else LeftOut()).at(shard)
     label = shard_labels([shard])[0] if label is None else label
+    note = _note(left_out, shard, label)
     ends: Any = "last_dot" if options.key_ends == "last_dot" else "first_dot"
+
+    def split(name: str) -> tuple[str, str]:
+        return split_name(name, ends)
+
     try:
+        if skipped is not None and not _is_address(shard):
+            _refuse_scattered(shard, split, options)
         with _opened(shard) as (archive, in_any_order):
-            samples = (_gathered if in_any_order else _runs)(
-                archive, lambda name: split_name(name, ends), options, note
-            )
+            read = _gathered if in_any_order else _runs
+            samples = read(archive, split, options, note)
             key = None
             for key, members in samples:
                 try:
@@ -212,7 +217,7 @@ def read_shard(
                     continue
                 yield record
             if key is None:
-                note(f"{shard}: no record in it")
+                note("no record in it")
     except OSError as error:
         message = f"shard {shard}: {short(error)}"
         if skipped is None:
@@ -246,8 +251,8 @@ def read_members(
         ValueError: a member is too large, or no file.
         OSError: the archive cannot be opened, is truncated or damaged.
     """
-    note = (left_out if left_out is not None else LeftOut()).at(shard)
     label = shard_labels([shard])[0] if label is None else label
+    note = _note(left_out, shard, label)
     names: set[str] = set()
     try:
         with _opened(shard) as (archive, _):
@@ -271,6 +276,34 @@ def read_members(
         if skipped is None:
             raise OSError(message) from error
         skipped.shard(shard, message)
+
+
+def _note(left_out: LeftOut | None, shard: str, label: str) -> Callable[[str], None]:
+    """A function that takes names of members that are left out, without their shard's label."""
+    note = (left_out if left_out is not None else LeftOut()).at(shard)
+    return lambda what: note(f"{label}/{what}")
+
+
+class _ScatteredError(OSError):
+    """Files of a sample do not stand together."""
+
+
+def _refuse_scattered(
+    shard: str, split: Callable[[str], tuple[str, str]], options: RecordOptions
+) -> None:
+    """Refuse a packed shard whose samples are scattered before any of it is used.
+
+    Where the first error does not stop all, pictures would lose captions that stand behind them.
+    """
+    try:
+        with _opened(shard) as (archive, in_any_order):
+            if not in_any_order:
+                for _ in _runs(archive, split, options, lambda name: None, contents=False):
+                    pass
+    except _ScatteredError:
+        raise
+    except OSError:  # damage is met again as the shard is read
+        return
 
 
 def _gathered(
@@ -306,6 +339,7 @@ def _runs(
     split: Callable[[str], tuple[str, str]],
     options: RecordOptions,
     note: Callable[[str], None],
+    contents: bool = True,
 ) -> Iterator[tuple[str, list[Member]]]:
     """(key, members) of each sample of an archive that is read from front to back."""
     key, members = None, []  # type: str | None, list[Member]
@@ -319,13 +353,17 @@ def _runs(
                 yield key, members
                 ended.add(key)
             if found in ended:
-                raise OSError(
+                raise _ScatteredError(
                     f"the files of sample {short(found)} do not stand together; sort the tar by "
                     "name, or keep it unpacked on a disk"
                 )
             key, members = found, []
         member = _member(info, suffix, bytes)
-        if member.problem is None and ("." not in suffix or suffix == options.suffix()):
+        if (
+            contents
+            and member.problem is None
+            and ("." not in suffix or suffix == options.suffix())
+        ):
             content = archive.read(info)
             member.read = partial(bytes, content)
         members.append(member)

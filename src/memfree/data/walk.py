@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 from memfree.data.names import is_hidden
@@ -29,8 +28,10 @@ def files_below(
         OSError: a folder cannot be listed.
     """
     note = left_out.at(str(folder))
-
-    def below(place: Path, relative: str, within: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+    files: list[Path] = []
+    waiting: list[tuple[Path, str, tuple[tuple[int, int], ...]]] = [(folder, "", ())]
+    while waiting:
+        place, relative, within = waiting.pop()
         try:
             found = os.stat(place)
             entries = sorted(os.scandir(place), key=lambda entry: entry.name)
@@ -38,11 +39,11 @@ def files_below(
             if skipped is None:
                 raise
             skipped.record(f"{place}: {error.strerror or error}")
-            return
+            continue
         identity = (found.st_dev, found.st_ino)
         if identity in within:
             note(f"{relative}: a link back to a folder that it is in")
-            return
+            continue
         if not entries and relative:
             note(f"{relative}/: an empty folder")
         for entry in entries:
@@ -50,11 +51,10 @@ def files_below(
             if is_hidden(entry.name) and not hidden:
                 note(f"{name}{'/' if _is_folder(entry) else ''}: hidden")
             elif _is_folder(entry):
-                yield from below(Path(entry.path), name, (*within, identity))
+                waiting.append((Path(entry.path), name, (*within, identity)))
             else:
-                yield Path(entry.path)
-
-    return sorted(below(folder, "", ()))
+                files.append(Path(entry.path))
+    return sorted(files)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -118,8 +118,9 @@ def _check_unseen(name: str, folder: SampleFolder, index: ReferenceIndex) -> Non
     steered_by = folder.manifest.get("index_features")
     if folder.manifest.get("mitigation") != "none" and steered_by not in (None, own):
         raise ValueError(
-            f"--samples.{name} {folder.path} was steered by an index of {short(steered_by, 40)}, --index is "
-            f"of {own}: the second measure would be what steered; give the index that steered"
+            f"--samples.{name} {folder.path} was steered by an index of {short(steered_by, 40)}, "
+            f"--index is of {own}: the second measure would be what steered; give the index that "
+            "steered"
         )
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from memfree.console import shown
 from memfree.evaluation.metrics import HELDOUT, Metric, MetricTable
 
 COPIES_AT = "copies_at_"

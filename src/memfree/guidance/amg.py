@@ -139,6 +139,11 @@ class AntiMemorizationGuidance(Observer):
         """Whether captions are encoded to steer away from them (eq. 15), where s_0 is above 1."""
         return self.c2 > 0
 
+    @property
+    def calls_denoiser(self) -> bool:
+        """Whether the denoiser may be called for captions (eq. 16)."""
+        return self.c2 > 0
+
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
         """Correct the active rows; all others keep their bits."""
@@ -263,7 +268,7 @@ class AntiMemorizationGuidance(Observer):
             free = gain != 0
         if not (gain if free is None else bool(free.any())):
             return prediction  # whatever is predicted, the sampler returns the same
-        before = offset + gain * x_0
+        before = offset + gain * x_0 if prediction.finish is None else prediction.finish(x_0)
         limit = prediction.image_range
         returned = before if limit is None else before.clamp(-limit, limit)
         changed = active | (returned != x_0).flatten(1).any(dim=1)
@@ -274,6 +279,9 @@ class AntiMemorizationGuidance(Observer):
         rows = above.nonzero().squeeze(1)
         if not len(rows):
             return prediction
+        if prediction.clean_range is not None:
+            moved = self._moved_within(prediction, returned, offset, gain, rows, target)
+            return prediction.with_clean_change(moved - x_0[rows], rows).activated(above)
         with torch.inference_mode(False):
             moved = move_below(
                 self.index,
@@ -290,3 +298,32 @@ class AntiMemorizationGuidance(Observer):
         else:
             change = change / gain
         return prediction.with_clean_change(change, rows).activated(above)
+
+    def _moved_within(
+        self,
+        prediction: Prediction,
+        returned: Tensor,
+        offset: Tensor,
+        gain: float | Tensor,
+        rows: Tensor,
+        target: float,
+    ) -> Tensor:
+        """x̂_0 of ``rows`` in ±clean_range, which the sampler makes samples below ``target`` of."""
+        assert prediction.clean_range is not None
+        limit = prediction.image_range
+        each = torch.as_tensor(gain, device=returned.device).expand_as(returned)[rows]
+        # What is moved is gain·x̂_0: there, the range is one number.
+        furthest = prediction.clean_range * float(each.abs().max())
+        start = (returned[rows] - offset[rows]).clamp(-furthest, furthest)
+        with torch.inference_mode(False):
+            moved = move_below(
+                self.index,
+                self.similarity,
+                start.clone(),
+                target,
+                furthest,
+                lambda x: prediction.decode(x if limit is None else x.clamp(-limit, limit)),
+                offset=offset[rows].clone(),
+                free=each != 0,
+            )
+        return torch.where(each != 0, moved / each, 0.0)

@@ -61,6 +61,9 @@ class Observer:
         cadence: when neighbours are searched.
     """
 
+    calls_denoiser = False
+    """Whether the denoiser may be called again; a guidance that does not say so may."""
+
     def __init__(
         self,
         index: ReferenceIndex,

@@ -39,6 +39,7 @@ def move_below(
     image_range: float | None,
     decode: Callable[[Tensor], Tensor] = lambda x_0: x_0,
     iterations: int = 20,
+    offset: Tensor | None = None,
     free: Tensor | None = None,
 ) -> Tensor:
     """Move clean estimates along −∇σ until every σ is at most ``target``, by Newton steps.
@@ -55,6 +56,7 @@ def move_below(
         image_range: keep x_0 in ±image_range; None for no limit.
         decode: from x_0 to images (B, C, H, W) in [−1, 1].
         iterations: the most steps taken.
+        offset: like x_0, added to it before it is decoded; None: nothing.
         free: like x_0, bool: which elements may move, such as those that inpainting draws; None:
             all of them.
 
@@ -67,7 +69,8 @@ def move_below(
     for _ in range(iterations):
         with torch.enable_grad():
             moving = x_0[rows].requires_grad_()
-            sigma = similarity(index, decode(moving)).sigma
+            sample = moving if offset is None else moving + offset[rows]
+            sigma = similarity(index, decode(sample)).sigma
             (gradient,) = torch.autograd.grad(sigma.sum(), moving)
         above = (sigma.detach() > target).nonzero().squeeze(1)
         if not len(above):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memfree.conditions import Conditions, TextConditions
-from memfree.diffusion_math import output_change_from_x_0, per_sample
+from memfree.diffusion_math import bounded, output_change_from_x_0, per_sample
 from memfree.full_precision import full_precision
 from memfree.guidance.condition_weights import CaptionWeights, LabelWeights, log_weights
 from memfree.guidance.prediction import Prediction, row_norm
@@ -46,10 +46,11 @@ class EmpiricalPosterior:
 
     def shifted(self, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
         """x_t − √ᾱ·centre, (B, D): noisy images of the centred references."""
-        return x_t - alpha_bar.sqrt() * self.references.centre
+        return x_t - bounded(alpha_bar).sqrt() * self.references.centre
 
     def expanded_square(self, shifted: Tensor, alpha_bar: Tensor) -> Tensor:
         """−‖x_t − √ᾱ r_i‖²/(2(1−ᾱ)) up to a constant a row, (B, N), from ``shifted``."""
+        alpha_bar = bounded(alpha_bar)
         products = self.references.products(shifted).mul_(alpha_bar.sqrt())
         return products.sub_(alpha_bar / 2 * self.references.squared_norms).div_(1 - alpha_bar)
 
@@ -57,6 +58,7 @@ class EmpiricalPosterior:
         self, logits: Tensor, shifted: Tensor, alpha_bar: Tensor, log_weights: Tensor
     ) -> Tensor:
         """``logits`` with exact differences for those that lead among references of weight > 0."""
+        alpha_bar = bounded(alpha_bar)
         counted = logits.masked_fill(log_weights == -torch.inf, -torch.inf)
         top, rows = counted.topk(min(EXACT_CANDIDATES, logits.shape[1]), dim=1)
         leading = alpha_bar.sqrt() * self.references.centred_rows(rows)  # (B, candidates, D)
@@ -164,7 +166,7 @@ class MultiplicityGuidance:
         Raises:
             ValueError: the references are not of the denoiser's space.
         """
-        values, size = prediction.x_t[0].numel(), self.index.vectors.shape[1]
+        values, size = prediction.x_t.shape[1:].numel(), self.index.vectors.shape[1]
         if values != size:
             raise ValueError(
                 f"multiplicity guidance: x_t has {values} values, the references have {size}: "

@@ -12,6 +12,7 @@ from torch import Tensor
 from memfree.conditions import Conditions, Encode
 from memfree.diffusion_math import (
     PredictionType,
+    bounded,
     output_change_from_eps,
     output_change_from_x_0,
     predicted_x_0,
@@ -29,7 +30,7 @@ class Prediction:
     x_t: Tensor
     """Noisy samples (B, ...), variance preserving: √ᾱ·x_0 + √(1−ᾱ)·ε."""
     alpha_bar: Tensor
-    """ᾱ_t of this step, 0-d float32, from the scheduler."""
+    """ᾱ_t of this step, 0-d float32, from the scheduler; kept inside (0, 1)."""
     time: float
     """Timestep over the number of training timesteps, in [0, 1]: 1 is noise."""
     output: Tensor
@@ -56,6 +57,11 @@ class Prediction:
     """(offset, gain): the sampler's last step returns offset + gain·x̂_0; None: x̂_0 itself. Gain
     0: it does not follow the prediction, so that there is no last correction. A gain like x_t is
     that of each element: where inpainting keeps the given image, it is 0."""
+    finish: Callable[[Tensor], Tensor] | None = None
+    """From x̂_0 to what the sampler's last step returns, where it clips or thresholds x̂_0; None:
+    it does not, and ``returned`` holds everywhere."""
+    clean_range: float | None = None
+    """With ``finish``: where ``returned`` holds, x̂_0 in ±clean_range."""
     image_range: float | None = None
     """Finished x_0 are clamped to ±image_range (1 for pixels); None: they are not."""
     decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)
@@ -69,6 +75,10 @@ class Prediction:
     """(B,) bool: rows that some guidance of this step changed on purpose."""
     trace: dict[str, Tensor] = field(default_factory=dict)
     """Columns (B,) that the guidances of this step recorded."""
+
+    def __post_init__(self) -> None:
+        # Zero terminal SNR, or no noise: guidances divide by √ᾱ and √(1−ᾱ).
+        object.__setattr__(self, "alpha_bar", bounded(self.alpha_bar))
 
     def clean_estimate(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """x̂_0 of the combined prediction (eq. 12), not clamped, in float32."""

@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from memfree.conditions import SAME
+
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
+
+
+SMALLEST_DISTANCE = 2.0**-24
+"""What stands for a mean distance of 0 in eq. 8: below what float32 tells apart in [−1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,12 @@ class NormalizedL2:
 
     def _differentiable(self, index: ReferenceIndex, features: Tensor, rows: Tensor) -> Tensor:
         references = index.vectors[rows.to(index.vectors.device)].to(features)  # (B, k, D)
-        nearest = torch.linalg.vector_norm(features - references[:, 0], dim=1)
+        apart = features - references[:, 0]
+        nearest = torch.linalg.vector_norm(apart, dim=1)
+        # A norm has no gradient at 0: on top of n_0 any direction leads away, and this one leads
+        # towards the other neighbours.
+        towards = _unit((references[:, 1:] - references[:, :1]).sum(dim=1))
+        nearest = torch.where(nearest == 0, (apart * towards).sum(dim=1), nearest)
         spread = features if self.differentiate_mean else features.detach()
         all_k = torch.linalg.vector_norm(spread[:, None] - references, dim=2)
         return _nl2(nearest, all_k, self.alpha)
@@ -86,7 +97,7 @@ class NormalizedL2:
 
 def _nl2(nearest: Tensor, all_k: Tensor, alpha: float) -> Tensor:
     """Eq. 8 from distances; an image equal to all k references counts as σ = 0."""
-    return -nearest / (alpha * all_k.mean(dim=1)).clamp(min=torch.finfo(torch.float32).tiny)
+    return -nearest / (alpha * all_k.mean(dim=1)).clamp(min=SMALLEST_DISTANCE)
 
 
 class EmbeddingSimilarity:
@@ -114,4 +125,15 @@ class EmbeddingSimilarity:
 
 def _cosine(index: ReferenceIndex, features: Tensor, rows: Tensor) -> Tensor:
     nearest = index.vectors[rows[:, 0].to(index.vectors.device)].to(features)
-    return (features * nearest).sum(dim=1)
+    cosine = (features * nearest).sum(dim=1)
+    # A cosine has its maximum, and no gradient, at the same vector: there any direction leads away.
+    towards = features @ _unit(torch.zeros_like(nearest[:1])).squeeze(0)
+    return torch.where(cosine > SAME, cosine.detach() - (towards - towards.detach()), cosine)
+
+
+def _unit(directions: Tensor) -> Tensor:
+    """Directions (n, D) of length 1; one that looks random, but is fixed, in place of a zero."""
+    number = torch.arange(1, directions.shape[1] + 1, device=directions.device)
+    anywhere = (number.to(directions) ** 2).cos()
+    zero = (directions == 0).all(dim=1, keepdim=True)
+    return torch.nn.functional.normalize(torch.where(zero, anywhere, directions), dim=1)

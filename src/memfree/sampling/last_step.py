@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from memfree.diffusion_math import output_change_from_x_0, predicted_x_0
+from memfree.sampling.noise import kept_random_state, random_state, set_random_state
 
 EXACT = 1e-3
 """A gain as near to 1, and an offset as small beside x̂_0, are rounding."""
 LEAST_GAIN = 0.05
 """With less, a step hardly follows the prediction, and no correction of it is worth its size."""
+IDLE = 1e-6
+"""A step that changes by no more where its prediction changes by 1 does not follow it."""
 
 
-def returned(
+def last_step(
     scheduler: Any,
     t: Tensor,
     sample: Tensor,
@@ -27,8 +30,45 @@ def returned(
     alpha_bar: Tensor,
     eta: float = 0.0,
     generator: torch.Generator | list[torch.Generator] | None = None,
-) -> tuple[Tensor, float] | None:
-    """(offset, gain): the last step returns offset + gain·x̂_0, whatever x̂_0 guidance makes of it.
+    flow_sigma: float | None = None,
+    idle: Sequence[Tensor] = (),
+    image_range: float | None = None,
+) -> dict[str, Any]:
+    """What a guidance must know of the last step: fields of its ``Prediction``.
+
+    Args:
+        scheduler: as in ``LastStep``, and so are the others.
+        t: the timestep.
+        sample: x_t.
+        output: the model's prediction.
+        alpha_bar: ᾱ_t.
+        eta: η of DDIM.
+        generator: of the step's noise.
+        flow_sigma: σ under flow matching.
+        idle: timesteps of idle steps after this one.
+        image_range: what finished samples are clamped to in any case.
+
+    Returns:
+        ``returned``; with ``finish`` and ``clean_range`` where the scheduler clips x̂_0 otherwise
+        than finished samples are clamped.
+    """
+    step = LastStep(scheduler, t, sample, output, alpha_bar, eta, generator, flow_sigma, idle)
+    found = step.linear()
+    if step.clean_range is None:
+        return {"returned": found}
+    clamps_only = found is None and not _option(scheduler, "thresholding", False)
+    if clamps_only and image_range is not None and image_range <= step.clean_range:
+        return {"returned": None}
+    return {"returned": found, "finish": step, "clean_range": step.clean_range}
+
+
+def returned(*args: Any, **kwargs: Any) -> tuple[Tensor, float] | None:
+    """(offset, gain) of ``LastStep.linear``, of the same arguments as ``LastStep``."""
+    return LastStep(*args, **kwargs).linear()
+
+
+class LastStep:
+    """A scheduler's last step as a function of the clean estimate x̂_0.
 
     Most samplers return x̂_0. Stable Diffusion's own settings do not: with ``set_alpha_to_one``
     false, DDIM's last step goes to ᾱ_0 and keeps some of ε̂, so that it moves by a third of what
@@ -39,42 +79,127 @@ def returned(
     Args:
         scheduler: at its last step, which it has not taken; it is copied, not changed.
         t: the timestep.
-        sample: x_t (B, ...), variance preserving, as the denoiser was given it.
+        sample: x_t (B, ...) as the denoiser was given it: variance preserving, or of flow matching.
         output: the model's prediction, like x_t.
         alpha_bar: ᾱ_t.
         eta: η of DDIM, the share of fresh noise that the step adds; other samplers have none.
         generator: what it is drawn from, None for torch's own; it is copied, not used. (SA-Solver's
             noise is foreseen in float32 alone.)
+        flow_sigma: σ of x_t = (1 − σ)·x_0 + σ·ε under flow matching, where the model predicts
+            ε − x_0; None otherwise.
+        idle: timesteps of the steps after this one, which follow no prediction of theirs.
 
-    Returns:
-        offset like x_t in float32, and gain, exactly 0 where it is below ``LEAST_GAIN``: nothing
-        can be corrected; None where the sampler returns x̂_0, clamped or not.
+    Attributes:
+        clean_range: the scheduler clips or thresholds x̂_0 before it steps (``clip_sample``,
+            ``thresholding``), and follows it within ±clean_range; None if it does not.
     """
-    if _option(scheduler, "clip_sample", False) or _option(scheduler, "thresholding", False):
-        return None  # not linear
-    x_t = sample.float()
-    # Schedulers that step in σ hold x_t·√(1 + σ²), and tell that by what they make of ones.
-    one = torch.ones((), dtype=x_t.dtype, device=x_t.device)
-    held = x_t / copy.deepcopy(scheduler).scale_model_input(one, t)
 
-    def step(prediction: Tensor) -> Tensor:
+    def __init__(
+        self,
+        scheduler: Any,
+        t: Tensor,
+        sample: Tensor,
+        output: Tensor,
+        alpha_bar: Tensor,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        flow_sigma: float | None = None,
+        idle: Sequence[Tensor] = (),
+    ) -> None:
+        self._scheduler = scheduler
+        self._idle = idle
+        self._t = t
+        self._output = output
+        self._alpha_bar = alpha_bar
+        self._eta = eta
+        self._generator = generator
+        self._flow_sigma = flow_sigma
+        self._random_state = random_state(output.device)
+        x_t = sample.float()
+        if flow_sigma is None:
+            kind = scheduler.config.prediction_type
+            self._x_0 = predicted_x_0(x_t, output.float(), alpha_bar, kind)
+            # Schedulers that step in σ hold x_t·√(1 + σ²), and tell that by what they make of ones.
+            one = torch.ones((), dtype=x_t.dtype, device=x_t.device)
+            self._held = x_t / copy.deepcopy(scheduler).scale_model_input(one, t)
+        else:
+            self._x_0 = x_t - flow_sigma * output.float()
+            self._held = x_t
+        self.clean_range = self._clean_range()
+
+    def __call__(self, x_0: Tensor) -> Tensor:
+        """What the step returns where the clean estimate is x̂_0 (B, ...), float32."""
+        return self._step(self._output.float() + self._change(x_0.float() - self._x_0))
+
+    def linear(self) -> tuple[Tensor, float] | None:
+        """(offset, gain): the step returns offset + gain·x̂_0, within the range where it clips.
+
+        Returns:
+            offset like x_t in float32, and gain, exactly 0 where it is below ``LEAST_GAIN``:
+            nothing can be corrected; None where the sampler returns x̂_0.
+        """
+        now = self._step(self._output.float())
+        # Linear in the prediction, with one coefficient for all elements: two steps tell it.
+        if self.clean_range is None:
+            other = self._step(self._output.float() + self._change(torch.ones_like(now)))
+            gain = float((other - now).mean())
+            offset, size = now - gain * self._x_0, self._x_0.abs().max()
+        else:
+            offset, gain = self._within(self.clean_range)
+            size = offset.new_tensor(self.clean_range)
+        if abs(gain) < LEAST_GAIN:
+            return now, 0.0
+        exact = abs(gain - 1) < EXACT and bool(offset.abs().max() <= EXACT * size)
+        return None if exact else (offset, gain)
+
+    def _within(self, limit: float) -> tuple[Tensor, float]:
+        """Offset and gain for clean estimates in ±limit."""
+        offset = self(torch.zeros_like(self._x_0))
+        half = self(torch.full_like(self._x_0, limit / 2))
+        return offset, float((half - offset).mean()) / (limit / 2)
+
+    def _clean_range(self) -> float | None:
+        config, limits = self._scheduler.config, []
+        if _option(self._scheduler, "thresholding", False):
+            # Dynamic thresholding leaves x̂_0 alone where its largest elements are below 1.
+            limits.append(min(1.0, float(config.get("sample_max_value", 1.0))))
+        elif _option(self._scheduler, "clip_sample", False):
+            limits.append(float(config.get("clip_sample_range", 1.0)))
+        for limit in limits:
+            offset, gain = self._within(limit)
+            beyond = self(torch.full_like(self._x_0, 2 * limit))
+            if bool(((beyond - offset).abs() < 1.99 * abs(gain) * limit).any()):
+                return limit  # TCD has these options and ignores them
+        return None
+
+    def _change(self, delta_x_0: Tensor) -> Tensor:
+        """The change of the prediction that changes x̂_0 by so much."""
+        if self._flow_sigma is not None:
+            return -delta_x_0 / self._flow_sigma
+        kind = self._scheduler.config.prediction_type
+        return output_change_from_x_0(delta_x_0, self._alpha_bar, kind)
+
+    def is_last(self) -> bool:
+        """Whether the steps that were given as idle are: whatever is predicted, they do the same.
+
+        Sigmas that end at the smallest one twice (DEIS under flow matching, Euler with
+        ``final_sigmas_type`` sigma_min) make a last step that goes nowhere.
+        """
+        output = self._output.float()
+        one, other = self._step(output, output), self._step(output, output + 1)
+        return bool((one - other).abs().max() <= IDLE)
+
+    def _step(self, prediction: Tensor, afterwards: Tensor | None = None) -> Tensor:
         # The class's own step: one that was replaced on the instance may watch the real steps.
-        own = type(scheduler).step
-        with _kept_random_state(output.device):
-            options = _step_options(scheduler, output, eta, generator)
-            return torch.as_tensor(own(_in_float32(scheduler), prediction, t, held, **options)[0])
-
-    # Linear in the prediction, with one coefficient for all elements: two steps tell it.
-    kind = scheduler.config.prediction_type
-    before = step(output.float())
-    change = output_change_from_x_0(torch.ones_like(before), alpha_bar, kind)
-    gain = float((step(output.float() + change) - before).mean())
-    x_0 = predicted_x_0(x_t, output.float(), alpha_bar, kind)
-    if abs(gain) < LEAST_GAIN:
-        return before, 0.0
-    offset = before - gain * x_0
-    exact = abs(gain - 1) < EXACT and bool(offset.abs().max() <= EXACT * x_0.abs().max())
-    return None if exact else (offset, gain)
+        own, scheduler = type(self._scheduler).step, self._scheduler
+        with kept_random_state(prediction.device):
+            set_random_state(self._random_state)
+            options = _step_options(scheduler, self._output, self._eta, self._generator)
+            copied, held = _in_float32(scheduler), self._held
+            for t in (self._t, *self._idle):
+                held = torch.as_tensor(own(copied, prediction, t, held, **options)[0])
+                prediction = prediction if afterwards is None else afterwards
+            return held
 
 
 def _step_options(scheduler: Any, output: Tensor, eta: float, generator: Any) -> dict[str, Any]:
@@ -107,13 +232,6 @@ def _in_float32(scheduler: Any) -> Any:
 def _not_half(value: Any) -> Any:
     half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
     return value.float() if half else value
-
-
-def _kept_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Torch's own generators are afterwards where they were."""
-    if device.type == "cpu":
-        return torch.random.fork_rng([])
-    return torch.random.fork_rng([device], device_type=device.type)
 
 
 def _option(scheduler: Any, name: str, default: bool) -> bool:

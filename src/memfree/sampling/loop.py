@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from memfree.conditions import Conditions, Encode, TextConditions
 from memfree.diffusion_math import alpha_bar_at
 from memfree.guidance.prediction import Guidance, Prediction, apply, combine
-from memfree.sampling.last_step import returned
+from memfree.sampling.last_step import LastStep, last_step
 
 Denoise = Callable[[Tensor, Tensor, Conditions | None], Tensor]
 """(x_t, t, conditions or None) → what ``scheduler.config.prediction_type`` says. A denoiser that
@@ -85,8 +85,10 @@ def sample(
     kwargs = {} if generators is None else _generator_argument(scheduler, generators)
     # Known to the host before the first step: nothing waits for the device to say the time.
     times = scheduler.timesteps.tolist()
-    alpha_bars = torch.stack([alpha_bar_at(scheduler, t, i) for i, t in enumerate(times)])
-    alpha_bars = alpha_bars.to(noise.device)
+    alpha_bars = None
+    if not hasattr(scheduler, "state_in_first_order"):  # midpoints are known at their step alone
+        alpha_bars = torch.stack([alpha_bar_at(scheduler, t, i) for i, t in enumerate(times)])
+        alpha_bars = alpha_bars.to(noise.device)
     x_t = noise * scheduler.init_noise_sigma
     needs_uncond = conditions is None or guidance_scale != 1
     null = None
@@ -94,11 +96,10 @@ def sample(
         null = unconditional(denoiser, conditions)
     rows: list[dict[str, Tensor]] = []
     memory: dict[Any, Any] = {}
+    ended = False  # a last step that follows no prediction leaves the end to the one before
     device = noise.device.type
     mixed, half = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     for step, t in enumerate(scheduler.timesteps):
-        is_last = step == len(times) - 1
-        decode_here = decode_last if is_last and decode_last is not None else decode
         x_in = scheduler.scale_model_input(x_t, t)
 
         def denoise(x: Tensor, y: Conditions | None, t: Tensor = t) -> Tensor:
@@ -118,7 +119,17 @@ def sample(
                 cond = None if conditions is None else denoise(x_in, conditions)
                 uncond = denoise(x_in, None) if needs_uncond else None
             output = combine(cond, uncond, guidance_scale)
-            alpha_bar = alpha_bars[step]
+            if alpha_bars is None:
+                alpha_bar = alpha_bar_at(scheduler, t, step).to(noise.device)
+            else:
+                alpha_bar = alpha_bars[step]
+            following = scheduler.timesteps[step + 1 :]
+            is_last, step_of = not len(following) and not ended, (t, x_in, output, alpha_bar)
+            if len(following) == 1:
+                is_last = ended = LastStep(
+                    scheduler, *step_of, generator=generators, idle=following
+                ).is_last()
+            decode_here = decode_last if is_last and decode_last is not None else decode
             prediction = Prediction(
                 x_t=x_in,
                 alpha_bar=alpha_bar,
@@ -132,16 +143,20 @@ def sample(
                 denoise=denoise,
                 step=step,
                 is_last=is_last,
-                returned=(
-                    returned(scheduler, t, x_in, output, alpha_bar, generator=generators)
-                    if is_last
-                    else None
-                ),
                 image_range=1.0 if decode is None else None,
                 decode=decode_here or (lambda x_0: x_0),
                 encode=encode,
                 memory=memory,
             )
+            if is_last:
+                ending = last_step(
+                    scheduler,
+                    *step_of,
+                    generator=generators,
+                    idle=following,
+                    image_range=prediction.image_range,
+                )
+                prediction = replace(prediction, **ending)
             prediction = apply(guidance, prediction)
             x_t = scheduler.step(prediction.output, t, x_t, **kwargs).prev_sample
         if trace:

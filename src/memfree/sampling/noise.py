@@ -1,8 +1,10 @@
-"""Random numbers of one sample, from (seed, sample index) alone."""
+"""Random numbers of one sample, from (seed, sample index) alone, and streams of our own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -33,3 +35,94 @@ def draw(shape: Sequence[int], sources: Sequence[torch.Generator]) -> Tensor:
 def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
     """The noise that the samples start from: the first draw of each sample's generator."""
     return draw(shape, generators(seed, indices))
+
+
+class _Borrowed:
+    """Torch's own generators, put back where they were.
+
+    They belong to the process: of several threads, each would restore what another had drawn from.
+    So the first to enter keeps where they are, and the last to leave puts them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._states: RandomState = {}
+        self._inside = threading.local()
+
+    @contextmanager
+    def __call__(self, device: torch.device) -> Iterator[None]:
+        before = random_state(device)
+        if getattr(self._inside, "yes", False):
+            try:
+                yield
+            finally:
+                set_random_state(before)
+            return
+        with self._lock:
+            self._states = {**before, **self._states}
+            self._threads += 1
+        self._inside.yes = True
+        try:
+            yield
+        finally:
+            self._inside.yes = False
+            with self._lock:
+                self._threads -= 1
+                if not self._threads:
+                    set_random_state(self._states)
+                    self._states = {}
+
+
+RandomState = dict[torch.device, Tensor]
+"""States of torch's own generators, by device."""
+
+
+def random_state(device: torch.device) -> RandomState:
+    """Where torch's own generators are: the CPU's and a device's."""
+    state: RandomState = {torch.device("cpu"): torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_random_state(state: RandomState) -> None:
+    """Put torch's own generators there."""
+    for device, one in state.items():
+        if device.type == "cpu":
+            torch.set_rng_state(one)
+        else:
+            torch.get_device_module(device).set_rng_state(one, device)
+
+
+kept_random_state = _Borrowed()
+"""``with kept_random_state(device)``: torch's own generators are afterwards where they were."""
+
+
+class OwnRandomness:
+    """A stream beside torch's own random numbers, for code that draws without a generator.
+
+    The global generators stay where they were, so that such code moves nobody else's samples.
+
+    Args:
+        seed: of the stream.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._state: RandomState = {}
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Draw from the stream, on the CPU and on a device."""
+        with kept_random_state(device):
+            if not self._state:
+                self._state = {
+                    one: torch.Generator(one).manual_seed(self.seed).get_state()
+                    for one in random_state(device)
+                }
+            set_random_state(self._state)
+            try:
+                yield
+            finally:
+                self._state = random_state(device)

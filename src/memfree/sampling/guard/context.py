@@ -20,7 +20,6 @@ from memfree.guidance import (
 from memfree.guidance.baselines import TextTools
 from memfree.guidance.mitigation import Mitigation
 from memfree.retrieval import ReferenceIndex
-from memfree.retrieval.latents import check_latents
 from memfree.sampling.guard.adapters import loading_adapters
 from memfree.sampling.guard.decode import Decoder
 from memfree.sampling.guard.families import family_of
@@ -125,9 +124,7 @@ def guard(
         if guidance.false_positive_rate == DEFAULT_RATE:
             guidance = replace(guidance, false_positive_rate=false_positive_rate)
         _check_settings(guidance, index, latents)
-    if latents is not None:
-        check_latents(latents.features, pipe.vae, "memfree.guard: latents=")
-    decode = Decoder(pipe.vae, index, chunk_size, decoder)
+    decode = Decoder(pipe.vae, index, chunk_size, decoder, latents)
     home = None if decoder is None else decoder.device
     moved = [(one, one.device, one.features.device) for one in (index, latents) if one is not None]
     try:
@@ -237,12 +234,12 @@ def _guarded(kind: Any, session: Session) -> type:
         return kind(*args, **kwargs)
 
     def copied(self: Any) -> Any:
-        made = kind.__new__(kind)
+        made = object.__new__(kind)
         vars(made).update(vars(self))
         return session.take(made, guarded)
 
     def deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
-        made = kind.__new__(kind)
+        made = object.__new__(kind)
         memo[id(self)] = made
         with session.unwatched(self):  # or the copy of the denoiser would keep our hook
             vars(made).update(copy.deepcopy(vars(self), memo))
@@ -250,9 +247,7 @@ def _guarded(kind: Any, session: Session) -> type:
 
     def reduced(self: Any, protocol: Any) -> Any:
         """What is pickled is an ordinary pipeline."""
-        made = kind.__new__(kind)
-        vars(made).update(vars(self))
-        return made.__reduce_ex__(protocol)
+        return object.__new__, (kind,), vars(self)
 
     names = {
         "__call__": call,

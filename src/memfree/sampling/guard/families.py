@@ -21,6 +21,8 @@ class Family:
 
     denoiser: str = "unet"
     """Name of the pipeline's denoiser."""
+    model: str = "UNet2DConditionModel"
+    """Class of diffusers that the pipeline's denoiser is."""
     sample: str = "sample"
     """Name of the denoiser's argument x_t."""
     flow: bool = False
@@ -129,6 +131,7 @@ class PixArt(Family):
     """T5 with a mask; ε in the first C of 2C channels, the rest is a variance nobody uses."""
 
     denoiser: str = "transformer"
+    model: str = "PixArtTransformer2DModel"
     sample: str = "hidden_states"
 
     def prediction(self, output: Tensor, channels: int) -> Tensor:
@@ -169,6 +172,7 @@ class StableDiffusion3(Family):
     """Two CLIP encoders and T5; flow matching on a transformer."""
 
     denoiser: str = "transformer"
+    model: str = "SD3Transformer2DModel"
     sample: str = "hidden_states"
     flow: bool = True
     text_parts: tuple[str, ...] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -249,6 +253,17 @@ def family_of(pipe: Any) -> Family:
     family = next((family for kind, family in families if isinstance(pipe, kind)), None)
     if family is None:
         raise ValueError(f"memfree.guard does not support {name}: {_reason(name)}")
+    check_parts(pipe, family)
+    return family
+
+
+def check_parts(pipe: Any, family: Family) -> None:
+    """Refuse a denoiser and an autoencoder that the guard cannot take: they may be replaced.
+
+    Raises:
+        ValueError: the message says which and why.
+    """
+    name = type(pipe).__name__
     taken = getattr(pipe, family.denoiser).config.in_channels
     latents = pipe.vae.config.latent_channels
     if taken != latents and not (family.inpaints and taken == 2 * latents + 1):
@@ -261,7 +276,6 @@ def family_of(pipe: Any) -> Family:
             "memfree.guard does not support autoencoders whose latents are centred "
             "(vae.config.latents_mean)"
         )
-    return family
 
 
 def _reason(name: str) -> str:

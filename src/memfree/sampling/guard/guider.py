@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
+import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
@@ -16,6 +17,7 @@ from memfree.conditions import TextConditions
 from memfree.guidance import Guidance
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.guard.decode import Decoder
+from memfree.sampling.guard.denoiser import Signature
 from memfree.sampling.guard.families import StableDiffusionXL
 from memfree.sampling.guard.hook import Draw
 from memfree.sampling.guard.nested import usable
@@ -89,10 +91,13 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         """Before each branch: see what the denoiser is given."""
         super().prepare_models(denoiser)
+        caller, known = threading.get_ident(), diffusers.UNet2DConditionModel
+        needed = ("sample", "timestep", "encoder_hidden_states")
+        signature = Signature(denoiser, known, needed)
 
         def seen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-            self._calls.append(dict(bound.arguments))
+            if threading.get_ident() == caller:  # others may share the denoiser
+                self._calls.append(signature.bind(args, kwargs))
 
         self._handle = denoiser.register_forward_hook(seen, with_kwargs=True)
 
@@ -127,6 +132,7 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
                 scheduler=self._pipe.scheduler,
                 unet=self._pipe.unet,
                 vae=self._pipe.vae,
+                _execution_device=self._pipe._execution_device,
                 guidance_scale=self.guidance_scale,
                 guidance_rescale=self.guidance_rescale,
                 do_classifier_free_guidance=twice,

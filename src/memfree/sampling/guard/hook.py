@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -14,12 +15,22 @@ from memfree.conditions import Conditions, TextConditions
 from memfree.diffusion_math import PredictionType
 from memfree.guidance import Guidance, Prediction
 from memfree.guidance.prediction import apply, combine
+from memfree.sampling.guard.arguments import image_count
 from memfree.sampling.guard.decode import Decoder, explained_chunks
+from memfree.sampling.guard.denoiser import (
+    Before,
+    CacheCheck,
+    Signature,
+    callback_aside,
+    hooked,
+)
 from memfree.sampling.guard.families import Arguments, Family
+from memfree.sampling.guard.images import finite_rows
 from memfree.sampling.guard.nested import rows_of, usable
 from memfree.sampling.guard.noise_level import NoiseLevel, NoiseLevels
-from memfree.sampling.last_step import returned
+from memfree.sampling.last_step import LastStep, last_step
 from memfree.sampling.loop import trace_rows
+from memfree.sampling.noise import OwnRandomness
 
 
 class Draw:
@@ -65,22 +76,68 @@ class Draw:
         self.levels = NoiseLevels(pipe.scheduler, family.flow)
         self._memory: dict[Any, Any] = {}
         self._like: Tensor | None = None
+        self._randomness = OwnRandomness()
+        self._ended = False
+        self._images = image_count(call) if call else None
+        known = getattr(diffusers, family.model)
+        needed = (family.sample, "timestep", "encoder_hidden_states")
+        self._signature = Signature(self.denoiser, known, needed)
+        self._check_cache: CacheCheck | None = None
+        self._positional = 0
+        """How many arguments the pipeline gives its denoiser without a name."""
 
     @property
     def denoiser(self) -> Any:
         """The pipeline's denoiser."""
         return getattr(self.pipe, self.family.denoiser)
 
+    @contextmanager
+    def hooked(self, before: Before | None = None) -> Iterator[None]:
+        """Around the pipeline's own call: the hooks on its denoiser, for that call alone.
+
+        Args:
+            before: a forward pre-hook beside ``after``.
+
+        Raises:
+            ValueError: the pipeline stepped without calling the denoiser that it began with.
+        """
+        if any(getattr(one, "calls_denoiser", True) for one in self.guidances):
+            self._check_cache = CacheCheck(self.denoiser)
+        with hooked(self.denoiser, self.after, before):
+            yield
+        if self.guidances:
+            self.levels.check_followed(bool(getattr(self.pipe, "interrupt", False)))
+
+    def callbacks_aside(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with callbacks in which the guard is not at work: they may draw as well."""
+        return {
+            name: self._watched(value) if name.startswith("callback") and callable(value) else value
+            for name, value in call.items()
+        }
+
+    def _watched(self, callback: Any) -> Any:
+        """A callback after which the pipeline must have the parts that it began with."""
+        parts = {name: getattr(self.pipe, name) for name in (self.family.denoiser, "scheduler")}
+
+        def check() -> None:
+            for name, part in parts.items():
+                if getattr(self.pipe, name) is not part:
+                    raise ValueError(
+                        f"memfree.guard: a callback replaced the {name} during the call, where the "
+                        "guard cannot follow: replace it between calls"
+                    )
+
+        return callback_aside(callback, check)
+
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The forward hook: the denoiser's output with the active rows corrected."""
-        with torch.inference_mode(False), torch.no_grad():
-            arguments = usable(self.bound(args, kwargs))
-            is_tuple = isinstance(output, tuple)
-            raw = usable(output[0] if is_tuple else output.sample)
-            planned = getattr(self.pipe, "num_timesteps", None)
-            view = self.view(arguments, self.levels.next(arguments["timestep"], planned))
-            self.finished = view.level.is_last
-            found = self.guided(view, raw)
+        try:
+            view, raw, found = self._step(args, kwargs, output)
+        except ValueError:
+            if self.guidances:
+                raise
+            self.last = None  # a call that is only judged need not be followed
+            return None
         if found is None:
             return None
         rows, corrected = found
@@ -88,7 +145,22 @@ class Draw:
         target = self.family.prediction(changed, view.channels)
         for half in range(0, view.total, view.count):
             target[rows + half] = corrected
-        return (changed, *output[1:]) if is_tuple else type(output)(sample=changed)
+        return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)
+
+    def _step(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> tuple[View, Tensor, tuple[Tensor, Tensor] | None]:
+        """One call of the denoiser: what was asked, what it returned, and what is corrected."""
+        with torch.inference_mode(False), torch.no_grad():
+            arguments = usable(self.bound(args, kwargs))
+            raw = usable(output[0] if isinstance(output, tuple) else output.sample)
+            planned = getattr(self.pipe, "num_timesteps", None)
+            level = self.levels.next(arguments["timestep"], planned)
+            self.finished = level.is_last
+            if level.step == 0 and self._check_cache is not None:
+                self._check_cache()
+            view = self.view(arguments, level)
+            return view, raw, self.guided(view, raw)
 
     def encode(self, captions: Sequence[str]) -> TextConditions:
         """Captions as the prompts of this call; one function for all steps, which guidances keep.
@@ -111,14 +183,53 @@ class Draw:
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         """The denoiser's arguments by name: pipelines differ in what they name."""
-        module = getattr(self.denoiser, "_orig_mod", self.denoiser)  # under torch.compile
-        return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        self._positional = len(args)
+        return self._signature.bind(args, kwargs)
+
+    def as_called(self, arguments: Arguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments in the form in which the pipeline gives them: as many without a name."""
+        return self._signature.unbind(arguments, self._positional)
 
     def view(self, arguments: Arguments, level: NoiseLevel) -> View:
         """The denoiser's call in the terms of a guidance."""
         scale = getattr(self.pipe, "guidance_scale", self.call.get("guidance_scale", 1.0))
         twice = getattr(self.pipe, "do_classifier_free_guidance", scale > 1)
+        expected = None if self._images is None else self._images * (1 + bool(twice))
+        total = len(arguments[self.family.sample])
+        if expected is not None and total != expected:
+            raise ValueError(
+                f"memfree.guard: {type(self.pipe).__name__} calls its denoiser with a batch of "
+                f"{total}, where {self._images} images with guidance_scale {float(scale):g} are "
+                f"{expected}: the guard needs both branches of classifier-free guidance in one "
+                "batch, and all images"
+            )
         return View(self, arguments, level, float(scale) if twice else 1.0, bool(twice))
+
+    def own_randomness(self) -> AbstractContextManager[None]:
+        """Where the guard's own parts may draw, such as an autoencoder: torch's stay in place."""
+        return self._randomness.on(self.pipe._execution_device)
+
+    def _step_of(self, view: View, base: Prediction) -> tuple[Any, ...]:
+        """The scheduler's step from here, as ``LastStep`` takes it."""
+        scheduler, following = self.pipe.scheduler, view.level.following
+        return (
+            scheduler,
+            scheduler.timesteps[-1 - len(following)],
+            view.native_x_t,
+            view.native(base),
+            view.level.alpha_bar,
+            float(self.call.get("eta", 0.0)),
+            self.call.get("generator"),
+            view.level.flow_sigma,
+            following,
+        )
+
+    def _ends(self, view: View, base: Prediction) -> bool:
+        """Whether the finished sample is decided at this step: no further one follows it."""
+        if len(view.level.following) == 1:
+            self._ended = LastStep(*self._step_of(view, base)).is_last()
+            return self._ended
+        return view.level.is_last and not self._ended
 
     def guided(self, view: View, raw: Tensor) -> tuple[Tensor, Tensor] | None:
         """Which rows are corrected, and the prediction to step with there; None if none is.
@@ -144,8 +255,7 @@ class Draw:
             denoise=view.denoise,
             guidance_rescale=amount,
             step=view.level.step,
-            is_last=view.level.is_last,
-            decode=self.decoder.finished if view.level.is_last else self.decoder.estimate,
+            decode=self.decoder.estimate,
             encode=None if self.family.missing_text_part(self.pipe) else self.encode,
             memory=self._memory,
         )
@@ -153,39 +263,61 @@ class Draw:
         self.last = base
         if not self.guidances:
             return None
-        if view.level.is_last and view.level.flow_sigma is None:
-            t = self.pipe.scheduler.timesteps[-1]
-            known = returned(
-                self.pipe.scheduler,
-                t,
-                view.x_t,
-                base.output,
-                view.level.alpha_bar,
-                float(self.call.get("eta", 0.0)),
-                self.call.get("generator"),
-            )
-            self.unmoved = known is not None and known[1] == 0
-            base = replace(base, returned=known)
-        if view.level.is_last and self.given is not None:
-            base = replace(base, returned=self._inpainted(base))
+        finite = finite_rows(base.output) & finite_rows(base.x_t)
+        base = _in_numbers(base)
+        if self._ends(view, base):
+            ending = last_step(*self._step_of(view, base))
+            base = replace(base, is_last=True, decode=self.decoder.finished, **ending)
+            self.unmoved = base.returned is not None and base.returned[1] == 0
+            if self.given is not None:
+                base = self._inpainted(base)
         decoder = self.decoder
-        with explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()):
+        decoder.follow(self.pipe.vae)
+        with (
+            explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()),
+            self.own_randomness(),
+        ):
             result = apply(self.guidances, base)
         self.trace.append(trace_rows(result, view.level.step, view.level.t))
         self.last = result
-        rows = (result.output != base.output).flatten(1).any(dim=1).nonzero().squeeze(1)
+        changed = (result.output != base.output).flatten(1).any(dim=1) & finite
+        rows = changed.nonzero().squeeze(1)
         if not len(rows):
             return None
         return rows, view.to_native(result.output[rows], base.output[rows], native, rows)
 
-    def _inpainted(self, base: Prediction) -> tuple[Tensor, Tensor]:
-        """(offset, gain) with the given image where the pipeline puts it back."""
+    def _inpainted(self, base: Prediction) -> Prediction:
+        """The last record with the given image where the pipeline puts it back."""
         assert self.given is not None and self.mask is not None
-        count = len(base.x_t)
         # As the pipeline: of the mask of both branches, the first half is used.
-        drawn = self.mask[:count].float()
+        drawn, given = self.mask[: len(base.x_t)].float(), self.given.float()
         offset, gain = base.returned or (torch.zeros_like(base.x_t, dtype=torch.float32), 1.0)
-        return drawn * offset + (1 - drawn) * self.given.float(), (gain * drawn).expand_as(offset)
+        known = drawn * offset + (1 - drawn) * given, (gain * drawn).expand_as(offset)
+        if (finish := base.finish) is None:
+            return replace(base, returned=known)
+        return replace(
+            base, returned=known, finish=lambda x_0: drawn * finish(x_0) + (1 - drawn) * given
+        )
+
+
+def _in_numbers(prediction: Prediction) -> Prediction:
+    """The record with 0 for NaN and ∞, which no neighbour can be found of.
+
+    Rows that hold them are not corrected; one broken sample does not end the call of the others.
+    """
+
+    def numbers(values: Tensor) -> Tensor:
+        return values.nan_to_num(0.0, 0.0, 0.0)
+
+    uncond, cond = prediction.output_uncond, prediction.output_cond
+    return replace(
+        prediction,
+        x_t=numbers(prediction.x_t),
+        output=numbers(prediction.output),
+        output_cond=None if cond is None else numbers(cond),
+        output_uncond=None if uncond is None else numbers(uncond),
+        decode=lambda latents: numbers(prediction.decode(latents)),
+    )
 
 
 @dataclass
@@ -217,6 +349,7 @@ class View:
         self.channels = min(everything.shape[1], self.draw.pipe.vae.config.latent_channels)
         self.dtype = everything.dtype
         x_t = everything[: self.count, : self.channels]
+        self.native_x_t = x_t
         self.norm = 1.0
         if self.level.flow_sigma is not None:
             sigma = self.level.flow_sigma
@@ -241,6 +374,13 @@ class View:
             return output
         samples = self.x_t if x_t is None else x_t
         return self.norm * output.float() + (1 - 2 * self.level.flow_sigma) * samples.float()
+
+    def native(self, prediction: Prediction) -> Tensor:
+        """The combined prediction in the model's own terms: v of flow matching."""
+        if self.level.flow_sigma is None:
+            return prediction.output
+        shift = (1 - 2 * self.level.flow_sigma) * self.x_t.float()
+        return (prediction.output - shift) / self.norm
 
     def to_native(self, corrected: Tensor, before: Tensor, native: Tensor, rows: Tensor) -> Tensor:
         """What the denoiser should have said in some rows: the inverse of ``from_native``."""
@@ -275,8 +415,9 @@ class View:
             assert isinstance(conditions, TextConditions)
             like = self.conditions.embeddings
             arguments = family.told(arguments, conditions.to(like.device, like.dtype))
-        arguments["return_dict"] = False
-        output = self.draw.denoiser.forward(**arguments)[0]
+        args, kwargs = self.draw.as_called(arguments)
+        output = self.draw.denoiser.forward(*args, **kwargs)
+        output = output[0] if isinstance(output, tuple) else output.sample
         return self.from_native(family.prediction(output, self.channels), x)
 
     def _rows(self, x: Tensor) -> Tensor:

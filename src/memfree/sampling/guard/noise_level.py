@@ -30,8 +30,13 @@ class NoiseLevel:
     """ᾱ of the variance-preserving sample, 0-d float32."""
     flow_sigma: float | None
     """σ of x_t = (1 − σ)·x_0 + σ·ε under flow matching; None otherwise."""
-    is_last: bool
-    """Whether the scheduler has no further step."""
+    following: Tensor
+    """Timesteps of the steps after this one."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the scheduler has no further step."""
+        return not len(self.following)
 
 
 class NoiseLevels:
@@ -51,6 +56,7 @@ class NoiseLevels:
         self._calls = 0
         self._schedule = torch.empty(0)
         self._starts: list[int] = []
+        self._planned = 0
 
     def next(self, timestep: Tensor | float, planned: int | None = None) -> NoiseLevel:
         """The level of the denoiser call that is being made.
@@ -80,7 +86,24 @@ class NoiseLevels:
             time=float(t) / self.scheduler.config.num_train_timesteps,
             alpha_bar=alpha_bar.clamp(min=SMALLEST_ALPHA_BAR).to(timestep.device),
             flow_sigma=sigma,
-            is_last=position == len(self._schedule) - 1,
+            following=self._schedule[position + 1 :].to(timestep.device),
+        )
+
+    def check_followed(self, interrupted: bool) -> None:
+        """Refuse a finished pipeline call whose denoiser was called elsewhere too, or not at all.
+
+        Args:
+            interrupted: whether the pipeline was asked to stop before the end.
+
+        Raises:
+            ValueError: fewer calls were seen than the pipeline planned.
+        """
+        if self._calls and (interrupted or self._calls >= self._planned):
+            return
+        raise ValueError(
+            f"memfree.guard: the pipeline's denoiser was called {self._calls} times where "
+            f"{self._planned or 'its'} steps are due: it calls another, or in a thread of its own, "
+            "where the guard does not follow, so that its images would be unguided"
         )
 
     def _position(self, t: Tensor, planned: int | None) -> int:
@@ -91,6 +114,8 @@ class NoiseLevels:
             likely = self._likely_start(planned)
             starts = (self._schedule.to(t.dtype) == t).nonzero().flatten().tolist()
             self._starts = sorted(starts, key=lambda start: start != likely)
+            self._planned = len(self._schedule) - (self._starts or [0])[0]
+            self._planned = self._planned if planned is None else planned
         expected = self._schedule.to(t.dtype).tolist()
         self._starts = [
             start

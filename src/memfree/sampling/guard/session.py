@@ -26,7 +26,8 @@ from memfree.sampling.guard.arguments import (
     texts,
 )
 from memfree.sampling.guard.decode import Decoder, check_size, explained_chunks
-from memfree.sampling.guard.families import Family
+from memfree.sampling.guard.denoiser import watched
+from memfree.sampling.guard.families import Family, check_parts
 from memfree.sampling.guard.hook import Draw
 from memfree.sampling.guard.images import (
     as_tensor,
@@ -40,6 +41,7 @@ from memfree.sampling.guard.images import (
 from memfree.sampling.guard.noise_level import check_scheduler
 from memfree.sampling.guard.report import GuardReport, Verdict
 from memfree.sampling.guard.stages import Stages, sources
+from memfree.sampling.noise import OwnRandomness
 
 OnCopy = Literal["keep", "resample", "refuse"]
 _REDRAW, _MITIGATION = 0, 1
@@ -143,6 +145,7 @@ class Session:
         self.seed = seed
         self.report = GuardReport(seed=seed)
         self._lock = threading.Lock()
+        self._randomness = OwnRandomness(seed)
         self._images = 0
         self._watched: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -154,13 +157,15 @@ class Session:
 
     def watch(self, pipe: Any) -> None:
         """Put the watch on a pipeline's denoiser."""
-        denoiser = getattr(pipe, self.family.denoiser)
-        self._watched[pipe] = denoiser.register_forward_pre_hook(self._watch())
+        watch = watched(getattr(pipe, self.family.denoiser), self._called_outside)
+        stack = ExitStack()
+        stack.enter_context(watch)
+        self._watched[pipe] = stack
 
     def leave(self, pipe: Any) -> None:
         """Take the watch off a pipeline's denoiser."""
-        if (handle := self._watched.pop(pipe, None)) is not None:
-            handle.remove()
+        if (stack := self._watched.pop(pipe, None)) is not None:
+            stack.close()
 
     @contextmanager
     def unwatched(self, pipe: Any) -> Iterator[None]:
@@ -181,7 +186,9 @@ class Session:
         """The pipeline's ``__call__``."""
         call = Call.bind(self.kind, args, kwargs)
         check_call(call.all)
+        check_parts(pipe, self.family)
         check_scheduler(pipe.scheduler, self.family.flow)
+        self.decoder.follow(pipe.vae)
         if self.mitigation is not None:
             scale = float(call.all["guidance_scale"])
             if (other := self.mitigation.guidance_scale(scale)) != scale:
@@ -195,7 +202,9 @@ class Session:
             self.report.calls += 1
             self._images += len(places)
         output, drawing = self._draw(pipe, call, number, 0, places, first)
-        images, verdicts, kept = self._judged(output, drawing, call, number, places)
+        device = pipe._execution_device
+        with self._randomness.on(device):
+            images, verdicts, kept = self._judged(output, drawing, call, number, places)
         draws = 1
         while draws < self.budget and not all(kept):
             again = [place for place in places if not kept[place]]
@@ -204,8 +213,9 @@ class Session:
             part = part.with_(generator=generators, return_dict=True)
             if "latents" in part.given:
                 part = part.with_(latents=None)
-            redrawn, drawing = self._draw(pipe, part, number, draws, again, first)
-            others, judged, accepted = self._judged(redrawn, drawing, call, number, again)
+            with self._randomness.on(device):
+                redrawn, drawing = self._draw(pipe, part, number, draws, again, first)
+                others, judged, accepted = self._judged(redrawn, drawing, call, number, again)
             draws += 1
             images, output = put(images, others, again), put_flags(output, redrawn, again)
             for place, verdict, fine in zip(again, judged, accepted, strict=True):
@@ -255,23 +265,16 @@ class Session:
         if drawing is not None and isinstance(images, Tensor):
             drawing.finite.append(finite_rows(images))
 
-    def _watch(self) -> Any:
-        """A pre-hook of the denoiser that says once where an unguarded pipeline calls it."""
-
-        @torch.compiler.disable
-        def watch(module: Any, args: Any) -> None:
-            if _DRAWING.get() is not None:
-                return
-            self.report.outside += 1
-            if self.report.outside == 1:
-                warnings.warn(
-                    f"memfree.guard: the {self.family.denoiser} of the guarded "
-                    f"{self.kind.__name__} was called by something else, such as a pipeline that "
-                    "from_pipe made of it: that is neither guided nor judged; guard it as well",
-                    stacklevel=2,
-                )
-
-        return watch
+    def _called_outside(self) -> None:
+        """Say once that something else calls the denoiser, such as an unguarded pipeline."""
+        self.report.outside += 1
+        if self.report.outside == 1:
+            warnings.warn(
+                f"memfree.guard: the {self.family.denoiser} of the guarded {self.kind.__name__} "
+                "was called by something else, such as a pipeline that from_pipe made of it: that "
+                "is neither guided nor judged; guard it as well",
+                stacklevel=2,
+            )
 
     def _is_distilled(self, pipe: Any) -> bool:
         """Whether the denoiser is told the guidance scale, and makes one prediction only."""
@@ -294,6 +297,7 @@ class Session:
             )
         device = self.judge.index.device
         draw = drawing.draw
+        self.decoder.follow(draw.pipe.vae)
         finished = draw.finished or draw.last is None
         if finished:
             kind = call.all.get("output_type") or "pil"
@@ -336,18 +340,16 @@ class Session:
         if self.mitigation is not None:
             call = self._prompts(pipe, call, generators)
         draw = Draw(pipe, self.family, call.all, self._guidances(pipe), self.decoder)
-        drawing, denoiser = Drawing(draw), draw.denoiser
+        drawing, before = Drawing(draw), None
         with ExitStack() as stack:
             stack.callback(_DRAWING.reset, _DRAWING.set(drawing))
             if self.mitigation is not None:
-                stack.enter_context(self.mitigation.around(denoiser))
-            if self.mitigation is not None and self.mitigation.changes_start():
-                drawing.stages = Stages(draw, self.mitigation, generators)
-                stack.enter_context(
-                    denoiser.register_forward_pre_hook(drawing.stages.before, with_kwargs=True)
-                )
-            stack.enter_context(denoiser.register_forward_hook(draw.after, with_kwargs=True))
-            output = call(pipe)
+                stack.enter_context(self.mitigation.around(draw.denoiser))
+                if self.mitigation.changes_start():
+                    drawing.stages = Stages(draw, self.mitigation, generators)
+                    before = drawing.stages.before
+            stack.enter_context(draw.hooked(before))
+            output = call.with_(**draw.callbacks_aside(call.given))(pipe)
         for rows in draw.trace:
             self.report.add_trace(number, attempt, places, rows)
         if draw.unmoved and number not in self.report.unmoved:

@@ -54,7 +54,7 @@ class Stages:
         family, arguments = self.draw.family, None
         if not self._started:
             self._started = True
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), self.draw.own_randomness():
                 arguments = usable(self.draw.bound(args, kwargs))
                 noise = self._start(arguments)
             if noise is not None:
@@ -65,7 +65,7 @@ class Stages:
             kept = everyone[slice(0, len(everyone) - len(self._embedding))]
             both = TextConditions.cat([kept, self._embedding]) if len(kept) else self._embedding
             arguments = family.told(arguments, both)
-        return None if arguments is None else ((), arguments)
+        return None if arguments is None else self.draw.as_called(arguments)
 
     def _start(self, arguments: dict[str, Any]) -> Tensor | None:
         """Run both stages; the new noise, or None where it stays."""
