@@ -1,12 +1,17 @@
 """Expansion of grids against brute force, and the commands of cells."""
 
+import importlib
 import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from memfree import cli
+from memfree.option_messages import options_of
+from memfree.study import study
 from memfree.study.cells import Cell, Grid, expand
+from memfree.study.check import INPUTS
 from memfree.study.claim import claim
 from memfree.study.plan import CommandOptions, Plan
 
@@ -50,7 +55,7 @@ def test_expansion_is_the_product_of_each_grid_without_repetitions():
     assert len({cell.name for cell in cells}) == len(cells), "folders are the cells' own"
     assert expand(GRIDS, [1, 2]) == cells
     with pytest.raises(ValueError, match="the study has no cell"):
-        expand([Grid()], [1])
+        expand([Grid(factor=[2])], [1])
     with pytest.raises(ValueError, match="--grids: a ladder is empty"):
         expand([Grid(ladder=[[1, 2], []])], [1])
 
@@ -170,3 +175,33 @@ def test_models_may_be_added_and_the_way_to_run_may_change(tmp_path):
     claim(plan(out=tmp_path, models={}))
     with pytest.raises(ValueError, match="--options.sample"):
         claim(plan(out=tmp_path, models={}, options=CommandOptions(sample={"steps": 7})))
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        ("index", {"extractor": {"path": "missing"}}),
+        ("sample", {"decoder": "missing"}),
+        ("sample", {"prompts.file": "missing"}),
+        ("evaluate", {"clip": "missing"}),
+        ("evaluate", {"second_embedding": "missing"}),
+    ],
+)
+def test_what_the_last_commands_need_is_looked_for_first(tmp_path, monkeypatch, command, given):
+    monkeypatch.setattr("memfree.study.running.run_stages", None)
+    monkeypatch.setattr(importlib.import_module("memfree.study.study"), "check_commands", print)
+    with pytest.raises(FileNotFoundError, match=f"--options.{command}.*missing"):
+        study(
+            "trial",
+            [Grid(factor=[2])],
+            SUBJECTS,
+            tmp_path / "out",
+            options=CommandOptions(**{command: given}),
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_input_is_an_option_of_its_command():
+    for command, names in INPUTS.items():
+        parser = cli.parser_of(cli.load({**cli.COMMANDS, **cli.SCRIPTS}[command]), command)
+        assert {f"--{name}" for name in names} <= {*options_of(parser)}

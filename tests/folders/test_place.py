@@ -24,7 +24,7 @@ def mounted(tmp_path, request):
 
 def test_a_mount_point_is_refused(mounted, tmp_path):
     (tmp_path / "link").symlink_to(mounted)
-    for out in (mounted, tmp_path / "link"):
+    for out in (mounted, tmp_path / "link", tmp_path):
         with pytest.raises(ValueError, match="--out .* mount point"):
             check_place(out)
     check_place(mounted / "inside")

@@ -71,6 +71,15 @@ def test_nor_is_one_of_an_earlier_version(tmp_path, left):
     assert list(tree(tmp_path)) == ["x.v2"]
 
 
+def test_somebodys_own_hidden_folder_is_kept(tmp_path):
+    own = tmp_path / ".x.backup-2024.old" / "notes.txt"
+    own.parent.mkdir()
+    own.write_text("mine")
+    with one_writer(tmp_path / "x"), unfinished(tmp_path / "x"):
+        pass
+    assert own.read_text() == "mine"
+
+
 def test_a_file_is_written_twice_under_one_process_number(tmp_path):
     """Processes of two containers may all have number 1."""
     path = tmp_path / "file"

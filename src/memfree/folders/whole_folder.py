@@ -17,6 +17,8 @@ from pathlib import Path
 from memfree.folders.atomic_files import sync
 from memfree.folders.temporary import RANDOM, held, is_held, is_of_this_machine, new_folder
 
+_RESULTS = ("manifest.json", "model_index.json", "pytorch_lora_weights.safetensors")
+"""One of them is in every folder that is put in place."""
 _alone: ContextVar[frozenset[Path]] = ContextVar("alone", default=frozenset())
 
 
@@ -100,7 +102,9 @@ def check_place(out: Path) -> None:
 
 
 def refuse_mount_point(out: Path) -> None:
-    """Refuse a folder where a file system is mounted: it can be neither renamed nor replaced.
+    """Refuse a folder where a file system is mounted, or inside of which one is.
+
+    The first can be neither renamed nor replaced, the second would be emptied.
 
     Raises:
         ValueError: it is one.
@@ -108,13 +112,13 @@ def refuse_mount_point(out: Path) -> None:
     place = out.resolve()
     if place.is_dir() and _is_mounted(place):
         raise ValueError(
-            f"--out {out} is a mount point, which the finished folder cannot replace: name a "
-            f"folder inside it, such as {out / 'result'}"
+            f"--out {out} is or holds a mount point, which the finished folder cannot replace: "
+            f"name another folder, such as {out / 'result'}"
         )
 
 
 def _is_mounted(folder: Path) -> bool:
-    """Whether a file system, or a folder of one, is mounted just there."""
+    """Whether a file system, or a folder of one, is mounted just there or below."""
     if os.path.ismount(folder):
         return True
     try:
@@ -124,7 +128,8 @@ def _is_mounted(folder: Path) -> bool:
     # A folder of the same file system, as containers mount it. Spaces and the like are octal.
     places = (line.split()[4] for line in lines if len(line.split()) > 4)
     names = (re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), at) for at in places)
-    return os.fsencode(folder) in names
+    place = os.fsencode(folder)
+    return any(name == place or name.startswith(place + b"/") for name in names)
 
 
 def put_back(out: Path) -> None:
@@ -196,6 +201,8 @@ def _leftovers(out: Path, sole_writer: bool) -> list[tuple[Path, str]]:
             ended = not is_alive(int(number)) and (sole_writer or int(number) != os.getpid())
         else:
             ended = sole_writer and "." not in host
+        if random is None and suffix == "old":  # perhaps somebody's own, as .x.backup-2024.old
+            ended &= any((left / name).exists() for name in _RESULTS) or not any(left.iterdir())
         if ended:
             found.append((left, suffix))
     return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from memfree.evaluation.metrics import HELDOUT
 from memfree.stages import Stage
@@ -54,6 +55,12 @@ OWN = {
     },
 }
 """Options of the commands that the study gives a value of its own, and what it takes that from."""
+INPUTS = {
+    "index": ("extractor.path",),
+    "sample": ("latents", "decoder", "prompts.file", "prompts.dataset"),
+    "evaluate": ("clip", "second_embedding"),
+}
+"""Options of the commands that name something that must be there before a study begins."""
 _ALSO = {"train": " or --models", "sample": " or --subjects"}
 
 
@@ -102,6 +109,27 @@ def _check_own(where: str, options: Options, own: dict[str, str]) -> None:
             # A group of options as well: {"trainer": {"max_steps": 5}}.
             if given == name or given.startswith(f"{name}.") or name.startswith(f"{given}."):
                 raise ValueError(f"{where}: the study sets {name} itself; use {instead}")
+
+
+def check_inputs(plan: Plan) -> None:
+    """Refuse files and folders that are missing, which the last commands would find after hours.
+
+    Raises:
+        FileNotFoundError: names the option.
+    """
+    for command, names in INPUTS.items():
+        for name, value in _flat(getattr(plan.options, command)):
+            if name in names and value is not None and not Path(value).exists():
+                raise FileNotFoundError(f"--options.{command}: there is no {name} {value}")
+
+
+def _flat(options: Options, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Options by dotted names, however they are nested."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
 
 
 def check_commands(plan: Plan, cells: Sequence[Cell]) -> None:

@@ -14,7 +14,7 @@ from memfree.folders.one_writer import one_at_a_time
 from memfree.folders.part import ALL, WHOLE, part_of
 from memfree.folders.resolved import save_config
 from memfree.study.cells import Cell, Grid, expand
-from memfree.study.check import check_commands, check_names, check_options
+from memfree.study.check import check_commands, check_inputs, check_names, check_options
 from memfree.study.claim import claim
 from memfree.study.estimate import plan_size
 from memfree.study.plan import CommandOptions, Options, Plan, StudySource, Subjects
@@ -103,6 +103,8 @@ def study(
     if dry_run:
         _print(plan, chosen, console)
         return
+    if chosen:
+        check_inputs(plan)
     claim(plan)
     for number, cell in enumerate(chosen, 1):
         console.rule(Text(f"cell {number} of {len(chosen)}: {cell.name}", style="bold"))
