@@ -55,12 +55,12 @@ def told(monkeypatch, variables):
         ({}, ("Lightning", 0, 1)),
         (TORCHRUN, ("torchrun", 3, 4, 1, (2,))),
         (SRUN, ("srun", 2, 3, 0, (2, 1))),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, ("srun", 1, 2, 0, (2,))),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, ("srun", 1, 2, None, (2,))),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, ("srun", 2, 3, 0, (2,))),
         (OPEN_MPI, ("mpirun", 1, 2, 1, (2,))),
         (MPICH, ("mpirun", 1, 2, 1, (2,))),
-        (POD, ("the launcher that set RANK", 1, 4, 0)),
-        ({"RANK": "1"}, ("the launcher that set RANK", 1, None, 0)),
+        (POD, ("the launcher that set RANK", 1, 4)),
+        ({"RANK": "1"}, ("the launcher that set RANK", 1, None)),
         # One of a launcher inside another: the inner one has started the process.
         ({**SRUN, **TORCHRUN}, ("torchrun", 3, 4, 1, (2,))),
         ({**SRUN, **OPEN_MPI}, ("mpirun", 1, 2, 1, (2,))),
@@ -231,6 +231,16 @@ def test_processes_of_one_run_know_where_to_meet(monkeypatch):
 def test_the_first_node_of_a_step(monkeypatch, nodes, first):
     two = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": nodes}
     assert environment(monkeypatch, two, 2)[1]["MASTER_ADDR"] == first
+
+
+def test_what_the_launcher_leaves_out_is_worked_out(monkeypatch):
+    four = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
+    _, inside = environment(monkeypatch, four, 2, 2)
+    assert (inside["SLURM_NODEID"], inside["SLURM_LOCALID"]) == ("1", "1")
+    for name in four:
+        monkeypatch.delenv(name)
+    _, inside = environment(monkeypatch, POD, 2, 2)
+    assert inside["LOCAL_RANK"] == "1"
 
 
 def test_mpi_processes_get_the_variables_of_torch(monkeypatch):

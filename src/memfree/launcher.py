@@ -1,8 +1,8 @@
-"""The processes that a launcher has started together, and the place of this one among them.
+"""Processes that a launcher started together: srun, torchrun, mpirun, Kubernetes.
 
-srun, torchrun, mpirun and Kubernetes tell each process by environment variables how many there are.
-Whether they are one run is for the command's options to say: a run of several processes takes all
-of them; any other run is by itself, as one of many in a task farm, and forgets the launcher.
+A launcher tells each process by environment variables which of how many it is. Whether they work
+together is decided by the command's options: a run of several processes takes all of them; any
+other run is separate, one of many in a task farm, and forgets the launcher.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Launch:
     """Number of this process among all, from 0."""
     size: int | None = 1
     """All processes; None where the launcher does not say."""
-    local_rank: int = 0
-    """Number of this process among those of its machine, from 0."""
+    local_rank: int | None = None
+    """Number of this process among those of its machine, from 0; None where it is not said."""
     per_node: tuple[int, ...] = ()
     """Processes on each machine, or one number where all machines have as many; empty: unknown."""
 
@@ -149,9 +149,14 @@ def _read(names: _Names) -> Launch:
     if names is _SRUN:
         per_node = _tasks_per_node()
     rank = int(os.environ[names.rank])
-    # Without a number of its own: the only process of its machine, as a pod is.
-    local_rank = int(os.environ.get(names.local_rank, 0))
-    return Launch(names.launcher, rank, None if size is None else int(size), local_rank, per_node)
+    local_rank = os.environ.get(names.local_rank)
+    return Launch(
+        names.launcher,
+        rank,
+        None if size is None else int(size),
+        None if local_rank is None else int(local_rank),
+        per_node,
+    )
 
 
 def _by_lightning() -> Launch | None:
@@ -261,7 +266,7 @@ def joined(launch: Launch, devices: int, nodes: int = 1) -> bool:
         return False
     options = f"--trainer.devices {devices} --trainer.num_nodes {nodes}"
     if launch.launcher == LIGHTNING:
-        if launch.local_rank >= devices or int(os.environ.get("NODE_RANK", 0)) >= nodes:
+        if (launch.local_rank or 0) >= devices or int(os.environ.get("NODE_RANK", 0)) >= nodes:
             raise ValueError(
                 f"{options}: LOCAL_RANK or NODE_RANK in the environment is too large for it"
             )
@@ -286,15 +291,15 @@ def _ways(launch: Launch) -> str:
     if len(launch.per_node) > 1:
         return (
             "start as many on each node (--ntasks-per-node) to work together, or give "
-            "--trainer.devices 1 --trainer.num_nodes 1 for a run by each process"
+            "--trainer.devices 1 --trainer.num_nodes 1 for a separate run in each process"
         )
     devices = launch.per_node[0] if launch.per_node else launch.size
     if launch.size == 1:
-        return "start one a device"
+        return "start one process per device"
     nodes = f" --trainer.num_nodes {launch.size // devices}" if launch.size > devices else ""
     return (
         f"give --trainer.devices {devices}{nodes} to work together, or --trainer.devices 1 for a "
-        "run by each process"
+        "separate run in each process"
     )
 
 
@@ -307,7 +312,7 @@ def advice(launch: Launch, shared_by: str) -> str:
             ``--part``; empty where it has none.
     """
     if shared_by == "--trainer.devices" and launch.size is not None:
-        return f"{launch.started}; {_ways(launch)} in a folder of its own"
+        return f"{launch.started}; {_ways(launch)}, with its own --out"
     if shared_by == "--part":
         return f"{launch.started}; give each its --part, as 1/{launch.size or 2}, or its own --out"
     return f"{launch.started}, and this command is one; start one, or give each its own --out"
@@ -315,10 +320,10 @@ def advice(launch: Launch, shared_by: str) -> str:
 
 @contextmanager
 def as_one_run(launch: Launch, devices: int, nodes: int = 1) -> Iterator[None]:
-    """Let the environment say what the run is; on leaving, what it said before.
+    """Make the environment describe this run alone, and restore it afterwards.
 
-    Of processes that are one run each knows its place, and where to meet. Any other run is the only
-    process of its launch, for us and for all libraries.
+    Processes that are one run learn where to meet. In any other run, this code and all libraries
+    see a single process.
 
     Args:
         launch: the processes that were started together.
@@ -359,12 +364,15 @@ def is_launchers(name: str) -> bool:
 def _meeting(launch: Launch, devices: int) -> Mapping[str, str]:
     """Variables by which processes that are one run find each other."""
     # Lightning asks jsrun, and MPI where Python knows it, where to meet.
-    if launch.launcher in (LIGHTNING, "torchrun", "jsrun") or knows_mpi(launch):
+    if launch.launcher in (LIGHTNING, "jsrun") or knows_mpi(launch):
         return {}
     place = {name: os.environ[name] for name in _MEETING if name in os.environ}
     if launch.launcher == "srun":
         # Lightning refuses a number of tasks without this one.
-        return {"SLURM_NTASKS_PER_NODE": str(devices), **_slurm_meeting(), **place}
+        node, local = divmod(launch.rank, devices)
+        said = {name: os.environ[name] for name in _SINGLE if name in os.environ}
+        place = {"SLURM_NODEID": str(node), "SLURM_LOCALID": str(local), **said, **place}
+        return {**_slurm_meeting(), **place, "SLURM_NTASKS_PER_NODE": str(devices)}
     assert launch.size is not None
     if launch.size == devices:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "12910", **place}
@@ -376,7 +384,9 @@ def _meeting(launch: Launch, devices: int) -> Mapping[str, str]:
     return {
         "RANK": str(launch.rank),
         "WORLD_SIZE": str(launch.size),
-        "LOCAL_RANK": str(launch.rank % devices),
+        "LOCAL_RANK": str(
+            launch.rank % devices if launch.local_rank is None else launch.local_rank
+        ),
         **place,
     }
 

@@ -68,7 +68,7 @@ def build_trainer(**options: Any) -> Trainer:
         )
     if not together:
         # Lightning has read it from the launcher's variables when it was imported.
-        rank_zero_only.rank = 0
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
     return trainer
 
 

@@ -4,6 +4,8 @@ All in one file, which one process tests: there is one Slurm a machine.
 """
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -13,6 +15,7 @@ from pathlib import Path
 import pyarrow.csv as pcsv
 import pytest
 import yaml
+from slurm_cluster import words
 from trained_state import difference, trained_state
 
 from memfree.models.checkpoints import latest_checkpoint, step_of
@@ -55,6 +58,33 @@ def test_two_tasks_of_a_node_train_as_two_processes(slurm, training, plain, tmp_
     assert slurm.wait_to_end(job) == ("COMPLETED", 0), log.read_text()
     assert json.loads((out / "manifest.json").read_text())["devices"] == 2
     assert_same_model(out, plain(2, 200))
+
+
+def test_steps_of_one_job_are_runs_of_their_own(slurm, training, plain, tmp_path):
+    """Two that work together beside each other, a task farm, and a submission from inside."""
+    train = [sys.executable, str(ROOT / "train.py"), *training, "--trainer.max_steps=20"]
+    memfree = [sys.executable, "-c", "from memfree.cli import main; main()"]
+    prepare = ["prepare", "--source=digits", "--out=submitted", "--slurm.logs=logs"]
+    farm = f"{words(train)} --trainer.devices=1 --out=farm-$SLURM_PROCID"
+    lines = [
+        "#!/bin/bash",
+        f"srun --exact -n2 {words([*train, '--trainer.devices=2', '--out=a'])} &",
+        f"srun --exact -n2 {words([*train, '--trainer.devices=2', '--out=b'])} &",
+        "wait",
+        f"srun --exact -n2 bash -c {shlex.quote(farm)}",
+        f"{words([*train, '--out=script'])}",  # one process, though the job has four tasks
+        f"{words([*memfree, 'submit', *prepare])}",
+    ]
+    script, log = tmp_path / "job.sh", tmp_path / "log"
+    script.write_text("\n".join(lines) + "\n")
+    job = slurm.sbatch("-N1", "-n4", f"-o{log}", script, cwd=tmp_path)
+    assert slurm.wait_to_end(job) == ("COMPLETED", 0), log.read_text()
+    for out, processes in (("a", 2), ("b", 2), ("farm-0", 1), ("farm-1", 1), ("script", 1)):
+        assert_same_model(tmp_path / out, plain(processes, 20))
+        assert (tmp_path / out / "config.yaml").is_file()
+    number = re.search(r"submitted job (\d+)", log.read_text())[1]
+    assert slurm.wait_to_end(number) == ("COMPLETED", 0)
+    assert (tmp_path / "submitted" / "manifest.json").is_file()
 
 
 def test_two_nodes_are_requeued_by_a_signal(slurm, training, plain, tmp_path):
