@@ -55,6 +55,7 @@ class Judge:
         """One an image (n, C, H, W) in [−1, 1]; they are these places of the call."""
         check_size(self.index, images)
         threshold = self.calibration.threshold(self.false_positive_rate)
+        rate_text = self.calibration.rate_text(self.false_positive_rate)
         sigmas, rows = [], []
         with torch.no_grad(), explained_chunks("judging", len(images), self.chunk_size):
             for part in images.split(self.chunk_size or len(images)):
@@ -71,6 +72,7 @@ class Judge:
                 similarity=float(sigma[i]),
                 threshold=threshold,
                 false_positive_rate=self.false_positive_rate,
+                rate_text=rate_text,
                 p_value=p_values[i],
                 copy=float(sigma[i]) > threshold,
             )
