@@ -45,6 +45,27 @@ def test_interval_over_seeds_is_students():
     assert over_seeds([0.3]).low is None and math.isnan(upper_limit([0.3]))
 
 
+def test_one_seed_has_no_interval_however_many_samples():
+    one = [Measured(0.3, 10_000)]
+    assert rate_over_seeds(one) == Interval(0.3)
+    assert math.isnan(upper_limit_of_rates(one, [Measured(0.5, 10_000)]))
+    values = {("class", 64, "unguided", "copies"): {7: one[0]}}
+    (table,) = [table for table in mean_tables(values) if "repeated images" in table.heading]
+    assert "one training seed" in table.heading and table.rows == [["unguided", "30.00"]]
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3])
+def test_rates_over_seeds_cover_other_trainings(spread):
+    """Three trainings whose true rates differ; 500 samples each."""
+    generator = np.random.default_rng(0)
+    precision, inside = 1 / spread - 1, 0
+    for _ in range(400):
+        rates = generator.beta(0.4 * precision, 0.6 * precision, 3)
+        found = rate_over_seeds([Measured(generator.binomial(500, p) / 500, 500) for p in rates])
+        inside += found.low <= 0.4 <= found.high
+    assert inside / 400 >= 0.9
+
+
 def test_rates_of_zero_keep_the_width_of_their_counts():
     zero = [Measured(0.0, 1000)] * 3
     found = rate_over_seeds(zero)
@@ -122,7 +143,8 @@ def test_two_ladders_and_a_model_named_like_one_keep_their_figures(tmp_path):
         if len(cell.factors) > 1:
             near = {"nearest_multiplicity": [*cell.factors] * 10, "copy": [True, False, True] * 6}
             near["copy"] += [True, False]
-            table = {"subject": ["unguided"] * 20, "distance_ratio": [0.5] * 20, **near}
+            near["nearest_key"] = [str(place % 6) for place in range(20)]
+            table = {"subject": ["unguided"] * 20, **near}
             pq.write_table(pa.table(table), folder / "per_sample.parquet")
         write_manifest(folder, "evaluation")
     rows = gather(plan, cells)

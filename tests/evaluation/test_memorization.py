@@ -46,7 +46,7 @@ def test_copies_lie_above_the_threshold_in_sigma():
 def test_distances_are_those_of_numpy():
     nl2 = np.random.default_rng(0).uniform(0.1, 2, 300)
     ratio = np.linspace(0, 1, 300)
-    table = MetricTable(distance_metrics("x", neighbours(nl2, ratio=ratio), nl2=True, seed=0))
+    table = MetricTable(distance_metrics("x", neighbours(nl2, ratio=ratio), nl2=True))
     assert table.get("nl2_5th_percentile", "x").value == pytest.approx(np.percentile(nl2, 5))
     assert table.get("nl2_minimum", "x").value == nl2.min()
     assert table.get("nl2_below_1.4", "x").value == (nl2 < 1.4).mean()
@@ -54,7 +54,7 @@ def test_distances_are_those_of_numpy():
 
 
 def test_no_nl2_for_a_similarity_that_is_none():
-    names = MetricTable(distance_metrics("x", neighbours([0.1]), nl2=False, seed=0)).names()
+    names = MetricTable(distance_metrics("x", neighbours([0.1]), nl2=False)).names()
     assert names == ["distance_ratio_below_third"]
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from memfree.guidance import (
     Calibration,
@@ -54,10 +55,25 @@ def test_a_rate_below_five_images_is_refused(calibration):
         calibration.threshold(1.0)
 
 
-def test_bootstrap_interval_covers_the_threshold(calibration):
-    low, high = calibration.threshold_interval(0.05)
-    assert low <= calibration.threshold(0.05) <= high
-    assert high - low > 0.01
+def test_a_thresholds_own_uncertainty_is_that_of_its_order_statistic():
+    """6 of 600 lie at or above it: 0.4 to 1.9 % of real images are called copies, not 1 %."""
+    some = Calibration("x", torch.arange(600.0))
+    expected = stats.beta.ppf([0.025, 0.975], 6, 595)
+    assert some.rate_limits(0.01) == pytest.approx(tuple(expected))
+    assert some.rate_text(0.01) == "1 % (0.37–1.9 %, from 600 images)"
+
+
+@pytest.mark.parametrize(("n", "rate"), [(600, 0.01), (100, 0.05), (200, 0.5)])
+def test_limits_of_rate_and_threshold_cover_the_population(n, rate):
+    generator = np.random.default_rng(0)
+    inside = np.zeros(2)
+    for _ in range(400):
+        some = Calibration("x", torch.tensor(np.sort(generator.normal(size=n))).float())
+        low, high = some.rate_limits(rate)
+        inside[0] += low <= stats.norm.sf(some.threshold(rate)) <= high
+        low, high = some.threshold_interval(rate)
+        inside[1] += low <= stats.norm.isf(rate) <= high
+    assert (inside / 400 >= 0.92).all() and (inside / 400 <= 0.995).all()
 
 
 def test_json_round_trip(calibration):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memfree.evaluation.intervals import Interval, bootstrap
+from memfree.evaluation.intervals import conditions_detail, mean_interval, shared_conditions
 from memfree.evaluation.metrics import Metric, metric
 from memfree.retrieval.clip_folder import load_clip, load_tokenizer
 from memfree.retrieval.network import state_hash
@@ -125,29 +125,32 @@ def alignment_metrics(
 ) -> list[Metric]:
     """``clip_score`` and ``clip_margin`` of each subject, and paired differences of both.
 
-    Intervals are a bootstrap over images: with few prompts they say nothing of other prompts.
-    A margin is left out where more than half of the captions are the same.
+    Intervals are Student's, over captions where several images share one. A margin is left out
+    where more than half of the captions are the same.
 
     Args:
         scorer: the CLIP.
         subjects: name to images (n, C, H, W) in [-1, 1] and their n captions.
         paired: subject to the reference that began with the same noise and captions.
-        seed: of shuffles and bootstrap.
+        seed: of the shuffles.
     """
     values: dict[str, dict[str, np.ndarray]] = {}
+    shared: dict[str, np.ndarray | None] = {}
     metrics: list[Metric] = []
     for name, (images, captions) in subjects.items():
         embedded, texts = scorer.images(images), scorer.texts(captions)
         values[name] = {"clip_score": clip_scores(embedded, texts)}
+        shared[name] = shared_conditions(captions)
         with suppress(ValueError):
             values[name]["clip_margin"] = margins(embedded, texts, captions, seed)
         metrics += [
             metric(
                 measured,
                 name,
-                mean_interval(each, seed),
+                mean_interval(each, shared[name]),
                 len(each),
                 captions=len(set(captions)),
+                **conditions_detail(shared[name]),
                 **scorer.describe,
             )
             for measured, each in values[name].items()
@@ -156,16 +159,19 @@ def alignment_metrics(
         for measured, own in values.get(name, {}).items():
             other = values.get(reference, {}).get(measured)
             if other is not None and len(other) == len(own):
-                interval = mean_interval(own - other, seed)
+                interval = mean_interval(own - other, shared[name])
+                over = conditions_detail(shared[name])
                 metrics.append(
-                    metric(f"{measured}_difference", name, interval, len(own), reference=reference)
+                    metric(
+                        f"{measured}_difference",
+                        name,
+                        interval,
+                        len(own),
+                        reference=reference,
+                        **over,
+                    )
                 )
     return metrics
-
-
-def mean_interval(values: np.ndarray, seed: int) -> Interval:
-    """Mean with a bootstrap interval over the units."""
-    return bootstrap(len(values), lambda rows: float(values[rows].mean()), seed)
 
 
 def pair_report(
@@ -179,7 +185,7 @@ def pair_report(
         distinct ones (1 is first), and ``top_tenth``, the share of those in the first tenth.
     """
     embedded, texts = scorer.images(images), scorer.texts(captions)
-    margin = mean_interval(margins(embedded, texts, captions, seed), seed)
+    margin = mean_interval(margins(embedded, texts, captions, seed), shared_conditions(captions))
     assert margin.low is not None and margin.high is not None
     first = np.unique(list(captions), return_index=True)[1]
     cosines = embedded @ texts[first].T

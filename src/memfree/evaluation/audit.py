@@ -257,8 +257,8 @@ def _facts(
 def _rates(rate: float, found: Neighbours, calibration: Calibration) -> dict[str, str]:
     return {
         "Verdict": f"{int(found.copy.sum())} copies: σ above {calibration.threshold(rate):.3f}, "
-        f"which {100 * rate:g} % of real images are; {rate * len(found):.1f} such images are "
-        "expected where none is a copy"
+        f"which {calibration.rate_text(rate)} of real images are; "
+        f"{rate * len(found):.1f} such images are expected where none is a copy"
     }
 
 

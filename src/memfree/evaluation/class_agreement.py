@@ -11,7 +11,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from memfree.evaluation.intervals import wilson
+from memfree.evaluation.intervals import conditions_detail, rate_interval
 from memfree.evaluation.metrics import HELDOUT, Metric, metric
 
 
@@ -61,14 +61,17 @@ class ClassJudge:
         """(n,) bool: the classifier names the wanted class."""
         return self.classifier.predict(features[self.features]) == classes
 
-    def metric(self, subject: str, agrees: np.ndarray) -> Metric:
+    def metric(
+        self, subject: str, agrees: np.ndarray, conditions: np.ndarray | None = None
+    ) -> Metric:
         """The rate ``class_agreement``; for ``heldout`` it is the ceiling, the test accuracy."""
         notes = {"meaning": "accuracy on test images, the ceiling"} if subject == HELDOUT else {}
         return metric(
             "class_agreement",
             subject,
-            wilson(int(agrees.sum()), len(agrees)),
+            rate_interval(agrees, conditions),
             len(agrees),
+            **conditions_detail(conditions),
             classifier=self.name,
             features=self.features,
             cross_validated_accuracy=round(self.cross_validated, 4),

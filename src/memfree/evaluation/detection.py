@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import sqrt
 
 import numpy as np
 import pyarrow as pa
+from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from memfree.evaluation.intervals import Interval, bootstrap
+from memfree.evaluation.intervals import (
+    Interval,
+    bootstrap,
+    effective_conditions,
+    resampled,
+    student_quantile,
+    wilson,
+)
 
 MIN_EACH = 10
 """Samples of each kind below which no interval is given: resamples would lack a kind."""
+MIN_CONDITIONS = 5
+"""Conditions with samples of each kind below which no interval is given."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +46,22 @@ class Detector:
         return float(found[self.roc["false_positive_rate"].to_numpy() <= false_positive_rate].max())
 
 
-def detector(scores: np.ndarray, copies: np.ndarray, seed: int = 0, draws: int = 1000) -> Detector:
-    """ROC curve and AUC of a score, with a bootstrap interval over the samples.
+def detector(
+    scores: np.ndarray,
+    copies: np.ndarray,
+    seed: int = 0,
+    draws: int = 1000,
+    clusters: np.ndarray | None = None,
+) -> Detector:
+    """ROC curve and AUC of a score, with an interval from resampled samples, or conditions.
 
     Args:
         scores: (n,) finite; σ of ours, or Wen's norm.
         copies: (n,) bool, the truth: by a measure that no compared score is made of.
         seed: of the bootstrap.
         draws: of the bootstrap.
+        clusters: (n,) of ``shared_conditions``, the caption of each sample; None for independent
+            samples.
 
     Raises:
         ValueError: lengths differ, a score is not finite, or all samples are of one kind.
@@ -54,15 +73,31 @@ def detector(scores: np.ndarray, copies: np.ndarray, seed: int = 0, draws: int =
     )
     count = int(truth.sum())
     auc = Interval(float(roc_auc_score(truth, scores)))
-    if min(count, len(truth) - count) >= MIN_EACH:
-        auc = bootstrap(
-            len(truth), lambda rows: float(roc_auc_score(truth[rows], scores[rows])), seed, draws
-        )
+    if _missing(truth, clusters) is None:
+        ranks = np.unique(scores, return_inverse=True)[1]
+        values = resampled(len(truth), lambda rows: _auc(ranks, truth, rows), seed, draws, clusters)
+        auc = _auc_interval(auc.value, values, _effective_units(truth, clusters))
     return Detector(roc, auc, count, len(truth) - count)
 
 
+def _auc_interval(auc: float, values: np.ndarray, units: float) -> Interval:
+    """Student's interval of the AUC's logit, by the spread of its resampled values."""
+    if not len(values):
+        return Interval(auc)
+    if auc in (0.0, 1.0):  # resamples of kinds that never mix do not mix either
+        return replace(wilson(auc * units, units), value=auc)
+    deviation = float(values.std()) * sqrt(units / (units - 1))
+    half = student_quantile(units) * deviation / (auc * (1 - auc))
+    return Interval(auc, float(expit(logit(auc) - half)), float(expit(logit(auc) + half)))
+
+
 def auc_difference(
-    first: np.ndarray, second: np.ndarray, copies: np.ndarray, seed: int = 0, draws: int = 1000
+    first: np.ndarray,
+    second: np.ndarray,
+    copies: np.ndarray,
+    seed: int = 0,
+    draws: int = 1000,
+    clusters: np.ndarray | None = None,
 ) -> Interval:
     """AUC of the first score minus that of the second, on the same samples, resampled together.
 
@@ -72,24 +107,54 @@ def auc_difference(
         copies: (n,) bool, the truth.
         seed: of the bootstrap.
         draws: of the bootstrap.
+        clusters: (n,) of ``shared_conditions``; None for independent samples.
 
     Raises:
-        ValueError: as ``detector``; or fewer than 10 samples of a kind.
+        ValueError: as ``detector``; or fewer than 10 samples, or 5 conditions, of a kind.
     """
     first, truth = _checked(first, copies)
     second, _ = _checked(second, copies)
-    count = int(truth.sum())
-    if min(count, len(truth) - count) < MIN_EACH:
-        raise ValueError(
-            f"comparing detectors needs at least {MIN_EACH} copies and {MIN_EACH} other samples, "
-            f"not {count} and {len(truth) - count}"
-        )
+    if missing := _missing(truth, clusters):
+        raise ValueError(f"comparing detectors needs at least {missing}")
+    ranks = [np.unique(scores, return_inverse=True)[1] for scores in (first, second)]
 
     def difference(rows: np.ndarray) -> float:
-        one, two = (roc_auc_score(truth[rows], scores[rows]) for scores in (first, second))
-        return float(one - two)
+        return _auc(ranks[0], truth, rows) - _auc(ranks[1], truth, rows)
 
-    return bootstrap(len(truth), difference, seed, draws)
+    units = _effective_units(truth, clusters)
+    return bootstrap(len(truth), difference, seed, draws, clusters=clusters, units=units)
+
+
+def _auc(ranks: np.ndarray, truth: np.ndarray, rows: np.ndarray) -> float:
+    """AUC of some rows, with repetitions; NaN where they are of one kind."""
+    copies, others = (np.bincount(ranks[rows], kind[rows]) for kind in (truth, ~truth))
+    pairs = copies.sum() * others.sum()
+    below = others.cumsum() - others / 2
+    return float(copies @ below / pairs) if pairs else float("nan")
+
+
+def _missing(truth: np.ndarray, clusters: np.ndarray | None) -> str | None:
+    """What an interval needs and the samples have not; None where they have it."""
+    count = int(truth.sum())
+    if min(count, len(truth) - count) < MIN_EACH:
+        return (
+            f"{MIN_EACH} copies and {MIN_EACH} other samples, not {count} and {len(truth) - count}"
+        )
+    if clusters is not None:
+        found = [len(np.unique(clusters[kind])) for kind in (truth, ~truth)]
+        if min(found) < MIN_CONDITIONS:
+            return (
+                f"{MIN_CONDITIONS} conditions with copies and {MIN_CONDITIONS} with other samples, "
+                f"not {found[0]} and {found[1]}"
+            )
+    return None
+
+
+def _effective_units(truth: np.ndarray, clusters: np.ndarray | None) -> float:
+    """Independent samples, or conditions, of the kind that has fewer of them."""
+    if clusters is None:
+        return float(min(truth.sum(), (~truth).sum()))
+    return min(effective_conditions(clusters[kind]) for kind in (truth, ~truth))
 
 
 def _checked(scores: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -29,6 +29,7 @@ def distribution_metrics(
     target = subjects[HELDOUT].view
     views = {name: subjects[name].view for name in inputs.samples}
     components = fit_components(second.fit_view.pooled)
+    shared = {name: subjects[name].conditions for name in inputs.samples}
 
     def projected(view: View) -> np.ndarray:
         return components.transform(view.pooled.astype(np.float64))
@@ -48,6 +49,7 @@ def distribution_metrics(
             features(target),
             seed,
             inputs.paired,
+            conditions=shared,
             **detail,
         )
     metrics += quality.kid_metrics(
@@ -56,23 +58,32 @@ def distribution_metrics(
         floor.pooled,
         target.pooled,
         seed,
+        conditions=shared,
         **second.viewer.describe_pooled(),
     )
     spread = {name: projected(view) for name, view in views.items()}
     described = second.viewer.describe_pooled()
     metrics += manifold_metrics(
-        "efficientnet", spread, projected(floor), projected(target), seed, **described
+        "efficientnet", spread, projected(floor), projected(target), seed, shared, **described
     )
     metrics += diversity_metrics(
-        "efficientnet", {**spread, HELDOUT: projected(target)}, seed, **described
+        "efficientnet",
+        {**spread, HELDOUT: projected(target)},
+        seed,
+        conditions=shared,
+        **described,
     )
     if target.inception is not None:
-        metrics += _inception_metrics(views, floor, target, seed)
+        metrics += _inception_metrics(views, floor, target, seed, shared)
     return metrics
 
 
 def _inception_metrics(
-    views: dict[str, View], floor: View, target: View, seed: int
+    views: dict[str, View],
+    floor: View,
+    target: View,
+    seed: int,
+    conditions: dict[str, np.ndarray | None],
 ) -> list[Metric]:
     """FID and KID as published, on torch-fidelity's Inception; singular below 2048 images."""
 
@@ -94,6 +105,12 @@ def _inception_metrics(
             **detail,
         ),
         *quality.kid_metrics(
-            "inception", subjects, features(floor), features(target), seed, **detail
+            "inception",
+            subjects,
+            features(floor),
+            features(target),
+            seed,
+            conditions=conditions,
+            **detail,
         ),
     ]

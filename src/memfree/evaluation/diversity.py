@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from memfree.evaluation.intervals import centred
-from memfree.evaluation.manifold import drawn_rows
+from memfree.evaluation.intervals import conditions_detail
+from memfree.evaluation.manifold import drawn_conditions, drawn_rows
 from memfree.evaluation.metrics import Metric, metric
+from memfree.evaluation.subsampling import DRAWS, subsample
 
 
 def vendi_score(unit: np.ndarray) -> float:
@@ -39,20 +41,21 @@ def diversity_metrics(
     space: str,
     subjects: dict[str, np.ndarray],
     seed: int,
-    draws: int = 200,
+    draws: int = DRAWS,
+    conditions: Mapping[str, np.ndarray | None] | None = None,
     **detail: Any,
 ) -> list[Metric]:
     """Vendi score and mean pairwise diversity of every subject, at equal counts.
 
     The Vendi score grows with the number of images, so all have the same n, the smallest. The
-    interval is what other samples of size n would give: n resampled with repetition, centred on
-    the value, because repetitions alone lower both.
+    interval is what other samples of size n would give (``subsampling``).
 
     Args:
         space: name of the features; metrics are ``vendi_{space}`` and ``diversity_{space}``.
         subjects: name to features (count, D), centred; they are scaled to length 1.
-        seed: of the rows and resamplings.
-        draws: resamplings.
+        seed: of the rows and subsets.
+        draws: subsets for the interval.
+        conditions: name to (count,) of ``shared_conditions``.
         detail: written beside the numbers.
     """
     n = min(len(features) for features in subjects.values())
@@ -66,11 +69,25 @@ def diversity_metrics(
     for name, features in subjects.items():
         chosen = drawn_rows(features, n, seed).astype(np.float64)
         unit = chosen / np.maximum(np.linalg.norm(chosen, axis=1, keepdims=True), 1e-12)
+        shared = drawn_conditions((conditions or {}).get(name), n, seed)
         for measured, measure in measures:
-            generator = np.random.default_rng([seed, 4])
-            resampled = np.array([measure(unit[generator.integers(0, n, n)]) for _ in range(draws)])
-            interval = centred(measure(unit), resampled)
+            spread = subsample(n, partial(_of_rows, measure, unit), seed, shared, draws)
+            interval = spread.interval(measure(unit), at_least=0.0)
             metrics.append(
-                metric(f"{measured}_{space}", name, interval, n, equal_count=n, **detail)
+                metric(
+                    f"{measured}_{space}",
+                    name,
+                    interval,
+                    n,
+                    equal_count=n,
+                    **conditions_detail(shared),
+                    **detail,
+                )
             )
     return metrics
+
+
+def _of_rows(
+    measure: Callable[[np.ndarray], float], features: np.ndarray, rows: np.ndarray
+) -> float:
+    return measure(features[rows])

@@ -15,7 +15,7 @@ from memfree.evaluation.alignment import ClipScorer, alignment_metrics
 from memfree.evaluation.distributions import distribution_metrics
 from memfree.evaluation.embedding import View
 from memfree.evaluation.inputs import Inputs, open_inputs
-from memfree.evaluation.intervals import wilson
+from memfree.evaluation.intervals import shared_conditions, wilson
 from memfree.evaluation.measuring import Second, measure_subjects, step
 from memfree.evaluation.metrics import CHANGED, HELDOUT, Metric, MetricTable, metric
 from memfree.evaluation.neighbours import find_neighbours
@@ -126,15 +126,18 @@ def _memorization_metrics(
     metrics: list[Metric] = []
     for name, subject in subjects.items():
         found = subject.found
-        metrics += memorization.copy_metrics(name, found, thresholds, rate, measure.name)
-        metrics.append(second_metric(second.similarity, name, subject.second_copy, rate))
-        metrics += memorization.distance_metrics(
-            name, found, isinstance(measure, NormalizedL2), seed
+        shared = subject.conditions
+        metrics += memorization.copy_metrics(
+            name, found, thresholds, rate, measure.name, shared, calibration.rate_limits
         )
-        metrics += memorization.factor_metrics(name, found, per_factor)
+        metrics.append(second_metric(second.similarity, name, subject.second_copy, rate, shared))
+        metrics += memorization.distance_metrics(
+            name, found, isinstance(measure, NormalizedL2), shared
+        )
+        metrics += memorization.factor_metrics(name, found, per_factor, shared)
         weights = memorization.class_weights(heldout.labels, subject.labels, len(heldout.found))
         metrics += memorization.duplicated_share_metrics(
-            name, found.multiplicity > 1, heldout.found.multiplicity > 1, weights, seed
+            name, found.multiplicity > 1, heldout.found.multiplicity > 1, weights, seed, shared
         )
     return metrics
 
@@ -178,7 +181,9 @@ def _class_metrics(
         if known.any():
             features = subject.view.take(np.flatnonzero(known)).classifier_features()
             subject.agrees = judge.agrees(features, subject.labels[known])
-            metrics.append(judge.metric(name, subject.agrees))
+            if subject.conditions is not None:
+                subject.agrees_conditions = shared_conditions(subject.conditions[known])
+            metrics.append(judge.metric(name, subject.agrees, subject.agrees_conditions))
     return metrics
 
 
@@ -233,9 +238,11 @@ def _paired_metrics(inputs: Inputs, subjects: dict[str, Subject]) -> list[Metric
             "second_copies": (own.second_copy, other.second_copy),
             "duplicated_share": (own.found.multiplicity > 1, other.found.multiplicity > 1),
         }
+        shared: dict[str, np.ndarray | None] = dict.fromkeys(flags, own.conditions)
         if own.agrees is not None and other.agrees is not None:
             flags["class_agreement"] = (own.agrees, other.agrees)
-        metrics += memorization.paired_metrics(name, reference, flags)
+            shared["class_agreement"] = own.agrees_conditions
+        metrics += memorization.paired_metrics(name, reference, flags, shared)
         group = inputs.index.group.cpu().numpy()
         metrics += memorization.same_image_metrics(
             name,
@@ -244,5 +251,6 @@ def _paired_metrics(inputs: Inputs, subjects: dict[str, Subject]) -> list[Metric
             group[other.found.row],
             other.found.copy,
             own.labels,
+            own.conditions,
         )
     return metrics

@@ -1,13 +1,21 @@
-"""Confidence intervals: Wilson for rates, Newcombe for paired rates, bootstrap for the rest."""
+"""Confidence intervals of rates, differences, ratios and means, of independent or grouped samples.
+
+Samples that share a condition, a caption or a class, resemble each other: 500 samples of ten
+captions say less than 500 samples of 500. Every interval here takes ``clusters``, the condition of
+each sample, and then speaks of other conditions like these: Wilson's, Newcombe's and Student's
+intervals of the samples become intervals over conditions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import isnan, sqrt
 from statistics import NormalDist
 
 import numpy as np
+from scipy.special import betaln, stdtrit
 
 CONFIDENCE = 0.95
 
@@ -19,6 +27,76 @@ class Interval:
     value: float
     low: float | None = None
     high: float | None = None
+
+
+def shared_conditions(conditions: Sequence[Hashable] | np.ndarray | None) -> np.ndarray | None:
+    """Number of the condition of each sample, where several samples share one.
+
+    Args:
+        conditions: n captions or classes; None for unconditional samples.
+
+    Returns:
+        (n,) int64; None where no two samples share a condition, and where all share one, so that
+        nothing can be said of others.
+    """
+    if conditions is None:
+        return None
+    codes = np.unique(np.asarray(conditions), return_inverse=True)[1].astype(np.int64).ravel()
+    return codes if 1 < len(np.bincount(codes)) < len(codes) else None
+
+
+def conditions_detail(clusters: np.ndarray | None) -> dict[str, int]:
+    """For a metric's detail: over how many ``conditions`` its interval is; empty for samples."""
+    return {} if clusters is None else {"conditions": int(clusters.max()) + 1}
+
+
+def effective_conditions(clusters: np.ndarray) -> float:
+    """Kish's effective number (Σ m)²/Σ m² of conditions with m samples each."""
+    counts = np.bincount(clusters).astype(float)
+    return float(counts.sum() ** 2 / (counts**2).sum())
+
+
+def rate_interval(
+    flags: np.ndarray, clusters: np.ndarray | None = None, confidence: float = CONFIDENCE
+) -> Interval:
+    """Share of samples that have a flag, with its interval.
+
+    Independent samples have Wilson's. With ``clusters`` the rates of the conditions are draws from
+    a beta distribution, the number of flags of a condition is beta-binomial, and the interval is
+    that of the distribution's mean in the posterior: Jeffreys's prior of the mean, a uniform prior
+    of the correlation within a condition, which then need not be known where no sample has a flag.
+
+    Args:
+        flags: (n,) bool, n > 0.
+        clusters: (n,) of ``shared_conditions``; None for independent samples.
+        confidence: two-sided, in (0, 1).
+    """
+    found, n = int(np.count_nonzero(flags)), len(flags)
+    if clusters is None:
+        return wilson(found, n, confidence)
+    cumulative, grid = _posterior(flags, clusters)
+    low, high = np.interp(tail_quantiles(confidence), cumulative, grid)
+    value = found / n
+    # Conditions of unequal size may weigh otherwise than the posterior does.
+    low, high = min(float(low), value), max(float(high), value)
+    return Interval(value, 0.0 if found == 0 else low, 1.0 if found == n else high)
+
+
+def _posterior(flags: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cumulative posterior of the mean rate over conditions, and the rates where it is given."""
+    counts = np.bincount(clusters)
+    hits = np.bincount(clusters, np.asarray(flags, dtype=float))
+    # Rates of equal mass in Jeffreys's prior, Beta(1/2, 1/2), the arcsine distribution.
+    mean = np.sin(np.pi / 2 * (np.arange(200) + 0.5) / 200) ** 2
+    correlation = (np.arange(20) + 0.5) / 20
+    precision = 1 / correlation - 1  # a + b of the beta distribution
+    a, b = mean[:, None] * precision, (1 - mean[:, None]) * precision
+    pairs, times = np.unique(np.stack([hits, counts], 1), axis=0, return_counts=True)
+    log = np.zeros_like(a)
+    for (hit, count), weight in zip(pairs, times, strict=True):
+        log += weight * (betaln(hit + a, count - hit + b) - betaln(a, b))
+    mass = np.exp(log - log.max()).sum(1)
+    return (mass.cumsum() - mass / 2) / mass.sum(), mean
 
 
 def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> Interval:
@@ -58,32 +136,50 @@ def weighted_rate(flags: np.ndarray, weights: np.ndarray) -> Interval:
 
 
 def paired_rate_difference(
-    flags: np.ndarray, reference: np.ndarray, confidence: float = CONFIDENCE
+    flags: np.ndarray,
+    reference: np.ndarray,
+    confidence: float = CONFIDENCE,
+    clusters: np.ndarray | None = None,
 ) -> Interval:
     """Difference of two rates over the same units (Newcombe 1998, paired data, method 10).
 
-    Two Wilson intervals, squared and added with the correlation of the pairs: unlike a bootstrap
-    it has a width where both rates are 0, which is where mitigations end up.
+    Two intervals of rates, squared and added with the correlation of the pairs: unlike a bootstrap
+    it has a width where both rates are 0, which is where mitigations end up. With ``clusters`` the
+    intervals and the correlation are those over conditions.
 
     Args:
         flags: (n,) bool; ``flags.mean() - reference.mean()`` is the value.
         reference: (n,) bool, the same units in the same order.
         confidence: two-sided.
+        clusters: (n,) of ``shared_conditions``; None for independent units.
     """
     if len(flags) != len(reference) or len(flags) == 0:
         raise ValueError(f"pairs need equal counts, got {len(flags)} and {len(reference)}")
     a, b = flags.astype(bool), reference.astype(bool)
-    first = wilson(int(a.sum()), len(a), confidence)
-    second = wilson(int(b.sum()), len(b), confidence)
-    phi = _newcombe_phi(
-        float((a & b).sum()), float((a & ~b).sum()), float((~a & b).sum()), float((~a & ~b).sum())
-    )
+    first = rate_interval(a, clusters, confidence)
+    second = rate_interval(b, clusters, confidence)
+    if clusters is None:
+        phi = _newcombe_phi(
+            float((a & b).sum()),
+            float((a & ~b).sum()),
+            float((~a & b).sum()),
+            float((~a & ~b).sum()),
+        )
+    else:
+        phi = _condition_correlation(a, b, clusters)
     assert first.low is not None and first.high is not None
     assert second.low is not None and second.high is not None
     down = (first.value - first.low, second.high - second.value)
     up = (second.value - second.low, first.high - first.value)
     value = first.value - second.value
     return Interval(value, value - _joined(*down, phi), value + _joined(*up, phi))
+
+
+def _condition_correlation(a: np.ndarray, b: np.ndarray, clusters: np.ndarray) -> float:
+    """Correlation of two rates over conditions; 0 where one of them is the same in all."""
+    first, second = (np.bincount(clusters, each - each.mean()) for each in (a, b))
+    scale = sqrt(float((first**2).sum() * (second**2).sum()))
+    return float((first * second).sum()) / scale if scale > 1e-12 else 0.0
 
 
 def _newcombe_phi(both: float, only_a: float, only_b: float, neither: float) -> float:
@@ -102,26 +198,156 @@ def _joined(x: float, y: float, phi: float) -> float:
     return sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
 
 
+def rate_ratio(
+    flags: np.ndarray,
+    base: np.ndarray,
+    weights: np.ndarray,
+    seed: int,
+    clusters: np.ndarray | None = None,
+    draws: int = 4000,
+) -> Interval:
+    """Ratio of a rate to a weighted rate of other units, from the posteriors of both.
+
+    Draws of Jeffreys's posteriors have a width where a rate is 0, and none of them is 0 itself:
+    none need be left out.
+
+    Args:
+        flags: (n,) bool, of the numerator.
+        base: (m,) bool, of independent units, at least one of weight set.
+        weights: (m,) non-negative, of ``base``.
+        seed: of the draws.
+        clusters: (n,) of ``shared_conditions``, of ``flags``; None for independent units.
+        draws: how many.
+    """
+    generator = np.random.default_rng(seed)
+    below = weighted_rate(base, weights)
+    units = float(weights.sum()) ** 2 / float((weights**2).sum())
+    hits = below.value * units
+    floor = generator.beta(hits + 0.5, max(units - hits, 0.0) + 0.5, draws)
+    found, n = int(np.count_nonzero(flags)), len(flags)
+    if clusters is None:
+        rates = generator.beta(found + 0.5, n - found + 0.5, draws)
+    else:
+        rates = np.interp(generator.random(draws), *_posterior(flags, clusters))
+    value = found / n / below.value
+    low, high = (float(end) for end in np.quantile(rates / floor, tail_quantiles()))
+    return Interval(value, 0.0 if found == 0 else min(low, value), max(high, value))
+
+
+def mean_interval(
+    values: np.ndarray, clusters: np.ndarray | None = None, confidence: float = CONFIDENCE
+) -> Interval:
+    """Mean with Student's interval; over conditions with ``clusters``, their sums of residuals.
+
+    Args:
+        values: (n,) finite; no interval where n is 1.
+        clusters: (n,) of ``shared_conditions``; None for independent units.
+        confidence: two-sided.
+    """
+    n, mean = len(values), float(np.mean(values))
+    codes = np.arange(n) if clusters is None else clusters
+    sums = np.bincount(codes, values - mean)
+    if len(sums) < 2:
+        return Interval(mean)
+    error = sqrt(len(sums) / (len(sums) - 1) * float((sums**2).sum())) / n
+    half = student_quantile(effective_conditions(codes), confidence) * error
+    return Interval(mean, mean - half, mean + half)
+
+
+def quantile_interval(
+    values: np.ndarray,
+    share: float,
+    clusters: np.ndarray | None = None,
+    confidence: float = CONFIDENCE,
+) -> Interval:
+    """Quantile with the limits between which its share is compatible with what lies below.
+
+    A value is inside where ``rate_interval`` of "at most this value" holds ``share``: the interval
+    covers as that of rates does, and needs no density. It ends at the smallest and largest value.
+
+    Args:
+        values: (n,) finite.
+        share: of the values below the quantile, in (0, 1).
+        clusters: (n,) of ``shared_conditions``; None for independent units.
+        confidence: two-sided.
+    """
+    quantile, ordered = float(np.quantile(values, share)), np.sort(values)
+
+    def below(place: int) -> Interval:
+        return rate_interval(values <= ordered[place], clusters, confidence)
+
+    last = len(values) - 1
+    places = range(last + 1)
+    first = bisect_left(places, True, key=lambda place: (below(place).high or 0.0) >= share)
+    beyond = bisect_left(places, True, key=lambda place: (below(place).low or 0.0) > share)
+    low, high = float(ordered[min(first, last)]), float(ordered[min(beyond, last)])
+    return Interval(quantile, min(low, quantile), max(high, quantile))
+
+
 def bootstrap(
     n: int,
     statistic: Callable[[np.ndarray], float],
     seed: int,
     draws: int = 1000,
     confidence: float = CONFIDENCE,
+    clusters: np.ndarray | None = None,
+    units: float | None = None,
 ) -> Interval:
-    """Percentile bootstrap over ``n`` units.
+    """Expanded percentile bootstrap over ``n`` units, or over whole conditions.
+
+    Percentiles are those of Student's t with the units' spread (Hesterberg 2015, section 5.3),
+    which ten conditions need and a thousand samples do not notice. There is no interval where the
+    statistic of most resamples is NaN.
 
     Args:
         n: how many units there are.
-        statistic: takes row numbers (n,) int64, with repetitions, and returns a number.
+        statistic: takes row numbers int64, with repetitions, and returns a number: (n,) of them,
+            with ``clusters`` about n.
         seed: of the resampling.
         draws: resamplings.
         confidence: two-sided.
+        clusters: (n,) of ``shared_conditions``; None for independent units.
+        units: effective number of units that the statistic rests on, where it is below n, or
+            below the effective number of conditions.
+    """
+    value = float(statistic(np.arange(n)))
+    codes = np.arange(n) if clusters is None else clusters
+    units = effective_conditions(codes) if units is None else units
+    values = resampled(n, statistic, seed, draws, clusters) if units >= 2 else np.array([])
+    if not len(values):
+        return Interval(value)
+    expanded = NormalDist().cdf(student_quantile(units, confidence) * sqrt(units / (units - 1)))
+    low, high = np.quantile(values, (1 - expanded, expanded))
+    return Interval(value, float(low), float(high))
+
+
+def resampled(
+    n: int,
+    statistic: Callable[[np.ndarray], float],
+    seed: int,
+    draws: int,
+    clusters: np.ndarray | None = None,
+) -> np.ndarray:
+    """Values (draws,) of a statistic on resamples of units, or of whole conditions.
+
+    A resample whose statistic is NaN is drawn again; none are returned where most are NaN. See
+    ``bootstrap`` for the arguments.
     """
     generator = np.random.default_rng(seed)
-    values = [statistic(generator.integers(0, n, n)) for _ in range(draws)]
-    low, high = np.quantile(values, tail_quantiles(confidence))
-    return Interval(float(statistic(np.arange(n))), float(low), float(high))
+    codes = np.arange(n) if clusters is None else clusters
+    order = np.argsort(codes, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(codes))[:-1])
+    values: list[float] = []
+    missing = 0
+    while len(values) < draws:
+        chosen = generator.integers(0, len(members), len(members))
+        rows = chosen if clusters is None else np.concatenate([members[one] for one in chosen])
+        drawn = float(statistic(rows))
+        if not isnan(drawn):
+            values.append(drawn)
+        elif (missing := missing + 1) > draws:
+            return np.array([])
+    return np.array(values)
 
 
 def tail_quantiles(confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -133,9 +359,6 @@ def _normal_quantile(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
-def centred(value: float, resampled: np.ndarray) -> Interval:
-    """Interval of ``value`` with the spread, but not the bias, of the resampled values."""
-    if len(resampled) == 0:
-        return Interval(value)
-    low, high = np.quantile(resampled - resampled.mean(), tail_quantiles())
-    return Interval(value, value + float(low), value + float(high))
+def student_quantile(units: float, confidence: float = CONFIDENCE) -> float:
+    """Of Student's t over so many units, which need not be whole."""
+    return float(stdtrit(max(units - 1, 1e-9), (1 + confidence) / 2))

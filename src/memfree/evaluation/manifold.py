@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from scipy.spatial.distance import cdist
 
-from memfree.evaluation.intervals import wilson
+from memfree.evaluation.intervals import conditions_detail, rate_interval, shared_conditions
 from memfree.evaluation.metrics import HELDOUT, Metric, metric
 
 NEIGHBOURS = 3
@@ -50,12 +51,14 @@ def manifold_metrics(
     floor: np.ndarray,
     target: np.ndarray,
     seed: int,
+    conditions: Mapping[str, np.ndarray | None] | None = None,
     **detail: Any,
 ) -> list[Metric]:
     """Precision (samples among real images) and recall (real images among samples) of subjects.
 
-    Both depend on the counts, so all sides have the same n, the smallest. Intervals are Wilson's,
-    with the manifolds held fixed.
+    Both depend on the counts, so all sides have the same n, the smallest. Intervals are those of
+    rates, of precision over the samples and of recall over the test images, with the manifolds
+    held fixed.
 
     Args:
         space: name of the features; metrics are ``precision_{space}`` and ``recall_{space}``.
@@ -63,6 +66,7 @@ def manifold_metrics(
         floor: (rows, D) of the distinct training images; reported for ``heldout``.
         target: (m, D) of the test images, which are the real ones.
         seed: of the rows that are drawn.
+        conditions: name to (count,) of ``shared_conditions``.
         detail: written beside the numbers.
     """
     everyone = {**subjects, HELDOUT: floor}
@@ -73,21 +77,22 @@ def manifold_metrics(
     metrics = []
     for name, features in everyone.items():
         features = drawn_rows(features, n, seed)
+        shared = drawn_conditions((conditions or {}).get(name), n, seed)
         notes = {"compared": "distinct training images"} if name == HELDOUT else {}
-        for measured, found in (
-            ("precision", on_manifold(features, target)),
-            ("recall", on_manifold(target, features)),
+        for measured, found, over in (
+            ("precision", on_manifold(features, target), shared),
+            ("recall", on_manifold(target, features), None),
         ):
-            share = wilson(int(found.sum()), n)
             metrics.append(
                 metric(
                     f"{measured}_{space}",
                     name,
-                    share,
+                    rate_interval(found, over),
                     n,
                     equal_count=n,
                     neighbours=NEIGHBOURS,
                     dimensions=int(target.shape[1]),
+                    **conditions_detail(over),
                     **detail,
                     **notes,
                 )
@@ -98,3 +103,8 @@ def manifold_metrics(
 def drawn_rows(features: np.ndarray, n: int, seed: int) -> np.ndarray:
     """n of the rows, the same for all features of one count."""
     return features[np.sort(np.random.default_rng([seed, 0]).permutation(len(features))[:n])]
+
+
+def drawn_conditions(conditions: np.ndarray | None, n: int, seed: int) -> np.ndarray | None:
+    """Conditions of the rows that ``drawn_rows`` takes, of ``shared_conditions`` again."""
+    return None if conditions is None else shared_conditions(drawn_rows(conditions, n, seed))

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from memfree.evaluation.embedding import View, Viewer
 from memfree.evaluation.inputs import Inputs, labels_of
+from memfree.evaluation.intervals import shared_conditions
 from memfree.evaluation.metrics import HELDOUT
 from memfree.evaluation.neighbours import find_neighbours
 from memfree.evaluation.second_similarity import (
@@ -53,17 +54,23 @@ def measure_subjects(
     second.similarity.calibration.threshold(rate)
     test = inputs.dataset.part("test")
     test_labels = None if test.labels is None else test.labels.numpy()
-    sources = {name: (folder.images, labels_of(folder)) for name, folder in inputs.samples.items()}
-    sources[HELDOUT] = (test.images, test_labels)
+    sources = {
+        name: (folder.images, labels_of(folder), folder.captions)
+        for name, folder in inputs.samples.items()
+    }
+    sources[HELDOUT] = (test.images, test_labels, None)
     subjects = {}
-    for name, (load, labels) in sources.items():
+    for name, (load, labels, captions) in sources.items():
         with step(console, f"Measuring {name}"):
             images = load()
             found = find_neighbours(inputs.index, measure, calibration, images, rate, batch_size)
             view = second.viewer(images)
             sigma = second.similarity.sigma(images, view)
             copies = second_copies(second.similarity, sigma, rate)
-            subjects[name] = Subject(name, found, view, labels, sigma, copies)
+            shared = None if name == HELDOUT else shared_conditions(captions or labels)
+            subjects[name] = Subject(
+                name, found, view, labels, sigma, copies, conditions=shared, captions=captions
+            )
     return subjects, second
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from memfree.calibration_size import MIN_EXPECTED
 from memfree.evaluation.intervals import (
     Interval,
-    bootstrap,
+    conditions_detail,
     paired_rate_difference,
-    tail_quantiles,
+    quantile_interval,
+    rate_interval,
+    rate_ratio,
+    shared_conditions,
     weighted_rate,
-    wilson,
 )
 from memfree.evaluation.metrics import Metric, metric
 from memfree.evaluation.neighbours import Neighbours
@@ -30,8 +32,10 @@ def copy_metrics(
     thresholds: dict[float, float],
     main_rate: float,
     similarity: str,
+    conditions: np.ndarray | None = None,
+    rate_limits: Callable[[float], tuple[float, float]] | None = None,
 ) -> list[Metric]:
-    """Rates of copies under the calibrated thresholds, each with Wilson's interval.
+    """Rates of copies under the calibrated thresholds, each with its interval.
 
     Args:
         subject: name in the metrics.
@@ -39,53 +43,67 @@ def copy_metrics(
         thresholds: false-positive rate to threshold in σ; copies lie above it.
         main_rate: the false-positive rate whose metric is called plainly ``copies``.
         similarity: name of the measure, for the detail.
+        conditions: (n,) of ``shared_conditions``.
+        rate_limits: between which limits the share of real images above the threshold of a
+            false-positive rate lies; for the detail.
     """
     metrics = []
     for rate, threshold in thresholds.items():
         name = "copies" if rate == main_rate else f"copies_at_{rate:g}"
-        copies = int((found.sigma > threshold).sum())
+        copies = found.sigma > threshold
+        limits = None if rate_limits is None else rate_limits(rate)
         metrics.append(
             metric(
                 name,
                 subject,
-                wilson(copies, len(found)),
+                rate_interval(copies, conditions),
                 len(found),
                 similarity=similarity,
                 threshold=threshold,
                 false_positive_rate=rate,
-                copies=copies,
+                **({} if limits is None else {"false_positive_rate_limits": [*limits]}),
+                copies=int(copies.sum()),
+                **conditions_detail(conditions),
             )
         )
     return metrics
 
 
-def distance_metrics(subject: str, found: Neighbours, nl2: bool, seed: int) -> list[Metric]:
+def distance_metrics(
+    subject: str, found: Neighbours, nl2: bool, conditions: np.ndarray | None = None
+) -> list[Metric]:
     """The paper's nL2 figures, and d_1/d_2 < 1/3.
 
     Args:
         subject: name in the metrics.
         found: the images' neighbours.
         nl2: whether σ is −nL2; without it only the distance ratio is reported.
-        seed: of the bootstrap interval of the percentile.
+        conditions: (n,) of ``shared_conditions``.
     """
-    n, metrics = len(found), []
+    n, metrics, over = len(found), [], conditions_detail(conditions)
     if nl2:
         distances = -found.sigma
-        percentile = bootstrap(n, lambda rows: float(np.quantile(distances[rows], 0.05)), seed)
+        percentile = quantile_interval(distances, 0.05, conditions)
         metrics += [
-            metric("nl2_5th_percentile", subject, percentile, n),
+            metric("nl2_5th_percentile", subject, percentile, n, **over),
             metric("nl2_minimum", subject, float(distances.min()), n),
         ]
         for limit in PAPER_THRESHOLDS:
-            below = wilson(int((distances < limit).sum()), n)
-            metrics.append(metric(f"nl2_below_{limit:g}", subject, below, n, threshold=limit))
-    close = wilson(int((found.distance_ratio < GU_RATIO).sum()), n)
-    metrics.append(metric("distance_ratio_below_third", subject, close, n, threshold=GU_RATIO))
+            below = rate_interval(distances < limit, conditions)
+            metrics.append(
+                metric(f"nl2_below_{limit:g}", subject, below, n, threshold=limit, **over)
+            )
+    close = rate_interval(found.distance_ratio < GU_RATIO, conditions)
+    name = "distance_ratio_below_third"
+    metrics.append(metric(name, subject, close, n, threshold=GU_RATIO, **over))
     return metrics
 
 
 def factor_metrics(
-    subject: str, found: Neighbours, images_per_factor: dict[int, int]
+    subject: str,
+    found: Neighbours,
+    images_per_factor: dict[int, int],
+    conditions: np.ndarray | None = None,
 ) -> list[Metric]:
     """Copies per duplication factor: the dose-response curve.
 
@@ -97,16 +115,17 @@ def factor_metrics(
         subject: name in the metrics.
         found: the images' neighbours.
         images_per_factor: factor to the number of groups of the training set that have it.
+        conditions: (n,) of ``shared_conditions``.
     """
     n, metrics = len(found), []
     for factor, images in sorted(images_per_factor.items()):
-        nearest = found.multiplicity == factor
-        copies = int((found.copy & nearest).sum())
-        rate = wilson(copies, n)
+        copies = found.copy & (found.multiplicity == factor)
+        rate = rate_interval(copies, conditions)
         scale = n / images
         assert rate.low is not None and rate.high is not None
         each = Interval(rate.value * scale, rate.low * scale, rate.high * scale)
-        detail = {"factor": factor, "images": images, "copies": copies}
+        detail = {"factor": factor, "images": images, "copies": int(copies.sum())}
+        detail |= conditions_detail(conditions)
         metrics += [
             metric(f"copies_of_factor_{factor}", subject, rate, n, **detail),
             metric(f"copies_per_image_of_factor_{factor}", subject, each, n, **detail),
@@ -151,7 +170,12 @@ def class_weights(own: np.ndarray | None, wanted: np.ndarray | None, n: int) -> 
 
 
 def duplicated_share_metrics(
-    subject: str, duplicated: np.ndarray, heldout: np.ndarray, weights: np.ndarray, seed: int
+    subject: str,
+    duplicated: np.ndarray,
+    heldout: np.ndarray,
+    weights: np.ndarray,
+    seed: int,
+    conditions: np.ndarray | None = None,
 ) -> list[Metric]:
     """Share of samples whose nearest image is of a duplicated group, beside its fair share.
 
@@ -163,40 +187,27 @@ def duplicated_share_metrics(
         duplicated: (n,) bool per sample: the nearest group has more than one record.
         heldout: (m,) bool per test image, likewise.
         weights: (m,) of the test images, from ``class_weights``.
-        seed: of the bootstrap of the ratio.
+        seed: of the ratio's posterior draws.
+        conditions: (n,) of ``shared_conditions``, of the samples.
     """
-    share = wilson(int(duplicated.sum()), len(duplicated))
+    n, over = len(duplicated), conditions_detail(conditions)
+    share = rate_interval(duplicated, conditions)
     fair = weighted_rate(heldout, weights)
     metrics = [
-        metric("duplicated_share", subject, share, len(duplicated)),
+        metric("duplicated_share", subject, share, n, **over),
         metric("duplicated_fair_share", subject, fair, len(heldout)),
     ]
     if fair.value > 0:
-        ratio = _bootstrap_ratio(duplicated, heldout, weights, seed)
-        metrics.append(metric("duplicated_share_ratio", subject, ratio, len(duplicated)))
+        ratio = rate_ratio(duplicated, heldout, weights, seed, conditions)
+        metrics.append(metric("duplicated_share_ratio", subject, ratio, n, **over))
     return metrics
 
 
-def _bootstrap_ratio(
-    duplicated: np.ndarray, heldout: np.ndarray, weights: np.ndarray, seed: int, draws: int = 2000
-) -> Interval:
-    """Ratio of two independent rates; both sides are resampled, draws of a zero floor left out."""
-    generator = np.random.default_rng(seed)
-    value = float(duplicated.mean() / np.average(heldout, weights=weights))
-    found = int(duplicated.sum())  # Jeffreys' posterior keeps a width where none is found
-    ratios = []
-    for _ in range(draws):
-        rows = generator.integers(0, len(heldout), len(heldout))
-        floor = float((weights[rows] * heldout[rows]).sum() / max(weights[rows].sum(), 1e-300))
-        if floor > 0:
-            share = generator.beta(found + 0.5, len(duplicated) - found + 0.5)
-            ratios.append(share / floor)
-    low, high = np.quantile(ratios, tail_quantiles())
-    return Interval(value, float(low), float(high))
-
-
 def paired_metrics(
-    subject: str, reference: str, flags: dict[str, tuple[np.ndarray, np.ndarray]]
+    subject: str,
+    reference: str,
+    flags: dict[str, tuple[np.ndarray, np.ndarray]],
+    conditions: Mapping[str, np.ndarray | None] | None = None,
 ) -> list[Metric]:
     """Differences of rates between two subjects that start from the same noise.
 
@@ -204,18 +215,23 @@ def paired_metrics(
         subject: the guided one.
         reference: the one subtracted.
         flags: metric name to (subject's flags, reference's flags), each (n,) bool.
+        conditions: metric name to (n,) of ``shared_conditions``.
     """
-    return [
-        metric(
-            f"{name}_difference",
-            subject,
-            paired_rate_difference(own, others),
-            len(own),
-            reference=reference,
-            method="Newcombe, paired",
+    metrics = []
+    for name, (own, others) in flags.items():
+        shared = (conditions or {}).get(name)
+        metrics.append(
+            metric(
+                f"{name}_difference",
+                subject,
+                paired_rate_difference(own, others, clusters=shared),
+                len(own),
+                reference=reference,
+                method="Newcombe, paired",
+                **conditions_detail(shared),
+            )
         )
-        for name, (own, others) in flags.items()
-    ]
+    return metrics
 
 
 def same_image_metrics(
@@ -225,6 +241,7 @@ def same_image_metrics(
     reference_group: np.ndarray,
     reference_copy: np.ndarray,
     labels: np.ndarray | None,
+    conditions: np.ndarray | None = None,
 ) -> list[Metric]:
     """Of noises that become a copy unguided: how many stay nearest to the same image, guided.
 
@@ -238,6 +255,7 @@ def same_image_metrics(
         reference_group: (n,) the same unguided.
         reference_copy: (n,) bool, whether the unguided sample is a copy.
         labels: (n,) classes that were asked for; None if unconditional.
+        conditions: (n,) of ``shared_conditions``.
 
     Returns:
         ``same_image`` and ``same_image_chance``; nothing where the reference has no copies.
@@ -252,8 +270,18 @@ def same_image_metrics(
         others[i] = False
         if others.any():
             expected.append(float((group[others] == reference_group[i]).mean()))
-    found = wilson(int(same.sum()), len(same))
-    metrics = [metric("same_image", subject, found, len(same), reference=reference)]
+    shared = None if conditions is None else shared_conditions(conditions[reference_copy])
+    over = conditions_detail(shared)
+    metrics = [
+        metric(
+            "same_image",
+            subject,
+            rate_interval(same, shared),
+            len(same),
+            reference=reference,
+            **over,
+        )
+    ]
     if expected:
         chance = float(np.mean(expected))
         metrics.append(metric("same_image_chance", subject, chance, len(expected)))

@@ -10,7 +10,15 @@ from markupsafe import Markup, escape
 from memfree.evaluation.folder import EvaluationFolder
 from memfree.evaluation.metrics import CHANGED, HELDOUT, Metric
 from memfree.evaluation.plots import css_colours
-from memfree.evaluation.table import ROWS, Row, interval_text, number, percent, shown_rows
+from memfree.evaluation.table import (
+    ROWS,
+    Row,
+    false_positives,
+    interval_text,
+    number,
+    percent,
+    shown_rows,
+)
 
 SMALL_IMAGE = 64
 """Images of fewer pixels a side are shown as squares and not smoothed."""
@@ -44,11 +52,10 @@ def headline(folder: EvaluationFolder) -> tuple[Markup, str]:
 
 
 def _lead(folder: EvaluationFolder, copies: Metric) -> str:
-    rate = copies.detail["false_positive_rate"]
     held = folder.metrics.get("copies", HELDOUT)
     parts = [
         f"{copies.count} samples. A copy is nearer to a training image than all but "
-        f"{100 * rate:g} % of real images that were never trained on"
+        f"{false_positives(copies)} of real images that were never trained on"
         + (f"; of {held.count} others, {percent(held.value)} are called so." if held else ".")
     ]
     best = next((name for name in reversed(folder.subjects) if name in folder.paired), None)

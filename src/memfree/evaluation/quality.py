@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,9 +12,10 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from memfree.evaluation.intervals import Interval, centred
-from memfree.evaluation.manifold import drawn_rows
+from memfree.evaluation.intervals import Interval, conditions_detail
+from memfree.evaluation.manifold import drawn_conditions, drawn_rows
 from memfree.evaluation.metrics import HELDOUT, Metric, metric
+from memfree.evaluation.subsampling import DRAWS, Subsampled, subsample
 
 SUBSETS = 20
 """Subsets without repetition whose mean is a Fréchet distance at a count below the samples'."""
@@ -56,15 +59,15 @@ def frechet_metrics(
     target: np.ndarray,
     seed: int,
     paired: dict[str, str] | None = None,
-    draws: int = 100,
+    draws: int = DRAWS,
+    conditions: Mapping[str, np.ndarray | None] | None = None,
     **detail,
 ) -> list[Metric]:
     """Fréchet distance of every subject to the test images, and of training images: the floor.
 
     The distance falls with the number of images, so all sides have the same: n, the smallest
     count. The value is the mean over ``SUBSETS`` random subsets of n; the interval is what other
-    samples of size n would give: n resampled with repetition, centred on the value, because
-    repetitions alone raise the distance.
+    samples, as many and against the same test images, would give (``subsampling``).
 
     Args:
         space: name of the features; the metric is ``frechet_{space}``.
@@ -73,7 +76,8 @@ def frechet_metrics(
         target: (m, D) of the test images.
         seed: of the subsets; the same rows are drawn from all subjects of one count.
         paired: subject to its reference, for differences; both have the same noise.
-        draws: resamplings; 0 takes the first n once and gives no interval.
+        draws: subsets for the interval; 0 takes the first n once and gives no interval.
+        conditions: name to (count,) of ``shared_conditions``.
         detail: written beside the numbers.
     """
     everyone = {**subjects, HELDOUT: floor}
@@ -81,36 +85,48 @@ def frechet_metrics(
     target = drawn_rows(target, n, seed)
     distance = FrechetDistance(target)
     detail = {"equal_count": n, "dimensions": int(target.shape[1]), **detail}
-    results = {name: _draw(distance, each, n, seed, draws) for name, each in everyone.items()}
+    values = {name: _values(distance, each, n, seed, draws) for name, each in everyone.items()}
+    spread = {
+        name: subsample(
+            len(each), partial(_of_rows, distance, each), seed, (conditions or {}).get(name), draws
+        )
+        for name, each in everyone.items()
+    }
     metrics = []
-    for name, (values, resampled) in results.items():
+    for name in everyone:
         notes = {"compared": "distinct training images"} if name == HELDOUT else {}
-        interval = centred(float(values.mean()), resampled)
-        metrics.append(metric(f"frechet_{space}", name, interval, n, **detail, **notes))
+        interval = _interval(values[name], spread[name], at_least=0.0)
+        over = conditions_detail((conditions or {}).get(name)) if draws else {}
+        metrics.append(metric(f"frechet_{space}", name, interval, n, **over, **detail, **notes))
     for name, reference in (paired or {}).items():
-        (own, own_draws), (other, other_draws) = results[name], results[reference]
-        interval = centred(float(own.mean() - other.mean()), own_draws - other_draws)
+        difference = values[name] - values[reference]
+        interval = _interval(difference, spread[name] - spread[reference])
         metrics.append(
             metric(f"frechet_{space}_difference", name, interval, n, reference=reference, **detail)
         )
     return metrics
 
 
-def _draw(
+def _values(
     distance: FrechetDistance, features: np.ndarray, n: int, seed: int, draws: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Distances of subsets of n without repetition, and of resamplings of n with repetition."""
+) -> np.ndarray:
+    """Distances of random subsets of n, without repetition."""
     if draws == 0:
-        return np.array([distance(features[:n])]), np.array([])
+        return np.array([distance(features[:n])])
     count = len(features)
     generator = np.random.default_rng([seed, 1])
     subsets = [generator.permutation(count)[:n] for _ in range(SUBSETS if count > n else 1)]
-    generator = np.random.default_rng([seed, 2])
-    resamplings = [generator.integers(0, count, n) for _ in range(draws)]
-    return (
-        np.array([distance(features[rows]) for rows in subsets]),
-        np.array([distance(features[rows]) for rows in resamplings]),
-    )
+    return np.array([distance(features[rows]) for rows in subsets])
+
+
+def _of_rows(distance: FrechetDistance, features: np.ndarray, rows: np.ndarray) -> float:
+    return distance(features[rows])
+
+
+def _interval(values: np.ndarray, spread: Subsampled, at_least: float | None = None) -> Interval:
+    """Of the mean over subsets: the spread of the whole set, and that of the choice of subsets."""
+    chosen = float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
+    return spread.interval(float(values.mean()), chosen, at_least)
 
 
 def kid_metrics(
@@ -120,13 +136,14 @@ def kid_metrics(
     target: np.ndarray,
     seed: int,
     subsets: int = 50,
+    conditions: Mapping[str, np.ndarray | None] | None = None,
     **detail,
 ) -> list[Metric]:
     """Kernel inception distance (unbiased, cubic kernel) of every subject and of the floor.
 
-    All sides have the same count n, the smallest. The interval is 1.96 standard deviations over
-    subsets of n/2: their spread about the whole is that of the whole about the truth (delete-half
-    jackknife).
+    All sides have the same count n, the smallest. The value is the mean over subsets of n/2, as
+    published; the interval is what other samples, as many and against the same test images, would
+    give (``subsampling``).
 
     Args:
         space: name of the features; the metric is ``kid_{space}``.
@@ -135,6 +152,7 @@ def kid_metrics(
         target: (m, D) of the test images.
         seed: of the subsets.
         subsets: how many.
+        conditions: name to (count,) of ``shared_conditions``.
         detail: written beside the numbers.
     """
     everyone = {**subjects, HELDOUT: floor}
@@ -142,13 +160,47 @@ def kid_metrics(
     target = drawn_rows(target, n, seed)
     metrics = []
     for name, features in everyone.items():
-        mean, deviation = _kid(drawn_rows(features, n, seed), target, max(2, n // 2), subsets, seed)
-        interval = Interval(mean, mean - 1.96 * deviation, mean + 1.96 * deviation)
+        drawn = drawn_rows(features, n, seed)
+        mean, deviation = _kid(drawn, target, max(2, n // 2), subsets, seed)
+        shared = drawn_conditions((conditions or {}).get(name), n, seed)
+        pairs = pair_terms(drawn, target)
+        spread = subsample(n, partial(mean_of_pairs, pairs), seed, shared)
+        interval = spread.interval(mean, deviation**2 / subsets)
         notes = {"compared": "distinct training images"} if name == HELDOUT else {}
         metrics.append(
-            metric(f"kid_{space}", name, interval, n, subset=max(2, n // 2), **detail, **notes)
+            metric(
+                f"kid_{space}",
+                name,
+                interval,
+                n,
+                subset=max(2, n // 2),
+                **conditions_detail(shared),
+                **detail,
+                **notes,
+            )
         )
     return metrics
+
+
+def pair_terms(features: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """h(x, x') = k(x, x') − g(x) − g(x'), with g the mean kernel to the target; (n, n) float32.
+
+    The mean of h over pairs of different samples is KID, but for a term of the target alone. The
+    diagonal is 0.
+    """
+    dimensions = features.shape[1]
+    samples, others = features.astype(np.float64), target.astype(np.float64)
+    to_target = ((samples @ others.T / dimensions + 1) ** 3).mean(1)
+    terms = (samples @ samples.T / dimensions + 1) ** 3 - to_target[:, None] - to_target
+    np.fill_diagonal(terms, 0.0)
+    return terms.astype(np.float32)
+
+
+def mean_of_pairs(terms: np.ndarray, rows: np.ndarray) -> float:
+    """Mean of ``pair_terms`` over the pairs of different ``rows``."""
+    chosen = np.zeros(len(terms), np.float32)
+    chosen[rows] = 1
+    return float(chosen @ (terms @ chosen)) / (len(rows) * (len(rows) - 1))
 
 
 def _kid(

@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from memfree.evaluation.embedding import View, fit_components
-from memfree.evaluation.intervals import wilson
+from memfree.evaluation.intervals import conditions_detail, rate_interval
 from memfree.evaluation.metrics import Metric, metric
 from memfree.guidance import Calibration, default_similarity, measure
 from memfree.retrieval import ReferenceIndex
@@ -111,16 +111,22 @@ def second_copies(
 
 
 def second_metric(
-    second: SecondSimilarity, subject: str, flags: np.ndarray, false_positive_rate: float
+    second: SecondSimilarity,
+    subject: str,
+    flags: np.ndarray,
+    false_positive_rate: float,
+    conditions: np.ndarray | None = None,
 ) -> Metric:
-    """The rate ``second_copies`` of one subject, with Wilson's interval."""
+    """The rate ``second_copies`` of one subject; ``conditions`` are of ``shared_conditions``."""
     return metric(
         "second_copies",
         subject,
-        wilson(int(flags.sum()), len(flags)),
+        rate_interval(flags, conditions),
         len(flags),
         similarity=second.calibration.similarity,
         threshold=second.calibration.threshold(false_positive_rate),
         false_positive_rate=false_positive_rate,
+        false_positive_rate_limits=[*second.calibration.rate_limits(false_positive_rate)],
+        **conditions_detail(conditions),
         **second.describe,
     )

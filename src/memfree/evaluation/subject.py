@@ -23,9 +23,16 @@ class Subject:
     """(n,) the second similarity."""
     second_copy: np.ndarray
     """(n,) bool: its verdict."""
+    conditions: np.ndarray | None = None
+    """(n,) of ``shared_conditions``: number of the caption or class that a sample was asked for,
+    where several share one; None for independent images, as test images are."""
+    captions: list[str] | None = None
+    """The n captions that samples were asked for."""
     agrees: np.ndarray | None = None
     """(≤ n,) bool: the classifier sees the class that was asked for; without the samples of classes
     that it does not know."""
+    agrees_conditions: np.ndarray | None = None
+    """(≤ n,) of ``shared_conditions``, of the samples of ``agrees``."""
 
 
 DEFAULT_REFERENCE = "unguided"

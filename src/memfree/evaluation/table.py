@@ -11,6 +11,7 @@ from rich.text import Text
 
 from memfree.console import shown
 from memfree.evaluation.metrics import HELDOUT, Metric, MetricTable
+from memfree.guidance.calibration import rate_text
 
 COPIES_AT = "copies_at_"
 """Metrics of copies at another false-positive rate begin so, and end with the rate."""
@@ -233,9 +234,7 @@ def print_table(table: MetricTable, subjects: Sequence[str], console: Console) -
 def _table(table: MetricTable, subjects: Sequence[str]) -> Table:
     """The figures of some subjects."""
     main = table.get("copies", subjects[0])
-    rate = (
-        "" if main is None else f" ({100 * main.detail['false_positive_rate']:g} % false positives)"
-    )
+    rate = "" if main is None else f" ({false_positives(main)} false positives)"
     drawn = Table(title="Evaluation, with 95 % intervals", title_justify="left")
     drawn.add_column("metric")
     for subject in subjects:
@@ -253,3 +252,11 @@ def _table(table: MetricTable, subjects: Sequence[str]) -> Table:
         last = place + 1 == len(rows) or rows[place + 1].section != row.section
         drawn.add_row(label, *cells, end_section=last)
     return drawn
+
+
+def false_positives(copies: Metric) -> str:
+    """The threshold's false-positive rate, with its limits where the evaluation has them."""
+    rate = copies.detail["false_positive_rate"]
+    limits = copies.detail.get("false_positive_rate_limits")
+    known = isinstance(limits, list) and [type(end) for end in limits] == [float, float]
+    return rate_text(rate, limits) if known else f"{100 * rate:g} %"

@@ -80,6 +80,7 @@ def per_sample_table(subjects: Mapping[str, Subject], keys: list[str], nl2: bool
     parts = []
     for name, subject in subjects.items():
         found, n = subject.found, len(subject.found)
+        captions: list[str] | list[None] = subject.captions or [None] * n
         labels = [None] * n if subject.labels is None else subject.labels.tolist()
         parts.append(
             pa.table(
@@ -87,6 +88,7 @@ def per_sample_table(subjects: Mapping[str, Subject], keys: list[str], nl2: bool
                     "subject": pa.array([name] * n),
                     "sample": pa.array(range(n), pa.int64()),
                     "condition": pa.array(labels, pa.int64()),
+                    "caption": pa.array(captions, pa.string()),
                     "nearest_key": pa.array([keys[row] for row in found.row]),
                     "nearest_row": found.row,
                     "nearest_multiplicity": found.multiplicity,

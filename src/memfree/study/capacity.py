@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from memfree.evaluation.intervals import Interval
+from memfree.study.statistics import geometric_over_seeds
+
 MEMORIZED = 0.9
 """Share of copies from which on a training set counts as memorized (Gu et al., 2023)."""
 
@@ -47,3 +50,27 @@ def effective_memorization(rates: Mapping[int, float], memorized: float = MEMORI
     share = (rates[largest] - memorized) / (rates[largest] - rates[beyond])
     crossing = math.log2(largest) + share * math.log2(beyond / largest)
     return Capacity(largest, tried, 2.0**crossing)
+
+
+@dataclass(frozen=True)
+class Capacities:
+    """The capacity of each training seed's models, and how sure their mean is."""
+
+    by_seed: Mapping[int, Capacity]
+    """At least one."""
+
+    @property
+    def text(self) -> str:
+        """As it stands in a table: one for all seeds where they agree, else each in order."""
+        each = [capacity.text for _, capacity in sorted(self.by_seed.items())]
+        return each[0] if len(set(each)) == 1 else ", ".join(each)
+
+    @property
+    def crossing(self) -> Interval | None:
+        """Geometric mean of the seeds' crossings with Student's interval, which one seed has not.
+
+        None where a seed has no crossing: it lies outside of what was tried.
+        """
+        each = [capacity.crossing for capacity in self.by_seed.values()]
+        known = [one for one in each if one is not None]
+        return geometric_over_seeds(known) if len(known) == len(each) else None

@@ -49,15 +49,16 @@ def _fits(summary: Summary) -> ResultTable:
         shown = ["", "", ""]
         if fit is not None:
             middle = "" if fit.midpoint is None else figure_text(fit.midpoint)
-            shown = [figure_text(fit.slope), middle, f"{fit.dispersion:.1f}"]
+            shown = [str(len(fit.curves)), figure_text(fit.slope), middle]
         rows.append([*line, *shown])
     return ResultTable(
         "Logistic fit in log2 of the factor",
-        ["model", "subject", "logits a doubling", "factor of 50 % copies", "dispersion"],
+        ["model", "subject", "training seeds", "logits a doubling", "factor of 50 % copies"],
         rows,
-        "95 % intervals, quasi-binomial: widened by the dispersion over factors and training "
-        "seeds. Empty where no curve has a finite best fit; without a factor of 50 % copies where "
-        "the interval of the slope has 0 in it: the factor may not matter at all.",
+        "A fit a training seed: means over seeds with 95 % intervals (Student's t; the factor's in "
+        "log2), which one seed has not. Empty where the curve of a seed has no finite best fit; "
+        "without a factor of 50 % copies where the slope may be 0: the factor may not matter at "
+        "all.",
     )
 
 
@@ -66,19 +67,24 @@ def _sizes(summary: Summary) -> ResultTable:
     rows = []
     for line, of in summary.sizes().items():
         capacity = capacities[line]
-        crossing = "" if capacity.crossing is None else f"{capacity.crossing:.1f}"
+        crossing = "" if capacity.crossing is None else figure_text(capacity.crossing)
         shares = ", ".join(
             f"{size}: {percent_text(rate_over_seeds([*seeds.values()]))}"
             for size, seeds in of.items()
         )
-        rows.append([*line, capacity.text, crossing, shares])
+        seeds = str(len(capacity.by_seed))
+        rows.append([*line, seeds, capacity.text, crossing, shares])
     return ResultTable(
         "Effective model memorization",
-        ["model", "subject", "EMM, images", f"images at {percent}", "share by images"],
+        [
+            *("model", "subject", "training seeds", "EMM, images"),
+            *(f"images at {percent}", "share by images"),
+        ],
         rows,
         f"The largest number of training images of which at least {percent} of the samples "
-        "have d1/d2 < 1/3 (Gu et al., 2023), where the share crosses that between it and "
-        "the next size, and the share at each size in %.",
+        "have d1/d2 < 1/3 (Gu et al., 2023), of each training seed where they differ; where the "
+        "share crosses that between it and the next size; and the share at each size in %. Means "
+        "over seeds with 95 % intervals (Student's t), which one seed has not.",
     )
 
 

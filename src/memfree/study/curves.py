@@ -82,6 +82,13 @@ def _panels(summary: Summary) -> list[Panel]:
     return panels
 
 
+def _means(summary: Summary, what: str = "") -> str:
+    """What is drawn: means with intervals, or the figures of the only training seed."""
+    drawn = ["one training seed" if summary.one_seed else "means over training seeds", what]
+    drawn.append("no intervals" if summary.one_seed else "95 % intervals")
+    return ", ".join(part for part in drawn if part)
+
+
 def _per_image(axes: Any, summary: Summary) -> int:
     """Copies of an image against its records: means over training seeds."""
     lines = summary.per_image()
@@ -95,7 +102,7 @@ def _per_image(axes: Any, summary: Summary) -> int:
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     axes.set_ylabel("copies of an image")
     doubling_axis(axes, (f for of in lines.values() for f in of), "records of the image")
-    return legend(axes, "means over training seeds, 95 % intervals")
+    return legend(axes, _means(summary))
 
 
 def _ladders(axes: Any, summary: Summary) -> int:
@@ -121,14 +128,15 @@ def _responses(axes: Any, summary: Summary, lines: dict[Line, list[Point]], dose
         else:
             x = np.geomspace(factors[0], factors[-1], 200)
             axes.plot(x, 100 * fit.rate(x), "-", color=coloured[line], linewidth=1.3)
-            low, high = fit.band(x)
-            axes.fill_between(
-                x, 100 * low, 100 * high, color=coloured[line], alpha=0.15, linewidth=0
-            )
+            if (band := fit.band(x)) is not None:
+                low, high = band
+                axes.fill_between(
+                    x, 100 * low, 100 * high, color=coloured[line], alpha=0.15, linewidth=0
+                )
         axes.plot([], [], "o" if fit is None else "o-", color=coloured[line], ms=4, label=name)
     percent_axis(axes)
     doubling_axis(axes, (point.factor for of in lines.values() for point in of), dose)
-    return legend(axes, "means over training seeds, logistic fit, 95 % intervals of both")
+    return legend(axes, _means(summary, "logistic fit a seed"))
 
 
 def _sizes(axes: Any, summary: Summary) -> int:
@@ -146,7 +154,7 @@ def _sizes(axes: Any, summary: Summary) -> int:
     )
     percent_axis(axes)
     doubling_axis(axes, (size for of in lines.values() for size in of), "training images")
-    return legend(axes, "means over training seeds, 95 % intervals")
+    return legend(axes, _means(summary))
 
 
 def _models(axes: Any, summary: Summary) -> int:
@@ -179,7 +187,7 @@ def _models(axes: Any, summary: Summary) -> int:
         rotation=30 if len(cells) > 4 else 0,
     )
     percent_axis(axes)
-    return legend(axes, f"{reference}, 95 % intervals", columns=2)
+    return legend(axes, f"{reference}, {_means(summary)}", columns=2)
 
 
 def _fronts(summary: Summary) -> dict[tuple[str, int], list[str]]:
@@ -225,4 +233,4 @@ def _front(axes: Any, summary: Summary) -> int:
     axes.set_xlim(left=-3)
     axes.set_xlabel("copies, %")
     axes.set_ylabel(f"{DISTANCES[QUALITY]} (lower is better)")
-    return legend(axes, "means over training seeds, 95 % intervals", columns=2)
+    return legend(axes, _means(summary), columns=2)

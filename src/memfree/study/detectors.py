@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from memfree.evaluation.detection import Detector, detector
+from memfree.evaluation.intervals import shared_conditions
 from memfree.untrusted import read_table
 
 EARLY = (0, 3)
@@ -28,7 +29,7 @@ class Roc:
 def detectors(
     samples: Path, evaluation: Path, prompt_sets: Sequence[str], subject: str
 ) -> list[Roc]:
-    """ROC curves over the samples of all prompt sets together.
+    """ROC curves over the samples of all prompt sets together, with intervals over captions.
 
     The truth is the verdict by pixels, which no score is made of. Scores: Wen's norm at the first
     step, and σ_t of the index early on.
@@ -44,18 +45,21 @@ def detectors(
         One a score; none where no sample is a copy, or all are.
     """
     truth: list[np.ndarray] = []
+    captions: list[str] = []
     scores: dict[str, list[np.ndarray]] = {}
     for prompts in prompt_sets:
         judged = read_table(evaluation / prompts / "pixels" / "per_sample.parquet")
         mine = judged.filter(pc.equal(judged["subject"], subject)).sort_by("sample")
         truth.append(mine["second_copy"].to_numpy(zero_copy_only=False).astype(bool))
+        captions += mine["caption"].to_pylist() if "caption" in mine.column_names else []
         for title, values in _scores(samples / prompts / subject).items():
             scores.setdefault(title, []).append(values)
     copies = np.concatenate(truth)
     if copies.all() or not copies.any():
         return []
+    clusters = shared_conditions(captions) if len(captions) == len(copies) else None
     return [
-        Roc(title, detector(np.concatenate(parts), copies))
+        Roc(title, detector(np.concatenate(parts), copies, clusters=clusters))
         for title, parts in scores.items()
         if len(parts) == len(prompt_sets)
     ]

@@ -25,16 +25,20 @@ def write_report(out: Path, summary: Summary, pictures: dict[str, str]) -> None:
         summary: what it found.
         pictures: names of PNG files in ``out``, and what each shows.
     """
-    tables = [*curve_tables(summary), *mean_tables(summary.values)]
-    write_text(out / f"{summary.name}.md", _markdown(summary, tables))
-    write_text(out / f"{summary.name}.html", _page(out, summary, tables, pictures))
+    write_text(out / f"{summary.name}.md", as_markdown(summary))
+    write_text(out / f"{summary.name}.html", _page(out, summary, _tables(summary), pictures))
 
 
-def _markdown(summary: Summary, tables: Sequence[ResultTable]) -> str:
-    notes = []
+def as_markdown(summary: Summary) -> str:
+    """All tables, the curves first."""
+    tables, notes = _tables(summary), list[str]()
     if summary.missing:
         notes = [f"{summary.missing} of {summary.cells} cells are not finished and left out.\n"]
     return "\n".join([*notes, *(table.as_markdown() for table in tables)])
+
+
+def _tables(summary: Summary) -> list[ResultTable]:
+    return [*curve_tables(summary), *mean_tables(summary.values)]
 
 
 def _page(

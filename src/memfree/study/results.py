@@ -14,7 +14,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from memfree.evaluation.intervals import wilson
+from memfree.evaluation.intervals import rate_interval, shared_conditions
 from memfree.evaluation.metrics import Metric, metric, read_metrics
 from memfree.folders.atomic_files import write_atomic
 from memfree.study.against_oracle import write_against_oracle
@@ -123,7 +123,7 @@ def ladder_metrics(per_sample: Path, factors: Sequence[int]) -> list[Metric]:
     """``copies_at_factor_F``: of the samples nearest to an image of F records, those that copy it.
 
     Unlike copies per image, it does not grow merely because the model draws a repeated image more
-    often.
+    often. Samples near one image resemble each other: intervals are over the images.
 
     Args:
         per_sample: of an evaluation.
@@ -132,8 +132,8 @@ def ladder_metrics(per_sample: Path, factors: Sequence[int]) -> list[Metric]:
     columns = {
         "subject": pa.string(),
         "nearest_multiplicity": pa.int64(),
+        "nearest_key": pa.string(),
         "copy": pa.bool_(),
-        "distance_ratio": pa.float64(),
     }
     table = read_table(per_sample, columns)
     found = []
@@ -142,8 +142,8 @@ def ladder_metrics(per_sample: Path, factors: Sequence[int]) -> list[Metric]:
         for factor in factors:
             near = mine.filter(pc.equal(mine["nearest_multiplicity"], factor))
             if len(near):
-                copies = int(pc.sum(near["copy"]).as_py())
-                rate = wilson(copies, len(near))
+                images = shared_conditions(near["nearest_key"].to_pylist())
+                rate = rate_interval(near["copy"].to_numpy(zero_copy_only=False), images)
                 found.append(metric(f"copies_at_factor_{factor}", subject, rate, len(near)))
     return found
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy.stats import t as student_t
+import numpy as np
 
-from memfree.evaluation.intervals import Interval, wilson
+from memfree.evaluation.intervals import Interval, mean_interval, wilson
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,19 @@ class Measured:
 
 def over_seeds(values: list[float], level: float = 0.95) -> Interval:
     """Mean over training seeds with its two-sided interval (Student's t); none for one seed."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return Interval(mean)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    half = float(student_t.ppf((1 + level) / 2, n - 1)) * deviation / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half)
+    return mean_interval(np.array(values), confidence=level)
+
+
+def geometric_over_seeds(values: list[float], level: float = 0.95) -> Interval:
+    """Geometric mean over training seeds, its interval that of the logarithms (Student's t).
+
+    Args:
+        values: above 0, one a seed; factors, or numbers of images.
+        level: two-sided.
+    """
+    found = over_seeds([math.log(value) for value in values], level)
+    low, high = (None if end is None else math.exp(end) for end in (found.low, found.high))
+    return Interval(math.exp(found.value), low, high)
 
 
 def amount_over_seeds(measured: list[Measured], level: float = 0.95) -> Interval:
@@ -39,14 +45,15 @@ def amount_over_seeds(measured: list[Measured], level: float = 0.95) -> Interval
 def rate_over_seeds(measured: list[Measured], level: float = 0.95) -> Interval:
     """Mean rate over training seeds; the wider of Student's t and of Wilson's pooled interval.
 
-    Student's t alone has no width where every seed gives 0, which is where mitigations end up.
+    Student's t alone has no width where every seed gives 0, which is where mitigations end up. One
+    seed has no interval: its samples say nothing of other trainings.
     """
     found = over_seeds([one.value for one in measured], level)
-    total = sum(one.count for one in measured)
-    pooled = wilson(min(sum(one.value * one.count for one in measured), total), total, level)
+    if found.low is None or found.high is None:
+        return found
+    pooled = _pooled(measured, level)
     assert pooled.low is not None and pooled.high is not None
-    low = pooled.low if found.low is None else max(0.0, min(found.low, pooled.low))
-    high = pooled.high if found.high is None else min(1.0, max(found.high, pooled.high))
+    low, high = max(0.0, min(found.low, pooled.low)), min(1.0, max(found.high, pooled.high))
     return Interval(found.value, low, high)
 
 
@@ -57,19 +64,20 @@ def upper_limit(differences: list[float], level: float = 0.95) -> float:
 
 
 def upper_limit_of_rates(own: list[Measured], other: list[Measured], level: float = 0.95) -> float:
-    """One-sided upper limit of a difference of rates over training seeds.
+    """One-sided upper limit of a difference of rates over training seeds; NaN for one seed.
 
     The larger of Student's t over the seeds' differences and of Newcombe's limit for the pooled
     counts (method 10 without pairing): what three equal seeds hide, the counts still know.
     """
     by_seed = upper_limit([a.value - b.value for a, b in zip(own, other, strict=True)], level)
-    a, b = _pooled(own, level), _pooled(other, level)
+    if math.isnan(by_seed):
+        return by_seed
+    a, b = _pooled(own, 2 * level - 1), _pooled(other, 2 * level - 1)
     assert a.high is not None and b.low is not None
-    pooled = a.value - b.value + math.hypot(a.high - a.value, b.value - b.low)
-    return pooled if math.isnan(by_seed) else max(by_seed, pooled)
+    return max(by_seed, a.value - b.value + math.hypot(a.high - a.value, b.value - b.low))
 
 
 def _pooled(measured: list[Measured], level: float) -> Interval:
-    """Wilson's interval of all seeds' images together, one-sided at ``level`` on either side."""
+    """Wilson's interval of all seeds' images together."""
     total = sum(one.count for one in measured)
-    return wilson(min(sum(one.value * one.count for one in measured), total), total, 2 * level - 1)
+    return wilson(min(sum(one.value * one.count for one in measured), total), total, level)

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from memfree.evaluation.metrics import HELDOUT
-from memfree.study.capacity import Capacity, effective_memorization
+from memfree.study.capacity import Capacities, effective_memorization
 from memfree.study.labels import LADDER, cell_title, without_size
 from memfree.study.logistic import Fit, Point, fit_logistic
-from memfree.study.statistics import Measured, rate_over_seeds
+from memfree.study.statistics import Measured
 from memfree.study.values import ORACLES, RATIO, Values
 
 SCHEMA = pa.schema(
@@ -62,7 +62,7 @@ class Summary:
     cells: int
 
     def doses(self) -> dict[Line, list[Point]]:
-        """Copies by factor, a point a model of its own, of models that differ in it alone."""
+        """Copies by factor and training seed, of models that differ in these alone."""
         found: dict[Line, list[Point]] = defaultdict(list)
         for (model, factor, subject, name), by_seed in self.values.items():
             if factor != LADDER and name == "copies" and _is_drawn(subject):
@@ -104,14 +104,23 @@ class Summary:
             of[row["training_seed"]] = Measured(row["value"], row["count"])
         return {line: dict(sorted(of.items())) for line, of in found.items() if len(of) > 1}
 
-    def capacities(self) -> dict[Line, Capacity]:
-        """Effective model memorization of the mean over training seeds."""
-        return {
-            line: effective_memorization(
-                {size: rate_over_seeds([*seeds.values()]).value for size, seeds in of.items()}
+    def capacities(self) -> dict[Line, Capacities]:
+        """Effective model memorization of each training seed's models."""
+        found = {}
+        for line, of in self.sizes().items():
+            rates: dict[int, dict[int, float]] = defaultdict(dict)
+            for size, seeds in of.items():
+                for seed, measured in seeds.items():
+                    rates[seed][size] = measured.value
+            found[line] = Capacities(
+                {seed: effective_memorization(known) for seed, known in rates.items()}
             )
-            for line, of in self.sizes().items()
-        }
+        return found
+
+    @property
+    def one_seed(self) -> bool:
+        """Whether no model was trained with a second seed, so that there are no intervals."""
+        return all(len(by_seed) == 1 for by_seed in self.values.values())
 
 
 def rates_by_factor(points: Sequence[Point]) -> dict[float, list[Measured]]:
@@ -128,7 +137,7 @@ def _is_drawn(subject: str) -> bool:
 
 
 def _points(factor: int, by_seed: dict[int, Measured]) -> list[Point]:
-    return [Point(factor, one.value * one.count, one.count) for one in by_seed.values()]
+    return [Point(factor, one.value * one.count, one.count, seed) for seed, one in by_seed.items()]
 
 
 def _with_several_factors(found: dict[Line, list[Point]]) -> dict[Line, list[Point]]:

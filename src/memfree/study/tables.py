@@ -86,7 +86,8 @@ def differences(values: Values, subject: str = "both") -> list[ResultTable]:
     text = (
         "Mean difference over training seeds and, in parentheses, its one-sided 95 % upper limit: "
         "Student's t over seeds, for rates the larger of that and of Newcombe's limit for the "
-        "pooled counts. Fréchet distances are relative to the oracle's. The goal stands above each "
+        "pooled counts; none with one seed. Fréchet distances are relative to the oracle's. The "
+        "goal stands above each "
         f"column; in bold: the limit is within it ({within} of {total})."
     )
     return [ResultTable(f"{subject} − oracle", ["", "oracle at equal", *titles], rows, text)]
@@ -95,8 +96,7 @@ def differences(values: Values, subject: str = "both") -> list[ResultTable]:
 def _mean_and_limit(metric: str, own: list[Measured], other: list[Measured]) -> tuple[float, float]:
     """Mean over seeds of own − other, and its one-sided 95 % upper limit.
 
-    Rates are subtracted; distances are relative to the other's, and have no limit (NaN) with one
-    seed.
+    Rates are subtracted; distances are relative to the other's. One seed has no limit (NaN).
     """
     pairs = list(zip(own, other, strict=True))
     if metric in DISTANCES:
@@ -124,7 +124,8 @@ def by_cell(values: Values) -> list[ResultTable]:
             for subject in subjects
         ]
         title = label if factor == LADDER else f"{label}, repeated images × {factor}"
-        heading = f"{title} (training seeds: {seeds})"
+        how_many = f"training seeds: {seeds}" if seeds > 1 else "one training seed, no intervals"
+        heading = f"{title} ({how_many})"
         tables.append(ResultTable(heading, ["", *(SHOWN[one] for one in columns)], rows))
     return tables
 

@@ -91,6 +91,7 @@ class Judge:
         """
         check_size(self.index, images)
         threshold = self.calibration.threshold(self.false_positive_rate)
+        rate_text = self.calibration.rate_text(self.false_positive_rate)
         sigmas, rows = [], []
         with torch.no_grad(), explained_chunks("judging", len(images), self.chunk_size):
             for part in images.nan_to_num(0.0).split(self.chunk_size or len(images)):
@@ -108,6 +109,7 @@ class Judge:
                 similarity=float(sigma[i]) if finite[i] else float("nan"),
                 threshold=threshold,
                 false_positive_rate=self.false_positive_rate,
+                rate_text=rate_text,
                 p_value=p_values[i] if finite[i] else float("nan"),
                 copy=bool(finite[i]) and float(sigma[i]) > threshold,
                 finite=bool(finite[i]),

@@ -1,0 +1,62 @@
+"""Tables and pictures of a study again from its CSV: ``python -m memfree.study.kept NAME.csv``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv as pa_csv
+from pyarrow import ArrowInvalid
+
+from memfree.folders.atomic_files import write_text
+from memfree.study.curves import write_curves
+from memfree.study.report import as_markdown
+from memfree.study.results import by_key
+from memfree.study.summary import SCHEMA, Summary
+
+NEEDED = ("conditioning", "factor", "training_seed", "subject", "metric", "value", "count")
+
+
+def read_summary(path: Path) -> Summary:
+    """What a study found, as the NAME.csv that ``memfree study`` writes keeps it.
+
+    Files of older versions, with fewer columns, are read too.
+
+    Args:
+        path: the CSV file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not the CSV of a study.
+    """
+    try:
+        found = pa_csv.read_csv(path).to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is not a CSV file: {error}") from error
+    missing = [name for name in NEEDED if not found or name not in found[0]]
+    if missing:
+        raise ValueError(f"{path} is not the CSV of a study: it has no column {missing[0]}")
+    rows: list[dict[str, Any]] = [
+        {**dict.fromkeys(SCHEMA.names), "label": row["conditioning"].replace("_", " "), **row}
+        for row in found
+    ]
+    return Summary(path.stem, by_key(rows), rows, 0, 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write NAME.md, and the curves as NAME.png where there are any, beside each NAME.csv."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("csv", nargs="+", type=Path, help="NAME.csv of `memfree study`")
+    parser.add_argument("--pictures", type=Path, help="folder of the pictures; none without it")
+    given = parser.parse_args(arguments)
+    for path in given.csv:
+        summary = read_summary(path)
+        write_text(path.with_suffix(".md"), as_markdown(summary))
+        if given.pictures is not None:
+            write_curves(given.pictures / f"{summary.name}.png", summary)
+
+
+if __name__ == "__main__":
+    main()
