@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ def check_config_files(words: Sequence[str]) -> None:
 
 def config_files(words: Sequence[str]) -> list[str]:
     """The files that stand behind ``--config`` on a command line."""
-    pairs = zip(words, [*words[1:], ""], strict=True)
-    files = [after for word, after in pairs if word == "--config"]
+    files = [after for word, after in pairwise(words) if word == "--config"]
     return files + [
         word.removeprefix("--config=") for word in words if word.startswith("--config=")
     ]
