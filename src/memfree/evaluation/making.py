@@ -98,7 +98,8 @@ def commands(folder: EvaluationFolder) -> str:
         made += [made_by["made_by"] for made_by in (entry["model"], entry["manifest"]) if made_by]
     made.append(manifest["made_by"])
     # A Python session has no command line; its name is "-", "-c" or empty.
-    lines = [_command(entry["command"]) for entry in made if entry["command"][0].strip("-c")]
+    words = [entry["command"] for entry in made]
+    lines = [_command(one) for one in words if one and one[0].strip("-c")]
     lines.append(f"memfree report --evaluation {shlex.quote(str(folder.path))}")
     return "\n".join(dict.fromkeys(lines))
 
