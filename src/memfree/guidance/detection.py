@@ -61,9 +61,6 @@ class Observer:
         cadence: when neighbours are searched.
     """
 
-    calls_denoiser = False
-    """Whether the denoiser may be called again; a guidance that does not say so may."""
-
     def __init__(
         self,
         index: ReferenceIndex,
@@ -75,6 +72,11 @@ class Observer:
         self.similarity = similarity
         self.threshold = threshold
         self.cadence = cadence
+
+    @property
+    def calls_denoiser(self) -> bool:
+        """Whether the denoiser may be called again; a guidance that does not say so may do it."""
+        return False
 
     @torch.no_grad()
     def detect(self, prediction: Prediction) -> Detection:

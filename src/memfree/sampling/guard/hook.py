@@ -265,7 +265,7 @@ class Draw:
         if self._ends(view, base):
             ending = last_step(*self._step_of(view, base))
             base = replace(base, is_last=True, decode=self.decoder.finished, **ending)
-            self.unmoved = base.returned is not None and base.returned[1] == 0
+            self.unmoved = base.returned is not None and bool(base.returned[1] == 0)
             if self.given is not None:
                 base = self._inpainted(base)
         decoder = self.decoder
