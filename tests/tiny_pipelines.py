@@ -158,11 +158,13 @@ def unet(in_channels=4, seed=0, **config):
 def unet_xl(width=WIDTH, **config):
     """With Stable Diffusion XL's further conditions, of text encoders of this width."""
     return unet(
-        cross_attention_dim=2 * width,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + width,
-        **config,
+        **{
+            "cross_attention_dim": 2 * width,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + width,
+            **config,
+        }
     )
 
 

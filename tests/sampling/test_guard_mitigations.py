@@ -250,3 +250,62 @@ def test_finished_images_are_accepted_in_chunks(pipe, index):
         memfree.guard(pipe, index, [], Counting(fail_at=3), chunk_size=4),
     ):
         drawn(pipe, 5, prompt=["a"] * 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "several"),
+    [
+        ("stable_diffusion_controlnet", False),
+        ("stable_diffusion_controlnet", True),
+        ("stable_diffusion_controlnet_img2img", True),
+        ("stable_diffusion_controlnet_inpaint", False),
+        ("stable_diffusion_xl_controlnet", True),
+        ("stable_diffusion_inpaint", False),
+        ("stable_diffusion_3_img2img", False),
+    ],
+)
+@pytest.mark.parametrize("given", ["one", "each"])
+def test_images_and_controls_of_what_is_drawn_again_are_its_own(name, several, given):
+    """Image 2 of two prompts and two images a prompt, alone, sees what it saw among all."""
+    nets = [tiny_pipelines.controlnet("xl" in name) for _ in range(2)]
+    pipe = getattr(tiny_pipelines, name)(**({"controlnet": nets} if several else {}))
+    call = {**options(name, 2), "num_images_per_prompt": 2, "generator": noise(4)}
+    control = ""
+    if "control" in name:
+        control = "control_image" if "control_image" in call else "image"
+    for each in ("image", "mask_image", "control_image"):
+        if each in call and given == "one":
+            call[each] = call[each][:1]
+            call["generator"] = noise(1)[0]
+        elif each in call and each != control:  # one an image, rather than a prompt
+            call[each] = torch.cat([call[each], 1 - call[each]])
+    if several:
+        call[control] = [call[control], 1 - call[control]]
+    conditions, embeddings = [], []
+    if control:
+        net = pipe.controlnet.nets[1] if several else pipe.controlnet
+        net.register_forward_pre_hook(
+            lambda module, args, kwargs: conditions.append((*args, *kwargs.values())),
+            with_kwargs=True,
+        )
+
+    class Again(Mitigation):
+        def accept(self, images):
+            return torch.tensor([True, True, False, True] if len(images) == 4 else [True])
+
+    def first_step(prediction):
+        if prediction.step == 0:
+            embeddings.append(prediction.conditions.embeddings)
+        return prediction
+
+    with memfree.guard(pipe, make_index(), first_step, mitigation=Again()) as report:
+        pipe(PROMPTS, **call)
+    assert [one.draws for one in report.verdicts] == [1, 1, 2, 1]
+    everything, alone = embeddings
+    torch.testing.assert_close(alone[0], everything[2], atol=1e-5, rtol=1e-4)
+    if control:
+        first, again = (
+            next(one for one in values if getattr(one, "shape", ())[1:] == SHAPE)
+            for values in (conditions[0], conditions[-1])
+        )
+        assert torch.equal(again[-1], first[-4:][2])  # of the conditional half

@@ -6,6 +6,7 @@ import torch
 from guard_parts import NEVER, PROMPTS, ActiveRows, amg, make_index, options
 
 import memfree
+from memfree.guidance import GuidanceSettings
 
 FAMILIES = ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "pixart"]
 NAMES = {
@@ -108,3 +109,59 @@ def test_t5_is_asked_for_the_rest_of_the_length(index, pipes, name, length):
     torch.testing.assert_close(made.embeddings, own["prompt_embeds"])
     if name == "pixart":
         assert torch.equal(made.mask, own["prompt_attention_mask"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_encoders_may_be_freed_where_no_guidance_needs_captions(index, name):
+    """Encode, free, generate: also inside the block, where the default loses its caption term."""
+    pipe = getattr(tiny_pipelines, name)()
+    call = {**options(name), **encoded(pipe, name), "guidance_scale": 4.0}
+
+    def made():
+        return pipe(**{**call, "generator": options(name)["generator"]}).images
+
+    expected = made()
+    with memfree.guard(pipe, index) as whole:
+        made()
+        assert not whole.left_out
+        for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer"):
+            if hasattr(pipe, part):
+                setattr(pipe, part, None)
+        made()
+        assert "caption term" in whole.left_out[0] and len(whole.left_out) == 1
+        assert "has no text_encoder" in " ".join(str(whole).split())
+    for guidance in (amg(index, NEVER, c1=0.01, c3=30.0), []):
+        with memfree.guard(pipe, index, guidance) as report:
+            assert torch.equal(made(), expected)
+        assert not report.left_out
+    for guidance in (GuidanceSettings("amg", c2=0.0), None):
+        with memfree.guard(pipe, index, guidance) as report:
+            made()
+        assert bool(report.left_out) == (guidance is None) and len(report.verdicts) == 2
+    with memfree.guard(pipe, index, amg(index, c3=30.0, c1=0.01)) as report:
+        assert not torch.equal(made(), expected)
+    assert max(report.trace["g_sim_norm"].to_pylist()) > 0
+    with (
+        memfree.guard(pipe, index, amg(index)),
+        pytest.raises(ValueError, match="AntiMemorizationGuidance needs the text_encoder.*c2=0"),
+    ):
+        made()
+
+
+def test_a_freed_first_encoder_of_two_is_missed_where_the_denoiser_takes_both(index):
+    pipe = tiny_pipelines.stable_diffusion_xl()
+    call = {**options(""), **encoded(pipe, "stable_diffusion_xl"), "guidance_scale": 4.0}
+    pipe.text_encoder = pipe.tokenizer = None
+    with (
+        memfree.guard(pipe, index, amg(index)),
+        pytest.raises(ValueError, match="needs the text_encoder of the pipeline"),
+    ):
+        pipe(**call)
+    alone = tiny_pipelines.stable_diffusion_xl(  # as the refiner
+        text_encoder=None,
+        tokenizer=None,
+        unet=tiny_pipelines.unet_xl(cross_attention_dim=tiny_pipelines.WIDTH),
+    )
+    with memfree.guard(alone, index, amg(index)) as report:
+        alone(PROMPTS, guidance_scale=4.0, **options(""))
+    assert max(report.trace["s2"].to_pylist()) > 0

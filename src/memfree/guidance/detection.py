@@ -61,6 +61,11 @@ class Observer:
         cadence: when neighbours are searched.
     """
 
+    @property
+    def calls_denoiser(self) -> bool:
+        """Whether the denoiser may be called again; a guidance that does not say so may."""
+        return False
+
     def __init__(
         self,
         index: ReferenceIndex,
@@ -72,11 +77,6 @@ class Observer:
         self.similarity = similarity
         self.threshold = threshold
         self.cadence = cadence
-
-    @property
-    def calls_denoiser(self) -> bool:
-        """Whether the denoiser may be called again; a guidance that does not say so may do it."""
-        return False
 
     @torch.no_grad()
     def detect(self, prediction: Prediction) -> Detection:

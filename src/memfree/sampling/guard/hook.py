@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +25,7 @@ from memfree.sampling.guard.denoiser import (
     hooked,
 )
 from memfree.sampling.guard.families import Arguments, Family
+from memfree.sampling.guard.images import finite_rows
 from memfree.sampling.guard.nested import rows_of, usable
 from memfree.sampling.guard.noise_level import NoiseLevel, NoiseLevels
 from memfree.sampling.last_step import LastStep, last_step
@@ -262,10 +263,13 @@ class Draw:
         self.last = base
         if not self.guidances:
             return None
+        finite = finite_rows(base.output) & view.finite
+        base = _in_numbers(base)
         if self._ends(view, base):
             ending = last_step(*self._step_of(view, base))
-            base = replace(base, is_last=True, decode=self.decoder.finished, **ending)
-            self.unmoved = base.returned is not None and bool(base.returned[1] == 0)
+            base = replace(base, is_last=True, decode=_decoded(self.decoder.finished), **ending)
+            known = ending["returned"]
+            self.unmoved = known is not None and known[1] == 0
             if self.given is not None:
                 base = self._inpainted(base)
         decoder = self.decoder
@@ -277,7 +281,8 @@ class Draw:
             result = apply(self.guidances, base)
         self.last = result
         self.trace.append(trace_rows(result, view.level.step, torch.tensor(view.level.t)))
-        rows = (result.output != base.output).flatten(1).any(dim=1).nonzero().squeeze(1)
+        changed = (result.output != base.output).flatten(1).any(dim=1) & finite
+        rows = changed.nonzero().squeeze(1)
         if not len(rows):
             return None
         return rows, view.to_native(result.output[rows], base.output[rows], native, rows)
@@ -294,6 +299,30 @@ class Draw:
         return replace(
             base, returned=known, finish=lambda x_0: drawn * finish(x_0) + (1 - drawn) * given
         )
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """0 for NaN and ∞, of which no neighbour can be found."""
+    return values.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _decoded(decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda latents: _numbers(decode(latents))
+
+
+def _in_numbers(prediction: Prediction) -> Prediction:
+    """The record in numbers: one broken sample does not end the call of the others.
+
+    Rows that hold NaN or ∞ are not corrected.
+    """
+    uncond, cond = prediction.output_uncond, prediction.output_cond
+    return replace(
+        prediction,
+        output=_numbers(prediction.output),
+        output_cond=None if cond is None else _numbers(cond),
+        output_uncond=None if uncond is None else _numbers(uncond),
+        decode=_decoded(prediction.decode),
+    )
 
 
 @dataclass
@@ -325,7 +354,8 @@ class View:
         self.channels = min(everything.shape[1], self.draw.pipe.vae.config.latent_channels)
         self.dtype = everything.dtype
         x_t = everything[: self.count, : self.channels]
-        self.native_x_t = x_t
+        self.finite = finite_rows(x_t)
+        self.native_x_t = x_t = _numbers(x_t)
         self.norm = 1.0
         if self.level.flow_sigma is not None:
             sigma = self.level.flow_sigma
