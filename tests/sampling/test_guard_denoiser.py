@@ -2,6 +2,7 @@
 
 import threading
 
+import accelerate
 import diffusers
 import pytest
 import tiny_pipelines
@@ -348,6 +349,29 @@ def test_caches_that_further_calls_would_spoil_are_refused(index, enable):
     ):
         drawn(pipe)
     assert "\n" not in str(caught.value)
+
+
+OFFLOADS = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "sequential": lambda pipe: accelerate.cpu_offload(pipe.unet, torch.device("cpu")),
+    "group": lambda pipe: diffusers.hooks.apply_group_offloading(
+        pipe.unet, torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+    ),
+    "casting": lambda pipe: pipe.unet.enable_layerwise_casting(
+        storage_dtype=torch.bfloat16, compute_dtype=torch.float32
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(OFFLOADS))
+def test_hooks_that_move_weights_are_no_cache(index, name):
+    pipe = tiny_pipelines.stable_diffusion()
+    OFFLOADS[name](pipe)
+    unguarded = drawn(pipe)
+    with memfree.guard(pipe, index, amg(index)) as report:
+        images = drawn(pipe)
+    assert max(report.trace["s2"].to_pylist()) > 0 and not torch.equal(images, unguarded)
+    assert torch.equal(drawn(pipe), unguarded)
 
 
 @pytest.mark.parametrize("enable", [deep_cache, tea_cache, gate])

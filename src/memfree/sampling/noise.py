@@ -82,7 +82,7 @@ def random_state(device: torch.device) -> RandomState:
     """Where torch's own generators are: the CPU's and a device's."""
     state: RandomState = {torch.device("cpu"): torch.get_rng_state()}
     if device.type != "cpu":
-        state[device] = torch.get_device_module(device).get_rng_state(device)
+        state[device] = torch.get_device_module(device).get_rng_state(*_index(device))
     return state
 
 
@@ -92,7 +92,12 @@ def set_random_state(state: RandomState) -> None:
         if device.type == "cpu":
             torch.set_rng_state(one)
         else:
-            torch.get_device_module(device).set_rng_state(one, device)
+            torch.get_device_module(device).set_rng_state(one, *_index(device))
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    """What tells devices of one type apart; there is one of Apple's alone."""
+    return () if device.type == "mps" else (device,)
 
 
 kept_random_state = _Borrowed()
