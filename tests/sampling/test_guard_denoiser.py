@@ -2,15 +2,28 @@
 
 import threading
 
+import accelerate
 import diffusers
 import pytest
 import tiny_pipelines
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from guard_parts import PROMPTS, ActiveRows, amg, drawn, make_index, noise, options, state
+from guard_parts import (
+    PROMPTS,
+    ActiveRows,
+    amg,
+    drawn,
+    make_index,
+    make_latents,
+    noise,
+    options,
+    state,
+)
 from torch import nn
 
 import memfree
+from memfree.guidance import GuidanceSettings
+from memfree.sampling.guard.decode import Decoder
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +351,29 @@ def test_caches_that_further_calls_would_spoil_are_refused(index, enable):
     assert "\n" not in str(caught.value)
 
 
+OFFLOADS = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "sequential": lambda pipe: accelerate.cpu_offload(pipe.unet, torch.device("cpu")),
+    "group": lambda pipe: diffusers.hooks.apply_group_offloading(
+        pipe.unet, torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+    ),
+    "casting": lambda pipe: pipe.unet.enable_layerwise_casting(
+        storage_dtype=torch.bfloat16, compute_dtype=torch.float32
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(OFFLOADS))
+def test_hooks_that_move_weights_are_no_cache(index, name):
+    pipe = tiny_pipelines.stable_diffusion()
+    OFFLOADS[name](pipe)
+    unguarded = drawn(pipe)
+    with memfree.guard(pipe, index, amg(index)) as report:
+        images = drawn(pipe)
+    assert max(report.trace["s2"].to_pylist()) > 0 and not torch.equal(images, unguarded)
+    assert torch.equal(drawn(pipe), unguarded)
+
+
 @pytest.mark.parametrize("enable", [deep_cache, tea_cache, gate])
 def test_guidance_that_calls_no_denoiser_works_with_caches(index, enable):
     pipe = tiny_pipelines.stable_diffusion()
@@ -367,3 +403,149 @@ def test_a_denoiser_compiled_in_place_keeps_the_hooks_out_of_its_graph(index):
     with memfree.guard(pipe, index, ActiveRows([0])):
         torch.testing.assert_close(drawn(pipe), expected)
     assert len(graphs) == count == 1
+
+
+class DrawingDecoder(diffusers.AutoencoderKL):
+    """An autoencoder whose decoder draws, as consistency decoders do."""
+
+    def decode(self, z, *args, **kwargs):
+        return super().decode(z + 1e-3 * torch.randn_like(z), *args, **kwargs)
+
+
+@pytest.mark.parametrize("on_copy", ["keep", "resample"])
+@pytest.mark.parametrize("output_type", ["pt", "latent"])
+def test_what_the_guard_draws_does_not_move_torchs_own_generator(index, on_copy, output_type):
+    """The pipeline draws its noise from there: no ``generator`` is given."""
+    vae = tiny_pipelines.seeded(lambda: DrawingDecoder(**tiny_pipelines.autoencoder().config))
+    pipe = tiny_pipelines.stable_diffusion(
+        tiny_pipelines.noise_schedule(diffusers.EulerAncestralDiscreteScheduler), vae=vae
+    )
+    call = {"num_inference_steps": 4, "output_type": output_type}
+
+    def draw():
+        torch.manual_seed(3)
+        return pipe(PROMPTS, **call).images, torch.get_rng_state()
+
+    expected, state_after = draw()
+    everything = make_index()
+    everything.calibrations["nl2-k50-a0.5"]["sigmas"] = [-9.0] * 500  # every image is a copy
+    watching = amg(everything, threshold=1.0, c3=0.0)
+    for guidance in ([], watching):
+        with memfree.guard(pipe, everything, guidance, on_copy=on_copy, budget=3) as report:
+            images, after = draw()
+        assert torch.equal(after, state_after)
+        assert all(one.draws == (1 if on_copy == "keep" else 3) for one in report.verdicts)
+        if on_copy == "keep":
+            assert torch.equal(images, expected)
+
+
+def test_noise_of_the_guards_own_differs_from_step_to_step(index):
+    pipe, drawn_here = tiny_pipelines.stable_diffusion(), []
+
+    def guidance(prediction):
+        drawn_here.append(float(torch.rand(())))
+        return prediction
+
+    with memfree.guard(pipe, index, guidance):
+        drawn(pipe)
+    assert len(set(drawn_here)) == 4
+
+
+@pytest.mark.parametrize("offload", ["none", "model", "sequential", "group"])
+def test_the_float32_copy_of_an_autoencoder_is_of_the_autoencoder_alone(
+    index, offload, monkeypatch
+):
+    """Hooks of offloading know the pipeline's other models."""
+    monkeypatch.setattr(type(tiny_pipelines.unet()), "__deepcopy__", refuse_copy, raising=False)
+    monkeypatch.setattr(
+        type(tiny_pipelines.clip_text_encoder()), "__deepcopy__", refuse_copy, raising=False
+    )
+    vae = tiny_pipelines.autoencoder(force_upcast=True).half()
+    pipe = tiny_pipelines.stable_diffusion(vae=vae)
+    expected = tiny_pipelines.autoencoder(force_upcast=True).half().float()
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device="cpu")
+    elif offload == "group":
+        diffusers.hooks.apply_group_offloading(
+            vae, onload_device=torch.device("cpu"), offload_type="leaf_level"
+        )
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = Decoder(vae, index, None)(latents)
+    scaled = latents / vae.config.scaling_factor
+    torch.testing.assert_close(images, expected.decode(scaled, return_dict=False)[0])
+
+
+def refuse_copy(self, memo):
+    raise AssertionError(f"{type(self).__name__} was copied")
+
+
+def test_a_replaced_autoencoder_is_the_one_that_decides(index):
+    """What is guided and judged is what the pipeline now decodes."""
+    pipe = tiny_pipelines.stable_diffusion()
+    seen = []
+
+    def watch(prediction):
+        seen.append((prediction.decode, prediction.clean_estimate()))
+        return prediction
+
+    with memfree.guard(pipe, index, watch) as report:
+        drawn(pipe)
+        pipe.vae = tiny_pipelines.autoencoder(seed=5)
+        images = drawn(pipe)
+        latents = drawn(pipe, output_type="latent")
+    decode, estimate = seen[-1]
+    scaled = estimate / pipe.vae.config.scaling_factor
+    expected = pipe.vae.decode(scaled, return_dict=False)[0].clamp(-1, 1)
+    torch.testing.assert_close(decode(estimate), expected)
+    with memfree.guard(pipe, index, []) as fresh:
+        assert torch.equal(drawn(pipe), images)
+        assert torch.equal(drawn(pipe, output_type="latent"), latents)
+    assert [one.similarity for one in report.verdicts[2:]] == [
+        one.similarity for one in fresh.verdicts
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "replace", "message"),
+    [
+        ("unet", lambda: tiny_pipelines.unet(in_channels=9), "takes 9 channels"),
+        ("vae", lambda: tiny_pipelines.autoencoder(latent_channels=3), "takes 4 channels"),
+        (
+            "scheduler",
+            lambda: diffusers.EDMEulerScheduler(),
+            "sigma_data",
+        ),
+    ],
+)
+def test_a_part_that_cannot_be_guarded_is_refused_when_it_is_replaced(
+    index, name, replace, message
+):
+    pipe = tiny_pipelines.stable_diffusion()
+    with memfree.guard(pipe, index, []) as report:
+        drawn(pipe)
+        setattr(pipe, name, replace())
+        with pytest.raises(ValueError, match=message):
+            drawn(pipe)
+    assert len(report.verdicts) == 2
+
+
+def test_references_of_the_old_autoencoder_are_refused_with_a_new_one(index):
+    pipe = tiny_pipelines.stable_diffusion()
+    settings = GuidanceSettings("multiplicity")
+    with memfree.guard(pipe, index, settings, latents=make_latents()):
+        drawn(pipe)
+        pipe.vae = tiny_pipelines.autoencoder(seed=5)
+        with pytest.raises(ValueError, match="latents= holds latents of another autoencoder"):
+            drawn(pipe)
+
+
+def test_a_replaced_denoiser_and_scheduler_are_guarded(index):
+    pipe = tiny_pipelines.stable_diffusion()
+    with memfree.guard(pipe, index, ActiveRows([0])) as report:
+        drawn(pipe)
+        pipe.unet = tiny_pipelines.unet(seed=3)
+        pipe.scheduler = tiny_pipelines.noise_schedule(diffusers.EulerDiscreteScheduler)
+        images = drawn(pipe)
+    assert not torch.equal(images, drawn(pipe)) and len(report.trace) == 16

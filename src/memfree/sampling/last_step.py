@@ -142,7 +142,7 @@ class LastStep:
         # Linear in the prediction, with one coefficient for all elements: two steps tell it.
         if self.clean_range is None:
             other = self._step(self._output.float() + self._change(torch.ones_like(now)))
-            gain = float((other - now).mean())
+            gain = _mean(other - now)
             offset, size = now - gain * self._x_0, self._x_0.abs().max()
         else:
             offset, gain = self._within(self.clean_range)
@@ -156,7 +156,7 @@ class LastStep:
         """Offset and gain for clean estimates in ±limit."""
         offset = self(torch.zeros_like(self._x_0))
         half = self(torch.full_like(self._x_0, limit / 2))
-        return offset, float((half - offset).mean()) / (limit / 2)
+        return offset, _mean(half - offset) / (limit / 2)
 
     def _clean_range(self) -> float | None:
         config, limits = self._scheduler.config, []
@@ -200,6 +200,12 @@ class LastStep:
                 held = torch.as_tensor(own(copied, prediction, t, held, **options)[0])
                 prediction = prediction if afterwards is None else afterwards
             return held
+
+
+def _mean(values: Tensor) -> float:
+    """The mean of what is finite: one broken sample in a batch does not spoil the others."""
+    finite = values.isfinite()
+    return float((values if bool(finite.all()) else values[finite]).mean())
 
 
 def _step_options(scheduler: Any, output: Tensor, eta: float, generator: Any) -> dict[str, Any]:

@@ -38,28 +38,38 @@ def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Te
 
 
 class _Borrowed:
-    """Torch's own generators, put back where they were when the last borrower is done.
+    """Torch's own generators, put back where they were.
 
-    They belong to the process: two threads that each restored what they found would restore what
-    the other one had drawn from.
+    They belong to the process: of several threads, each would restore what another had drawn from.
+    So the first to enter keeps where they are, and the last to leave puts them back.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._count = 0
+        self._threads = 0
         self._states: RandomState = {}
+        self._inside = threading.local()
 
     @contextmanager
     def __call__(self, device: torch.device) -> Iterator[None]:
+        before = random_state(device)
+        if getattr(self._inside, "yes", False):
+            try:
+                yield
+            finally:
+                set_random_state(before)
+            return
         with self._lock:
-            self._states = {**random_state(device), **self._states}
-            self._count += 1
+            self._states = {**before, **self._states}
+            self._threads += 1
+        self._inside.yes = True
         try:
             yield
         finally:
+            self._inside.yes = False
             with self._lock:
-                self._count -= 1
-                if not self._count:
+                self._threads -= 1
+                if not self._threads:
                     set_random_state(self._states)
                     self._states = {}
 
@@ -72,7 +82,7 @@ def random_state(device: torch.device) -> RandomState:
     """Where torch's own generators are: the CPU's and a device's."""
     state: RandomState = {torch.device("cpu"): torch.get_rng_state()}
     if device.type != "cpu":
-        state[device] = torch.get_device_module(device).get_rng_state(device)
+        state[device] = torch.get_device_module(device).get_rng_state(*_index(device))
     return state
 
 
@@ -82,7 +92,12 @@ def set_random_state(state: RandomState) -> None:
         if device.type == "cpu":
             torch.set_rng_state(one)
         else:
-            torch.get_device_module(device).set_rng_state(one, device)
+            torch.get_device_module(device).set_rng_state(one, *_index(device))
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    """What tells devices of one type apart; there is one of Apple's alone."""
+    return () if device.type == "mps" else (device,)
 
 
 kept_random_state = _Borrowed()

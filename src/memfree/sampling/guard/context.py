@@ -20,7 +20,6 @@ from memfree.guidance import (
 from memfree.guidance.baselines import TextTools
 from memfree.guidance.mitigation import Mitigation
 from memfree.retrieval import ReferenceIndex
-from memfree.retrieval.latents import check_latents
 from memfree.sampling.guard.adapters import loading_adapters
 from memfree.sampling.guard.decode import Decoder
 from memfree.sampling.guard.families import family_of
@@ -125,9 +124,7 @@ def guard(
         if guidance.false_positive_rate == DEFAULT_RATE:
             guidance = replace(guidance, false_positive_rate=false_positive_rate)
         _check_settings(guidance, index, latents)
-    if latents is not None:
-        check_latents(latents.features, pipe.vae, "memfree.guard: latents=")
-    decode = Decoder(pipe.vae, index, chunk_size, decoder)
+    decode = Decoder(pipe.vae, index, chunk_size, decoder, latents)
     home = None if decoder is None else decoder.device
     moved = [(one, one.device, one.features.device) for one in (index, latents) if one is not None]
     try:

@@ -15,6 +15,7 @@ from memfree.memory import explained_memory
 from memfree.models.latents import decode_latents
 from memfree.models.small_decoder import check_decoder
 from memfree.retrieval import PixelFeatures
+from memfree.retrieval.latents import check_latents
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
@@ -29,22 +30,44 @@ class Decoder:
         chunk_size: latents decoded at a time; None: the whole batch. Gradients of a piece are made
             by decoding it again, so that one piece's activations are held at a time.
         small: an ``AutoencoderTiny`` of the same latents for the estimates; None: the pipeline's.
+        latents: references that must be in the autoencoder's latents; None: there are none.
 
     Raises:
-        ValueError: ``small`` is of other latents.
+        ValueError: ``small`` or ``latents`` is of other latents.
     """
 
     def __init__(
-        self, autoencoder: Any, index: ReferenceIndex, chunk_size: int | None, small: Any = None
+        self,
+        autoencoder: Any,
+        index: ReferenceIndex,
+        chunk_size: int | None,
+        small: Any = None,
+        latents: ReferenceIndex | None = None,
     ) -> None:
-        if small is not None:
-            check_decoder(small, autoencoder, "memfree.guard: decoder")
-        self.autoencoder = autoencoder
-        self.small = autoencoder if small is None else small
         self.index = index
         self.chunk_size = chunk_size
+        self._given_small = small
+        self._latents = latents
+        self._use(autoencoder)
+
+    def _use(self, autoencoder: Any) -> None:
+        if self._given_small is not None:
+            check_decoder(self._given_small, autoencoder, "memfree.guard: decoder")
+        if self._latents is not None:
+            check_latents(self._latents.features, autoencoder, "memfree.guard: latents=")
+        self.autoencoder = autoencoder
+        self.small = autoencoder if self._given_small is None else self._given_small
         self._copy: Any = None
         self._fitting: torch.Size | None = None  # asked once a size: it costs an embedding
+
+    def follow(self, autoencoder: Any) -> None:
+        """Decode with the autoencoder that the pipeline has now: it may have been replaced.
+
+        Raises:
+            ValueError: the small decoder or the references are of other latents.
+        """
+        if autoencoder is not self.autoencoder:
+            self._use(autoencoder)
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W), about in [−1, 1], of the denoiser's latents (B, C, h, w).
@@ -52,7 +75,9 @@ class Decoder:
         Raises:
             ValueError: the index cannot be compared with images of this size.
         """
-        return self._decoded(self._float32() if self._overflows() else self.autoencoder, latents)
+        if self._overflows():
+            return self._decoded(self._float32(latents.device), latents)
+        return self._decoded(self.autoencoder, latents)
 
     def estimate(self, latents: Tensor) -> Tensor:
         """The same of clean estimates on the way, by the smaller autoencoder."""
@@ -89,10 +114,42 @@ class Decoder:
         forced = getattr(self.autoencoder.config, "force_upcast", False)
         return bool(forced) and self.autoencoder.dtype == torch.float16
 
-    def _float32(self) -> Any:
+    def _float32(self, device: torch.device) -> Any:
         if self._copy is None:
-            self._copy = copy.deepcopy(self.autoencoder).to(dtype=torch.float32)
-        return self._copy
+            self._copy = without_offloading(self.autoencoder).to(dtype=torch.float32)
+        return self._copy.to(device)
+
+
+_OFFLOADING = ("_hf_hook", "_diffusers_hook")
+"""Where accelerate and diffusers keep the hooks of a module that they move between devices."""
+
+
+def without_offloading(model: Any) -> Any:
+    """A copy of a model alone, all its weights in memory, which nothing moves.
+
+    Hooks of offloading know the pipeline's other models, which a copy of them would take along.
+    """
+    hooked = {
+        name: part
+        for name, part in model.named_modules()
+        if any(hook in vars(part) for hook in _OFFLOADING)
+    }
+    left_out = {
+        id(value): None
+        for part in hooked.values()
+        for name in (*_OFFLOADING, "forward", "_old_forward")
+        if (value := vars(part).get(name)) is not None
+    }
+    copied = copy.deepcopy(model, left_out)
+    for name in hooked:
+        part = copied.get_submodule(name)
+        for attribute in (*_OFFLOADING, "forward", "_old_forward"):
+            vars(part).pop(attribute, None)
+    if any(weight.is_meta for weight in copied.parameters()):
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        copied.load_state_dict(get_state_dict_offloaded_model(model), assign=True)
+    return copied
 
 
 def check_size(index: ReferenceIndex, images: Tensor) -> None:

@@ -262,7 +262,8 @@ class Signature:
         self, arguments: Mapping[str, Any], positional: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments as a call that has ``positional`` of them without a name."""
-        rest, args = dict(arguments), list[Any]()
+        args: list[Any] = []
+        rest = dict(arguments)
         for name, parameter in list(self.own.parameters.items())[1:]:
             if name not in rest or len(args) >= positional:
                 break
@@ -315,6 +316,8 @@ def _cached(what: str, instead: str) -> str:
 
 _OF_TORCH = frozenset(vars(nn.Module()))
 """Attributes that every module has: parameters, buffers, submodules and hooks."""
+_HARMLESS = ("accelerate.", "diffusers.hooks.", "memfree.")
+"""Where offloading and casting move weights about, and what the guard itself puts there."""
 _DEPTH = 5
 """How far below a module's attribute tensors are looked for."""
 
@@ -342,6 +345,10 @@ def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
         return
     if depth == 0 or isinstance(value, (nn.Module, type, str, bytes, int, float)):
         return
+    if inspect.isfunction(value) or not isinstance(value, (Mapping, list, tuple, set)):
+        place = value if inspect.isfunction(value) else type(value)
+        if str(place.__module__).startswith(_HARMLESS):
+            return
     if isinstance(value, Mapping):
         parts = list(value.values())
     elif isinstance(value, (list, tuple, set)):
@@ -352,8 +359,8 @@ def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
         parts = [value.__func__, value.__self__]
     elif inspect.isfunction(value):
         parts = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-    elif hasattr(value, "config") or type(value).__module__.startswith("memfree."):
-        return  # a pipeline or a scheduler, and what the guard itself puts there
+    elif hasattr(value, "config"):
+        return  # a pipeline or a scheduler
     else:
         own = vars(type(value)).values()
         parts = [one for one in own if isinstance(one, (Tensor, Mapping, list))]

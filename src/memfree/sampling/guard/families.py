@@ -253,6 +253,17 @@ def family_of(pipe: Any) -> Family:
     family = next((family for kind, family in families if isinstance(pipe, kind)), None)
     if family is None:
         raise ValueError(f"memfree.guard does not support {name}: {_reason(name)}")
+    check_parts(pipe, family)
+    return family
+
+
+def check_parts(pipe: Any, family: Family) -> None:
+    """Refuse a denoiser and an autoencoder that the guard cannot take: they may be replaced.
+
+    Raises:
+        ValueError: the message says which and why.
+    """
+    name = type(pipe).__name__
     taken = getattr(pipe, family.denoiser).config.in_channels
     latents = pipe.vae.config.latent_channels
     if taken != latents and not (family.inpaints and taken == 2 * latents + 1):
@@ -265,7 +276,6 @@ def family_of(pipe: Any) -> Family:
             "memfree.guard does not support autoencoders whose latents are centred "
             "(vae.config.latents_mean)"
         )
-    return family
 
 
 def _reason(name: str) -> str:

@@ -273,6 +273,7 @@ class Draw:
             if self.given is not None:
                 base = self._inpainted(base)
         decoder = self.decoder
+        decoder.follow(self.pipe.vae)
         with (
             explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()),
             self.own_randomness(),

@@ -27,7 +27,7 @@ from memfree.sampling.guard.arguments import (
 )
 from memfree.sampling.guard.decode import Decoder, check_size, explained_chunks
 from memfree.sampling.guard.denoiser import watched
-from memfree.sampling.guard.families import Family
+from memfree.sampling.guard.families import Family, check_parts
 from memfree.sampling.guard.hook import Draw
 from memfree.sampling.guard.images import (
     as_tensor,
@@ -41,6 +41,7 @@ from memfree.sampling.guard.images import (
 from memfree.sampling.guard.noise_level import check_scheduler
 from memfree.sampling.guard.report import GuardReport, Verdict
 from memfree.sampling.guard.stages import Stages, sources
+from memfree.sampling.noise import OwnRandomness
 
 OnCopy = Literal["keep", "resample", "refuse"]
 _REDRAW, _MITIGATION = 0, 1
@@ -144,6 +145,7 @@ class Session:
         self.seed = seed
         self.report = GuardReport(seed=seed)
         self._lock = threading.Lock()
+        self._randomness = OwnRandomness(seed)
         self._images = 0
         self._watched: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -184,7 +186,9 @@ class Session:
         """The pipeline's ``__call__``."""
         call = Call.bind(self.kind, args, kwargs)
         check_call(call.all)
+        check_parts(pipe, self.family)
         check_scheduler(pipe.scheduler, self.family.flow)
+        self.decoder.follow(pipe.vae)
         if self.mitigation is not None:
             scale = float(call.all["guidance_scale"])
             if (other := self.mitigation.guidance_scale(scale)) != scale:
@@ -198,7 +202,9 @@ class Session:
             self.report.calls += 1
             self._images += len(places)
         output, drawing = self._draw(pipe, call, number, 0, places, first)
-        images, verdicts, kept = self._judged(output, drawing, call, number, places)
+        device = pipe._execution_device
+        with self._randomness.on(device):
+            images, verdicts, kept = self._judged(output, drawing, call, number, places)
         draws = 1
         while draws < self.budget and not all(kept):
             again = [place for place in places if not kept[place]]
@@ -207,8 +213,9 @@ class Session:
             part = part.with_(generator=generators, return_dict=True)
             if "latents" in part.given:
                 part = part.with_(latents=None)
-            redrawn, drawing = self._draw(pipe, part, number, draws, again, first)
-            others, judged, accepted = self._judged(redrawn, drawing, call, number, again)
+            with self._randomness.on(device):
+                redrawn, drawing = self._draw(pipe, part, number, draws, again, first)
+                others, judged, accepted = self._judged(redrawn, drawing, call, number, again)
             draws += 1
             images, output = put(images, others, again), put_flags(output, redrawn, again)
             for place, verdict, fine in zip(again, judged, accepted, strict=True):
@@ -290,6 +297,7 @@ class Session:
             )
         device = self.judge.index.device
         draw = drawing.draw
+        self.decoder.follow(draw.pipe.vae)
         finished = draw.finished or draw.last is None
         if finished:
             kind = call.all.get("output_type") or "pil"
