@@ -73,6 +73,7 @@ def run(tiny: bool = False) -> Records:
             times_faster=AUTHORS_SECONDS / per_sample,
         ),
         _multiplicity(index, queries, 0.9, repetitions),
+        _multiplicity(index, queries, 0.05, repetitions),
         _multiplicity(index, queries, 0.01, repetitions),
         _products(index, queries[:few], repetitions),
     ]

@@ -147,7 +147,10 @@ class Instant:
 @pytest.mark.parametrize("trace", [False, True])
 def test_the_loop_itself_waits_at_its_ends_alone(trace, monkeypatch):
     """Neither the time of a step, nor its noise level, nor its trace is copied at every step."""
-    monkeypatch.setattr("memfree.sampling.loop.returned", lambda *args, **kwargs: None)
+    # What the scheduler's last step does is asked of it at the last two steps alone.
+    asked = SimpleNamespace(is_last=lambda: False)
+    monkeypatch.setattr("memfree.sampling.loop.LastStep", lambda *args, **kwargs: asked)
+    monkeypatch.setattr("memfree.sampling.loop.last_step", lambda *args, **kwargs: {})
     totals = []
     with counted_waits(monkeypatch) as waits:
         for steps in (3, 9):
