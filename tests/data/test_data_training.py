@@ -250,7 +250,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import lightning, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 from test_data_training import Recorder, by_step
 from memfree.data import ExposureCounter, ShardDataModule
 
@@ -273,7 +273,8 @@ for run, (steps, checkpoint) in enumerate([(4, None), (12, out / "step4.ckpt")])
 def test_two_ranks(digits_folder, tmp_path, whole):
     """Stopped within an epoch and resumed: what one rank with the double batch trains on."""
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent))))
+    folders = [str(Path(__file__).parents[level]) for level in range(2)]
+    script.write_text(textwrap.dedent(SCRIPT.format(folders=folders)))
     subprocess.run(
         [sys.executable, script, digits_folder, tmp_path],
         check=True,
