@@ -127,7 +127,7 @@ def _cosine(index: ReferenceIndex, features: Tensor, rows: Tensor) -> Tensor:
     nearest = index.vectors[rows[:, 0].to(index.vectors.device)].to(features)
     cosine = (features * nearest).sum(dim=1)
     # A cosine has its maximum, and no gradient, at the same vector: there any direction leads away.
-    towards = features @ _unit(torch.zeros_like(nearest[:1])).squeeze(0)
+    towards = (features * _unit(torch.zeros_like(nearest))).sum(dim=1)
     return torch.where(cosine > SAME, cosine.detach() - (towards - towards.detach()), cosine)
 
 
