@@ -252,5 +252,6 @@ def false_positives(copies: Metric) -> str:
     """The threshold's false-positive rate, with its limits where the evaluation has them."""
     rate = copies.detail["false_positive_rate"]
     limits = copies.detail.get("false_positive_rate_limits")
-    known = isinstance(limits, list) and [type(end) for end in limits] == [float, float]
-    return rate_text(rate, limits) if known else f"{100 * rate:g} %"
+    if isinstance(limits, list) and [type(end) for end in limits] == [float, float]:
+        return rate_text(rate, limits)
+    return f"{100 * rate:g} %"
