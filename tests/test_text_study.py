@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
+from memfree.evaluation.detection import detector
 from memfree.evaluation.metrics import Metric, write_metrics
 from memfree.study import text_plots
 from memfree.study.text import Counts, TextStudy, Training, text_study
@@ -163,7 +164,7 @@ def write_evaluations(cell, generator):
             write_metrics(
                 folder / "metrics.json",
                 [
-                    Metric("copies", "none", 0.75, 0.6, 0.8, 40),
+                    Metric("copies", "none", 0.75, 0.6, 0.8, 40, {"conditions": 8}),
                     Metric("second_copies", "none", rate, rate - 0.1, rate + 0.1, 40),
                     Metric("copies", "amg", 0.0, 0.0, 0.01, 40),
                     Metric("frechet_pixels", "none", 2.0 + number, None, None, 40),
@@ -173,6 +174,7 @@ def write_evaluations(cell, generator):
                 "subject": ["none"] * 40 + ["amg"] * 40,
                 "sample": [*range(40)][::-1] * 2,
                 "second_copy": [*copies[::-1], *(~copies)],
+                "caption": [f"{prompts} {sample % 8}" for sample in range(40)][::-1] * 2,
             }
             pq.write_table(pa.table(table), folder / "per_sample.parquet")
         norm = generator.random(40) + copies
@@ -228,6 +230,10 @@ def test_results_are_gathered_from_both_judges(tmp_path, capsys):
     expected = roc_auc_score(truth, norms)
     assert f"| Wen's norm, step 1 | {expected:.3f} (" in text
     assert f"{truth.sum()} of 120 |" in text
+    assert text.count("95 % intervals over captions") == 4
+    captions = np.concatenate([8 * place + np.arange(40) % 8 for place in range(3)])
+    auc = detector(norms, truth, clusters=captions).auc
+    assert f"{expected:.3f} ({auc.low:.3f}–{auc.high:.3f}) |" in text
     assert (tmp_path / "trial.png").stat().st_size > 5000
     assert (tmp_path / "trial-detection.png").stat().st_size > 5000
     printed = capsys.readouterr().out

@@ -122,7 +122,8 @@ def as_markdown(found: Found, subjects: Sequence[str], rocs: Sequence[Roc]) -> s
             for subject in subjects
         ]
         heading = f"{prompts.capitalize()}: {PROMPTS[prompts]}"
-        tables.append(ResultTable(heading, ["", *columns.values()], rows))
+        text = _intervals_over(found, prompts)
+        tables.append(ResultTable(heading, ["", *columns.values()], rows, text))
     if rocs:
         rows = [
             [
@@ -134,8 +135,21 @@ def as_markdown(found: Found, subjects: Sequence[str], rocs: Sequence[Roc]) -> s
             for roc in rocs
         ]
         titles = ["score", "AUC", "found at 1 %", "copies"]
-        tables.append(ResultTable("Foreseeing copies", titles, rows))
+        text = "95 % intervals over captions, where several samples share one."
+        tables.append(ResultTable("Foreseeing copies", titles, rows, text))
     return "\n".join(table.as_markdown() for table in tables)
+
+
+def _intervals_over(found: Found, prompts: PromptSet) -> str:
+    """What the intervals of a prompt set speak of: other captions, where samples share some."""
+    captions = {
+        one.detail["conditions"]
+        for (of, _, _), one in found.items()
+        if of == prompts and "conditions" in one.detail
+    }
+    if not captions:
+        return "95 % intervals over samples: each has a caption of its own."
+    return f"95 % intervals over captions, as samples share {max(captions)}: not over samples."
 
 
 def printed(found: Found, prompts: PromptSet, subjects: Sequence[str]) -> Table:
