@@ -26,7 +26,7 @@ def facts(folder: EvaluationFolder) -> list[tuple[str, str]]:
     ]
     for name in folder.subjects:
         rows.append((f"Samples: {name}", _sampler(folder.manifest["samples"][name]["manifest"])))
-        model = folder.manifest["samples"][name]["model"]
+        model = folder.manifest["samples"][name].get("model")
         if model and name not in folder.paired:
             rows.append((f"Model: {name}", _model(model)))
     versions = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
@@ -95,7 +95,9 @@ def commands(folder: EvaluationFolder) -> str:
     made.append(manifest["index"]["manifest"]["made_by"])
     for name in folder.subjects:
         entry = manifest["samples"][name]
-        made += [made_by["made_by"] for made_by in (entry["model"], entry["manifest"]) if made_by]
+        made += [
+            made_by["made_by"] for made_by in (entry.get("model"), entry["manifest"]) if made_by
+        ]
     made.append(manifest["made_by"])
     # A Python session has no command line; its name is "-", "-c" or empty.
     words = [entry["command"] for entry in made]
@@ -113,7 +115,7 @@ def _command(words: list[str]) -> str:
 def settings(folder: EvaluationFolder) -> str:
     """Everything the manifests say of how samples were drawn, as indented JSON."""
     kept = {
-        name: {"samples": entry["manifest"].get("settings"), "model": _identity(entry["model"])}
+        name: {"samples": entry["manifest"].get("settings"), "model": _identity(entry.get("model"))}
         for name, entry in folder.manifest["samples"].items()
     }
     return json.dumps(
