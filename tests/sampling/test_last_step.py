@@ -115,6 +115,18 @@ def test_every_scheduler_is_asked_what_it_will_return(name, prediction_type):
         torch.testing.assert_close(offset + gain * last.x_0(said), expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["ddim", "deis", "dpmsolver min"])
+def test_a_broken_sample_leaves_the_others_of_its_batch_theirs(name):
+    last = AtLastStep(schedule(name))
+    output = last.normal()
+    offset, gain = returned(last.scheduler, last.t, last.x_t, output, last.alpha_bar)
+    broken = output.clone()
+    broken[0] = torch.nan
+    found = returned(last.scheduler, last.t, last.x_t, broken, last.alpha_bar)
+    assert found[1] == pytest.approx(gain, rel=1e-4)
+    torch.testing.assert_close(found[0][1], offset[1], atol=1e-4, rtol=1e-4)
+
+
 def test_a_step_that_goes_nowhere_has_no_gain():
     last = AtLastStep(schedule("euler", final_sigmas_type="sigma_min", timestep_spacing="linspace"))
     output = last.normal()
