@@ -159,15 +159,14 @@ class Session:
 
     def watch(self, pipe: Any) -> None:
         """Put the watch on a pipeline's denoiser."""
-        watch = watched(getattr(pipe, self.family.denoiser), self._called_outside)
-        stack = ExitStack()
-        stack.enter_context(watch)
-        self._watched[pipe] = stack
+        denoiser, stack = getattr(pipe, self.family.denoiser), ExitStack()
+        stack.enter_context(watched(denoiser, self._called_outside))
+        self._watched[pipe] = (denoiser, stack)
 
     def leave(self, pipe: Any) -> None:
         """Take the watch off a pipeline's denoiser."""
-        if (stack := self._watched.pop(pipe, None)) is not None:
-            stack.close()
+        if (watch := self._watched.pop(pipe, None)) is not None:
+            watch[1].close()
 
     @contextmanager
     def unwatched(self, pipe: Any) -> Iterator[None]:
@@ -189,6 +188,9 @@ class Session:
         call = Call.bind(self.kind, args, kwargs)
         check_call(call.all)
         check_parts(pipe, self.family)
+        if self._watched[pipe][0] is not getattr(pipe, self.family.denoiser):
+            self.leave(pipe)  # the denoiser was replaced between calls
+            self.watch(pipe)
         check_scheduler(pipe.scheduler, self.family.flow)
         self.decoder.follow(pipe.vae)
         if self.mitigation is not None:
