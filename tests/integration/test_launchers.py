@@ -1,5 +1,6 @@
 """Commands under srun, torchrun, mpirun and pods: one run together, or one run each."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -118,6 +119,15 @@ def test_two_processes_of_a_launch_are_refused_a_folder(
     (line,) = capsys.readouterr().err.splitlines()
     assert "another process is writing to --out" in line and "started" in line
     assert not out.exists()
+
+
+def test_a_report_without_out_has_one_writer(monkeypatch, tmp_path):
+    module = importlib.import_module("memfree.evaluation.report")
+    monkeypatch.setattr(module, "EvaluationFolder", lambda folder: None)
+    monkeypatch.setattr(module, "render", lambda folder: "")
+    with one_writer(tmp_path / "report"), pytest.raises(ValueError, match="another process"):
+        module.report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
