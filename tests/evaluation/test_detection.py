@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from memfree.evaluation.detection import auc_difference, detector
+from memfree.evaluation.intervals import resampled
 
 
 def made(seed=0, n=60):
@@ -65,6 +66,30 @@ def test_two_detectors_are_compared_on_the_same_resamples():
     assert difference.value == pytest.approx(expected) and difference.low > 0
     same = auc_difference(good, good, copies, draws=20)
     assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("clusters", [None, np.repeat(np.arange(85), 10)])
+def test_few_copies_among_many_have_an_interval_of_numbers(clusters):
+    """With ten copies among 850 one resample in twenty thousand has none; with so many, some do."""
+    generator = np.random.default_rng(0)
+    copies = np.arange(850) % 85 == 0
+    found = detector(copies + generator.normal(size=850), copies, draws=1000, clusters=clusters)
+    assert 0 < found.auc.low < found.auc.value < found.auc.high < 1
+
+
+def test_a_resample_without_a_copy_is_drawn_again():
+    values = resampled(6, lambda rows: 1.0 if 0 in rows else float("nan"), seed=0, draws=200)
+    assert values.tolist() == [1.0] * 200
+    assert not len(resampled(6, lambda rows: float("nan"), seed=0, draws=5))
+
+
+def test_copies_of_few_conditions_have_no_interval():
+    copies = np.arange(100) < 20
+    clusters = np.arange(100) // 10
+    found = detector(np.arange(100.0), copies, clusters=clusters)
+    assert (found.auc.low, found.auc.high) == (None, None)
+    with pytest.raises(ValueError, match="5 conditions with copies"):
+        auc_difference(np.arange(100.0), np.arange(100.0), copies, clusters=clusters)
 
 
 def test_few_samples_have_no_interval():
