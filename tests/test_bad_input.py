@@ -292,7 +292,7 @@ def test_indexing_out_of_memory(folders, tmp_path, capsys, monkeypatch, features
     arguments = options(folders, defaults, changes)
     with monkeypatch.context() as patch:
         patch.setattr(EmbeddingModule, "predict_step", exhausted)
-        patch.setattr("memfree.indexing.measure", exhausted)
+        patch.setattr("memfree.guidance.calibration.measure", exhausted)
         line = refused(capsys, "index", arguments)
     assert line.endswith(f"give a smaller --batch_size {ways}")
     assert not (tmp_path / "out").exists()
@@ -300,7 +300,7 @@ def test_indexing_out_of_memory(folders, tmp_path, capsys, monkeypatch, features
 
 
 def test_out_of_memory_anywhere_else_names_the_batch_sizes(folders, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("memfree.scratch.AutoencoderModule.training_step", exhausted)
+    monkeypatch.setattr("memfree.models.autoencoder.AutoencoderModule.training_step", exhausted)
     out = tmp_path / "out"
     line = refused(capsys, "scratch", [f"--out={out}", f"--dataset={folders / 'captioned'}"])
     assert line == (

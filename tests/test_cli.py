@@ -12,7 +12,6 @@ from typing import Literal
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
 
 from memfree import cli
 from memfree.first_process import is_first_process
@@ -31,20 +30,18 @@ class Shape:
     """Which kind."""
 
 
-class Numbers(LightningDataModule):
+@dataclass
+class Numbers:
     """Reads numbers."""
 
-    def __init__(self, path: Path, batch_size: int = 4):
-        """Read.
+    path: Path
+    """the folder to read."""
+    batch_size: int = 4
+    """how many at once."""
 
-        Args:
-            path: the folder to read.
-            batch_size: how many at once.
-        """
-        super().__init__()
-        if not Path(path).is_dir():
-            raise FileNotFoundError(f"no numbers at {path}")
-        self.path, self.batch_size = path, batch_size
+    def __post_init__(self):
+        if not Path(self.path).is_dir():
+            raise FileNotFoundError(f"no numbers at {self.path}")
 
 
 def work(
@@ -218,9 +215,15 @@ def test_other_exits_pass(status):
     assert exit_.value.code == status
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("train.py", ["--data.path", "nowhere", "--out", "nowhere/out"]),
+        ("sample.py", ["--model", "nowhere", "--out", "nowhere/out"]),
+    ],
+)
 @pytest.mark.parametrize("module", ["jsonargparse", "torch", "lightning.fabric"])
-def test_interrupt_during_the_imports_is_one_line(script, module):
+def test_interrupt_during_the_imports_is_one_line(script, words, module):
     """Even where the library that is imported catches every exception."""
     code = f"""
 import os, runpy, signal, sys
@@ -233,7 +236,7 @@ class Interrupt:
             pass
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Interrupt())
-sys.argv = [{script!r}]
+sys.argv = {[script, *words]!r}
 runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

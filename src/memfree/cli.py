@@ -38,11 +38,16 @@ class Command(NamedTuple):
     """Whether it alone may write the folder of its --out; a study's commands lock their own."""
     goes_on: bool = True
     """Whether a run that was stopped goes on; others begin again."""
+    libraries: tuple[str, ...] = ("torch", "lightning.pytorch", "diffusers")
+    """What its work takes seconds to import, once its options are known to be right."""
 
 
 COMMANDS = {
     "prepare": Command(
-        "memfree.data:prepare", "turn a source into a dataset folder of shards", goes_on=False
+        "memfree.data:prepare",
+        "turn a source into a dataset folder of shards",
+        goes_on=False,
+        libraries=("torch",),
     ),
     "scratch": Command("memfree.scratch:scratch", "build a small text-to-image model from nothing"),
     "train-embedding": Command(
@@ -58,7 +63,10 @@ COMMANDS = {
         "memfree.evaluation:evaluate", "measure memorization and quality", goes_on=False
     ),
     "report": Command(
-        "memfree.evaluation:report", "write the HTML page of an evaluation", goes_on=False
+        "memfree.evaluation:report",
+        "write the HTML page of an evaluation",
+        goes_on=False,
+        libraries=("torch",),
     ),
     "audit": Command(
         "memfree.evaluation:audit",
@@ -74,14 +82,18 @@ COMMANDS = {
         "run a grid of configurations and tabulate it",
         positional="config",
         one_writer=False,
+        libraries=(),
     ),
     "text-study": Command(
         "memfree.study:text_study",
         "compare all mitigations on a text-to-image model",
         positional="config",
         one_writer=False,
+        libraries=(),
     ),
-    "demo": Command("memfree.demo:demo", "induce, measure and remove memorization on digits"),
+    "demo": Command(
+        "memfree.demo:demo", "induce, measure and remove memorization on digits", libraries=()
+    ),
 }
 """Verbs of ``memfree``."""
 
@@ -100,7 +112,7 @@ def run(
 ) -> Any:
     """Call a typed function with arguments from the command line and from YAML files.
 
-    Every parameter is an option; fields of dataclasses and of a data module are options below it
+    Every parameter is an option; fields of dataclasses are options below it
     (``--data.batch_size``). ``--config FILE`` reads options from YAML, several files layer, and
     what stands later on the line wins. The function itself saves the resolved configuration beside
     what it makes, by ``memfree.folders.resolved.save_config``: it knows whether it makes anything.
@@ -127,7 +139,8 @@ def run(
 def run_command(name: str, args: Sequence[str] | None = None, prog: str | None = None) -> Any:
     """``run`` the function of a command: a verb, ``train`` or ``sample``.
 
-    It is imported here, which takes seconds, so that Ctrl-C ends that too in one line.
+    What it works with is imported once its options are right, which takes seconds; Ctrl-C ends
+    that too in one line.
     """
     command = COMMANDS.get(name) or SCRIPTS[name]
     given = as_options(sys.argv[1:] if args is None else args, command.positional)
@@ -135,7 +148,9 @@ def run_command(name: str, args: Sequence[str] | None = None, prog: str | None =
     def call() -> Any:
         check_config_files(given)
         refuse_other_study(name, given)
-        return _run(_load_or_leave(command), given, prog, command.one_writer)
+        with _interrupt_leaves():
+            function = load(command)
+        return _run(function, given, prog, command.one_writer, command.libraries)
 
     return guarded(call, command.goes_on)
 
@@ -166,8 +181,9 @@ def load(command: Command) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def _load_or_leave(command: Command) -> Callable[..., Any]:
-    """``load``, which Ctrl-C ends together with the process.
+@contextmanager
+def _interrupt_leaves() -> Iterator[None]:
+    """Let Ctrl-C end the process while libraries are imported.
 
     As an exception in the middle of an import it would abort torch, or be caught on its way.
     """
@@ -175,7 +191,8 @@ def _load_or_leave(command: Command) -> Callable[..., Any]:
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     ):
-        return load(command)
+        yield
+        return
 
     def leave(*_: object) -> None:
         sys.stdout.flush()
@@ -184,7 +201,7 @@ def _load_or_leave(command: Command) -> Callable[..., Any]:
 
     signal.signal(signal.SIGINT, leave)
     try:
-        return load(command)
+        yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -217,7 +234,6 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     limit_aliases()
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True,
-        subclasses_disabled=[_is_data_module],
         # Importing a module runs it: a configuration may name no class but those of the options,
         # which the parser names to itself.
         import_path_denylist=["*"],
@@ -237,11 +253,6 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     return parser
 
 
-def _is_data_module(kind: type) -> bool:
-    """Whether options of this class stand directly under its name, without ``class_path``."""
-    return any(base.__name__ == "LightningDataModule" for base in inspect.getmro(kind))
-
-
 def _description(function: Callable[..., Any]) -> str:
     """The docstring up to its first section: the rest is the text of the options."""
     lines: list[str] = []
@@ -253,7 +264,11 @@ def _description(function: Callable[..., Any]) -> str:
 
 
 def _run(
-    function: Callable[..., Any], args: Sequence[str] | None, prog: str | None, lock: bool
+    function: Callable[..., Any],
+    args: Sequence[str] | None,
+    prog: str | None,
+    lock: bool,
+    libraries: Sequence[str] = (),
 ) -> Any:
     parser = parser_of(function, prog)
     words = sys.argv[1:] if args is None else list(args)
@@ -268,7 +283,9 @@ def _run(
     for name in parser.groups or {}:  # jsonargparse takes a list for a set of options
         if not hasattr(config.get(name), "keys"):
             exit_with_error(f"--{name}: {config.get(name)!r} is not a set of options; see --help")
-    # Here, not above: manifest imports torch, and `memfree --help` should not wait for it.
+    with _interrupt_leaves():
+        for library in libraries:
+            importlib.import_module(library)
     from memfree.folders.resolved import resolved_config
     from memfree.memory import explained_memory
 

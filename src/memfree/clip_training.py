@@ -6,20 +6,15 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import safetensors.torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from memfree.console import plain_console, say
 from memfree.data import DatasetFolder
-from memfree.data.distinct import DistinctImages
 from memfree.data.split import PartName
-from memfree.evaluation.alignment import ClipScorer, deranged, pair_report
 from memfree.folders.atomic_files import write_json
 from memfree.folders.hashes import sha256
 from memfree.folders.manifest import write_manifest
 from memfree.models.options import Accelerator, SmallClipOptions
-from memfree.models.short_training import fit, is_finished, write_folder
-from memfree.models.small_clip import PREPROCESSING, SmallClipModule, model_config
 
 PARTS: tuple[PartName, ...] = ("train", "calibration", "fit")
 """Never test, whose pairs say what the score is worth."""
@@ -57,6 +52,13 @@ def train_clip(
         ValueError: there are no captions, an option is wrong, or out holds something else.
         OSError: a folder cannot be read or written.
     """
+    import safetensors.torch
+
+    from memfree.data.distinct import DistinctImages
+    from memfree.evaluation.alignment import ClipScorer, deranged, pair_report
+    from memfree.models.short_training import fit, is_finished, write_folder
+    from memfree.models.small_clip import PREPROCESSING, SmallClipModule, model_config
+
     folder = DatasetFolder(dataset)
     identity = {
         "dataset_hash": folder.hash,

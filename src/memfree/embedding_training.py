@@ -6,19 +6,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import safetensors.torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from memfree.console import say
 from memfree.data import DatasetFolder
-from memfree.data.distinct import DistinctImages
 from memfree.data.split import PartName
 from memfree.folders.hashes import sha256
 from memfree.folders.manifest import write_manifest
-from memfree.models.copy_detection import CopyDetectionModule
 from memfree.models.options import Accelerator, CopyDetectionOptions
-from memfree.models.short_training import fit, is_finished, write_folder
-from memfree.retrieval.copy_detection import WEIGHTS, CopyDetectionShape
 
 PARTS: tuple[PartName, ...] = ("train", "fit")
 """Never calibration or test, where thresholds and rates are measured."""
@@ -62,6 +57,13 @@ def train_embedding(
         ValueError: an option is wrong, or out holds something else.
         OSError: a folder cannot be read or written.
     """
+    import safetensors.torch
+
+    from memfree.data.distinct import DistinctImages
+    from memfree.models.copy_detection import CopyDetectionModule
+    from memfree.models.short_training import fit, is_finished, write_folder
+    from memfree.retrieval.copy_detection import WEIGHTS, CopyDetectionShape
+
     folder = DatasetFolder(dataset)
     given = {
         "channels": folder.image_shape[0],

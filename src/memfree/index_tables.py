@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 
 from memfree.calibration_size import DEFAULT_RATE, MIN_EXPECTED
-from memfree.guidance.calibration import Calibration
-from memfree.retrieval import ReferenceIndex
+
+if TYPE_CHECKING:
+    from memfree.guidance.calibration import Calibration
+    from memfree.retrieval import ReferenceIndex
 
 
 def summary(index: ReferenceIndex) -> Table:
     """Rows, groups, records and duplicated groups of an index, to print."""
+    import torch
+
     totals = torch.zeros(int(index.group.max()) + 1, dtype=torch.int64)
     totals[index.group.cpu()] = index.group_multiplicity.cpu()
     repeated = int((totals > 1).sum())

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 
@@ -19,25 +17,17 @@ from memfree.folders.one_writer import one_at_a_time
 from memfree.folders.part import ALL, Part, part_of
 from memfree.folders.storage_errors import check_free_space
 from memfree.folders.whole_folder import refuse_mount_point
-from memfree.guidance.calibration import (
-    Calibration,
-    calibration_of,
-    default_similarity,
-    measure,
-)
 from memfree.index_tables import summary, thresholds
-from memfree.memory import explained_memory
 from memfree.quiet import quiet
-from memfree.retrieval import Features, ReferenceIndex
-from memfree.retrieval.extractors import HAVE_DTYPE, make_features
-from memfree.retrieval.hashing import read_salt
 from memfree.retrieval.options import ExtractorOptions, FeatureName
-from memfree.retrieval.storage import check_replaceable, is_written
 
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from rich.progress import Progress
 
+    from memfree.guidance.calibration import Calibration
+    from memfree.retrieval import Features, ReferenceIndex
     from memfree.retrieval.embedding import EmbeddedParts
 
 QUIET = (
@@ -111,6 +101,14 @@ def index(
             the out folder holds something else.
         FileNotFoundError: the extractor's weights are not there.
     """
+    import torch
+
+    from memfree.memory import explained_memory
+    from memfree.retrieval import ReferenceIndex
+    from memfree.retrieval.extractors import make_features
+    from memfree.retrieval.hashing import read_salt
+    from memfree.retrieval.storage import check_replaceable, is_written
+
     if whiten and features in ("pixels", "latents"):
         raise ValueError(
             f"--whiten true is for a network's features, as --features efficientnet, "
@@ -179,6 +177,8 @@ def _calibrate(
     index: ReferenceIndex, folder: DatasetFolder, batch_size: int, console: Console
 ) -> Calibration:
     """Keep with the index how near held-out images come to it by its own similarity."""
+    from memfree.guidance.calibration import calibration_of, default_similarity, measure
+
     images = folder.part("calibration")
     similarity = default_similarity(index)
     with counting_bar(console) as progress:
@@ -193,6 +193,8 @@ def _less_memory(
     features: FeatureName, extractor: ExtractorOptions, batch_size: int, devices: EmbeddingDevices
 ) -> list[str]:
     """What lowers the memory of indexing, the best first."""
+    from memfree.retrieval.extractors import HAVE_DTYPE
+
     ways = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
     if features in HAVE_DTYPE and extractor.dtype == "float32":
         ways.append("--extractor.dtype bfloat16")
@@ -204,6 +206,8 @@ def _less_memory(
 def _index_pixels(
     folder: DatasetFolder, features: Features, batch_size: int, console: Console
 ) -> ReferenceIndex:
+    from memfree.retrieval import ReferenceIndex
+
     with counting_bar(console) as progress:
         task = progress.add_task("index", total=len(folder.part("train").keys))
         return ReferenceIndex.build(
@@ -229,6 +233,7 @@ def _embed(
     """The extractor and what it made of the train part, or of this part of the work."""
     # Lightning takes seconds to import, which an index of pixels need not wait for.
     from memfree.retrieval.embedding import EmbeddedParts, embed, parts_folder, whitened
+    from memfree.retrieval.storage import check_replaceable, is_written
     from memfree.trainers import build_trainer
 
     with quiet(*QUIET):

@@ -6,26 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse.typing import NonNegativeInt
-from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from memfree.console import say
 from memfree.data import DatasetFolder
 from memfree.folders.atomic_files import write_atomic
-from memfree.models.autoencoder import AutoencoderModule
-from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
-from memfree.models.claim import CHECKPOINTS, RECONSTRUCTIONS, begin, claim
-from memfree.models.export import export_model
-from memfree.models.finite import FiniteTraining
-from memfree.models.latents import latent_shape
 from memfree.models.options import AutoencoderOptions, ScratchOptions
-from memfree.models.progress import StepProgress
-from memfree.models.small_pipeline import build_pipeline
 from memfree.quiet import quiet
-from memfree.trainers import build_trainer
 from memfree.untrusted import short
+
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ADVICE = (".*does not have many workers.*", "Checkpoint directory .* exists and is not empty.*")
 SHOWN = 16
@@ -63,6 +55,18 @@ def scratch(
             folder that holds another model.
         OSError: a folder that cannot be read or written.
     """
+    import torch
+
+    from memfree.models.autoencoder import AutoencoderModule
+    from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
+    from memfree.models.claim import CHECKPOINTS, RECONSTRUCTIONS, begin, claim
+    from memfree.models.export import export_model
+    from memfree.models.finite import FiniteTraining
+    from memfree.models.latents import latent_shape
+    from memfree.models.progress import StepProgress
+    from memfree.models.small_pipeline import build_pipeline
+    from memfree.trainers import build_trainer
+
     data = DatasetFolder(dataset)
     training, held_out = data.part("train"), data.part("test")
     if training.captions is None:
@@ -133,12 +137,15 @@ def _captions(data: DatasetFolder) -> list[str]:
     return sorted({caption for caption in captions if caption})
 
 
-@torch.no_grad()
 def _error(vae: Any, images: Tensor, picture: Path | None = None) -> float:
     """Root mean square error of reconstructions of images (N, 3, H, W); a picture of the first."""
-    made = torch.cat(
-        [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in images.split(64)]
-    ).clamp(-1, 1)
+    import torch
+    from torchvision.utils import make_grid, save_image
+
+    with torch.no_grad():
+        made = torch.cat(
+            [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in images.split(64)]
+        ).clamp(-1, 1)
     if picture is not None:
         grid = make_grid(torch.cat([images[:SHOWN], made[:SHOWN]]) / 2 + 0.5, nrow=SHOWN)
         write_atomic(picture, lambda path: save_image(grid, path, format="png"))

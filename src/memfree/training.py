@@ -7,41 +7,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import torch
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from memfree.console import say
-from memfree.data import ExposureCounter, ShardDataModule
+from memfree.data.options import DataOptions
 from memfree.data.wording import counted
 from memfree.folders.whole_folder import put_in_place, unfinished
-from memfree.memory import explained_memory
-from memfree.models import (
-    DDPMModule,
-    DiffusionModule,
-    ExponentialMovingAverage,
-    FineTuneOptions,
-    FiniteTraining,
-    ModelOptions,
-    SampleGrid,
-    export_model,
-)
-from memfree.models.beginning import Beginning
-from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
-from memfree.models.claim import CHECKPOINTS, EXPOSURES, GRIDS, LORA, claim
-from memfree.models.finite import NotFiniteError
-from memfree.models.loggers import check_logger, finish
-from memfree.models.loss_record import LossRecord
+from memfree.models import FineTuneOptions, ModelOptions
 from memfree.models.options import LoggerName
-from memfree.models.preemption import Preemption
-from memfree.models.progress import StepProgress
-from memfree.models.sample_grid import averaged_module
-from memfree.models.text_pipeline import load_pipeline
-from memfree.models.text_to_image import TextToImageModule
 from memfree.quiet import quiet
-from memfree.trainers import build_trainer
+
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from memfree.data import ShardDataModule
+    from memfree.models import DiffusionModule
 
 _log = logging.getLogger(__name__)
 ADVICE = (
@@ -90,7 +71,7 @@ class TrainerOptions:
 
 
 def train(
-    data: ShardDataModule,
+    data: DataOptions,
     out: Path,
     model: ModelOptions,
     trainer: TrainerOptions,
@@ -118,6 +99,20 @@ def train(
             no longer finite.
         OSError: a folder that cannot be read or written.
     """
+    from memfree.data import ShardDataModule
+    from memfree.memory import explained_memory
+    from memfree.models import FiniteTraining, export_model
+    from memfree.models.beginning import Beginning
+    from memfree.models.checkpoints import AtomicCheckpointIO
+    from memfree.models.claim import EXPOSURES, LORA, claim
+    from memfree.models.finite import NotFiniteError
+    from memfree.models.loggers import check_logger, finish
+    from memfree.models.loss_record import LossRecord
+    from memfree.models.sample_grid import averaged_module
+    from memfree.models.text_to_image import TextToImageModule
+    from memfree.trainers import build_trainer
+
+    records = ShardDataModule(**vars(data))
     _check_length(trainer)
     # Not devices: a run may go on with another number of them.
     stepping = {
@@ -125,9 +120,9 @@ def train(
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
     }
-    module = _module(model, data, seed, stepping)
+    module = _module(model, records, seed, stepping)
     limits = trainer.max_steps, trainer.max_epochs
-    claimed = claim(out, module.identity(), data.batch_size, *limits, overwrite)
+    claimed = claim(out, module.identity(), records.batch_size, *limits, overwrite)
     if claimed.found == "finished":
         say(f"{out} is already trained as asked")
         return
@@ -156,10 +151,10 @@ def train(
             default_root_dir=out,
             enable_progress_bar=trainer.enable_progress_bar,
             enable_model_summary=False,
-            # The data module shares the records out among the ranks itself.
+            # The records module shares the records out among the ranks itself.
             use_distributed_sampler=False,
         )
-        batches = data.batches(fit.world_size)
+        batches = records.batches(fit.world_size)
         rest = _rest_of_epoch(trainer.accumulate_grad_batches, batches)
         if rest and fit.is_global_zero:
             _log.warning(
@@ -167,16 +162,16 @@ def train(
                 *(rest, batches, trainer.accumulate_grad_batches),
             )
         try:
-            with explained_memory("training", _less_memory(data, model, trainer)):
-                fit.fit(module, datamodule=data, ckpt_path=claimed.checkpoint, weights_only=True)
+            with explained_memory("training", _less_memory(records, model, trainer)):
+                fit.fit(module, datamodule=records, ckpt_path=claimed.checkpoint, weights_only=True)
         except NotFiniteError:
             # All ranks come to the same end: one line for the user.
             if fit.is_global_zero:
                 raise
             raise SystemExit(2) from None
     finish(fit.logger)
-    skipped = data.skipped_on_all_ranks().counts()
-    left_out = data.left_out_on_all_ranks()
+    skipped = records.skipped_on_all_ranks().counts()
+    left_out = records.left_out_on_all_ranks()
     if fit.is_global_zero:
         averaged = averaged_module(fit, module)
         if isinstance(averaged, TextToImageModule) and model.finetune.lora_rank:
@@ -189,9 +184,9 @@ def train(
             seed,
             image_shape=list(module.image_shape),
             **module.facts(),
-            dataset=data.path,
-            dataset_hash=data.dataset_hash,
-            batch_size=data.batch_size,
+            dataset=records.path,
+            dataset_hash=records.dataset_hash,
+            batch_size=records.batch_size,
             devices=fit.world_size,
             **stepping,
             steps=fit.global_step,
@@ -219,6 +214,10 @@ def _module(
     model: ModelOptions, data: ShardDataModule, seed: int, stepping: dict[str, Any]
 ) -> DiffusionModule:
     """A pixel model from nothing, or a pretrained text-to-image pipeline to fine-tune."""
+    from memfree.models import DDPMModule
+    from memfree.models.text_pipeline import load_pipeline
+    from memfree.models.text_to_image import TextToImageModule
+
     read = data.identity()
     if model.pretrained is None:
         default = FineTuneOptions()
@@ -286,6 +285,8 @@ def _rest_of_epoch(accumulated: int, batches: int) -> int:
 
 
 def _precision(options: TrainerOptions) -> Any:
+    import torch
+
     if options.precision != "auto":
         return options.precision
     on_gpu = options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
@@ -295,6 +296,13 @@ def _precision(options: TrainerOptions) -> Any:
 def _callbacks(
     out: Path, model: ModelOptions, options: TrainerOptions, seed: int
 ) -> list[pl.Callback]:
+    from memfree.data import ExposureCounter
+    from memfree.models import ExponentialMovingAverage, SampleGrid
+    from memfree.models.checkpoints import Checkpoints
+    from memfree.models.claim import CHECKPOINTS, GRIDS
+    from memfree.models.preemption import Preemption
+    from memfree.models.progress import StepProgress
+
     callbacks: list[pl.Callback] = [
         ExposureCounter(str(out)),
         Checkpoints(out / CHECKPOINTS, options.checkpoint_every_n_steps),
@@ -311,6 +319,9 @@ def _callbacks(
 
 def _exposure_summary(path: Path) -> dict[str, Any]:
     """How often the images of a training were seen, in a few numbers."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
     exposures = pq.read_table(path, columns=["exposures"])["exposures"]
     return {
         "total": pc.sum(exposures).as_py(),

@@ -8,32 +8,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.table import Table
-from torch import Tensor
 
 from memfree.console import plain_console
 from memfree.folders.atomic_files import write_json, write_text
 from memfree.folders.manifest import check_replaceable, write_manifest
 from memfree.folders.resolved import save_config
 from memfree.folders.whole_folder import put_in_place, unfinished
-from memfree.guidance import WITH_AMG, GuidanceSettings, default_similarity
-from memfree.models import LoadedModel, load_model
-from memfree.retrieval import ReferenceIndex
-from memfree.sampling import SamplingModule
-from memfree.sampling.checks import (
-    index_for,
-    labels_in_turn,
-    latents_for,
-    refuse_without_captions,
-    refuse_wrong_settings,
-    scheduler_for,
-)
+from memfree.guidance import WITH_AMG, GuidanceSettings
 from memfree.sampling.options import PromptOptions, SchedulerName
-from memfree.sampling.png import from_bytes, to_bytes
 from memfree.sampling.prompts import prompts_in_turn
+
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from memfree.models import LoadedModel
+    from memfree.retrieval import ReferenceIndex
 
 
 @dataclass(frozen=True)
@@ -93,6 +86,18 @@ def tune(
             everything else.
         allow_other_dataset: accept an index of other images than the model was trained on.
     """
+    import torch
+
+    from memfree.models import load_model
+    from memfree.sampling.checks import (
+        index_for,
+        labels_in_turn,
+        latents_for,
+        refuse_without_captions,
+        refuse_wrong_settings,
+        scheduler_for,
+    )
+
     if guidance.mitigation not in WITH_AMG:
         raise ValueError(
             f"--guidance.mitigation {guidance.mitigation}: only amg and both have strengths to tune"
@@ -196,6 +201,11 @@ class _Trials:
 
     def draw(self, settings: GuidanceSettings) -> tuple[Tensor, Tensor]:
         """Samples (N, C, H, W) as they would be saved, and which were ever active (N,)."""
+        import torch
+
+        from memfree.sampling import SamplingModule
+        from memfree.sampling.png import from_bytes, to_bytes
+
         module = SamplingModule(
             self.model,
             self.scheduler,
@@ -224,6 +234,8 @@ class _Trials:
         settings: GuidanceSettings,
     ) -> Trial:
         """Measure a batch by the index's own similarity."""
+        from memfree.guidance import default_similarity
+
         images, active = drawn
         match = default_similarity(self.index)(self.index, images.to(self.index.device))
         repeated = self.index.group_multiplicity.to(match.rows.device)[match.rows[:, 0]] > 1

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 MAX_JSON_BYTES = 256 << 20
 """Largest JSON file that is read, bytes: the calibration of millions of images."""
@@ -210,6 +210,8 @@ def read_table(
             with ``path``.
         FileNotFoundError: there is no such file.
     """
+    import pyarrow as pa
+
     check_plain(path)
     wanted = _as_dict(columns)
     try:
@@ -226,6 +228,9 @@ def read_table(
 
 def _read(path: Path, limit: int) -> pa.Table:
     """The table, in parts whose size is known before they are unpacked."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     schema = pq.read_schema(path)
     text = [one.name for one in schema if _is_text(one.type)]
     # Texts stay numbers of a dictionary until it is known how long they are together.
@@ -264,6 +269,8 @@ def _check_promised(found: pq.FileMetaData, schema: pa.Schema, limit: int) -> No
 
 def _is_text(kind: pa.DataType) -> bool:
     """Whether values may be of any length: strings and bytes."""
+    import pyarrow as pa
+
     return (
         pa.types.is_string(kind)
         or pa.types.is_large_string(kind)
@@ -274,16 +281,23 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _is_flat(kind: pa.DataType) -> bool:
     """Whether a value is a number, a time, a text, or nothing: neither nested nor wide."""
+    import pyarrow as pa
+
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
     return pa.types.is_primitive(kind) or pa.types.is_null(kind) or _is_text(kind)
 
 
 def _bit_width(kind: pa.DataType) -> int:
+    import pyarrow as pa
+
     return int(kind.bit_width) if pa.types.is_primitive(kind) else 32
 
 
 def _unpacked_bytes(column: pa.Array) -> int:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     if not pa.types.is_dictionary(column.type):
         return column.nbytes
     lengths = pc.binary_length(column.dictionary).take(column.indices)
@@ -291,6 +305,8 @@ def _unpacked_bytes(column: pa.Array) -> int:
 
 
 def _as_dict(columns: Mapping[str, pa.DataType] | pa.Schema | None) -> dict[str, pa.DataType]:
+    import pyarrow as pa
+
     if isinstance(columns, pa.Schema):
         return {one.name: one.type for one in columns}
     return dict(columns or {})

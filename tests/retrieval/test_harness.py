@@ -53,7 +53,7 @@ def test_additional_memory_is_what_is_held_at_once(harness):
 
 def test_results_are_written(harness, tmp_path, capsys):
     entry = harness.record("search", 3.0, 2.0, "s", limit=2)
-    harness.write("demo", [entry], tmp_path)
+    harness.measure("demo", lambda tiny: [entry], [], tmp_path)
     written = json.loads((tmp_path / "demo.json").read_text())
     assert written[0]["ratio"] == 1.5
     assert {"name", "ours", "peer", "ratio", "unit", "machine", "command"} <= written[0].keys()

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.progress import Progress
 
 from memfree.data.framing import Framing
-from memfree.data.grouping import distinct, group, near_pairs
 from memfree.data.identity import dataset_hash
-from memfree.data.ingest import Ingested, ingest
 from memfree.data.options import LabelPolicy
 from memfree.data.plan import DuplicationPlan
-from memfree.data.records import Items, arrange
-from memfree.data.shards import RECORDS_SCHEMA, ShardWriter, record_bytes
 from memfree.data.skipped import Skipped
-from memfree.data.sources import Source
 from memfree.data.split import PARTS, PartName, PartSizes, deal, limited
 from memfree.folders.storage_errors import check_free_space
+
+if TYPE_CHECKING:
+    from memfree.data.ingest import Ingested
+    from memfree.data.records import Items
+    from memfree.data.shards import ShardWriter
+    from memfree.data.sources import Source
 
 
 def build(
@@ -43,6 +42,10 @@ def build(
     Returns:
         What the manifest says of the result.
     """
+    from memfree.data.ingest import ingest
+    from memfree.data.records import arrange
+    from memfree.data.shards import record_bytes
+
     scratch = folder / "pixels.tmp"
     task = progress.add_task("read", total=source.size[0] or None)
     data = ingest(
@@ -116,6 +119,8 @@ def _compare(
     data: Ingested, near_distance: float, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distinct image of each source image, and near duplicates among the distinct ones."""
+    from memfree.data.grouping import distinct, near_pairs
+
     task = progress.add_task("compare", total=len(data.names))
     image_of, first = distinct(data.pixels)
     pairs = near_pairs(
@@ -139,6 +144,8 @@ def _part_facts(items: Items, part: PartName, requested: int) -> dict[str, int]:
 
 def _groups(data: Ingested, image_of: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Group of each distinct image, from pairs of them and from what the source declares."""
+    from memfree.data.grouping import group
+
     declared: list[str | None] = [None] * (int(image_of.max()) + 1)
     leader: dict[str, int] = {}
     links = [pairs]
@@ -154,6 +161,8 @@ def _groups(data: Ingested, image_of: np.ndarray, pairs: np.ndarray) -> np.ndarr
 
 def _families(data: Ingested, group_of: np.ndarray) -> np.ndarray:
     """(G,) family of each group: groups that share an image of one family stay together."""
+    from memfree.data.grouping import group
+
     none = np.empty((0, 2), np.int64)
     leader: dict[str, int] = {}
     links = [
@@ -173,6 +182,8 @@ def _write_shards(
     records_per_shard: int,
     progress: Progress,
 ) -> ShardWriter:
+    from memfree.data.shards import ShardWriter
+
     total = sum(len(records) for records in items.records.values())
     task = progress.add_task("write", total=total)
     writer = ShardWriter(folder, records_per_shard)
@@ -190,6 +201,11 @@ def _write_shards(
 
 def _write_tables(folder: Path, items: Items, writer: ShardWriter) -> None:
     """``items.parquet``, ``conditions.parquet`` and the index ``records.parquet``."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from memfree.data.shards import RECORDS_SCHEMA
+
     table = {
         "image_key": items.keys,
         "group": items.groups,

@@ -7,23 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from memfree.data.decode import MAX_PIXELS
 from memfree.data.identity import dataset_hash
-from memfree.data.reader import RecordReader
-from memfree.data.shards import CONDITIONS_SCHEMA, ITEMS_SCHEMA, RECORDS_SCHEMA
 from memfree.data.skipped import Skipped
 from memfree.data.split import PARTS, PartName
 from memfree.data.wording import counted
 from memfree.folders.hashes import sha256
 from memfree.folders.manifest import read_manifest
 from memfree.untrusted import read_table, short
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
+
+    from memfree.data.reader import RecordReader
 
 _SIZES = range(1 << 62)  # of shards and their members, bytes
 _MAX_CLASSES = 1 << 24  # more than the classes of any source, one for each of their copies too
@@ -56,6 +55,8 @@ class DatasetFolder:
     def __init__(
         self, path: Path, verify: bool = False, on_error: Literal["stop", "skip"] = "stop"
     ) -> None:
+        from memfree.data.shards import ITEMS_SCHEMA
+
         self.path = Path(path)
         self.manifest: dict[str, Any] = read_manifest(self.path, "dataset")
         try:
@@ -103,6 +104,8 @@ class DatasetFolder:
 
     def _check(self, name: str, table: pa.Table, sound: dict[str, range]) -> None:
         """Refuse a table with a number out of its range, or labels that are no classes."""
+        import pyarrow.compute as pc
+
         ranges = {**sound, "label": range(self.num_classes or 0)}
         for column in ranges.keys() & set(table.column_names):
             found = pc.min_max(table[column]).as_py()
@@ -136,6 +139,10 @@ class DatasetFolder:
     @cached_property
     def records(self) -> pa.Table:
         """All records: ``part, record, row, copy, label, caption, shard, offset, size, crc32``."""
+        import pyarrow.compute as pc
+
+        from memfree.data.shards import RECORDS_SCHEMA
+
         table = self._table("records.parquet", RECORDS_SCHEMA)
         names, rows = pc.unique(table["shard"]).to_pylist(), pc.unique(table["row"])
         trained = table.filter(pc.field("part") == "train")  # held-out images may have no label
@@ -158,6 +165,10 @@ class DatasetFolder:
     @cached_property
     def conditions(self) -> pa.Table:
         """``image_key, label, caption, count, part``: records of each image and condition."""
+        import pyarrow.compute as pc
+
+        from memfree.data.shards import CONDITIONS_SCHEMA
+
         table = self._table("conditions.parquet", CONDITIONS_SCHEMA)
         self._check("conditions.parquet", table, {"count": range(1, self._count + 1)})
         if pc.any(pc.invert(pc.is_in(table["image_key"], self.items["image_key"]))).as_py():
@@ -166,6 +177,8 @@ class DatasetFolder:
 
     def part_records(self, part: PartName) -> pa.Table:
         """The rows of :attr:`records` of one part, in the order of the shards."""
+        import pyarrow.compute as pc
+
         return self.records.filter(pc.field("part") == part).combine_chunks()
 
     def part(self, name: PartName) -> DatasetPart:
@@ -174,6 +187,11 @@ class DatasetFolder:
         Raises:
             ValueError: there is no such part, or it is empty.
         """
+        import pyarrow.compute as pc
+        import torch
+
+        from memfree.data.reader import RecordReader
+
         if name not in PARTS:
             raise ValueError(f"{name!r} is no part of a dataset; use one of {', '.join(PARTS)}")
         rows = pc.indices_nonzero(pc.equal(self.items["part"], name)).to_numpy().astype("int64")
@@ -233,6 +251,8 @@ class DatasetPart:
 
     def images(self) -> Tensor:
         """All images, (N, C, H, W) float32 in [-1, 1]."""
+        import torch
+
         images = torch.empty(0)
         for start, batch in enumerate(self.batches(_BLOCK)):
             if start == 0:  # the manifest's shape is that of an image, so there is memory for it

@@ -24,15 +24,17 @@ from memfree.data.options import (
     SourceName,
 )
 from memfree.data.plan import DuplicationPlan
-from memfree.data.shards import record_bytes
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.data.sources import Source, open_source
 from memfree.data.split import PARTS, PartSizes
 from memfree.data.wording import counted
 from memfree.folders.manifest import read_manifest, write_manifest
 from memfree.folders.resolved import save_config
 from memfree.folders.storage_errors import check_free_space
 from memfree.folders.whole_folder import check_place, put_in_place, unfinished
+
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
+if TYPE_CHECKING:
+    from memfree.data.sources import Source
 
 _NO_COPIES = DuplicationPlan()
 _DEFAULT_SIZES = PartSizes()
@@ -101,6 +103,9 @@ def prepare(
         ValueError: an option is wrong, or ``out`` holds something else.
         OSError: the source is not there, a file is damaged, or the disk is full.
     """
+    from memfree.data.shards import record_bytes
+    from memfree.data.sources import open_source
+
     if records_per_shard < 1:
         raise ValueError(f"--records_per_shard {records_per_shard}: use 1 or more")
     height, width = (image_size, image_size) if not isinstance(image_size, tuple) else image_size
@@ -214,6 +219,8 @@ def _check_source(
     on_error: Literal["stop", "skip"],
 ) -> None:
     """Refuse to call a folder done whose source is another now; it need not exist any more."""
+    from memfree.data.sources import open_source
+
     try:
         opened = open_source(source, path, emoji_variants, records)
     except FileNotFoundError:

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import torch
 from jsonargparse.typing import OpenUnitInterval, PositiveInt
-from pyarrow import parquet
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from memfree.calibration_size import DEFAULT_RATE
 from memfree.console import plain_console, shown
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.evaluation.audit_page import render
-from memfree.evaluation.audited_images import AuditedImages
 from memfree.evaluation.false_discovery import adjusted, are_discoveries, fewest_discoveries
-from memfree.evaluation.neighbours import Neighbours, find_neighbours
-from memfree.evaluation.triples import training_images
 from memfree.folders.atomic_files import write_text
 from memfree.folders.manifest import check_replaceable, write_manifest
 from memfree.folders.resolved import save_config
 from memfree.folders.whole_folder import put_in_place, unfinished
-from memfree.guidance import Calibration, calibration_of, default_similarity
-from memfree.retrieval import PixelFeatures, ReferenceIndex
 
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
+
     from memfree.data import DatasetFolder
+    from memfree.evaluation.audited_images import AuditedImages
+    from memfree.evaluation.neighbours import Neighbours
+    from memfree.guidance import Calibration
+    from memfree.retrieval import ReferenceIndex
 
 INCOMPLETE = 3
 """Exit status of an audit that could not judge every picture."""
@@ -93,6 +90,8 @@ def audit(
         ValueError: the index is not calibrated or not for that rate, or ``out`` holds something
             else.
     """
+    from memfree.retrieval import ReferenceIndex
+
     console = plain_console()
     if out is not None:
         check_replaceable(out, "audit")
@@ -133,6 +132,10 @@ def _write(
     false_positive_rate: float,
 ) -> None:
     """Write the folder beside ``out`` and put it in place when it is complete."""
+    from pyarrow import parquet
+
+    from memfree.evaluation.audit_page import render
+
     nearest = _nearest_images(references, dataset, result.table["nearest_key"].to_pylist()[:pairs])
     with unfinished(out) as partial:
         parquet.write_table(result.table, partial / "audit.parquet")
@@ -163,6 +166,12 @@ def measure(
     batch_size: int = 256,
 ) -> Audit:
     """Measure all images against the index; arguments as of ``audit``."""
+    import torch
+
+    from memfree.evaluation.audited_images import AuditedImages
+    from memfree.evaluation.neighbours import Neighbours, find_neighbours
+    from memfree.guidance import calibration_of, default_similarity
+
     similarity = default_similarity(index)
     calibration = calibration_of(index, similarity)
     calibration.threshold(false_positive_rate)  # refuses a rate before anything is read
@@ -203,6 +212,8 @@ def measure(
 
 
 def _table(names: list[str], found: Neighbours, keys: list[str], rate: float) -> pa.Table:
+    import pyarrow as pa
+
     order = np.argsort(-found.sigma, kind="stable")
     q_value = adjusted(found.p_value)
     return pa.table(
@@ -306,6 +317,11 @@ def _nearest_images(
     index: ReferenceIndex, dataset: Path | None, keys: list[str]
 ) -> dict[str, Tensor]:
     """Training images by key, as far as the index or the data set holds them."""
+    import torch
+
+    from memfree.evaluation.triples import training_images
+    from memfree.retrieval import PixelFeatures
+
     if isinstance(index.features, PixelFeatures):
         places = {key: row for row, key in enumerate(index.keys)}
         wanted = list(dict.fromkeys(keys))

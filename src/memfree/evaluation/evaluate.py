@@ -10,23 +10,17 @@ from rich.console import Console
 
 from memfree.calibration_size import DEFAULT_RATE
 from memfree.console import plain_console
-from memfree.evaluation import class_agreement, memorization
-from memfree.evaluation.alignment import ClipScorer, alignment_metrics
-from memfree.evaluation.distributions import distribution_metrics
-from memfree.evaluation.embedding import View
 from memfree.evaluation.inputs import Inputs, open_inputs
-from memfree.evaluation.intervals import shared_conditions, wilson
-from memfree.evaluation.measuring import Second, measure_subjects, step
-from memfree.evaluation.metrics import CHANGED, HELDOUT, Metric, MetricTable, metric
-from memfree.evaluation.neighbours import find_neighbours
-from memfree.evaluation.power import CHANGED_IMAGES, changed_copies
-from memfree.evaluation.second_similarity import second_copies, second_metric
 from memfree.evaluation.subject import DEFAULT_REFERENCE, Subject
-from memfree.evaluation.table import print_table
-from memfree.evaluation.trajectories import active_share, trace_of
-from memfree.evaluation.writer import write_evaluation
 from memfree.folders.manifest import check_replaceable
-from memfree.guidance import WITH_AMG, NormalizedL2, calibration_of, default_similarity
+from memfree.guidance import WITH_AMG
+
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
+if TYPE_CHECKING:
+    from memfree.evaluation.alignment import ClipScorer
+    from memfree.evaluation.embedding import View
+    from memfree.evaluation.measuring import Second
+    from memfree.evaluation.metrics import Metric
 
 
 def evaluate(
@@ -75,6 +69,13 @@ def evaluate(
         ValueError: a folder is unfinished or of other data, the index is not calibrated, or there
             are no held-out images.
     """
+    from memfree.evaluation.alignment import ClipScorer
+    from memfree.evaluation.distributions import distribution_metrics
+    from memfree.evaluation.measuring import measure_subjects, step
+    from memfree.evaluation.metrics import HELDOUT, MetricTable
+    from memfree.evaluation.table import print_table
+    from memfree.evaluation.writer import write_evaluation
+
     console = plain_console()
     check_replaceable(out, "evaluation")
     scorer = None if clip is None else ClipScorer(clip)
@@ -115,6 +116,11 @@ def _memorization_metrics(
     seed: int,
 ) -> list[Metric]:
     """Copies by both measures, distances, dose-response, and the share of duplicated images."""
+    from memfree.evaluation import memorization
+    from memfree.evaluation.metrics import HELDOUT
+    from memfree.evaluation.second_similarity import second_metric
+    from memfree.guidance import NormalizedL2, calibration_of, default_similarity
+
     measure = default_similarity(inputs.index)
     calibration = calibration_of(inputs.index, measure)
     rate, others = rates[0], memorization.allowed_rates(rates[1:], len(calibration.sigmas))
@@ -144,6 +150,13 @@ def _memorization_metrics(
 
 def _power_metrics(inputs: Inputs, second: Second, rate: float, seed: int) -> list[Metric]:
     """Share of known copies, training images changed on purpose, that either measure finds."""
+    from memfree.evaluation.intervals import wilson
+    from memfree.evaluation.metrics import CHANGED, metric
+    from memfree.evaluation.neighbours import find_neighbours
+    from memfree.evaluation.power import CHANGED_IMAGES, changed_copies
+    from memfree.evaluation.second_similarity import second_copies
+    from memfree.guidance import calibration_of, default_similarity
+
     train = inputs.dataset.part("train")
     images = next(iter(train.batches(CHANGED_IMAGES)))
     measure = default_similarity(inputs.index)
@@ -165,6 +178,9 @@ def _class_metrics(
     inputs: Inputs, subjects: dict[str, Subject], fit_view: View, seed: int, console: Console
 ) -> list[Metric]:
     """Class agreement of the samples that were asked for a class; sets ``agrees``."""
+    from memfree.evaluation import class_agreement
+    from memfree.evaluation.intervals import shared_conditions
+
     labels = inputs.dataset.part("fit").labels
     if labels is None or all(subjects[name].labels is None for name in inputs.samples):
         return []
@@ -189,6 +205,9 @@ def _class_metrics(
 
 def _alignment_metrics(inputs: Inputs, scorer: ClipScorer, seed: int) -> list[Metric]:
     """CLIP scores of the samples that have captions, and of the test images."""
+    from memfree.evaluation.alignment import alignment_metrics
+    from memfree.evaluation.metrics import HELDOUT
+
     folders = {name: folder for name, folder in inputs.samples.items() if folder.captions}
     paired = {
         name: reference
@@ -206,6 +225,9 @@ def _alignment_metrics(inputs: Inputs, scorer: ClipScorer, seed: int) -> list[Me
 
 def _cost_metrics(inputs: Inputs) -> list[Metric]:
     """Seconds and memory a sample from the sample manifests, active steps from the traces."""
+    from memfree.evaluation.metrics import metric
+    from memfree.evaluation.trajectories import active_share, trace_of
+
     metrics = []
     for name, folder in inputs.samples.items():
         n = len(folder)
@@ -230,6 +252,8 @@ def _cost_metrics(inputs: Inputs) -> list[Metric]:
 
 def _paired_metrics(inputs: Inputs, subjects: dict[str, Subject]) -> list[Metric]:
     """Differences to the reference over samples that began with the same noise."""
+    from memfree.evaluation import memorization
+
     metrics: list[Metric] = []
     for name, reference in inputs.paired.items():
         own, other = subjects[name], subjects[reference]

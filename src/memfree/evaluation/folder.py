@@ -6,17 +6,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from memfree.evaluation.manifest_fields import EVALUATION
-from memfree.evaluation.metrics import HELDOUT, Metric, MetricTable, read_metrics
-from memfree.evaluation.table import COPIES_AT, COPIES_OF_FACTOR
 from memfree.folders.manifest import read_manifest
 from memfree.untrusted import Number, check_fields, read_table, short
+
+if TYPE_CHECKING:
+    from memfree.evaluation.metrics import Metric, MetricTable
 
 _COPIES = {"threshold": Number(), "false_positive_rate": Number(0, 1)}
 _PICTURES = {
@@ -59,6 +59,8 @@ class EvaluationFolder:
     """
 
     def __init__(self, path: Path):
+        from memfree.evaluation.metrics import read_metrics
+
         self.path = Path(path)
         self.manifest: dict[str, Any] = read_manifest(self.path, "evaluation")
         self.metrics: MetricTable = read_metrics(self.path / "metrics.json")
@@ -81,6 +83,8 @@ class EvaluationFolder:
         Raises:
             ValueError: a subject has no rate of copies, or a metric lacks what the page says of it.
         """
+        from memfree.evaluation.metrics import HELDOUT
+
         with self._named("metrics.json"):
             for name in [*self.subjects, HELDOUT]:
                 if self.metrics.get("copies", name) is None:
@@ -99,6 +103,8 @@ class EvaluationFolder:
 
     def distances(self) -> dict[str, np.ndarray]:
         """Per subject and for the test images: nL2 of every image, or −σ of another measure."""
+        from memfree.evaluation.metrics import HELDOUT
+
         columns = {"subject": pa.string(), "sigma": pa.float64()}
         with self._named("per_sample.parquet"):
             table = read_table(self.path / "per_sample.parquet", columns)
@@ -116,6 +122,8 @@ class EvaluationFolder:
         self, name: str, columns: dict[str, pa.DataType], nullable: tuple[str, ...]
     ) -> list[dict[str, Any]]:
         """Rows of a table that may be empty, and then has no columns."""
+        import pyarrow.compute as pc
+
         with self._named(name):
             table = read_table(self.path / name)
             if not table.num_rows:
@@ -153,6 +161,8 @@ def _check_metric(found: Metric) -> None:
     Raises:
         ValueError: names the metric.
     """
+    from memfree.evaluation.table import COPIES_AT, COPIES_OF_FACTOR
+
     name = f"{short(found.metric, 40)} of {short(found.subject, 40)}"
     if found.metric == "copies":
         check_fields(found.detail, _COPIES, f"{name}: detail")

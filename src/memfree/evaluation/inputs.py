@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 
 from memfree.evaluation.manifest_fields import DATASET, INDEX, SAMPLES
-from memfree.evaluation.metrics import CHANGED, HELDOUT
-from memfree.evaluation.subject import DEFAULT_REFERENCE
 from memfree.folders.manifest import read_manifest
-from memfree.retrieval import ReferenceIndex
-from memfree.sampling.folder import SampleFolder
 from memfree.untrusted import check_fields, short
 
 if TYPE_CHECKING:
     from memfree.data import DatasetFolder
+    from memfree.retrieval import ReferenceIndex
+    from memfree.sampling.folder import SampleFolder
 
 HELD_OUT_PARTS: tuple[Literal["calibration", "test", "fit"], ...] = ("calibration", "test", "fit")
 """Thresholds, rates of real images, and the classifier: three purposes, three disjoint parts."""
@@ -59,6 +56,10 @@ def open_inputs(
             another data set or image shape, or samples were steered by other features.
     """
     from memfree.data import DatasetFolder
+    from memfree.evaluation.metrics import CHANGED, HELDOUT
+    from memfree.evaluation.subject import DEFAULT_REFERENCE
+    from memfree.retrieval import ReferenceIndex
+    from memfree.sampling.folder import SampleFolder
 
     if not samples:
         raise ValueError("no samples to evaluate: give at least one --samples.NAME FOLDER")
@@ -129,6 +130,8 @@ def same_noise(first: SampleFolder, second: SampleFolder) -> bool:
 
     Rejected samples were drawn again from other noise.
     """
+    import torch
+
     if "reject" in (first.manifest.get("mitigation"), second.manifest.get("mitigation")):
         return False
     if len(first) != len(second) or not torch.equal(first.seeds, second.seeds):

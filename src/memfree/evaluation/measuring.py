@@ -67,7 +67,8 @@ def measure_subjects(
             view = second.viewer(images)
             sigma = second.similarity.sigma(images, view)
             copies = second_copies(second.similarity, sigma, rate)
-            shared = None if name == HELDOUT else shared_conditions(captions or labels)
+            # Captions are a sample of what could be asked for; classes are strata, all drawn from.
+            shared = shared_conditions(captions)
             subjects[name] = Subject(
                 name, found, view, labels, sigma, copies, conditions=shared, captions=captions
             )

@@ -9,17 +9,16 @@ from pathlib import Path
 from markupsafe import Markup
 
 from memfree.console import plain_console
-from memfree.evaluation import making, page
-from memfree.evaluation.folder import EvaluationFolder
-from memfree.evaluation.metrics import HELDOUT
-from memfree.evaluation.picture import write_picture
-from memfree.evaluation.plots import distance_chart, dose_chart, trajectory_chart
 from memfree.evaluation.templates import template
 from memfree.folders.atomic_files import write_atomic, write_text
 from memfree.folders.manifest import check_kind, write_manifest
 from memfree.folders.one_writer import one_writer
 from memfree.folders.resolved import save_config
 from memfree.untrusted import short
+
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
+if TYPE_CHECKING:
+    from memfree.evaluation.folder import EvaluationFolder
 
 
 def report(evaluation: Path, out: Path | None = None) -> None:
@@ -35,6 +34,9 @@ def report(evaluation: Path, out: Path | None = None) -> None:
         FileNotFoundError: there is no such folder.
         ValueError: it is unfinished, damaged, or no evaluation, or ``out`` holds something else.
     """
+    from memfree.evaluation.folder import EvaluationFolder
+    from memfree.evaluation.picture import write_picture
+
     target = evaluation / "report" if out is None else out
     check_kind(target, "report")
     folder = EvaluationFolder(evaluation)
@@ -68,6 +70,8 @@ def _drawing(folder: EvaluationFolder) -> Iterator[None]:
 
 def render(folder: EvaluationFolder) -> str:
     """The page's HTML."""
+    from memfree.evaluation import making, page
+
     headline, lead = page.headline(folder)
     data = folder.manifest["dataset"]["manifest"]
     source = (data.get("source") or {}).get("name", "images")
@@ -91,6 +95,9 @@ def render(folder: EvaluationFolder) -> str:
 
 
 def _charts(folder: EvaluationFolder) -> dict[str, Markup | str | None]:
+    from memfree.evaluation.metrics import HELDOUT
+    from memfree.evaluation.plots import distance_chart, dose_chart, trajectory_chart
+
     main = folder.metrics.get("copies", HELDOUT)
     assert main is not None
     nl2 = folder.metrics.get("nl2_minimum", HELDOUT) is not None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memfree.evaluation.embedding import View
-from memfree.evaluation.neighbours import Neighbours
+if TYPE_CHECKING:
+    from memfree.evaluation.embedding import View
+    from memfree.evaluation.neighbours import Neighbours
 
 
 @dataclass
@@ -24,8 +26,8 @@ class Subject:
     second_copy: np.ndarray
     """(n,) bool: its verdict."""
     conditions: np.ndarray | None = None
-    """(n,) of ``shared_conditions``: number of the caption or class that a sample was asked for,
-    where several share one; None for independent images, as test images are."""
+    """(n,) of ``shared_conditions``: number of the caption that a sample was asked for, where several
+    share one; None for independent images, as test images are, and samples of classes."""
     captions: list[str] | None = None
     """The n captions that samples were asked for."""
     agrees: np.ndarray | None = None

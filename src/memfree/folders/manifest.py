@@ -13,11 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from memfree.folders.atomic_files import write_json
 from memfree.folders.whole_folder import check_place
-from memfree.untrusted import read_json, short
 
 FORMAT_VERSION = 1
 _PACKAGES = ("memfree", "torch", "torchvision", "lightning", "diffusers", "numpy")
@@ -25,6 +22,8 @@ _PACKAGES = ("memfree", "torch", "torchvision", "lightning", "diffusers", "numpy
 
 def provenance(seed: int | None = None) -> dict[str, Any]:
     """What a manifest says of its making: command, package versions, commit, device, seed."""
+    import torch
+
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "packages": {name: metadata.version(name) for name in _PACKAGES},
@@ -96,6 +95,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         FileNotFoundError: there is no such folder.
         ValueError: it is unfinished, of another kind, of a newer format, or not valid JSON.
     """
+    from memfree.untrusted import read_json, short
+
     path = folder / "manifest.json"
     if not folder.is_dir():
         raise FileNotFoundError(f"no {kind} folder at {folder}")

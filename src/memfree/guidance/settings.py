@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -15,11 +15,6 @@ from jsonargparse.typing import (
 
 from memfree.calibration_size import DEFAULT_RATE
 from memfree.guidance import baselines
-from memfree.guidance.amg import AntiMemorizationGuidance
-from memfree.guidance.baselines.by_name import baseline
-from memfree.guidance.calibration import calibration_of, default_similarity
-from memfree.guidance.detection import Cadence, Observer
-from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.mitigation_names import (
     CAPTION_NEIGHBOURS,
     CAPTION_RECORDS,
@@ -28,13 +23,16 @@ from memfree.guidance.mitigation_names import (
     MitigationName,
     Through,
 )
-from memfree.guidance.multiplicity import MultiplicityGuidance
-from memfree.guidance.prediction import Guidance
 from memfree.guidance.recommended import recommended
 from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 from memfree.retrieval.options import CaptionPolicy
 
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
+    from memfree.guidance.amg import AntiMemorizationGuidance
+    from memfree.guidance.detection import Cadence, Observer
+    from memfree.guidance.mitigation import Mitigation
+    from memfree.guidance.prediction import Guidance
     from memfree.retrieval import ReferenceIndex
 
 
@@ -161,6 +159,8 @@ class GuidanceSettings:
             latents: references of multiplicity guidance where the denoiser does not work on the
                 pixels of ``index``.
         """
+        from memfree.guidance.multiplicity import MultiplicityGuidance
+
         guidances: list[Guidance] = []
         if self.mitigation in ("multiplicity", "both"):
             guidances.append(
@@ -191,6 +191,8 @@ class GuidanceSettings:
         Raises:
             ValueError: the mitigation needs an index or the text side, and it is missing.
         """
+        from memfree.guidance.baselines.by_name import baseline
+
         if self.mitigation in WITH_INDEX and index is None:
             raise ValueError(f"--guidance.mitigation {self.mitigation} needs --index")
         guided = [] if index is None else self._guided(index, latents)
@@ -211,6 +213,8 @@ class GuidanceSettings:
         self, index: ReferenceIndex, latents: ReferenceIndex | None = None
     ) -> list[Mitigation]:
         """What compares samples with an index: while they are drawn, and when they are finished."""
+        from memfree.guidance.calibration import default_similarity
+
         guided: list[Mitigation] = [baselines.Guided(self.build(index, latents))]
         if self.mitigation == "reject":
             end = self.end_threshold(index)
@@ -227,6 +231,8 @@ class GuidanceSettings:
         Raises:
             ValueError: a setting is wrong by itself, or for this index or model.
         """
+        from memfree.guidance.baselines.by_name import baseline
+
         if index is not None and self.mitigation in WITH_AMG:
             self.anti_memorization(index)
         baseline(self, text)
@@ -238,16 +244,24 @@ class GuidanceSettings:
 
     def end_threshold(self, index: ReferenceIndex) -> float:
         """λ at t = 0: the index's calibrated threshold."""
+        from memfree.guidance.calibration import calibration_of, default_similarity
+
         similarity = default_similarity(index)
         return calibration_of(index, similarity).threshold(self.false_positive_rate)
 
     def observer(self, index: ReferenceIndex) -> Observer:
         """What records σ_t against λ_t and changes nothing."""
+        from memfree.guidance.calibration import default_similarity
+        from memfree.guidance.detection import Observer
+
         similarity, threshold = default_similarity(index), self._threshold(index)
         return Observer(index, similarity, threshold, self._cadence)
 
     def anti_memorization(self, index: ReferenceIndex) -> AntiMemorizationGuidance:
         """AMG with these settings on the index's calibrated threshold."""
+        from memfree.guidance.amg import AntiMemorizationGuidance
+        from memfree.guidance.calibration import default_similarity
+
         this, end = self.resolved(index), self.end_threshold(index)
         assert this.gate_margin is not None and this.margin_per_doubling is not None
         assert this.least_scale is not None and this.latched is not None
@@ -275,6 +289,8 @@ class GuidanceSettings:
 
     @property
     def _cadence(self) -> Cadence:
+        from memfree.guidance.detection import Cadence
+
         return Cadence(int(self.cadence), float(self.cadence_always_below))
 
     def _threshold(self, index: ReferenceIndex) -> ThresholdSchedule | ConstantThreshold:

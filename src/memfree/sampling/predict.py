@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from memfree.console import say
@@ -17,31 +15,17 @@ from memfree.folders.part import ALL, part_of
 from memfree.folders.resolved import save_config
 from memfree.folders.storage_errors import check_free_space
 from memfree.guidance import WITH_AMG, WITH_INDEX, GuidanceSettings
-from memfree.memory import explained_memory
-from memfree.models import LoadedModel, load_model
-from memfree.models.export import pipeline_folder
 from memfree.quiet import quiet
-from memfree.sampling.checks import (
-    index_for,
-    labels_in_turn,
-    latents_for,
-    refuse_text_only,
-    refuse_without_captions,
-    refuse_wrong_settings,
-    scheduler_for,
-)
-from memfree.sampling.folder import read_records
-from memfree.sampling.identity import index_state, vectors_hash
-from memfree.sampling.module import SampleIndices, SamplingModule
 from memfree.sampling.options import PromptOptions, SchedulerName
-from memfree.sampling.progress import SampleProgress
 from memfree.sampling.prompts import prompts_in_turn
 from memfree.sampling.run import SampleRun
 from memfree.sampling.summary import trace_summary
-from memfree.sampling.writer import SampleWriter
-from memfree.trainers import build_trainer
 
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from memfree.models import LoadedModel
     from memfree.retrieval import ReferenceIndex
 
 IDLE_RANK = "Total length of .* across ranks is zero.*"
@@ -126,6 +110,24 @@ def predict(
         ValueError: the options contradict each other, the model or each other's folders.
         FileNotFoundError: a folder is missing.
     """
+    from memfree.memory import explained_memory
+    from memfree.models import load_model
+    from memfree.models.export import pipeline_folder
+    from memfree.sampling.checks import (
+        index_for,
+        labels_in_turn,
+        latents_for,
+        refuse_text_only,
+        refuse_without_captions,
+        refuse_wrong_settings,
+        scheduler_for,
+    )
+    from memfree.sampling.identity import index_state, vectors_hash
+    from memfree.sampling.module import SampleIndices, SamplingModule
+    from memfree.sampling.progress import SampleProgress
+    from memfree.sampling.writer import SampleWriter
+    from memfree.trainers import build_trainer
+
     if decoder is not None and index is None:
         raise ValueError("--decoder needs --index: without one, no estimate is compared")
     loaded = load_model(model, decoder)
@@ -242,6 +244,10 @@ def _finish(
     reference: ReferenceIndex | None,
 ) -> None:
     """Write the manifest: what the samples depend on, and what they cost over all runs."""
+    import pyarrow.compute as pc
+
+    from memfree.sampling.folder import read_records
+
     records = read_records(run.shards())
     seconds = pc.sum(records["seconds"]).as_py()
     settings = run.settings

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from memfree.data import DatasetFolder
-from memfree.data.prompts import prompt_set, read_prompts
-from memfree.models import LoadedModel
 from memfree.sampling.options import PromptOptions
+
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
+if TYPE_CHECKING:
+    from memfree.models import LoadedModel
 
 
 def prompts_in_turn(prompts: PromptOptions, model: LoadedModel) -> list[str] | None:
     """The prompts to take in turn; None for a pixel model."""
+    from memfree.data import DatasetFolder
+    from memfree.data.prompts import prompt_set, read_prompts
+
     given = prompts.file is not None or prompts.dataset is not None
     if model.pipe is None:
         if given:

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from memfree.evaluation.metrics import HELDOUT
 from memfree.stages import Stage
 from memfree.study.cells import DEFAULT_MODEL, Cell, Grid
 from memfree.study.labels import LADDER_LABEL
 from memfree.study.plan import Options, Plan
-from memfree.study.values import ORACLES
 
 _NAME = re.compile(r"[\w-]+")
 _REPEATED = "factor and ladder of --grids and --duplicated"
@@ -70,6 +68,9 @@ def check_names(plan: Plan, grids: Sequence[Grid]) -> None:
     Raises:
         ValueError: names the option.
     """
+    from memfree.evaluation.metrics import HELDOUT
+    from memfree.study.values import ORACLES
+
     for option, names in (
         ("name", [plan.name]),
         ("subjects", [*plan.subjects]),

@@ -18,7 +18,6 @@ from memfree.study.check import check_commands, check_inputs, check_names, check
 from memfree.study.claim import claim
 from memfree.study.estimate import plan_size
 from memfree.study.plan import CommandOptions, Options, Plan, StudySource, Subjects
-from memfree.study.results import summarise
 from memfree.study.running import CellRun
 
 NONE = "none"
@@ -79,6 +78,8 @@ def study(
     Raises:
         ValueError: an option is wrong, or out holds a study of other numbers.
     """
+    from memfree.study.results import summarise
+
     plan = Plan(
         name,
         out,

@@ -13,8 +13,6 @@ from memfree.data.options import PromptSet
 from memfree.folders.manifest import write_manifest
 from memfree.folders.resolved import save_config
 from memfree.stages import Stage, run_stages
-from memfree.study.text_plots import write_rows
-from memfree.study.text_results import ORACLE, reference_of, summarise_text
 from memfree.study.text_subjects import AT_MOST, Subjects, check_study
 
 CONFIG = Path("configs/emoji_scratch.yaml")
@@ -97,6 +95,9 @@ def text_study(
             subject is none of sampling's; before anything runs.
         FileNotFoundError: it was not started in the repository's folder.
     """
+    from memfree.study.text_plots import write_rows
+    from memfree.study.text_results import summarise_text
+
     check_study(name, subjects, prompt_sets, oracle)
     study = TextStudy(
         name, subjects, out, training, counts, oracle, steps, guidance_scale, batch_size, noise_seed
@@ -155,6 +156,8 @@ class TextStudy:
 
     def everyone(self) -> Subjects:
         """The subjects, and the oracle, which is not guided."""
+        from memfree.study.text_results import ORACLE
+
         return {**self.subjects, **({ORACLE: {}} if self.oracle else {})}
 
     def shared(self) -> list[Stage]:
@@ -202,6 +205,8 @@ class TextStudy:
 
     def sampled(self, prompts: PromptSet) -> list[Stage]:
         """Samples of everyone with one of the prompt sets."""
+        from memfree.study.text_results import ORACLE
+
         return [
             Stage(
                 "sample",
@@ -229,6 +234,8 @@ class TextStudy:
 
     def evaluated(self, prompts: PromptSet) -> list[Stage]:
         """Everything measured of them, judged by pixels and by the second embedding."""
+        from memfree.study.text_results import ORACLE, reference_of
+
         named = {f"samples.{one}": self.samples(prompts, one) for one in self.everyone()}
         given = {
             "dataset": self.cell / "data",

@@ -6,8 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from memfree.study.text_results import ORACLE
-
 Subjects = dict[str, dict[str, Any]]
 """Options of sample.py below --guidance by subject, as {"wen_5": {"mitigation": "wen", ...}}."""
 AT_MOST = "at_most"
@@ -21,6 +19,8 @@ def check_study(name: str, subjects: Subjects, prompt_sets: Sequence[str], oracl
     Raises:
         ValueError: names the option.
     """
+    from memfree.study.text_results import ORACLE
+
     for option, names in (("name", [name]), ("subjects", [*subjects])):
         for one in names:
             if not _NAME.fullmatch(one):
