@@ -62,3 +62,20 @@ def test_the_records_of_full_sizes_are_written(tmp_path):
 def test_make_bench_runs_all_but_what_needs_a_study():
     line = re.search(r"for name in (.*); do .*benchmarks", (ROOT / "Makefile").read_text())
     assert {*line[1].split()} == {*NAMES} - {"mitigations"}
+
+
+def test_reconstructions_are_measured(tmp_path, monkeypatch):
+    """The measurement of an autoencoder's influence on thresholds, on a tiny one."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "measurements"))
+    measured = importlib.import_module("decoded_calibration")
+    AutoencoderKL(
+        block_out_channels=(4,), latent_channels=2, norm_num_groups=2, sample_size=8
+    ).save_pretrained(tmp_path / "vae")
+    images = torch.rand(3, 3, 8, 8) * 2 - 1
+    decoded = measured.reconstructed(tmp_path, images, batch_size=2)
+    assert decoded.shape == images.shape and decoded.abs().max() <= 1
+    whole = measured.reconstructed(tmp_path, images)
+    assert torch.allclose(decoded, whole, atol=1e-6) and not torch.equal(decoded, images)

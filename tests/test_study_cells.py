@@ -55,7 +55,7 @@ def test_expansion_is_the_product_of_each_grid_without_repetitions():
     assert len({cell.name for cell in cells}) == len(cells), "folders are the cells' own"
     assert expand(GRIDS, [1, 2]) == cells
     with pytest.raises(ValueError, match="the study has no cell"):
-        expand([Grid(factor=[2])], [1])
+        expand([Grid()], [1])
     with pytest.raises(ValueError, match="--grids: a ladder is empty"):
         expand([Grid(ladder=[[1, 2], []])], [1])
 

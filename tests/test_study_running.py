@@ -78,6 +78,7 @@ class Pretending:
         table = {
             "subject": ["unguided"] * 60,
             "nearest_multiplicity": [1, 2, 8] * 20,
+            "nearest_key": ["a", "b", "c"] * 20,
             "copy": [False, True, True] * 5 + [False, False, True] * 15,
             "distance_ratio": [0.5] * 60,
         }

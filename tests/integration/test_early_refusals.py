@@ -58,18 +58,18 @@ def no_work(monkeypatch):
     def work(*_, **__):
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr(clip_training, "fit", work)
-    monkeypatch.setattr(clip_training.SmallClipModule, "look_at", work)
-    monkeypatch.setattr(embedding_training, "fit", work)
-    monkeypatch.setattr(scratch, "build_trainer", work)
-    monkeypatch.setattr(tuning, "load_model", work)
-    for module, name in (  # some of them are hidden behind the functions of their names
-        ("memfree.data.prepare", "open_source"),
-        ("memfree.indexing", "make_features"),
-        ("memfree.evaluation.evaluate", "open_inputs"),
-        ("memfree.evaluation.audit", "ReferenceIndex"),
+    monkeypatch.setattr("memfree.models.small_clip.SmallClipModule.look_at", work)
+    for name in (  # where commands import it from, once their options are right
+        "memfree.models.short_training.fit",
+        "memfree.trainers.build_trainer",
+        "memfree.models.load_model",
+        "memfree.data.sources.open_source",
+        "memfree.retrieval.extractors.make_features",
+        "memfree.retrieval.ReferenceIndex",
     ):
-        monkeypatch.setattr(importlib.import_module(module), name, work)
+        monkeypatch.setattr(name, work)
+    evaluate = importlib.import_module("memfree.evaluation.evaluate")
+    monkeypatch.setattr(evaluate, "open_inputs", work)
 
 
 COMMANDS = {

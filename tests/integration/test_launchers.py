@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from lightning.fabric.plugins.environments import (
@@ -123,7 +124,7 @@ def test_two_processes_of_a_launch_are_refused_a_folder(
 
 def test_a_report_without_out_has_one_writer(monkeypatch, tmp_path):
     module = importlib.import_module("memfree.evaluation.report")
-    monkeypatch.setattr(module, "EvaluationFolder", lambda folder: None)
+    monkeypatch.setattr("memfree.evaluation.folder.EvaluationFolder", lambda folder: Mock())
     monkeypatch.setattr(module, "render", lambda folder: "")
     with one_writer(tmp_path / "report"), pytest.raises(ValueError, match="another process"):
         module.report(tmp_path)
@@ -178,6 +179,12 @@ def test_the_world_is_what_the_options_say(monkeypatch, variables, options, envi
         found = getattr(trainer.strategy, "cluster_environment", None)
         assert (type(found) if found else None) == environment
         assert trainer.world_size == world
+
+
+@pytest.fixture(autouse=True)
+def _rank(monkeypatch):
+    """What a test makes Lightning believe of this process's rank is undone."""
+    monkeypatch.setattr(rank_zero_only, "rank", getattr(rank_zero_only, "rank", 0))
 
 
 def test_a_run_by_itself_logs_and_saves(monkeypatch):

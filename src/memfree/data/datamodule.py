@@ -15,7 +15,7 @@ from memfree.data.epoch_loader import EpochLoader
 from memfree.data.folder import DatasetFolder
 from memfree.data.foreign import ForeignBatches
 from memfree.data.names import is_tar
-from memfree.data.options import OnError, RecordOptions, StreamOptions
+from memfree.data.options import DataOptions, OnError, RecordOptions, StreamOptions
 from memfree.data.order import batches_per_epoch
 from memfree.data.rank_batches import Batch
 from memfree.data.resuming import epoch_order, go_on
@@ -76,10 +76,7 @@ class ShardDataModule(LightningDataModule):
         stream: StreamOptions = _NO_STREAM,
     ) -> None:
         super().__init__()
-        if num_workers < 0:
-            raise ValueError(f"--data.num_workers {num_workers}: use 0 or more")
-        if batch_size < 1:
-            raise ValueError(f"--data.batch_size {batch_size}: use 1 or more")
+        DataOptions(str(path), batch_size, num_workers=num_workers)  # refuses impossible numbers
         self.path, self.batch_size, self.seed = str(path), batch_size, seed
         self.num_workers, self.cache_bytes = num_workers, cache_bytes
         self.random_flip, self.on_error, self.verify = random_flip, on_error, verify

@@ -98,5 +98,11 @@ class DataOptions:
     stream: StreamOptions = field(default_factory=StreamOptions)
     """How shards without a manifest are read."""
 
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"--data.num_workers {self.num_workers}: use 0 or more")
+        if self.batch_size < 1:
+            raise ValueError(f"--data.batch_size {self.batch_size}: use 1 or more")
+
 
 PromptSet = Literal["duplicated", "other", "unseen"]

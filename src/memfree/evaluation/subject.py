@@ -26,8 +26,8 @@ class Subject:
     second_copy: np.ndarray
     """(n,) bool: its verdict."""
     conditions: np.ndarray | None = None
-    """(n,) of ``shared_conditions``: number of the caption that a sample was asked for, where several
-    share one; None for independent images, as test images are, and samples of classes."""
+    """(n,) of ``shared_conditions``: number of the caption that a sample was asked for, where
+    several share one; None for independent images, as test images are, and samples of classes."""
     captions: list[str] | None = None
     """The n captions that samples were asked for."""
     agrees: np.ndarray | None = None
