@@ -21,7 +21,7 @@ from memfree.study.curve_tables import curve_tables
 from memfree.study.curves import write_curves
 from memfree.study.plan import Plan
 from memfree.study.report import write_report
-from memfree.study.results import by_key, gather
+from memfree.study.results import by_key, gather, ladder_metrics
 from memfree.study.statistics import (
     Measured,
     over_seeds,
@@ -167,6 +167,20 @@ def test_two_ladders_and_a_model_named_like_one_keep_their_figures(tmp_path):
     assert write_curves(tmp_path / "trial.png", summary)
     alone = gather(plan, cells[:1])
     assert {row["label"] for row in alone} == {"unconditional, ladder"}
+
+
+def test_samples_near_one_image_say_nothing_of_others(tmp_path):
+    table = {
+        "subject": ["none"] * 41,
+        "nearest_multiplicity": [4] * 20 + [8] * 20 + [16],
+        "nearest_key": ["a"] * 20 + ["b", "c"] * 10 + ["d"],
+        "copy": [True] * 40 + [False],
+    }
+    pq.write_table(pa.table(table), tmp_path / "per_sample.parquet")
+    one, two, alone = ladder_metrics(tmp_path / "per_sample.parquet", [4, 8, 16])
+    assert one.value == 1 and one.low is None and one.high is None and one.count == 20
+    assert two.low is not None and two.low < 0.5
+    assert alone.value == 0 and alone.high > 0.7
 
 
 def test_tables_stand_alike_in_markdown_and_on_the_page(tmp_path):

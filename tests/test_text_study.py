@@ -193,6 +193,21 @@ def write_evaluations(cell, generator):
     return np.concatenate(truth), np.concatenate(norms)
 
 
+def test_a_prompt_set_of_one_caption_says_so(tmp_path):
+    write_evaluations(tmp_path, np.random.default_rng(0))
+    for judge in ("pixels", "embedding"):
+        folder = tmp_path / "evaluation-trial" / "other" / judge
+        write_metrics(folder / "metrics.json", [Metric("copies", "none", 0.7, 0.6, 0.8, 40)])
+        table = pq.read_table(folder / "per_sample.parquet").drop_columns("caption")
+        alone = table.append_column("caption", pa.array(["a cat"] * len(table)))
+        pq.write_table(alone, folder / "per_sample.parquet")
+    samples = tmp_path / "samples-9"
+    summarise_text(tmp_path, "trial", samples, list(PROMPTS), ["none", "amg"], Console())
+    text = (tmp_path / "trial.md").read_text()
+    assert text.count("One caption: 95 % intervals over its samples.") == 1
+    assert "a caption of its own" not in text
+
+
 def test_rows_show_the_first_samples_of_everyone(tmp_path, monkeypatch):
     """Each subject's uniform colour fills its row, however few samples it has."""
 

@@ -94,22 +94,22 @@ def alpha_bar_at(scheduler, timestep: Tensor | int, step_index: int) -> Tensor:
     """ᾱ in (0, 1) that the scheduler assigns to its current step, as a 0-d float32 tensor.
 
     Schedulers with sigmas (Euler, DPM-Solver++, UniPC; Karras or not) are asked for σ at
-    ``step_index``, because their timesteps are rounded: ᾱ = 1/(1 + σ²). Schedulers that keep the
-    σ of their midpoints to themselves (KDPM2, DPM-Solver SDE) are asked how they scale the
-    denoiser's input. Schedulers that step on timesteps (DDPM, DDIM, PNDM) are asked for
-    ``alphas_cumprod``.
+    ``step_index``, because their timesteps are rounded: ᾱ = 1/(1 + σ²). Schedulers of second order,
+    which may keep the σ of their midpoints to themselves (Heun, KDPM2, DPM-Solver SDE), are asked
+    how they scale the denoiser's input. Schedulers that step on timesteps (DDPM, DDIM, PNDM) are
+    asked for ``alphas_cumprod``.
 
     Args:
         scheduler: a diffusers scheduler after ``set_timesteps``.
         timestep: the current entry of ``scheduler.timesteps``.
         step_index: its position there.
     """
+    if hasattr(scheduler, "state_in_first_order"):
+        return bounded(alpha_bar_of_input(scheduler, timestep))
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) == len(scheduler.timesteps) + 1:
         sigma = sigmas[step_index].to(torch.float64)
         return bounded((1 / (1 + sigma**2)).to(torch.float32))
-    if hasattr(scheduler, "state_in_first_order"):
-        return bounded(alpha_bar_of_input(scheduler, timestep))
     return bounded(scheduler.alphas_cumprod[int(timestep)].to(torch.float32))
 
 

@@ -123,12 +123,14 @@ def test_no_classifier_free_guidance_means_no_s1_and_s2(index, images):
 
 def test_gradient_through_the_denoiser_is_that_of_finite_differences(index, images):
     network, plain = prediction_near(images, [3], distance=0.2)
+    assert not AntiMemorizationGuidance(index, NormalizedL2(), ANY, c3=1.0).calls_denoiser
     # Make the record consistent with the network, so that a second call means the same.
     cond, uncond = network(plain.x_t, plain.conditions), network(plain.x_t, None)
     plain = plain.with_branches(cond, uncond)
     guidance = AntiMemorizationGuidance(
         index, NormalizedL2(), ANY, c3=1.0, gradient="denoiser", gated=False
     )
+    assert guidance.calls_denoiser
     guided = guidance(plain)
     g_sim = (guided.output - plain.output)[0].double().flatten().numpy()
     match = NormalizedL2()(index, plain.clean_estimate())

@@ -170,3 +170,22 @@ def test_prompts_are_compared_only_where_the_gate_may_open(index, images):
     for _ in range(2):
         amg(replace(plain, memory={}))
     assert sorted(encoded) == ["fruit", "red apple"]
+
+
+def test_an_encoder_of_another_thread_leaves_this_ones_captions(index, images):
+    """It asks while the first one encodes; its captions mean something else."""
+    _, plain = prediction_near(images, [5])
+    records = AskedRecords(index, 0.3)
+
+    def asking(encoder):
+        one = replace(plain, conditions=encode(["fruit"]), encode=encoder, memory={})
+        match = NormalizedL2()(index, one.clean_estimate())
+        return records(one, match, torch.ones(1, dtype=torch.bool)).tolist()
+
+    def other(texts):
+        asking(encode)
+        return encode(["unseen"] * len(texts))
+
+    expected = asked(index, images, ["fruit"], [5], 0.3)
+    assert asking(other) != expected
+    assert asking(encode) == expected

@@ -300,3 +300,15 @@ def test_large_sets_are_searched_by_torch_without_a_second_copy(monkeypatch):
     found = large.search(torch.zeros(2, 16), 5)
     assert torch.equal(found.rows, expected.rows) and torch.equal(found.scores, expected.scores)
     assert large._faiss is None and large.references._centred is None
+
+
+def test_products_of_parts_have_a_gradient(monkeypatch):
+    monkeypatch.setattr(search_module, "_CACHED", 48)  # a row at a time
+    vectors, group, queries = case("plain", "l2")
+    queries = queries.clone().requires_grad_()
+    gradients = []
+    for keep in (True, False):
+        references = References(vectors, Groups.of(group), "l2", keep_centred=keep)
+        (gradient,) = torch.autograd.grad(references.products(queries).square().sum(), queries)
+        gradients.append(gradient)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-2)

@@ -83,6 +83,31 @@ def test_a_pipeline_with_a_guard_of_its_own_is_not_reported(pipe, index):
     assert first.outside == second.outside == 0
 
 
+def test_calls_from_outside_count_once_whatever_copies_there_are(pipe, index):
+    hooks = len(pipe.unet._forward_pre_hooks)
+    other = img2img(pipe)
+    other.set_progress_bar_config(disable=True)
+    with memfree.guard(pipe, index, []) as report:
+        copied = copy.copy(pipe)
+        deep = copy.deepcopy(copied)
+        assert len(pipe.unet._forward_pre_hooks) == hooks + 1
+        assert len(deep.unet._forward_pre_hooks) == hooks + 1
+        with pytest.warns(UserWarning, match="neither guided nor judged"):
+            other(PROMPTS, **options("stable_diffusion_img2img"))
+        assert report.outside == other.num_timesteps
+        copied.unet = deep.unet
+        drawn(copied)
+        other(PROMPTS, **options("stable_diffusion_img2img"))
+        assert report.outside == 2 * other.num_timesteps
+    assert len(pipe.unet._forward_pre_hooks) == len(deep.unet._forward_pre_hooks) == hooks
+
+
+def test_a_pipeline_without_an_image_processor_says_so_as_ever(pipe, index):
+    del pipe.image_processor
+    with memfree.guard(pipe, index, []):
+        assert not hasattr(pipe, "image_processor")
+
+
 @pytest.mark.parametrize("make", [copy.copy, copy.deepcopy])
 def test_copies_are_guarded_inside_the_block_and_plain_after_it(pipe, index, make):
     plain = drawn(pipe)

@@ -23,6 +23,8 @@ from torch import nn
 
 import memfree
 from memfree.guidance import GuidanceSettings
+from memfree.guidance.baselines.opposite_guidance import OppositeGuidance
+from memfree.guidance.baselines.wen_norm import WenNorm
 from memfree.sampling.guard.decode import Decoder
 
 
@@ -378,7 +380,8 @@ def test_hooks_that_move_weights_are_no_cache(index, name):
 def test_guidance_that_calls_no_denoiser_works_with_caches(index, enable):
     pipe = tiny_pipelines.stable_diffusion()
     enable(pipe.unet)
-    for guidance in ([], amg(index, c1=0.1, c2=0.0, c3=30.0)):
+    jain = OppositeGuidance().guidances()
+    for guidance in ([], amg(index, c1=0.1, c2=0.0, c3=30.0), [*jain, WenNorm()]):
         with memfree.guard(pipe, index, guidance) as report:
             drawn(pipe)
         assert len(report.verdicts) == 2
@@ -437,6 +440,18 @@ def test_what_the_guard_draws_does_not_move_torchs_own_generator(index, on_copy,
         assert all(one.draws == (1 if on_copy == "keep" else 3) for one in report.verdicts)
         if on_copy == "keep":
             assert torch.equal(images, expected)
+
+
+def test_torchs_generators_stay_with_other_threads_where_nothing_draws(index, monkeypatch):
+    """They are of the process: what another thread drew meanwhile would be of the guard's seed."""
+    pipe, moved = tiny_pipelines.stable_diffusion(), []
+    before = torch.get_rng_state()
+    monkeypatch.setattr(torch, "set_rng_state", moved.append)
+    with memfree.guard(pipe, index, amg(index)) as report:
+        for output_type in ("pt", "latent"):
+            drawn(pipe, output_type=output_type)
+    assert max(report.trace["s2"].to_pylist()) > 0
+    assert not moved and torch.equal(torch.get_rng_state(), before)
 
 
 def test_noise_of_the_guards_own_differs_from_step_to_step(index):

@@ -10,6 +10,7 @@ import torch
 from guard_parts import NEVER, PROMPTS, ActiveRows, amg, drawn, make_index, options
 
 import memfree
+from memfree.guidance.mitigation import Mitigation
 
 OUTPUTS = ["pil", "np", "pt", "latent"]
 
@@ -158,3 +159,41 @@ def test_an_interrupted_call_is_not_finished(index):
             drawn(pipe, callback_on_step_end=stop)
             drawn(pipe)
         assert [one.finished for one in report.verdicts] == [False, False, True, True]
+
+
+def test_an_interrupted_call_says_what_is_not_finite(index):
+    """Guidances were given numbers in its place."""
+    pipe = tiny_pipelines.stable_diffusion()
+    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    start[1, 0, 0, 0] = math.nan
+
+    def stop(pipe, step, t, kwargs):
+        pipe._interrupt = step == 1
+        return kwargs
+
+    call = {"latents": start, "callback_on_step_end": stop}
+    for output_type in ("pil", "pt"):
+        with np.errstate(invalid="ignore"), memfree.guard(pipe, index, amg(index)) as report:
+            drawn(pipe, output_type=output_type, **call)
+        assert [(one.finished, one.finite) for one in report.verdicts] == [
+            (False, True),
+            (False, False),
+        ]
+
+
+@pytest.mark.parametrize("output_type", OUTPUTS)
+def test_rejection_returns_what_is_not_finite_as_it_is(index, output_type):
+    pipe, asked = tiny_pipelines.stable_diffusion(), []
+    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    start[1, 0, 0, 0] = math.nan
+
+    class Rejects(Mitigation):
+        def accept(self, images):
+            assert images.isfinite().all()
+            asked.append(len(images))
+            return torch.tensor([True, False])
+
+    with np.errstate(invalid="ignore"), memfree.guard(pipe, index, [], Rejects()) as report:
+        drawn(pipe, output_type=output_type, latents=start)
+    assert asked == [2]
+    assert [(one.finite, one.draws) for one in report.verdicts] == [(True, 1), (False, 1)]

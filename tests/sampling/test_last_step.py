@@ -31,7 +31,7 @@ from guard_parts import amg, copies, drawn, make_index
 import memfree
 from memfree.diffusion_math import alpha_bar_at, predicted_x_0
 from memfree.sampling.guard.noise_level import NoiseLevels
-from memfree.sampling.last_step import returned
+from memfree.sampling.last_step import LastStep, returned
 
 SCHEDULES = {
     "ddim": (DDIMScheduler, {}),
@@ -125,6 +125,40 @@ def test_a_broken_sample_leaves_the_others_of_its_batch_theirs(name):
     found = returned(last.scheduler, last.t, last.x_t, broken, last.alpha_bar)
     assert found[1] == pytest.approx(gain, rel=1e-4)
     torch.testing.assert_close(found[0][1], offset[1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_broken_sample_leaves_an_exact_last_step_exact():
+    last = AtLastStep(schedule("euler"))
+    output = last.normal()
+    output[0] = torch.nan
+    assert returned(last.scheduler, last.t, last.x_t, output, last.alpha_bar) is None
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_a_broken_sample_does_not_hide_that_the_last_step_is_idle(final):
+    scheduler = schedule("euler", final_sigmas_type=final, timestep_spacing="linspace")
+    scheduler.set_timesteps(4)
+    x, output = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t in scheduler.timesteps[:2]:
+        x = scheduler.step(output, t, x).prev_sample
+    t, *idle = scheduler.timesteps[2:]
+    output[0] = torch.nan
+    alpha_bar = alpha_bar_at(scheduler, t, 2)
+    step = LastStep(scheduler, t, x, output, alpha_bar, idle=idle)
+    assert step.is_last() == (final == "sigma_min")
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm", "euler", "ddpm", "dpmsolver sde min"])
+@pytest.mark.parametrize("seeded", [True, False])
+def test_torchs_generators_stay_with_other_threads_where_a_step_cannot_draw(
+    name, seeded, monkeypatch
+):
+    last, moved = AtLastStep(schedule(name)), []
+    monkeypatch.setattr(torch, "set_rng_state", moved.append)
+    generator = torch.Generator().manual_seed(5) if seeded else None
+    said = last.normal()
+    returned(last.scheduler, last.t, last.x_t, said, last.alpha_bar, generator=generator)
+    assert bool(moved) == (not seeded and name not in ("ddim", "pndm"))
 
 
 def test_a_step_that_goes_nowhere_has_no_gain():

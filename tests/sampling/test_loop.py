@@ -1,5 +1,9 @@
 """The denoising loop against plain diffusers, bit for bit, and guidance under every scheduler."""
 
+import importlib
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -176,6 +180,20 @@ def test_the_noise_level_is_that_of_the_sample_also_at_midpoints(kind, spacing):
     sample(lambda x, t, y: eps.clone(), scheduler, eps, 12, watched)
     error = torch.stack([(x_0 - seen[0]).abs().max() for x_0 in seen])
     assert float(error.max()) < 2e-3 * max(1.0, float(seen[0].abs().max()))
+
+
+def test_the_noise_level_of_dpmsolver_sde_is_that_of_its_midpoints(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))  # makes its noise
+    module = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde")
+    monkeypatch.setattr(module, "BrownianTreeNoiseSampler", lambda *_: lambda *_: 0.0)
+    scheduler = module.DPMSolverSDEScheduler()
+    scheduler.set_timesteps(5)
+    x = torch.ones(1)
+    for step, t in enumerate(scheduler.timesteps[:-1]):
+        sigma = scheduler.mid_point_sigma if step % 2 else scheduler.sigmas[step]
+        scheduler.scale_model_input(x, t)
+        assert alpha_bar_at(scheduler, t, step).item() == pytest.approx(1 / (1 + sigma**2))
+        x = scheduler.step(x, t, x).prev_sample
 
 
 def test_noise_level_of_ancestral_samplers_is_that_of_the_timestep():

@@ -141,8 +141,8 @@ class AntiMemorizationGuidance(Observer):
 
     @property
     def calls_denoiser(self) -> bool:
-        """Whether the denoiser may be called for captions (eq. 16)."""
-        return self.c2 > 0
+        """Whether the denoiser may be called: for captions (eq. 16), or for its gradient."""
+        return self.c2 > 0 or (self.c3 > 0 and self.gradient == "denoiser")
 
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:

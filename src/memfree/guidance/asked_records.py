@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
 
 
+_Known = dict[int, tuple[Tensor, Tensor]]
+"""By group, the sentence vectors of its captions and their records."""
+
+
 class AskedRecords:
     """m(y) = m − Σ_c (1 − K(y, c))·m_c of the nearest image's group, at least 1.
 
@@ -39,8 +43,7 @@ class AskedRecords:
             raise ValueError(f"caption_bandwidth must be at least 0, not {bandwidth:g}")
         self.index = index
         self.bandwidth = bandwidth
-        self._encoder: object = None
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: tuple[Encode | None, _Known] = None, {}
 
     def __call__(self, prediction: Prediction, match: Match, wanted: Tensor) -> Tensor:
         """m(y) of the nearest image where ``wanted`` (B,) bool, its m elsewhere, (B,) float32."""
@@ -58,7 +61,7 @@ class AskedRecords:
             same, start = order[start : start + samples], start + samples
             # Records without a caption are asked for by every prompt.
             if counts := self.index.items.caption_counts.get(group):
-                known, m = self._encoded(prediction.encode, group, counts)
+                known, m = self._encoded(prediction, group, counts)
                 fit = caption_kernel(cosines(prompts[same].sentence(), known), self.bandwidth)
                 records[same] = (records[same] - ((1 - fit) * m).sum(dim=1)).clamp(min=1)
         return records
@@ -69,16 +72,24 @@ class AskedRecords:
         return self.index.group_multiplicity.to(nearest.device)[nearest].float()
 
     def _encoded(
-        self, encode: Encode, group: int, counts: Mapping[str, int]
+        self, prediction: Prediction, group: int, counts: Mapping[str, int]
     ) -> tuple[Tensor, Tensor]:
         """Sentence vectors (C, D) of a group's captions and their records (C,).
 
-        They are kept, as the model's encoder is frozen.
+        They are kept, as the model's encoder is frozen; for one encoder, and every batch keeps to
+        its own, whatever other threads ask for.
         """
-        if self._encoder != encode:
-            self._encoder, self._known = encode, {}
-        if group not in self._known:
+        encode = prediction.encode
+        assert encode is not None
+        if self not in prediction.memory:
+            encoder, kept = self._kept
+            if encoder != encode:
+                kept = {}
+                self._kept = encode, kept
+            prediction.memory[self] = kept
+        known: _Known = prediction.memory[self]
+        if group not in known:
             vectors = sentences(encode, list(counts))
             records = torch.tensor(list(counts.values()), dtype=torch.float32)
-            self._known[group] = vectors, records.to(vectors.device)
-        return self._known[group]
+            known[group] = vectors, records.to(vectors.device)
+        return known[group]

@@ -116,7 +116,10 @@ class References:
         rows = max(1, _CACHED // max(1, self.vectors.shape[1]))
         buffer = torch.empty_like(self.vectors[:rows])
         for part in self.vectors.split(rows):
-            yield torch.sub(part, self.centre, out=buffer[: len(part)])
+            if torch.is_grad_enabled():  # autograd keeps what it multiplied with
+                yield part - self.centre
+            else:
+                yield torch.sub(part, self.centre, out=buffer[: len(part)])
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> Hits:

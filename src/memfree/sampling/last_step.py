@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ class LastStep:
         self._eta = eta
         self._generator = generator
         self._flow_sigma = flow_sigma
+        self._may_draw = _may_draw(scheduler, eta, generator)
         self._random_state = random_state(output.device)
         x_t = sample.float()
         if flow_sigma is None:
@@ -143,13 +145,13 @@ class LastStep:
         if self.clean_range is None:
             other = self._step(self._output.float() + self._change(torch.ones_like(now)))
             gain = _mean(other - now)
-            offset, size = now - gain * self._x_0, self._x_0.abs().max()
+            offset, size = now - gain * self._x_0, _largest(self._x_0.abs())
         else:
             offset, gain = self._within(self.clean_range)
-            size = offset.new_tensor(self.clean_range)
+            size = self.clean_range
         if abs(gain) < LEAST_GAIN:
             return now, 0.0
-        exact = abs(gain - 1) < EXACT and bool(offset.abs().max() <= EXACT * size)
+        exact = abs(gain - 1) < EXACT and _largest(offset.abs()) <= EXACT * size
         return None if exact else (offset, gain)
 
     def _within(self, limit: float) -> tuple[Tensor, float]:
@@ -187,19 +189,44 @@ class LastStep:
         """
         output = self._output.float()
         one, other = self._step(output, output), self._step(output, output + 1)
-        return bool((one - other).abs().max() <= IDLE)
+        return _largest((one - other).abs()) <= IDLE
 
     def _step(self, prediction: Tensor, afterwards: Tensor | None = None) -> Tensor:
         # The class's own step: one that was replaced on the instance may watch the real steps.
         own, scheduler = type(self._scheduler).step, self._scheduler
-        with kept_random_state(prediction.device):
-            set_random_state(self._random_state)
+        with self._torchs_own_numbers():
             options = _step_options(scheduler, self._output, self._eta, self._generator)
             copied, held = _in_float32(scheduler), self._held
             for t in (self._t, *self._idle):
                 held = torch.as_tensor(own(copied, prediction, t, held, **options)[0])
                 prediction = prediction if afterwards is None else afterwards
             return held
+
+    @contextmanager
+    def _torchs_own_numbers(self) -> Iterator[None]:
+        """What the step will draw without a generator, drawn beforehand and put back."""
+        if not self._may_draw:  # other threads draw from there
+            yield
+            return
+        with kept_random_state(self._output.device):
+            set_random_state(self._random_state)
+            yield
+
+
+def _may_draw(scheduler: Any, eta: float, generator: Any) -> bool:
+    """Whether a step may draw from torch's own generators."""
+    if hasattr(scheduler, "noise_sampler"):  # DPM-Solver SDE seeds a tree of its own
+        return True
+    taken = inspect.signature(type(scheduler).step).parameters.keys()
+    if generator is not None or ("eta" in taken and eta == 0):
+        return False
+    return bool({"generator", "variance_noise"} & taken)
+
+
+def _largest(values: Tensor) -> float:
+    """The largest of what is finite; NaN, which is in no order, where nothing is."""
+    finite = values[values.isfinite()]
+    return float(finite.max()) if len(finite) else float("nan")
 
 
 def _mean(values: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -107,7 +107,9 @@ kept_random_state = _Borrowed()
 class OwnRandomness:
     """A stream beside torch's own random numbers, for code that draws without a generator.
 
-    The global generators stay where they were, so that such code moves nobody else's samples.
+    The global generators stay where they were, so that such code moves nobody else's samples. They
+    belong to all threads, though: in the meantime another one draws from this stream. So code that
+    hardly ever draws is watched at its first use, and if it did not draw, they are not touched.
 
     Args:
         seed: of the stream.
@@ -131,3 +133,32 @@ class OwnRandomness:
                 yield
             finally:
                 self._state = random_state(device)
+
+    @contextmanager
+    def if_drawn(self, device: torch.device, draws: dict[str, bool], part: str) -> Iterator[None]:
+        """``on`` for a part of the program that draws, nothing for one that does not.
+
+        The first use of a part is watched, and what it draws is not of the stream.
+
+        Args:
+            device: as of ``on``.
+            draws: by part, whether its first use drew; it is written here.
+            part: which this is.
+        """
+        if part in draws:
+            with self.on(device) if draws[part] else nullcontext():
+                yield
+            return
+        before = random_state(device)
+        moved = True
+        try:
+            yield
+            moved = _differ(before, random_state(device))
+            draws[part] = moved
+        finally:
+            if moved:
+                set_random_state(before)
+
+
+def _differ(one: RandomState, other: RandomState) -> bool:
+    return any(not torch.equal(state, other[device]) for device, state in one.items())

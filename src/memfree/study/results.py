@@ -14,7 +14,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from memfree.evaluation.intervals import rate_interval, shared_conditions
+from memfree.evaluation.intervals import Interval, rate_interval, shared_conditions
 from memfree.evaluation.metrics import Metric, metric, read_metrics
 from memfree.folders.atomic_files import write_atomic
 from memfree.study.against_oracle import write_against_oracle
@@ -142,8 +142,11 @@ def ladder_metrics(per_sample: Path, factors: Sequence[int]) -> list[Metric]:
         for factor in factors:
             near = mine.filter(pc.equal(mine["nearest_multiplicity"], factor))
             if len(near):
-                images = shared_conditions(near["nearest_key"].to_pylist())
-                rate = rate_interval(near["copy"].to_numpy(zero_copy_only=False), images)
+                keys = near["nearest_key"].to_pylist()
+                copies = near["copy"].to_numpy(zero_copy_only=False)
+                rate = rate_interval(copies, shared_conditions(keys))
+                if len(keys) > len(set(keys)) == 1:
+                    rate = Interval(rate.value)  # one image says nothing of others
                 found.append(metric(f"copies_at_factor_{factor}", subject, rate, len(near)))
     return found
 

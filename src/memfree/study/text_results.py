@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -18,6 +19,7 @@ from memfree.folders.atomic_files import write_atomic, write_text
 from memfree.study.detectors import Roc, detectors
 from memfree.study.table import ResultTable, figure_text
 from memfree.study.text_plots import write_front, write_roc
+from memfree.untrusted import read_table
 
 ORACLE = "oracle"
 """The same network trained on the images without repetitions."""
@@ -88,7 +90,8 @@ def summarise_text(
     write_atomic(cell / f"{name}.csv", lambda path: pa_csv.write_csv(table, path))
     shown = [*subjects, HELDOUT]
     rocs = detectors(samples, folder, prompt_sets, REFERENCE) if REFERENCE in subjects else []
-    write_text(cell / f"{name}.md", as_markdown(found, shown, rocs))
+    alone = [prompts for prompts in prompt_sets if _has_one_caption(folder / prompts)]
+    write_text(cell / f"{name}.md", as_markdown(found, shown, rocs, alone))
     write_front(cell / f"{name}.png", found, subjects)
     if rocs:
         write_roc(cell / f"{name}-detection.png", rocs)
@@ -112,8 +115,26 @@ def gather_text(folder: Path, prompt_sets: Sequence[PromptSet]) -> Found:
     return found
 
 
-def as_markdown(found: Found, subjects: Sequence[str], rocs: Sequence[Roc]) -> str:
-    """A table a prompt set, with 95 % intervals; then how well copies are foreseen."""
+def _has_one_caption(evaluation: Path) -> bool:
+    """Whether all samples of a prompt set were asked for the same."""
+    table = read_table(evaluation / "pixels" / "per_sample.parquet")
+    return "caption" in table.column_names and len(pc.unique(table["caption"].drop_null())) == 1
+
+
+def as_markdown(
+    found: Found,
+    subjects: Sequence[str],
+    rocs: Sequence[Roc],
+    alone: Sequence[PromptSet] = (),
+) -> str:
+    """A table a prompt set, with 95 % intervals; then how well copies are foreseen.
+
+    Args:
+        found: the metrics.
+        subjects: in the order of the rows.
+        rocs: of the scores that foresee copies.
+        alone: prompt sets of one caption.
+    """
     tables = []
     for prompts in dict.fromkeys(prompts for prompts, _, _ in found):
         columns = _columns(found, prompts, subjects)
@@ -123,6 +144,8 @@ def as_markdown(found: Found, subjects: Sequence[str], rocs: Sequence[Roc]) -> s
         ]
         heading = f"{prompts.capitalize()}: {PROMPTS[prompts]}"
         text = _intervals_over(found, prompts)
+        if prompts in alone:
+            text = "One caption: 95 % intervals over its samples."
         tables.append(ResultTable(heading, ["", *columns.values()], rows, text))
     if rocs:
         rows = [

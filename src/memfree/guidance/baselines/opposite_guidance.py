@@ -57,6 +57,8 @@ class _Passed:
 class _BeforeTransition:
     """Recombines the branches with another scale in the samples before their transition."""
 
+    calls_denoiser = False
+
     def __init__(self, options: OppositeGuidanceOptions) -> None:
         self.options = options
 

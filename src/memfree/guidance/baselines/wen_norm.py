@@ -31,6 +31,8 @@ class WenNorm:
         steps: how many steps, from the first.
     """
 
+    calls_denoiser = False
+
     def __init__(self, steps: int = 1) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")

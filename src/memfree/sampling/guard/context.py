@@ -279,6 +279,8 @@ def _watched_processor(session: Session) -> property:
     """``pipe.image_processor``, which shows the session what becomes an output."""
 
     def read(self: Any) -> Watched:
+        if "image_processor" not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no image_processor")
         return Watched(vars(self)["image_processor"], session.postprocessed)
 
     def write(self: Any, value: Any) -> None:

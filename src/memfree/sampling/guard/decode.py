@@ -57,6 +57,8 @@ class Decoder:
             check_latents(self._latents.features, autoencoder, "memfree.guard: latents=")
         self.autoencoder = autoencoder
         self.small = autoencoder if self._given_small is None else self._given_small
+        self.draws: dict[str, bool] = {}
+        """Which parts of the guard draw random numbers; see ``OwnRandomness.if_drawn``."""
         self._copy: Any = None
         self._fitting: torch.Size | None = None  # asked once a size: it costs an embedding
 

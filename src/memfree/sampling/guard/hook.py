@@ -205,9 +205,17 @@ class Draw:
             )
         return View(self, arguments, level, float(scale) if twice else 1.0, bool(twice))
 
-    def own_randomness(self) -> AbstractContextManager[None]:
-        """Where the guard's own parts may draw, such as an autoencoder: torch's stay in place."""
-        return self._randomness.on(self.pipe._execution_device)
+    def own_randomness(self, part: str, drawing: Sequence[Any]) -> AbstractContextManager[None]:
+        """Where the guard's own parts may draw, such as an autoencoder: torch's stay in place.
+
+        Args:
+            part: with one autoencoder it draws always or never.
+            drawing: what runs there; what is not of this package may draw at any step.
+        """
+        device = self.pipe._execution_device
+        if all(type(one).__module__.startswith("memfree.") for one in drawing):
+            return self._randomness.if_drawn(device, self.decoder.draws, part)
+        return self._randomness.on(device)
 
     def _step_of(self, view: View, base: Prediction) -> tuple[Any, ...]:
         """The scheduler's step from here, as ``LastStep`` takes it."""
@@ -276,7 +284,7 @@ class Draw:
         decoder.follow(self.pipe.vae)
         with (
             explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()),
-            self.own_randomness(),
+            self.own_randomness("the end" if base.is_last else "the way", self.guidances),
         ):
             result = apply(self.guidances, base)
         self.trace.append(trace_rows(result, view.level.step, view.level.t))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -159,23 +159,32 @@ class Session:
 
     def watch(self, pipe: Any) -> None:
         """Put the watch on a pipeline's denoiser."""
-        denoiser, stack = getattr(pipe, self.family.denoiser), ExitStack()
-        stack.enter_context(watched(denoiser, self._called_outside))
-        self._watched[pipe] = (denoiser, stack)
+        denoiser = getattr(pipe, self.family.denoiser)
+        with self._lock:
+            # Copies of a pipeline share the denoiser, and with it one watch: a call counts once.
+            others = [watch for watch in self._watched.values() if watch[0] is denoiser]
+            if not others:
+                stack = ExitStack()
+                stack.enter_context(watched(denoiser, self._called_outside))
+                others = [(denoiser, stack)]
+            self._watched[pipe] = others[0]
 
     def leave(self, pipe: Any) -> None:
-        """Take the watch off a pipeline's denoiser."""
-        if (watch := self._watched.pop(pipe, None)) is not None:
-            watch[1].close()
+        """Take the watch off a pipeline's denoiser, unless another pipeline of ours has it too."""
+        with self._lock:
+            watch = self._watched.pop(pipe, None)
+            if watch is not None and all(one is not watch for one in self._watched.values()):
+                watch[1].close()
 
     @contextmanager
     def unwatched(self, pipe: Any) -> Iterator[None]:
         """Without the watch on a pipeline's denoiser, as for a copy of it."""
-        self.leave(pipe)
+        denoiser, stack = self._watched[pipe]
+        stack.close()
         try:
             yield
         finally:
-            self.watch(pipe)
+            stack.enter_context(watched(denoiser, self._called_outside))
 
     def release(self) -> None:
         """Give every guarded pipeline its own class back: the one of the block and its copies."""
@@ -206,9 +215,7 @@ class Session:
             self.report.calls += 1
             self._images += len(places)
         output, drawing = self._draw(pipe, call, number, 0, places, first)
-        device = pipe._execution_device
-        with self._randomness.on(device):
-            images, verdicts, kept = self._judged(output, drawing, call, number, places)
+        images, verdicts, kept = self._judged(output, drawing, call, number, places)
         draws = 1
         while draws < self.budget and not all(kept):
             again = [place for place in places if not kept[place]]
@@ -217,7 +224,7 @@ class Session:
             part = part.with_(generator=generators, return_dict=True)
             if "latents" in part.given:
                 part = part.with_(latents=None)
-            with self._randomness.on(device):
+            with self._randomness.on(pipe._execution_device):
                 redrawn, drawing = self._draw(pipe, part, number, draws, again, first)
                 others, judged, accepted = self._judged(redrawn, drawing, call, number, again)
             draws += 1
@@ -299,29 +306,50 @@ class Session:
                 f"memfree.guard: {self.kind.__name__} returned {len(images)} images, where prompt "
                 f"and num_images_per_prompt ask for {len(places)}"
             )
-        device = self.judge.index.device
         draw = drawing.draw
         self.decoder.follow(draw.pipe.vae)
         finished = draw.finished or draw.last is None
-        if finished:
-            kind = call.all.get("output_type") or "pil"
-            made = as_tensor(images, kind, self.decoder, device)
-            seen = drawing.finite[-1] if drawing.finite else None
-            finite = finite_rows(made) if seen is None or len(seen) != len(made) else seen
-        else:
-            assert draw.last is not None
-            with torch.no_grad():
-                made = self.decoder.finished(draw.last.clean_estimate()).to(device)
-            finite = finite_rows(made)
-        if isinstance(images, Tensor):
-            finite = finite.cpu() & finite_rows(images).cpu()
-        verdicts = self.judge.verdicts(made, finite, finished, number, places)
-        kept = [True] * len(places)
-        if self.mitigation is not None:
-            kept = self._accepted(self.mitigation, made)
+        kind = call.all.get("output_type") or "pil"
+        with self._own_randomness(draw.pipe, decodes=kind == "latent" or not finished):
+            made, finite = self._made(images, drawing, kind, finished)
+            verdicts = self.judge.verdicts(made, finite, finished, number, places)
+            kept = [True] * len(places)
+            if self.mitigation is not None:
+                # Of what is not finite nothing can be said: it is returned as it is.
+                accepted = self._accepted(self.mitigation, made.nan_to_num(0.0))
+                kept = [
+                    fine or not one.finite for fine, one in zip(accepted, verdicts, strict=True)
+                ]
         if self.on_copy == "resample":
             kept = [fine and not verdict.copy for fine, verdict in zip(kept, verdicts, strict=True)]
         return images, verdicts, kept
+
+    def _made(
+        self, images: Any, drawing: Drawing, kind: str, finished: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What is judged, images in [−1, 1], and which of them (n,) bool are finite."""
+        device = self.judge.index.device
+        seen = drawing.finite[-1].cpu() if drawing.finite else None
+        if finished:
+            made = as_tensor(images, kind, self.decoder, device)
+        else:
+            assert drawing.draw.last is not None
+            with torch.no_grad():
+                made = self.decoder.finished(drawing.draw.last.clean_estimate()).to(device)
+        finite = finite_rows(made).cpu()
+        if seen is not None and len(seen) == len(made):
+            # Guidances were given numbers for NaN; only the pipeline's own images still tell.
+            finite = seen if finished else finite & seen
+        if isinstance(images, Tensor):
+            finite = finite & finite_rows(images).cpu()
+        return made, finite
+
+    def _own_randomness(self, pipe: Any, decodes: bool) -> AbstractContextManager[None]:
+        """Where judging may draw, as an autoencoder might: torch's generators stay in place."""
+        device, part = pipe._execution_device, "judging latents" if decodes else "judging"
+        if self.mitigation is None or type(self.mitigation).__module__.startswith("memfree."):
+            return self._randomness.if_drawn(device, self.decoder.draws, part)
+        return self._randomness.on(device)
 
     def _accepted(self, mitigation: Mitigation, finished: Tensor) -> list[bool]:
         """Which finished images the mitigation keeps."""

@@ -54,7 +54,8 @@ class Stages:
         family, arguments = self.draw.family, None
         if not self._started:
             self._started = True
-            with torch.inference_mode(False), torch.no_grad(), self.draw.own_randomness():
+            own = self.draw.own_randomness("the start", [self.mitigation])
+            with torch.inference_mode(False), torch.no_grad(), own:
                 arguments = usable(self.draw.bound(args, kwargs))
                 noise = self._start(arguments)
             if noise is not None:
