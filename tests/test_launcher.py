@@ -28,6 +28,8 @@ SRUN = {
     "SLURM_JOB_NAME": "bash",
 }
 ONE_TASK = {**SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}
+# The shell that salloc opens as a step: the number of tasks is the allocation's.
+SHELL = {**ONE_TASK, "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "1"}
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1",
     "OMPI_COMM_WORLD_SIZE": "2",
@@ -71,6 +73,8 @@ def told(monkeypatch, variables):
             ("torchrun", 0, 1, 0, (2,)),
         ),
         (ONE_TASK, ("srun", 0, 1)),
+        (SHELL, ("srun", 0, 1)),
+        ({**SHELL, "PMI_RANK": "0", "PMI_SIZE": "1"}, ("srun", 0, 1)),
         # What Lightning itself has started, also in a task of SLURM's.
         ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, ("Lightning", 1, 2, 1)),
         ({**ONE_TASK, "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ("Lightning", 1, 2, 1)),
@@ -115,15 +119,33 @@ def test_the_innermost_launcher_is_read(monkeypatch, variables, launch):
         ("PMI_RANK", "x"),
         ("JSM_NAMESPACE_RANK", "x"),
         ("FLUX_TASK_RANK", "x"),
-        ("MASTER_PORT", "none"),
-        ("MASTER_PORT", "70000"),
-        ("MASTER_ADDR", ""),
     ],
 )
 def test_a_spoilt_variable_is_named(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=rf"variable {name}\b"):
         launched()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    # Kubernetes sets the first for a service that is called master.
+    [("MASTER_PORT", "tcp://10.0.0.1:80"), ("MASTER_PORT", "70000"), ("MASTER_ADDR", "")],
+)
+def test_where_processes_meet_matters_to_several_only(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with as_one_run(launched(), 1):
+        assert os.environ[name] == value
+    with pytest.raises(ValueError, match=rf"variable {name}\b"), as_one_run(launched(), 2):
+        pass
+
+
+def test_variables_of_users_are_left_alone(monkeypatch):
+    users = {"ROLE_ARN": "arn:aws:iam::1:role/x", "GROUP_ID": "7"}
+    told(monkeypatch, {**TORCHRUN, **users, "ROLE_RANK": "3", "GROUP_WORLD_SIZE": "2"})
+    with as_one_run(launched(), 1):
+        assert users.items() <= os.environ.items()
+        assert not {"ROLE_RANK", "GROUP_WORLD_SIZE"} & os.environ.keys()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +176,7 @@ def test_a_rank_outside_its_world_is_named(monkeypatch, rank, size):
         (SRUN, 1, 1, False),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, 2, 1, True),
         (ONE_TASK, 4, 1, False),  # Lightning starts the other three
+        (SHELL, 4, 1, False),
         (OPEN_MPI, 2, 1, True),
         (POD, 1, 4, True),
         ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 2, 1, True),

@@ -1,14 +1,17 @@
 """`memfree scratch`: a whole pipeline folder from captioned images, resumed and left alone."""
 
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from memfree import cli
 from memfree.data import PartSizes, prepare
+from memfree.scratch import scratch
 
 SMALL = [
     "--autoencoder.block_out_channels=[8,8]",
@@ -53,3 +56,22 @@ def test_it_is_built_once_and_resumed_by_the_same_command(data, tmp_path, capsys
     assert (tmp_path / "out" / "manifest.json").read_bytes() == made
     (tmp_path / "out" / "manifest.json").unlink()  # as if killed before the end
     assert "resuming from" in scratch("--autoencoder.steps=2")
+
+
+@pytest.mark.parametrize(
+    ("captions", "fails", "error", "message"),
+    [
+        ([], None, ValueError, "all captions of its training images are empty"),
+        (["a"], torch.OutOfMemoryError("CUDA out of memory"), RuntimeError, "out of memory"),
+        (["a"], MemoryError("none left"), MemoryError, "none left"),
+        (["a"], TypeError("hidden"), ValueError, "--model.* makes no text-to-image model: hidden"),
+    ],
+)
+def test_what_is_wrong_is_named(data, tmp_path, monkeypatch, captions, fails, error, message):
+    monkeypatch.setattr("memfree.scratch._captions", lambda _: captions)
+    if fails:
+        build = Mock(side_effect=fails)
+        monkeypatch.setattr("memfree.models.small_pipeline.build_pipeline", build)
+    with pytest.raises(error, match=re.escape(message)):
+        scratch(data, tmp_path / "out", accelerator="cpu")
+    assert not (tmp_path / "out").exists()

@@ -2,17 +2,20 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 from jsonargparse.typing import PositiveInt
+from rich.console import Console
 from submitit.core.utils import DelayedSubmission
 
 from memfree import cli
 from memfree.slurm.command_line import submission_of
 from memfree.slurm.options import SlurmOptions
 from memfree.slurm.submission import Submission, outside_of_job, run_in_job
+from memfree.stages import Stage, run_stages
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TRAIN = [f"--config={CONFIGS / 'digits.yaml'}"]
@@ -84,6 +87,16 @@ def test_an_array_is_one_script_and_a_part_for_each_job(tmp_path, monkeypatch, c
     assert ran == [["--config=a.yaml", "--part=3/4"]]
     cli.main(["submit", "sample", *SAMPLE, *options, "--dry_run=true"])
     assert "# with --part 1/4 to 4/4, one a job" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status", [None, 0, 3])
+def test_a_job_ends_with_the_status_of_its_command(tmp_path, monkeypatch, status):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("memfree.stages.run_command", lambda *_, **__: status)
+    with pytest.raises(SystemExit) if status else nullcontext() as exit_:
+        run_in_job("audit", "a.yaml", str(tmp_path))
+    assert not status or exit_.value.code == status
+    run_stages([Stage("audit")] * 2, Console(quiet=True))  # goes on
 
 
 @pytest.mark.parametrize(

@@ -305,9 +305,13 @@ def _as_one_run(launch: Launch, config: Namespace) -> AbstractContextManager[Non
     """Take the processes of a launcher as the options --trainer.* say: one run, or one each."""
     devices, nodes = 1, config.get("trainer.num_nodes", 1)
     if launch.told and "trainer.devices" in config:
-        from memfree.trainers import device_count
+        from memfree.trainers import device_count, means_all_started
 
-        devices = device_count(launch, config["trainer.accelerator"], config["trainer.devices"])
+        given = config["trainer.devices"]
+        devices = device_count(launch, config["trainer.accelerator"], given)
+        if means_all_started(launch, given):
+            # A run by itself forgets torchrun, after which it would mean all devices.
+            config["trainer.devices"] = devices
     return as_one_run(launch, devices, nodes)
 
 

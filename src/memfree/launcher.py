@@ -119,7 +119,8 @@ _SINGLE = {
 }
 """What SLURM says to a step of one task: the job is still the job, to be requeued for instance."""
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
-_PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_", "GROUP_", "ROLE_")
+_PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_")
+_OF_TORCHRUN = ("GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
 
 
 def launched() -> Launch:
@@ -144,6 +145,8 @@ def launched() -> Launch:
 
 def _read(names: _Names) -> Launch:
     size = os.environ.get(names.size)
+    if names is _SRUN:
+        size = _step_size()
     local = os.environ.get(names.local_size)
     per_node: tuple[int, ...] = () if local is None else (int(local),)
     if names is _SRUN:
@@ -176,10 +179,15 @@ def _in_srun() -> bool:
     return "SLURM_STEP_ID" in os.environ or "SLURM_TASK_PID" not in os.environ
 
 
+def _step_size() -> str | None:
+    """Tasks of this step; in the shell that salloc opens, SLURM_NTASKS is the allocation's."""
+    return os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get(_SRUN.size))
+
+
 def _by_srun(names: _Names) -> bool:
     """Whether srun itself has set the variables that mpirun sets, as it does for MPI programs."""
-    pairs = (names.rank, _SRUN.rank), (names.size, _SRUN.size)
-    return _in_srun() and all(os.environ.get(ours) == os.environ.get(its) for ours, its in pairs)
+    ours = os.environ.get(names.rank), os.environ.get(names.size)
+    return _in_srun() and ours == (os.environ.get(_SRUN.rank), _step_size())
 
 
 def _tasks_per_node() -> tuple[int, ...]:
@@ -218,12 +226,22 @@ def check_variables() -> None:
         _checked(name)
     for name in _SIZES:
         _checked(name, least=1)
+    _checked("SLURM_JOB_ID")
+
+
+def check_meeting() -> None:
+    """Refuse a place where processes cannot meet; only for those that do.
+
+    Kubernetes sets ``MASTER_PORT=tcp://...`` everywhere for a service that is called master.
+
+    Raises:
+        ValueError: names the variable.
+    """
     port = _checked("MASTER_PORT", least=1)
     if port is not None and port > 65535:
         raise ValueError(f"environment variable MASTER_PORT={port}: ports end at 65535")
     if os.environ.get("MASTER_ADDR", "set").strip() == "":
         raise ValueError("environment variable MASTER_ADDR is empty: unset it, or name a host")
-    _checked("SLURM_JOB_ID")
 
 
 def _checked(name: str, least: int = 0) -> int | None:
@@ -259,11 +277,13 @@ def joined(launch: Launch, devices: int, nodes: int = 1) -> bool:
         False for a run of this process alone, and for one whose further processes Lightning starts.
 
     Raises:
-        ValueError: the run is to have several processes, and others were started.
+        ValueError: the run is to have several processes, and others were started, or the variables
+            that say where they meet are spoilt.
     """
     wanted = devices * nodes
     if wanted == 1:
         return False
+    check_meeting()
     options = f"--trainer.devices {devices} --trainer.num_nodes {nodes}"
     if launch.launcher == LIGHTNING:
         if (launch.local_rank or 0) >= devices or int(os.environ.get("NODE_RANK", 0)) >= nodes:
@@ -357,6 +377,7 @@ def is_launchers(name: str) -> bool:
         or name in known
         or name in _MEETING
         or name in _RANKS
+        or name in _OF_TORCHRUN
         or name.startswith(_PREFIXES)
     )
 
@@ -372,7 +393,8 @@ def _meeting(launch: Launch, devices: int) -> Mapping[str, str]:
         node, local = divmod(launch.rank, devices)
         said = {name: os.environ[name] for name in _SINGLE if name in os.environ}
         place = {"SLURM_NODEID": str(node), "SLURM_LOCALID": str(local), **said, **place}
-        return {**_slurm_meeting(), **place, "SLURM_NTASKS_PER_NODE": str(devices)}
+        counts = {"SLURM_NTASKS": str(launch.size), "SLURM_NTASKS_PER_NODE": str(devices)}
+        return {**_slurm_meeting(), **place, **counts}
     assert launch.size is not None
     if launch.size == devices:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "12910", **place}

@@ -31,7 +31,7 @@ def explained_memory(doing: str, ways: Sequence[str]) -> Iterator[None]:
     except ExplainedOutOfMemoryError:
         raise
     except (RuntimeError, MemoryError) as error:
-        if not _ran_out(error):
+        if not ran_out(error):
             raise
         raise ExplainedOutOfMemoryError(f"out of memory while {doing}: {_advice(ways)}") from error
 
@@ -42,6 +42,7 @@ def _advice(ways: Sequence[str]) -> str:
     return f"give {', or '.join(ways)}"
 
 
-def _ran_out(error: Exception) -> bool:
+def ran_out(error: Exception) -> bool:
+    """Whether an error of torch or Python says that there is no memory left."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or any(sign in str(error) for sign in _SIGNS)

@@ -26,6 +26,8 @@ _EXACTNESS = 60.0
 _heeded: ContextVar[bool] = ContextVar("heeded", default=False)
 _ATTEMPTS = 3
 """Times that SLURM's controller is asked; each waits for its answer for some seconds."""
+_TURN = 5.0
+"""Seconds after which another task of a farm requeues the job: the first may have ended before."""
 _PATIENCE = 60.0
 """Seconds that the other tasks of a job leave to the first, which requeues it."""
 
@@ -117,10 +119,16 @@ def requeued_when_warned(goes_on: bool = True) -> Iterator[None]:
         yield
         return
 
+    first = is_first_process()  # later each task of a farm is one by itself
+
     def leave(number: int, *_: object) -> None:
         ignore()
         name = signal.Signals(number).name
-        if is_first_process():
+        requeues = is_first_process()
+        if requeues and not first:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_TURN)
+        if requeues:
             reason = requeue(goes_on)
             what = "the job is requeued" if reason is None else f"not requeued: {reason}"
             print(f"memfree: {name} came: {what}", file=sys.stderr)

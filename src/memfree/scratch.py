@@ -57,6 +57,7 @@ def scratch(
     """
     import torch
 
+    from memfree.memory import ran_out
     from memfree.models.autoencoder import AutoencoderModule
     from memfree.models.checkpoints import AtomicCheckpointIO, Checkpoints
     from memfree.models.claim import CHECKPOINTS, RECONSTRUCTIONS, begin, claim
@@ -71,6 +72,9 @@ def scratch(
     training, held_out = data.part("train"), data.part("test")
     if training.captions is None:
         raise ValueError(f"--dataset {dataset} has no captions: a text-to-image model needs them")
+    captions = _captions(data)
+    if not captions:
+        raise ValueError(f"--dataset {dataset}: all captions of its training images are empty")
     images = torch.cat([training.images(), data.part("fit").images()])
     # The whole build is what a checkpoint of its one training must agree on.
     build = {"dataset_hash": data.hash, "model": asdict(model)}
@@ -82,10 +86,11 @@ def scratch(
     if claimed.found == "finished":
         say(f"{out} is already built as asked")
         return
-    captions = _captions(data)
     try:
         build_pipeline(module.network, captions, model, seed)
     except Exception as error:  # whatever diffusers and transformers make of sizes that do not fit
+        if ran_out(error):
+            raise
         raise ValueError(f"--model.* makes no text-to-image model: {short(error)}") from error
     with quiet(*ADVICE):
         fit = build_trainer(

@@ -55,12 +55,16 @@ class Stage:
             message = option_message(str(error), parser).removesuffix("; see --help")
             raise ValueError(f"{' '.join(message.split())} (in: {self.line()})") from error
 
-    def run(self) -> None:
-        """Run it in this process; a failure ends the process with the command's own one line."""
+    def run(self) -> Any:
+        """Run it in this process; a failure ends the process with the command's own one line.
+
+        Returns:
+            What the command returns: for some an exit status, which is no failure of a chain.
+        """
         before = sys.argv
         sys.argv = self.words()  # manifests and reports name this command, not the whole chain
         try:
-            run_command(self.command, self.arguments(), prog=self.line().split(" --")[0])
+            return run_command(self.command, self.arguments(), prog=self.line().split(" --")[0])
         finally:
             sys.argv = before
 

@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 
-from memfree.launcher import LIGHTNING, Launch, joined, knows_mpi, launched
+from memfree.launcher import LIGHTNING, Launch, check_meeting, joined, knows_mpi, launched
 from memfree.quiet import SRUN_UNUSED, quiet
 
 _DEVICES = {
@@ -66,6 +66,8 @@ def build_trainer(**options: Any) -> Trainer:
                 "plugins": [*options.get("plugins", []), _environment(launch, together)],
             }
         )
+    if trainer.world_size > 1:
+        check_meeting()
     if not together:
         # Lightning has read it from the launcher's variables when it was imported.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
@@ -85,7 +87,7 @@ def device_count(
     Raises:
         ValueError: there are no such devices here.
     """
-    if str(devices) in ("auto", "-1") and launch.launcher == "torchrun":
+    if means_all_started(launch, devices):
         return launch.per_node[0] if launch.per_node else launch.size or 1
     if str(devices).isdecimal() and int(str(devices)) > 0:
         return int(str(devices))
@@ -99,6 +101,11 @@ def device_count(
             enable_progress_bar=False,
             enable_model_summary=False,
         ).num_devices
+
+
+def means_all_started(launch: Launch, devices: int | str | Sequence[int]) -> bool:
+    """Whether ``devices`` are as many as torchrun has started, and not all that are there."""
+    return launch.launcher == "torchrun" and str(devices) in ("auto", "-1")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 256 << 20
 """Largest JSON file that is read, bytes: the calibration of millions of images."""
+_DIGITS = 4000  # of an integer that is kept: Python reads and writes no more than 4300
 _DEPTH = 64  # of lists and objects in each other: all that is written here has fewer
 _FREE = 64 << 20  # bytes that any table may take in memory
 _RATIO = 1000  # and how many times the bytes of its file
@@ -63,7 +65,8 @@ def check_plain_folder(folder: Path) -> None:
             continue
         seen.add((found.st_dev, found.st_ino))
         for name in files:
-            check_plain(Path(place, name))
+            with suppress(FileNotFoundError):  # a link to nothing, which nobody can read
+                check_plain(Path(place, name))
 
 
 def parse_json(text: str | bytes, any_number: bool = False) -> Any:
@@ -71,8 +74,8 @@ def parse_json(text: str | bytes, any_number: bool = False) -> Any:
 
     Args:
         text: the JSON.
-        any_number: take NaN, infinities and numbers of any size too, as floats where they are
-            larger than 64 bits.
+        any_number: take NaN, infinities and numbers of any size too. Integers stay exact, beyond
+            64 bits as well; those of more than 4000 digits become infinities.
 
     Raises:
         ValueError: it is no JSON, is nested too deeply, or has such a number.
@@ -323,7 +326,7 @@ def _integer(text: str) -> int:
 
 
 def _integer_or_float(text: str) -> int | float:
-    return int(text) if len(text) <= 20 else float(text)
+    return int(text) if len(text) <= _DIGITS else float(text)
 
 
 def _finite(text: str) -> float:

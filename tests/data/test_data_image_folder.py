@@ -11,7 +11,7 @@ from memfree.data import prepare
 from memfree.data.framing import Framing
 from memfree.data.ingest import ingest
 from memfree.data.options import RecordOptions
-from memfree.data.skipped import LeftOut, Skipped
+from memfree.data.skipped import INCOMPLETE, LeftOut, Skipped
 from memfree.data.sources import ImageFolder, SourceImage
 
 
@@ -206,6 +206,7 @@ def test_metadata_and_pictures_that_do_not_fit(put, metadata, message):
     [
         ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{', "line 2"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": ["x"]}', "line 1: its caption"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": Infinity}', "line 1: its caption"),
         ("metadata.jsonl", '{"file_name": 7, "text": "x"}', "line 1"),
         (
             "metadata.jsonl",
@@ -280,12 +281,19 @@ def test_summary_and_manifest(put, tmp_path, capsys):
     folder = put(**{f"{number}.png": number for number in range(20)}, **{"b.gif": "x", "n.md": "x"})
     with pytest.raises(ValueError, match=r"b\.gif"):
         prepare(tmp_path / "out", "folder", str(folder))
-    prepare(tmp_path / "out", "folder", str(folder), on_error="skip")
+    assert prepare(tmp_path / "out", "folder", str(folder), on_error="skip") == INCOMPLETE
     line = capsys.readouterr().err.splitlines()[-1]
     assert "1 of 21 images skipped" in line and "b.gif" in line and "left out: 1 (n.md)" in line
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["left_out"] == {"count": 1, "first": ["n.md"]}
     assert "b.gif" in manifest["skipped"]["first"][0]
+
+
+def test_a_foreign_picture_with_a_caption_is_counted_once(put):
+    rows = "".join(f'{{"file_name": "{name}", "text": "x"}}\n' for name in ("a.png", "b.gif"))
+    skipped = Skipped()
+    load(put(**{"a.png": 0, "b.gif": "x", "metadata.jsonl": rows}), skipped)
+    assert skipped.records == 1 and "only PNG, JPEG and WEBP" in skipped.messages[0]
 
 
 def edit_caption(folder):
@@ -310,9 +318,20 @@ def edit_pixels_but_neither_size_nor_age(folder):
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def remove_all_pictures(folder):
+    for file in folder.rglob("*.png"):
+        file.unlink()
+
+
 @pytest.mark.parametrize(
     "change",
-    [edit_caption, move_between_classes, rename_class, edit_pixels_but_neither_size_nor_age],
+    [
+        edit_caption,
+        move_between_classes,
+        rename_class,
+        edit_pixels_but_neither_size_nor_age,
+        remove_all_pictures,
+    ],
 )
 def test_a_changed_folder_is_not_called_done(put, tmp_path, capsys, change):
     files = {
@@ -327,7 +346,7 @@ def test_a_changed_folder_is_not_called_done(put, tmp_path, capsys, change):
     for file in folder.rglob("*"):
         os.utime(file)  # looked at again, and found to be the same
     (folder / "a" / "notes.md").write_text("no part of the data set")
-    prepare(tmp_path / "out", "folder", str(folder))
+    assert prepare(tmp_path / "out", "folder", str(folder)) == 0  # though notes.md is left out
     assert capsys.readouterr().err.count("already prepared") == 2
     change(folder)
     with pytest.raises(ValueError, match="--path .* changed after .*--overwrite"):

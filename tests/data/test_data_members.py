@@ -176,7 +176,10 @@ def test_tars_that_were_joined_are_noticed(tmp_path, tar, png):
         ({"json": b'{"caption": "words", "clip": NaN, "w": Infinity}'}, "words"),
         ({"json": b'{"caption": "words", "id": 123456789012345678901}'}, "words"),
         ({"json": b'{"caption": "words", "sum": %s}' % (b"9" * 5000)}, "words"),
+        ({"json": b'{"caption": -123456789012345678901}'}, "-123456789012345678901"),
         ({"json": b'{"caption": NaN}'}, None),
+        ({"json": b'{"caption": "words", "label": NaN}'}, "words"),
+        ({"json": b'{"caption": "words", "label": NaN}', "cls": b"3"}, "words"),
         ({"json": b'{"caption": null}'}, None),
         ({"json": b'{"caption": "words", "label": "cat"}', "cls": b"3"}, "words"),
     ],
@@ -198,7 +201,12 @@ def test_captions_are_read(tmp_path, tar, png, members, expected):
         ({"json": b'{"caption": "a\\u0000b"}'}, "NUL"),
         ({"json": b'{"caption": "a\\ufffdb"}'}, "U\\+FFFD"),
         ({"json": b'{"caption": Infinity}'}, "not text"),
+        ({"json": b'{"caption": %s}' % (b"9" * 5000)}, "not text"),
         ({"json": b'{"caption": true}'}, "not text"),
+        ({"json": b'{"label": 123456789012345678901}'}, "class 12345"),
+        ({"json": b'{"label": %s}' % (b"9" * 4000)}, "class 9999"),
+        ({"json": b'{"label": %s}' % (b"1" + b"0" * 22)}, "class 1000"),
+        ({"cls": b"1", "json": b'{"label": %s}' % (b"9" * 4000)}, "is 1 in .cls, but 99"),
         ({"txt": b"one", "json": b'{"caption": "two"}'}, "--records.caption_source"),
         ({"txt": b"one", "caption": b"two"}, "--records.caption_source"),
         ({"cls": b"1", "json": b'{"label": 2}'}, "class is 1 in .cls, but 2"),
@@ -213,6 +221,7 @@ def test_captions_and_classes_that_are_refused(tmp_path, tar, png, members, mess
     with pytest.raises(ValueError, match=message) as error:
         read(shard)
     assert "a/1" in str(error.value) and "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -225,7 +234,15 @@ def test_which_caption_is_meant(tmp_path, tar, png, source, caption):
 
 
 @pytest.mark.parametrize(
-    ("group", "expected"), [("7", "7"), ("7.0", "7"), ('"7"', "7"), ("NaN", None), ("null", None)]
+    ("group", "expected"),
+    [
+        ("7", "7"),
+        ("7.0", "7"),
+        ('"7"', "7"),
+        ("123456789012345678901", "123456789012345678901"),
+        ("NaN", None),
+        ("null", None),
+    ],
 )
 def test_groups_that_are_numbers(tmp_path, tar, png, group, expected):
     meta = b'{"group": %s}' % group.encode()

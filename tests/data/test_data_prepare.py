@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from memfree import cli
 from memfree.data import (
     DatasetFolder,
     DuplicationPlan,
@@ -18,6 +19,7 @@ from memfree.data import (
 )
 from memfree.data.records import Items
 from memfree.data.shards import ShardWriter
+from memfree.data.skipped import INCOMPLETE
 from memfree.folders import whole_folder
 
 SMALL = PartSizes(train=60, calibration=40, test=30, fit=20)
@@ -227,7 +229,9 @@ def test_broken_images_are_counted(tmp_path, encode, capsys):
     with pytest.raises(ValueError, match=r"07.png: not a PNG"):
         prepare(tmp_path / "out", "folder", str(source))
     assert not (tmp_path / "out").exists()
-    prepare(tmp_path / "out", "folder", str(source), on_error="skip")
+    command = ["prepare", f"--out={tmp_path / 'out'}", "--source=folder", f"--path={source}"]
+    # So a script learns of it, also where the same command does nothing.
+    assert [cli.main([*command, "--on_error=skip"]) for _ in range(2)] == [INCOMPLETE] * 2
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["skipped"]["images"] == 1 and "07.png" in manifest["skipped"]["first"][0]
     assert manifest["skipped"]["shards"] == []

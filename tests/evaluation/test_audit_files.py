@@ -13,7 +13,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from memfree import cli
-from memfree.evaluation.audit import INCOMPLETE, audit, measure
+from memfree.data.skipped import INCOMPLETE
+from memfree.evaluation.audit import audit, measure
 from memfree.evaluation.audited_images import AuditedImages
 from memfree.folders.manifest import read_manifest
 from memfree.retrieval import ReferenceIndex

@@ -296,6 +296,21 @@ def test_a_whole_pipeline_asks_no_network(copy, asked):
     assert asked == []
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        (TOKENIZER, "trust_remote_code", False),
+        (TOKENIZER, "tokenizer_file", None),
+        ("text_encoder/config.json", "use_kernels", False),
+        ("unet/config.json", "trust_remote_code", False),
+    ],
+)
+def test_keys_that_name_no_code_do_no_harm(copy, part, key, value):
+    folder = copy("pipe")
+    edit(folder / part, key, value)
+    load_pipeline(folder)
+
+
 def test_a_safety_checker_and_an_image_processor_are_loaded(copy, asked):
     folder = copy("pipe")
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}

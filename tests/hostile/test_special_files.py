@@ -146,3 +146,9 @@ def test_an_audit_of_a_fifo(whole, tmp_path):
         os.mkfifo(tmp_path / name)
         refused_at_once(lambda name=name: measure(index, tmp_path / name, 0.05), tmp_path / name)
     shutil.rmtree(tmp_path)
+
+
+def test_a_link_to_nothing_is_no_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    check_plain_folder(tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from jsonargparse import Namespace
 from lightning.fabric.plugins.environments import (
     LightningEnvironment,
     SLURMEnvironment,
@@ -45,6 +46,10 @@ TASK = {
 }
 ONE_TASK = {**TASK, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
 TORCHRUN = {**POD, "TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+ONE_OF_TORCHRUN = {
+    **TORCHRUN,
+    **{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+}
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1",
     "OMPI_COMM_WORLD_SIZE": "4",
@@ -203,6 +208,30 @@ def test_devices_that_do_not_fit_the_tasks_are_one_line(monkeypatch, devices, sa
     with pytest.raises(ValueError, match=f"--trainer.devices {devices}") as refusal:
         build_trainer(accelerator="gpu", devices=devices)
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices", "inside"),
+    [
+        (ONE_OF_TORCHRUN, "auto", 1),
+        (ONE_OF_TORCHRUN, "-1", 1),
+        (TORCHRUN, "auto", 4),
+        (ONE_TASK, "auto", "auto"),
+    ],
+)
+def test_all_devices_are_those_that_torchrun_has_started(monkeypatch, variables, devices, inside):
+    """Also once a run by itself has forgotten torchrun, and sees all GPUs."""
+    told(monkeypatch, variables)
+    config = Namespace(trainer=Namespace(accelerator="cpu", devices=devices, num_nodes=1))
+    with cli._as_one_run(launched(), config):
+        assert config["trainer.devices"] == inside
+
+
+def test_lightning_alone_needs_a_port(monkeypatch):
+    told(monkeypatch, {"MASTER_PORT": "tcp://10.0.0.1:80"})
+    assert build_trainer(**ON_CPU, devices=1).world_size == 1
+    with pytest.raises(ValueError, match="MASTER_PORT"):
+        build_trainer(**ON_CPU, devices=2)
 
 
 def test_submit_is_one_process(monkeypatch, capsys):

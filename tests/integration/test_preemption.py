@@ -14,6 +14,7 @@ from processes import start
 
 from memfree import cli, requeue
 from memfree.data import DuplicationPlan, PartSizes, prepare
+from memfree.launcher import as_one_run, launched
 from memfree.models import DDPMModule
 from memfree.models.checkpoints import latest_checkpoint, step_of
 from memfree.training import train
@@ -216,3 +217,20 @@ def test_a_study_is_requeued_whatever_it_is_running(monkeypatch):
         os.kill(os.getpid(), signal.SIGUSR1)
         assert calls == ["squeue", "scontrol"] and ends == [128 + signal.SIGUSR1]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+
+
+@pytest.mark.parametrize(("rank", "waited"), [("0", []), ("2", [requeue._TURN])])
+def test_the_first_task_of_a_farm_requeues_the_job(monkeypatch, rank, waited):
+    """The others follow, if the job is still there then: the first may have ended long before."""
+    asked(monkeypatch, "RUNNING 1:00\n")
+    four = {"SLURM_PROCID": rank, "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}
+    for name, value in four.items():
+        monkeypatch.setenv(name, value)
+    ends, waits = [], []
+    monkeypatch.setattr(requeue.os, "_exit", ends.append)
+    with requeue.requeued_when_warned(), as_one_run(launched(), 1):
+        calls = asked(monkeypatch, "RUNNING 1:00\n")
+        monkeypatch.setattr(requeue.time, "sleep", lambda seconds: waits.append(seconds))
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert calls == ["squeue", "scontrol"] and waits == waited
+    assert ends == [128 + signal.SIGUSR1]

@@ -321,3 +321,25 @@ def test_checksums_of_blocks(tmp_path, monkeypatch):
     assert hashes.block_checksums(tmp_path / "a") == expected
     (tmp_path / "a").write_bytes(b"")
     assert hashes.block_checksums(tmp_path / "a") == []
+
+
+def test_short_reads_do_not_change_checksums(tmp_path, monkeypatch):
+    """A network's disk may give fewer bytes than were asked for."""
+    import zlib
+
+    from memfree.folders import hashes
+
+    class Short(io.FileIO):
+        def read(self, size=-1):
+            return super().read(min(size, 7))
+
+        def readinto(self, buffer):
+            return super().readinto(memoryview(buffer)[:7])
+
+    def opened(path, mode, buffering=-1):
+        return Short(path) if buffering == 0 else io.BufferedReader(Short(path))
+
+    monkeypatch.setattr(hashes, "open", opened, raising=False)
+    data = np.random.default_rng(0).bytes(1000)
+    (tmp_path / "a").write_bytes(data)
+    assert hashes.block_checksums(tmp_path / "a") == [zlib.crc32(data)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from memfree.data.options import (
     SourceName,
 )
 from memfree.data.plan import DuplicationPlan
-from memfree.data.skipped import LeftOut, Skipped
+from memfree.data.skipped import INCOMPLETE, LeftOut, Skipped
 from memfree.data.split import PARTS, PartSizes
 from memfree.data.wording import counted
 from memfree.folders.manifest import read_manifest, write_manifest
@@ -61,7 +62,7 @@ def prepare(
     labels: LabelPolicy = "own",
     records: RecordOptions = _NO_CHOICE,
     overwrite: bool = False,
-) -> None:
+) -> int:
     """Write a dataset folder: shards for training, three held-out parts, and what was done.
 
     Exact and near duplicates in the source are grouped first; whole groups are dealt out to the
@@ -98,6 +99,9 @@ def prepare(
             two, copies share their image's label (see plan) and held-out images have none.
         records: which files of a folder or of shards are meant where there is a choice.
         overwrite: replace the dataset folder that is there.
+
+    Returns:
+        the exit status: 0, or 3 where broken pictures or shards were skipped; they are named.
 
     Raises:
         ValueError: an option is wrong, or ``out`` holds something else.
@@ -137,7 +141,7 @@ def prepare(
         if source in ("emoji", "folder", "shards"):
             _check_source(out, source, path, emoji_variants, records, on_error)
         console.print(f"{out} is already prepared in this way", soft_wrap=True)
-        return
+        return _status(read_manifest(out, "dataset").get("skipped"))
     check_place(out)
     opened = open_source(source, path, emoji_variants, records)
     listed = files_hash(opened.files)  # before they are read: what changes meanwhile is noticed
@@ -174,6 +178,13 @@ def prepare(
     if warning:
         console.print(f"{out}: {warning}", soft_wrap=True)
     console.print(f"{out}: {_result(facts, skipped, opened.left_out)}", soft_wrap=True)
+    return _status(facts["skipped"])
+
+
+def _status(skipped: Any) -> int:
+    """Exit status where the manifest says that this was skipped."""
+    lost = isinstance(skipped, dict) and (skipped.get("images") or skipped.get("shards"))
+    return INCOMPLETE if lost else 0
 
 
 def _result(facts: dict[str, Any], skipped: Skipped | None, other: LeftOut) -> str:
@@ -221,10 +232,13 @@ def _check_source(
     """Refuse to call a folder done whose source is another now; it need not exist any more."""
     from memfree.data.sources import open_source
 
+    changed = f"--path {path}" if path is not None else f"--source {source}"
     try:
         opened = open_source(source, path, emoji_variants, records)
-    except FileNotFoundError:
-        return
+    except FileNotFoundError as error:
+        if path is None or not os.path.exists(path):
+            return
+        raise ValueError(_changed(changed, out, f" ({error})")) from error
     about = read_manifest(out, "dataset").get("source")
     about = about if isinstance(about, dict) else {}
     reason = ""
@@ -235,11 +249,14 @@ def _check_source(
         except (ValueError, OSError) as error:
             same, reason = False, f" ({error})"
     if not same:
-        changed = f"--path {path}" if path is not None else f"--source {source}"
-        raise ValueError(
-            f"{changed} changed after {out} was prepared{reason}; choose another --out or say "
-            "--overwrite true"
-        )
+        raise ValueError(_changed(changed, out, reason))
+
+
+def _changed(source: str, out: Path, reason: str) -> str:
+    return (
+        f"{source} changed after {out} was prepared{reason}; choose another --out or say "
+        "--overwrite true"
+    )
 
 
 def _hash_of(source: Source, on_error: Literal["stop", "skip"]) -> str:

@@ -38,6 +38,7 @@ class FolderCaptions:
         options: which captions are meant where there is a choice.
         prefix: of these options on the command line.
         note: takes files that hold no caption of a picture.
+        foreign: pictures that are not read, and named elsewhere.
 
     Attributes:
         present: whether any picture has a caption.
@@ -54,6 +55,7 @@ class FolderCaptions:
         options: RecordOptions,
         prefix: str,
         note: Callable[[str], None],
+        foreign: Iterable[Path] = (),
     ) -> None:
         self._folder, self._source = folder, options.caption_source
         self._prefix = prefix
@@ -63,7 +65,7 @@ class FolderCaptions:
         self._listed: dict[str, str | None] = {}
         self._lost: list[str] = []
         others = list(others)
-        known = {file.relative_to(folder).as_posix() for file in others}
+        known = {file.relative_to(folder).as_posix() for file in (*others, *foreign)}
         for file in others:
             name, kind = file.relative_to(folder).as_posix(), file.suffix.lower()
             if self._is_meant(kind[1:]) and kind in _TEXTS and file.with_suffix("") in self._stems:
@@ -199,6 +201,7 @@ def _rows(file: Path) -> tuple[list[tuple[int, dict[str, Any]]], set[str]]:
 def _caption(value: Any, name: str) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, (bool, list, dict)):
+    endless = isinstance(value, float) and math.isinf(value)
+    if isinstance(value, (bool, list, dict)) or endless:
         raise ValueError(f"{name}: its caption is {short(json.dumps(value))}, not text")
     return checked_text(str(value), f"{name}: its caption")

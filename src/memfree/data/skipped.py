@@ -10,6 +10,8 @@ from memfree.console import shown
 from memfree.data.wording import counted
 from memfree.untrusted import short
 
+INCOMPLETE = 3
+"""Exit status of a command that is done, but has skipped pictures or shards."""
 _MESSAGES = 20
 _NAMED = 3  # of them stand in a summary
 

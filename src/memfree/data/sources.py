@@ -165,7 +165,9 @@ class ImageFolder:
             and suffix is None
         ]
         others = [file for file in self.files if file not in read | set(self._foreign)]
-        self._captions = FolderCaptions(path, self._images, others, options, prefix, note)
+        self._captions = FolderCaptions(
+            path, self._images, others, options, prefix, note, self._foreign
+        )
         tops = [file.relative_to(path).parts for file in self._images]
         loose = sum(len(parts) == 1 for parts in tops)
         if 0 < loose < len(tops):

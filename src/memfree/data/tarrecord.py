@@ -159,9 +159,14 @@ def _json(name: str, data: bytes) -> dict[str, Any]:
     return value
 
 
+def _is_missing(value: Any) -> bool:
+    """Whether JSON says nothing there; pandas writes that as NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _json_caption(name: str, value: Any) -> str | None:
-    """A caption in JSON; pandas writes a missing one as NaN."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    """A caption in JSON."""
+    if _is_missing(value):
         return None
     endless = isinstance(value, float) and math.isinf(value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or endless:
@@ -172,10 +177,11 @@ def _json_caption(name: str, value: Any) -> str | None:
 def _one_label(name: str, stated: str | None, in_json: Any) -> int | None:
     """The class that .cls states, or else the JSON; both may, if they agree."""
     if stated is None:
-        return _label(name, in_json) if in_json is not None else None
+        return None if _is_missing(in_json) else _label(name, in_json)
     label = _label(name, stated.strip())
     if isinstance(in_json, int) and not isinstance(in_json, bool) and in_json != label:
-        raise ValueError(f"{name}: its class is {label} in .cls, but {in_json} in .json")
+        other = short(in_json, 40)
+        raise ValueError(f"{name}: its class is {label} in .cls, but {other} in .json")
     return label
 
 
@@ -187,13 +193,13 @@ def _label(name: str, value: Any) -> int:
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name}: class {short(repr(value), 40)} is not a number") from error
     if not 0 <= label <= MAX_LABEL:
-        raise ValueError(f"{name}: class {label} is not in 0..{MAX_LABEL}")
+        raise ValueError(f"{name}: class {short(label, 40)} is not in 0..{MAX_LABEL}")
     return label
 
 
 def _declared(name: str, meta: dict[str, Any], field: str) -> str | None:
     value = meta.get(field)
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+    if _is_missing(value) or value == "":
         return None
     if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers
         value = int(value)

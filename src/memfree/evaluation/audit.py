@@ -12,7 +12,7 @@ from rich.table import Table
 
 from memfree.calibration_size import DEFAULT_RATE
 from memfree.console import plain_console, shown
-from memfree.data.skipped import LeftOut, Skipped
+from memfree.data.skipped import INCOMPLETE, LeftOut, Skipped
 from memfree.evaluation.false_discovery import adjusted, are_discoveries, fewest_discoveries
 from memfree.folders.atomic_files import write_text
 from memfree.folders.manifest import check_replaceable, write_manifest
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from memfree.evaluation.neighbours import Neighbours
     from memfree.guidance import Calibration
     from memfree.retrieval import ReferenceIndex
-
-INCOMPLETE = 3
-"""Exit status of an audit that could not judge every picture."""
 
 
 @dataclass

@@ -51,7 +51,7 @@ def block_checksums(path: Path) -> list[int]:
 
     def checksum(start: int) -> int:
         value = 0
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:  # buffered: a read is never short
             file.seek(start)
             for _ in range(_BLOCK // _CHUNK):
                 value = zlib.crc32(file.read(_CHUNK), value)

@@ -90,8 +90,14 @@ def _refuse_code(config: dict[str, Any], path: Path) -> None:
         is_attention = _ATTENTION.fullmatch(key) is not None
         if key not in _CODE and not is_attention:
             continue
-        if not (value is None or (is_attention and value in _BUILT_IN)):
+        harmless = value in _BUILT_IN if is_attention else _says_nothing(value)
+        if not harmless:
             raise ValueError(f"{path} has {short(key, 40)}, which could load code: remove it")
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a key that may name code or files names none."""
+    return value is None or value is False
 
 
 def _read_own_config(path: Path) -> dict[str, Any]:
@@ -180,8 +186,12 @@ def check_tokenizer(folder: Path, must_be_named: bool = False) -> None:
         kind = config.get("tokenizer_class")
         if kind not in _FOLDER_TOKENIZERS and (kind is not None or must_be_named):
             raise ValueError(f"{path}: tokenizer_class {short(repr(kind), 40)} is not supported")
-        for key in config:  # such as vocab_file, which would be read instead of the folder's own
-            if key.endswith("_file") and key != "special_tokens_map_file":
+        for (
+            key,
+            value,
+        ) in config.items():  # such as vocab_file, which would be read instead of the folder's own
+            is_file = key.endswith("_file") and key != "special_tokens_map_file"
+            if is_file and not _says_nothing(value):
                 raise ValueError(
                     f"{path} has {short(key, 40)}, which names another file: remove it"
                 )

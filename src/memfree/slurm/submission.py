@@ -130,9 +130,16 @@ class _Unsubmitted(SlurmExecutor):
 
 
 def run_in_job(command: str, configuration: str, folder: str, part: str | None = None) -> None:
-    """Run a command, or a part of it, in a job, in the folder where it was submitted."""
+    """Run a command, or a part of it, in a job, in the folder where it was submitted.
+
+    Raises:
+        SystemExit: with the exit status of a command that has another than 0.
+    """
     os.chdir(folder)
-    Stage(command, {"config": configuration} | ({} if part is None else {"part": part})).run()
+    options = {"config": configuration} | ({} if part is None else {"part": part})
+    status = Stage(command, options).run()
+    if isinstance(status, int) and status != 0:
+        raise SystemExit(status)  # submitit lets it through, and SLURM keeps it
 
 
 def _executor(kind: type[SlurmExecutor], command: str, slurm: SlurmOptions) -> SlurmExecutor:
