@@ -1,5 +1,7 @@
 """The data module and the exposure counter in Lightning: resume, two ranks, refusals."""
 
+import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -19,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from pretended_device import counted_waits, moved
 
 from memfree.data import DatasetFolder, ExposureCounter, ShardDataModule, StreamOptions
+from memfree.data.options import DataOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -319,3 +322,12 @@ def test_counting_exposures_waits_for_no_device(tmp_path, digits_folder, monkeyp
         counted = counter.state_dict()["rows"]
     assert counted.device.type == "cpu"
     assert counted[:6].tolist() == [1, 1, 0, 2, 0, 2] and counted.sum() == 6
+
+
+def test_options_of_the_command_line_are_the_data_modules_own():
+    options = {field.name: field for field in dataclasses.fields(DataOptions)}
+    taken = dict(inspect.signature(ShardDataModule).parameters)
+    assert options.keys() == taken.keys()
+    given = vars(DataOptions("folder"))
+    for name, parameter in taken.items():
+        assert parameter.default in (given[name], inspect.Parameter.empty)

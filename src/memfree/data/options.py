@@ -6,25 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Resize = Literal["crop", "squash", "pad"]
-
-
 Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
-
-
 SourceName = Literal["digits", "cifar10", "emoji", "folder", "shards"]
-
-
 OnError = Literal["stop", "skip"]
-
-
-DEFAULT_DISTANCE = 0.15
-"""Two images are near duplicates up to this distance; see :func:`near_pairs`."""
-
-
 KeyEnds = Literal["ask", "first_dot", "last_dot"]
-
-
 CaptionSource = Literal["any", "txt", "caption", "json", "metadata", "none"]
+LabelPolicy = Literal["own", "random", "unique"]
+PromptSet = Literal["duplicated", "other", "unseen"]
+DEFAULT_DISTANCE = 0.15
+"""Two images are near duplicates up to this distance; see ``grouping.near_pairs``."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +59,6 @@ class StreamOptions:
     """Which files of a sample are meant where there is a choice."""
 
 
-LabelPolicy = Literal["own", "random", "unique"]
-
-
 @dataclass(frozen=True)
 class DataOptions:
     """The dataset folder or shards to train on, and how the records are read."""
@@ -103,6 +90,3 @@ class DataOptions:
             raise ValueError(f"--data.num_workers {self.num_workers}: use 0 or more")
         if self.batch_size < 1:
             raise ValueError(f"--data.batch_size {self.batch_size}: use 1 or more")
-
-
-PromptSet = Literal["duplicated", "other", "unseen"]
