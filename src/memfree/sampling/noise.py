@@ -52,15 +52,15 @@ class _Borrowed:
 
     @contextmanager
     def __call__(self, device: torch.device) -> Iterator[None]:
-        before = random_state(device)
         if getattr(self._inside, "yes", False):
+            before = random_state(device)
             try:
                 yield
             finally:
                 set_random_state(before)
             return
-        with self._lock:
-            self._states = {**before, **self._states}
+        with self._lock:  # looked at in here, or another thread's numbers could be what is kept
+            self._states = {**random_state(device), **self._states}
             self._threads += 1
         self._inside.yes = True
         try:
@@ -149,15 +149,10 @@ class OwnRandomness:
             with self.on(device) if draws[part] else nullcontext():
                 yield
             return
-        before = random_state(device)
-        moved = True
-        try:
+        with kept_random_state(device):
+            before = random_state(device)
             yield
-            moved = _differ(before, random_state(device))
-            draws[part] = moved
-        finally:
-            if moved:
-                set_random_state(before)
+            draws[part] = _differ(before, random_state(device))
 
 
 def _differ(one: RandomState, other: RandomState) -> bool:
