@@ -132,6 +132,17 @@ def test_a_picture_that_cannot_be_judged_is_named(index, tmp_path, capsys, name)
     assert exit_.value.code == 2 and name in capsys.readouterr().err
 
 
+def test_own_files_beside_an_audit_are_not_replaced(index, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(picture())
+    audit(tmp_path / "in", index, tmp_path / "out")
+    audit(tmp_path / "in", index, tmp_path / "out")
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(ValueError, match="also holds notes.md"):
+        audit(tmp_path / "in", index, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.md").read_text() == "mine"
+
+
 def test_what_was_skipped_is_named_where_nothing_could_be_judged(index, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "only.png").write_bytes(b"nothing")

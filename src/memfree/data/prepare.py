@@ -28,7 +28,7 @@ from memfree.data.plan import DuplicationPlan
 from memfree.data.skipped import INCOMPLETE, LeftOut, Skipped
 from memfree.data.split import PARTS, PartSizes
 from memfree.data.wording import counted
-from memfree.folders.manifest import read_manifest, write_manifest
+from memfree.folders.manifest import read_manifest, refuse_own_files, write_manifest
 from memfree.folders.resolved import save_config
 from memfree.folders.storage_errors import check_free_space
 from memfree.folders.whole_folder import check_place, put_in_place, unfinished
@@ -213,12 +213,25 @@ def _is_done(out: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
             f"--out {out} exists and is not a dataset folder; choose another"
         ) from error
     if manifest.get("recipe") == recipe and not overwrite:
+        _check_whole(out)
         return True
     if not overwrite:
         raise ValueError(
             f"--out {out} holds another data set; choose another or say --overwrite true"
         )
+    refuse_own_files(out, "dataset")
     return False
+
+
+def _check_whole(out: Path) -> None:
+    """Refuse to call a folder done that has lost files since, or whose files were changed."""
+    from memfree.data.folder import DatasetFolder
+
+    try:
+        folder = DatasetFolder(out)
+        _ = folder.records, folder.conditions
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--out {out} is damaged, say --overwrite true: {error}") from error
 
 
 def _check_source(
