@@ -179,6 +179,11 @@ def limit_aliases() -> None:
 
     def checked(text: str) -> Any:
         check_yaml(text)
-        return loader(text)
+        try:
+            return loader(text)
+        except YAMLError:
+            raise
+        except ValueError as error:  # a number of thousands of digits
+            raise ValueError(f"--config: {short(error)}") from error
 
     set_loader("yaml", checked, (YAMLError,))

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import random
 import tarfile
 
@@ -294,6 +295,9 @@ def test_broken_links_to_shards_are_missing_shards(tmp_path, tar, png):
     with pytest.raises(FileNotFoundError, match=r"1 of 2 shards is missing, the first is .*1\.tar"):
         expand_shards(str(tmp_path))
     left_out = LeftOut()
+    os.mkfifo(tmp_path / "00.tar")
+    with pytest.raises(FileNotFoundError, match=r"00\.tar \(not a plain file\)"):
+        expand_shards(str(tmp_path))
     assert expand_shards(str(tmp_path), Skipped(), left_out) == [str(tmp_path / "0.tar")]
     assert "2.tar/" in left_out.text()
 

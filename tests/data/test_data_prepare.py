@@ -274,6 +274,8 @@ def test_broken_images_are_counted(tmp_path, encode, capsys):
         ({"parts": PartSizes(train=5000)}, "the parts want"),
         ({"records_per_shard": 0}, "--records_per_shard 0"),
         ({"image_size": 0}, "--image_size 0"),
+        ({"near_distance": float("nan")}, "--near_distance nan"),
+        ({"near_distance": float("inf")}, "--near_distance inf"),
         ({"plan": DuplicationPlan(images=501, factor=2)}, "--plan wants to repeat 501 images"),
     ],
 )
@@ -281,6 +283,17 @@ def test_bad_options(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         prepare(tmp_path / "out", **arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["seed", "near_distance", "plan.seed"])
+@pytest.mark.parametrize("value", ["-1", "9" * 5000])
+def test_numbers_out_of_range_name_their_option(tmp_path, capsys, option, value):
+    if (option, value[0]) == ("near_distance", "9"):
+        value = "nan"
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["prepare", f"--out={tmp_path / 'out'}", f"--{option}={value}"])
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and f"--{option}" in said and len(said) < 1000
 
 
 def test_part_without_room_for_any_group_is_refused(tmp_path, encode):

@@ -114,6 +114,14 @@ def test_option_files_name_no_further_files(tmp_path, capsys, text, kind):
     assert "--plan" in said and "password" not in said and not (tmp_path / "out").exists()
 
 
+def test_a_number_of_thousands_of_digits(tmp_path, capsys):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"seed: {'9' * 5000}")
+    with pytest.raises(SystemExit) as exit_:
+        cli.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
+    assert exit_.value.code == 2 and "--config" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_an_option_file_in_another_encoding_is_named(tmp_path, capsys, encoding):
     path = tmp_path / "options.yaml"

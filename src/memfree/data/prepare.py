@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
 from memfree.bars import counting_bar
 from memfree.calibration_size import too_few_images
@@ -52,8 +53,8 @@ def prepare(
     channels: Literal[1, 2, 3, 4] | None = None,
     parts: PartSizes = _DEFAULT_SIZES,
     plan: DuplicationPlan = _NO_COPIES,
-    seed: int = 0,
-    near_distance: float = DEFAULT_DISTANCE,
+    seed: NonNegativeInt = 0,
+    near_distance: NonNegativeFloat = DEFAULT_DISTANCE,
     records_per_shard: int = 2000,
     on_error: Literal["stop", "skip"] = "stop",
     licence: str | None = None,
@@ -112,6 +113,8 @@ def prepare(
 
     if records_per_shard < 1:
         raise ValueError(f"--records_per_shard {records_per_shard}: use 1 or more")
+    if not near_distance < math.inf:
+        raise ValueError(f"--near_distance {near_distance}: use a number")
     height, width = (image_size, image_size) if not isinstance(image_size, tuple) else image_size
     if height is not None and width is not None and min(height, width) < 1:
         raise ValueError(f"--image_size {image_size}: use 1 or more")
