@@ -21,7 +21,7 @@ from memfree.launcher import Launch, advice, as_one_run, launched
 from memfree.one_line_errors import DEBUG_VARIABLE, INTERRUPTED, exit_with_error, guarded
 from memfree.option_messages import did_you_mean, option_message, options_of
 from memfree.study_files import refuse_other_study
-from memfree.untrusted_yaml import check_config_files, limit_aliases
+from memfree.untrusted_yaml import check_config_files, check_no_further_files, limit_aliases
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -273,6 +273,7 @@ def _run(
     parser = parser_of(function, prog)
     words = sys.argv[1:] if args is None else list(args)
     check_config_files(words)
+    check_no_further_files(words, list(parser.groups or {}))
     try:
         config = parser.parse_args(words)
     # ImportError: jsonargparse's, for a class that a configuration within another one names.

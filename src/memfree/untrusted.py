@@ -75,14 +75,17 @@ def parse_json(text: str | bytes, any_number: bool = False) -> Any:
     Args:
         text: the JSON.
         any_number: take NaN, infinities and numbers of any size too. Integers stay exact, beyond
-            64 bits as well; those of more than 4000 digits become infinities.
+            64 bits as well; those of more than 4000 digits become infinities. A name that an
+            object gives twice has the list of its values: which is meant, nobody knows.
 
     Raises:
         ValueError: it is no JSON, is nested too deeply, or has such a number.
     """
     try:
         if any_number:
-            value = json.loads(text, parse_int=_integer_or_float)
+            value = json.loads(
+                text, parse_int=_integer_or_float, object_pairs_hook=_with_all_values
+            )
         else:
             value = json.loads(
                 text, parse_constant=_no_number, parse_float=_finite, parse_int=_integer
@@ -121,6 +124,8 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
         return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {short(error)}") from error
+    except OSError as error:  # a bad sector: such errors do not say of which file
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -313,6 +318,20 @@ def _as_dict(columns: Mapping[str, pa.DataType] | pa.Schema | None) -> dict[str,
     if isinstance(columns, pa.Schema):
         return {one.name: one.type for one in columns}
     return dict(columns or {})
+
+
+def _with_all_values(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names may stand there more than once, with different values."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    values: dict[str, list[Any]] = {name: [] for name in found}
+    for name, value in pairs:
+        values[name].append(value)
+    for name, those in values.items():
+        if any(value != those[0] for value in those):
+            found[name] = those
+    return found
 
 
 def _no_number(name: str) -> Any:

@@ -1,5 +1,6 @@
 """Decoding within limits, and framing."""
 
+import io
 import struct
 import zlib
 
@@ -52,6 +53,43 @@ def test_channels_and_conversions():
     assert to_array(with_channels(grey, 2))[1].min() == 255
     with pytest.raises(ValueError, match="deep: mode I;16 is not 8 bits"):
         channels_of(Image.fromarray(np.zeros((2, 2), np.uint16)), "deep")
+
+
+def deep_png(colour, channels):
+    """A PNG with 16 bits a channel."""
+
+    def chunk(kind, data):
+        ends = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(kind + data))
+        return ends[0] + kind + data + ends[1]
+
+    header = struct.pack(">IIBBBBB", 4, 4, 16, colour, 0, 0, 0)
+    rows = zlib.compress((b"\0" + bytes(range(8 * channels))) * 4)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_of_any_colour_are_refused(colour, channels):
+    image = open_image(deep_png(colour, channels), "deep")
+    with pytest.raises(ValueError, match="deep: .*bits a channel"):
+        channels_of(image, "deep")
+    with pytest.raises(ValueError, match="deep: .*bits a channel"):
+        Framing(4, 4, 3).apply(image, "deep", Framing(4, 4, 3))
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 4), ("L", 2), ("P", 4), ("1", 2)])
+def test_a_transparent_colour_is_a_channel(mode, channels):
+    out = io.BytesIO()
+    clear = (255, 0, 0) if mode == "RGB" else 1 if mode == "P" else 0
+    pixels = Image.new(mode, (2, 2), clear)
+    if mode == "P":
+        pixels.putpalette([0, 0, 0, 255, 0, 0])
+    pixels.save(out, "PNG", transparency=clear)
+    image = open_image(out.getvalue(), "x")
+    assert channels_of(image, "x") == channels
+    assert to_array(with_channels(image, channels))[-1].max() == 0
+    for opaque in (1, 3):  # lost alpha goes white
+        assert to_array(with_channels(image, opaque)).min() == 255
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad"])

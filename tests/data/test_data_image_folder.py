@@ -218,6 +218,10 @@ def test_metadata_and_pictures_that_do_not_fit(put, metadata, message):
             '{"file_name": "a.png", "text": "x"}\n' * 2 + '{"file_name": "a.png", "text": "y"}',
             "line 3: another caption",
         ),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x", "text": "y"}', "line 1: its capt"),
+        ("metadata.jsonl", '{"file_name": "a.png", "file_name": "b.png"}', "line 1: no object"),
+        ("metadata.csv", "file_name,text,text\na.png,x,y\n", "2 columns text"),
+        ("metadata.csv", "file_name,file_name,text\na.png,b.png,x\n", "2 columns file_name"),
         ("metadata.csv", "file_name,text\na.png\n", "line 2"),
         ("metadata.csv", "file_name,text\na.png,x,y\n", "line 2"),
         ("metadata.csv", b"file_name,text\na.png,caf\xe9\n", "UTF-8"),
@@ -228,6 +232,22 @@ def test_metadata_that_is_refused(put, name, metadata, message):
     with pytest.raises(ValueError, match=message) as error:
         ImageFolder(put(**{"a.png": 0, name: metadata}))
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["file_name,text\n", "", "\n"])
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_without_rows_is_counted(put, name, text):
+    text = "" if name == "metadata.jsonl" else text
+    _, left_out = load(put(**{"a.png": 0, name: text}))
+    assert left_out.text() == f"left out: 1 ({name}: no rows)"
+
+
+@pytest.mark.parametrize("name", ["b.png", "a.txt", "metadata.csv", "metadata.jsonl"])
+def test_what_the_disk_does_not_give_is_named(put, name):
+    folder = put(**{"a.png": 0})
+    (folder / name).symlink_to("/proc/self/mem")  # whose reading fails, as that of a bad sector
+    with pytest.raises(OSError, match=name):
+        load(folder)
 
 
 def test_metadata_without_captions_is_counted(put):

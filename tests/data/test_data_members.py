@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import random
 import tarfile
 
@@ -210,6 +211,12 @@ def test_captions_are_read(tmp_path, tar, png, members, expected):
         ({"txt": b"one", "json": b'{"caption": "two"}'}, "--records.caption_source"),
         ({"txt": b"one", "caption": b"two"}, "--records.caption_source"),
         ({"cls": b"1", "json": b'{"label": 2}'}, "class is 1 in .cls, but 2"),
+        ({"cls": b"1", "json": b'{"label": "2"}'}, "class is 1 in .cls, but 2"),
+        ({"cls": b"1", "json": b'{"label": 2.0}'}, "class is 1 in .cls, but 2.0"),
+        ({"cls": b"1", "json": b'{"label": 1, "label": 2}'}, "class is 1 in .cls, but 2"),
+        ({"json": b'{"label": 1, "label": 2}'}, r"class \[1, 2\] is not a number"),
+        ({"json": b'{"caption": "a", "caption": "b"}'}, r"\['a', 'b'\], not text"),
+        ({"json": b'{"group": "a", "group": "b"}'}, "group is"),
         ({"json": b'{"label": "cat"}'}, "class 'cat' is not a number"),
         ({"json": b'{"group": ["a"]}'}, "group is"),
     ],
@@ -288,6 +295,9 @@ def test_broken_links_to_shards_are_missing_shards(tmp_path, tar, png):
     with pytest.raises(FileNotFoundError, match=r"1 of 2 shards is missing, the first is .*1\.tar"):
         expand_shards(str(tmp_path))
     left_out = LeftOut()
+    os.mkfifo(tmp_path / "00.tar")
+    with pytest.raises(FileNotFoundError, match=r"00\.tar \(not a plain file\)"):
+        expand_shards(str(tmp_path))
     assert expand_shards(str(tmp_path), Skipped(), left_out) == [str(tmp_path / "0.tar")]
     assert "2.tar/" in left_out.text()
 

@@ -179,6 +179,35 @@ def test_other_folders_are_never_replaced(tmp_path):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("name", ["notes.md", "labels.csv", "train-backup.tar", "own/a.txt"])
+def test_own_files_beside_a_dataset_are_not_replaced(tmp_path, name):
+    prepare(tmp_path / "out", parts=SMALL)
+    file = tmp_path / "out" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("years of work")
+    with pytest.raises(ValueError, match=f"--out .* also holds {name.split('/')[0]}"):
+        prepare(tmp_path / "out", parts=SMALL, seed=1, overwrite=True)
+    assert file.read_text() == "years of work"
+    prepare(tmp_path / "out", parts=SMALL)  # is done: nothing is replaced
+
+
+@pytest.mark.parametrize("change", ["remove", "shorten", "overwrite"])
+@pytest.mark.parametrize(
+    "name", ["train-000000.tar", "test-000000.tar", "items.parquet", "records.parquet"]
+)
+def test_a_damaged_dataset_is_not_called_done(tmp_path, name, change):
+    prepare(tmp_path / "out", parts=SMALL)
+    file = tmp_path / "out" / name
+    if change == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1] if change == "shorten" else b"PAR1")
+    with pytest.raises(ValueError, match=f"--overwrite true: .*{name}"):
+        prepare(tmp_path / "out", parts=SMALL)
+    prepare(tmp_path / "out", parts=SMALL, overwrite=True)
+    prepare(tmp_path / "out", parts=SMALL)
+
+
 def test_stopped_run_leaves_nothing_and_begins_again(tmp_path, monkeypatch):
     write = ShardWriter.write
 
@@ -245,6 +274,8 @@ def test_broken_images_are_counted(tmp_path, encode, capsys):
         ({"parts": PartSizes(train=5000)}, "the parts want"),
         ({"records_per_shard": 0}, "--records_per_shard 0"),
         ({"image_size": 0}, "--image_size 0"),
+        ({"near_distance": float("nan")}, "--near_distance nan"),
+        ({"near_distance": float("inf")}, "--near_distance inf"),
         ({"plan": DuplicationPlan(images=501, factor=2)}, "--plan wants to repeat 501 images"),
     ],
 )
@@ -252,6 +283,17 @@ def test_bad_options(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         prepare(tmp_path / "out", **arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["seed", "near_distance", "plan.seed"])
+@pytest.mark.parametrize("value", ["-1", "9" * 5000])
+def test_numbers_out_of_range_name_their_option(tmp_path, capsys, option, value):
+    if (option, value[0]) == ("near_distance", "9"):
+        value = "nan"
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["prepare", f"--out={tmp_path / 'out'}", f"--{option}={value}"])
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and f"--{option}" in said and len(said) < 1000
 
 
 def test_part_without_room_for_any_group_is_refused(tmp_path, encode):

@@ -1,11 +1,14 @@
 """Audits: every file and frame is judged, or named; nothing in a name reaches the terminal."""
 
+import gzip
 import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -87,6 +90,17 @@ OTHER = {
     "a.svg": b"<svg></svg>",
     "a.psd": b"8BPS" + bytes(40),
     "a.zip": b"PK\3\4" + bytes(40),
+    "a.cbz": b"PK\3\4" + bytes(40),
+    "archive": b"PK\3\4" + bytes(40),
+    "a.7z": b"7z\xbc\xaf\x27\x1c" + bytes(40),
+    "a.gz": gzip.compress(picture()),
+    "packed": gzip.compress(picture()),
+    "packed.xz": b"\xfd7zXZ\0" + bytes(40),
+    "a.tar.zst": b"\x28\xb5\x2f\xfd" + bytes(40),
+    "a.dds": b"DDS " + bytes(40),
+    "a.pdf": b"%PDF-1.4",
+    "ppm": b"P6 8 8 255 " + bytes(192),
+    "heics": b"\0\0\0\x18ftypmsf1" + bytes(40),
     "gif": picture(kind="GIF"),
     "tiff": picture(kind="TIFF"),
     "bmp.data": picture(kind="BMP"),
@@ -118,18 +132,50 @@ def test_a_picture_that_cannot_be_judged_is_named(index, tmp_path, capsys, name)
     assert exit_.value.code == 2 and name in capsys.readouterr().err
 
 
+def test_own_files_beside_an_audit_are_not_replaced(index, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(picture())
+    audit(tmp_path / "in", index, tmp_path / "out")
+    audit(tmp_path / "in", index, tmp_path / "out")
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(ValueError, match="also holds notes.md"):
+        audit(tmp_path / "in", index, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.md").read_text() == "mine"
+
+
+def test_what_was_skipped_is_named_where_nothing_could_be_judged(index, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "only.png").write_bytes(b"nothing")
+    with pytest.raises(SystemExit):
+        cli.main(["audit", str(tmp_path / "in"), f"--index={index}"])
+    said = capsys.readouterr().err
+    assert "--images" in said and "only.png: not a PNG" in said
+
+
+def test_frames_are_counted_where_they_are_judged(tmp_path):
+    data = picture()
+    place = data.index(b"IDAT") - 4
+    count = b"acTL" + struct.pack(">II", 1 << 30, 0)  # which the file does not have
+    chunk = struct.pack(">I", 8) + count + struct.pack(">I", zlib.crc32(count))
+    (tmp_path / "a.png").write_bytes(data[:place] + chunk + data[place:])
+    names, source = names_of(tmp_path)
+    assert len(names) == source.frames == 1 and source.skipped.records
+
+
 def test_other_files_are_counted_and_named(index, tmp_path):
     folder = tmp_path / "in"
     (folder / "empty").mkdir(parents=True)
     (folder / "a.png").write_bytes(picture())
+    for name, data in {"x.npz": b"PK\3\4", "x.json.gz": gzip.compress(b"{}"), "P6": b"P6"}.items():
+        (folder / name).write_bytes(data)
     for name in ("notes.md", "a.txt", "._a.png", "data.bin", "BM.txt"):
         (folder / name).write_bytes(b"BM, words" if name != "._a.png" else b"\0\5\x16\7" + bytes(9))
     assert audit(folder, index, tmp_path / "out") == 0
     manifest = read_manifest(tmp_path / "out", "audit")
-    assert manifest["left_out"]["count"] == 6
+    assert manifest["left_out"]["count"] == 9
     first = " ".join(manifest["left_out"]["first"])
     assert all(name in first for name in ("notes.md", "a.txt", "._a.png", "data.bin", "empty"))
-    assert "left out: 6 (" in manifest["facts"]["Other files"]
+    assert "left out: 9 (" in manifest["facts"]["Other files"]
     assert (manifest["skipped"]["records"], manifest["skipped"]["kept"]) == (0, 1)
 
 

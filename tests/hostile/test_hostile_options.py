@@ -83,6 +83,55 @@ def test_config_files_without_end(tmp_path, capsys, command, kind):
     assert exit_.value.code == 2 and f"--config {path}" in capsys.readouterr().err
 
 
+TWICE = ["seed: 1\nseed: 2\n", "plan: {images: 1, images: 2}\n", "seed: 1\n'seed': 2\n"]
+FURTHER = ["config: {}\n", "config: [{}]\n", "plan: {}\n", "plan: {}\nparts: null\n"]
+
+
+@pytest.mark.parametrize("text", TWICE)
+def test_an_option_that_is_given_twice(tmp_path, capsys, text):
+    path = tmp_path / "options.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        cli.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and "--config" in said and "twice" in said
+    check_yaml("a: &a {b: 1}\nc: {<<: *a, b: 2}\nd: {a: 1}\ne: 'x: y'\n")
+
+
+@pytest.mark.parametrize("text", FURTHER)
+@pytest.mark.parametrize("kind", ["text", "fifo"])
+def test_option_files_name_no_further_files(tmp_path, capsys, text, kind):
+    path, secret = tmp_path / "options.yaml", tmp_path / "secret"
+    secret.write_text("password") if kind == "text" else os.mkfifo(secret)
+    path.write_text(text.format(secret))
+    with bounded(), pytest.raises(SystemExit) as exit_:
+        cli.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2 and f"--config {path}" in said and "password" not in said
+    with bounded(), pytest.raises(SystemExit):
+        cli.run_command("prepare", [f"--plan={secret}", f"--out={tmp_path / 'out'}"])
+    said = capsys.readouterr().err
+    assert "--plan" in said and "password" not in said and not (tmp_path / "out").exists()
+
+
+def test_a_number_of_thousands_of_digits(tmp_path, capsys):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"seed: {'9' * 5000}")
+    with pytest.raises(SystemExit) as exit_:
+        cli.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
+    assert exit_.value.code == 2 and "--config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_an_option_file_in_another_encoding_is_named(tmp_path, capsys, encoding):
+    path = tmp_path / "options.yaml"
+    path.write_bytes("licence: café".encode(encoding))
+    with pytest.raises(SystemExit) as exit_:
+        cli.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
+    assert exit_.value.code == 2
+    assert f"--config {path} is not UTF-8" in capsys.readouterr().err
+
+
 def test_an_option_file_from_a_shell(tmp_path):
     from memfree.untrusted_yaml import check_config_files
 

@@ -28,6 +28,13 @@ from memfree.retrieval.hashing import read_salt
 from memfree.untrusted import check_plain_folder, read_json, read_table
 
 
+@pytest.mark.parametrize("read", [sha256, read_json])
+def test_what_the_disk_does_not_give_is_named(tmp_path, read):
+    (tmp_path / "x").symlink_to("/proc/self/mem")  # whose reading fails, as that of a bad sector
+    with pytest.raises(OSError, match=f"{tmp_path / 'x'} cannot be read: Input"):
+        read(tmp_path / "x")
+
+
 @contextmanager
 def at_once(seconds=20):
     """Fails where something inside waits, which a reader of a FIFO would do for ever."""

@@ -21,6 +21,8 @@ MAX_SCANS = 500
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _CHANNELS = {"1": 1, "L": 1, "LA": 2, "P": 3, "RGB": 3, "CMYK": 3, "YCbCr": 3, "RGBA": 4}
+_WITH_ALPHA = {"1": 2, "L": 2, "P": 4, "RGB": 4}  # where one colour of a PNG is transparent
+_BITS = "bits of a PNG"  # key in Image.info: Pillow cuts 16 bits of colour to 8 without a word
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError)
 
 
@@ -55,6 +57,8 @@ def open_image(data: bytes, name: str) -> Image.Image:
         image.load()
     except _DECODER_ERRORS as error:
         raise ValueError(f"{name}: damaged image ({_one_line(error)})") from error
+    if image.format == "PNG":
+        image.info[_BITS] = data[24]
     return image
 
 
@@ -74,11 +78,15 @@ def upright(image: Image.Image) -> Image.Image:
 def channels_of(image: Image.Image, name: str) -> int:
     """Number of 8-bit channels that hold the image without loss (a palette counts as colour).
 
+    A colour that stands for transparent needs a channel as well.
+
     Raises:
         ValueError: the image has more than 8 bits a channel.
     """
-    if image.mode == "P" and "transparency" in image.info:
-        return 4
+    if image.info.get(_BITS) == 16 and image.mode in _CHANNELS:
+        raise ValueError(f"{name}: 16 bits a channel, not 8; convert it first")
+    if "transparency" in image.info and image.mode in _WITH_ALPHA:
+        return _WITH_ALPHA[image.mode]
     if image.mode not in _CHANNELS:
         raise ValueError(f"{name}: mode {image.mode} is not 8 bits a channel; convert it first")
     return _CHANNELS[image.mode]
@@ -87,9 +95,9 @@ def channels_of(image: Image.Image, name: str) -> int:
 def with_channels(image: Image.Image, channels: int) -> Image.Image:
     """Convert to 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels; lost alpha goes white."""
     mode = _MODES[channels]
-    if image.mode == mode:
-        return image
     transparent = image.mode in ("LA", "RGBA") or "transparency" in image.info
+    if image.mode == mode and "transparency" not in image.info:
+        return image
     if transparent and channels in (1, 3):
         flat = Image.new("RGBA", image.size, (255, 255, 255, 255))
         flat.alpha_composite(image.convert("RGBA"))

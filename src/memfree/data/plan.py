@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from jsonargparse.typing import NonNegativeInt
 from PIL import Image
 
 from memfree.data.decode import to_array, to_image
@@ -50,7 +51,7 @@ class DuplicationPlan:
     classes, a caption drawn from the other images; unique: a class of its own for each copy, the
     caption with a number of its own; key: all records of a repeated image, the original included,
     have one class of its own, and the caption with one made-up word of its own."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Chooses the images and draws the copies."""
 
     def __post_init__(self) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
 
 from memfree.bars import counting_bar
 from memfree.calibration_size import too_few_images
@@ -28,7 +29,7 @@ from memfree.data.plan import DuplicationPlan
 from memfree.data.skipped import INCOMPLETE, LeftOut, Skipped
 from memfree.data.split import PARTS, PartSizes
 from memfree.data.wording import counted
-from memfree.folders.manifest import read_manifest, write_manifest
+from memfree.folders.manifest import read_manifest, refuse_own_files, write_manifest
 from memfree.folders.resolved import save_config
 from memfree.folders.storage_errors import check_free_space
 from memfree.folders.whole_folder import check_place, put_in_place, unfinished
@@ -52,8 +53,8 @@ def prepare(
     channels: Literal[1, 2, 3, 4] | None = None,
     parts: PartSizes = _DEFAULT_SIZES,
     plan: DuplicationPlan = _NO_COPIES,
-    seed: int = 0,
-    near_distance: float = DEFAULT_DISTANCE,
+    seed: NonNegativeInt = 0,
+    near_distance: NonNegativeFloat = DEFAULT_DISTANCE,
     records_per_shard: int = 2000,
     on_error: Literal["stop", "skip"] = "stop",
     licence: str | None = None,
@@ -112,6 +113,8 @@ def prepare(
 
     if records_per_shard < 1:
         raise ValueError(f"--records_per_shard {records_per_shard}: use 1 or more")
+    if not near_distance < math.inf:
+        raise ValueError(f"--near_distance {near_distance}: use a number")
     height, width = (image_size, image_size) if not isinstance(image_size, tuple) else image_size
     if height is not None and width is not None and min(height, width) < 1:
         raise ValueError(f"--image_size {image_size}: use 1 or more")
@@ -213,12 +216,25 @@ def _is_done(out: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
             f"--out {out} exists and is not a dataset folder; choose another"
         ) from error
     if manifest.get("recipe") == recipe and not overwrite:
+        _check_whole(out)
         return True
     if not overwrite:
         raise ValueError(
             f"--out {out} holds another data set; choose another or say --overwrite true"
         )
+    refuse_own_files(out, "dataset")
     return False
+
+
+def _check_whole(out: Path) -> None:
+    """Refuse to call a folder done that has lost files since, or whose files were changed."""
+    from memfree.data.folder import DatasetFolder
+
+    try:
+        folder = DatasetFolder(out)
+        _ = folder.records, folder.conditions
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--out {out} is damaged, say --overwrite true: {error}") from error
 
 
 def _check_source(

@@ -15,7 +15,7 @@ from typing import Any
 from memfree.data.captions import checked_text, chosen_caption, decode_text
 from memfree.data.options import RecordOptions
 from memfree.data.tarrecord import MAX_TEXT_BYTES
-from memfree.data.walk import problem_with_file
+from memfree.data.walk import read_bytes
 from memfree.untrusted import MAX_JSON_BYTES, parse_json, short
 
 _TEXTS = (".txt", ".caption")
@@ -124,6 +124,9 @@ class FolderCaptions:
     def _read_metadata(self, file: Path, others: set[str], note: Callable[[str], None]) -> None:
         shown = short(file, 1000)
         rows, columns = _rows(file)
+        if not rows:
+            note(f"{file.relative_to(self._folder).as_posix()}: no rows")
+            return
         if "file_name" not in columns:
             note(f"{file.relative_to(self._folder).as_posix()}: no column file_name")
             return
@@ -160,13 +163,9 @@ def read_text(file: Path, limit: int = MAX_TEXT_BYTES) -> str:
 
     Raises:
         ValueError: it is not a plain file, is too large, or in an unknown encoding.
+        OSError: it cannot be read.
     """
-    shown = short(file, 1000)
-    if problem := problem_with_file(file):
-        raise ValueError(f"{shown}: {problem}")
-    if file.stat().st_size > limit:
-        raise ValueError(f"{shown}: more than the limit of {limit} bytes")
-    return decode_text(file.read_bytes(), shown)
+    return decode_text(read_bytes(file, limit), short(file, 1000))
 
 
 def _rows(file: Path) -> tuple[list[tuple[int, dict[str, Any]]], set[str]]:
@@ -176,6 +175,10 @@ def _rows(file: Path) -> tuple[list[tuple[int, dict[str, Any]]], set[str]]:
     if file.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
+            header = Counter(reader.fieldnames or ())
+            for column in ("file_name", *_COLUMNS):
+                if header[column] > 1:
+                    raise ValueError(f"{shown} has {header[column]} columns {column}; leave one")
             for row in reader:
                 if None in row or None in row.values():
                     raise ValueError(f"{shown}, line {reader.line_num}: as many cells as columns")

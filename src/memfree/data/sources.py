@@ -15,7 +15,7 @@ from memfree.data.options import RecordOptions, SourceName
 from memfree.data.sidecars import FolderCaptions
 from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.tarstream import expand_shards, read_shard
-from memfree.data.walk import files_below, problem_with_file
+from memfree.data.walk import files_below, problem_with_file, read_bytes
 from memfree.data.wording import counted
 from memfree.untrusted import short
 
@@ -211,13 +211,10 @@ class ImageFolder:
     def _image(self, file: Path, relative: str) -> SourceImage:
         if problem := problem_with(relative):  # it becomes a key, which is stored and shown
             raise ValueError(f"{short(file, 1000)}: its name {problem}; rename it")
-        if problem := problem_with_file(file):
-            raise ValueError(f"{short(file, 1000)}: {problem}")
-        if file.stat().st_size > MAX_IMAGE_BYTES:
-            raise ValueError(f"{file}: more than the limit of {MAX_IMAGE_BYTES} bytes")
+        content = read_bytes(file, MAX_IMAGE_BYTES)
         caption = self._captions.of(file)
         label = self.class_names.index(relative.split("/")[0]) if self.class_names else None
-        return SourceImage(relative, file.read_bytes(), label, caption)
+        return SourceImage(relative, content, label, caption)
 
 
 class Shards:

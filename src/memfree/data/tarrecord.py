@@ -175,14 +175,28 @@ def _json_caption(name: str, value: Any) -> str | None:
 
 
 def _one_label(name: str, stated: str | None, in_json: Any) -> int | None:
-    """The class that .cls states, or else the JSON; both may, if they agree."""
+    """The class that .cls states, or else the JSON; both may, if they agree.
+
+    What is no number in the JSON, such as the name of a class, does not matter beside .cls.
+    """
     if stated is None:
         return None if _is_missing(in_json) else _label(name, in_json)
     label = _label(name, stated.strip())
-    if isinstance(in_json, int) and not isinstance(in_json, bool) and in_json != label:
-        other = short(in_json, 40)
-        raise ValueError(f"{name}: its class is {label} in .cls, but {other} in .json")
+    for other in in_json if isinstance(in_json, list) else [in_json]:
+        if _number(other) not in (None, label):
+            shown = short(other, 40)
+            raise ValueError(f"{name}: its class is {label} in .cls, but {shown} in .json")
     return label
+
+
+def _number(value: Any) -> int | float | None:
+    """The number in a JSON value, perhaps written as text; None where there is none, or NaN."""
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    return number if is_number and not _is_missing(number) else None
 
 
 def _label(name: str, value: Any) -> int:

@@ -121,16 +121,23 @@ def expand_shards(
         are = "is" if len(absent) == 1 else "are"
         raise FileNotFoundError(
             f"{len(absent)} of {len(found) + len(absent)} shards {are} missing, the first is "
-            f"{absent[0]}; on_error skip goes on without"
+            f"{_why_absent(absent[0])}; on_error skip goes on without"
         )
     if skipped is not None:
         for item in absent:
-            skipped.shard(item, f"shard {item} is missing")
+            skipped.shard(item, f"shard {_why_absent(item)} is missing")
     if left_out is not None:
         note = left_out.at(pattern)
         for item in dict.fromkeys(others):
             note(item)
     return found
+
+
+def _why_absent(item: str) -> str:
+    """A shard that cannot be opened, and why, where something else has its name."""
+    path = Path(item)
+    reason = problem_with_file(path) if path.is_symlink() or path.exists() else None
+    return f"{item} ({reason})" if reason else item
 
 
 def _is_address(item: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from memfree.data.names import is_hidden
 from memfree.data.skipped import LeftOut, Skipped
+from memfree.untrusted import short
 
 
 def files_below(
@@ -73,3 +74,21 @@ def problem_with_file(file: Path) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None if stat.S_ISREG(mode) else "not a plain file"
+
+
+def read_bytes(file: Path, limit: int) -> bytes:
+    """The content of a file of a stranger.
+
+    Raises:
+        ValueError: it is not a plain file, or is too large; the message begins with its name.
+        OSError: it cannot be read, which the operating system says without the name.
+    """
+    name = short(file, 1000)
+    if problem := problem_with_file(file):
+        raise ValueError(f"{name}: {problem}")
+    try:
+        if os.stat(file).st_size > limit:
+            raise ValueError(f"{name}: more than the limit of {limit} bytes")
+        return file.read_bytes()
+    except OSError as error:
+        raise OSError(f"{name}: {error.strerror or error}") from error

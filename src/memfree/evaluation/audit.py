@@ -187,7 +187,10 @@ def measure(
         kept = np.argsort(-top_sigma, kind="stable")[:pairs]
         top, top_sigma = top[torch.from_numpy(kept)], top_sigma[kept]
     if not parts:
-        raise ValueError(f"--images {images}: no image could be read; {source.skipped.text()}")
+        raise ValueError(
+            f"--images {shown(str(images))}: no image could be read; "
+            f"{source.skipped.text('image')} ({source.skipped.named()})"
+        )
     found = Neighbours(
         **{
             one.name: np.concatenate([getattr(part, one.name) for part in parts])

@@ -37,6 +37,8 @@ _SIGNATURES = (
     (4, b"ftypavi", "AVIF"),
     (4, b"ftyphe", "HEIC"),
     (4, b"ftypmi", "HEIC"),
+    (4, b"ftypms", "HEIC"),
+    (4, b"ftypcrx", "CR3"),
     (4, b"jP  ", "JPEG 2000"),
     (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
     (0, b"\xff\x0a", "JPEG XL"),
@@ -45,10 +47,26 @@ _SIGNATURES = (
     (0, b"qoif", "QOI"),
     (0, b"\0\0\1\0", "ICO"),
     (0, b"\x76\x2f\x31\x01", "OpenEXR"),
+    (0, b"DDS ", "DDS"),
+    (0, b"icns", "ICNS"),
+    (0, b"II\xbc\x01", "JPEG XR"),
+    (0, b"%PDF-", "PDF"),
+    (0, b"PK\3\4", "ZIP"),
+    (0, b"7z\xbc\xaf\x27\x1c", "7z"),
+    (0, b"Rar!\x1a\7", "RAR"),
+    (0, b"\x1f\x8b\x08", "gzip"),
+    (0, b"BZh", "bzip2"),
+    (0, b"\xfd7zXZ\0", "xz"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd"),
 )
 """What a file's bytes at a place say that it is, or may hold."""
+_ARCHIVE_KINDS = ("ZIP", "7z", "RAR")
+_PACKED = (*_ARCHIVE_KINDS, "gzip", "bzip2", "xz", "zstd")
+_ARRAYS = (".npz", ".pt", ".pth", ".ckpt", ".bin", ".whl")
+"""Endings of ZIP archives that hold numbers or programs, lower case."""
 _APPLE_DOUBLE = b"\0\5\x16\7"  # ._a.png, which macOS writes beside a.png
-_ARCHIVES = (".zip", ".7z", ".rar")
+_ARCHIVES = (".zip", ".7z", ".rar", ".tar.zst", ".tar.lz4")
+_NETPBM = tuple(b"P%d" % number for number in range(1, 8))  # followed by white space
 _TEXTS = (".txt", ".json", ".cls", ".csv", ".md", ".html", ".xml", ".yaml", ".yml", ".npy", ".npz")
 """Endings of members of shards that are no pictures, lower case."""
 
@@ -124,7 +142,6 @@ class AuditedImages:
     def _frames(self, name: str, image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
         """The frames of an image, named if there are several."""
         count = getattr(image, "n_frames", 1)
-        self.frames += min(count, MAX_FRAMES) if count > 1 else 0
         for number in range(min(count, MAX_FRAMES)):
             called = f"{name} (frame {number + 1} of {count})" if count > 1 else name
             try:
@@ -136,6 +153,7 @@ class AuditedImages:
             except Exception as error:  # whatever a decoder makes of a damaged later frame
                 self.skipped.record(f"{called}: damaged ({type(error).__name__})")
                 continue
+            self.frames += count > 1
             yield called, image
         if count > MAX_FRAMES:
             self.skipped.record(f"{name}: only {MAX_FRAMES} of its {count} frames were judged")
@@ -146,10 +164,13 @@ class AuditedImages:
             yield from self._of_folder()
         elif self.path.exists():
             yield from self._of_file()
-        elif self.path.suffix.lower() in (*SUFFIXES, *OTHER_PICTURES):
-            raise FileNotFoundError(f"--images {shown(str(self.path))}: no such file")
         else:
-            shards = expand_shards(str(self.path), self.skipped, self.left_out)
+            try:
+                shards = expand_shards(str(self.path), self.skipped, self.left_out)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"--images {shown(str(self.path))}: no such file or folder ({error})"
+                ) from error
             yield from self._of_shards(shards)
 
     def _of_folder(self) -> Iterator[tuple[str, bytes]]:
@@ -234,15 +255,22 @@ def _kind(head: bytes, name: str) -> str | None:
     """``READ``, ``tar``, another format that may hold pictures, or None for anything else."""
     if is_tar(name):
         return "tar"
+    path = PurePosixPath(name.lower())
+    suffix = path.suffix
     for place, signature, kind in _SIGNATURES:
         if head[place : place + len(signature)] == signature:
-            return kind
-    suffix = PurePosixPath(name).suffix.lower()
+            if kind not in _PACKED:
+                return kind
+            inner = PurePosixPath(path.stem).suffix  # of labels.json.gz
+            harmless = suffix in _ARRAYS if kind in _ARCHIVE_KINDS else inner in _TEXTS
+            return None if harmless else f"packed as {kind}"
     if head.startswith(b"BM") and head[6:10] == bytes(4):
         return "BMP"
+    if head.startswith(_NETPBM) and head[2:3].isspace() and head[3:4] in b"#0123456789":
+        return "PNM"
     if head.startswith(_APPLE_DOUBLE):
         return None
-    if suffix in _ARCHIVES:
+    if path.name.endswith(_ARCHIVES):
         return f"a {suffix} archive"
     if suffix in SUFFIXES:
         return READ  # which it is not, as whoever opens it will say

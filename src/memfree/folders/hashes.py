@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,23 @@ def sha256(path: Path) -> str:
         ValueError: it is a FIFO or device, which may have no end.
     """
     check_plain(path)
-    with open(path, "rb") as file:
+    with _named(path), open(path, "rb") as file:
         return (
             hashlib.file_digest(file, "sha256").hexdigest()
             if hasattr(hashlib, "file_digest")
             else _sha256_chunks(file)
         )
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say which file the disk did not give: an error of reading, as of a bad sector, does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _sha256_chunks(file: Any) -> str:
@@ -51,7 +64,7 @@ def block_checksums(path: Path) -> list[int]:
 
     def checksum(start: int) -> int:
         value = 0
-        with open(path, "rb") as file:  # buffered: a read is never short
+        with _named(path), open(path, "rb") as file:  # buffered: a read is never short
             file.seek(start)
             for _ in range(_BLOCK // _CHUNK):
                 value = zlib.crc32(file.read(_CHUNK), value)

@@ -15,8 +15,17 @@ from typing import Any
 
 from memfree.folders.atomic_files import write_json
 from memfree.folders.whole_folder import check_place
+from memfree.untrusted import short
 
 FORMAT_VERSION = 1
+_FILES = {
+    "dataset": r"(train|calibration|test|fit)-\d+\.tar|(items|conditions|records)\.parquet",
+    "audit": r"audit\.parquet|index\.html",
+    "evaluation": r"metrics\.json|(per_sample|trajectories|pictures)\.parquet|index\.html|"
+    r"picture\.png|report",
+    "tuning": r"tune\.json|guidance\.yaml",
+}
+"""Names of what is in a folder of a kind, beside its manifest and configuration."""
 _PACKAGES = ("memfree", "torch", "torchvision", "lightning", "diffusers", "numpy")
 
 
@@ -117,7 +126,8 @@ def check_replaceable(out: Path, kind: str) -> None:
     """Refuse to replace what is not a finished folder of this ``kind``, or cannot be replaced.
 
     Raises:
-        ValueError: ``out`` is a file, a folder with other contents, or a mount point.
+        ValueError: ``out`` is a file, a folder with other contents or with files of the user's
+            own beside the result, or a mount point.
         OSError: nothing can be written beside it.
     """
     if out.is_file():
@@ -130,7 +140,24 @@ def check_replaceable(out: Path, kind: str) -> None:
                 f"--out {out} holds files of something else ({error}); "
                 "choose an empty or a new folder"
             ) from error
+        refuse_own_files(out, kind)
     check_place(out)
+
+
+def refuse_own_files(out: Path, kind: str) -> None:
+    """Refuse to replace a folder that holds what no command has written; hidden files go.
+
+    Raises:
+        ValueError: it does; the message names the first such file.
+    """
+    known = re.compile(rf"\..*|manifest\.json|config\.yaml|{_FILES.get(kind, '.*')}", re.DOTALL)
+    own = sorted(path.name for path in out.iterdir() if not known.fullmatch(path.name))
+    if own:
+        more = f" and {len(own) - 1} more" if len(own) > 1 else ""
+        raise ValueError(
+            f"--out {out} also holds {short(own[0])}{more}, which would be lost: move it away, or "
+            "choose another folder"
+        )
 
 
 def check_kind(folder: Path, kind: str) -> None:

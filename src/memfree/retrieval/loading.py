@@ -116,6 +116,8 @@ def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
         raise ValueError(f"{path} is not a plain float32 array: {short(error)}") from error
     except tokenize.TokenError as error:  # numpy's second look at a header that is no literal
         raise ValueError(f"{path} is not a plain float32 array: {short(error)}") from error
+    except OSError as error:  # a bad sector
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
     if shape != (rows, dimension) or fortran or dtype != np.dtype("<f4"):
         raise ValueError(
             f"{path} holds {short(dtype)} {short(shape)}, but manifest.json says float32 "

@@ -14,7 +14,7 @@ from memfree.option_messages import did_you_mean, option_message, options_of
 from memfree.slurm.options import SlurmOptions
 from memfree.slurm.submission import Submission
 from memfree.study_files import refuse_other_study
-from memfree.untrusted_yaml import check_config_files
+from memfree.untrusted_yaml import check_config_files, check_no_further_files
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -94,6 +94,7 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
         parser.add_argument(
             "--dry_run", type=bool, default=False, help="Whether the batch script is only printed."
         )
+    check_no_further_files(given, list(parser.groups or {}))
     config = _parsed(parser, given)
     # The functions' own classes check what no type says.
     slurm: SlurmOptions = parser.instantiate(config).slurm
