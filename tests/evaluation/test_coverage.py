@@ -179,8 +179,9 @@ def test_paired_differences_of_few_captions_cover(captions):
 
 def test_resamples_that_all_say_the_same_give_no_interval():
     copies = np.arange(60) < 20
-    apart = 9.0 * copies + np.random.default_rng(14).normal(size=60) / 9
-    assert auc_difference(apart, 2 * apart, copies).low is None
+    apart, other = 9.0 * copies + np.random.default_rng(14).normal(size=(2, 60)) / 9
+    assert auc_difference(apart, other, copies).low is None
+    assert auc_difference(apart, 2 * apart, copies).low == 0, "the same ranks"
     assert detector(apart, copies).auc.low < 1
 
 

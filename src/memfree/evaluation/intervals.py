@@ -314,7 +314,7 @@ def bootstrap(
 
     Percentiles are those of Student's t with the units' spread (Hesterberg 2015, section 5.3),
     which ten conditions need and a thousand samples do not notice. There is no interval where the
-    statistic of most resamples is NaN, or where all have the same: they say nothing of its spread.
+    statistic of most resamples is NaN.
 
     Args:
         n: how many units there are.
@@ -331,7 +331,7 @@ def bootstrap(
     codes = np.arange(n) if clusters is None else clusters
     units = effective_conditions(codes) if units is None else units
     values = resampled(n, statistic, seed, draws, clusters) if units >= 2 else np.array([])
-    if not len(values) or values.min() == values.max():
+    if not len(values):
         return Interval(value)
     expanded = NormalDist().cdf(student_quantile(units, confidence) * sqrt(units / (units - 1)))
     low, high = np.quantile(values, (1 - expanded, expanded))
