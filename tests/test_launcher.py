@@ -119,6 +119,7 @@ def test_the_innermost_launcher_is_read(monkeypatch, variables, launch):
         ("PMI_RANK", "x"),
         ("JSM_NAMESPACE_RANK", "x"),
         ("FLUX_TASK_RANK", "x"),
+        ("SLURM_STEP_NUM_TASKS", "0"),
     ],
 )
 def test_a_spoilt_variable_is_named(monkeypatch, name, value):
@@ -155,6 +156,7 @@ def test_variables_of_users_are_left_alone(monkeypatch):
         ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
         ("LOCAL_RANK", "WORLD_SIZE"),
         ("SLURM_PROCID", "SLURM_NTASKS"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
         ("PMI_RANK", "PMI_SIZE"),
     ],
@@ -204,6 +206,17 @@ def test_options_say_whether_processes_are_one_run(
         ({"LOCAL_RANK": "2"}, 2, 1, "LOCAL_RANK"),
         ({"NODE_RANK": "2"}, 2, 2, "NODE_RANK"),
         ({"LOCAL_RANK": "1", "WORLD_SIZE": "4"}, 2, 1, "WORLD_SIZE"),
+        # Launchers that do not say how many they have started.
+        ({"SLURM_PROCID": "1"}, 2, 1, "SLURM_NTASKS does not say"),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, 2, 1, "OMPI_COMM_WORLD_SIZE does not say"),
+        ({"TORCHELASTIC_RUN_ID": "a", "RANK": "1"}, 2, 1, "WORLD_SIZE does not say"),
+        # Machines with unequal numbers: no number of devices fits all.
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "3"}, 3, 1, "as many on each node"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_NTASKS_PER_NODE": "2"}, 2, 1, "as many"),
+        # A place that such a run does not have: four pods that call themselves first of theirs.
+        ({**POD, "LOCAL_RANK": "0"}, 4, 1, "number 1 of all and number 0 of its machine"),
+        ({**POD, "LOCAL_RANK": "3"}, 2, 2, "number 3 of its machine"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, 1, 2, "number 1 of its"),
     ],
 )
 def test_other_numbers_of_processes_are_refused(monkeypatch, variables, devices, nodes, said):
@@ -224,18 +237,30 @@ def environment(monkeypatch, variables, devices=1, nodes=1):
     return launch, inside
 
 
-@pytest.mark.parametrize("variables", [TORCHRUN, SRUN, OPEN_MPI, MPICH, POD, {"NODE_RANK": "1"}])
+@pytest.mark.parametrize("tasks", ["1,2(x999999999)", "٣", "2(x2", "9999999", "1,2,"])
+def test_tasks_of_nodes_that_slurm_does_not_write_are_named(monkeypatch, tasks):
+    task = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": tasks}
+    told(monkeypatch, task)
+    with pytest.raises(ValueError, match="variable SLURM_STEP_TASKS_PER_NODE="):
+        launched()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [TORCHRUN, SRUN, OPEN_MPI, MPICH, POD, {"NODE_RANK": "1"}, {"SLURM_PROCID": "3"}],
+)
 def test_a_run_by_itself_forgets_the_launcher(monkeypatch, variables):
     launch, inside = environment(monkeypatch, variables)
     assert (launch.rank, launch.size) == (0, 1)
     assert not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} & inside.keys()
     # It is still a task of its job, which puts that back into the queue.
-    assert inside.get("SLURM_PROCID") == ("0" if variables is SRUN else None)
+    assert inside.get("SLURM_PROCID") == ("0" if "SLURM_PROCID" in variables else None)
 
 
 def test_processes_of_one_run_know_where_to_meet(monkeypatch):
-    two = {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
-    _, inside = environment(monkeypatch, {**SRUN, **two, "SLURM_STEP_NUM_TASKS": "2"}, 2)
+    two = {"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    second = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0"}
+    _, inside = environment(monkeypatch, {**SRUN, **two, **second}, 2)
     assert inside["SLURM_NTASKS_PER_NODE"] == "2"
     assert inside["MASTER_ADDR"] == "node07"
     assert inside["MASTER_PORT"] == str(15000 + 12 + 1009)  # another step of the job has another

@@ -24,6 +24,7 @@ from memfree.study.report import write_report
 from memfree.study.results import by_key, gather, ladder_metrics
 from memfree.study.statistics import (
     Measured,
+    amount_over_seeds,
     over_seeds,
     rate_over_seeds,
     upper_limit,
@@ -54,16 +55,31 @@ def test_one_seed_has_no_interval_however_many_samples():
     assert "one training seed" in table.heading and table.rows == [["unguided", "30.00"]]
 
 
-@pytest.mark.parametrize("spread", [0.05, 0.3])
-def test_rates_over_seeds_cover_other_trainings(spread):
+@pytest.mark.parametrize(
+    ("mean", "spread"), [(0.4, 0.05), (0.4, 0.3), (0.02, 0.02), (0.05, 0.1), (0.98, 0.02)]
+)
+def test_rates_over_seeds_cover_other_trainings(mean, spread):
     """Three trainings whose true rates differ; 500 samples each."""
     generator = np.random.default_rng(0)
     precision, inside = 1 / spread - 1, 0
     for _ in range(400):
-        rates = generator.beta(0.4 * precision, 0.6 * precision, 3)
+        rates = generator.beta(mean * precision, (1 - mean) * precision, 3)
         found = rate_over_seeds([Measured(generator.binomial(500, p) / 500, 500) for p in rates])
-        inside += found.low <= 0.4 <= found.high
+        inside += found.low <= mean <= found.high
     assert inside / 400 >= 0.9
+
+
+@pytest.mark.parametrize("mean", [0.2, 1.0, 5.0])
+def test_numbers_of_copies_over_seeds_cover_other_trainings(mean):
+    """Ten images a training; seeds without a copy have no interval."""
+    generator = np.random.default_rng(1)
+    found = [
+        amount_over_seeds([Measured(generator.poisson(mean) / 10, 10) for _ in range(3)])
+        for _ in range(400)
+    ]
+    inside = [one.low <= mean / 10 <= one.high for one in found if one.low is not None]
+    assert len(inside) >= 100 and np.mean(inside) >= 0.9
+    assert amount_over_seeds([Measured(0.0, 10)] * 3) == Interval(0.0)
 
 
 def test_rates_of_zero_keep_the_width_of_their_counts():

@@ -18,7 +18,7 @@ from typing import NamedTuple
 LIGHTNING = "Lightning"
 """Launcher of a process that none of the others started: Lightning's own, or the user's hand."""
 _NUMBER = re.compile(r"[0-9]{1,12}")
-_TASKS_PER_NODE = re.compile(r"(\d+)(?:\(x(\d+)\))?")
+_TASKS_PER_NODE = re.compile(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?")
 _PORTS = 15000, 10000
 """First port for processes to meet at under SLURM, and how many, as Lightning chooses them."""
 
@@ -102,8 +102,10 @@ _LAUNCHERS = (
     _Names("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", ""),
     _Names("the launcher that set RANK", *_TORCHRUN[1:]),
 )
+_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
+"""Tasks of a step, whatever the job has."""
 _RANKS = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID", "OMPI_COMM_WORLD_NODE_RANK")
-_SIZES = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_STEP_NUM_NODES")
+_SIZES = (_STEP_SIZE, "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_STEP_NUM_NODES")
 _SINGLE = {
     "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0",
@@ -181,7 +183,7 @@ def _in_srun() -> bool:
 
 def _step_size() -> str | None:
     """Tasks of this step; in the shell that salloc opens, SLURM_NTASKS is the allocation's."""
-    return os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get(_SRUN.size))
+    return os.environ.get(_STEP_SIZE, os.environ.get(_SRUN.size))
 
 
 def _by_srun(names: _Names) -> bool:
@@ -222,6 +224,9 @@ def check_variables() -> None:
         smaller = names.size if local_size is None else names.local_size
         local_rank = _checked(names.local_rank)
         _check_below(names.local_rank, smaller, local_rank, local_size or size)
+    if _in_srun():
+        tasks = _checked(_STEP_SIZE, least=1)
+        _check_below(_SRUN.rank, _STEP_SIZE, _checked(_SRUN.rank), tasks)
     for name in _RANKS:
         _checked(name)
     for name in _SIZES:
@@ -294,26 +299,44 @@ def joined(launch: Launch, devices: int, nodes: int = 1) -> bool:
             raise ValueError(f"{options}: WORLD_SIZE in the environment is {launch.size}")
         return bool({"LOCAL_RANK", "NODE_RANK"} & os.environ.keys()) or nodes > 1
     if launch.size is None:
+        name = next(one.size for one in (_TORCHRUN, *_LAUNCHERS) if one.launcher == launch.launcher)
         raise ValueError(
-            f"{options}: {launch.started}, but not how many: set WORLD_SIZE, or start them by "
-            "torchrun"
+            f"{options}: {launch.started}, but {name} does not say how many: set it, or start them "
+            "by torchrun"
         )
     if launch.size == 1 and nodes == 1:
         return False
     if launch.size != wanted or launch.per_node not in ((), (devices,)):
         raise ValueError(f"{options}: {launch.started}; {_ways(launch)}")
+    _check_place(launch, devices, nodes, options)
     return True
+
+
+def _check_place(launch: Launch, devices: int, nodes: int, options: str) -> None:
+    """Refuse a place on this machine that a run of so many devices on each does not have.
+
+    Raises:
+        ValueError: says which place the launcher has given.
+    """
+    local = launch.local_rank
+    if local is None or (local < devices and (nodes > 1 or local == launch.rank)):
+        return
+    raise ValueError(
+        f"{options}: {launch.launcher} calls this process number {launch.rank} of all and number "
+        f"{local} of its machine (both from 0), where so many devices on a machine have another: "
+        "give as many as it has started on each machine"
+    )
 
 
 def _ways(launch: Launch) -> str:
     """Options that fit the processes that were started."""
     assert launch.size is not None
-    if len(launch.per_node) > 1:
+    devices = launch.per_node[0] if launch.per_node else launch.size
+    if len(launch.per_node) > 1 or launch.size % devices:
         return (
             "start as many on each node (--ntasks-per-node) to work together, or give "
             "--trainer.devices 1 --trainer.num_nodes 1 for a separate run in each process"
         )
-    devices = launch.per_node[0] if launch.per_node else launch.size
     if launch.size == 1:
         return "start one process per device"
     nodes = f" --trainer.num_nodes {launch.size // devices}" if launch.size > devices else ""
@@ -360,7 +383,9 @@ def as_one_run(launch: Launch, devices: int, nodes: int = 1) -> Iterator[None]:
         elif before.keys() - {*_MEETING}:
             for name in before:
                 del os.environ[name]
-            os.environ.update({name: _SINGLE[name] for name in before if name in _SINGLE})
+            # SLURM says the number of tasks wherever it says a task's own.
+            said = before.keys() | ({_SRUN.size} if _SRUN.rank in before else set())
+            os.environ.update({name: _SINGLE[name] for name in said if name in _SINGLE})
         yield
     finally:
         # Lightning sets some of them for the processes that it starts.

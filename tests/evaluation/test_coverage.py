@@ -146,6 +146,45 @@ def test_quantiles_cover_other_captions(captions, each):
     assert coverage(simulate, 60 if each > 1 else 300) >= 0.9
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 20, 60, 90])
+@pytest.mark.parametrize("share", [0.05, 0.5])
+def test_quantiles_of_few_values_cover(count, share):
+    """The smallest of ten values is above the 5 % quantile more often than not."""
+    generator, truth = np.random.default_rng(12), stats.expon.ppf(share)
+
+    def simulate():
+        return quantile_interval(generator.exponential(size=count), share, at_least=0.0), truth
+
+    assert coverage(simulate, 200) >= 0.9
+    found = simulate()[0]
+    assert (found.low == 0) == (count < (74 if share == 0.05 else 4))
+    assert np.isinf(found.high) == (share == 0.5 and count < 4)
+
+
+@pytest.mark.parametrize("captions", [2, 3, 4])
+def test_paired_differences_of_few_captions_cover(captions):
+    """Two captions always seem to correlate fully."""
+    generator, clusters = np.random.default_rng(13), np.repeat(np.arange(captions), EACH)
+
+    def simulate():
+        place, noise = generator.random(captions), generator.random(captions * EACH)
+        flags = [
+            noise < stats.beta.ppf(place, mean * 7 / 3, (1 - mean) * 7 / 3)[clusters]
+            for mean in (0.6, 0.1)
+        ]
+        return paired_rate_difference(*flags, clusters=clusters), 0.5
+
+    assert coverage(simulate, 150) >= 0.9
+
+
+def test_resamples_that_all_say_the_same_give_no_interval():
+    copies = np.arange(60) < 20
+    apart, other = 9.0 * copies + np.random.default_rng(14).normal(size=(2, 60)) / 9
+    assert auc_difference(apart, other, copies).low is None
+    assert auc_difference(apart, 2 * apart, copies).low == 0, "the same ranks"
+    assert detector(apart, copies).auc.low < 1
+
+
 ALONE = 350
 ALL = np.concatenate([TEN, CAPTIONS + np.arange(ALONE)])
 

@@ -189,6 +189,7 @@ def test_refusals_are_one_line(pipe, index):
         (lambda: memfree.guard(pipe, uncalibrated()), "no calibration"),
         (lambda: memfree.guard(nine_channels(), index), "takes 9 channels"),
         (lambda: memfree.guard(edm(), index), "sigma_data (EDM)"),
+        (lambda: memfree.guard(inverted(), index), "invert_sigmas"),
         (lambda: memfree.guard(flux(), index), "once a branch"),
         (lambda: memfree.guard(pix2pix(), index), "a third branch"),
     ]
@@ -208,6 +209,11 @@ def nine_channels():
 
 def edm():
     return tiny_pipelines.stable_diffusion_xl(diffusers.EDMEulerScheduler())
+
+
+def inverted():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    return tiny_pipelines.stable_diffusion_3(scheduler)
 
 
 def flux():

@@ -283,3 +283,22 @@ def test_every_guard_draws_a_seed_of_its_own_and_says_which(pipe):
     assert str(first.seed) in str(first)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert made(seed=0)[0].seed == 0
+
+
+def test_a_guard_may_be_entered_again_and_each_block_has_its_report(pipe, index):
+    guarding = memfree.guard(pipe, index, [])
+    with guarding as first:
+        drawn(pipe)
+        with pytest.raises(ValueError, match="guards do not nest"), guarding:
+            pass
+        drawn(pipe)
+    with guarding as second:
+        drawn(pipe)
+    assert len(first.verdicts) == 4 and len(second.verdicts) == 2 and first.seed != second.seed
+
+    @guarding
+    def served():
+        return drawn(pipe)
+
+    assert torch.equal(served(), served())
+    assert type(pipe) is diffusers.StableDiffusionPipeline and not pipe.unet._forward_hooks

@@ -221,6 +221,18 @@ def test_20_of_20_copies_are_none_after_guidance(name):
     check(pipeline(name), call, ["a cat"] * 20)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_of_torch(dtype):
+    """A caller's ``torch.set_default_dtype`` is not the guard's."""
+    pipe = tiny_pipelines.stable_diffusion()
+    call = {**options("stable_diffusion"), "guidance_scale": 4.0}
+    torch.set_default_dtype(dtype)
+    try:
+        check(pipe, call, ["a cat", "two dogs"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize(
     "name",

@@ -238,3 +238,13 @@ def test_adapters_are_loaded_inside_the_block_as_outside(index, tmp_path):
     with memfree.guard(pipe, index, []):
         pipe.load_lora_weights(tmp_path)
     assert torch.equal(drawn(pipe), drawn(same))
+
+
+@pytest.mark.parametrize("scale", ["4", None, [4.0], True])
+def test_a_guidance_scale_that_is_no_number_is_refused(pipe, index, scale):
+    with (
+        memfree.guard(pipe, index),
+        pytest.raises(ValueError, match="guidance_scale must be a number") as caught,
+    ):
+        drawn(pipe, guidance_scale=scale)
+    assert "\n" not in str(caught.value)

@@ -6,9 +6,11 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DEISMultistepScheduler,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -17,7 +19,18 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
-from guard_parts import PROMPTS, ActiveRows, amg, copies, make_index, noise, options, random_images
+from guard_parts import (
+    NEVER,
+    PROMPTS,
+    ActiveRows,
+    amg,
+    copies,
+    drawn,
+    make_index,
+    noise,
+    options,
+    random_images,
+)
 
 import memfree
 
@@ -115,6 +128,15 @@ def test_the_last_step_of_pndm_is_known_at_every_strength(index, steps, skip):
         assert len(observed.seen) == pipe.num_timesteps
         last = [one.is_last for one in observed.seen]
         assert last == [False] * (len(last) - 1) + [True]
+
+
+@pytest.mark.parametrize("kind", [DDIMInverseScheduler, DPMSolverMultistepInverseScheduler])
+def test_schedulers_that_do_not_count_from_a_beginning_are_followed(index, kind):
+    pipe = tiny_pipelines.stable_diffusion(tiny_pipelines.noise_schedule(kind))
+    plain = drawn(pipe)
+    with memfree.guard(pipe, index, amg(index, NEVER)) as report:
+        assert torch.equal(drawn(pipe), plain)
+    assert len(report.trace) == 8
 
 
 def test_a_pipeline_whose_denoiser_is_called_off_schedule_is_refused(index):

@@ -122,7 +122,10 @@ def auc_difference(
         return _auc(ranks[0], truth, rows) - _auc(ranks[1], truth, rows)
 
     units = _effective_units(truth, clusters)
-    return bootstrap(len(truth), difference, seed, draws, clusters=clusters, units=units)
+    found = bootstrap(len(truth), difference, seed, draws, clusters=clusters, units=units)
+    if found.low == found.high and not np.array_equal(*ranks):
+        return Interval(found.value)  # two scores that never err here may do so elsewhere
+    return found
 
 
 def _auc(ranks: np.ndarray, truth: np.ndarray, rows: np.ndarray) -> float:

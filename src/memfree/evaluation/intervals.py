@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from math import isnan, sqrt
+from math import inf, isnan, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -176,10 +176,16 @@ def paired_rate_difference(
 
 
 def _condition_correlation(a: np.ndarray, b: np.ndarray, clusters: np.ndarray) -> float:
-    """Correlation of two rates over conditions; 0 where one of them is the same in all."""
+    """Correlation of two rates over conditions; 0 where one of them is the same in all.
+
+    Two conditions always correlate fully, and fewer than five hardly tell: they are not taken at
+    their word where that would make a difference look surer.
+    """
     first, second = (np.bincount(clusters, each - each.mean()) for each in (a, b))
     scale = sqrt(float((first**2).sum() * (second**2).sum()))
-    return float((first * second).sum()) / scale if scale > 1e-12 else 0.0
+    found = float((first * second).sum()) / scale if scale > 1e-12 else 0.0
+    known = min(max(effective_conditions(clusters) - 2, 0.0) / 3, 1.0)
+    return found * known if found > 0 else found
 
 
 def _newcombe_phi(both: float, only_a: float, only_b: float, neither: float) -> float:
@@ -259,28 +265,39 @@ def quantile_interval(
     share: float,
     clusters: np.ndarray | None = None,
     confidence: float = CONFIDENCE,
+    at_least: float = -inf,
+    at_most: float = inf,
 ) -> Interval:
     """Quantile with the limits between which its share is compatible with what lies below.
 
     A value is inside where ``rate_interval`` of "at most this value" holds ``share``: the interval
-    covers as that of rates does, and needs no density. It ends at the smallest and largest value.
+    covers as that of rates does, and needs no density. Few values do not bound a quantile near an
+    end: where the population's may lie beyond all of them, the interval ends at ``at_least`` or
+    ``at_most``.
 
     Args:
         values: (n,) finite.
         share: of the values below the quantile, in (0, 1).
         clusters: (n,) of ``shared_conditions``; None for independent units.
         confidence: two-sided.
+        at_least: smallest value that is possible.
+        at_most: largest value that is possible.
     """
     quantile, ordered = float(np.quantile(values, share)), np.sort(values)
 
     def below(place: int) -> Interval:
         return rate_interval(values <= ordered[place], clusters, confidence)
 
+    nothing = np.zeros(len(values), dtype=bool)
+    less = (rate_interval(nothing, clusters, confidence).high or 0.0) >= share
+    more = (rate_interval(~nothing, clusters, confidence).low or 0.0) <= share
+
     last = len(values) - 1
     places = range(last + 1)
     first = bisect_left(places, True, key=lambda place: (below(place).high or 0.0) >= share)
     beyond = bisect_left(places, True, key=lambda place: (below(place).low or 0.0) > share)
-    low, high = float(ordered[min(first, last)]), float(ordered[min(beyond, last)])
+    low = at_least if less else float(ordered[min(first, last)])
+    high = at_most if more else float(ordered[min(beyond, last)])
     return Interval(quantile, min(low, quantile), max(high, quantile))
 
 

@@ -83,7 +83,7 @@ def distance_metrics(
     n, metrics, over = len(found), [], conditions_detail(conditions)
     if nl2:
         distances = -found.sigma
-        percentile = quantile_interval(distances, 0.05, conditions)
+        percentile = quantile_interval(distances, 0.05, conditions, at_least=0.0)
         metrics += [
             metric("nl2_5th_percentile", subject, percentile, n, **over),
             metric("nl2_minimum", subject, float(distances.min()), n),

@@ -214,7 +214,7 @@ class AntiMemorizationGuidance(Observer):
         if cond is None or uncond is None or s_0 <= self.least_scale:
             return prediction
         match = steering.match
-        least = torch.where(held[rows], self.least_scale, 1.0)
+        least = torch.ones_like(match.sigma[rows]).masked_fill(held[rows], self.least_scale)
         gate = threshold - self.margin(steering.records[rows])
         strength = self.similarity.strength(match.sigma[rows], gate)
         s_1 = corrections.despecification_scale(strength, self.c1, s_0, least)

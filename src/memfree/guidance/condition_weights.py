@@ -117,7 +117,7 @@ class CaptionWeights:
         self._caption = torch.tensor([number[one] for one in columns["caption"]], device=device)
         self._row = torch.tensor(columns["row"], device=device)
         self._count = torch.tensor(columns["count"], dtype=torch.float32, device=device)
-        captioned = torch.zeros(len(index), device=device).index_add_(0, self._row, self._count)
+        captioned = self._count.new_zeros(len(index)).index_add_(0, self._row, self._count)
         self._uncaptioned = (index.multiplicity.to(captioned) - captioned).clamp(min=0)
         self._log_group = index.group_multiplicity.float().log().to(device)
         self._sentences: Tensor | None = None

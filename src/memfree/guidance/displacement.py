@@ -96,7 +96,7 @@ def move_below(
 def _any_direction(like: Tensor) -> Tensor:
     """A fixed direction of length 1, as one row of ``like`` (B, ...)."""
     generator = torch.Generator().manual_seed(0)
-    anywhere = torch.randn(like.shape[1:], generator=generator).to(like)
+    anywhere = torch.randn(like.shape[1:], generator=generator, dtype=torch.float32).to(like)
     return anywhere / anywhere.norm()
 
 

@@ -172,7 +172,7 @@ class MultiplicityGuidance:
                 f"multiplicity guidance: x_t has {values} values, the references have {size}: "
                 "index them in the denoiser's own space, for text-to-image its latents"
             )
-        norm = torch.zeros(len(prediction.x_t), device=prediction.x_t.device)
+        norm = prediction.x_t.new_zeros(len(prediction.x_t), dtype=torch.float32)
         recorded = prediction.recorded(g_mul_norm=norm)
         if self.strength == 0 or self._nothing_repeats:
             return recorded

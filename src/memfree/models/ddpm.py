@@ -93,7 +93,8 @@ class DDPMModule(DiffusionModule):
     def preview(self, count: int, steps: int, seed: int) -> Tensor:
         """Samples (count, C, H, W); labels are 0, 1, 2, ... in turn."""
         generator = torch.Generator().manual_seed(seed)
-        x_t = torch.randn((count, *self.image_shape), generator=generator).to(self.device)
+        x_t = torch.randn((count, *self.image_shape), generator=generator, dtype=torch.float32)
+        x_t = x_t.to(self.device)
         labels = None
         if self.num_classes is not None:
             labels = torch.arange(count, device=self.device) % self.num_classes

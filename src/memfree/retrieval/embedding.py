@@ -98,7 +98,7 @@ class EmbeddedParts:
                 tensors = safetensors.torch.load_file(path)
                 part, digests = tensors["vectors"], tensors["hashes"]
                 if vectors is None:
-                    vectors = torch.empty(self.count, part.shape[1])
+                    vectors = torch.empty(self.count, part.shape[1], dtype=torch.float32)
                 vectors[rows.start : rows.stop] = part.reshape(len(rows), -1)
                 digests = digests.reshape(len(rows), 32)
             except (safetensors.SafetensorError, KeyError, IndexError, RuntimeError) as error:

@@ -74,7 +74,10 @@ def near_copies(images: Tensor, first: int | None = None) -> np.ndarray:
     vectors = images.detach().to("cpu", torch.float32).flatten(1)
     count, dimension = vectors.shape
     radius = (
-        torch.minimum(torch.tensor(NEAR_RMS), NEAR_CONTRAST * vectors.std(1, correction=0))
+        torch.minimum(
+            torch.tensor(NEAR_RMS, dtype=torch.float32),
+            NEAR_CONTRAST * vectors.std(1, correction=0),
+        )
         * dimension**0.5
     )  # (N,)
     basis = _principal_directions(vectors[:: max(1, count // 1000)])

@@ -207,7 +207,7 @@ def trace_rows(prediction: Prediction, step: int, t: float) -> dict[str, Tensor]
     rows = {
         "sample": torch.arange(batch, device=device),
         "step": torch.full((batch,), step, device=device),
-        "t": torch.full((batch,), float(t), device=device),
+        "t": torch.full((batch,), float(t), dtype=torch.float32, device=device),
     }
     for name in dict.fromkeys([*TRACE_COLUMNS, *prediction.trace]):
         value = prediction.active if name == "active" else prediction.trace.get(name)
@@ -218,5 +218,5 @@ def trace_rows(prediction: Prediction, step: int, t: float) -> dict[str, Tensor]
         elif name == "nearest":
             rows[name] = torch.full((batch,), -1, device=device)
         else:
-            rows[name] = torch.full((batch,), float("nan"), device=device)
+            rows[name] = torch.full((batch,), float("nan"), dtype=torch.float32, device=device)
     return rows

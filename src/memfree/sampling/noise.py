@@ -29,7 +29,9 @@ def seeded(words: Sequence[int]) -> torch.Generator:
 
 def draw(shape: Sequence[int], sources: Sequence[torch.Generator]) -> Tensor:
     """Standard normal noise (len(sources), *shape) float32, each row from its own generator."""
-    return torch.stack([torch.randn(tuple(shape), generator=source) for source in sources])
+    return torch.stack(
+        [torch.randn(tuple(shape), generator=source, dtype=torch.float32) for source in sources]
+    )
 
 
 def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:

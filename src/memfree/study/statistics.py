@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
-from memfree.evaluation.intervals import Interval, mean_interval, wilson
+from memfree.evaluation.intervals import Interval, mean_interval, student_quantile, wilson
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,31 @@ def geometric_over_seeds(values: list[float], level: float = 0.95) -> Interval:
 
 
 def amount_over_seeds(measured: list[Measured], level: float = 0.95) -> Interval:
-    """Mean over training seeds of what is never negative, a distance or a number of copies."""
-    found = over_seeds([one.value for one in measured], level)
+    """Mean over training seeds of what is never negative, a distance or a number of copies.
+
+    Seeds without a single copy say nothing of how many others have: no interval.
+    """
+    values = [one.value for one in measured]
+    if not any(values):
+        return Interval(0.0)
+    found = over_seeds(values, level)
     return Interval(found.value, None if found.low is None else max(found.low, 0.0), found.high)
 
 
 def rate_over_seeds(measured: list[Measured], level: float = 0.95) -> Interval:
     """Mean rate over training seeds; the wider of Student's t and of Wilson's pooled interval.
 
-    Student's t alone has no width where every seed gives 0, which is where mitigations end up. One
-    seed has no interval: its samples say nothing of other trainings.
+    Student's t alone has no width where every seed gives 0, which is where mitigations end up, and
+    of rare copies, which most seeds have few of and one has many, it ends too low. Where seeds
+    differ by more than chance, Wilson's interval is that of as many images as they are worth: N/φ,
+    with the dispersion φ (Pearson's χ² over its degrees of freedom) of a quasi-binomial
+    (McCullagh and Nelder, 1989, 4.5), and Student's quantile. One seed has no interval: its samples
+    say nothing of other trainings.
     """
     found = over_seeds([one.value for one in measured], level)
     if found.low is None or found.high is None:
         return found
-    pooled = _pooled(measured, level)
+    pooled = _pooled(measured, level, _worth(measured, level))
     assert pooled.low is not None and pooled.high is not None
     low, high = max(0.0, min(found.low, pooled.low)), min(1.0, max(found.high, pooled.high))
     return Interval(found.value, low, high)
@@ -77,7 +88,22 @@ def upper_limit_of_rates(own: list[Measured], other: list[Measured], level: floa
     return max(by_seed, a.value - b.value + math.hypot(a.high - a.value, b.value - b.low))
 
 
-def _pooled(measured: list[Measured], level: float) -> Interval:
-    """Wilson's interval of all seeds' images together."""
+def _pooled(measured: list[Measured], level: float, worth: float = 1.0) -> Interval:
+    """Wilson's interval of all seeds' images together, a share ``worth`` of them."""
+    total = sum(one.count for one in measured) * worth
+    found = sum(one.value * one.count for one in measured) * worth
+    return wilson(min(found, total), total, level)
+
+
+def _worth(measured: list[Measured], level: float) -> float:
+    """Share of all seeds' images by which their pooled interval is as wide as seeds differ."""
     total = sum(one.count for one in measured)
-    return wilson(min(sum(one.value * one.count for one in measured), total), total, level)
+    rate = sum(one.value * one.count for one in measured) / total
+    if not 0 < rate < 1:
+        return 1.0
+    squares = sum(one.count * (one.value - rate) ** 2 for one in measured) / (rate * (1 - rate))
+    dispersion = squares / (len(measured) - 1)
+    if dispersion <= 1:
+        return 1.0
+    normal = NormalDist().inv_cdf((1 + level) / 2)
+    return (normal / student_quantile(len(measured), level)) ** 2 / dispersion

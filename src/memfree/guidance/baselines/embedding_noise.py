@@ -34,6 +34,9 @@ class EmbeddingNoise(Mitigation):
             return start.conditions
         embeddings = start.conditions.embeddings
         noise = torch.stack(
-            [torch.randn(embeddings.shape[1:], generator=one) for one in start.generators]
+            [
+                torch.randn(embeddings.shape[1:], generator=one, dtype=torch.float32)
+                for one in start.generators
+            ]
         ).to(embeddings)
         return replace(start.conditions, embeddings=embeddings + self.options.strength * noise)

@@ -44,8 +44,8 @@ class _Passed:
     def __init__(self, batch: int, device: torch.device) -> None:
         self.passed = torch.zeros(batch, dtype=torch.bool, device=device)
         # As in the authors' program: no minimum before there are three magnitudes, which are ≥ 0.
-        self.last = torch.full((batch,), -1.0, device=device)
-        self.second_last = torch.full((batch,), -1.0, device=device)
+        self.last = torch.full((batch,), -1.0, dtype=torch.float32, device=device)
+        self.second_last = torch.full((batch,), -1.0, dtype=torch.float32, device=device)
 
     def update(self, current: Tensor) -> Tensor:
         """Take the magnitudes of this step; returns which samples have passed."""

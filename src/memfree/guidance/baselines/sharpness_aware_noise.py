@@ -45,7 +45,7 @@ class SharpnessAwareInitialization(Mitigation):
     def _of_sample(self, start: Start, row: int) -> Tensor:
         own, generator = start.noise[row], start.generators[row]
         others = [
-            torch.randn(own.shape, generator=generator).to(own)
+            torch.randn(own.shape, generator=generator, dtype=torch.float32).to(own)
             for _ in range(self.options.candidates - 1)
         ]
         drawn = torch.stack([own, *others])

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,9 @@ def check_call(call: Mapping[str, Any]) -> None:
     each = call.get("num_images_per_prompt")
     if each is not None and (not isinstance(each, Integral) or each < 1):
         raise ValueError(f"num_images_per_prompt must be a whole number above 0, not {each!r}")
+    scale = call.get("guidance_scale", 1.0)
+    if not isinstance(scale, (Real, Tensor, np.ndarray)) or isinstance(scale, bool):
+        raise ValueError(f"guidance_scale must be a number, not {scale!r}")
     if (output_type := call.get("output_type") or "pil") not in OUTPUT_TYPES:
         raise ValueError(
             f"memfree.guard cannot judge output_type {output_type!r}; use {', '.join(OUTPUT_TYPES)}"

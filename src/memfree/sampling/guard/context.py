@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ParamSpec
 
 from memfree.calibration_size import DEFAULT_RATE
 from memfree.guidance import (
@@ -30,8 +30,44 @@ from memfree.sampling.guard.report import GuardReport
 from memfree.sampling.guard.session import Judge, OnCopy, Session
 
 _MARK = "_memfree_guarded"
+_P = ParamSpec("_P")
 
 
+class Guarding(ContextDecorator, AbstractContextManager[GuardReport]):
+    """What ``guard`` returns: a block for each ``with``, one after the other, or a decorator.
+
+    Every block has a report of its own and, where none was given, a seed of its own.
+
+    Args:
+        begin: makes the context manager of one block.
+    """
+
+    def __init__(self, begin: Callable[[], AbstractContextManager[GuardReport]]) -> None:
+        self._begin = begin
+        self._block: AbstractContextManager[GuardReport] | None = None
+
+    def __enter__(self) -> GuardReport:
+        block = self._begin()
+        report = block.__enter__()  # refuses a second block in the first
+        self._block = block
+        return report
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        assert self._block is not None
+        return self._block.__exit__(*raised)
+
+
+def _for_every_block(
+    block: Callable[_P, AbstractContextManager[GuardReport]],
+) -> Callable[_P, Guarding]:
+    @functools.wraps(block)
+    def guard(*args: _P.args, **kwargs: _P.kwargs) -> Guarding:
+        return Guarding(lambda: block(*args, **kwargs))
+
+    return guard
+
+
+@_for_every_block
 @contextmanager
 def guard(
     pipe: Any,

@@ -143,8 +143,11 @@ class NoiseLevels:
             return position
         if self.scheduler.step_index is not None:
             return int(self.scheduler.step_index)
-        if self.scheduler.begin_index is not None:
-            return int(self.scheduler.begin_index)
+        begin = getattr(self.scheduler, "begin_index", None)  # inverse schedulers have none
+        if begin is not None:
+            return int(begin)
+        if not hasattr(self.scheduler, "index_for_timestep"):
+            return position
         same = self._schedule[position].to(t.device)
         return int(self.scheduler.index_for_timestep(same))
 
@@ -166,6 +169,11 @@ def check_scheduler(scheduler: Any, flow: bool) -> None:
         raise ValueError(
             f"memfree.guard: {name} scales samples by sigma_data (EDM), where x_t is not "
             "√ᾱ·x_0 + √(1−ᾱ)·ε; use EulerDiscreteScheduler or DPMSolverMultistepScheduler"
+        )
+    if config.get("invert_sigmas"):
+        raise ValueError(
+            f"memfree.guard: {name} with invert_sigmas runs from σ = 0 to 1, where x_t is not "
+            "(1−σ)·x_0 + σ·ε; use it without"
         )
     is_flow = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
     if flow != is_flow:
