@@ -165,6 +165,24 @@ def test_it_says_where_no_discovery_is_possible(dataset, index, folder):
     assert "it takes at least 50 such" in measure(loaded, folder, 0.051, 0.5).warning
 
 
+@pytest.mark.parametrize("rate", [0.01, 0.051])
+def test_no_page_says_that_none_are_copies_where_none_could_be_found(
+    dataset, index, folder, tmp_path, rate
+):
+    loaded = ReferenceIndex.load(index)
+    held = DatasetFolder(dataset).part("calibration").images()[:19]
+    calibrate(loaded, NormalizedL2(), held, 0.5)
+    loaded.save(tmp_path / "index")
+    for name, at in [("undecided", rate), ("decided", 0.5)]:
+        out = tmp_path / name
+        audit(folder, tmp_path / "index", out, false_discovery_rate=at, false_positive_rate=0.5)
+    pages = [(tmp_path / name / "index.html").read_text() for name in ("undecided", "decided")]
+    heads = [re.findall(r"<h1>(.*)</h1>|<title>(.*)</title>", page) for page in pages]
+    assert "0 of 50 images are called copies" not in str(heads[0])
+    assert all("Undecided: " in "".join(found) for found in heads[0])
+    assert all("images are called copies" in "".join(found) for found in heads[1])
+
+
 def test_an_index_of_one_image_is_refused_in_one_line(folder, tmp_path, capsys):
     generator = torch.Generator().manual_seed(0)
     index = ReferenceIndex.build(torch.rand(1, 1, 8, 8, generator=generator))

@@ -37,6 +37,7 @@ def test_the_chain_ends_in_a_report(made):
         assert table.get("second_copies", subject) is not None
     page = (made / "evaluation" / "report" / "index.html").read_text()
     assert "<img" in page and "http://" not in page
+    assert "(licence: " in page
 
 
 def test_every_folder_says_how_to_repeat_it(made):

@@ -87,8 +87,9 @@ def prepare(
         parts: images of each part.
         plan: which training images are repeated, and how.
         seed: of the split and the order.
-        near_distance: largest distance of near duplicates, see memfree.data.grouping; 0 groups
-            exact duplicates only.
+        near_distance: largest distance of near duplicates, which stay in one part: 0 for the same
+            picture, 1.41 for unrelated ones, up to 0.15 for one that was re-encoded, mirrored or
+            brightened; a crop by a few pixels may need 0.3. 0 groups exact duplicates only.
         records_per_shard: records in each tar.
         on_error: stop at the first broken image or missing shard, or skip and count it.
         licence: terms of the images, kept in the manifest; default: what the source says.
@@ -143,8 +144,10 @@ def prepare(
     if _is_done(out, recipe, overwrite):
         if source in ("emoji", "folder", "shards"):
             _check_source(out, source, path, emoji_variants, records, on_error)
-        console.print(f"{out} is already prepared in this way", soft_wrap=True)
-        return _status(read_manifest(out, "dataset").get("skipped"))
+        status = _status(read_manifest(out, "dataset").get("skipped"))
+        note = "; images or shards were skipped, see its manifest" if status else ""
+        console.print(f"{out} is already prepared in this way{note}", soft_wrap=True)
+        return status
     check_place(out)
     opened = open_source(source, path, emoji_variants, records)
     listed = files_hash(opened.files)  # before they are read: what changes meanwhile is noticed

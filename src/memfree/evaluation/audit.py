@@ -287,7 +287,7 @@ def _warning(p_value: np.ndarray, calibration: Calibration, discoveries: int, fe
         return (
             f"{nearest} of the images are nearer than all {n} calibration images, but among "
             f"{len(p_value)} it takes at least {fewest} such for a discovery: calibrate on more "
-            "images, or audit fewer images at a time."
+            "images. An audit in portions would find more, and more that are no copies."
         )
     return ""
 

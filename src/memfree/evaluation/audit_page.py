@@ -38,13 +38,13 @@ def render(
         pictures: (k, C, H, W) in [−1, 1]: the first k images of the table.
         nearest: training images by key, as far as they are known.
         facts: what was compared and how.
-        warning: why nothing could be found, or empty.
+        warning: why nothing could be found, so that no discovery says little, or empty.
     """
     rows = table.slice(0, len(pictures)).to_pylist()
     discoveries, copies = (sum(table[name].to_pylist()) for name in ("discovery", "copy"))
     height, width = pictures.shape[2:]
     return template("audit.html").render(
-        headline=f"{discoveries} of {table.num_rows} images are called copies of indexed images",
+        headline=_headline(discoveries, table.num_rows, undecided=bool(warning)),
         lead=f"{copies} are above the threshold for a single image. Shown are the "
         f"{len(rows)} that are nearest to an indexed image, each with that image below it.",
         pairs=[
@@ -58,6 +58,15 @@ def render(
         warning=warning,
         limits=LIMITS,
     )
+
+
+def _headline(discoveries: int, images: int, undecided: bool) -> str:
+    """What was found; that none could be found is no finding of none."""
+    if undecided:
+        return (
+            f"Undecided: there are too few calibration images to tell copies among {images} images"
+        )
+    return f"{discoveries} of {images} images are called copies of indexed images"
 
 
 def _pair(row: dict[str, Any], image: Tensor, nearest: Tensor | None) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def facts(folder: EvaluationFolder) -> list[tuple[str, str]]:
 def _source(data: dict[str, Any]) -> str:
     source = data.get("source") or {}
     licence = source.get("licence")
-    return f"{source.get('name', 'unknown source')}" + (f" ({licence})" if licence else "")
+    return f"{source.get('name', 'unknown source')}" + (f" (licence: {licence})" if licence else "")
 
 
 def _parts(parts: dict[str, Any]) -> str:
