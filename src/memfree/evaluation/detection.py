@@ -123,7 +123,7 @@ def auc_difference(
 
     units = _effective_units(truth, clusters)
     found = bootstrap(len(truth), difference, seed, draws, clusters=clusters, units=units)
-    if found.low == found.high and not np.array_equal(*ranks):
+    if found.low == found.high and not np.array_equal(ranks[0], ranks[1]):
         return Interval(found.value)  # two scores that never err here may do so elsewhere
     return found
 
