@@ -18,11 +18,11 @@ from harness import Records, compared, interleaved, measure
 from torch import Tensor
 
 from memfree.guidance import (
-    AntiMemorizationGuidance,
     ConstantThreshold,
     Guidance,
     MultiplicityGuidance,
     NormalizedL2,
+    SteadyAMG,
 )
 from memfree.guidance.detection import Detection
 from memfree.guidance.prediction import Prediction
@@ -72,7 +72,7 @@ def network(channels: tuple[int, ...], classes: int | None = None) -> UNet2DMode
     return net.eval().requires_grad_(False)
 
 
-class ForcedGuidance(AntiMemorizationGuidance):
+class ForcedGuidance(SteadyAMG):
     """AMG whose gate opens for a share of the samples, exactly so on average over the steps."""
 
     share = 0.0

@@ -12,6 +12,7 @@ from memfree.guidance import (
     ConstantThreshold,
     NormalizedL2,
     Observer,
+    SteadyAMG,
     ThresholdSchedule,
 )
 
@@ -99,14 +100,14 @@ def test_no_active_row_returns_the_same_bits(index, images):
 
 def test_zero_strengths_equal_no_guidance_bit_for_bit(index, images):
     _, plain = prediction_near(images, [3, 4, -1])
-    guided = AntiMemorizationGuidance(index, NormalizedL2(), ANY, gated=False)(plain)
+    guided = SteadyAMG(index, NormalizedL2(), ANY, gated=False)(plain)
     assert guided.active.all()
     assert torch.equal(guided.output, plain.output)
 
 
 def test_ungated_mode_guides_everyone(index, images):
     _, plain = prediction_near(images, [3, -1, -1])
-    guided = AntiMemorizationGuidance(index, NormalizedL2(), ANY, c3=1.0, gated=False)(plain)
+    guided = SteadyAMG(index, NormalizedL2(), ANY, c3=1.0, gated=False)(plain)
     assert guided.active.all()
     changed = (guided.output != plain.output).flatten(1).any(dim=1)
     assert changed.all()
@@ -127,9 +128,7 @@ def test_gradient_through_the_denoiser_is_that_of_finite_differences(index, imag
     # Make the record consistent with the network, so that a second call means the same.
     cond, uncond = network(plain.x_t, plain.conditions), network(plain.x_t, None)
     plain = plain.with_branches(cond, uncond)
-    guidance = AntiMemorizationGuidance(
-        index, NormalizedL2(), ANY, c3=1.0, gradient="denoiser", gated=False
-    )
+    guidance = SteadyAMG(index, NormalizedL2(), ANY, c3=1.0, gradient="denoiser", gated=False)
     assert guidance.calls_denoiser
     guided = guidance(plain)
     g_sim = (guided.output - plain.output)[0].double().flatten().numpy()
@@ -158,9 +157,7 @@ def test_gradient_through_the_denoiser_is_that_of_finite_differences(index, imag
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_final_correction_leaves_nothing_above_its_target(index, images, kind):
     _, plain = prediction_near(images, [3, 4, -1, 9], kind, distance=0.05, last=True)
-    guidance = AntiMemorizationGuidance(
-        index, NormalizedL2(), ConstantThreshold(0.0), final_correction=-0.8
-    )
+    guidance = SteadyAMG(index, NormalizedL2(), ConstantThreshold(0.0), final_correction=-0.8)
     x_0 = guidance(plain).clean_estimate()
     returned = x_0.clamp(-1, 1)
     assert (NormalizedL2()(index, returned).sigma <= -0.8 + 1e-5).all()
@@ -177,9 +174,7 @@ def test_final_correction_moves_latents_by_what_they_decode_to(index, images):
     """x̂_0 at half the images' scale, decoded by doubling: the decoded images leave the copies."""
     _, plain = prediction_near(0.5 * images, [3, 4, 9], distance=0.02, last=True)
     plain = replace(plain, decode=lambda latent: 2 * latent, image_range=None)
-    guidance = AntiMemorizationGuidance(
-        index, NormalizedL2(), ConstantThreshold(0.0), final_correction=-0.8
-    )
+    guidance = SteadyAMG(index, NormalizedL2(), ConstantThreshold(0.0), final_correction=-0.8)
     assert (NormalizedL2()(index, 2 * plain.clean_estimate()).sigma > -0.8).all()
     returned = guidance(plain).clean_estimate()
     assert (NormalizedL2()(index, 2 * returned).sigma <= -0.8 + 1e-5).all()
@@ -197,9 +192,9 @@ def test_no_further_call_where_despecification_leaves_nothing_to_deduplicate(ind
 def test_below_the_gate_an_open_gate_leaves_distances_to_dissimilarity(index, images):
     """nL2's strength is how far σ is above the gate: c_1 and c_2 have nothing to multiply there."""
     _, plain = prediction_near(images, [-1, -1])
-    guided = AntiMemorizationGuidance(
-        index, NormalizedL2(), ConstantThreshold(0.0), c1=5.0, c2=5.0, gated=False
-    )(plain)
+    guided = SteadyAMG(index, NormalizedL2(), ConstantThreshold(0.0), c1=5.0, c2=5.0, gated=False)(
+        plain
+    )
     assert guided.active.all()
     assert torch.equal(guided.output, plain.output)
 
@@ -215,4 +210,4 @@ def test_observer_records_and_changes_nothing(index, images):
 @pytest.mark.parametrize("option", ["c1", "c2", "c3", "gate_margin", "margin_per_doubling"])
 def test_negative_strengths_are_refused(index, option):
     with pytest.raises(ValueError, match=f"{option} must be at least 0"):
-        AntiMemorizationGuidance(index, NormalizedL2(), ANY, **{option: -1.0})
+        SteadyAMG(index, NormalizedL2(), ANY, **{option: -1.0})

@@ -6,7 +6,13 @@ import pytest
 import torch
 from amg_steps import ANY, make_images, make_index, prediction_near
 
-from memfree.guidance import AntiMemorizationGuidance, ConstantThreshold, NormalizedL2, Observer
+from memfree.guidance import (
+    AntiMemorizationGuidance,
+    ConstantThreshold,
+    NormalizedL2,
+    Observer,
+    SteadyAMG,
+)
 from memfree.guidance.prediction import combine
 from memfree.retrieval import ReferenceIndex
 
@@ -34,9 +40,7 @@ def test_gate_margin_opens_earlier(index, images):
     sigma = NormalizedL2()(index, plain.clean_estimate()).sigma
     level = float(sigma.min()) + 0.05
     narrow = AntiMemorizationGuidance(index, NormalizedL2(), ConstantThreshold(level), c3=1.0)
-    wide = AntiMemorizationGuidance(
-        index, NormalizedL2(), ConstantThreshold(level), c3=1.0, gate_margin=0.1
-    )
+    wide = SteadyAMG(index, NormalizedL2(), ConstantThreshold(level), c3=1.0, gate_margin=0.1)
     assert int(narrow(plain).active.sum()) < int(wide(plain).active.sum()) == 2
 
 
@@ -54,7 +58,7 @@ def test_the_margin_grows_with_log_2_of_the_records_of_the_nearest_image(images)
         # λ is so high above this row's σ that the gate is only just open, or only just shut.
         for error, open_ in ((-1e-3, True), (1e-3, False)):
             level = float(sigma[row]) + 0.25 + 0.1 * float(doublings[row]) + error
-            amg = AntiMemorizationGuidance(
+            amg = SteadyAMG(
                 index,
                 NormalizedL2(),
                 ConstantThreshold(level),
@@ -73,7 +77,7 @@ def test_strengths_of_distances_start_at_the_gate_with_its_margin(index, images)
     _, plain = prediction_near(images, [5, 17], distance=0.3, s_0=50.0)
     sigma = Observer(index, NormalizedL2(), ANY)(plain).trace["sigma"]
     level = float(sigma.max()) + 0.5
-    amg = AntiMemorizationGuidance(
+    amg = SteadyAMG(
         index,
         NormalizedL2(),
         ConstantThreshold(level),
@@ -91,9 +95,7 @@ def test_despecification_goes_down_to_the_least_scale_for_repeated_images(repeat
     _, plain = prediction_near(images, [5, 8, 9], labels=torch.tensor([0, 3, 4]))
     for least in (1.0, 0.0, 0.5):
         for strengths in ({"c1": 1e6, "c2": 1e6}, {"c1": 1e6}, {"c2": 1e6}):
-            amg = AntiMemorizationGuidance(
-                repeated, NormalizedL2(), ANY, **strengths, least_scale=least
-            )
+            amg = SteadyAMG(repeated, NormalizedL2(), ANY, **strengths, least_scale=least)
             output = amg(plain).output
             for row, scale in ((0, least), (1, 1.0), (2, least)):
                 expected = combine(plain.output_cond[row], plain.output_uncond[row], scale)
@@ -107,7 +109,7 @@ def test_a_latched_gate_keeps_despecification_and_not_dissimilarity(repeated, im
     _, other = prediction_near(images, [-1, 17, -1], labels=torch.tensor([0, 2, 3]))
     for latched in (False, True):
         near.memory.clear()
-        amg = AntiMemorizationGuidance(
+        amg = SteadyAMG(
             repeated, NormalizedL2(), ANY, c1=1e6, c3=10.0, least_scale=0.0, latched=latched
         )
         first = amg(near)
@@ -129,7 +131,7 @@ def test_a_latched_gate_keeps_despecification_and_not_dissimilarity(repeated, im
 def test_a_latched_gate_remembers_the_highest_sigma_since_it_opened(repeated, images):
     """s_1 = c_1·(σ − λ) of the highest σ so far, of every sample by itself; not before it opens."""
     amg, forgetful = (
-        AntiMemorizationGuidance(repeated, NormalizedL2(), ANY, c1=1.0, latched=latched)
+        SteadyAMG(repeated, NormalizedL2(), ANY, c1=1.0, latched=latched)
         for latched in (True, False)
     )
     observer, memory, highest = Observer(repeated, NormalizedL2(), ANY), {}, [None, None]
@@ -163,7 +165,7 @@ def test_a_latched_gate_remembers_the_highest_sigma_since_it_opened(repeated, im
 def test_two_latched_guidances_keep_their_own_gates(repeated, images):
     _, near = prediction_near(images, [5])
     first, second = (
-        AntiMemorizationGuidance(repeated, NormalizedL2(), ConstantThreshold(level), latched=True)
+        SteadyAMG(repeated, NormalizedL2(), ConstantThreshold(level), latched=True)
         for level in (-0.5, 0.0)
     )
     assert first(near).active.tolist() == [True]
@@ -174,7 +176,7 @@ def test_dissimilarity_is_taken_where_the_sample_was_detected(index, images):
     """∇σ is that of x̂_0 before G_spe moves it: both corrections are added to one prediction."""
     _, plain = prediction_near(images, [5, 17], distance=0.1)
     alone = [
-        AntiMemorizationGuidance(index, NormalizedL2(), ANY, **{name: value})(plain).output
+        SteadyAMG(index, NormalizedL2(), ANY, **{name: value})(plain).output
         for name, value in (("c1", 2.0), ("c3", 1.0))
     ]
     both = AntiMemorizationGuidance(index, NormalizedL2(), ANY, c1=2.0, c3=1.0)(plain).output
@@ -185,11 +187,11 @@ def test_dissimilarity_is_taken_where_the_sample_was_detected(index, images):
 @pytest.mark.parametrize("scale", [0.5, 1.0])
 def test_a_scale_of_one_or_less_is_despecified_down_to_a_least_scale(repeated, images, scale):
     _, plain = prediction_near(images, [5], s_0=scale)
-    amg = AntiMemorizationGuidance(repeated, NormalizedL2(), ANY, c1=1e6, least_scale=0.0)
+    amg = SteadyAMG(repeated, NormalizedL2(), ANY, c1=1e6, least_scale=0.0)
     torch.testing.assert_close(amg(plain).output, plain.output_uncond, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("least", [-0.1, 1.1])
 def test_a_least_scale_outside_0_and_1_is_refused(index, least):
     with pytest.raises(ValueError, match=r"least_scale must be in \[0, 1\]"):
-        AntiMemorizationGuidance(index, NormalizedL2(), ANY, least_scale=least)
+        SteadyAMG(index, NormalizedL2(), ANY, least_scale=least)

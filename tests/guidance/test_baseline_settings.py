@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from memfree.cli import run
 from memfree.guidance import GuidanceSettings, NormalizedL2, Observer, calibrate
-from memfree.guidance.amg import AntiMemorizationGuidance
 from memfree.guidance.baselines import (
     AttentionRescaling,
     EmbeddingNoise,
@@ -35,6 +34,7 @@ from memfree.guidance.baselines import (
 from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.mitigation_names import TEXT_ONLY, WITH_INDEX, MitigationName
 from memfree.guidance.multiplicity import MultiplicityGuidance
+from memfree.guidance.steady_amg import SteadyAMG
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.checks import refuse_text_only
@@ -144,7 +144,7 @@ def test_settings_are_written_as_json():
 def test_an_index_adds_detection_to_every_mitigation(name, index, text):
     made = GuidanceSettings(name).for_text(index, text)
     guidances = made.guidances()
-    last = AntiMemorizationGuidance if name in ("amg", "both") else Observer
+    last = SteadyAMG if name in ("amg", "both") else Observer
     assert type(guidances[-1]) is last
     assert (name in ("multiplicity", "both")) == isinstance(guidances[0], MultiplicityGuidance)
     parts = made.mitigations if isinstance(made, Sequential) else [made]

@@ -12,6 +12,7 @@ from memfree.guidance import (
     GuidanceSettings,
     NormalizedL2,
     Prediction,
+    SteadyAMG,
     calibrate,
 )
 from memfree.guidance.prediction import combine
@@ -126,7 +127,7 @@ def test_most_common_captions_are_those_of_a_count_by_hand(images, monkeypatch, 
     assert 0 < active.sum() < len(x_0)
 
     searches = counted(monkeypatch, index)
-    guided = AntiMemorizationGuidance(
+    guided = SteadyAMG(
         index,
         EmbeddingSimilarity(),
         ConstantThreshold(level),
@@ -173,7 +174,7 @@ def test_neighbours_that_the_similarity_found_are_not_searched_again(images, mon
     index = index_of(images)
     plain = prediction_at(images[[3, 17]] + 0.02)
     searches = counted(monkeypatch, index)
-    AntiMemorizationGuidance(
+    SteadyAMG(
         index, NormalizedL2(k=12), ConstantThreshold(-1.0), c2=0.9, caption_policy="most_common"
     )(plain)
     assert searches == [(2, 12)]

@@ -11,6 +11,7 @@ from memfree.guidance import (
     EmbeddingSimilarity,
     GuidanceSettings,
     NormalizedL2,
+    SteadyAMG,
     ThresholdSchedule,
     calibrate,
 )
@@ -37,7 +38,7 @@ def test_recommended_settings_are_switched_on_and_calibrated(index):
     assert amg.c1 > 0 and amg.c2 > 0 and amg.c3 > 0
     assert amg.gate_margin > 0 and amg.max_displacement is not None
     assert amg.final_correction is not None and amg.final_correction < threshold
-    paper = AntiMemorizationGuidance(index, NormalizedL2(), ThresholdSchedule(-1.95, -1.5), 1, 1, 1)
+    paper = SteadyAMG(index, NormalizedL2(), ThresholdSchedule(-1.95, -1.5), 1, 1, 1)
     assert paper.gate_margin == 0
     assert paper.max_displacement is None and paper.final_correction is None
 
@@ -52,9 +53,9 @@ def test_settings_build_what_they_name(index):
     }
     assert names == {
         "none": ["Observer"],
-        "amg": ["AntiMemorizationGuidance"],
+        "amg": ["SteadyAMG"],
         "multiplicity": ["MultiplicityGuidance", "Observer"],
-        "both": ["MultiplicityGuidance", "AntiMemorizationGuidance"],
+        "both": ["MultiplicityGuidance", "SteadyAMG"],
     }
     constant = GuidanceSettings("amg", schedule="constant").build(index)[0]
     assert constant.threshold(0.0) == constant.threshold(1.0)

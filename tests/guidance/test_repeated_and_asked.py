@@ -8,7 +8,7 @@ import torch
 from amg_steps import ANY, make_images, prediction_near
 
 from memfree.conditions import TextConditions
-from memfree.guidance import AntiMemorizationGuidance, ConstantThreshold, NormalizedL2
+from memfree.guidance import ConstantThreshold, NormalizedL2, SteadyAMG
 from memfree.guidance.asked_records import AskedRecords
 from memfree.guidance.latch import Call, nearest_call
 from memfree.guidance.similarity import Match
@@ -93,7 +93,7 @@ def test_a_repeated_image_calls_only_samples_that_are_asked_for_it(index, images
     _, plain = prediction_near(images, [5, 5])
     plain = replace(plain, conditions=encode(["red apple", "unseen"]), encode=encode)
     settings = {"c1": 1e6, "least_scale": 0.0, "latched": True}
-    amg = AntiMemorizationGuidance(index, NormalizedL2(), ANY, **settings, caption_bandwidth=0.0)
+    amg = SteadyAMG(index, NormalizedL2(), ANY, **settings, caption_bandwidth=0.0)
     guided = amg(plain)
     assert guided.trace["s1"].tolist() == [3.0, 2.0]
     _, far = prediction_near(images, [-1, -1])
@@ -102,7 +102,7 @@ def test_a_repeated_image_calls_only_samples_that_are_asked_for_it(index, images
 
     sigma = NormalizedL2()(index, plain.clean_estimate()).sigma
     gate = ConstantThreshold(float(sigma.max()) + 0.3)
-    amg = AntiMemorizationGuidance(
+    amg = SteadyAMG(
         index, NormalizedL2(), gate, c3=1.0, margin_per_doubling=0.1, caption_bandwidth=0.0
     )
     assert amg(replace(plain, memory={})).active.tolist() == [True, False]
@@ -123,9 +123,7 @@ def test_a_latched_sample_keeps_the_caption_that_it_left(index, images):
     assert sigma[0] > sigma[1]
     asked_for = {"conditions": encode(["fruit"]), "encode": encode, "denoise": denoise}
     near, far = replace(near, **asked_for), replace(far, **asked_for, step=1, memory=near.memory)
-    amg = AntiMemorizationGuidance(
-        index, NormalizedL2(), ConstantThreshold(sigma[0] - 0.01), c2=1e6, latched=True
-    )
+    amg = SteadyAMG(index, NormalizedL2(), ConstantThreshold(sigma[0] - 0.01), c2=1e6, latched=True)
     for step in (near, far):
         encoded.clear()
         amg(step)
@@ -164,7 +162,7 @@ def test_prompts_are_compared_only_where_the_gate_may_open(index, images):
 
     _, plain = prediction_near(images, [5, -1])
     plain = replace(plain, conditions=encode(["red apple", "red apple"]), encode=counting)
-    amg = AntiMemorizationGuidance(
+    amg = SteadyAMG(
         index, NormalizedL2(), ANY, c3=1.0, margin_per_doubling=0.01, caption_bandwidth=0.3
     )
     for _ in range(2):

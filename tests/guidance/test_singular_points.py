@@ -16,6 +16,7 @@ from memfree.guidance import (
     MultiplicityGuidance,
     NormalizedL2,
     Prediction,
+    SteadyAMG,
 )
 from memfree.guidance.multiplicity import EmpiricalPosterior
 from memfree.retrieval import ReferenceIndex
@@ -32,9 +33,7 @@ def repeated_index(groups=None):
 
 
 def guidances(index, k=50):
-    amg = AntiMemorizationGuidance(
-        index, NormalizedL2(k=k), ALWAYS, c1=1.0, c2=0.1, c3=10.0, max_displacement=0.5
-    )
+    amg = SteadyAMG(index, NormalizedL2(k=k), ALWAYS, c1=1.0, c2=0.1, c3=10.0, max_displacement=0.5)
     return {
         "amg": amg,
         "published": AntiMemorizationGuidance(index, NormalizedL2(k=k), ALWAYS, c3=10.0),
@@ -175,9 +174,7 @@ def test_one_group_and_all_neighbours_at_the_sample_stay_finite():
     sigma = NormalizedL2(k=1)(index, x).sigma
     (gradient,) = torch.autograd.grad(sigma.sum(), x)
     assert sigma == 0 and gradient.isfinite().all()
-    guided = AntiMemorizationGuidance(
-        index, NormalizedL2(k=1), ALWAYS, c3=1.0, max_displacement=0.5
-    )
+    guided = SteadyAMG(index, NormalizedL2(k=1), ALWAYS, c3=1.0, max_displacement=0.5)
     plain = replace(step(0.5, "sample", (0,)), output=images[:1])
     assert guided(plain).output.isfinite().all()
     one_group = repeated_index(groups=[0] * 80)

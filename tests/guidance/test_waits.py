@@ -10,10 +10,10 @@ from pretended_device import OnDevice, counted_waits, moved
 
 from memfree.conditions import TextConditions
 from memfree.guidance import (
-    AntiMemorizationGuidance,
     ConstantThreshold,
     MultiplicityGuidance,
     NormalizedL2,
+    SteadyAMG,
 )
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import sample
@@ -80,7 +80,7 @@ def move(index):
 
 
 def guidances(index, threshold, latched, with_multiplicity):
-    amg = AntiMemorizationGuidance(
+    amg = SteadyAMG(
         index,
         NormalizedL2(k=5),
         ConstantThreshold(threshold),

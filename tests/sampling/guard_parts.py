@@ -4,7 +4,12 @@ import tiny_pipelines
 import torch
 
 import memfree
-from memfree.guidance import AntiMemorizationGuidance, ConstantThreshold, NormalizedL2, calibrate
+from memfree.guidance import (
+    ConstantThreshold,
+    NormalizedL2,
+    SteadyAMG,
+    calibrate,
+)
 from memfree.retrieval import LatentFeatures, ReferenceIndex
 
 SHAPE = (3, tiny_pipelines.PIXELS, tiny_pipelines.PIXELS)
@@ -54,9 +59,7 @@ def make_index(images=None, captions=True):
 
 def amg(index, threshold=ALWAYS, **strengths):
     strengths = strengths or {"c1": 0.01, "c2": 0.01, "c3": 30.0, "max_displacement": 0.5}
-    return AntiMemorizationGuidance(
-        index, NormalizedL2(), ConstantThreshold(threshold), **strengths
-    )
+    return SteadyAMG(index, NormalizedL2(), ConstantThreshold(threshold), **strengths)
 
 
 class ActiveRows:

@@ -7,7 +7,7 @@ from compute_devices import DEVICES, additional_memory, on_gpu
 from guard_parts import ALWAYS, amg, drawn, make_index, noise, options, state
 
 import memfree
-from memfree.guidance import AntiMemorizationGuidance, ConstantThreshold, NormalizedL2, Observer
+from memfree.guidance import ConstantThreshold, NormalizedL2, Observer, SteadyAMG
 from memfree.guidance.threshold import ThresholdSchedule
 
 PRECISIONS = [
@@ -19,7 +19,7 @@ PRECISIONS = [
 ]
 
 
-class Forced(AntiMemorizationGuidance):
+class Forced(SteadyAMG):
     """AMG whose gate is open to the first rows of every step."""
 
     def __init__(self, index, count):

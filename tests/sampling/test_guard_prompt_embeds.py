@@ -143,7 +143,7 @@ def test_encoders_may_be_freed_where_no_guidance_needs_captions(index, name):
     assert max(report.trace["g_sim_norm"].to_pylist()) > 0
     with (
         memfree.guard(pipe, index, amg(index)),
-        pytest.raises(ValueError, match="AntiMemorizationGuidance needs the text_encoder.*c2=0"),
+        pytest.raises(ValueError, match="SteadyAMG needs the text_encoder.*c2=0"),
     ):
         made()
 

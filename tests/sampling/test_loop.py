@@ -26,6 +26,7 @@ from memfree.guidance import (
     MultiplicityGuidance,
     NormalizedL2,
     Observer,
+    SteadyAMG,
 )
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import sample
@@ -136,12 +137,8 @@ def test_guidance_acts_under_every_scheduler_and_parameterisation(index, name, k
     copying = copying_denoiser(index, scheduler)
     noise = initial_noise(0, range(5), (1, 8, 8))
     similarity = NormalizedL2()
-    steering = AntiMemorizationGuidance(
-        index, similarity, ConstantThreshold(-0.7), c3=20.0, max_displacement=0.3
-    )
-    corrected = AntiMemorizationGuidance(
-        index, similarity, ConstantThreshold(0.0), final_correction=-0.7
-    )
+    steering = SteadyAMG(index, similarity, ConstantThreshold(-0.7), c3=20.0, max_displacement=0.3)
+    corrected = SteadyAMG(index, similarity, ConstantThreshold(0.0), final_correction=-0.7)
 
     def final(guidance):
         result = sample(copying, scheduler, noise, 8, guidance, trace=True)
@@ -251,7 +248,7 @@ def test_nan_is_one_clear_error():
 
 
 def test_works_inside_inference_mode(denoiser, index):
-    guidance = AntiMemorizationGuidance(
+    guidance = SteadyAMG(
         index, NormalizedL2(), ConstantThreshold(-2.0), c3=1.0, final_correction=-1.0
     )
     noise = initial_noise(0, range(2), (1, 8, 8))

@@ -6,7 +6,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from torch import nn
 
 from memfree.conditions import TextConditions
-from memfree.guidance import AntiMemorizationGuidance, ConstantThreshold, NormalizedL2
+from memfree.guidance import ConstantThreshold, NormalizedL2, SteadyAMG
 from memfree.models.denoiser import Denoiser
 from memfree.models.text_pipeline import TextDenoiser
 from memfree.sampling import sample
@@ -119,7 +119,7 @@ def test_a_real_network_differs_in_the_last_bits_alone_and_is_guided_alike(index
         num_class_embeds=4,
     )
     denoiser = Denoiser(network.eval().requires_grad_(False), num_classes=3)
-    amg = AntiMemorizationGuidance(
+    amg = SteadyAMG(
         index, NormalizedL2(), ConstantThreshold(-99.0), c1=0.1, c3=1.0, max_displacement=0.3
     )
     options = {"guidance": amg, "decode": lambda x: x[:, :1]}

@@ -38,6 +38,7 @@ from .similarity import (
 from .similarity import (
     Similarity as Similarity,
 )
+from .steady_amg import SteadyAMG as SteadyAMG
 from .threshold import (
     ConstantThreshold as ConstantThreshold,
 )

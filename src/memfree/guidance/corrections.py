@@ -54,3 +54,10 @@ def deduplication(s_2: Tensor, eps_neighbour: Tensor, eps_uncond: Tensor) -> Ten
 def dissimilarity(c_3: float, alpha_bar: Tensor, sigma_gradient: Tensor) -> Tensor:
     """G_sim = c_3·√(1−ᾱ_t)·∇_{x_t} σ_t (eq. 17)."""
     return c_3 * per_sample((1 - alpha_bar).sqrt(), sigma_gradient) * sigma_gradient
+
+
+def check_at_least_0(**strengths: float) -> None:
+    """Refuse a negative strength by its name."""
+    for name, value in strengths.items():
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, not {value:g}")

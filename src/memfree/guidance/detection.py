@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from memfree.guidance.prediction import Prediction
 from memfree.guidance.similarity import Match, Similarity
@@ -49,6 +50,26 @@ class Detection:
     match: Match
     threshold: float
     """λ_t of this step."""
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Which samples of a batch are steered at a step, and away from what (eq. 10)."""
+
+    active: Tensor
+    """(B,) bool: 1{σ_t > λ_t}."""
+    rows: Tensor
+    """The active rows, int64: G_spe and G_dup act on them."""
+    near: Tensor
+    """Rows that G_sim acts on; in the paper the same."""
+    match: Match
+    """What G_spe and G_dup steer away from; in the paper the nearest image of this step."""
+    gate: Tensor
+    """(B,): the σ above which the gate opened to ``match``; λ_t in the paper."""
+    opens_above: Tensor
+    """(B,): the σ above which the gate opens at this step; λ_t in the paper."""
+    least_scale: Tensor
+    """(B,): what G_spe and G_dup leave of s_0 at least; 1 in the paper."""
 
 
 class Observer:
@@ -95,13 +116,18 @@ class Observer:
         return recorded(prediction, self.detect(prediction))
 
 
-def recorded(prediction: Prediction, detection: Detection) -> Prediction:
-    """The record with σ_t, λ_t and the nearest row in its trace."""
+def recorded(
+    prediction: Prediction, detection: Detection, steering: Steering | None = None
+) -> Prediction:
+    """The record with σ_t, λ_t and the nearest row in its trace, and with what is steered."""
     sigma = detection.match.sigma
-    return prediction.recorded(
-        **{
-            "sigma": sigma,
-            "lambda": torch.full_like(sigma, detection.threshold),
-            "nearest": detection.match.rows[:, 0],
-        }
-    )
+    columns = {
+        "sigma": sigma,
+        "lambda": torch.full_like(sigma, detection.threshold),
+        "nearest": detection.match.rows[:, 0],
+    }
+    if steering is None:
+        return prediction.recorded(**columns)
+    nothing = dict.fromkeys(("s1", "s2", "g_sim_norm"), torch.zeros_like(sigma))
+    steered = prediction.activated(steering.active)
+    return steered.recorded(**columns, **nothing, gate=steering.opens_above)

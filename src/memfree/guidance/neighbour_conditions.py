@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from memfree.conditions import Conditions, TextConditions
+from memfree.conditions import Conditions, TextConditions, differ
 from memfree.guidance.mitigation_names import CAPTION_NEIGHBOURS, CAPTION_RECORDS
 from memfree.guidance.prediction import Prediction
 from memfree.guidance.similarity import Match
@@ -75,6 +75,20 @@ class NeighbourConditions:
             encoded = prediction.encode(new)
             known.update({text: encoded[slice(i, i + 1)] for i, text in enumerate(new)})
         return TextConditions.cat([known[text] for text in captions])
+
+    def output(self, prediction: Prediction, match: Match, rows: Tensor, s_2: Tensor) -> Tensor:
+        """ε_θ(x_t, y_N) of ``rows`` (eq. 16); the denoiser is called where y_N ≠ y and s_2 > 0."""
+        assert prediction.output_cond is not None and prediction.conditions is not None
+        output = prediction.output_cond[rows].clone()
+        places = (s_2 > 0).nonzero().squeeze(1)
+        if not len(places):
+            return output
+        y_n = self(prediction, match, rows[places])
+        other = differ(y_n, prediction.conditions[rows[places]]).nonzero().squeeze(1)
+        if len(other):
+            x_t = prediction.x_t[rows[places[other]]]
+            output[places[other]] = prediction.denoise(x_t, y_n[other])
+        return output
 
     def _captions(self, match: Match, rows: Tensor) -> list[str]:
         nearest = match.rows[rows]

@@ -131,6 +131,11 @@ class Prediction:
         """This record with more trace columns, each (B,)."""
         return replace(self, trace={**self.trace, **columns})
 
+    def recorded_at(self, rows: Tensor, **columns: Tensor) -> Prediction:
+        """This record with trace columns that have these values, each (len(rows),), in ``rows``."""
+        trace = {name: self.trace[name].index_copy(0, rows, new) for name, new in columns.items()}
+        return self.recorded(**trace)
+
     def activated(self, active: Tensor) -> Prediction:
         """This record with more active rows, (B,) bool."""
         return replace(self, active=active if self.active is None else self.active | active)

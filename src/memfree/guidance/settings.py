@@ -29,10 +29,10 @@ from memfree.retrieval.options import CaptionPolicy
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
-    from memfree.guidance.amg import AntiMemorizationGuidance
     from memfree.guidance.detection import Cadence, Observer
     from memfree.guidance.mitigation import Mitigation
     from memfree.guidance.prediction import Guidance
+    from memfree.guidance.steady_amg import SteadyAMG
     from memfree.retrieval import ReferenceIndex
 
 
@@ -257,15 +257,15 @@ class GuidanceSettings:
         similarity, threshold = default_similarity(index), self._threshold(index)
         return Observer(index, similarity, threshold, self._cadence)
 
-    def anti_memorization(self, index: ReferenceIndex) -> AntiMemorizationGuidance:
+    def anti_memorization(self, index: ReferenceIndex) -> SteadyAMG:
         """AMG with these settings on the index's calibrated threshold."""
-        from memfree.guidance.amg import AntiMemorizationGuidance
         from memfree.guidance.calibration import default_similarity
+        from memfree.guidance.steady_amg import SteadyAMG
 
         this, end = self.resolved(index), self.end_threshold(index)
         assert this.gate_margin is not None and this.margin_per_doubling is not None
         assert this.least_scale is not None and this.latched is not None
-        return AntiMemorizationGuidance(
+        return SteadyAMG(
             index,
             default_similarity(index),
             self._threshold(index),
