@@ -24,7 +24,7 @@ from memfree.guidance import (
     NormalizedL2,
     SteadyAMG,
 )
-from memfree.guidance.detection import Detection
+from memfree.guidance.observer import Detection
 from memfree.guidance.prediction import Prediction
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import sample

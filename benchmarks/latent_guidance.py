@@ -27,14 +27,13 @@ from scratch_model import (
     scratch_model,
 )
 
-from memfree.guidance import ConstantThreshold, EmbeddingSimilarity
-from memfree.guidance.baselines import Guided
-from memfree.guidance.detection import EVERY_STEP, Cadence
+from memfree.guidance import ConstantThreshold, EmbeddingSimilarity, Guided
 from memfree.guidance.mitigation import Mitigation
+from memfree.guidance.observer import EVERY_STEP, Cadence
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
+from memfree.sampling.module import sample_text
 from memfree.sampling.noise import draw, generators
-from memfree.sampling.text import sample_text
 
 SHARES = (0.0, 0.1, 1.0)
 LIMIT = 1.15

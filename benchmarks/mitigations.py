@@ -19,10 +19,10 @@ from harness import Records, compared, interleaved, measure
 from memfree.guidance import TEXT_ONLY, GuidanceSettings, calibrate, default_similarity
 from memfree.guidance.mitigation_names import MitigationName
 from memfree.models import DDPMModule, ModelOptions, export_model, load_model
-from memfree.models.network import NetworkOptions
+from memfree.models.ddpm import NetworkOptions
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import SamplingModule
-from memfree.sampling.schedulers import build_scheduler
+from memfree.sampling.checks import build_scheduler
 
 STUDY = Path("runs/study")
 CELLS = [f"unconditional-x{factor}-seed1" for factor in (1, 4, 16, 64, 256)] + ["class-x64-seed1"]

@@ -19,9 +19,10 @@ import webdataset as wds
 from harness import Records, compared, interleaved, measure, record
 from stream import BATCH, colour_folder
 
-from memfree.data import ShardDataModule, prepare
-from memfree.folders.atomic_files import write_atomic
-from memfree.folders.one_writer import one_writer
+from memfree.commands.prepare import prepare
+from memfree.data import ShardDataModule
+from memfree.folders.atomic import write_atomic
+from memfree.folders.lock import one_writer
 
 STATE_LIMIT = 1000
 """Goal: bytes of the data module's state in a checkpoint, at most."""

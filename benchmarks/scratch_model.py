@@ -17,17 +17,16 @@ from torch import nn
 
 from memfree.guidance import calibrate, default_similarity
 from memfree.models import LoadedModel
-from memfree.models.autoencoder import AutoencoderModule
 from memfree.models.options import AutoencoderOptions, ScratchOptions
-from memfree.models.small_pipeline import build_pipeline
 from memfree.models.text_pipeline import TextDenoiser, encode
+from memfree.offline.stable_diffusion import AutoencoderModule, build_pipeline
 from memfree.retrieval import ReferenceIndex
-from memfree.retrieval.copy_detection import (
+from memfree.retrieval.features.copy_detection import (
     CopyDetectionFeatures,
     CopyDetectionNetwork,
     CopyDetectionShape,
 )
-from memfree.retrieval.latents import LatentFeatures
+from memfree.retrieval.features.latents import LatentFeatures
 
 IMAGE, SCALE = (3, 32, 32), 3.0
 """(C, H, W); classifier-free guidance."""

@@ -15,8 +15,9 @@ import webdataset as wds
 from harness import Records, Timing, interleaved, measure, record
 from PIL import Image
 
-from memfree.data import PartSizes, ShardDataModule, prepare
-from memfree.data.plan import DuplicationPlan
+from memfree.commands.prepare import prepare
+from memfree.data import PartSizes, ShardDataModule
+from memfree.data.duplication_plan import DuplicationPlan
 
 BATCH = 64
 LIMIT = 0.90

@@ -16,17 +16,13 @@ from diffusers import DDPMScheduler
 from harness import Records, Timing, compared, measure
 from lightning.pytorch.callbacks import Callback
 
-from memfree.data import ExposureCounter, ShardDataModule, prepare
-from memfree.data.plan import DuplicationPlan
-from memfree.models import (
-    DDPMModule,
-    ExponentialMovingAverage,
-    FiniteTraining,
-    ModelOptions,
-    build_network,
-)
-from memfree.models.loss_record import LossRecord
+from memfree.commands.prepare import prepare
+from memfree.data import ShardDataModule
+from memfree.data.duplication_plan import DuplicationPlan
+from memfree.models import DDPMModule, ModelOptions, build_network
 from memfree.models.options import NetworkOptions
+from memfree.training import ExponentialMovingAverage, ExposureCounter, FiniteTraining
+from memfree.training.loggers import LossRecord
 
 
 class Size(NamedTuple):

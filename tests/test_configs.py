@@ -12,11 +12,12 @@ import yaml
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
-from memfree import cli
-from memfree.data import DuplicationPlan, PartSizes, prepare
-from memfree.demo import demo, demo_stages
+from memfree.cli import entry
+from memfree.commands.demo import demo, demo_stages
+from memfree.commands.prepare import prepare
+from memfree.commands.train import train
+from memfree.data import DuplicationPlan, PartSizes
 from memfree.models import load_model
-from memfree.training import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 HEADER = re.compile(r"^#.*?(?:python (?P<script>\w+)\.py|memfree (?P<verb>[\w-]+)) .*config", re.M)
@@ -26,7 +27,7 @@ def function_of(path):
     """The function of the command in a configuration's header, or of its name's first word."""
     found = HEADER.search(path.read_text())
     word = (found["verb"] or found["script"]) if found else path.stem.split("_")[0]
-    return cli.load(cli.COMMANDS.get(word) or cli.SCRIPTS[word])
+    return entry.load(entry.COMMANDS.get(word) or entry.SCRIPTS[word])
 
 
 OWN = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "slurm")
@@ -35,7 +36,7 @@ OWN = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "sl
 @pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem)
 def test_every_configuration_parses(path, capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.run(function_of(path), [f"--config={path}", "--print_config"])
+        entry.run(function_of(path), [f"--config={path}", "--print_config"])
     assert exit_.value.code == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
     given = yaml.safe_load(path.read_text())
@@ -45,7 +46,7 @@ def test_every_configuration_parses(path, capsys):
 def resolved(command, arguments, capsys):
     """All options of a command as it would run, by dotted name."""
     with pytest.raises(SystemExit) as exit_:
-        cli.run_command(command, [*arguments, "--print_config"])
+        entry.run_command(command, [*arguments, "--print_config"])
     assert exit_.value.code == 0
 
     def flat(value, name):
@@ -99,7 +100,7 @@ def colour_folder(tmp_path_factory):
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_class"])
 def test_cifar10_configurations_train(name, colour_folder, tmp_path):
     """One step on fake data; only sizes are overridden."""
-    cli.run(
+    entry.run(
         train,
         [
             f"--config={CONFIGS / name}.yaml",
@@ -154,7 +155,7 @@ def captioned_folder(tmp_path_factory):
 def test_fine_tuning_configurations_train(name, pipe, kind, captioned_folder, tmp_path):
     """Two steps of a tiny pipeline of the same class, the rest as it stands in the file."""
     pipe().save_pretrained(tmp_path / "pretrained")
-    cli.run(
+    entry.run(
         train,
         [
             f"--config={CONFIGS / name}.yaml",

@@ -8,8 +8,8 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
+from memfree.cli.errors import exit_with_error
 from memfree.console import plain_console, say, shown
-from memfree.one_line_errors import exit_with_error
 
 SOURCE = Path(__file__).parents[1] / "src" / "memfree"
 CASES = {

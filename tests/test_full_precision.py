@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from memfree.data.grouping import near_pairs
+from memfree.data.duplicates import near_pairs
 from memfree.full_precision import full_precision
 from memfree.retrieval.grouping import near_copies
 

@@ -6,7 +6,7 @@ from tiny_pipelines import autoencoder, unet_xl
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from memfree.models.options import ScratchOptions
-from memfree.models.small_pipeline import build_pipeline
+from memfree.offline.stable_diffusion import build_pipeline
 
 CAPTIONS = ["red apple", "green apple", "grinning face", "woman firefighter"]
 OPTIONS = ScratchOptions(

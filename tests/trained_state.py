@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from memfree.models.checkpoints import latest_checkpoint
+from memfree.training.checkpoints import latest_checkpoint
 
 
 def trained_state(out):

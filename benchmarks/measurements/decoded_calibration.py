@@ -13,7 +13,7 @@ from memfree.data import DatasetFolder
 from memfree.guidance import Calibration, default_similarity
 from memfree.guidance.calibration import measure
 from memfree.retrieval import EfficientNetFeatures, PixelFeatures, ReferenceIndex
-from memfree.retrieval.copy_detection import CopyDetectionFeatures
+from memfree.retrieval.features.copy_detection import CopyDetectionFeatures
 
 RATE = 0.01
 

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memfree.sampling.guard import guard as guard
+    from memfree.commands.audit import audit as audit
+    from memfree.guidance import GuidanceSettings as GuidanceSettings
+    from memfree.pipeline_guard import guard as guard
+    from memfree.retrieval import ReferenceIndex as ReferenceIndex
 
 __version__ = "0.1.0"
 
+_PUBLIC = {
+    "GuidanceSettings": "memfree.guidance",
+    "ReferenceIndex": "memfree.retrieval",
+    "audit": "memfree.commands.audit",
+    "guard": "memfree.pipeline_guard",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """``memfree.guard``, imported at its first use: it takes seconds."""
-    if name == "guard":
-        from memfree.sampling.guard import guard
-
-        return guard
+    """The public names, each imported at its first use: some take seconds."""
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'memfree' has no attribute {name!r}")
+
+
+def with_moved_names(
+    package: str, attribute: Callable[[str], Any], moved: Mapping[str, str]
+) -> Callable[[str], Any]:
+    """A package's ``__getattr__`` that finds names where they are now, with a warning.
+
+    Args:
+        package: its name.
+        attribute: its own ``__getattr__``.
+        moved: by name, the module that has it now; they go with the next release.
+    """
+
+    def get(name: str) -> Any:
+        if name not in moved:
+            return attribute(name)
+        message = f"{package}.{name} has moved: import it from {moved[name]}"
+        warnings.warn(message, FutureWarning, stacklevel=2)
+        return getattr(importlib.import_module(moved[name]), name)
+
+    return get

@@ -1,14 +1,64 @@
-"""Lines and tables with untrusted names in them (files, keys, folders) on any terminal."""
+"""Terminal output: plain console, progress bars, quiet libraries, plurals."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import unicodedata
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """``1 image``, ``2 images``: a number and what it counts; most nouns take an s."""
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"
+
+
+SRUN_UNUSED = "The .srun. command is available.*"
+"""What Lightning says wherever SLURM is installed and not used."""
+
+
+@contextmanager
+def quiet(*patterns: str) -> Iterator[None]:
+    """Silence Lightning's information lines, and warnings that match any of the patterns."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for pattern in (".*LeafSpec.*", SRUN_UNUSED, *patterns):
+            warnings.filterwarnings("ignore", pattern)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
+
+def counting_bar(console: Console, *columns: ProgressColumn) -> Progress:
+    """A bar for each task: its description, how many of how many, the time left, more columns."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        *columns,
+        console=console,
+    )
+
 
 _HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of characters, ends of lines
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memfree.data import DuplicationPlan, PartSizes, prepare
+from memfree.commands.prepare import prepare
+from memfree.data import DuplicationPlan, PartSizes
 
 SMALL = PartSizes(train=60, calibration=40, test=30, fit=20)
 

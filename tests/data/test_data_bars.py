@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from memfree.bars import counting_bar
+from memfree.console import counting_bar
 
 
 def test_a_line_a_task():

@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from memfree.data import (
-    DatasetFolder,
-    DuplicationPlan,
-    PartSizes,
-    ShardDataModule,
-    prepare,
-)
-from memfree.data.tarstream import read_shard
+from memfree.commands.prepare import prepare
+from memfree.data import DatasetFolder, DuplicationPlan, PartSizes, ShardDataModule
+from memfree.data.shard_reader import read_shard
 
 SMALL = PartSizes(train=60, calibration=40, test=30, fit=20)
 

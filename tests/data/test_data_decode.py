@@ -9,16 +9,16 @@ import pytest
 from pictures import picture
 from PIL import Image
 
-from memfree.data import decode
-from memfree.data.decode import channels_of, encode_png, open_image, to_array, with_channels
-from memfree.data.framing import Framing
+from memfree import images
+from memfree.data.ingest import Framing
+from memfree.images import channels_of, open_image, pixels_to_png, to_array, with_channels
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_png_round_trip_is_exact_and_repeatable(channels):
     pixels = np.random.default_rng(0).integers(0, 256, (channels, 5, 7)).astype(np.uint8)
-    data = encode_png(pixels)
-    assert data == encode_png(pixels.copy())
+    data = pixels_to_png(pixels)
+    assert data == pixels_to_png(pixels.copy())
     assert (to_array(open_image(data, "x")) == pixels).all()
 
 
@@ -38,7 +38,7 @@ def test_other_formats_and_garbage_are_refused(encode, monkeypatch):
             open_image(data, "odd")
     with pytest.raises(ValueError, match="cut: damaged image"):
         open_image(encode(picture(0, 64, 64))[:-3000], "cut")
-    monkeypatch.setattr(decode, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 10)
     with pytest.raises(ValueError, match="more than the limit 10"):
         open_image(encode(picture(0)), "long")
 

@@ -9,10 +9,10 @@ import pytest
 from emoji_font import PICTURED, bitmap, emoji_font
 from fontTools.ttLib import TTFont
 
-from memfree.cli import run
-from memfree.data import DatasetFolder, PartSizes, emoji, prepare
-from memfree.data.emoji import Emoji
-from memfree.data.emoji_families import FAMILIES, family_of
+from memfree.cli.entry import run
+from memfree.commands.prepare import prepare
+from memfree.data import DatasetFolder, PartSizes, emoji
+from memfree.data.emoji import FAMILIES, Emoji, family_of
 from memfree.data.prompts import prompt_set
 from memfree.data.skipped import Skipped
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from memfree.data import ShardDataModule, StreamOptions
-from memfree.data.foreign import ForeignBatches
+from memfree.data.batches import ForeignBatches
 from memfree.data.skipped import Skipped
 
 OPTIONS = StreamOptions(epoch_records=40, image_size=8, captions=True, shuffle_buffer=16)

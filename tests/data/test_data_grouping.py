@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits, load_sample_image
 
-from memfree.data import grouping
-from memfree.data.decode import to_image
-from memfree.data.grouping import distinct, group, near_pairs
-from memfree.data.plan import _jpeg
+from memfree.data import duplicates
+from memfree.data.duplicates import distinct, group, near_pairs
+from memfree.data.duplication_plan import _jpeg
+from memfree.images import to_image
 
 
 def digits(count: int | None = None) -> np.ndarray:
@@ -53,8 +53,8 @@ def brute_force(pixels: np.ndarray, limit: float) -> list[tuple[int, int]]:
 
 
 def test_pairs_equal_brute_force(monkeypatch):
-    monkeypatch.setattr(grouping, "_BLOCK", 37)  # several blocks
-    monkeypatch.setattr(grouping, "_RANK", 8)  # a loose projection must lose nothing
+    monkeypatch.setattr(duplicates, "_BLOCK", 37)  # several blocks
+    monkeypatch.setattr(duplicates, "_RANK", 8)  # a loose projection must lose nothing
     pixels = digits(80)
     expected = brute_force(pixels, 0.35)
     assert len(expected) > 2

@@ -6,10 +6,9 @@ import os
 import pytest
 from pictures import picture
 
-from memfree import cli
-from memfree.data import prepare
-from memfree.data.framing import Framing
-from memfree.data.ingest import ingest
+from memfree.cli import entry
+from memfree.commands.prepare import prepare
+from memfree.data.ingest import Framing, ingest
 from memfree.data.options import RecordOptions
 from memfree.data.skipped import INCOMPLETE, LeftOut, Skipped
 from memfree.data.sources import ImageFolder, SourceImage
@@ -292,7 +291,7 @@ def test_a_mask_is_no_picture(put):
 )
 def test_options_without_meaning_are_refused(tmp_path, capsys, arguments):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["prepare", f"--out={tmp_path / 'out'}", *arguments])
+        entry.main(["prepare", f"--out={tmp_path / 'out'}", *arguments])
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and arguments[-1].split("=")[0] in error
 

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from pictures import picture
 
-from memfree.data import DatasetFolder, DuplicationPlan, ShardDataModule, StreamOptions, prepare
+from memfree.commands.prepare import prepare
+from memfree.data import DatasetFolder, DuplicationPlan, ShardDataModule, StreamOptions
 
 SHARD = 10
 

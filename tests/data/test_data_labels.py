@@ -4,7 +4,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from memfree.data import DatasetFolder, DuplicationPlan, prepare
+from memfree.commands.prepare import prepare
+from memfree.data import DatasetFolder, DuplicationPlan
 
 PLAN = DuplicationPlan(images=4, factor=8, choice="balanced")
 

@@ -11,13 +11,14 @@ import pytest
 from pictures import picture
 from PIL import Image
 
-from memfree.data import ShardDataModule, StreamOptions, prepare
-from memfree.data.foreign import ForeignBatches
-from memfree.data.names import split_name
+from memfree.commands.prepare import prepare
+from memfree.data import ShardDataModule, StreamOptions
+from memfree.data.batches import ForeignBatches
+from memfree.data.file_names import split_name
 from memfree.data.options import RecordOptions
+from memfree.data.shard_reader import expand_shards, read_members, read_shard
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.data.tarstream import expand_shards, read_members, read_shard
-from memfree.untrusted import short
+from memfree.folders.untrusted import short
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_files_of_a_sample_that_stand_apart(tmp_path, tar, png):
 def test_remote_shards_that_are_scattered_are_never_skipped(tmp_path, tar, png, monkeypatch):
     """They cannot be looked at beforehand: pictures would be used without their captions."""
     shard = tar(tmp_path / "a.tar", [("1.png", png(0)), ("2.png", png(1)), ("1.txt", b"text")])
-    monkeypatch.setattr("memfree.data.tarstream.gopen", lambda address, mode: shard.open(mode))
+    monkeypatch.setattr("memfree.data.shard_reader.gopen", lambda address, mode: shard.open(mode))
     with pytest.raises(OSError, match="sample 1 do not stand together"):
         list(read_shard("https://host/a.tar", Skipped()))
 

@@ -5,13 +5,7 @@ import re
 import pytest
 from webdataset.tariterators import base_plus_ext
 
-from memfree.data.names import (
-    is_hidden,
-    is_tar,
-    problem_with,
-    shard_labels,
-    split_name,
-)
+from memfree.data.file_names import is_hidden, is_tar, problem_with, shard_labels, split_name
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,13 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from memfree import cli
-from memfree.data import (
-    DatasetFolder,
-    DuplicationPlan,
-    PartSizes,
-    prepare,
-)
+from memfree.cli import entry
+from memfree.commands.prepare import prepare
+from memfree.data import DatasetFolder, DuplicationPlan, PartSizes
 from memfree.data.records import Items
-from memfree.data.shards import ShardWriter
+from memfree.data.shard_writer import ShardWriter
 from memfree.data.skipped import INCOMPLETE
-from memfree.folders import whole_folder
+from memfree.folders import atomic
 
 SMALL = PartSizes(train=60, calibration=40, test=30, fit=20)
 PLAN = DuplicationPlan(images=4, factor=8)
@@ -221,7 +217,7 @@ def test_stopped_run_leaves_nothing_and_begins_again(tmp_path, monkeypatch):
         prepare(tmp_path / "out", parts=SMALL)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    prefix = f".out.{whole_folder.socket.gethostname()}-"
+    prefix = f".out.{atomic.socket.gethostname()}-"
     left = tmp_path / f"{prefix}4194304999.partial"  # of a killed process: no such number exists
     left.mkdir()
     (left / "train-000000.tar").write_bytes(b"half")
@@ -260,7 +256,7 @@ def test_broken_images_are_counted(tmp_path, encode, capsys):
     assert not (tmp_path / "out").exists()
     command = ["prepare", f"--out={tmp_path / 'out'}", "--source=folder", f"--path={source}"]
     # So a script learns of it, also where the same command does nothing.
-    assert [cli.main([*command, "--on_error=skip"]) for _ in range(2)] == [INCOMPLETE] * 2
+    assert [entry.main([*command, "--on_error=skip"]) for _ in range(2)] == [INCOMPLETE] * 2
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["skipped"]["images"] == 1 and "07.png" in manifest["skipped"]["first"][0]
     assert manifest["skipped"]["shards"] == []
@@ -295,7 +291,7 @@ def test_numbers_out_of_range_name_their_option(tmp_path, capsys, option, value)
     if (option, value[0]) == ("near_distance", "9"):
         value = "nan"
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["prepare", f"--out={tmp_path / 'out'}", f"--{option}={value}"])
+        entry.main(["prepare", f"--out={tmp_path / 'out'}", f"--{option}={value}"])
     said = capsys.readouterr().err
     assert exit_.value.code == 2 and f"--{option}" in said and len(said) < 1000
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from memfree.data import DatasetFolder, DuplicationPlan, PartSizes, prepare
+from memfree.commands.prepare import prepare
+from memfree.data import DatasetFolder, DuplicationPlan, PartSizes
 from memfree.data.prompts import prompt_set, read_prompts
 
 SIZES = PartSizes(train=20, calibration=4, test=10, fit=0)

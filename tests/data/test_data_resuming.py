@@ -2,8 +2,8 @@
 
 import pytest
 
-from memfree.data.order import batches_per_epoch, global_slice
-from memfree.data.resuming import epoch_order, go_on
+from memfree.data.batches import batches_per_epoch, global_slice
+from memfree.data.datamodule import epoch_order, go_on
 
 
 def order(records, ranks, size, workers=None):

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from memfree.data import PartSizes, ShardDataModule, StreamOptions, prepare
-from memfree.data.foreign import ForeignBatches
-from memfree.data.framing import Framing
-from memfree.data.ingest import ingest
+from memfree.commands.prepare import prepare
+from memfree.data import PartSizes, ShardDataModule, StreamOptions
+from memfree.data.batches import ForeignBatches
+from memfree.data.ingest import Framing, ingest
+from memfree.data.shard_reader import expand_shards
 from memfree.data.skipped import Skipped
 from memfree.data.sources import Shards
-from memfree.data.tarstream import expand_shards
 
 OPTIONS = StreamOptions(epoch_records=40, image_size=8)
 

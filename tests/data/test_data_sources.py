@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from pictures import picture
 
-from memfree.data.framing import Framing
-from memfree.data.ingest import ingest
+from memfree.data.ingest import Framing, ingest, open_source
+from memfree.data.shard_reader import read_shard
 from memfree.data.skipped import Skipped
-from memfree.data.sources import Digits, ImageFolder, Shards, open_source
-from memfree.data.tarstream import read_shard
+from memfree.data.sources import Digits, ImageFolder, Shards
 
 
 def load(source, tmp_path, framing=None, skipped=None):

@@ -10,8 +10,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from memfree.data import DatasetFolder, ShardDataModule
-from memfree.data.order import batches_per_epoch, global_slice, permutation, rank_slice
-from memfree.data.stream import EpochBatches
+from memfree.data.batches import (
+    EpochBatches,
+    batches_per_epoch,
+    global_slice,
+    permutation,
+    rank_slice,
+)
 
 
 def numbers(records, batch_size, world_size):
@@ -228,7 +233,7 @@ def test_missing_shard_is_skipped_and_counted(digits_folder, tmp_path, caplog):
 
 
 def test_captions(tmp_path, make_shard):
-    from memfree.data import prepare
+    from memfree.commands.prepare import prepare
 
     make_shard(tmp_path, 0, 20)
     prepare(tmp_path / "out", "shards", str(tmp_path), image_size=8)

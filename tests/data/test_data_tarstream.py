@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from pictures import picture
 
+from memfree.data.shard_reader import expand_shards, read_shard
 from memfree.data.skipped import Skipped
-from memfree.data.tarstream import expand_shards, read_shard
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pretended_device import counted_waits, moved
 
-from memfree.data import DatasetFolder, ExposureCounter, ShardDataModule, StreamOptions
+from memfree.data import DatasetFolder, ShardDataModule, StreamOptions
 from memfree.data.options import DataOptions
+from memfree.training import ExposureCounter
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -149,7 +150,8 @@ def test_skipped_records_are_counted_through_a_restart(tmp_path, tar, encode, ca
 
 
 def test_another_dataset_seed_or_batch_is_refused(whole, digits_folder, tmp_path):
-    from memfree.data import PartSizes, prepare
+    from memfree.commands.prepare import prepare
+    from memfree.data import PartSizes
 
     folder, _ = whole
     checkpoint = folder / "step8.ckpt"
@@ -255,7 +257,8 @@ from pathlib import Path
 import lightning, torch
 sys.path[:0] = {folders!r}
 from test_data_training import Recorder, by_step
-from memfree.data import ExposureCounter, ShardDataModule
+from memfree.training import ExposureCounter
+from memfree.data import ShardDataModule
 
 data_folder, out = sys.argv[1], Path(sys.argv[2])
 for run, (steps, checkpoint) in enumerate([(4, None), (12, out / "step4.ckpt")]):

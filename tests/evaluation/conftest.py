@@ -7,8 +7,9 @@ import pytest
 import torch
 from made_samples import COUNT, make_samples
 
-from memfree.data import DatasetFolder, DuplicationPlan, prepare
-from memfree.evaluation import evaluate
+from memfree.commands.evaluate import evaluate
+from memfree.commands.prepare import prepare
+from memfree.data import DatasetFolder, DuplicationPlan
 from memfree.guidance import NormalizedL2, calibrate
 from memfree.retrieval import ReferenceIndex
 

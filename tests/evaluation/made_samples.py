@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from pyarrow import parquet
 
+from memfree import images as png
 from memfree.folders.manifest import write_manifest
-from memfree.sampling import png
 from memfree.sampling.writer import trace_table, write_shard
 
 COUNT, STEPS = 60, 5

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from memfree.cli import main
+from memfree.cli.entry import main
 from memfree.data import DatasetFolder
-from memfree.evaluation import alignment
-from memfree.evaluation.alignment import ClipScorer, clip_scores, deranged, margins
+from memfree.evaluation import agreement
+from memfree.evaluation.agreement import ClipScorer, clip_scores, deranged, margins
 from memfree.evaluation.metrics import HELDOUT, MetricTable
-from memfree.models.small_clip import thinned
+from memfree.offline.small_clip import thinned
 
 
 class Fixed:
@@ -62,7 +62,7 @@ def test_margin_by_hand():
     for i in range(6):
         others = [
             sum(images[i][d] * texts[deranged(captions, 5 + number)[i]][d] for d in range(4))
-            for number in range(alignment.SHUFFLES)
+            for number in range(agreement.SHUFFLES)
         ]
         wanted.append(float(images[i] @ texts[i]) - sum(others) / len(others))
     assert margins(images, texts, captions, 5) == pytest.approx(wanted, abs=1e-12)
@@ -77,7 +77,7 @@ def test_metrics_of_pairs():
     numbers = torch.arange(count).float().view(-1, 1, 1, 1)
     captions = [str(i) for i in range(count)]
     wrong = captions[1:] + captions[:1]
-    metrics = alignment.alignment_metrics(
+    metrics = agreement.alignment_metrics(
         Fixed(images, texts),
         {"none": (numbers, captions), "amg": (numbers, wrong)},
         {"amg": "none"},

@@ -11,16 +11,15 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from memfree import cli
+from memfree import images as png
+from memfree.cli import entry
+from memfree.commands.audit import audit, measure
 from memfree.data import DatasetFolder
-from memfree.evaluation import audit
-from memfree.evaluation.audit import measure
-from memfree.evaluation.false_discovery import adjusted, are_discoveries, fewest_discoveries
+from memfree.evaluation.intervals import adjusted, are_discoveries, fewest_discoveries
 from memfree.evaluation.neighbours import find_neighbours
 from memfree.folders.manifest import read_manifest
 from memfree.guidance import EmbeddingSimilarity, NormalizedL2, calibrate, calibration_of
 from memfree.retrieval import EfficientNetFeatures, ReferenceIndex
-from memfree.sampling import png
 
 
 def step_up(p_values, rate):
@@ -189,7 +188,7 @@ def test_an_index_of_one_image_is_refused_in_one_line(folder, tmp_path, capsys):
     calibrate(index, NormalizedL2(k=1), torch.rand(500, 1, 8, 8, generator=generator))
     index.save(tmp_path / "index")
     with pytest.raises(SystemExit):
-        cli.main(["audit", str(folder), f"--index={tmp_path / 'index'}"])
+        entry.main(["audit", str(folder), f"--index={tmp_path / 'index'}"])
     assert "the index has one group of images, and nL2" in capsys.readouterr().err
 
 
@@ -221,9 +220,9 @@ def test_an_index_of_embeddings_shows_the_data_sets_images(dataset, index, folde
 
 
 def test_the_command_takes_images_as_its_first_word(index, folder, capsys, tmp_path):
-    cli.main(["audit", str(folder / "a2.png"), f"--index={index}"])
+    entry.main(["audit", str(folder / "a2.png"), f"--index={index}"])
     assert "a2.png" in capsys.readouterr().out
-    cli.main(["audit", f"--images={folder / 'a2.png'}", f"--index={index}"])
+    entry.main(["audit", f"--images={folder / 'a2.png'}", f"--index={index}"])
     for arguments, message in [
         ([str(tmp_path / "none"), f"--index={index}"], "no tar shards at"),
         ([str(tmp_path), f"--index={index}"], "no PNG, JPEG or WEBP images and no tar shards"),
@@ -234,7 +233,7 @@ def test_the_command_takes_images_as_its_first_word(index, folder, capsys, tmp_p
         ([f"{folder}/broken.png", f"--index={index}"], "no image could be read"),
     ]:
         with pytest.raises(SystemExit) as exit_:
-            cli.main(["audit", *arguments])
+            entry.main(["audit", *arguments])
         assert exit_.value.code == 2
         assert message in capsys.readouterr().err
 
@@ -257,7 +256,7 @@ def test_names_are_shown_as_they_are(index, tmp_path, capsys, monkeypatch):
 def test_what_is_no_image_and_no_shard_is_refused(index, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a cat\n")
     with pytest.raises(SystemExit):
-        cli.main(["audit", f"--index={index}", str(tmp_path / "prompts.txt")])
+        entry.main(["audit", f"--index={index}", str(tmp_path / "prompts.txt")])
     said = capsys.readouterr().err
     assert "prompts.txt is no image (PNG, JPEG, WEBP), no folder and no tar shard" in said
 
@@ -268,6 +267,6 @@ def test_images_may_be_named_first_or_last(index, folder, capsys, separate):
     options = options if separate else ["=".join(options)]
     printed = []
     for words in ([image, *options], [*options, image], [*options, "--images", image]):
-        cli.main(["audit", *words])
+        entry.main(["audit", *words])
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] == printed[2] and "a2.png" in printed[0]

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from memfree import cli
+from memfree.cli import entry
+from memfree.commands.audit import audit, measure
 from memfree.data.skipped import INCOMPLETE
-from memfree.evaluation.audit import audit, measure
 from memfree.evaluation.audited_images import AuditedImages
 from memfree.folders.manifest import read_manifest
 from memfree.retrieval import ReferenceIndex
@@ -125,10 +125,10 @@ def test_a_picture_that_cannot_be_judged_is_named(index, tmp_path, capsys, name)
     names, source = names_of(tmp_path / "a.tar")
     assert names == ["a/k"] and source.skipped.records == 1
     assert f"a/x/{name.split('.')[0]}" in source.skipped.messages[0]
-    assert cli.main(["audit", str(folder), f"--index={index}"]) == INCOMPLETE
+    assert entry.main(["audit", str(folder), f"--index={index}"]) == INCOMPLETE
     assert name in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["audit", str(folder / name), f"--index={index}"])
+        entry.main(["audit", str(folder / name), f"--index={index}"])
     assert exit_.value.code == 2 and name in capsys.readouterr().err
 
 
@@ -147,7 +147,7 @@ def test_what_was_skipped_is_named_where_nothing_could_be_judged(index, tmp_path
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "only.png").write_bytes(b"nothing")
     with pytest.raises(SystemExit):
-        cli.main(["audit", str(tmp_path / "in"), f"--index={index}"])
+        entry.main(["audit", str(tmp_path / "in"), f"--index={index}"])
     said = capsys.readouterr().err
     assert "--images" in said and "only.png: not a PNG" in said
 
@@ -278,7 +278,7 @@ def test_names_are_judged_and_shown_as_text(index, tmp_path, capsys, monkeypatch
     for given in (raw, b"broken" + raw):
         with open(os.path.join(os.fsencode(folder), given), "wb") as file:
             file.write(picture() if given == raw else b"nothing")
-    assert cli.main(["audit", str(folder), f"--index={index}", f"--out={tmp_path}/out"]) == 3
+    assert entry.main(["audit", str(folder), f"--index={index}", f"--out={tmp_path}/out"]) == 3
     printed = capsys.readouterr().out
     assert expected in printed and "broken" + expected in printed
     assert set(printed) & set("\x1b\r\x9b\u202e\u2028\x07") == set()
@@ -292,7 +292,7 @@ def test_names_are_judged_and_shown_as_text(index, tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
 def test_terminals_of_other_encodings(index, tmp_path, encoding):
     (tmp_path / "\u0444\u03c3.png").write_bytes(picture())
-    code = "from memfree.cli import main; import sys; sys.exit(main())"
+    code = "from memfree.cli.entry import main; import sys; sys.exit(main())"
     command = [sys.executable, "-c", code, "audit", str(tmp_path), f"--index={index}"]
     done = subprocess.run(
         [*command, f"--out={tmp_path}/out"],

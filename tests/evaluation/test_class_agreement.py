@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from memfree.evaluation.class_agreement import ClassJudge
+from memfree.evaluation.agreement import ClassJudge
 from memfree.evaluation.metrics import HELDOUT
 
 

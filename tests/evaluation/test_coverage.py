@@ -9,8 +9,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from memfree.evaluation.detection import auc_difference, detector
-from memfree.evaluation.diversity import pairwise_diversity
+from memfree.evaluation.detectors import auc_difference, detector
 from memfree.evaluation.intervals import (
     mean_interval,
     paired_rate_difference,
@@ -21,8 +20,13 @@ from memfree.evaluation.intervals import (
     weighted_rate,
     wilson,
 )
-from memfree.evaluation.quality import FrechetDistance, frechet_metrics, kid_metrics
-from memfree.evaluation.subsampling import subsample
+from memfree.evaluation.quality import (
+    FrechetDistance,
+    frechet_metrics,
+    kid_metrics,
+    pairwise_diversity,
+    subsample,
+)
 
 CAPTIONS, EACH = 10, 50
 TEN = np.repeat(np.arange(CAPTIONS), EACH)

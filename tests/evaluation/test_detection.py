@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from memfree.evaluation.detection import auc_difference, detector
+from memfree.evaluation.detectors import auc_difference, detector
 from memfree.evaluation.intervals import resampled
 
 

@@ -11,9 +11,11 @@ from made_samples import COUNT, make_samples
 from pyarrow import parquet
 from rich.console import Console
 
-from memfree.cli import main
+from memfree.cli.entry import main
+from memfree.commands.evaluate import evaluate
+from memfree.commands.report import report
 from memfree.data import DatasetFolder
-from memfree.evaluation import EvaluationFolder, evaluate, report
+from memfree.evaluation import EvaluationFolder
 from memfree.folders.manifest import read_manifest
 from memfree.guidance import calibrate
 from memfree.retrieval import ReferenceIndex

@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from memfree.evaluation.intervals import (
-    bootstrap,
-    paired_rate_difference,
-    weighted_rate,
-    wilson,
-)
+from memfree.evaluation.intervals import bootstrap, paired_rate_difference, weighted_rate, wilson
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (617, 1300), (10, 10), (1, 500)])

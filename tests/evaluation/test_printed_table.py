@@ -5,8 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from memfree.evaluation.metrics import HELDOUT, Metric, MetricTable
-from memfree.evaluation.table import print_table
+from memfree.evaluation.metrics import HELDOUT, Metric, MetricTable, print_table
 
 
 @pytest.mark.parametrize("width", [72, 80, 160])

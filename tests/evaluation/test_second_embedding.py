@@ -2,7 +2,7 @@
 
 import pytest
 
-from memfree.cli import main
+from memfree.cli.entry import main
 from memfree.evaluation.metrics import read_metrics
 
 TINY = ["--size", "8", "--widths", "[8,8]", "--dimension", "8", "--steps", "40"]

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from memfree.evaluation import report
-from memfree.evaluation.evaluate import _cost_metrics
+from memfree.cli.errors import message_of
+from memfree.commands.evaluate import _cost_metrics
+from memfree.commands.report import report
 from memfree.evaluation.folder import EvaluationFolder
 from memfree.evaluation.inputs import open_inputs
 from memfree.evaluation.writer import _model_manifest
-from memfree.one_line_errors import message_of
 
 REMOVED = object()
 VALUES = {

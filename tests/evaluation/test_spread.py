@@ -4,9 +4,14 @@ import numpy as np
 import pytest
 from scipy.linalg import eigh
 
-from memfree.evaluation.diversity import diversity_metrics, pairwise_diversity, vendi_score
-from memfree.evaluation.manifold import manifold_metrics, on_manifold
 from memfree.evaluation.metrics import HELDOUT, MetricTable
+from memfree.evaluation.quality import (
+    diversity_metrics,
+    manifold_metrics,
+    on_manifold,
+    pairwise_diversity,
+    vendi_score,
+)
 
 
 def by_loops(points, features, k):
@@ -23,9 +28,9 @@ def by_loops(points, features, k):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_manifold_is_its_definition(k, monkeypatch):
-    from memfree.evaluation import manifold
+    from memfree.evaluation import quality
 
-    monkeypatch.setattr(manifold, "_BLOCK", 7)
+    monkeypatch.setattr(quality, "_BLOCK", 7)
     generator = np.random.default_rng(0)
     real, fake = generator.normal(size=(25, 3)), generator.normal(size=(30, 3)) + 1
     assert (on_manifold(fake, real, k) == by_loops(fake, real, k)).all()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from memfree import cli
-from memfree.folders import folder_lock
-from memfree.folders.folder_lock import FolderLock, read_holder
+from memfree.cli import entry
+from memfree.folders import lock as folder_lock
+from memfree.folders.lock import FolderLock, read_holder
 
 
 def forked(work):
@@ -200,11 +200,11 @@ def write(out: Path) -> None:
 def test_any_command_with_out_is_refused_at_once(tmp_path, capsys):
     holding = holder(tmp_path / ".o.memfree.lock")
     with pytest.raises(SystemExit) as exit_:
-        cli.run(write, [f"--out={tmp_path / 'o'}"])
+        entry.run(write, [f"--out={tmp_path / 'o'}"])
     kill(holding)
     assert exit_.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert f"process {holding} on {socket.gethostname()}" in lines[0]
-    for name, command in {**cli.COMMANDS, **cli.SCRIPTS}.items():
+    for name, command in {**entry.COMMANDS, **entry.SCRIPTS}.items():
         assert command.one_writer == (name not in ("study", "text-study")), name

@@ -6,9 +6,7 @@ import time
 
 import pytest
 
-from memfree.folders.folder_lock import read_holder
-from memfree.folders.one_writer import one_at_a_time, one_writer
-from memfree.folders.part import Part, part_of
+from memfree.folders.lock import Part, one_at_a_time, one_writer, part_of, read_holder
 
 
 def test_only_the_first_process_locks(tmp_path, monkeypatch):
@@ -89,7 +87,7 @@ def test_parts_of_one_division_are_written_side_by_side(tmp_path):
     ("first", "second"), [("1/3", "1/3"), ("1/3", "2/4"), ("1/3", "all"), ("all", "1/3")]
 )
 def test_nothing_else_is_written_beside_a_part(tmp_path, monkeypatch, first, second):
-    monkeypatch.setattr("memfree.folders.one_writer._BEGINNING", 0.1)
+    monkeypatch.setattr("memfree.folders.lock._BEGINNING", 0.1)
     out = tmp_path / "out"
     with one_writer(out, part_of(first)):
         with (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memfree.folders.part import WHOLE, Part, part_of
+from memfree.folders.lock import WHOLE, Part, part_of
 
 
 def test_the_third_of_eight():

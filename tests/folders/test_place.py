@@ -4,8 +4,8 @@ import subprocess
 
 import pytest
 
-from memfree.folders import whole_folder
-from memfree.folders.whole_folder import check_place, refuse_mount_point
+from memfree.folders import atomic
+from memfree.folders.atomic import check_place, refuse_mount_point
 
 
 @pytest.fixture(params=["tmpfs", "bind"])
@@ -54,5 +54,5 @@ def test_without_a_table_of_mounts(tmp_path, monkeypatch):
         def read_bytes(self):
             raise FileNotFoundError
 
-    monkeypatch.setattr(whole_folder, "Path", Missing)
+    monkeypatch.setattr(atomic, "Path", Missing)
     refuse_mount_point(tmp_path)

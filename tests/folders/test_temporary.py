@@ -7,14 +7,17 @@ import socket
 
 import pytest
 
-from memfree.folders import temporary
-from memfree.folders.atomic_files import write_atomic, write_text
-from memfree.folders.folder_lock import FolderLock, read_holder
-from memfree.folders.one_writer import one_writer
-from memfree.folders.part import Part
-from memfree.folders.temporary import remove_temporary
-from memfree.folders.whole_folder import clear_up, put_in_place, unfinished
-from memfree.sampling.run import SampleRun
+from memfree.folders import atomic
+from memfree.folders.atomic import (
+    clear_up,
+    put_in_place,
+    remove_temporary,
+    unfinished,
+    write_atomic,
+    write_text,
+)
+from memfree.folders.lock import FolderLock, Part, one_writer, read_holder
+from memfree.sampling.sample_run import SampleRun
 
 
 def tree(folder):
@@ -120,7 +123,7 @@ def test_what_a_killed_process_left_is_cleared_up(tmp_path):
 
 def test_one_of_another_machine_is_cleared_up_under_the_lock(tmp_path, monkeypatch):
     """Locks of some network file systems hold on one machine only."""
-    monkeypatch.setattr(temporary.socket, "gethostname", lambda: "node7")
+    monkeypatch.setattr(atomic.socket, "gethostname", lambda: "node7")
 
     def work():
         with unfinished(tmp_path / "out"):
@@ -141,10 +144,10 @@ def test_a_file_that_is_being_written_is_not_abandoned(tmp_path):
 
 def test_temporaries_are_made_and_not_followed(tmp_path, monkeypatch):
     """Even if somebody guessed the name."""
-    monkeypatch.setattr(temporary.secrets, "token_hex", lambda _: "0" * 16)
+    monkeypatch.setattr(atomic.secrets, "token_hex", lambda _: "0" * 16)
     (tmp_path / "own").write_text("own")
-    (tmp_path / f".file.{temporary._machine()}0000000000000000.tmp").symlink_to(tmp_path / "own")
-    (tmp_path / f".out.{temporary._machine()}0000000000000000.partial").symlink_to(tmp_path)
+    (tmp_path / f".file.{atomic._machine()}0000000000000000.tmp").symlink_to(tmp_path / "own")
+    (tmp_path / f".out.{atomic._machine()}0000000000000000.partial").symlink_to(tmp_path)
     with pytest.raises(FileExistsError):
         write_text(tmp_path / "file", "new")
     with pytest.raises(FileExistsError), unfinished(tmp_path / "out"):
@@ -241,7 +244,7 @@ def test_number_1_of_another_container_has_not_ended(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "no locks")
 
-    monkeypatch.setattr("memfree.folders.folder_lock.fcntl.flock", refuse)
+    monkeypatch.setattr("memfree.folders.lock.fcntl.flock", refuse)
     lock = FolderLock(tmp_path / "lock", "--out x")
     lock.acquire()
     holder = read_holder(tmp_path / "lock")

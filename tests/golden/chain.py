@@ -74,7 +74,7 @@ def run(command, **options):
         with mock.patch.object(sys, "argv", [str(script), *words]):
             runpy.run_path(str(script), run_name="__main__")
     else:
-        from memfree.cli import main
+        from memfree.cli.entry import main
 
         main([command, *words])
 

@@ -17,7 +17,7 @@ import torch
 
 HERE = Path(__file__).parent
 FILE = HERE / "traces.npz"
-for folder in ("", "guidance", "sampling"):
+for folder in ("", "guidance"):
     sys.path.append(str(HERE.parent / folder))
 
 import amg_steps

@@ -6,11 +6,7 @@ import torch
 from scipy.signal import argrelextrema
 from tiny_text_model import SHAPE, prediction_of
 
-from memfree.guidance.baselines import (
-    OppositeGuidance,
-    OppositeGuidanceOptions,
-    WenNorm,
-)
+from memfree.guidance.baselines import OppositeGuidance, OppositeGuidanceOptions, WenNorm
 
 
 def outputs(steps=12, count=4, seed=0):

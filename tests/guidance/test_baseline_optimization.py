@@ -13,7 +13,7 @@ from memfree.guidance.baselines import (
     SharpnessAwareOptions,
     wen_norm,
 )
-from memfree.guidance.baselines.magnitude import size_factor
+from memfree.guidance.baselines.wen_norm import size_factor
 
 D, L, W = 6, 7, 3
 MIX = torch.randn(D, L * W, generator=torch.Generator().manual_seed(2)) / 2

@@ -9,7 +9,7 @@ from tiny_text_model import SHAPE, TOKENS, WIDTH, prediction_of
 
 from memfree.conditions import TextConditions
 from memfree.guidance.baselines import PromptReanchoring, PromptReanchoringOptions
-from memfree.guidance.baselines.reanchoring import reanchoring_scale
+from memfree.guidance.baselines.prompt_reanchoring import reanchoring_scale
 
 
 def test_reanchoring_scale_runs_from_one_at_l_to_s_at_thr():

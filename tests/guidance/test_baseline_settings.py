@@ -11,13 +11,21 @@ from tiny_text_model import generators, start_of
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from memfree.cli import run
-from memfree.guidance import GuidanceSettings, NormalizedL2, Observer, calibrate
+from memfree.cli.entry import run
+from memfree.guidance import (
+    GuidanceSettings,
+    Guided,
+    NormalizedL2,
+    Observer,
+    RejectAndResample,
+    Sequential,
+    calibrate,
+)
+from memfree.guidance.amg_extensions import SteadyAMG
 from memfree.guidance.baselines import (
     AttentionRescaling,
     EmbeddingNoise,
     EmbeddingNoiseOptions,
-    Guided,
     Insertion,
     LowerGuidance,
     OppositeGuidance,
@@ -25,16 +33,13 @@ from memfree.guidance.baselines import (
     PromptReanchoring,
     RandomNumbers,
     RandomTokens,
-    RejectAndResample,
     RepeatedWords,
-    Sequential,
     SharpnessAwareInitialization,
     TextTools,
 )
 from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.mitigation_names import TEXT_ONLY, WITH_INDEX, MitigationName
 from memfree.guidance.multiplicity import MultiplicityGuidance
-from memfree.guidance.steady_amg import SteadyAMG
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.checks import refuse_text_only

@@ -8,10 +8,10 @@ import torch
 
 from memfree.conditions import SAME, TextConditions, cosines, differ
 from memfree.guidance import Cadence, MultiplicityGuidance, Observer, Prediction
-from memfree.guidance.condition_weights import CaptionWeights, LabelWeights
+from memfree.guidance.equations import ConstantThreshold
+from memfree.guidance.multiplicity import CaptionWeights, LabelWeights
 from memfree.guidance.prediction import combine
 from memfree.guidance.similarity import Match
-from memfree.guidance.threshold import ConstantThreshold
 from memfree.retrieval import ReferenceIndex
 
 CAPTIONS = ["red apple", "green apple", "red apple", "grinning face"]

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from memfree import diffusion_math
-from memfree.guidance import EmbeddingSimilarity, NormalizedL2, ThresholdSchedule, corrections
-from memfree.guidance.displacement import limit_displacement
+from memfree.guidance import EmbeddingSimilarity, NormalizedL2, ThresholdSchedule, equations
+from memfree.guidance.amg_extensions import limit_displacement
 from memfree.retrieval import PixelFeatures, ReferenceIndex
 
 
@@ -118,8 +118,8 @@ def test_threshold_schedule_eq_19():
 @pytest.mark.parametrize("s_0", [0.5, 1.0, 2.0, 7.5])
 def test_scales_eq_13_and_15(s_0):
     strength = torch.tensor([0.0, 0.05, 0.3, 5.0])
-    s_1 = corrections.despecification_scale(strength, 3.0, s_0)
-    s_2 = corrections.deduplication_scale(strength, 4.0, s_0, s_1)
+    s_1 = equations.despecification_scale(strength, 3.0, s_0)
+    s_2 = equations.deduplication_scale(strength, 4.0, s_0, s_1)
     for i, value in enumerate(strength.tolist()):
         first = min(max(3.0 * value, 0.0), max(s_0 - 1, 0.0))
         second = min(max(4.0 * value, 0.0), max(s_0 - first - 1, 0.0))
@@ -134,19 +134,19 @@ def test_guidances_eq_14_16_17():
     t = torch.tensor
     shaped = s[:, None, None, None]
     np.testing.assert_allclose(
-        corrections.despecification(t(s), t(cond), t(uncond)), -shaped * (cond - uncond)
+        equations.despecification(t(s), t(cond), t(uncond)), -shaped * (cond - uncond)
     )
     np.testing.assert_allclose(
-        corrections.deduplication(t(s), t(neighbour), t(uncond)), -shaped * (neighbour - uncond)
+        equations.deduplication(t(s), t(neighbour), t(uncond)), -shaped * (neighbour - uncond)
     )
     np.testing.assert_allclose(
-        corrections.dissimilarity(12.0, t(0.3, dtype=torch.float64), t(gradient)),
+        equations.dissimilarity(12.0, t(0.3, dtype=torch.float64), t(gradient)),
         12.0 * np.sqrt(1 - 0.3) * gradient,
     )
 
 
 def test_gate_eq_10_opens_above_the_threshold_only():
-    assert corrections.gate(torch.tensor([-1.0, -0.7, -0.6]), -0.7).tolist() == [False, False, True]
+    assert equations.gate(torch.tensor([-1.0, -0.7, -0.6]), -0.7).tolist() == [False, False, True]
 
 
 def test_displacement_limit_is_on_the_clean_estimate():

@@ -15,9 +15,9 @@ from memfree.guidance import (
     ThresholdSchedule,
     calibrate,
 )
-from memfree.guidance.recommended import EMBEDDINGS, EMBEDDINGS_ALONE, PIXELS
+from memfree.guidance.settings import EMBEDDINGS, EMBEDDINGS_ALONE, PIXELS
 from memfree.retrieval import ReferenceIndex
-from memfree.retrieval.features import Features
+from memfree.retrieval.features.base import Features
 
 
 @pytest.fixture

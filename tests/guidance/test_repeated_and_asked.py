@@ -9,8 +9,7 @@ from amg_steps import ANY, make_images, prediction_near
 
 from memfree.conditions import TextConditions
 from memfree.guidance import ConstantThreshold, NormalizedL2, SteadyAMG
-from memfree.guidance.asked_records import AskedRecords
-from memfree.guidance.latch import Call, nearest_call
+from memfree.guidance.amg_extensions import AskedRecords, Call, nearest_call
 from memfree.guidance.similarity import Match
 from memfree.retrieval import ReferenceIndex
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memfree.cli import run
+from memfree.cli.entry import run
 from memfree.guidance import (
     EmbeddingSimilarity,
     GuidanceSettings,

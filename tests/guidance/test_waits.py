@@ -9,12 +9,7 @@ from amg_steps import make_images, prediction_near
 from pretended_device import OnDevice, counted_waits, moved
 
 from memfree.conditions import TextConditions
-from memfree.guidance import (
-    ConstantThreshold,
-    MultiplicityGuidance,
-    NormalizedL2,
-    SteadyAMG,
-)
+from memfree.guidance import ConstantThreshold, MultiplicityGuidance, NormalizedL2, SteadyAMG
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import sample
 from memfree.sampling.loop import trace_rows

@@ -9,18 +9,19 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from pyarrow import parquet
 
-from memfree.data import DuplicationPlan, PartSizes, prepare
+from memfree import images
+from memfree.commands.prepare import prepare
+from memfree.data import DuplicationPlan, PartSizes
 from memfree.evaluation.metrics import HELDOUT
 from memfree.folders.manifest import write_manifest
 from memfree.guidance import calibrate
 from memfree.guidance.calibration import default_similarity
 from memfree.models import NetworkOptions, export_model
-from memfree.models.checkpoints import AtomicCheckpointIO
+from memfree.models.ddpm import build_network
 from memfree.models.module import CHECKPOINT_KEY
-from memfree.models.network import build_network
 from memfree.retrieval import ReferenceIndex
-from memfree.sampling import png
 from memfree.sampling.writer import trace_table, write_shard
+from memfree.training.checkpoints import AtomicCheckpointIO
 
 SHAPE = (1, 4, 4)
 
@@ -79,7 +80,7 @@ def _model(folder):
 def _samples(folder):
     folder.mkdir()
     records = [{"index": i, "seed": 5, "condition": i % 3, "seconds": 0.5} for i in range(6)]
-    write_shard(folder / "samples-000-000000.tar", records, png.to_bytes(_images(6)))
+    write_shard(folder / "samples-000-000000.tar", records, images.to_bytes(_images(6)))
     step = torch.arange(4).repeat(6)
     columns = {
         "sample": torch.arange(6).repeat_interleave(4),
@@ -114,7 +115,7 @@ def _evaluation(folder):
     ]
     (folder / "metrics.json").write_text(json.dumps(metrics))
     picture = {"column": 0, "sample": 0, "key": "k", "multiplicity": 2}
-    picture["png"] = png.encode(png.to_bytes(_images(1)[0]))
+    picture["png"] = images.encode(images.to_bytes(_images(1)[0]))
     verdicts = [
         {"subject": "a", "sigma": -1.0, "copy": True},
         {"subject": None, "sigma": None, "copy": None},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memfree.one_line_errors import message_of
+from memfree.cli.errors import message_of
 
 MEMORY = 1 << 30
 """Address space that a reader may take on top of what the process has, bytes."""

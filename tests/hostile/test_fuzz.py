@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from spoiling import places
 from test_hostile_folders import READERS as FOLDERS
 
+from memfree.data.shard_reader import read_shard
 from memfree.data.skipped import Skipped
-from memfree.data.tarstream import read_shard
 from memfree.evaluation.metrics import read_metrics
-from memfree.models.checkpoints import good_checkpoint, read_identity
+from memfree.training.checkpoints import good_checkpoint, read_identity
 
 
 def read_checkpoint(folder):

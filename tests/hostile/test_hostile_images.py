@@ -9,11 +9,11 @@ import torch
 from hostile_guard import bounded, refused, tree
 from hostile_payloads import bad_images, chunk, png, saved
 
-from memfree.data import prepare
-from memfree.data.decode import open_image, upright
+from memfree.commands.prepare import prepare
 from memfree.data.skipped import Skipped
 from memfree.data.sources import ImageFolder
 from memfree.evaluation.audited_images import AuditedImages
+from memfree.images import open_image, upright
 
 BAD = bad_images()
 
@@ -23,7 +23,7 @@ def test_bad_images_are_refused(name):
     def read():
         image = open_image(BAD[name], "photo 7")
         if image.mode.startswith("I"):
-            from memfree.data.decode import channels_of
+            from memfree.images import channels_of
 
             channels_of(image, "photo 7")
 
@@ -109,7 +109,7 @@ def test_names_that_no_terminal_should_see(tmp_path, name):
 
 
 def test_samples_are_not_decoded_beyond_their_shape():
-    from memfree.sampling import png as codec
+    from memfree import images as codec
 
     with bounded(), pytest.raises(ValueError):
         codec.decode(hostile_payloads.png(60_000, 60_000, data=hostile_payloads.zeros(1 << 20)), 1)

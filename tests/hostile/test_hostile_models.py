@@ -12,13 +12,13 @@ from hostile_guard import bounded, one_line, refused, tree
 from hostile_payloads import OTHER_VALUES, Canary, pickled, zeros
 from spoiling import edit, places, wrong_json
 
-from memfree import cli
+from memfree.cli import entry
 from memfree.models import load_model
-from memfree.models.checkpoints import read_identity
-from memfree.models.claim import claim
-from memfree.models.small_decoder import load_decoder
+from memfree.models.loading import load_decoder
 from memfree.models.text_pipeline import load_pipeline
 from memfree.retrieval import CLIPFeatures, LatentFeatures, SSCDFeatures, TimmFeatures
+from memfree.training.checkpoints import read_identity
+from memfree.training.claim import claim
 
 MODULE = "import pathlib; pathlib.Path('canary').write_text('run')\nclass Net: pass\n"
 
@@ -243,7 +243,7 @@ def test_configurations_that_would_run(tmp_path, monkeypatch, capsys, text):
     (tmp_path / "config.yaml").write_text(text)
     for command in ("sample", "prepare"):
         with bounded(), pytest.raises(SystemExit) as exit_:
-            cli.run_command(command, ["--config", "config.yaml", "--out=out"])
+            entry.run_command(command, ["--config", "config.yaml", "--out=out"])
         assert exit_.value.code == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("memfree: error: ")

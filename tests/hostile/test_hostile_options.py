@@ -5,9 +5,9 @@ import os
 import pytest
 from hostile_guard import bounded, one_line, refused
 
-from memfree import cli
-from memfree.study_files import refuse_other_study
-from memfree.untrusted_yaml import check_yaml
+from memfree.cli import entry
+from memfree.cli.entry import refuse_other_study
+from memfree.folders.untrusted import check_yaml
 
 
 def levels(count, text="x"):
@@ -44,7 +44,7 @@ def test_aliases_without_measure(tmp_path, capsys, name, command):
     path = tmp_path / "bomb.yaml"
     path.write_text(BOMBS[name])
     with bounded(), pytest.raises(SystemExit) as exit_:
-        cli.run_command(command, ["--config", str(path)])
+        entry.run_command(command, ["--config", str(path)])
     assert exit_.value.code == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and "--config" in said[0]
@@ -63,7 +63,7 @@ def test_ordinary_aliases_are_read(tmp_path, capsys):
     path = tmp_path / "options.yaml"
     path.write_text(f"dataset: &folder {tmp_path}/none\nindex: *folder\nout: {tmp_path}/out\n")
     with pytest.raises(SystemExit):
-        cli.run_command("evaluate", ["--config", str(path), f"--samples.a={tmp_path}/s"])
+        entry.run_command("evaluate", ["--config", str(path), f"--samples.a={tmp_path}/s"])
     assert f"no dataset folder at {tmp_path}/none" in capsys.readouterr().err
 
 
@@ -79,7 +79,7 @@ def test_config_files_without_end(tmp_path, capsys, command, kind):
         with open(path, "wb") as file:
             file.truncate(1 << 40)
     with bounded(), pytest.raises(SystemExit) as exit_:
-        cli.run_command(command, [f"--config={path}"])
+        entry.run_command(command, [f"--config={path}"])
     assert exit_.value.code == 2 and f"--config {path}" in capsys.readouterr().err
 
 
@@ -92,7 +92,7 @@ def test_an_option_that_is_given_twice(tmp_path, capsys, text):
     path = tmp_path / "options.yaml"
     path.write_text(text)
     with pytest.raises(SystemExit) as exit_:
-        cli.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
+        entry.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
     said = capsys.readouterr().err
     assert exit_.value.code == 2 and "--config" in said and "twice" in said
     check_yaml("a: &a {b: 1}\nc: {<<: *a, b: 2}\nd: {a: 1}\ne: 'x: y'\n")
@@ -105,11 +105,11 @@ def test_option_files_name_no_further_files(tmp_path, capsys, text, kind):
     secret.write_text("password") if kind == "text" else os.mkfifo(secret)
     path.write_text(text.format(secret))
     with bounded(), pytest.raises(SystemExit) as exit_:
-        cli.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
+        entry.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
     said = capsys.readouterr().err
     assert exit_.value.code == 2 and f"--config {path}" in said and "password" not in said
     with bounded(), pytest.raises(SystemExit):
-        cli.run_command("prepare", [f"--plan={secret}", f"--out={tmp_path / 'out'}"])
+        entry.run_command("prepare", [f"--plan={secret}", f"--out={tmp_path / 'out'}"])
     said = capsys.readouterr().err
     assert "--plan" in said and "password" not in said and not (tmp_path / "out").exists()
 
@@ -118,7 +118,7 @@ def test_a_number_of_thousands_of_digits(tmp_path, capsys):
     path = tmp_path / "options.yaml"
     path.write_text(f"seed: {'9' * 5000}")
     with pytest.raises(SystemExit) as exit_:
-        cli.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
+        entry.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
     assert exit_.value.code == 2 and "--config" in capsys.readouterr().err
 
 
@@ -127,13 +127,13 @@ def test_an_option_file_in_another_encoding_is_named(tmp_path, capsys, encoding)
     path = tmp_path / "options.yaml"
     path.write_bytes("licence: café".encode(encoding))
     with pytest.raises(SystemExit) as exit_:
-        cli.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
+        entry.run_command("prepare", [f"--config={path}", f"--out={tmp_path / 'out'}"])
     assert exit_.value.code == 2
     assert f"--config {path} is not UTF-8" in capsys.readouterr().err
 
 
 def test_an_option_file_from_a_shell(tmp_path):
-    from memfree.untrusted_yaml import check_config_files
+    from memfree.folders.untrusted import check_config_files
 
     reader, writer = os.pipe()
     check_config_files(["--config", f"/dev/fd/{reader}"])

@@ -8,7 +8,7 @@ import pytest
 from hostile_guard import refused
 from pyarrow import parquet
 
-from memfree.untrusted import read_table
+from memfree.folders.untrusted import read_table
 
 ROWS, LENGTH = 1 << 13, 1 << 20
 

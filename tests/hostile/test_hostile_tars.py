@@ -12,10 +12,10 @@ import pytest
 from hostile_guard import bounded, refused, tree
 from hostile_payloads import DEEP_JSON, WRONG_JSON, bad_images, pickled, png
 
-from memfree import cli
-from memfree.data import prepare
+from memfree.cli import entry
+from memfree.commands.prepare import prepare
+from memfree.data.shard_reader import read_shard
 from memfree.data.skipped import Skipped
-from memfree.data.tarstream import read_shard
 from memfree.evaluation.audited_images import AuditedImages
 
 
@@ -149,7 +149,7 @@ def test_bad_records_are_refused(tmp_path, monkeypatch, name):
     assert (skipped.records, skipped.shards) == (1, set())
     out = ["--source=shards", f"--path={shard}", f"--out={tmp_path / 'out'}"]
     with bounded(), pytest.raises(SystemExit, match="2"):
-        cli.main(["prepare", *out])
+        entry.main(["prepare", *out])
     assert tree(tmp_path) == before
 
 

@@ -13,7 +13,7 @@ from test_hostile_folders import READERS as FOLDERS
 
 from memfree.folders.manifest import check_replaceable
 from memfree.models import load_model
-from memfree.retrieval.storage import is_written
+from memfree.retrieval.index_folder import is_written
 
 REMOVED = object()
 VALUES = [

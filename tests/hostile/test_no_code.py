@@ -17,12 +17,12 @@ from open_clip.model import CLIP
 from spoiling import edit
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from memfree.evaluation.alignment import ClipScorer
+from memfree.evaluation.agreement import ClipScorer
 from memfree.models.options import ScratchOptions
-from memfree.models.small_pipeline import train_tokenizer
 from memfree.models.text_pipeline import load_pipeline
+from memfree.offline.stable_diffusion import train_tokenizer
 from memfree.retrieval import CLIPFeatures, TimmFeatures
-from memfree.retrieval.extractors import features_from
+from memfree.retrieval.features.make import features_from
 
 MODULE = """
 import pathlib

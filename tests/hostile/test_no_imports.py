@@ -5,7 +5,7 @@ import sys
 import pytest
 import yaml
 
-from memfree import cli
+from memfree.cli import entry
 
 MODULE = "import pathlib\n\npathlib.Path('canary').write_text('run')\n\n\nclass Net:\n    pass\n"
 NAMED = {
@@ -44,7 +44,7 @@ def imports(tmp_path, monkeypatch):
 def refused_line(capsys, command, words):
     """The one line with which a command refuses its words."""
     with pytest.raises(SystemExit) as exit_:
-        cli.run_command(command, words)
+        entry.run_command(command, words)
     assert exit_.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
@@ -92,7 +92,7 @@ def test_a_class_in_a_configuration_is_not_imported(
         ["--config={data: {class_path: evil.Net}}"],
         ["--config=inner.yaml", "--print_config"],
         ["--config=outer.yaml"],
-        ["--data=memfree.cli.os"],
+        ["--data=memfree.cli.entry.os"],
     ],
 )
 def test_nor_one_on_the_command_line_or_in_a_further_file(tmp_path, imports, capsys, words):

@@ -10,12 +10,12 @@ from hostile_guard import one_line
 from test_fuzz import read_checkpoint
 from test_hostile_folders import READERS as FOLDERS
 
+from memfree.commands.audit import measure
 from memfree.data.prompts import read_prompts
-from memfree.evaluation.alignment import ClipScorer
-from memfree.evaluation.audit import measure
-from memfree.folders.hashes import sha256
+from memfree.evaluation.agreement import ClipScorer
+from memfree.folders.manifest import sha256
+from memfree.folders.untrusted import check_plain_folder, read_json, read_table
 from memfree.models import load_model
-from memfree.models.checkpoints import verify_checkpoint
 from memfree.models.text_pipeline import load_pipeline
 from memfree.retrieval import (
     CLIPFeatures,
@@ -24,8 +24,8 @@ from memfree.retrieval import (
     SSCDFeatures,
     TimmFeatures,
 )
-from memfree.retrieval.hashing import read_salt
-from memfree.untrusted import check_plain_folder, read_json, read_table
+from memfree.retrieval.index_folder import read_salt
+from memfree.training.checkpoints import verify_checkpoint
 
 
 @pytest.mark.parametrize("read", [sha256, read_json])

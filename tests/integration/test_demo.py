@@ -9,14 +9,14 @@ import pytest
 import torch
 import yaml
 
-from memfree import tuning
-from memfree.cli import main, run
-from memfree.demo import demo
+from memfree.cli.entry import main, run
+from memfree.commands import tune
+from memfree.commands.demo import demo
+from memfree.commands.sample import predict
 from memfree.evaluation import read_metrics
 from memfree.folders.manifest import read_manifest
 from memfree.guidance import GuidanceSettings
 from memfree.sampling import SampleFolder
-from memfree.sampling.predict import predict
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -84,10 +84,10 @@ def test_a_second_demo_repeats_nothing(made, capsys):
 
 def test_tune_writes_strengths_that_sampling_takes(made, tmp_path, capsys, monkeypatch):
     # The model has learned too little to copy: say how many copies each strength leaves.
-    judge = tuning._Trials.judge
+    judge = tune._Trials.judge
     copies = {0.0: 0.5, 1.0: 0.1, 2.0: 0.0}
     monkeypatch.setattr(
-        tuning._Trials,
+        tune._Trials,
         "judge",
         lambda self, scale, *rest: replace(judge(self, scale, *rest), copies=copies[scale]),
     )

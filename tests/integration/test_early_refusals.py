@@ -6,15 +6,15 @@ import shutil
 
 import pytest
 
-from memfree import clip_training, embedding_training, scratch, tuning
-from memfree.data import DuplicationPlan, PartSizes, prepare
-from memfree.evaluation import audit as audit_command
-from memfree.evaluation import evaluate as evaluate_command
-from memfree.folders import whole_folder
-from memfree.indexing import index
-from memfree.models.autoencoder import AutoencoderOptions
-from memfree.models.claim import Claim, begin
-from memfree.models.small_pipeline import ScratchOptions
+from memfree.commands import scratch, train_clip, train_embedding, tune
+from memfree.commands.audit import audit as audit_command
+from memfree.commands.evaluate import evaluate as evaluate_command
+from memfree.commands.index import index
+from memfree.commands.prepare import prepare
+from memfree.data import DuplicationPlan, PartSizes
+from memfree.folders import atomic
+from memfree.offline.stable_diffusion import AutoencoderOptions, ScratchOptions
+from memfree.training.claim import Claim, begin
 
 CLIP = ["red square", "blue circle", "green star"]
 
@@ -58,26 +58,26 @@ def no_work(monkeypatch):
     def work(*_, **__):
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr("memfree.models.small_clip.SmallClipModule.look_at", work)
+    monkeypatch.setattr("memfree.offline.small_clip.SmallClipModule.look_at", work)
     for name in (  # where commands import it from, once their options are right
-        "memfree.models.short_training.fit",
-        "memfree.trainers.build_trainer",
+        "memfree.offline.short_training.fit",
+        "memfree.training.trainer.build_trainer",
         "memfree.models.load_model",
-        "memfree.data.sources.open_source",
-        "memfree.retrieval.extractors.make_features",
+        "memfree.data.ingest.open_source",
+        "memfree.retrieval.features.make.make_features",
         "memfree.retrieval.ReferenceIndex",
     ):
         monkeypatch.setattr(name, work)
-    evaluate = importlib.import_module("memfree.evaluation.evaluate")
+    evaluate = importlib.import_module("memfree.commands.evaluate")
     monkeypatch.setattr(evaluate, "open_inputs", work)
 
 
 COMMANDS = {
     "prepare": lambda data, out: prepare(out),
-    "train-clip": lambda data, out: clip_training.train_clip(data, out),
-    "train-embedding": lambda data, out: embedding_training.train_embedding(data, out),
+    "train-clip": lambda data, out: train_clip.train_clip(data, out),
+    "train-embedding": lambda data, out: train_embedding.train_embedding(data, out),
     "index": lambda data, out: index(data, out),
-    "tune": lambda data, out: tuning.tune(data, data, out),
+    "tune": lambda data, out: tune.tune(data, data, out),
     "evaluate": lambda data, out: evaluate_command(data, data, {"a": data}, out),
     "audit": lambda data, out: audit_command(data, data, out),
 }
@@ -87,7 +87,7 @@ COMMANDS = {
 def test_a_mount_point(data, tmp_path, monkeypatch, no_work, command):
     out = tmp_path / "out"
     out.mkdir()
-    monkeypatch.setattr(whole_folder, "_is_mounted", lambda folder: folder == out)
+    monkeypatch.setattr(atomic, "_is_mounted", lambda folder: folder == out)
     with pytest.raises(ValueError, match="--out .* mount point"):
         COMMANDS[command](data, out)
 
@@ -101,12 +101,12 @@ def test_a_clip_without_test_images(data, tmp_path, no_work):
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=str(folder)):
-        clip_training.train_clip(folder, tmp_path / "out", batch_size=8)
+        train_clip.train_clip(folder, tmp_path / "out", batch_size=8)
 
 
 def test_a_clip_whose_worth_cannot_be_measured(alike, tmp_path, no_work):
     with pytest.raises(ValueError, match="--dataset .* test"):
-        clip_training.train_clip(alike, tmp_path / "out", batch_size=8)
+        train_clip.train_clip(alike, tmp_path / "out", batch_size=8)
 
 
 @pytest.mark.parametrize("wrong", [{"norm_num_groups": 5}, {"text_width": 100, "head_dim": 32}])

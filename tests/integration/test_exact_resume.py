@@ -12,11 +12,12 @@ from PIL import Image
 from pyarrow import parquet
 from trained_state import difference, trained_state
 
-from memfree import cli
-from memfree.data import DuplicationPlan, PartSizes, prepare
+from memfree.cli import entry
+from memfree.commands.prepare import prepare
+from memfree.commands.train import train
+from memfree.data import DuplicationPlan, PartSizes
 from memfree.models import DDPMModule
-from memfree.models.checkpoints import latest_checkpoint, step_of
-from memfree.training import train
+from memfree.training.checkpoints import latest_checkpoint, step_of
 
 SMALL = [
     "--model.network.block_out_channels=[8, 8]",
@@ -64,7 +65,7 @@ def stop_after(monkeypatch, batches):
 
     monkeypatch.setattr(DDPMModule, "training_step", stopping)
     # Nothing saves at an exception.
-    monkeypatch.setattr("memfree.models.loss_log.LossLog.finalize", lambda self, status: None)
+    monkeypatch.setattr("memfree.training.loggers.LossLog.finalize", lambda self, status: None)
 
 
 def check_same(whole, resumed):
@@ -84,14 +85,14 @@ def check_same(whole, resumed):
 )
 def test_stopped_at_any_batch(folder, tmp_path, monkeypatch, options, batches):
     more = ["--data.batch_size=16", "--trainer.devices=1", *options]
-    cli.run(train, words(folder, tmp_path / "whole", *more))
+    entry.run(train, words(folder, tmp_path / "whole", *more))
     whole = trained_state(tmp_path / "whole")
     for stop in batches:
         out = tmp_path / f"stopped-{stop}"
         with monkeypatch.context() as patch, pytest.raises(Killed):
             stop_after(patch, stop)
-            cli.run(train, words(folder, out, *more))
-        cli.run(train, words(folder, out, *more))
+            entry.run(train, words(folder, out, *more))
+        entry.run(train, words(folder, out, *more))
         check_same(whole, trained_state(out))
 
 
@@ -99,20 +100,20 @@ def test_stopped_at_any_batch(folder, tmp_path, monkeypatch, options, batches):
 @pytest.mark.parametrize("workers", [(0, 2), (2, 1)])
 def test_with_another_number_of_workers(folder, tmp_path, monkeypatch, workers):
     more = ["--data.batch_size=16", "--trainer.devices=1"]
-    cli.run(train, words(folder, tmp_path / "whole", *more))
+    entry.run(train, words(folder, tmp_path / "whole", *more))
     before, after = (f"--data.num_workers={number}" for number in workers)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_after(patch, 4)
-        cli.run(train, words(folder, tmp_path / "out", *more, before))
-    cli.run(train, words(folder, tmp_path / "out", *more, after))
+        entry.run(train, words(folder, tmp_path / "out", *more, before))
+    entry.run(train, words(folder, tmp_path / "out", *more, after))
     check_same(trained_state(tmp_path / "whole"), trained_state(tmp_path / "out"))
 
 
 RANKS = """
 import os, sys
-from memfree import cli
+from memfree.cli import entry as cli
 from memfree.models import DDPMModule
-from memfree.training import train
+from memfree.commands.train import train
 step, last = DDPMModule.training_step, int(sys.argv[1])
 def stopping(self, batch, batch_idx):
     if self.trainer.global_step == last:
@@ -146,13 +147,13 @@ def test_two_ranks_and_then_another_number(folder, tmp_path, capsys):
     shutil.copytree(tmp_path / "out", tmp_path / "one")
     one = ["--trainer.devices=1"]
     with pytest.raises(SystemExit):  # within an epoch, with half as many records a step
-        cli.run(train, words(folder, tmp_path / "out", *one, "--data.batch_size=8"))
+        entry.run(train, words(folder, tmp_path / "out", *one, "--data.batch_size=8"))
     assert "epoch of 3 batches of at most 16 records, now it would" in capsys.readouterr().err
     done = on_ranks(tmp_path, -1, words(folder, tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     check_same(trained_state(tmp_path / "whole"), trained_state(tmp_path / "out"))
     # One process with batches of twice the size goes on with the same records.
-    cli.run(train, words(folder, tmp_path / "one", *one, "--data.batch_size=16"))
+    entry.run(train, words(folder, tmp_path / "one", *one, "--data.batch_size=16"))
     exposures = "exposures.parquet"
     assert (tmp_path / "one" / exposures).read_bytes() == (
         tmp_path / "whole" / exposures
@@ -179,15 +180,15 @@ def test_stopped_at_the_end_of_an_epoch(folder, tmp_path, monkeypatch, size):
     more = ["--trainer.devices=1", every]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         stop_after(patch, 4)
-        cli.run(train, words(folder, tmp_path / "out", *more, "--data.batch_size=16"))
+        entry.run(train, words(folder, tmp_path / "out", *more, "--data.batch_size=16"))
     assert step_of(latest_checkpoint(tmp_path / "out" / "checkpoints")) == 3
     if size == 16:
-        cli.run(train, words(folder, tmp_path / "out", *more, "--data.batch_size=16"))
-        cli.run(train, words(folder, tmp_path / "whole", *more, "--data.batch_size=16"))
+        entry.run(train, words(folder, tmp_path / "out", *more, "--data.batch_size=16"))
+        entry.run(train, words(folder, tmp_path / "whole", *more, "--data.batch_size=16"))
         check_same(trained_state(tmp_path / "whole"), trained_state(tmp_path / "out"))
     else:
         steps = "--trainer.max_steps=9"
-        cli.run(train, words(folder, tmp_path / "out", *more, "--data.batch_size=8", steps))
+        entry.run(train, words(folder, tmp_path / "out", *more, "--data.batch_size=8", steps))
         table = parquet.read_table(tmp_path / "out" / "exposures.parquet").to_pydict()
         assert table["exposures"] == [2 * copies for copies in table["copies"][:30]] + 40 * [0]
 
@@ -213,11 +214,11 @@ def test_foreign_shards_with_broken_records(tmp_path, monkeypatch, workers):
     more = [f"--data.stream.{name}={value}" for name, value in stream.items()]
     more += ["--data.on_error=skip", f"--data.num_workers={workers}", "--data.random_flip=true"]
     more += ["--data.batch_size=16", "--trainer.devices=1"]
-    cli.run(train, words(shards, tmp_path / "whole", *more))
+    entry.run(train, words(shards, tmp_path / "whole", *more))
     for stop in (3, 5):
         out = tmp_path / f"stopped-{stop}"
         with monkeypatch.context() as patch, pytest.raises(Killed):
             stop_after(patch, stop)
-            cli.run(train, words(shards, out, *more))
-        cli.run(train, words(shards, out, *more))
+            entry.run(train, words(shards, out, *more))
+        entry.run(train, words(shards, out, *more))
         check_same(trained_state(tmp_path / "whole"), trained_state(out))

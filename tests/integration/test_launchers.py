@@ -18,14 +18,15 @@ from lightning.fabric.plugins.environments import (
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 
-from memfree import cli
-from memfree.data import PartSizes, prepare
-from memfree.folders.one_writer import one_writer
-from memfree.launcher import as_one_run, is_launchers, launched
-from memfree.trainers import build_trainer, device_count
+from memfree.cli import entry
+from memfree.commands.prepare import prepare
+from memfree.data import PartSizes
+from memfree.folders.lock import one_writer
+from memfree.slurm.launcher import as_one_run, is_launchers, launched
+from memfree.training.trainer import build_trainer, device_count
 
 ROOT = Path(__file__).parents[2]
-MEMFREE = [sys.executable, "-c", "from memfree.cli import main; main()"]
+MEMFREE = [sys.executable, "-c", "from memfree.cli.entry import main; main()"]
 ON_CPU = {
     "accelerator": "cpu",
     "logger": False,
@@ -101,7 +102,7 @@ def started(count, words, variables):
 def test_a_run_of_a_task_farm_writes_all_of_its_folder(monkeypatch, digits, tmp_path, variables):
     told(monkeypatch, variables)
     out = tmp_path / "index"
-    cli.main(["index", f"--dataset={digits}", f"--out={out}"])
+    entry.main(["index", f"--dataset={digits}", f"--out={out}"])
     assert {"manifest.json", "config.yaml", "vectors.npy"} <= {path.name for path in out.iterdir()}
 
 
@@ -120,7 +121,7 @@ def test_two_processes_of_a_launch_are_refused_a_folder(
     with as_one_run(launched(), 1), one_writer(out):
         told(monkeypatch, variables)
         with pytest.raises(SystemExit) as exit_:
-            cli.main([command, *words[command], f"--out={out}"])
+            entry.main([command, *words[command], f"--out={out}"])
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "another process is writing to --out" in line and "started" in line
@@ -128,7 +129,7 @@ def test_two_processes_of_a_launch_are_refused_a_folder(
 
 
 def test_a_report_without_out_has_one_writer(monkeypatch, tmp_path):
-    module = importlib.import_module("memfree.evaluation.report")
+    module = importlib.import_module("memfree.commands.report")
     monkeypatch.setattr("memfree.evaluation.folder.EvaluationFolder", lambda folder: Mock())
     monkeypatch.setattr(module, "render", lambda folder: "")
     with one_writer(tmp_path / "report"), pytest.raises(ValueError, match="another process"):
@@ -223,7 +224,7 @@ def test_all_devices_are_those_that_torchrun_has_started(monkeypatch, variables,
     """Also once a run by itself has forgotten torchrun, and sees all GPUs."""
     told(monkeypatch, variables)
     config = Namespace(trainer=Namespace(accelerator="cpu", devices=devices, num_nodes=1))
-    with cli._as_one_run(launched(), config):
+    with entry._as_one_run(launched(), config):
         assert config["trainer.devices"] == inside
 
 
@@ -237,7 +238,7 @@ def test_lightning_alone_needs_a_port(monkeypatch):
 def test_submit_is_one_process(monkeypatch, capsys):
     told(monkeypatch, TASK)
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["submit", "prepare", "--source=digits", "--dry_run=true"])
+        entry.main(["submit", "prepare", "--source=digits", "--dry_run=true"])
     assert exit_.value.code == 2
     assert "srun started 4 processes" in capsys.readouterr().err
 

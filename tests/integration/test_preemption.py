@@ -12,12 +12,14 @@ import pytest
 import torch
 from processes import start
 
-from memfree import cli, requeue
-from memfree.data import DuplicationPlan, PartSizes, prepare
-from memfree.launcher import as_one_run, launched
+from memfree.cli import entry
+from memfree.commands.prepare import prepare
+from memfree.commands.train import train
+from memfree.data import DuplicationPlan, PartSizes
 from memfree.models import DDPMModule
-from memfree.models.checkpoints import latest_checkpoint, step_of
-from memfree.training import train
+from memfree.slurm import requeue
+from memfree.slurm.launcher import as_one_run, launched
+from memfree.training.checkpoints import latest_checkpoint, step_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +98,7 @@ def test_a_training_that_is_told_to_end_goes_on_to_the_same_model(
     whole = tmp_path / "whole"
     heard = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
     before = [signal.getsignal(number) for number in heard]
-    cli.run(train, options(folder, whole, 4, *more))
+    entry.run(train, options(folder, whole, 4, *more))
     for batch in (1, 2, 3, 4) if accumulate == 1 else (1, 2, 3):
         out = tmp_path / f"at-{batch}"
         number = {1: signal.SIGINT, 2: signal.SIGUSR1}.get(batch, signal.SIGTERM)
@@ -104,7 +106,7 @@ def test_a_training_that_is_told_to_end_goes_on_to_the_same_model(
         capsys.readouterr()
         if batch < 4:
             with pytest.raises(SystemExit) as exit_:
-                cli.run(train, options(folder, out, 4, *more))
+                entry.run(train, options(folder, out, 4, *more))
             assert exit_.value.code == 128 + number
             steps = step_of(latest_checkpoint(out / "checkpoints"))
             what = "interrupted" if number == signal.SIGINT else f"{number.name} came"
@@ -113,7 +115,7 @@ def test_a_training_that_is_told_to_end_goes_on_to_the_same_model(
             assert steps < 4 and not (out / "manifest.json").exists()
             signalled(0)
         # Told so in its last batch, it ends by itself.
-        cli.run(train, options(folder, out, 4, *more))
+        entry.run(train, options(folder, out, 4, *more))
         assert_same(out, whole)
         assert [signal.getsignal(number) for number in heard] == before
 
@@ -123,7 +125,7 @@ def test_a_signal_in_the_last_step_is_passed_on_in_a_job(
     in_a_job, folder, tmp_path, signalled, monkeypatch
 ):
     """To whom had the signals before, who requeues; by then the last step is saved."""
-    monkeypatch.setattr("memfree.models.preemption.job_id", lambda: "12" if in_a_job else None)
+    monkeypatch.setattr("memfree.training.checkpoints.job_id", lambda: "12" if in_a_job else None)
     out, passed_on = tmp_path / "m", []
 
     def before(number, _):
@@ -133,7 +135,7 @@ def test_a_signal_in_the_last_step_is_passed_on_in_a_job(
     more = ("--trainer.devices=1", "--trainer.max_epochs=1")
     signalled(3, signal.SIGUSR1)
     with requeue.handled(before):
-        cli.run(train, options(folder, out, -1, *more))
+        entry.run(train, options(folder, out, -1, *more))
         assert signal.getsignal(signal.SIGUSR1) is before
     assert passed_on == ([(signal.SIGUSR1, 3, False)] if in_a_job else [])
     assert (out / "manifest.json").exists()

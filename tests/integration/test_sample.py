@@ -7,12 +7,12 @@ from diffusers import AutoencoderTiny, DDPMPipeline, DDPMScheduler, UNet2DModel
 from tiny_sampling import DATASET, SCRIPT, SHAPE, make_folders, options
 from tiny_text import CAPTIONS, tiny_pipeline
 
-from memfree.cli import run
+from memfree.cli.entry import run
+from memfree.commands.sample import predict
 from memfree.guidance import NormalizedL2, calibrate
 from memfree.models import export_model
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling import SampleFolder
-from memfree.sampling.predict import predict
 
 
 @pytest.fixture(scope="module")

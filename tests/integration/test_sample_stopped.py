@@ -7,10 +7,11 @@ import pytest
 import torch
 from tiny_sampling import begin, make_folders, options
 
-from memfree.cli import run
-from memfree.sampling import SampleFolder, png
-from memfree.sampling.predict import predict
-from memfree.sampling.run import shard_indices
+from memfree import images as png
+from memfree.cli.entry import run
+from memfree.commands.sample import predict
+from memfree.sampling import SampleFolder
+from memfree.sampling.sample_run import shard_indices
 
 
 @pytest.fixture(scope="module")

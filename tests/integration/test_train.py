@@ -15,11 +15,12 @@ import yaml
 from diffusers import UNet2DModel
 from processes import start
 
-from memfree import cli
-from memfree.data import DuplicationPlan, PartSizes, prepare
+from memfree.cli import entry
+from memfree.commands.prepare import prepare
+from memfree.commands.train import train
+from memfree.data import DuplicationPlan, PartSizes
 from memfree.models import load_model
-from memfree.models.checkpoints import latest_checkpoint, step_of
-from memfree.training import train
+from memfree.training.checkpoints import latest_checkpoint, step_of
 
 SCRIPT = Path(__file__).parents[2] / "train.py"
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.yaml"
@@ -56,7 +57,7 @@ def options(folder, out, steps, *more):
 
 
 def run(folder, out, steps, *more):
-    cli.run(train, options(folder, out, steps, "--trainer.devices=1", *more))
+    entry.run(train, options(folder, out, steps, "--trainer.devices=1", *more))
 
 
 def refused(capsys, folder, out, steps, *more):
@@ -125,7 +126,7 @@ def test_exported_weights_are_the_averaged_ones(finished):
 def test_the_saved_configuration_replays_to_the_same_weights(finished, tmp_path):
     saved = finished / "config.yaml"
     assert yaml.safe_load(saved.read_text())["data"]["batch_size"] == 16
-    cli.run(train, [f"--config={saved}", f"--out={tmp_path / 'again'}"])
+    entry.run(train, [f"--config={saved}", f"--out={tmp_path / 'again'}"])
     assert torch.equal(weights(tmp_path / "again"), weights(finished))
 
 
@@ -323,7 +324,7 @@ def test_two_processes_train_one_model(folder, tmp_path):
 
 def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit):
-        cli.run(train, ["--help"])
+        entry.run(train, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "Train a diffusion model and save it as a diffusers folder.",

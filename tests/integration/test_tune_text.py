@@ -7,15 +7,15 @@ import torch
 import yaml
 from tiny_text import CAPTIONS, tiny_pipeline
 
-from memfree.cli import main, run
+from memfree.cli.entry import main, run
+from memfree.commands.sample import predict
 from memfree.guidance import EmbeddingSimilarity, GuidanceSettings, calibrate
+from memfree.images import from_bytes, to_bytes
 from memfree.models import load_model
 from memfree.retrieval import ReferenceIndex, TimmFeatures
-from memfree.retrieval.latents import LatentFeatures
+from memfree.retrieval.features.latents import LatentFeatures
 from memfree.sampling import SampleFolder, SamplingModule
-from memfree.sampling.png import from_bytes, to_bytes
-from memfree.sampling.predict import predict
-from memfree.sampling.schedulers import build_scheduler
+from memfree.sampling.checks import build_scheduler
 
 pytestmark = pytest.mark.slow
 SEED, STEPS, COUNT = 1_000_000, 4, 4

@@ -20,17 +20,17 @@ from typing import Any
 from kill_points import KillPoints, save
 
 IMPORTED = (
-    "memfree.cli",
+    "memfree.cli.entry",
     "memfree.data",
-    "memfree.training",
-    "memfree.indexing",
-    "memfree.retrieval.embedding",
-    "memfree.sampling.predict",
+    "memfree.commands.train",
+    "memfree.commands.index",
+    "memfree.retrieval.embed",
+    "memfree.commands.sample",
     "memfree.evaluation",
-    "memfree.tuning",
-    "memfree.embedding_training",
-    "memfree.folders.folder_lock",
-    "memfree.folders.storage_errors",
+    "memfree.commands.tune",
+    "memfree.commands.train_embedding",
+    "memfree.folders.lock",
+    "memfree.folders.atomic",
     "sklearn.datasets",
     "sklearn.linear_model",
     "diffusers",
@@ -168,7 +168,7 @@ def child(request: dict[str, Any]) -> int:
         shutil.disk_usage = lambda path: type("Usage", (), {"free": 1 << 50})
     if request["largest"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], resource.RLIM_INFINITY))
-    from memfree.cli import run_command
+    from memfree.cli.entry import run_command
 
     command, *arguments = request["words"]
     sys.argv = ["memfree", *request["words"]]

@@ -6,13 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
-from memfree.models import (
-    ExponentialMovingAverage,
-    NetworkOptions,
-    NoiseOptions,
-    export_model,
-    load_model,
-)
+from memfree.models import NetworkOptions, NoiseOptions, export_model, load_model
+from memfree.training import ExponentialMovingAverage
 
 FIELDS = {"image_shape": [1, 4, 4], "num_classes": 3}
 

@@ -6,8 +6,7 @@ from diffusers import AutoencoderTiny
 from tiny_text import tiny_pipeline, tiny_vae
 
 from memfree.models import load_model
-from memfree.models.latents import decode_latents, pixels_per_latent
-from memfree.models.small_decoder import check_decoder, load_decoder
+from memfree.models.loading import check_decoder, decode_latents, load_decoder, pixels_per_latent
 
 
 def tiny_decoder(latent_channels=4, levels=2, **config):

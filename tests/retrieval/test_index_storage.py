@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from memfree.retrieval import PixelFeatures, ReferenceIndex, Whitened
-from memfree.retrieval import storage as storage_module
+from memfree.retrieval import index_folder as storage_module
 
 
 def random_images(count, seed=0):
@@ -311,7 +311,7 @@ def test_indexes_without_checksums_are_opened(folder):
 def test_checksums_of_blocks(tmp_path, monkeypatch):
     import zlib
 
-    from memfree.folders import hashes
+    from memfree.folders import manifest as hashes
 
     monkeypatch.setattr(hashes, "_BLOCK", 64)
     monkeypatch.setattr(hashes, "_CHUNK", 16)
@@ -327,7 +327,7 @@ def test_short_reads_do_not_change_checksums(tmp_path, monkeypatch):
     """A network's disk may give fewer bytes than were asked for."""
     import zlib
 
-    from memfree.folders import hashes
+    from memfree.folders import manifest as hashes
 
     class Short(io.FileIO):
         def read(self, size=-1):

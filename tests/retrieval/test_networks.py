@@ -26,7 +26,7 @@ from memfree.retrieval import (
     TimmFeatures,
     Whitened,
 )
-from memfree.retrieval.extractors import features_from
+from memfree.retrieval.features.make import features_from
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 

@@ -6,11 +6,9 @@ import timm
 from tiny_networks import HALF, IMAGENET, photograph
 from torchvision import transforms
 
-from memfree.retrieval import (
-    SSCDFeatures,
-)
-from memfree.retrieval.preprocessing import Preprocessing
-from memfree.retrieval.sscd import PREPROCESSINGS
+from memfree.retrieval import SSCDFeatures
+from memfree.retrieval.features.preprocessing import Preprocessing
+from memfree.retrieval.features.sscd import PREPROCESSINGS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from memfree.retrieval import Hits, ReferenceIndex, searched
+from memfree.retrieval import Hits, ReferenceIndex
+from memfree.retrieval import rows as searched
 from memfree.retrieval import search as search_module
-from memfree.retrieval.faiss_search import FaissReferences
-from memfree.retrieval.search import Groups, References
+from memfree.retrieval.search import FaissReferences, Groups, References
 
 
 def brute_force(vectors, group, queries, k, metric):

@@ -6,7 +6,7 @@ from compute_devices import DEVICES
 
 from memfree.guidance import EmbeddingSimilarity
 from memfree.retrieval import PixelFeatures, ReferenceIndex
-from memfree.retrieval.copy_detection import (
+from memfree.retrieval.features.copy_detection import (
     CopyDetectionFeatures,
     CopyDetectionNetwork,
     CopyDetectionShape,

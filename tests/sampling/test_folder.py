@@ -7,7 +7,8 @@ import torch
 import webdataset as wds
 from test_writer import KEYS, batch, write
 
-from memfree.sampling import SampleFolder, SampleRun, png
+from memfree import images as png
+from memfree.sampling import SampleFolder, SampleRun
 
 
 def finished(folder, batches, keys=KEYS):

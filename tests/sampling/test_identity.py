@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memfree.retrieval import ReferenceIndex
-from memfree.sampling.identity import vectors_hash
+from memfree.sampling.checks import vectors_hash
 
 IMAGES = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

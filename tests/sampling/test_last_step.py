@@ -30,7 +30,7 @@ from guard_parts import amg, copies, drawn, make_index
 
 import memfree
 from memfree.diffusion_math import alpha_bar_at, predicted_x_0
-from memfree.sampling.guard.noise_level import NoiseLevels
+from memfree.pipeline_guard.noise_level import NoiseLevels
 from memfree.sampling.last_step import LastStep, returned
 
 SCHEDULES = {

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from memfree.guidance import GuidanceSettings, Mitigation, NormalizedL2
+from memfree.images import from_bytes, to_bytes
 from memfree.models import LoadedModel
 from memfree.sampling import SampleBatch, SampleIndices, SampleRun, SamplingModule, sample
+from memfree.sampling.checks import build_scheduler
 from memfree.sampling.module import IndexBatches, share
 from memfree.sampling.noise import draw, generators
-from memfree.sampling.png import from_bytes, to_bytes
-from memfree.sampling.schedulers import build_scheduler
 
 SHAPE = (1, 4, 4)
 STEPS = 10

@@ -7,7 +7,7 @@ from torch import nn
 
 from memfree.conditions import TextConditions
 from memfree.guidance import ConstantThreshold, NormalizedL2, SteadyAMG
-from memfree.models.denoiser import Denoiser
+from memfree.models.loading import Denoiser
 from memfree.models.text_pipeline import TextDenoiser
 from memfree.sampling import sample
 

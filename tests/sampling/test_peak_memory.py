@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import memfree.sampling.peak_memory as peak_memory_module
-from memfree.sampling.peak_memory import peak_memory, reset_peak_memory
+import memfree.sampling.writer as peak_memory_module
+from memfree.sampling.writer import peak_memory, reset_peak_memory
 
 CPU = torch.device("cpu")
 SIZE = 200_000_000

@@ -3,7 +3,7 @@
 import torch
 
 from memfree.sampling.loop import Result
-from memfree.sampling.rejection import redraw
+from memfree.sampling.module import redraw
 
 
 def drawn(calls):

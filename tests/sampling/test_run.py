@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from memfree.folders.part import part_of
+from memfree.folders.lock import part_of
 from memfree.sampling import SampleRun
-from memfree.sampling.run import shard_indices
+from memfree.sampling.sample_run import shard_indices
 from memfree.sampling.writer import write_shard
 
 SETTINGS = {"steps": 50, "guidance": {"c1": 5.0}, "model_sha256": "a" * 64}

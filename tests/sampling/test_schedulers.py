@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from memfree.sampling.options import SchedulerName
-from memfree.sampling.schedulers import build_scheduler
+from memfree.sampling.checks import build_scheduler
+from memfree.sampling.sample_run import SchedulerName
 
 
 @pytest.mark.parametrize("name", get_args(SchedulerName))

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from memfree.sampling.summary import trace_summary
+from memfree.sampling.sample_run import trace_summary
 
 CONDITIONS = {0: 1, 1: 2, 2: 1}
 LABELS = {"a": 1, "b": 2}

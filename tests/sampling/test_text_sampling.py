@@ -10,7 +10,7 @@ from tiny_text import CAPTIONS, tiny_pipeline, tiny_xl
 from memfree.guidance import GuidanceSettings, calibrate, default_similarity
 from memfree.models import load_model
 from memfree.retrieval import ReferenceIndex
-from memfree.retrieval.latents import LatentFeatures
+from memfree.retrieval.features.latents import LatentFeatures
 from memfree.sampling import SamplingModule
 from memfree.sampling.noise import draw, generators
 

@@ -11,7 +11,8 @@ import webdataset as wds
 from PIL import Image
 from pyarrow import parquet
 
-from memfree.sampling import SampleBatch, SampleRun, SampleWriter, png
+from memfree import images as png
+from memfree.sampling import SampleBatch, SampleRun, SampleWriter
 from memfree.sampling.writer import summaries, trace_table
 
 KEYS = ["a", "b", "c"]

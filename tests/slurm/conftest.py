@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from slurm_cluster import Cluster, missing_programs
 
-from memfree.data import DuplicationPlan, PartSizes, prepare
+from memfree.commands.prepare import prepare
+from memfree.data import DuplicationPlan, PartSizes
 
 ROOT = Path(__file__).parents[2]
 

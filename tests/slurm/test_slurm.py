@@ -18,7 +18,7 @@ import yaml
 from slurm_cluster import words
 from trained_state import difference, trained_state
 
-from memfree.models.checkpoints import latest_checkpoint, step_of
+from memfree.training.checkpoints import latest_checkpoint, step_of
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -44,7 +44,7 @@ def wait_for_step(out, step, seconds=420):
 
 def submit(slurm, command, *options, cwd):
     """`memfree submit`; the number of the job and what was printed."""
-    words = [sys.executable, "-c", "from memfree.cli import main; main()", "submit", command]
+    words = [sys.executable, "-c", "from memfree.cli.entry import main; main()", "submit", command]
     done = slurm.run(*words, *options, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[2].rstrip(":"), done.stdout
@@ -63,7 +63,7 @@ def test_two_tasks_of_a_node_train_as_two_processes(slurm, training, plain, tmp_
 def test_steps_of_one_job_are_runs_of_their_own(slurm, training, plain, tmp_path):
     """Two that work together beside each other, a task farm, and a submission from inside."""
     train = [sys.executable, str(ROOT / "train.py"), *training, "--trainer.max_steps=20"]
-    memfree = [sys.executable, "-c", "from memfree.cli import main; main()"]
+    memfree = [sys.executable, "-c", "from memfree.cli.entry import main; main()"]
     prepare = ["prepare", "--source=digits", "--out=submitted", "--slurm.logs=logs"]
     farm = f"{words(train)} --trainer.devices=1 --out=farm-$SLURM_PROCID"
     lines = [

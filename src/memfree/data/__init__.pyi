@@ -1,8 +1,6 @@
 from .datamodule import ShardDataModule as ShardDataModule
-from .exposures import ExposureCounter as ExposureCounter
-from .folder import DatasetFolder as DatasetFolder
-from .folder import DatasetPart as DatasetPart
+from .dataset_folder import DatasetFolder as DatasetFolder
+from .dataset_folder import DatasetPart as DatasetPart
+from .duplication_plan import DuplicationPlan as DuplicationPlan
 from .options import StreamOptions as StreamOptions
-from .plan import DuplicationPlan as DuplicationPlan
-from .prepare import prepare as prepare
 from .split import PartSizes as PartSizes

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.progress import Progress
 
-from memfree.data.framing import Framing
-from memfree.data.identity import dataset_hash
+from memfree.data.dataset_folder import dataset_hash
+from memfree.data.duplication_plan import DuplicationPlan
+from memfree.data.ingest import Framing
 from memfree.data.options import LabelPolicy
-from memfree.data.plan import DuplicationPlan
 from memfree.data.skipped import Skipped
 from memfree.data.split import PARTS, PartName, PartSizes, deal, limited
-from memfree.folders.storage_errors import check_free_space
+from memfree.folders.atomic import check_free_space
 
 if TYPE_CHECKING:
     from memfree.data.ingest import Ingested
     from memfree.data.records import Items
-    from memfree.data.shards import ShardWriter
+    from memfree.data.shard_writer import ShardWriter
     from memfree.data.sources import Source
 
 
@@ -37,14 +37,14 @@ def build(
     limit: int = 0,
     labels: LabelPolicy = "own",
 ) -> dict[str, Any]:
-    """Read, group, split, repeat, write; see :func:`memfree.data.prepare.prepare`.
+    """Read, group, split, repeat, write; see :func:`memfree.commands.prepare.prepare`.
 
     Returns:
         What the manifest says of the result.
     """
     from memfree.data.ingest import ingest
     from memfree.data.records import arrange
-    from memfree.data.shards import record_bytes
+    from memfree.data.shard_writer import record_bytes
 
     scratch = folder / "pixels.tmp"
     task = progress.add_task("read", total=source.size[0] or None)
@@ -119,7 +119,7 @@ def _compare(
     data: Ingested, near_distance: float, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distinct image of each source image, and near duplicates among the distinct ones."""
-    from memfree.data.grouping import distinct, near_pairs
+    from memfree.data.duplicates import distinct, near_pairs
 
     task = progress.add_task("compare", total=len(data.names))
     image_of, first = distinct(data.pixels)
@@ -144,7 +144,7 @@ def _part_facts(items: Items, part: PartName, requested: int) -> dict[str, int]:
 
 def _groups(data: Ingested, image_of: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Group of each distinct image, from pairs of them and from what the source declares."""
-    from memfree.data.grouping import group
+    from memfree.data.duplicates import group
 
     declared: list[str | None] = [None] * (int(image_of.max()) + 1)
     leader: dict[str, int] = {}
@@ -161,7 +161,7 @@ def _groups(data: Ingested, image_of: np.ndarray, pairs: np.ndarray) -> np.ndarr
 
 def _families(data: Ingested, group_of: np.ndarray) -> np.ndarray:
     """(G,) family of each group: groups that share an image of one family stay together."""
-    from memfree.data.grouping import group
+    from memfree.data.duplicates import group
 
     none = np.empty((0, 2), np.int64)
     leader: dict[str, int] = {}
@@ -182,7 +182,7 @@ def _write_shards(
     records_per_shard: int,
     progress: Progress,
 ) -> ShardWriter:
-    from memfree.data.shards import ShardWriter
+    from memfree.data.shard_writer import ShardWriter
 
     total = sum(len(records) for records in items.records.values())
     task = progress.add_task("write", total=total)
@@ -204,7 +204,7 @@ def _write_tables(folder: Path, items: Items, writer: ShardWriter) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from memfree.data.shards import RECORDS_SCHEMA
+    from memfree.data.shard_writer import RECORDS_SCHEMA
 
     table = {
         "image_key": items.keys,

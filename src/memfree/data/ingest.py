@@ -1,19 +1,113 @@
-"""Read a whole source once into a flat array of equal images."""
+"""Ingest: a source opened by name, its images decoded, framed to one size, and hashed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from memfree.data.decode import channels_of, further_frames, open_image, to_image
-from memfree.data.framing import Framing
-from memfree.data.identity import SourceHash
+from memfree.console import counted
+from memfree.data.dataset_folder import SourceHash
+from memfree.data.emoji import Emoji
+from memfree.data.options import Filter, RecordOptions, Resize, SourceName
 from memfree.data.skipped import Skipped
-from memfree.data.sources import Source, SourceImage
-from memfree.data.wording import counted
+from memfree.data.sources import Cifar10, Digits, ImageFolder, Shards, Source, SourceImage
+from memfree.images import (
+    channels_of,
+    further_frames,
+    open_image,
+    to_array,
+    to_image,
+    upright,
+    with_channels,
+)
+
+_DEFAULT_OPTIONS = RecordOptions()
+_FILTERS = {
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The one size and channel count that all images of a dataset are brought to.
+
+    Nothing is changed silently: without a size, images of different sizes are refused, and
+    without channels, images of different channel counts are.
+    """
+
+    height: int | None
+    """Rows of pixels; None: whatever the first image has."""
+    width: int | None
+    """Columns of pixels; None: whatever the first image has."""
+    channels: int | None
+    """1 grey, 2 grey with alpha, 3 RGB, 4 RGBA; None: whatever the first image has."""
+    resize: Resize = "crop"
+    """crop: scale until it covers, keep the centre; squash: scale both sides; pad: scale, fit."""
+    filter: Filter = "bicubic"
+    """Interpolation, antialiased when it shrinks."""
+
+    def fixed_by(self, image: Image.Image, name: str) -> Framing:
+        """This framing with everything unset taken from the first image."""
+        height, width, channels = self.height, self.width, self.channels
+        if height is None or width is None:
+            width, height = upright(image).size
+        if channels is None:
+            channels = channels_of(image, name)
+        return Framing(height, width, channels, self.resize, self.filter)
+
+    def apply(self, image: Image.Image, name: str, requested: Framing) -> np.ndarray:
+        """Pixels (C, H, W) uint8 of one image.
+
+        Args:
+            image: any decoded image.
+            name: what to call it in an error.
+            requested: the framing as the user gave it, which says what may be converted.
+
+        Raises:
+            ValueError: size or channel count differ from the first image's, and the user did not
+                ask for a conversion.
+        """
+        assert self.height is not None and self.width is not None and self.channels is not None
+        found = channels_of(image, name)
+        if requested.channels is None and found != self.channels:
+            raise ValueError(
+                f"{name}: {counted(found, 'channel')}, but the first image has {self.channels}; "
+                f"convert all with --channels {self.channels}"
+            )
+        image = with_channels(upright(image), self.channels)
+        if image.size == (self.width, self.height):
+            return to_array(image)
+        if requested.height is None:
+            raise ValueError(
+                f"{name}: {image.width} x {image.height} pixels, but the first image has "
+                f"{self.width} x {self.height}; bring all to one size with --image_size"
+            )
+        return to_array(self._scaled(image))
+
+    def _scaled(self, image: Image.Image) -> Image.Image:
+        assert self.height is not None and self.width is not None
+        kernel = _FILTERS[self.filter]
+        size = (self.width, self.height)
+        if self.resize == "squash":
+            return image.resize(size, kernel)
+        ratios = (self.width / image.width, self.height / image.height)
+        scale = max(ratios) if self.resize == "crop" else min(ratios)
+        scaled = image.resize(
+            (max(round(image.width * scale), 1), max(round(image.height * scale), 1)), kernel
+        )
+        left, top = (self.width - scaled.width) // 2, (self.height - scaled.height) // 2
+        if self.resize == "crop":
+            return scaled.crop((-left, -top, self.width - left, self.height - top))
+        padded = Image.new(image.mode, size, 0)
+        padded.paste(scaled, (left, top))
+        return padded
 
 
 @dataclass
@@ -29,7 +123,7 @@ class Ingested:
     groups: list[str | None]
     families: list[str | None]
     source_hash: str = ""
-    """See :class:`memfree.data.identity.SourceHash`."""
+    """See :class:`memfree.data.dataset_folder.SourceHash`."""
 
     def num_classes(self, class_names: list[str] | None) -> int | None:
         """Number of classes: the source's names, or the largest label and one."""
@@ -125,3 +219,54 @@ def _same_conditions(item: SourceImage, first: SourceImage) -> None:
         if has != expected:
             found, wanted = ("has a", "has none") if has else ("has no", "has one")
             raise ValueError(f"{item.name} {found} {what}, but {first.name} {wanted}")
+
+
+def open_source(
+    source: SourceName,
+    path: str | None,
+    emoji_variants: bool = False,
+    records: RecordOptions = _DEFAULT_OPTIONS,
+) -> Source:
+    """The source of this name.
+
+    Args:
+        source: ``digits``, ``cifar10``, ``emoji``, ``folder`` or ``shards``.
+        path: the image folder, the shards, the emoji font (default: found among the installed
+            ones), or where CIFAR-10 is downloaded to (default: ``data/downloads``); not for digits.
+        emoji_variants: emoji with skin tones and gender signs too.
+        records: which files of a folder or of shards are meant where there is a choice.
+
+    Raises:
+        ValueError: ``path`` or an option is missing or has no meaning, or the font has no colour
+            bitmaps.
+        OSError: there is nothing at ``path``.
+    """
+    if emoji_variants and source != "emoji":
+        raise ValueError(f"--emoji_variants has no meaning with --source {source}")
+    _check_options(source, records)
+    if source == "digits":
+        if path is not None:
+            raise ValueError("--path has no meaning with --source digits")
+        return Digits()
+    if source == "cifar10":
+        return Cifar10(Path(path or "data/downloads"))
+    if source == "emoji":
+        return Emoji(Path(path) if path is not None else None, emoji_variants)
+    if path is None:
+        raise ValueError(f"--source {source} needs --path")
+    if source == "folder":
+        return ImageFolder(Path(path), records)
+    return Shards(path, records)
+
+
+def _check_options(source: SourceName, records: RecordOptions) -> None:
+    """Refuse options that say nothing about this source."""
+    meant = {"folder": ("image_suffix", "caption_source"), "shards": ()}
+    for option in fields(RecordOptions):
+        value = getattr(records, option.name)
+        if value == option.default or source == "shards" or option.name in meant.get(source, ()):
+            continue
+        raise ValueError(f"--records.{option.name} has no meaning with --source {source}")
+    absent = {"folder": "json", "shards": "metadata"}.get(source)
+    if records.caption_source == absent:
+        raise ValueError(f"--records.caption_source {absent} has no meaning with --source {source}")

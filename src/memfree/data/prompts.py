@@ -10,7 +10,7 @@ from memfree.data.options import PromptSet
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
-    from memfree.data.folder import DatasetFolder
+    from memfree.data.dataset_folder import DatasetFolder
 
 _MAX_BYTES = 64 << 20  # of a prompt file; more is not a list of prompts
 

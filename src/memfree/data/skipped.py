@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from memfree.console import shown
-from memfree.data.wording import counted
-from memfree.untrusted import short
+from memfree.console import counted, shown
+from memfree.folders.untrusted import short
 
 INCOMPLETE = 3
 """Exit status of a command that is done, but has skipped pictures or shards."""

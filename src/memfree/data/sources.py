@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from memfree.data.decode import MAX_IMAGE_BYTES
-from memfree.data.names import OTHER_PICTURES, SUFFIXES, problem_with
-from memfree.data.options import RecordOptions, SourceName
-from memfree.data.sidecars import FolderCaptions
+from memfree.console import counted
+from memfree.data.captions import FolderCaptions
+from memfree.data.file_names import (
+    OTHER_PICTURES,
+    SUFFIXES,
+    files_below,
+    problem_with,
+    problem_with_file,
+    read_bytes,
+)
+from memfree.data.options import RecordOptions
+from memfree.data.shard_reader import expand_shards, read_shard
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.data.tarstream import expand_shards, read_shard
-from memfree.data.walk import files_below, problem_with_file, read_bytes
-from memfree.data.wording import counted
-from memfree.untrusted import short
+from memfree.folders.untrusted import short
+from memfree.images import MAX_IMAGE_BYTES
 
 _DEFAULT_OPTIONS = RecordOptions()
 
@@ -120,7 +126,7 @@ class ImageFolder:
 
     A sub-folder is a class, named by it (deeper folders belong to it); images directly in the
     folder have no class. Links are followed, hidden folders are left out. Either all images have a
-    caption or none (see :class:`memfree.data.sidecars.FolderCaptions`). Pictures in other formats
+    caption or none (see :class:`memfree.data.captions.FolderCaptions`). Pictures in other formats
     are refused, unless they stand beside one of the same name that is read.
 
     Args:
@@ -224,7 +230,7 @@ class Shards:
     their JSON, as shards of memfree do, keep their groups.
 
     Args:
-        pattern: see :func:`memfree.data.tarstream.expand_shards`.
+        pattern: see :func:`memfree.data.shard_reader.expand_shards`.
         options: how a record is read where there is a choice.
         prefix: of these options on the command line.
     """
@@ -249,56 +255,3 @@ class Shards:
                 yield SourceImage(
                     record.name, record.image, record.label, record.caption, record.group
                 )
-
-
-def open_source(
-    source: SourceName,
-    path: str | None,
-    emoji_variants: bool = False,
-    records: RecordOptions = _DEFAULT_OPTIONS,
-) -> Source:
-    """The source of this name.
-
-    Args:
-        source: ``digits``, ``cifar10``, ``emoji``, ``folder`` or ``shards``.
-        path: the image folder, the shards, the emoji font (default: found among the installed
-            ones), or where CIFAR-10 is downloaded to (default: ``data/downloads``); not for digits.
-        emoji_variants: emoji with skin tones and gender signs too.
-        records: which files of a folder or of shards are meant where there is a choice.
-
-    Raises:
-        ValueError: ``path`` or an option is missing or has no meaning, or the font has no colour
-            bitmaps.
-        OSError: there is nothing at ``path``.
-    """
-    if emoji_variants and source != "emoji":
-        raise ValueError(f"--emoji_variants has no meaning with --source {source}")
-    _check_options(source, records)
-    if source == "digits":
-        if path is not None:
-            raise ValueError("--path has no meaning with --source digits")
-        return Digits()
-    if source == "cifar10":
-        return Cifar10(Path(path or "data/downloads"))
-    if source == "emoji":
-        from memfree.data.emoji import Emoji  # it builds on this module
-
-        return Emoji(Path(path) if path is not None else None, emoji_variants)
-    if path is None:
-        raise ValueError(f"--source {source} needs --path")
-    if source == "folder":
-        return ImageFolder(Path(path), records)
-    return Shards(path, records)
-
-
-def _check_options(source: SourceName, records: RecordOptions) -> None:
-    """Refuse options that say nothing about this source."""
-    meant = {"folder": ("image_suffix", "caption_source"), "shards": ()}
-    for option in fields(RecordOptions):
-        value = getattr(records, option.name)
-        if value == option.default or source == "shards" or option.name in meant.get(source, ()):
-            continue
-        raise ValueError(f"--records.{option.name} has no meaning with --source {source}")
-    absent = {"folder": "json", "shards": "metadata"}.get(source)
-    if records.caption_source == absent:
-        raise ValueError(f"--records.caption_source {absent} has no meaning with --source {source}")

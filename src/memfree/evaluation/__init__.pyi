@@ -1,7 +1,4 @@
-from .audit import audit as audit
-from .evaluate import evaluate as evaluate
 from .folder import EvaluationFolder as EvaluationFolder
 from .metrics import Metric as Metric
 from .metrics import MetricTable as MetricTable
 from .metrics import read_metrics as read_metrics
-from .report import report as report

@@ -12,13 +12,19 @@ from PIL import Image
 from torch import Tensor
 
 from memfree.console import shown
-from memfree.data.decode import MAX_IMAGE_BYTES, MAX_PIXELS, channels_of, open_image, upright
-from memfree.data.folder import to_float
-from memfree.data.framing import Framing
-from memfree.data.names import OTHER_PICTURES, SUFFIXES, is_tar, shard_labels
+from memfree.data.dataset_folder import to_float
+from memfree.data.file_names import (
+    OTHER_PICTURES,
+    SUFFIXES,
+    files_below,
+    is_tar,
+    problem_with_file,
+    shard_labels,
+)
+from memfree.data.ingest import Framing
+from memfree.data.shard_reader import expand_shards, read_members
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.data.tarstream import expand_shards, read_members
-from memfree.data.walk import files_below, problem_with_file
+from memfree.images import MAX_IMAGE_BYTES, MAX_PIXELS, channels_of, open_image, upright
 
 MAX_FRAMES = 1000
 """Frames of one animated image that are judged."""

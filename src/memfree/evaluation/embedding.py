@@ -11,7 +11,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from memfree.folders.hashes import sha256
+from memfree.folders.manifest import sha256
 from memfree.retrieval import EfficientNetFeatures
 
 MAX_COMPONENTS = 64

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from memfree.evaluation.manifest_fields import EVALUATION
+from memfree.evaluation.inputs import EVALUATION
 from memfree.folders.manifest import read_manifest
-from memfree.untrusted import Number, check_fields, read_table, short
+from memfree.folders.untrusted import Number, check_fields, read_table, short
 
 if TYPE_CHECKING:
     from memfree.evaluation.metrics import Metric, MetricTable
@@ -161,7 +161,7 @@ def _check_metric(found: Metric) -> None:
     Raises:
         ValueError: names the metric.
     """
-    from memfree.evaluation.table import COPIES_AT, COPIES_OF_FACTOR
+    from memfree.evaluation.metrics import COPIES_AT, COPIES_OF_FACTOR
 
     name = f"{short(found.metric, 40)} of {short(found.subject, 40)}"
     if found.metric == "copies":

@@ -1,21 +1,109 @@
-"""Open what an evaluation compares, and refuse what does not belong together."""
+"""What an evaluation reads: dataset, index, and the subjects it compares."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from memfree.evaluation.manifest_fields import DATASET, INDEX, SAMPLES
 from memfree.folders.manifest import read_manifest
-from memfree.untrusted import check_fields, short
+from memfree.folders.untrusted import Maybe, Number, check_fields, short
 
 if TYPE_CHECKING:
     from memfree.data import DatasetFolder
+    from memfree.evaluation.embedding import View
+    from memfree.evaluation.neighbours import Neighbours
     from memfree.retrieval import ReferenceIndex
-    from memfree.sampling.folder import SampleFolder
+    from memfree.sampling.sample_folder import SampleFolder
+
+_SIDE = Number(1, 1 << 20, whole=True)
+_COUNT = Number(0, 1 << 53, whole=True)
+_MADE_BY = {
+    "command": [str],
+    "packages": {str: (str, NoneType)},
+    "python": str,
+    "device": str,
+    "created": str,
+    "seed": (int, NoneType),
+    "git_commit": Maybe(str),
+}
+_COMMAND = {"command": [str]}
+DATASET: dict[Any, Any] = {
+    "made_by": _COMMAND,
+    "image_shape": [_SIDE],
+    "source": Maybe({"name": Maybe(str), "licence": Maybe(str)}),
+    "parts": Maybe({str: {"images": Maybe(_COUNT), "records": Maybe(_COUNT)}}),
+    "plan": Maybe({"ladder": Maybe([Number()]), "factor": Maybe(Number()), "kinds": Maybe([str])}),
+    "repeated_images": Maybe(_COUNT),
+}
+"""Of a dataset folder."""
+INDEX: dict[Any, Any] = {
+    "made_by": _COMMAND,
+    "rows": Maybe(_COUNT),
+    "metric": Maybe(str),
+    "features": Maybe({"name": Maybe(str)}),
+}
+"""Of a reference index."""
+SAMPLES: dict[Any, Any] = {
+    "made_by": {**_COMMAND, "device": Maybe(str)},
+    "count": _COUNT,
+    "mitigation": Maybe(str),
+    "index_features": Maybe(str),
+    "model": Maybe(str),
+    "dataset_hash": Maybe(str),
+    "seconds_per_sample": Maybe(Number(0)),
+    "peak_memory_bytes": Maybe(Number(0)),
+}
+"""Of a sample folder."""
+MODEL: dict[Any, Any] = {
+    "made_by": _COMMAND,
+    "parameters": Maybe(Number(0)),
+    "exposures": Maybe({"largest": Maybe(Number(0))}),
+}
+"""Of the model that drew samples."""
+EVALUATION: dict[Any, Any] = {
+    "made_by": _MADE_BY,
+    "reference": str,
+    "paired": {str: str},
+    "false_positive_rate": Number(0, 1),
+    "dataset": {"manifest": DATASET, "hash": str},
+    "index": {"manifest": INDEX},
+    "samples": {str: {"manifest": SAMPLES, "model": Maybe(MODEL)}},
+}
+"""Of an evaluation, with those of what it was made from."""
+
+
+@dataclass
+class Subject:
+    """A sample folder, or the test images, with what was found of each of the n images."""
+
+    name: str
+    found: Neighbours
+    view: View
+    labels: np.ndarray | None
+    """(n,) the class that was asked for; of test images, their own."""
+    second_sigma: np.ndarray
+    """(n,) the second similarity."""
+    second_copy: np.ndarray
+    """(n,) bool: its verdict."""
+    conditions: np.ndarray | None = None
+    """(n,) of ``shared_conditions``: number of the caption that a sample was asked for, where
+    several share one; None for independent images, as test images are, and samples of classes."""
+    captions: list[str] | None = None
+    """The n captions that samples were asked for."""
+    agrees: np.ndarray | None = None
+    """(≤ n,) bool: the classifier sees the class that was asked for; without the samples of classes
+    that it does not know."""
+    agrees_conditions: np.ndarray | None = None
+    """(≤ n,) of ``shared_conditions``, of the samples of ``agrees``."""
+
+
+DEFAULT_REFERENCE = "unguided"
+"""Samples that others are compared with; where there are none of this name, the first."""
+
 
 HELD_OUT_PARTS: tuple[Literal["calibration", "test", "fit"], ...] = ("calibration", "test", "fit")
 """Thresholds, rates of real images, and the classifier: three purposes, three disjoint parts."""
@@ -57,9 +145,8 @@ def open_inputs(
     """
     from memfree.data import DatasetFolder
     from memfree.evaluation.metrics import CHANGED, HELDOUT
-    from memfree.evaluation.subject import DEFAULT_REFERENCE
     from memfree.retrieval import ReferenceIndex
-    from memfree.sampling.folder import SampleFolder
+    from memfree.sampling.sample_folder import SampleFolder
 
     if not samples:
         raise ValueError("no samples to evaluate: give at least one --samples.NAME FOLDER")

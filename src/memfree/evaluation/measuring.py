@@ -11,21 +11,20 @@ from rich.console import Console
 from rich.text import Text
 
 from memfree.evaluation.embedding import View, Viewer
-from memfree.evaluation.inputs import Inputs, labels_of
+from memfree.evaluation.inputs import Inputs, Subject, labels_of
 from memfree.evaluation.intervals import shared_conditions
 from memfree.evaluation.metrics import HELDOUT
-from memfree.evaluation.neighbours import find_neighbours
-from memfree.evaluation.second_similarity import (
+from memfree.evaluation.neighbours import (
     IndexSimilarity,
     SecondSimilarity,
     WhitenedSimilarity,
+    find_neighbours,
     second_copies,
 )
-from memfree.evaluation.subject import Subject
 from memfree.guidance import calibration_of, default_similarity
 from memfree.retrieval import ReferenceIndex
-from memfree.retrieval.copy_detection import CopyDetectionFeatures
-from memfree.retrieval.features import identity
+from memfree.retrieval.features.base import identity
+from memfree.retrieval.features.copy_detection import CopyDetectionFeatures
 
 
 @dataclass

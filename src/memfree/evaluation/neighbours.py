@@ -1,15 +1,20 @@
-"""What a reference index says of a set of images: nearest image, similarity, p-value, verdict."""
+"""Nearest training images of every sample, by the guiding similarity and by a second one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from sklearn.decomposition import PCA
 from torch import Tensor
 
-from memfree.guidance import Calibration, Similarity
+from memfree.evaluation.embedding import View, fit_components
+from memfree.evaluation.intervals import conditions_detail, rate_interval
+from memfree.evaluation.metrics import Metric, metric
+from memfree.guidance import Calibration, Similarity, default_similarity, measure
+from memfree.retrieval import ReferenceIndex
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
@@ -95,3 +100,119 @@ def distance_ratio(scores: Tensor, metric: str) -> Tensor:
     distances = scores if metric == "l2" else (2 - 2 * scores).clamp_min(0).sqrt()
     nearest, second = distances[:, 0], distances[:, 1]
     return torch.where(second > 0, nearest / second.clamp_min(1e-300), torch.ones_like(nearest))
+
+
+class SecondSimilarity(Protocol):
+    """A similarity to the nearest training image, with thresholds of its own.
+
+    A guidance that is judged by its own measure can push samples just past the line. This one
+    shares nothing with it.
+    """
+
+    calibration: Calibration
+    describe: dict[str, Any]
+    """Extractor and size, for the metrics' detail."""
+
+    def sigma(self, images: Tensor, view: View) -> np.ndarray:
+        """σ (n,) of images (n, C, H, W) and their view: higher is nearer."""
+        ...
+
+
+class WhitenedSimilarity:
+    """Cosine of whitened EfficientNet-Lite0 features to the nearest training image.
+
+    Raw features of small images are all alike (cosines near 1), so they are whitened on the fit
+    part: every principal direction gets the same variance.
+
+    Args:
+        fit: view of the fit part.
+        train: view of the distinct training images.
+        calibration: view of the calibration part.
+        extractor: what identifies the embedding.
+    """
+
+    components: PCA
+    references: Tensor
+    """(rows, d) float64 unit vectors of the distinct training images."""
+
+    def __init__(self, fit: View, train: View, calibration: View, extractor: dict[str, Any]):
+        self.components = fit_components(fit.pooled, whiten=True)
+        self.references = self._unit(train)
+        sigmas = torch.from_numpy(self._best(calibration)).float()
+        self.calibration = Calibration("whitened-efficientnet", sigmas.sort().values)
+        self.describe = {
+            "extractor": extractor,
+            "components": int(self.components.n_components_),
+        }
+
+    def sigma(self, images: Tensor, view: View) -> np.ndarray:
+        """Cosine to the nearest training image, (n,)."""
+        return self._best(view)
+
+    def _best(self, view: View, chunk: int = 1024) -> np.ndarray:
+        parts = [(part @ self.references.T).amax(1) for part in self._unit(view).split(chunk)]
+        return torch.cat(parts).numpy()
+
+    def _unit(self, view: View) -> Tensor:
+        whitened = torch.from_numpy(self.components.transform(view.pooled.astype(np.float64)))
+        return torch.nn.functional.normalize(whitened, dim=1)
+
+
+class IndexSimilarity:
+    """The default similarity of another index of the training images.
+
+    Of pixels (nL2) where the first measure is an embedding already, or of another embedding.
+
+    Args:
+        index: of the training images.
+        calibration_images: (n, C, H, W) in [-1, 1].
+    """
+
+    def __init__(self, index: ReferenceIndex, calibration_images: Tensor):
+        self.index = index
+        self.similarity = default_similarity(index)
+        measured = measure(index, self.similarity, calibration_images)
+        described = index.features.describe()
+        name, digest = described["name"], described.get("weights_sha256")
+        if digest is None:
+            self.calibration = measured
+            self.describe = {"extractor": name}
+        else:
+            self.calibration = Calibration(f"{name}-{measured.similarity}", measured.sigmas)
+            self.describe = {"extractor": {"name": name, "weights_sha256": digest}}
+
+    def sigma(self, images: Tensor, view: View) -> np.ndarray:
+        """σ to the nearest training images, (n,)."""
+        with torch.no_grad():
+            parts = [self.similarity(self.index, part).sigma.cpu() for part in images.split(256)]
+        return torch.cat(parts).double().numpy()
+
+
+def second_copies(
+    second: SecondSimilarity, sigma: np.ndarray, false_positive_rate: float
+) -> np.ndarray:
+    """(n,) bool: above the second similarity's own threshold of this false-positive rate."""
+    # float32, as the calibration is: the same image must not compare differently with itself
+    return sigma.astype(np.float32) > second.calibration.threshold(false_positive_rate)
+
+
+def second_metric(
+    second: SecondSimilarity,
+    subject: str,
+    flags: np.ndarray,
+    false_positive_rate: float,
+    conditions: np.ndarray | None = None,
+) -> Metric:
+    """The rate ``second_copies`` of one subject; ``conditions`` are of ``shared_conditions``."""
+    return metric(
+        "second_copies",
+        subject,
+        rate_interval(flags, conditions),
+        len(flags),
+        similarity=second.calibration.similarity,
+        threshold=second.calibration.threshold(false_positive_rate),
+        false_positive_rate=false_positive_rate,
+        false_positive_rate_limits=[*second.calibration.rate_limits(false_positive_rate)],
+        **conditions_detail(conditions),
+        **second.describe,
+    )

@@ -1,17 +1,26 @@
-"""What the report shows: headline, strip of pictures, table, differences, limits."""
+"""HTML pages of an evaluation and of an audit."""
 
 from __future__ import annotations
 
 import base64
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
+from torch import Tensor
 
+from memfree import images as png
 from memfree.evaluation.folder import EvaluationFolder
-from memfree.evaluation.metrics import CHANGED, HELDOUT, Metric
-from memfree.evaluation.plots import css_colours
-from memfree.evaluation.table import (
+from memfree.evaluation.metrics import (
+    CHANGED,
+    HELDOUT,
     ROWS,
+    Metric,
     Row,
     false_positives,
     interval_text,
@@ -19,6 +28,142 @@ from memfree.evaluation.table import (
     percent,
     shown_rows,
 )
+from memfree.evaluation.plots import css_colours
+
+
+def template(name: str, part: str = "evaluation") -> Template:
+    """A template by its file name; it escapes what it shows.
+
+    Args:
+        name: of the file.
+        part: folder of memfree that has it; what it includes may be of evaluation.
+    """
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader("memfree", one) for one in (part, "evaluation")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def facts(folder: EvaluationFolder) -> list[tuple[str, str]]:
+    """Data, index, samplers and versions, as name and value."""
+    data = folder.manifest["dataset"]["manifest"]
+    index = folder.manifest["index"]["manifest"]
+    made = folder.manifest["made_by"]
+    parts = data.get("parts") or {}
+    shape = " × ".join(str(side) for side in data["image_shape"])
+    rows = [
+        ("Data set", f"{_source(data)}, images of {shape}"),
+        ("Its SHA-256", folder.manifest["dataset"]["hash"]),
+        ("Parts", _parts(parts)),
+        ("Repeated on purpose", _plan(data)),
+        ("Index", f"{index.get('rows')} distinct images, {_feature(index)}, {index.get('metric')}"),
+    ]
+    for name in folder.subjects:
+        rows.append((f"Samples: {name}", _sampler(folder.manifest["samples"][name]["manifest"])))
+        model = folder.manifest["samples"][name].get("model")
+        if model and name not in folder.paired:
+            rows.append((f"Model: {name}", _model(model)))
+    versions = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
+    rows.append(("Software", f"Python {made['python']}, {versions}"))
+    rows.append(("Machine", str(made["device"])))
+    rows.append(("Commit", str(made.get("git_commit") or "not from a checkout")))
+    rows.append(("Evaluated", f"{made['created']}, seed {made['seed']}"))
+    return [(name, value) for name, value in rows if value]
+
+
+def _source(data: dict[str, Any]) -> str:
+    source = data.get("source") or {}
+    licence = source.get("licence")
+    return f"{source.get('name', 'unknown source')}" + (f" (licence: {licence})" if licence else "")
+
+
+def _parts(parts: dict[str, Any]) -> str:
+    texts = []
+    for name, part in parts.items():
+        images, records = part.get("images"), part.get("records")
+        same = records in (None, images)
+        texts.append(f"{name} {images}" + ("" if same else f" ({records} records)"))
+    return ", ".join(texts)
+
+
+def _plan(data: dict[str, Any]) -> str:
+    plan = data.get("plan") or {}
+    repeated = data.get("repeated_images")
+    if not repeated:
+        return "nothing"
+    factors = plan.get("ladder") or [plan.get("factor")]
+    kinds = ", ".join(plan.get("kinds") or [])
+    return f"{repeated} images, {', '.join(f'× {factor}' for factor in factors)} ({kinds} copies)"
+
+
+def _feature(index: dict[str, Any]) -> str:
+    return str((index.get("features") or {}).get("name", "features"))
+
+
+def _sampler(manifest: dict[str, Any]) -> str:
+    shown = ("mitigation", "scheduler", "steps", "guidance_scale", "seed", "count")
+    return ", ".join(
+        f"{name.replace('_', ' ')} {manifest[name]}"
+        for name in shown
+        if manifest.get(name) is not None
+    )
+
+
+def _model(manifest: dict[str, Any]) -> str:
+    parts = [
+        f"{manifest['parameters'] / 1e6:.2f} million weights"
+        if manifest.get("parameters") is not None
+        else "",
+        f"{manifest['steps']} steps of {manifest.get('batch_size')}" if "steps" in manifest else "",
+    ]
+    exposures = manifest.get("exposures") or {}
+    if exposures.get("largest"):
+        parts.append(f"an image was trained on at most {exposures['largest']} times")
+    return ", ".join(part for part in parts if part)
+
+
+def commands(folder: EvaluationFolder) -> str:
+    """The commands of data set, index, models, samples and evaluation, in order, each once."""
+    manifest = folder.manifest
+    made = [manifest["dataset"]["manifest"]["made_by"]]
+    made.append(manifest["index"]["manifest"]["made_by"])
+    for name in folder.subjects:
+        entry = manifest["samples"][name]
+        made += [
+            made_by["made_by"] for made_by in (entry.get("model"), entry["manifest"]) if made_by
+        ]
+    made.append(manifest["made_by"])
+    # A Python session has no command line; its name is "-", "-c" or empty.
+    words = [entry["command"] for entry in made]
+    lines = [_command(one) for one in words if one and one[0].strip("-c")]
+    lines.append(f"memfree report --evaluation {shlex.quote(str(folder.path))}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _command(words: list[str]) -> str:
+    program = Path(words[0]).name
+    words = ["python", program, *words[1:]] if program.endswith(".py") else [program, *words[1:]]
+    return shlex.join(words)
+
+
+def settings(folder: EvaluationFolder) -> str:
+    """Everything the manifests say of how samples were drawn, as indented JSON."""
+    kept = {
+        name: {"samples": entry["manifest"].get("settings"), "model": _identity(entry.get("model"))}
+        for name, entry in folder.manifest["samples"].items()
+    }
+    return json.dumps(
+        {"plan": folder.manifest["dataset"]["manifest"].get("plan"), **kept}, indent=2
+    )
+
+
+def _identity(model: dict[str, Any] | None) -> Any:
+    return None if model is None else model.get("identity")
+
 
 SMALL_IMAGE = 64
 """Images of fewer pixels a side are shown as squares and not smoothed."""
@@ -253,3 +398,72 @@ LIMITS = (
     "Intervals are over samples of one trained model. Another training gives another model.",
 )
 """What the measures miss."""
+
+
+AUDIT_LIMITS = (
+    "A copy is a whole image that is near a whole image of the index. Crops, mirrored images, "
+    "copied parts, styles and contents are seen only as far as the index's features see them.",
+    "Only images in the index can be found.",
+    "p-values compare with held-out real images. Generated images, or images of another kind, can "
+    "be nearer to training images than real ones without being copies; look at the pairs.",
+    "The false discovery rate is an average over audits, not a promise for this one.",
+)
+"""What an audit does not say."""
+
+
+def render(
+    table: pa.Table,
+    pictures: Tensor,
+    nearest: Mapping[str, Tensor],
+    facts: Mapping[str, str],
+    warning: str,
+) -> str:
+    """The page's HTML, which needs no network.
+
+    Args:
+        table: the audit, most suspicious first.
+        pictures: (k, C, H, W) in [−1, 1]: the first k images of the table.
+        nearest: training images by key, as far as they are known.
+        facts: what was compared and how.
+        warning: why nothing could be found, so that no discovery says little, or empty.
+    """
+    rows = table.slice(0, len(pictures)).to_pylist()
+    discoveries, copies = (sum(table[name].to_pylist()) for name in ("discovery", "copy"))
+    height, width = pictures.shape[2:]
+    return template("audit.html").render(
+        headline=_headline(discoveries, table.num_rows, undecided=bool(warning)),
+        lead=f"{copies} are above the threshold for a single image. Shown are the "
+        f"{len(rows)} that are nearest to an indexed image, each with that image below it.",
+        pairs=[
+            _pair(row, image, nearest.get(row["nearest_key"]))
+            for row, image in zip(rows, pictures, strict=True)
+        ],
+        aspect=f"{width} / {height}",
+        small=max(height, width) < SMALL_IMAGE,
+        shows_training=bool(nearest),
+        facts=list(facts.items()),
+        warning=warning,
+        limits=AUDIT_LIMITS,
+    )
+
+
+def _headline(discoveries: int, images: int, undecided: bool) -> str:
+    """What was found; that none could be found is no finding of none."""
+    if undecided:
+        return (
+            f"Undecided: there are too few calibration images to tell copies among {images} images"
+        )
+    return f"{discoveries} of {images} images are called copies of indexed images"
+
+
+def _pair(row: dict[str, Any], image: Tensor, nearest: Tensor | None) -> dict[str, Any]:
+    return {
+        **row,
+        "png": _encoded(image),
+        "nearest_png": None if nearest is None else _encoded(nearest),
+        "kind": "copy" if row["discovery"] else "near" if row["copy"] else "fine",
+    }
+
+
+def _encoded(image: Tensor) -> str:
+    return base64.b64encode(png.encode(png.to_bytes(image))).decode("ascii")

@@ -11,8 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from memfree.evaluation.metrics import MetricTable
-from memfree.evaluation.table import COPIES_OF_FACTOR
+from memfree.evaluation.metrics import COPIES_OF_FACTOR, MetricTable
 
 # Stand-ins that the SVG is drawn with, each replaced by a variable of the page's style sheet.
 INK, MUTED, RULE, HELD = "#010203", "#040506", "#070809", "#0a0b0c"

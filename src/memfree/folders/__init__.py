@@ -1,1 +1,1 @@
-"""Folders that commands write: one writer, whole or not there, and what made them."""
+"""Output folders: atomic writes, locks, manifests, untrusted files."""

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from memfree import guidance
-from memfree.calibration_size import DEFAULT_RATE
-from memfree.guidance.corrections import (
+from memfree.data.split import DEFAULT_RATE
+from memfree.guidance.equations import (
+    ConstantThreshold,
+    ThresholdSchedule,
     check_at_least_0,
     deduplication,
     deduplication_scale,
@@ -17,14 +19,13 @@ from memfree.guidance.corrections import (
     despecification_scale,
     dissimilarity,
     gate,
+    sigma_gradient,
 )
-from memfree.guidance.detection import EVERY_STEP, Cadence, Detection, Observer, Steering, recorded
 from memfree.guidance.mitigation_names import Through
 from memfree.guidance.neighbour_conditions import NeighbourConditions
+from memfree.guidance.observer import EVERY_STEP, Cadence, Detection, Observer, Steering, recorded
 from memfree.guidance.prediction import Prediction, row_norm
-from memfree.guidance.sigma_gradient import sigma_gradient
 from memfree.guidance.similarity import Match, Similarity
-from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex

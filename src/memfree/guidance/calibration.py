@@ -11,7 +11,7 @@ import torch
 from scipy.special import bdtrik, betaincinv
 from torch import Tensor
 
-from memfree.calibration_size import DEFAULT_RATE, MIN_EXPECTED, smallest_rate
+from memfree.data.split import DEFAULT_RATE, MIN_EXPECTED, smallest_rate
 from memfree.guidance.similarity import EmbeddingSimilarity, NormalizedL2, Similarity
 
 if TYPE_CHECKING:

@@ -1,11 +1,11 @@
-"""The stages of a mitigation: prompt, embedding, initial noise, network, prediction, afterwards."""
+"""Mitigation: what changes prompts, noise, guidance or acceptance of a draw, and combinations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,10 @@ from torch import Tensor
 from memfree.conditions import TextConditions
 from memfree.diffusion_math import PredictionType, eps_change
 from memfree.guidance.prediction import Guidance
+from memfree.guidance.similarity import Similarity
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,100 @@ class Mitigation:
     def accept(self, images: Tensor) -> Tensor:
         """(B,) bool: which finished images (B, C, H, W) in [−1, 1] are kept; others are redrawn."""
         return torch.ones(len(images), dtype=torch.bool, device=images.device)
+
+
+class Sequential(Mitigation):
+    """Several mitigations: at each stage one after another, what one leaves is the next one's.
+
+    Args:
+        mitigations: in order.
+    """
+
+    def __init__(self, mitigations: Sequence[Mitigation]) -> None:
+        self.mitigations = list(mitigations)
+
+    def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
+        """Pass the prompts down the list."""
+        changed = list(prompts)
+        for one in self.mitigations:
+            changed = one.prompts(changed, generators)
+        return changed
+
+    def embedding(self, start: Start) -> TextConditions:
+        """Pass the conditions down the list."""
+        for one in self.mitigations:
+            start = replace(start, conditions=one.embedding(start))
+        return start.conditions
+
+    def initial_noise(self, start: Start) -> Tensor:
+        """Pass the noise down the list."""
+        for one in self.mitigations:
+            start = replace(start, noise=one.initial_noise(start))
+        return start.noise
+
+    def changes_start(self) -> bool:
+        """Whether any of them does."""
+        return any(one.changes_start() for one in self.mitigations)
+
+    def guidance_scale(self, guidance_scale: float) -> float:
+        """Pass s_0 down the list."""
+        for one in self.mitigations:
+            guidance_scale = one.guidance_scale(guidance_scale)
+        return guidance_scale
+
+    def around(self, network: Any) -> AbstractContextManager[Any]:
+        """Enter all, the first outermost."""
+        return self._around(network)
+
+    @contextmanager
+    def _around(self, network: Any) -> Generator[None]:
+        with ExitStack() as stack:
+            for one in self.mitigations:
+                stack.enter_context(one.around(network))
+            yield
+
+    def guidances(self) -> list[Guidance]:
+        """All guidances, in order."""
+        return [guidance for one in self.mitigations for guidance in one.guidances()]
+
+    def accept(self, images: Tensor) -> Tensor:
+        """Kept are the images that all accept."""
+        kept = super().accept(images)
+        for one in self.mitigations:
+            kept = kept & one.accept(images)
+        return kept
+
+
+class Guided(Mitigation):
+    """Changes predictions alone: AMG, multiplicity guidance, both, or an observer.
+
+    Args:
+        guidances: in order.
+    """
+
+    def __init__(self, guidances: Sequence[Guidance]) -> None:
+        self._guidances = list(guidances)
+
+    def guidances(self) -> list[Guidance]:
+        """Those that were given."""
+        return list(self._guidances)
+
+
+class RejectAndResample(Mitigation):
+    """Draws a sample again while it is a copy by the index's own calibrated threshold.
+
+    Args:
+        index: references, on the device of the samples.
+        similarity: σ.
+        threshold: a finished image with σ above it is rejected.
+    """
+
+    def __init__(self, index: ReferenceIndex, similarity: Similarity, threshold: float) -> None:
+        self.index = index
+        self.similarity = similarity
+        self.threshold = threshold
+
+    @torch.no_grad()
+    def accept(self, images: Tensor) -> Tensor:
+        """σ ≤ threshold of finished images (B, C, H, W), (B,) bool."""
+        return self.similarity(self.index, images).sigma <= self.threshold

@@ -1,9 +1,9 @@
-"""Guidance as options: what `sample.py --guidance.…` takes, and the recommended values."""
+"""GuidanceSettings: every option of guidance, their recommended values, and what they build."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -13,7 +13,7 @@ from jsonargparse.typing import (
     PositiveInt,
 )
 
-from memfree.calibration_size import DEFAULT_RATE
+from memfree.data.split import DEFAULT_RATE
 from memfree.guidance import baselines
 from memfree.guidance.mitigation_names import (
     CAPTION_NEIGHBOURS,
@@ -23,17 +23,50 @@ from memfree.guidance.mitigation_names import (
     MitigationName,
     Through,
 )
-from memfree.guidance.recommended import recommended
-from memfree.guidance.threshold import ConstantThreshold, ThresholdSchedule
 from memfree.retrieval.options import CaptionPolicy
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
-    from memfree.guidance.detection import Cadence, Observer
+    from memfree.guidance.amg_extensions import SteadyAMG
+    from memfree.guidance.equations import ConstantThreshold, ThresholdSchedule
     from memfree.guidance.mitigation import Mitigation
+    from memfree.guidance.observer import Cadence, Observer
     from memfree.guidance.prediction import Guidance
-    from memfree.guidance.steady_amg import SteadyAMG
     from memfree.retrieval import ReferenceIndex
+
+PIXELS: dict[str, float | bool] = {
+    "start_ratio": 1.4,
+    "gate_margin": 0.1,
+    "margin_per_doubling": 0.0,
+    "max_displacement": 1.0,
+    "least_scale": 1.0,
+    "latched": False,
+}
+"""For ``NormalizedL2``, whose σ is a negative distance: 0 for the same image."""
+EMBEDDINGS: dict[str, float | bool] = {
+    "start_ratio": 1.16,
+    "gate_margin": 0.05,
+    "margin_per_doubling": 0.05,
+    "max_displacement": 0.6,
+    "least_scale": 0.0,
+    "latched": True,
+}
+"""For ``EmbeddingSimilarity``, a cosine: 1 for the same image."""
+EMBEDDINGS_ALONE: dict[str, float | bool] = {**EMBEDDINGS, "max_displacement": 2.0}
+"""The same for AMG by itself: without multiplicity guidance, G_sim has to choose another picture,
+and a short step only puts a pattern on the memorized one that the embedding takes for a change."""
+
+
+def recommended(index: ReferenceIndex, alone: bool) -> dict[str, float | bool]:
+    """The recommended settings for the default similarity of an index.
+
+    Args:
+        index: the references.
+        alone: whether AMG acts without multiplicity guidance.
+    """
+    if index.metric == "l2":
+        return PIXELS
+    return EMBEDDINGS_ALONE if alone else EMBEDDINGS
 
 
 @dataclass
@@ -192,14 +225,16 @@ class GuidanceSettings:
             ValueError: the mitigation needs an index or the text side, and it is missing.
         """
         from memfree.guidance.baselines.by_name import baseline
+        from memfree.guidance.baselines.wen_norm import WenNorm
+        from memfree.guidance.mitigation import Guided, Sequential
 
         if self.mitigation in WITH_INDEX and index is None:
             raise ValueError(f"--guidance.mitigation {self.mitigation} needs --index")
         guided = [] if index is None else self._guided(index, latents)
         steps = int(self.wen_norm_steps)
-        norm = [baselines.Guided([baselines.WenNorm(steps)])] if steps else []
-        parts = [*norm, *baseline(self, text), *guided]
-        return parts[0] if len(parts) == 1 else baselines.Sequential(parts)
+        norm = [Guided([WenNorm(steps)])] if steps else []
+        parts = [*norm, *baseline(self.mitigation, self._options, text), *guided]
+        return parts[0] if len(parts) == 1 else Sequential(parts)
 
     def for_pixels(self, index: ReferenceIndex) -> Mitigation:
         """The mitigation with its stages, for a model without text.
@@ -207,18 +242,21 @@ class GuidanceSettings:
         Args:
             index: calibrated references, on the device of the samples.
         """
-        return baselines.Sequential(self._guided(index))
+        from memfree.guidance.mitigation import Sequential
+
+        return Sequential(self._guided(index))
 
     def _guided(
         self, index: ReferenceIndex, latents: ReferenceIndex | None = None
     ) -> list[Mitigation]:
         """What compares samples with an index: while they are drawn, and when they are finished."""
         from memfree.guidance.calibration import default_similarity
+        from memfree.guidance.mitigation import Guided, RejectAndResample
 
-        guided: list[Mitigation] = [baselines.Guided(self.build(index, latents))]
+        guided: list[Mitigation] = [Guided(self.build(index, latents))]
         if self.mitigation == "reject":
             end = self.end_threshold(index)
-            guided.append(baselines.RejectAndResample(index, default_similarity(index), end))
+            guided.append(RejectAndResample(index, default_similarity(index), end))
         return guided
 
     def check(self, index: ReferenceIndex | None, text: baselines.TextTools | None) -> None:
@@ -235,7 +273,12 @@ class GuidanceSettings:
 
         if index is not None and self.mitigation in WITH_AMG:
             self.anti_memorization(index)
-        baseline(self, text)
+        baseline(self.mitigation, self._options, text)
+
+    @property
+    def _options(self) -> Any:
+        """The options of the mitigation that is named; None where it has none of its own."""
+        return getattr(self, self.mitigation, None)
 
     @property
     def needs_captions(self) -> bool:
@@ -252,15 +295,15 @@ class GuidanceSettings:
     def observer(self, index: ReferenceIndex) -> Observer:
         """What records σ_t against λ_t and changes nothing."""
         from memfree.guidance.calibration import default_similarity
-        from memfree.guidance.detection import Observer
+        from memfree.guidance.observer import Observer
 
         similarity, threshold = default_similarity(index), self._threshold(index)
         return Observer(index, similarity, threshold, self._cadence)
 
     def anti_memorization(self, index: ReferenceIndex) -> SteadyAMG:
         """AMG with these settings on the index's calibrated threshold."""
+        from memfree.guidance.amg_extensions import SteadyAMG
         from memfree.guidance.calibration import default_similarity
-        from memfree.guidance.steady_amg import SteadyAMG
 
         this, end = self.resolved(index), self.end_threshold(index)
         assert this.gate_margin is not None and this.margin_per_doubling is not None
@@ -289,11 +332,13 @@ class GuidanceSettings:
 
     @property
     def _cadence(self) -> Cadence:
-        from memfree.guidance.detection import Cadence
+        from memfree.guidance.observer import Cadence
 
         return Cadence(int(self.cadence), float(self.cadence_always_below))
 
     def _threshold(self, index: ReferenceIndex) -> ThresholdSchedule | ConstantThreshold:
+        from memfree.guidance.equations import ConstantThreshold, ThresholdSchedule
+
         end, ratio = self.end_threshold(index), self.resolved(index).start_ratio
         assert ratio is not None
         if ratio <= 0:

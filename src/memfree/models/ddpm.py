@@ -1,18 +1,131 @@
-"""Pixel-space denoising diffusion as a Lightning module around a diffusers U-Net."""
+"""DDPM of pixels: network, noise schedule, and the module that trains them."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, SchedulerMixin, UNet2DModel
 from torch import Tensor
 
 from memfree.diffusion_math import per_sample, training_target
 from memfree.models.module import DiffusionModule, weighted_mean
-from memfree.models.network import build_network
-from memfree.models.noise_schedule import build_scheduler
-from memfree.models.options import ModelOptions
+from memfree.models.options import ModelOptions, NetworkOptions, NoiseOptions
+
+
+def build_scheduler(options: NoiseOptions) -> Any:
+    """Build the diffusers scheduler that ``options`` describe.
+
+    Raises:
+        ValueError: diffusers has no such scheduler, or it does not work with cumulative alphas
+            (flow matching, and schedulers that are trained on continuous noise levels).
+    """
+    scheduler_class: Any = scheduler_class_named(options.scheduler)
+    wanted: dict[str, Any] = {
+        "num_train_timesteps": options.num_train_timesteps,
+        "beta_schedule": options.beta_schedule,
+        "beta_start": options.beta_start,
+        "beta_end": options.beta_end,
+        "prediction_type": options.prediction_type,
+        "clip_sample": options.clip_sample,
+    }
+    known = inspect.signature(scheduler_class.__init__).parameters
+    missing = [name for name in wanted if name not in known and name != "clip_sample"]
+    if missing:
+        raise ValueError(
+            f"--model.noise.scheduler {options.scheduler} has no {missing[0]}: choose one such as "
+            "DDPMScheduler, DDIMScheduler or DPMSolverMultistepScheduler"
+        )
+    try:
+        scheduler = scheduler_class(**{k: v for k, v in wanted.items() if k in known})
+    except NotImplementedError as error:
+        raise ValueError(
+            f"--model.noise.beta_schedule {options.beta_schedule} is not known to "
+            f"{options.scheduler}: {error}"
+        ) from error
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"--model.noise.scheduler {options.scheduler} has no alphas_cumprod")
+    return scheduler
+
+
+def scheduler_class_named(name: str) -> type[SchedulerMixin]:
+    """The diffusers scheduler class of this name.
+
+    Raises:
+        ValueError: diffusers has none, so that a file cannot name any other class.
+    """
+    # Names without "Scheduler" are not looked up: attributes of diffusers import lazily.
+    found = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if not (inspect.isclass(found) and issubclass(found, SchedulerMixin)):
+        raise ValueError(f"diffusers has no scheduler called {name!r}")
+    return found
+
+
+def build_network(
+    options: NetworkOptions, image_shape: tuple[int, int, int], num_classes: int | None = None
+) -> Any:
+    """Build the U-Net with fresh weights from torch's global generator.
+
+    Args:
+        options: size and shape.
+        image_shape: (C, H, W) of the images.
+        num_classes: None for an unconditional network. Otherwise the network knows
+            ``num_classes + 1`` labels, the last of which is the null label "no class".
+
+    Returns:
+        A diffusers UNet2DModel (diffusers gives type checkers no nn.Module to see).
+
+    Raises:
+        ValueError: the options do not fit together or to the image.
+    """
+    _check(options, image_shape)
+    channels, height, width = image_shape
+    levels = range(len(options.block_out_channels))
+    return UNet2DModel(
+        sample_size=height if height == width else (height, width),
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(options.block_out_channels),
+        down_block_types=tuple(
+            "AttnDownBlock2D" if options.attention[level] else "DownBlock2D" for level in levels
+        ),
+        up_block_types=tuple(
+            "AttnUpBlock2D" if options.attention[level] else "UpBlock2D"
+            for level in reversed(levels)
+        ),
+        layers_per_block=options.layers_per_block,
+        norm_num_groups=options.norm_num_groups,
+        attention_head_dim=options.attention_head_dim,
+        resnet_time_scale_shift=options.time_scale_shift,
+        dropout=options.dropout,
+        num_class_embeds=None if num_classes is None else num_classes + 1,
+    )
+
+
+def _check(options: NetworkOptions, image_shape: tuple[int, int, int]) -> None:
+    channels = options.block_out_channels
+    if not channels or len(channels) != len(options.attention):
+        raise ValueError(
+            f"--model.network.attention has {len(options.attention)} entries and "
+            f"--model.network.block_out_channels {len(channels)}: give one for each resolution"
+        )
+    uneven = [count for count in channels if count % options.norm_num_groups]
+    if uneven:
+        raise ValueError(
+            f"--model.network.norm_num_groups {options.norm_num_groups} does not divide "
+            f"{uneven[0]} of --model.network.block_out_channels"
+        )
+    divisor = 2 ** (len(channels) - 1)
+    if image_shape[1] % divisor or image_shape[2] % divisor:
+        raise ValueError(
+            f"images of {image_shape[1]}x{image_shape[2]} pixels cannot be halved "
+            f"{len(channels) - 1} times: shorten --model.network.block_out_channels or prepare "
+            f"the data at a multiple of {divisor}"
+        )
+    if options.dropout >= 1:
+        raise ValueError(f"--model.network.dropout is {options.dropout}, but must be below 1")
 
 
 class DDPMModule(DiffusionModule):

@@ -11,9 +11,8 @@ import diffusers
 import transformers
 from torch import nn
 
+from memfree.folders.atomic import check_free_space, put_in_place, unfinished
 from memfree.folders.manifest import write_manifest
-from memfree.folders.storage_errors import check_free_space
-from memfree.folders.whole_folder import put_in_place, unfinished
 
 DIFFUSERS_NAME = "diffusers"
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memfree.difference import first_difference
+from memfree.folders.claim import first_difference
 from memfree.models.options import ModelOptions
 
 CHECKPOINT_KEY = "memfree"

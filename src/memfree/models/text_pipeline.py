@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from torch import Tensor, nn
 
 from memfree.conditions import Conditions, TextConditions
+from memfree.folders.untrusted import short
+from memfree.folders.untrusted_models import check_parts, check_pipeline_folder
 from memfree.models.export import pipeline_folder, quiet_bars
-from memfree.models.untrusted_folder import check_parts, check_pipeline_folder
-from memfree.untrusted import short
 
 PIPELINES: Any = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 XL: Any = StableDiffusionXLPipeline

@@ -1,4 +1,4 @@
-"""Fine-tuning of Stable-Diffusion-style pipelines in latent space as a Lightning module."""
+"""Fine-tuning of text-to-image pipelines, with cached latents and embeddings."""
 
 from __future__ import annotations
 
@@ -16,13 +16,69 @@ from torch import Tensor, nn
 
 from memfree.conditions import TextConditions
 from memfree.diffusion_math import per_sample, training_target
-from memfree.folders.hashes import folder_hash
-from memfree.models.caches import EmbeddingCache, LatentCache
+from memfree.folders.manifest import folder_hash
 from memfree.models.export import pipeline_folder
-from memfree.models.latents import latent_shape, posterior
+from memfree.models.loading import latent_shape, posterior
 from memfree.models.module import DiffusionModule, weighted_mean
 from memfree.models.options import ModelOptions
 from memfree.models.text_pipeline import TextDenoiser, encode
+
+
+class LatentCache:
+    """Mean and standard deviation of each image's latent, by the row of the image; on the CPU."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LatentCache:
+        return self
+
+    def __call__(self, vae: Any, images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """``posterior`` of images (B, 3, H, W), the autoencoder asked for new rows (B,) only.
+
+        Raises:
+            ValueError: foreign shards, whose records have no rows.
+        """
+        numbers = rows.tolist()
+        if min(numbers) < 0:
+            raise ValueError(
+                "--model.finetune.cache needs a dataset folder: shards without a manifest do not "
+                "say which image a record is"
+            )
+        new = [i for i, row in enumerate(numbers) if row not in self._known]
+        if new:
+            mean, std = (part.cpu() for part in posterior(vae, images[new]))
+            for i, one, two in zip(new, mean, std, strict=True):
+                self._known[numbers[i]] = one, two
+        found = [self._known[row] for row in numbers]
+        mean, std = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return mean.to(images.device), std.to(images.device)
+
+
+class EmbeddingCache:
+    """Encoded captions by their text, on the device that encodes."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, TextConditions] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingCache:
+        return self
+
+    def __call__(self, pipe: Any, captions: Sequence[str]) -> TextConditions:
+        """``encode`` of captions, the text encoder asked for new ones only."""
+        new = [text for text in dict.fromkeys(captions) if text not in self._known]
+        if new:
+            encoded = encode(pipe, new)
+            for i, text in enumerate(new):
+                self._known[text] = encoded[slice(i, i + 1)]
+        return TextConditions.cat([self._known[text] for text in captions])
+
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 """The layers that get low-rank adapters: all projections of the U-Net's attention."""

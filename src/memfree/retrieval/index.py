@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from memfree.retrieval.building import Embedded, assemble, embedded
-from memfree.retrieval.captions import duplicated_captions
-from memfree.retrieval.changing import added, removed
-from memfree.retrieval.features import Features, PixelFeatures
-from memfree.retrieval.hashing import hashed
-from memfree.retrieval.items import Items
+from memfree.retrieval import index_folder
+from memfree.retrieval.build import Embedded, added, assemble, embedded, removed
+from memfree.retrieval.features.base import Features, PixelFeatures
+from memfree.retrieval.items import Items, Origin, duplicated_captions
 from memfree.retrieval.options import CaptionPolicy
-from memfree.retrieval.origin import Origin
-from memfree.retrieval.searched import Searched
+from memfree.retrieval.rows import Searched
 
 if TYPE_CHECKING:
     from memfree.data import DatasetFolder
@@ -40,19 +37,6 @@ class ReferenceIndex(Searched):
         calibrations: by similarity name, JSON that ``memfree.guidance.calibrate`` stores here.
         backend: what searches; see ``Searched``.
     """
-
-    def __init__(
-        self,
-        vectors: Tensor,
-        features: Features,
-        items: Items,
-        image_shape: tuple[int, int, int],
-        dataset_hash: str | None = None,
-        calibrations: dict[str, dict[str, Any]] | None = None,
-    ):
-        super().__init__(vectors, features, items, image_shape)
-        self.dataset_hash = dataset_hash
-        self.calibrations = calibrations if calibrations is not None else {}
 
     @classmethod
     def build(
@@ -113,10 +97,6 @@ class ReferenceIndex(Searched):
         vectors, items = assemble(origin, images, batch_size=256)
         return cls(vectors, features.cpu(), items, dataset.image_shape, dataset.hash)
 
-    def __len__(self) -> int:
-        """Number of rows: distinct images."""
-        return len(self.vectors)
-
     def to(self, device: torch.device | str) -> ReferenceIndex:
         """Move the index and its extractor to a device; returns itself."""
         device = torch.device(device)
@@ -173,7 +153,8 @@ class ReferenceIndex(Searched):
             ValueError: as in ``build``, a key stands for another image, or the index does not know
                 its own images (its keys are hashed, or an older version wrote it).
         """
-        return added(self, images, captions, labels, groups, counts, keys, batch_size)
+        more = added(self, images, captions, labels, groups, counts, keys, batch_size)
+        return self._changed(*more, "images were added")
 
     def remove(self, keys: Iterable[str]) -> ReferenceIndex:
         """A new index without the images of these keys, as for opt-outs; this one stays as it is.
@@ -184,7 +165,14 @@ class ReferenceIndex(Searched):
         Raises:
             ValueError: a key is unknown, or no image would be left.
         """
-        return removed(self, keys)
+        return self._changed(*removed(self, keys), "images were removed")
+
+    def _changed(self, vectors: Tensor, items: Items, why: str) -> ReferenceIndex:
+        # Other references have other distances: thresholds may have moved.
+        stale = {name: {"similarity": name, "stale": why} for name in self.calibrations}
+        changed = ReferenceIndex(vectors, self.features, items, self.image_shape, None, stale)
+        changed.backend = self.backend
+        return changed.to(self.device)
 
     def hashed(
         self, salt: str, keep_captions: bool = False, keep_shards: bool = False
@@ -192,7 +180,7 @@ class ReferenceIndex(Searched):
         """A new index that names no image, for parties who may not hold them.
 
         It has the embeddings, groups, counts, labels and calibrations; each key is replaced by
-        ``hashing.hashed_key`` of it. Images cannot be added to it.
+        ``index_folder.hashed_key`` of it. Images cannot be added to it.
 
         Args:
             salt: 16 characters or more that the owner of the images keeps; with it and the list of
@@ -203,19 +191,22 @@ class ReferenceIndex(Searched):
         Raises:
             ValueError: the salt is short, or images can be had from the vectors (pixels, latents).
         """
-        return hashed(self, salt, keep_captions, keep_shards)
+        return ReferenceIndex(
+            self.vectors,
+            self.features,
+            index_folder.hashed(self, salt, keep_captions, keep_shards),
+            self.image_shape,
+            self.dataset_hash,
+            dict(self.calibrations),
+        ).to(self.device)
 
     def save(self, folder: Path | str, overwrite: bool = False) -> None:
-        """Write the index folder in one step; see ``storage.save``."""
-        from memfree.retrieval import storage
-
-        storage.save(self, Path(folder), overwrite)
+        """Write the index folder in one step; see ``index_folder.save``."""
+        index_folder.save(self, Path(folder), overwrite)
 
     def save_calibrations(self, folder: Path | str) -> None:
         """Replace only the calibrations in the index's own folder."""
-        from memfree.retrieval import storage
-
-        storage.save_calibrations(Path(folder), self.calibrations)
+        index_folder.save_calibrations(Path(folder), self.calibrations)
 
     @classmethod
     def load(
@@ -225,11 +216,9 @@ class ReferenceIndex(Searched):
         trust_file: bool = False,
         verify: bool = True,
     ) -> ReferenceIndex:
-        """Open an index folder, vectors memory-mapped; see ``loading.load``."""
-        from memfree.retrieval.loading import load
-
+        """Open an index folder, vectors memory-mapped; see ``index_folder.load``."""
         place = None if weights is None else Path(weights)
-        return load(Path(folder), place, trust_file, verify)
+        return cls(*index_folder.load(Path(folder), place, trust_file, verify))
 
 
 def _opened(dataset: DatasetFolder | Path | str) -> DatasetFolder:

@@ -1,18 +1,79 @@
-"""Whether labels, guidance scale, steps and index fit the model that samples."""
+"""Checks before sampling: scheduler, index, model and conditions fit together."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from memfree.guidance import TEXT_ONLY, GuidanceSettings
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from memfree.guidance import TEXT_ONLY, GuidanceSettings, default_similarity
 from memfree.guidance.baselines import TextTools
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
-from memfree.retrieval.latents import check_latents
-from memfree.sampling.options import SchedulerName
-from memfree.sampling.schedulers import build_scheduler
+from memfree.retrieval.features.latents import check_latents
+from memfree.sampling.sample_run import SchedulerName
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+_CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddpm": (DDPMScheduler, {}),
+    # Clamping x̂_0 alone leaves DDIM's ε̂ behind: under classifier-free guidance samples go astray.
+    "ddim": (DDIMScheduler, {"clip_sample": False}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
+    "dpmsolver++-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
+
+
+def build_scheduler(name: SchedulerName, trained: Any) -> Any:
+    """A diffusers scheduler for sampling.
+
+    Args:
+        name: ``ddpm`` (ancestral), ``ddim`` (deterministic), ``dpmsolver++`` (multistep, second
+            order; ``-karras``: with Karras sigmas), ``euler`` or ``unipc``.
+        trained: the scheduler that the model was trained with; its betas, prediction type and
+            spacing are taken over.
+    """
+    kind, changes = _CLASSES[name]
+    return kind.from_config(trained.config, **changes)
+
+
+def index_state(index: ReferenceIndex | None) -> dict[str, str | None]:
+    """What samples depend on in an index: its rows and their counts, the calibration in use."""
+    if index is None:
+        return {"index_sha256": None, "calibration_sha256": None}
+    calibration = json.dumps(index.calibrations[default_similarity(index).name], sort_keys=True)
+    return {
+        "index_sha256": vectors_hash(index),
+        "calibration_sha256": hashlib.sha256(calibration.encode()).hexdigest(),
+    }
+
+
+def vectors_hash(index: ReferenceIndex) -> str:
+    """SHA-256 over the rows of an index, their extractor, and all that is known of them."""
+    digest = hashlib.sha256(index.vectors.detach().cpu().contiguous().numpy().tobytes())
+    for column in (index.group, index.multiplicity):
+        digest.update(column.cpu().numpy().tobytes())
+    known = {"features": index.features.describe(), "num_classes": index.num_classes}
+    digest.update(json.dumps(known, sort_keys=True).encode())
+    # Line by line: an index may have millions of rows, each with several captions.
+    for key in index.keys:
+        digest.update(json.dumps(key).encode() + b"\n")
+    for batch in index.items.conditions.to_batches(max_chunksize=4096):
+        digest.update("".join(f"{json.dumps(row)}\n" for row in batch.to_pylist()).encode())
+    return digest.hexdigest()
 
 
 def refuse_text_only(guidance: GuidanceSettings, model: LoadedModel) -> None:

@@ -1,29 +1,144 @@
-"""Sampling as a Lightning prediction: each step draws the samples whose indices it is given."""
+"""SamplingModule: batches of samples in Lightning's predict loop, redrawn until accepted."""
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 
-from memfree.folders.folder_lock import ORPHAN_WAIT
-from memfree.guidance import Guidance, GuidanceSettings, Mitigation
-from memfree.guidance.baselines import Guided, TextTools
+from memfree.conditions import TextConditions
+from memfree.diffusion_math import alpha_bar_at
+from memfree.folders.lock import ORPHAN_WAIT
+from memfree.guidance import Guidance, GuidanceSettings, Guided, Mitigation, Start
+from memfree.guidance.baselines import TextTools
+from memfree.images import from_bytes, to_bytes
 from memfree.models import LoadedModel
 from memfree.sampling.loop import Result, sample
 from memfree.sampling.noise import draw, generators
-from memfree.sampling.png import from_bytes, to_bytes
-from memfree.sampling.rejection import redraw
-from memfree.sampling.run import SampleRun
-from memfree.sampling.text import sample_text
+from memfree.sampling.sample_run import SampleRun
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
+
+
+def redraw(
+    draw: Callable[[Tensor, int], Result],
+    rejected: Callable[[Tensor], Tensor],
+    count: int,
+    budget: int,
+) -> Result:
+    """Draw a batch, and again what is rejected, until nothing is or the budget is spent.
+
+    Args:
+        draw: (positions (b,) in the batch, attempt number) → their samples.
+        rejected: images (b, C, H, W) → (b,) bool.
+        count: samples of the batch.
+        budget: draws of a sample at most, the first included; the last is kept in any case.
+
+    Returns:
+        The accepted samples and the traces of their own attempts.
+    """
+    positions = torch.arange(count)
+    result = draw(positions, 0)
+    for attempt in range(1, budget):
+        positions = positions[rejected(result.images[positions]).cpu()]
+        if not len(positions):
+            break
+        again = draw(positions, attempt)
+        result.images[positions] = again.images
+        if result.trace is not None and again.trace is not None:
+            _replace_rows(result.trace, again.trace, positions, count)
+    return result
+
+
+def _replace_rows(
+    trace: dict[str, Tensor],
+    again: dict[str, Tensor],
+    positions: Sequence[int] | Tensor,
+    count: int,
+) -> None:
+    """Overwrite the rows of ``positions`` at every step; rows are step by step."""
+    for name, column in trace.items():
+        if name != "sample":
+            column.reshape(-1, count)[:, positions] = again[name].reshape(-1, len(positions))
+
+
+def sample_text(
+    model: LoadedModel,
+    mitigation: Mitigation,
+    prompts: Sequence[str],
+    noise: Tensor,
+    scheduler: Any,
+    steps: int,
+    guidance_scale: float,
+    generators: list[torch.Generator],
+    one_call: bool = True,
+) -> Result:
+    """Draw one image a prompt: prompts, embedding, initial noise, network, prediction.
+
+    Args:
+        model: a text-to-image model.
+        mitigation: whose stages are run; ``accept`` is left to the caller.
+        prompts: one a sample.
+        noise: x_T (B, C, h, w), on the device.
+        scheduler: a diffusers scheduler.
+        steps: number of denoising steps.
+        guidance_scale: s_0 of classifier-free guidance.
+        generators: one a sample, for all that is drawn.
+        one_call: as of ``sample``.
+
+    Returns:
+        Images (B, 3, H, W), about in [−1, 1], and the trace.
+    """
+    asked = mitigation.prompts(prompts, generators)
+    scale = mitigation.guidance_scale(guidance_scale)
+    conditions, unconditional = model.encode(asked), model.encode([""])
+    first = copy.deepcopy(scheduler)
+    first.set_timesteps(steps, device=noise.device)
+    t = first.timesteps[0]
+
+    def denoise(x: Tensor, y: TextConditions) -> Tensor:
+        return model.denoiser(first.scale_model_input(x * first.init_noise_sigma, t), t, y)
+
+    start = Start(
+        noise=noise,
+        conditions=conditions,
+        unconditional=unconditional.expand(len(noise)),
+        denoise=denoise,
+        alpha_bar=alpha_bar_at(first, t, 0).to(noise.device),
+        prediction_type=scheduler.config.prediction_type,
+        guidance_scale=scale,
+        generators=generators,
+    )
+    start = replace(start, conditions=mitigation.embedding(start))
+    noise = mitigation.initial_noise(start)
+
+    guidances = mitigation.guidances()
+    with mitigation.around(model.pipe.unet):
+        result = sample(
+            model.denoiser,
+            scheduler,
+            noise,
+            steps,
+            guidance=guidances or None,
+            conditions=start.conditions,
+            guidance_scale=scale,
+            trace=bool(guidances),
+            generators=generators,
+            decode=model.decode_estimate,
+            encode=model.encode,
+            # As it is saved: what is beyond white or black counts for nothing.
+            decode_last=lambda latents: model.decode(latents).clamp(-1, 1),
+            one_call=one_call,
+        )
+    with torch.no_grad():
+        return Result(model.decode(result.images), result.trace)
 
 
 @dataclass

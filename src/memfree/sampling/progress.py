@@ -9,8 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from memfree.bars import counting_bar
-from memfree.console import plain_console
+from memfree.console import counting_bar, plain_console
 from memfree.sampling.module import SampleBatch, SampleIndices
 
 PLAIN_INTERVAL = 10.0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,37 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from pyarrow import parquet
 from torch import Tensor
 
-from memfree.folders.atomic_files import write_atomic
-from memfree.sampling import png
+from memfree import images as png
+from memfree.folders.atomic import write_atomic
 from memfree.sampling.loop import TRACE_COLUMNS
 from memfree.sampling.module import SampleBatch
-from memfree.sampling.peak_memory import peak_memory, reset_peak_memory
-from memfree.sampling.run import SampleRun
+from memfree.sampling.sample_run import SampleRun
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget what the process held before; where the system cannot, the peak is of its lifetime."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        _CLEAR.write_text("5")  # Linux: VmHWM starts again at what is resident now
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory since the reset: allocated on the GPU, or resident, bytes; 0 where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        if found:
+            return 1024 * int(found.group(1))
+    try:
+        import resource
+    except ImportError:  # pragma: no cover - Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 class SampleWriter(Callback):

@@ -1,5 +1,20 @@
-"""Commands as SLURM jobs, written and submitted by submitit."""
+"""Slurm and other launchers: which process this is, requeueing, submission options."""
 
-import lazy_loader
+from typing import Any
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+from memfree import with_moved_names
+
+
+def _absent(name: str) -> Any:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__getattr__ = with_moved_names(
+    __name__,
+    _absent,
+    {
+        "SlurmOptions": "memfree.commands.submit",
+        "Submission": "memfree.commands.submit",
+        "main": "memfree.commands.submit",
+    },
+)

@@ -1,5 +1,19 @@
 """Studies: the same models sampled in many ways, over several training seeds."""
 
-import lazy_loader
+from typing import Any
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+from memfree import with_moved_names
+
+
+def _absent(name: str) -> Any:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__getattr__ = with_moved_names(
+    __name__,
+    _absent,
+    {
+        "study": "memfree.commands.study",
+        "text_study": "memfree.commands.text_study",
+    },
+)

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow.csv as pa_csv
 from pyarrow import ArrowInvalid
 
-from memfree.folders.atomic_files import write_text
+from memfree.folders.atomic import write_text
 from memfree.study.curves import write_curves
-from memfree.study.report import as_markdown
+from memfree.study.page import as_markdown
 from memfree.study.results import by_key
 from memfree.study.summary import SCHEMA, Summary
 

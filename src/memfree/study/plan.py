@@ -1,13 +1,19 @@
-"""What a study does to each of its cells, as commands with deterministic folders."""
+"""Plan of a study: the commands of every cell, checked before the first one runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from memfree.stages import Stage
-from memfree.study.cells import DEFAULT_MODEL, Cell
+from memfree.cli.stages import Stage
+from memfree.folders.atomic import write_json
+from memfree.folders.manifest import check_kind
+from memfree.folders.untrusted import read_json
+from memfree.study.grid import DEFAULT_MODEL, LADDER_LABEL, Cell, Grid
 
 Options = dict[str, Any]
 """Options of a command by dotted name, without the dashes."""
@@ -40,7 +46,7 @@ class CommandOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """The commands of a study; see :func:`memfree.study.study`."""
+    """The commands of a study; see :func:`memfree.commands.study`."""
 
     name: str
     out: Path
@@ -190,3 +196,223 @@ class Plan:
                 **self.options.sample,
             },
         )
+
+
+NUMBERS = ("source", "duplicated", "steps", "count", "guidance_scale", "shared_data")
+"""Options of a study that all models and figures of its folder have in common."""
+_HOW = ("batch_size", "trainer.devices", "trainer.enable_progress_bar", "trainer.logger")
+"""Options of commands, and what is below them, that change how something is made, not what: the
+commands decide whether they take what is there. The batch size of training is data.batch_size."""
+
+
+def claim(plan: Plan) -> None:
+    """Refuse a folder that holds a study of another size; its figures would be taken for ours.
+
+    Models are compared by name: further ones may join those that are there.
+
+    Raises:
+        ValueError: ``out`` was begun with other numbers, or holds something else.
+    """
+    check_kind(plan.out, "study")
+    asked = _asked(plan)
+    path = plan.out / "study.json"
+    begun = read_json(path) if path.is_file() else {}
+    if not isinstance(begun, dict) or not isinstance(begun.get("models", {}), dict):
+        raise ValueError(f"{path} is no study's file; choose another --out")
+    for option, value, known in _compared(begun, asked):
+        if known != value:
+            raise ValueError(
+                f"{plan.out} holds a study with --{option} {known}, not {value}; "
+                "choose another --out"
+            )
+    both = {**begun, **asked, "models": {**begun.get("models", {}), **asked["models"]}}
+    if both != begun:
+        write_json(path, both)
+
+
+def _asked(plan: Plan) -> dict[str, Any]:
+    asked = {name: getattr(plan, name) for name in NUMBERS}
+    asked["models"] = {name: _what(options) for name, options in plan.models.items()}
+    for command, options in asdict(plan.options).items():
+        asked[f"options.{command}"] = _what(options)
+    asked = json.loads(json.dumps(asked, default=str))
+    assert isinstance(asked, dict)
+    return asked
+
+
+def _compared(begun: dict[str, Any], asked: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Option, value now and value then of what both studies have.
+
+    Studies begun before an option existed had its only value.
+    """
+    found = []
+    for option, value in asked.items():
+        if option == "models":
+            then = begun.get("models", {})
+            found += [
+                (f"models.{name}", one, _what(then[name]))
+                for name, one in value.items()
+                if name in then
+            ]
+        elif option in begun:
+            found.append((option, value, _what(begun[option])))
+    return found
+
+
+def _what(options: Any) -> Any:
+    """Options of a command without those of ``_HOW``, any other value as it is."""
+    if not isinstance(options, dict):
+        return options
+    kept: Options = {
+        name: value
+        for name, value in options.items()
+        if not any(name == how or name.startswith(f"{how}.") for how in _HOW)
+    }
+    return kept
+
+
+_NAME = re.compile(r"[\w-]+")
+_REPEATED = "factor and ladder of --grids and --duplicated"
+OWN = {
+    "prepare": {
+        "out": "--out",
+        "source": "--source",
+        "seed": "--training_seeds",
+        "limit": "size of --grids",
+        "labels": "conditioning of --grids",
+        "plan.images": _REPEATED,
+        "plan.factor": _REPEATED,
+        "plan.ladder": _REPEATED,
+        "plan.images_per_factor": _REPEATED,
+        "plan.seed": "--training_seeds",
+    },
+    "index": {"dataset": "--out", "out": "--out"},
+    "train": {
+        "data.path": "--out",
+        "out": "--out",
+        "model.class_conditional": "conditioning of --grids",
+        "trainer.max_steps": "--steps, or steps of --grids",
+        "seed": "--training_seeds",
+    },
+    "sample": {
+        "model": "--grids",
+        "index": "--out",
+        "out": "--out",
+        "count": "--count",
+        "guidance_scale": "--guidance_scale",
+        "guidance.mitigation": "--subjects",
+        "seed": "--training_seeds",
+    },
+    "evaluate": {
+        "dataset": "--out",
+        "index": "--out",
+        "samples": "--subjects",
+        "other_data": "--oracle",
+        "out": "--out",
+    },
+}
+"""Options of the commands that the study gives a value of its own, and what it takes that from."""
+INPUTS = {
+    "index": ("extractor.path",),
+    "sample": ("latents", "decoder", "prompts.file", "prompts.dataset"),
+    "evaluate": ("clip", "second_embedding"),
+}
+"""Options of the commands that name something that must be there before a study begins."""
+_ALSO = {"train": " or --models", "sample": " or --subjects"}
+
+
+def check_names(plan: Plan, grids: Sequence[Grid]) -> None:
+    """Refuse names that cannot be folders or mean something else, and models not described.
+
+    Raises:
+        ValueError: names the option.
+    """
+    from memfree.evaluation.metrics import HELDOUT
+    from memfree.study.metrics_shown import ORACLES
+
+    for option, names in (
+        ("name", [plan.name]),
+        ("subjects", [*plan.subjects]),
+        ("models", [*plan.models]),
+    ):
+        for one in names:
+            if not _NAME.fullmatch(one):
+                raise ValueError(f"--{option}: use letters, digits, - and _ for the name {one!r}")
+    if not plan.subjects:
+        raise ValueError("--subjects is empty: name at least one way to sample")
+    if HELDOUT in plan.subjects:
+        raise ValueError(f"--subjects: {HELDOUT} are the images that every study measures as well")
+    if plan.oracle and ORACLES.keys() & plan.subjects.keys():
+        raise ValueError("--subjects: oracle_steps and oracle_epochs are the models of --oracle")
+    if LADDER_LABEL in plan.models:
+        raise ValueError(f"--models: {LADDER_LABEL!r} is what tables call data of several factors")
+    for model in (one for grid in grids for one in grid.model):
+        if model != DEFAULT_MODEL and model not in plan.models:
+            raise ValueError(f"--grids: there is no model {model!r} below --models")
+
+
+def check_options(plan: Plan) -> None:
+    """Refuse options of commands that would undo what the study gives them.
+
+    Raises:
+        ValueError: names the option, and what to use.
+    """
+    for command, own in OWN.items():
+        _check_own(f"--options.{command}", getattr(plan.options, command), own)
+    for model, options in plan.models.items():
+        _check_own(f"--models.{model}", options, OWN["train"])
+
+
+def _check_own(where: str, options: Options, own: dict[str, str]) -> None:
+    for given in options:
+        for name, instead in own.items():
+            # A group of options as well: {"trainer": {"max_steps": 5}}.
+            if given == name or given.startswith(f"{name}.") or name.startswith(f"{given}."):
+                raise ValueError(f"{where}: the study sets {name} itself; use {instead}")
+
+
+def check_inputs(plan: Plan) -> None:
+    """Refuse files and folders that are missing, which the last commands would find after hours.
+
+    Raises:
+        FileNotFoundError: names the option.
+    """
+    for command, names in INPUTS.items():
+        for name, value in _flat(getattr(plan.options, command)):
+            if name in names and value is not None and not Path(value).exists():
+                raise FileNotFoundError(f"--options.{command}: there is no {name} {value}")
+
+
+def _flat(options: Options, before: str = "") -> Iterator[tuple[str, Any]]:
+    """Options by dotted names, however they are nested."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
+
+
+def check_commands(plan: Plan, cells: Sequence[Cell]) -> None:
+    """Parse every command with its own parser, so that no option is refused after hours.
+
+    Raises:
+        ValueError: names the options of the study that the command's are from.
+    """
+    checked = set()
+    for stage in (stage for cell in cells for stage in plan.stages(cell)):
+        if (kind := _without_paths(stage)) in checked:
+            continue
+        checked.add(kind)
+        try:
+            stage.check()
+        except ValueError as error:
+            where = f"--options.{stage.command}{_ALSO.get(stage.command, '')}"
+            raise ValueError(f"{where}: {error}") from error
+
+
+def _without_paths(stage: Stage) -> tuple[str, str]:
+    """What a parser can tell commands apart by: the folders that the study sets are all alike."""
+    options = {
+        name: "" if isinstance(value, Path) else value for name, value in stage.options.items()
+    }
+    return stage.command, str(options)

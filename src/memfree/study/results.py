@@ -16,18 +16,14 @@ from rich.console import Console
 
 from memfree.evaluation.intervals import Interval, rate_interval, shared_conditions
 from memfree.evaluation.metrics import Metric, metric, read_metrics
-from memfree.folders.atomic_files import write_atomic
-from memfree.study.against_oracle import write_against_oracle
-from memfree.study.cells import Cell
-from memfree.study.curves import write_curves
-from memfree.study.labels import LADDER, model_label
+from memfree.folders.atomic import write_atomic
+from memfree.folders.untrusted import read_table
+from memfree.study.curves import write_against_oracle, write_curves
+from memfree.study.grid import LADDER, Cell, model_label
+from memfree.study.metrics_shown import Measured, Values
+from memfree.study.page import printed, write_report
 from memfree.study.plan import Plan
-from memfree.study.report import write_report
-from memfree.study.statistics import Measured
 from memfree.study.summary import SCHEMA, Summary
-from memfree.study.tables import printed
-from memfree.study.values import Values
-from memfree.untrusted import read_table
 
 
 def summarise(plan: Plan, cells: Sequence[Cell], console: Console) -> Summary:

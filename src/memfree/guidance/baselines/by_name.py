@@ -3,54 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from memfree.guidance.baselines.attention_rescaling import AttentionRescaling
-from memfree.guidance.baselines.embedding_noise import EmbeddingNoise
-from memfree.guidance.baselines.lower_guidance import LowerGuidance
-from memfree.guidance.baselines.opposite_guidance import OppositeGuidance
-from memfree.guidance.baselines.prompt_embedding import PromptEmbeddingOptimization
-from memfree.guidance.baselines.random_numbers import RandomNumbers
-from memfree.guidance.baselines.random_tokens import RandomTokens
-from memfree.guidance.baselines.reanchoring import PromptReanchoring
-from memfree.guidance.baselines.repeated_words import RepeatedWords
+from memfree.guidance.baselines.opposite_guidance import LowerGuidance, OppositeGuidance
+from memfree.guidance.baselines.prompt_embedding import EmbeddingNoise, PromptEmbeddingOptimization
+from memfree.guidance.baselines.prompt_reanchoring import PromptReanchoring
+from memfree.guidance.baselines.prompt_words import (
+    RandomNumbers,
+    RandomTokens,
+    RepeatedWords,
+    TextTools,
+)
 from memfree.guidance.baselines.sharpness_aware_noise import SharpnessAwareInitialization
-from memfree.guidance.baselines.text_tools import TextTools
 from memfree.guidance.mitigation import Mitigation
 
-if TYPE_CHECKING:
-    from memfree.guidance.settings import GuidanceSettings
 
-
-def baseline(settings: GuidanceSettings, text: TextTools | None) -> list[Mitigation]:
-    """The baseline that ``settings.mitigation`` names; empty for mitigations that are none.
+def baseline(name: str, options: Any, text: TextTools | None) -> list[Mitigation]:
+    """The baseline of this name; empty for mitigations that are none.
 
     Args:
-        settings: its name and the options of all.
+        name: of the mitigation.
+        options: of the baseline; None for mitigations that are none.
         text: the model's tokenizer, and prompts for PRSS to search.
 
     Raises:
         ValueError: the baseline needs the text side, and it is missing, or an option is wrong.
     """
-    name = settings.mitigation
-    searches = name == "prss" and settings.prss.alternative == "search"
+    searches = name == "prss" and options.alternative == "search"
     if text is None and (name in ("rt", "ren") or searches):
         raise ValueError(f"--guidance.mitigation {name} needs the model's tokenizer")
     if name == "rt":
         assert text is not None
-        return [RandomTokens(text.words, settings.rt)]
+        return [RandomTokens(text.words, options)]
     if name == "ren":
         assert text is not None
-        return [AttentionRescaling(text.count_tokens, settings.ren)]
+        return [AttentionRescaling(text.count_tokens, options)]
     if name == "prss":
-        return [PromptReanchoring([] if text is None else text.prompts, settings.prss)]
+        return [PromptReanchoring([] if text is None else text.prompts, options)]
     plain: dict[str, Callable[[], Mitigation]] = {
-        "lower_guidance": lambda: LowerGuidance(settings.lower_guidance),
-        "rna": lambda: RandomNumbers(settings.rna),
-        "cwr": lambda: RepeatedWords(settings.cwr),
-        "gni": lambda: EmbeddingNoise(settings.gni),
-        "wen": lambda: PromptEmbeddingOptimization(settings.wen),
-        "jain": lambda: OppositeGuidance(settings.jain),
-        "sail": lambda: SharpnessAwareInitialization(settings.sail),
+        "lower_guidance": lambda: LowerGuidance(options),
+        "rna": lambda: RandomNumbers(options),
+        "cwr": lambda: RepeatedWords(options),
+        "gni": lambda: EmbeddingNoise(options),
+        "wen": lambda: PromptEmbeddingOptimization(options),
+        "jain": lambda: OppositeGuidance(options),
+        "sail": lambda: SharpnessAwareInitialization(options),
     }
     return [plain[name]()] if name in plain else []

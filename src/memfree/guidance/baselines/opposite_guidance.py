@@ -1,4 +1,4 @@
-"""Jain's opposite guidance: no or negative guidance until the sample has left the basin."""
+"""Guidance scales below the usual: a lower one, and opposite guidance (Jain et al., 2025)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,36 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from memfree.guidance.baselines.magnitude import branches, magnitude
-from memfree.guidance.baselines.options import OppositeGuidanceOptions
+from memfree.guidance.baselines.options import LowerGuidanceOptions, OppositeGuidanceOptions
+from memfree.guidance.baselines.wen_norm import branches, magnitude
 from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.prediction import Guidance, Prediction
+
+
+class LowerGuidance(Mitigation):
+    """s_0 ← min(s_0, limit): guidance sharpens towards what the prompt alone brings.
+
+    Args:
+        options: the limit.
+
+    Raises:
+        ValueError: it is below 1.
+    """
+
+    def __init__(
+        self,
+        options: LowerGuidanceOptions = LowerGuidanceOptions(),  # noqa: B008 - read only
+    ) -> None:
+        if options.guidance_scale < 1:
+            raise ValueError(
+                "--guidance.lower_guidance.guidance_scale must be at least 1, not "
+                f"{options.guidance_scale:g}"
+            )
+        self.options = options
+
+    def guidance_scale(self, guidance_scale: float) -> float:
+        """The smaller of the user's scale and the limit."""
+        return min(guidance_scale, self.options.guidance_scale)
 
 
 class OppositeGuidance(Mitigation):

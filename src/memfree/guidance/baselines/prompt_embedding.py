@@ -1,4 +1,4 @@
-"""Wen's mitigation: the prompt's embedding is optimised until the prompt pulls less."""
+"""Changed prompt embeddings: Gaussian noise (Somepalli et al.), optimized (Wen et al.)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,42 @@ from torch import Tensor
 
 from memfree.conditions import TextConditions
 from memfree.diffusion_math import eps_change
-from memfree.guidance.baselines.magnitude import size_factor
-from memfree.guidance.baselines.options import PromptEmbeddingOptions
+from memfree.guidance.baselines.options import EmbeddingNoiseOptions, PromptEmbeddingOptions
+from memfree.guidance.baselines.wen_norm import size_factor
 from memfree.guidance.mitigation import Mitigation, Start
 from memfree.guidance.prediction import row_norm
+
+
+class EmbeddingNoise(Mitigation):
+    """GNI: y ← y + λ·N(0, 1) on every entry of the prompt's embedding.
+
+    Source: Somepalli et al., arXiv 2305.20086, inference-time mitigation. Their program adds the
+    noise to the unconditional embedding as well (it wraps the pipeline's encoding of both); here
+    it is the prompt's alone, and the pooled embedding of SDXL stays as it is.
+
+    Args:
+        options: strength.
+    """
+
+    def __init__(
+        self,
+        options: EmbeddingNoiseOptions = EmbeddingNoiseOptions(),  # noqa: B008 - read only
+    ) -> None:
+        self.options = options
+
+    def embedding(self, start: Start) -> TextConditions:
+        """Add the noise, drawn from each sample's own generator."""
+        if self.options.strength == 0:
+            return start.conditions
+        embeddings = start.conditions.embeddings
+        noise = torch.stack(
+            [
+                torch.randn(embeddings.shape[1:], generator=one, dtype=torch.float32)
+                for one in start.generators
+            ]
+        ).to(embeddings)
+        return replace(start.conditions, embeddings=embeddings + self.options.strength * noise)
+
 
 EpsDifference = Callable[[TextConditions, Tensor], Tensor]
 """(conditions (n, ...), their rows of the batch (n,)) → ε_θ(x_T, y) − ε_θ(x_T), (n, ...)."""

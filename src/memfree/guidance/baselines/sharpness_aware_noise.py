@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from memfree.diffusion_math import per_sample
-from memfree.guidance.baselines.magnitude import size_factor
 from memfree.guidance.baselines.options import SharpnessAwareOptions
+from memfree.guidance.baselines.wen_norm import size_factor
 from memfree.guidance.mitigation import Mitigation, Start
 from memfree.guidance.prediction import row_norm
 

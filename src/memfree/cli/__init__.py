@@ -1,0 +1,5 @@
+"""From a shell to a typed function: options, errors, chains of commands."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+"""Commands of ``memfree``: one file a verb."""

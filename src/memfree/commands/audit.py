@@ -1,0 +1,347 @@
+"""`memfree audit`: which images from anywhere are copies of indexed ones, and how sure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from jsonargparse.typing import OpenUnitInterval, PositiveInt
+from rich.console import Console
+from rich.table import Table
+
+from memfree.console import plain_console, shown
+from memfree.data.skipped import INCOMPLETE, LeftOut, Skipped
+from memfree.data.split import DEFAULT_RATE
+from memfree.folders.atomic import put_in_place, unfinished, write_text
+from memfree.folders.manifest import check_replaceable, save_config, write_manifest
+
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from torch import Tensor
+
+    from memfree.data import DatasetFolder
+    from memfree.evaluation.audited_images import AuditedImages
+    from memfree.evaluation.neighbours import Neighbours
+    from memfree.guidance import Calibration
+    from memfree.retrieval import ReferenceIndex
+
+
+@dataclass
+class Audit:
+    """What was found, most suspicious first."""
+
+    table: pa.Table
+    """One row an image; columns as in ``audit.parquet``."""
+    pictures: Tensor
+    """(≤ pairs, C, H, W) in [−1, 1]: the first images of the table."""
+    facts: dict[str, str]
+    """What was compared and how, to be shown."""
+    warning: str
+    """Why there are no discoveries where there cannot be any; empty otherwise."""
+    skipped: Skipped
+    """Pictures and shards that could not be judged."""
+    left_out: LeftOut
+    """What lay beside the pictures."""
+
+
+def audit(
+    images: Path,
+    index: Path,
+    out: Path | None = None,
+    dataset: Path | None = None,
+    false_discovery_rate: OpenUnitInterval = 0.05,
+    false_positive_rate: OpenUnitInterval = DEFAULT_RATE,
+    pairs: PositiveInt = 40,
+    batch_size: PositiveInt = 256,
+) -> int:
+    """Give a verdict on images from anywhere: is one a copy of an indexed image, and how sure?
+
+    Every image gets the nearest indexed image, its similarity, and a p-value: the share of held-out
+    real images that are as near. Over all images, discoveries are those that Benjamini and
+    Hochberg's procedure calls copies at the false discovery rate; the verdict `copy` is that of one
+    image by itself at the false-positive rate. Images of another size are scaled and cropped to the
+    index's, as `memfree prepare` does by default.
+
+    Args:
+        images: folder, image file, tar shards or sample folder; `memfree audit IMAGES` is enough.
+        index: calibrated reference index folder.
+        out: folder for audit.parquet and index.html, which shows images beside their nearest
+            training images; by default only the table is printed.
+        dataset: dataset folder of the index, to show training images where the index holds none.
+        false_discovery_rate: share of discoveries that may be wrong, expected.
+        false_positive_rate: share of real images that the verdict on a single image may call
+            copies.
+        pairs: most suspicious images to show on the page; half of them in the terminal.
+        batch_size: images measured at a time.
+
+    Returns:
+        the exit status: 0, or 3 where pictures or shards could not be judged; they are named.
+
+    Raises:
+        FileNotFoundError: a folder is missing, or there is no image.
+        ValueError: the index is not calibrated or not for that rate, or ``out`` holds something
+            else.
+    """
+    from memfree.retrieval import ReferenceIndex
+
+    console = plain_console()
+    if out is not None:
+        check_replaceable(out, "audit")
+    references = ReferenceIndex.load(index)
+    if dataset is not None:
+        _open_dataset(references, dataset)  # refuses another one before the work
+    result = measure(
+        references, images, false_discovery_rate, false_positive_rate, pairs, batch_size
+    )
+    # Written before it is printed: what a terminal cannot show must not lose the audit.
+    if out is not None:
+        _write(
+            result,
+            out,
+            references,
+            images,
+            index,
+            dataset,
+            pairs,
+            false_discovery_rate,
+            false_positive_rate,
+        )
+    _print(result, max(1, pairs // 2), console)
+    if out is not None:
+        console.print(f"Written to {out}: audit.parquet and index.html.", soft_wrap=True)
+    return INCOMPLETE if result.skipped else 0
+
+
+def _write(
+    result: Audit,
+    out: Path,
+    references: ReferenceIndex,
+    images: Path,
+    index: Path,
+    dataset: Path | None,
+    pairs: int,
+    false_discovery_rate: float,
+    false_positive_rate: float,
+) -> None:
+    """Write the folder beside ``out`` and put it in place when it is complete."""
+    from pyarrow import parquet
+
+    from memfree.evaluation.page import render
+
+    nearest = _nearest_images(references, dataset, result.table["nearest_key"].to_pylist()[:pairs])
+    with unfinished(out) as partial:
+        parquet.write_table(result.table, partial / "audit.parquet")
+        page = render(result.table, result.pictures, nearest, result.facts, result.warning)
+        write_text(partial / "index.html", page)
+        save_config(partial)
+        write_manifest(
+            partial,
+            "audit",
+            images=shown(str(images)),
+            index=str(index),
+            false_discovery_rate=false_discovery_rate,
+            false_positive_rate=false_positive_rate,
+            facts=result.facts,
+            skipped={**result.skipped.counts(), "first": result.skipped.messages},
+            left_out=result.left_out.counts(),
+            contains="index.html contains the images, and training images where they were given",
+        )
+        put_in_place(partial, out, overwrite=True)
+
+
+def measure(
+    index: ReferenceIndex,
+    images: Path,
+    false_discovery_rate: float,
+    false_positive_rate: float = DEFAULT_RATE,
+    pairs: int = 40,
+    batch_size: int = 256,
+) -> Audit:
+    """Measure all images against the index; arguments as of ``audit``."""
+    import torch
+
+    from memfree.evaluation.audited_images import AuditedImages
+    from memfree.evaluation.neighbours import Neighbours, find_neighbours
+    from memfree.guidance import calibration_of, default_similarity
+
+    similarity = default_similarity(index)
+    calibration = calibration_of(index, similarity)
+    calibration.threshold(false_positive_rate)  # refuses a rate before anything is read
+    source = AuditedImages(images, index.image_shape)
+    names: list[str] = []
+    parts: list[Neighbours] = []
+    top, top_sigma = torch.empty(0, *index.image_shape), np.empty(0)
+    for batch_names, batch in source.batches(batch_size):
+        found = find_neighbours(
+            index, similarity, calibration, batch, false_positive_rate, batch_size
+        )
+        names += batch_names
+        parts.append(found)
+        # Only the pictures that are shown are kept; equal ones stay in their order.
+        top, top_sigma = torch.cat([top, batch]), np.concatenate([top_sigma, found.sigma])
+        kept = np.argsort(-top_sigma, kind="stable")[:pairs]
+        top, top_sigma = top[torch.from_numpy(kept)], top_sigma[kept]
+    if not parts:
+        raise ValueError(
+            f"--images {shown(str(images))}: no image could be read; "
+            f"{source.skipped.text('image')} ({source.skipped.named()})"
+        )
+    found = Neighbours(
+        **{
+            one.name: np.concatenate([getattr(part, one.name) for part in parts])
+            for one in fields(Neighbours)
+        }
+    )
+    table = _table(names, found, index.keys, false_discovery_rate)
+    discoveries = int(np.sum(table["discovery"].to_numpy()))
+    from memfree.evaluation.intervals import fewest_discoveries
+
+    fewest = fewest_discoveries(len(names), len(calibration.sigmas), false_discovery_rate)
+    return Audit(
+        table,
+        top,
+        _facts(source, index, calibration, found, discoveries, fewest, false_discovery_rate)
+        | _rates(false_positive_rate, found, calibration),
+        _warning(found.p_value, calibration, discoveries, fewest),
+        source.skipped,
+        source.left_out,
+    )
+
+
+def _table(names: list[str], found: Neighbours, keys: list[str], rate: float) -> pa.Table:
+    import pyarrow as pa
+
+    from memfree.evaluation.intervals import adjusted, are_discoveries
+
+    order = np.argsort(-found.sigma, kind="stable")
+    q_value = adjusted(found.p_value)
+    return pa.table(
+        {
+            "image": pa.array([names[i] for i in order]),
+            "nearest_key": pa.array([keys[found.row[i]] for i in order]),
+            "nearest_row": found.row[order],
+            "nearest_multiplicity": found.multiplicity[order],
+            "sigma": found.sigma[order],
+            "distance_ratio": found.distance_ratio[order],
+            "p_value": found.p_value[order],
+            "q_value": q_value[order],
+            "copy": found.copy[order],
+            "discovery": are_discoveries(q_value[order], rate),
+        }
+    )
+
+
+def _facts(
+    source: AuditedImages,
+    index: ReferenceIndex,
+    calibration: Calibration,
+    found: Neighbours,
+    discoveries: int,
+    fewest: int,
+    rate: float,
+) -> dict[str, str]:
+    shape = " × ".join(str(side) for side in index.image_shape)
+    facts = {
+        "Images": f"{len(found)} from {shown(str(source.path))}",
+        "Index": f"{len(index)} distinct images of {shape}, "
+        f"{index.features.describe()['name']}, similarity {calibration.similarity}",
+        "Discoveries": f"{discoveries} at a false discovery rate of {100 * rate:g} % "
+        "(Benjamini–Hochberg)",
+        "Smallest p-value": f"1/{len(calibration.sigmas) + 1}, with {len(calibration.sigmas)} "
+        f"calibration images; so discoveries are none or at least {fewest}",
+    }
+    if source.changed:
+        facts["Resized"] = (
+            f"{source.changed} images of another size or number of channels were scaled and "
+            f"cropped to {shape}"
+        )
+    if source.frames:
+        facts["Frames"] = f"{source.frames} images are frames of animated files, each judged alone"
+    if source.skipped:
+        facts["Left out"] = "; ".join([source.skipped.text("image"), *source.skipped.messages])
+    if source.left_out:
+        facts["Other files"] = source.left_out.text()
+    return facts
+
+
+def _rates(rate: float, found: Neighbours, calibration: Calibration) -> dict[str, str]:
+    return {
+        "Verdict": f"{int(found.copy.sum())} copies: σ above {calibration.threshold(rate):.3f}, "
+        f"which {calibration.rate_text(rate)} of real images are; "
+        f"{rate * len(found):.1f} such images are expected where none is a copy"
+    }
+
+
+def _warning(p_value: np.ndarray, calibration: Calibration, discoveries: int, fewest: int) -> str:
+    if discoveries:
+        return ""
+    n = len(calibration.sigmas)
+    if fewest > len(p_value):
+        return (
+            f"No discovery is possible: with {n} calibration images no p-value is below 1/{n + 1}. "
+            "Calibrate on more images, or audit at a higher false discovery rate."
+        )
+    nearest = int((p_value <= 1 / (n + 1) + 1e-12).sum())
+    if nearest:
+        return (
+            f"{nearest} of the images are nearer than all {n} calibration images, but among "
+            f"{len(p_value)} it takes at least {fewest} such for a discovery: calibrate on more "
+            "images. An audit in portions would find more, and more that are no copies."
+        )
+    return ""
+
+
+def _print(result: Audit, rows: int, console: Console) -> None:
+    table = Table("image", "nearest", title="Most suspicious first", title_justify="left")
+    for name in ("σ", "p", "q", "copy", "discovery"):
+        table.add_column(name, justify="right")
+    for row in result.table.slice(0, rows).to_pylist():
+        table.add_row(
+            row["image"],
+            row["nearest_key"],
+            f"{row['sigma']:.3f}",
+            f"{row['p_value']:.4f}",
+            f"{row['q_value']:.4f}",
+            "yes" if row["copy"] else "no",
+            "yes" if row["discovery"] else "no",
+        )
+    console.print(table)
+    for name, text in result.facts.items():
+        console.print(f"{name}: {text}", highlight=False, soft_wrap=True)
+    if result.warning:
+        console.print(f"Warning: {result.warning}", style="yellow", soft_wrap=True)
+
+
+def _nearest_images(
+    index: ReferenceIndex, dataset: Path | None, keys: list[str]
+) -> dict[str, Tensor]:
+    """Training images by key, as far as the index or the data set holds them."""
+    import torch
+
+    from memfree.evaluation.pictures import training_images
+    from memfree.retrieval import PixelFeatures
+
+    if isinstance(index.features, PixelFeatures):
+        places = {key: row for row, key in enumerate(index.keys)}
+        wanted = list(dict.fromkeys(keys))
+        images = index.images(torch.tensor([places[key] for key in wanted]))
+        return dict(zip(wanted, images.clamp(-1, 1), strict=True))
+    if dataset is None:
+        return {}
+    return training_images(_open_dataset(index, dataset), set(keys))
+
+
+def _open_dataset(index: ReferenceIndex, dataset: Path) -> DatasetFolder:
+    """The data set that the index was built from.
+
+    Raises:
+        ValueError: it is another one.
+    """
+    from memfree.data import DatasetFolder
+
+    data = DatasetFolder(dataset)
+    if index.dataset_hash is not None and data.hash != index.dataset_hash:
+        raise ValueError(f"--dataset {dataset} is not the data set that the index was built from")
+    return data

@@ -1,0 +1,311 @@
+"""Command `memfree index`: reference index of a dataset folder, calibrated on held-out images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from rich.console import Console
+from rich.table import Table
+
+from memfree.console import counting_bar, plain_console, quiet, say
+from memfree.data import DatasetFolder
+from memfree.data.split import DEFAULT_RATE, MIN_EXPECTED, too_few_images
+from memfree.folders.atomic import check_free_space, refuse_mount_point
+from memfree.folders.lock import ALL, Part, one_at_a_time, part_of
+from memfree.retrieval.options import ExtractorOptions, FeatureName
+from memfree.slurm.launcher import is_first_process
+
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from rich.progress import Progress
+
+    from memfree.guidance.calibration import Calibration
+    from memfree.retrieval import Features, ReferenceIndex
+    from memfree.retrieval.embed import EmbeddedParts
+
+
+def summary(index: ReferenceIndex) -> Table:
+    """Rows, groups, records and duplicated groups of an index, to print."""
+    import torch
+
+    totals = torch.zeros(int(index.group.max()) + 1, dtype=torch.int64)
+    totals[index.group.cpu()] = index.group_multiplicity.cpu()
+    repeated = int((totals > 1).sum())
+    table = Table(title="Reference index", title_justify="left")
+    for column in ("distinct images", "groups", "training records", "duplicated groups"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        f"{len(index):,}",
+        f"{len(totals):,}",
+        f"{int(totals.sum()):,}",
+        f"{repeated:,}" + (f" (up to {int(totals.max()):,} records)" if repeated else ""),
+    )
+    return table
+
+
+def thresholds(calibration: Calibration) -> Table:
+    """Thresholds with intervals at 5 %, 1 % and the smallest rate that n images allow."""
+    n = len(calibration.sigmas)
+    smallest = MIN_EXPECTED / n
+    distance = calibration.similarity.startswith("nl2")
+    table = Table(
+        title=f"An image is called a copy if σ ({calibration.similarity}) is above",
+        caption=f"from {n:,} held-out images" + ("; nL2 is −σ" if distance else ""),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for column in ("false positives", "threshold on σ", "95 % interval"):
+        table.add_column(column, justify="right")
+    for rate in sorted({0.05, DEFAULT_RATE, smallest}, reverse=True):
+        if smallest <= rate < 1:
+            low, high = calibration.threshold_interval(rate)
+            threshold = calibration.threshold(rate)
+            table.add_row(f"{100 * rate:.3g} %", f"{threshold:.3f}", f"{low:.3f} … {high:.3f}")
+    return table
+
+
+QUIET = (
+    "Total length of .* across ranks is zero.*",
+    ".*does not have many workers.*",
+    ".*DataLoader.*only sampled.*",
+)
+"""Lightning's warnings that do not apply: on resumption a rank may have nothing left to do."""
+
+
+@dataclass(frozen=True)
+class EmbeddingDevices:
+    """Where images are embedded: options of the Lightning Trainer."""
+
+    accelerator: str = "auto"
+    """auto, cpu, gpu, mps or another name that Lightning knows."""
+    devices: int | str = 1
+    """How many devices, or auto; each has a process of its own."""
+    num_nodes: PositiveInt = 1
+    """How many machines."""
+    strategy: str = "auto"
+    """auto or ddp: images are divided among the devices."""
+
+
+def index(
+    dataset: Path,
+    out: Path,
+    features: FeatureName = "pixels",
+    extractor: ExtractorOptions = ExtractorOptions(),  # noqa: B008 - read only; --help shows it
+    whiten: bool = False,
+    batch_size: PositiveInt = 256,
+    workers: NonNegativeInt = 0,
+    hash_keys: bool = False,
+    salt_file: Path | None = None,
+    part: str = ALL,
+    trainer: EmbeddingDevices = EmbeddingDevices(),  # noqa: B008
+    overwrite: bool = False,
+) -> None:
+    """Index the training images of a dataset folder and calibrate thresholds on held-out images.
+
+    Copies of an image become one row that knows how often it is in the training set. The
+    calibration part, which is never trained on, says how near a real image comes to the training
+    set by itself: thresholds at stated false-positive rates are stored with the index. The index
+    holds training images or features of them: treat it like the training set.
+
+    Networks embed in batches that are kept on disk until the index is written: started again with
+    the same command, a run that was killed goes on where it stopped.
+
+    Args:
+        dataset: folder that `memfree prepare` wrote.
+        out: folder of the index; one of the same dataset and features is replaced.
+        features: what images are compared by: pixels (normalized L2 distance); efficientnet
+            (EfficientNet-Lite0, pretrained on ImageNet), sscd (copy detection), clip (open_clip) or
+            timm (any of its networks): cosine similarity; latents (of a VAE, L2 distance);
+            copy_detection (of `memfree train-embedding`, cosine similarity).
+        extractor: what the features are made of.
+        whiten: whiten a network's features on the dataset's fit part, which spreads small or
+            uniform images out.
+        batch_size: images to embed at a time.
+        workers: processes that read and decode images beside each process that embeds.
+        hash_keys: write an index for parties who may not hold the images: keys are hashed with the
+            salt, captions and shard names are left out. Not for pixels or latents.
+        salt_file: file with the salt, which you keep to yourself; made if it is not there.
+        part: all, or a part of the batches as 3/8 (the third of eight), for jobs that embed one
+            dataset at the same time; the one that finds all embedded writes the index.
+        trainer: devices of a network's features.
+        overwrite: replace an index of another dataset or of other features too.
+
+    Raises:
+        ValueError: an option is wrong, the dataset is unfinished or has no calibration images, or
+            the out folder holds something else.
+        FileNotFoundError: the extractor's weights are not there.
+    """
+    import torch
+
+    from memfree.out_of_memory import explained_memory
+    from memfree.retrieval import ReferenceIndex
+    from memfree.retrieval.features.make import make_features
+    from memfree.retrieval.index_folder import check_replaceable, is_written, read_salt
+
+    if whiten and features in ("pixels", "latents"):
+        raise ValueError(
+            f"--whiten true is for a network's features, as --features efficientnet, "
+            f"not for {features}"
+        )
+    if hash_keys and features in ("pixels", "latents"):
+        raise ValueError(f"--hash_keys true needs other --features: {features} show the images")
+    if hash_keys and salt_file is None:
+        raise ValueError("--hash_keys true needs --salt_file")
+    if features == "pixels" and trainer != EmbeddingDevices():
+        raise ValueError("--trainer.* needs --features of a network: pixels are not embedded")
+    work = part_of(part)
+    if features == "pixels" and not work.whole:
+        raise ValueError("--part needs --features of a network: pixels are not embedded")
+    if overwrite and not work.whole:
+        raise ValueError("--part and --overwrite true exclude each other: delete --out, or choose")
+    refuse_mount_point(out)
+    if salt_file is not None and salt_file.exists():
+        read_salt(salt_file)  # refuses what is not a salt before the work
+    folder = DatasetFolder(dataset)
+    training, calibration = folder.part("train"), folder.part("calibration")
+    made = make_features(features, extractor)
+    vectors = made.embed(torch.zeros(1, *folder.image_shape)).numel() * len(training.keys) * 4
+    # A network's vectors are on the disk twice, as parts and in the index.
+    check_free_space(out, vectors * (1 if features == "pixels" else 2) + 100 * len(training.keys))
+
+    console = plain_console(stderr=True)
+    ways = _less_memory(features, extractor, batch_size, trainer)
+
+    def write(built: ReferenceIndex) -> None:
+        with explained_memory("calibrating", ways):
+            on_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
+            built.to("cuda" if on_gpu else "cpu")
+            calibrated = _calibrate(built, folder, batch_size, console)
+            written = built
+            if hash_keys:
+                assert salt_file is not None
+                written = built.hashed(read_salt(salt_file))
+            written.save(out, overwrite)
+        plain_console().print(summary(built), thresholds(calibrated))
+        if warning := too_few_images(len(calibration.keys)):
+            console.print(f"{out}: {warning}", soft_wrap=True)
+
+    with explained_memory("indexing", ways):
+        if features == "pixels":
+            check_replaceable(out, folder.hash, made.describe(), overwrite)
+            write(_index_pixels(folder, made, batch_size, console))
+            return
+        made, parts = _embed(
+            folder, made, out, whiten, batch_size, workers, work, trainer, overwrite, console
+        )
+        if not is_first_process():
+            return
+        with one_at_a_time(out, work):
+            if not work.whole and is_written(out, folder.hash, made.describe()):
+                say(f"{out} is finished")
+            elif missing := parts.missing():
+                say(f"{out}: part {part} is embedded; {len(missing)} batches of others are not")
+                return
+            else:
+                write(ReferenceIndex.of_embedded(folder, made, parts.read()))
+            parts.forget()
+
+
+def _calibrate(
+    index: ReferenceIndex, folder: DatasetFolder, batch_size: int, console: Console
+) -> Calibration:
+    """Keep with the index how near held-out images come to it by its own similarity."""
+    from memfree.guidance.calibration import calibration_of, default_similarity, measure
+
+    images = folder.part("calibration")
+    similarity = default_similarity(index)
+    with counting_bar(console) as progress:
+        task = progress.add_task("calibrate", total=None)
+        measured = measure(index, similarity, images.images(), batch_size)
+        index.calibrations[similarity.name] = measured.to_json()
+        progress.update(task, total=len(images.keys), completed=len(images.keys))
+    return calibration_of(index, similarity)
+
+
+def _less_memory(
+    features: FeatureName, extractor: ExtractorOptions, batch_size: int, devices: EmbeddingDevices
+) -> list[str]:
+    """What lowers the memory of indexing, the best first."""
+    from memfree.retrieval.features.make import HAVE_DTYPE
+
+    ways = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
+    if features in HAVE_DTYPE and extractor.dtype == "float32":
+        ways.append("--extractor.dtype bfloat16")
+    if features != "pixels" and devices.accelerator != "cpu":
+        ways.append("--trainer.accelerator cpu")
+    return ways
+
+
+def _index_pixels(
+    folder: DatasetFolder, features: Features, batch_size: int, console: Console
+) -> ReferenceIndex:
+    from memfree.retrieval import ReferenceIndex
+
+    with counting_bar(console) as progress:
+        task = progress.add_task("index", total=len(folder.part("train").keys))
+        return ReferenceIndex.build(
+            folder,
+            features,
+            batch_size=batch_size,
+            advance=lambda count: progress.advance(task, count),
+        )
+
+
+def _embed(
+    folder: DatasetFolder,
+    features: Features,
+    out: Path,
+    whiten: bool,
+    batch_size: int,
+    workers: int,
+    work: Part,
+    devices: EmbeddingDevices,
+    overwrite: bool,
+    console: Console,
+) -> tuple[Features, EmbeddedParts]:
+    """The extractor and what it made of the train part, or of this part of the work."""
+    # Lightning takes seconds to import, which an index of pixels need not wait for.
+    from memfree.retrieval.embed import EmbeddedParts, embed, parts_folder, whitened
+    from memfree.retrieval.index_folder import check_replaceable, is_written
+    from memfree.training.trainer import build_trainer
+
+    with quiet(*QUIET):
+        lightning: Trainer = build_trainer(
+            **asdict(devices),
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    root = parts_folder(out)
+    if whiten:
+        with one_at_a_time(out, work):
+            device = lightning.strategy.root_device
+            features = whitened(folder, features, root, batch_size, device)
+    check_replaceable(out, folder.hash, features.describe(), overwrite)
+    images = folder.part("train")
+    parts = EmbeddedParts(root, features, folder, len(images), batch_size)
+    if not work.whole and is_written(out, folder.hash, features.describe()):
+        return features, parts
+    with quiet(*QUIET), _bar(console) as progress:
+        # The first process counts its own share; the others' are as large.
+        mine = [len(parts.rows(batch)) for batch in parts.missing(work)]
+        task = progress.add_task("embed", total=sum(mine))
+        embed(
+            images,
+            features,
+            parts,
+            lightning,
+            workers,
+            lambda count: progress.advance(task, count * lightning.world_size),
+            work,
+        )
+    return features, parts
+
+
+def _bar(console: Console) -> Progress:
+    return counting_bar(console if is_first_process() else plain_console(quiet=True))

@@ -1,0 +1,282 @@
+"""Command ``memfree prepare``: a source, split and repeated as declared, to a dataset folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt
+
+from memfree.console import counted, counting_bar, plain_console
+from memfree.data.dataset_folder import SourceHash, files_hash
+from memfree.data.duplication_plan import DuplicationPlan
+from memfree.data.options import (
+    DEFAULT_DISTANCE,
+    Filter,
+    LabelPolicy,
+    RecordOptions,
+    Resize,
+    SourceName,
+)
+from memfree.data.skipped import INCOMPLETE, LeftOut, Skipped
+from memfree.data.split import PARTS, PartSizes, too_few_images
+from memfree.folders.atomic import check_free_space, check_place, put_in_place, unfinished
+from memfree.folders.manifest import read_manifest, refuse_own_files, save_config, write_manifest
+
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
+if TYPE_CHECKING:
+    from memfree.data.sources import Source
+
+_NO_COPIES = DuplicationPlan()
+_DEFAULT_SIZES = PartSizes()
+_NO_CHOICE = RecordOptions()
+
+
+def prepare(
+    out: Path,
+    source: SourceName = "digits",
+    path: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    resize: Resize = "crop",
+    interpolation: Filter = "bicubic",
+    channels: Literal[1, 2, 3, 4] | None = None,
+    parts: PartSizes = _DEFAULT_SIZES,
+    plan: DuplicationPlan = _NO_COPIES,
+    seed: NonNegativeInt = 0,
+    near_distance: NonNegativeFloat = DEFAULT_DISTANCE,
+    records_per_shard: int = 2000,
+    on_error: Literal["stop", "skip"] = "stop",
+    licence: str | None = None,
+    emoji_variants: bool = False,
+    limit: NonNegativeInt = 0,
+    labels: LabelPolicy = "own",
+    records: RecordOptions = _NO_CHOICE,
+    overwrite: bool = False,
+) -> int:
+    """Write a dataset folder: shards for training, three held-out parts, and what was done.
+
+    Exact and near duplicates in the source are grouped first; whole groups are dealt out to the
+    parts; then the planned copies are added to the training part. The folder appears when it is
+    complete; a run that was stopped begins again. The same arguments give the same bytes.
+
+    Args:
+        out: the dataset folder.
+        source: digits (bundled with scikit-learn), cifar10 (downloaded by torchvision), emoji (an
+            installed colour font, captioned with Unicode names), folder (images in class folders,
+            or with captions in .txt or .caption files beside them or in metadata.jsonl or
+            metadata.csv) or shards (WebDataset tars, for instance img2dataset's).
+        path: the image folder; the shards: a folder, a file, a glob, or addresses with braces; or
+            the font of emoji, if not the installed Noto Color Emoji.
+        image_size: height and width of all images, one number for a square; without it all
+            images must have the same size.
+        resize: crop keeps the centre, squash scales both sides, pad adds black borders.
+        interpolation: how pixels are resized, always antialiased.
+        channels: 1 grey, 2 grey with alpha, 3 RGB, 4 RGBA; without it all images must have as
+            many as the first.
+        parts: images of each part.
+        plan: which training images are repeated, and how.
+        seed: of the split and the order.
+        near_distance: largest distance of near duplicates, which stay in one part: 0 for the same
+            picture, 1.41 for unrelated ones, up to 0.15 for one that was re-encoded, mirrored or
+            brightened; a crop by a few pixels may need 0.3. 0 groups exact duplicates only.
+        records_per_shard: records in each tar.
+        on_error: stop at the first broken image or missing shard, or skip and count it.
+        licence: terms of the images, kept in the manifest; default: what the source says.
+        emoji_variants: emoji with skin tones and gender signs too, each in the group of its emoji.
+        limit: train on so many images of the training part only, 0: on all of it. Held-out parts
+            stay as they are, and a smaller limit takes a subset of a larger one's images.
+        labels: own: as the source has them; random: each training image gets one of the source's
+            labels, drawn whatever it shows; unique: each gets a label of its own. With the last
+            two, copies share their image's label (see plan) and held-out images have none.
+        records: which files of a folder or of shards are meant where there is a choice.
+        overwrite: replace the dataset folder that is there.
+
+    Returns:
+        the exit status: 0, or 3 where broken pictures or shards were skipped; they are named.
+
+    Raises:
+        ValueError: an option is wrong, or ``out`` holds something else.
+        OSError: the source is not there, a file is damaged, or the disk is full.
+    """
+    from memfree.data.ingest import open_source
+    from memfree.data.shard_writer import record_bytes
+
+    if records_per_shard < 1:
+        raise ValueError(f"--records_per_shard {records_per_shard}: use 1 or more")
+    if not near_distance < math.inf:
+        raise ValueError(f"--near_distance {near_distance}: use a number")
+    height, width = (image_size, image_size) if not isinstance(image_size, tuple) else image_size
+    if height is not None and width is not None and min(height, width) < 1:
+        raise ValueError(f"--image_size {image_size}: use 1 or more")
+    recipe = {
+        "source": source,
+        "path": path,
+        "framing": [height, width, channels, resize, interpolation],
+        "parts": dataclasses.asdict(parts),
+        "plan": dataclasses.asdict(plan),
+        "seed": seed,
+        "near_distance": near_distance,
+        "records_per_shard": records_per_shard,
+        "on_error": on_error,
+        "licence": licence,
+    }
+    if emoji_variants:  # absent otherwise, so that recipes of other sources stay as they were
+        recipe["emoji_variants"] = True
+    if limit:
+        recipe["limit"] = limit
+    if labels != "own":
+        recipe["labels"] = labels
+    if records != _NO_CHOICE:
+        recipe["records"] = dataclasses.asdict(records)
+    recipe = json.loads(json.dumps(recipe))
+    console = plain_console(stderr=True)
+    if _is_done(out, recipe, overwrite):
+        if source in ("emoji", "folder", "shards"):
+            _check_source(out, source, path, emoji_variants, records, on_error)
+        status = _status(read_manifest(out, "dataset").get("skipped"))
+        note = "; images or shards were skipped, see its manifest" if status else ""
+        console.print(f"{out} is already prepared in this way{note}", soft_wrap=True)
+        return status
+    check_place(out)
+    opened = open_source(source, path, emoji_variants, records)
+    from memfree.data.build import build
+    from memfree.data.ingest import Framing
+
+    listed = files_hash(opened.files)  # before they are read: what changes meanwhile is noticed
+    count, size = opened.size
+    framing = Framing(height, width, channels, resize, interpolation)
+    values = (height or 1) * (width or 1) * (channels or 3)
+    check_free_space(out, count * (values + record_bytes(values)) + size)
+
+    skipped = Skipped() if on_error == "skip" else None
+    with unfinished(out) as folder, counting_bar(console) as progress:
+        facts = build(
+            folder,
+            opened,
+            framing,
+            parts,
+            plan,
+            seed,
+            near_distance,
+            records_per_shard,
+            skipped,
+            progress,
+            limit,
+            labels,
+        )
+        save_config(folder)
+        about: dict[str, Any] = {"name": source, "path": path, "licence": licence or opened.licence}
+        about["size"] = opened.size
+        about["files_hash"], about["hash"] = listed, facts.pop("source_hash")
+        write_manifest(
+            folder, "dataset", seed, source=about, plan=recipe["plan"], recipe=recipe, **facts
+        )
+        put_in_place(folder, out, overwrite)
+    warning = too_few_images(facts["parts"]["calibration"]["images"])
+    if warning:
+        console.print(f"{out}: {warning}", soft_wrap=True)
+    console.print(f"{out}: {_result(facts, skipped, opened.left_out)}", soft_wrap=True)
+    return _status(facts["skipped"])
+
+
+def _status(skipped: Any) -> int:
+    """Exit status where the manifest says that this was skipped."""
+    lost = isinstance(skipped, dict) and (skipped.get("images") or skipped.get("shards"))
+    return INCOMPLETE if lost else 0
+
+
+def _result(facts: dict[str, Any], skipped: Skipped | None, other: LeftOut) -> str:
+    """Records of each part, and what is in none of them."""
+    sums = ", ".join(f"{part} {facts['parts'][part]['records']}" for part in PARTS)
+    notes = [f"records: {sums}"]
+    if skipped:
+        notes.append(f"{skipped.text('image')}, see its manifest ({skipped.named()})")
+    if other:
+        notes.append(other.text())
+    left_out = facts["grouping"]["left_out"]
+    if left_out:
+        images = counted(facts["grouping"]["source_images"], "image")
+        notes.append(f"{left_out} of {images} left out, in no part")
+    return "; ".join(notes)
+
+
+def _is_done(out: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
+    """Whether ``out`` is there and was made like this; refuses to touch anything else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        manifest = read_manifest(out, "dataset")
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"--out {out} exists and is not a dataset folder; choose another"
+        ) from error
+    if manifest.get("recipe") == recipe and not overwrite:
+        _check_whole(out)
+        return True
+    if not overwrite:
+        raise ValueError(
+            f"--out {out} holds another data set; choose another or say --overwrite true"
+        )
+    refuse_own_files(out, "dataset")
+    return False
+
+
+def _check_whole(out: Path) -> None:
+    """Refuse to call a folder done that has lost files since, or whose files were changed."""
+    from memfree.data.dataset_folder import DatasetFolder
+
+    try:
+        folder = DatasetFolder(out)
+        _ = folder.records, folder.conditions
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--out {out} is damaged, say --overwrite true: {error}") from error
+
+
+def _check_source(
+    out: Path,
+    source: SourceName,
+    path: str | None,
+    emoji_variants: bool,
+    records: RecordOptions,
+    on_error: Literal["stop", "skip"],
+) -> None:
+    """Refuse to call a folder done whose source is another now; it need not exist any more."""
+    from memfree.data.ingest import open_source
+
+    changed = f"--path {path}" if path is not None else f"--source {source}"
+    try:
+        opened = open_source(source, path, emoji_variants, records)
+    except FileNotFoundError as error:
+        if path is None or not os.path.exists(path):
+            return
+        raise ValueError(_changed(changed, out, f" ({error})")) from error
+    about = read_manifest(out, "dataset").get("source")
+    about = about if isinstance(about, dict) else {}
+    reason = ""
+    same = list(opened.size) == about.get("size")  # all that earlier versions wrote
+    if same and "hash" in about and files_hash(opened.files) != about.get("files_hash"):
+        try:
+            same = _hash_of(opened, on_error) == about["hash"]
+        except (ValueError, OSError) as error:
+            same, reason = False, f" ({error})"
+    if not same:
+        raise ValueError(_changed(changed, out, reason))
+
+
+def _changed(source: str, out: Path, reason: str) -> str:
+    return (
+        f"{source} changed after {out} was prepared{reason}; choose another --out or say "
+        "--overwrite true"
+    )
+
+
+def _hash_of(source: Source, on_error: Literal["stop", "skip"]) -> str:
+    """The source's hash as it is now; reads all of it."""
+    digest = SourceHash()
+    for image in source.images(Skipped() if on_error == "skip" else None):
+        digest.add(image)
+    return digest.hexdigest(source.class_names)

@@ -1,0 +1,321 @@
+"""What ``sample.py`` does: a model, an index and a guidance become a folder of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from memfree.console import quiet, say
+from memfree.folders.atomic import check_free_space
+from memfree.folders.lock import ALL, one_at_a_time, part_of
+from memfree.folders.manifest import folder_hash, save_config
+from memfree.guidance import WITH_AMG, WITH_INDEX, GuidanceSettings
+from memfree.sampling.sample_run import PromptOptions, SampleRun, SchedulerName, trace_summary
+
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from memfree.models import LoadedModel
+    from memfree.retrieval import ReferenceIndex
+
+
+def prompts_in_turn(prompts: PromptOptions, model: LoadedModel) -> list[str] | None:
+    """The prompts to take in turn; None for a pixel model."""
+    from memfree.data import DatasetFolder
+    from memfree.data.prompts import prompt_set, read_prompts
+
+    given = prompts.file is not None or prompts.dataset is not None
+    if model.pipe is None:
+        if given:
+            raise ValueError("--prompts needs a text-to-image model; this one takes no text")
+        return None
+    if prompts.file is not None and prompts.dataset is not None:
+        raise ValueError("give --prompts.file or --prompts.dataset, not both")
+    if prompts.file is not None:
+        with _named("--prompts.file"):
+            return read_prompts(prompts.file)
+    if prompts.dataset is not None:
+        with _named("--prompts.dataset"):
+            data = DatasetFolder(prompts.dataset)
+            return prompt_set(data, prompts.captions, int(prompts.least_records))
+    raise ValueError("a text-to-image model needs --prompts.file, or --prompts.dataset")
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Put the option before what is wrong with its value."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
+IDLE_RANK = "Total length of .* across ranks is zero.*"
+"""A warning that is none: on resumption a rank may have nothing left to do."""
+
+
+@dataclass
+class SamplingDevices:
+    """Where sampling runs: options of the Lightning Trainer."""
+
+    accelerator: str = "auto"
+    """auto, cpu, gpu, mps or another name that Lightning knows."""
+    devices: int | str = "auto"
+    """How many devices, or auto."""
+    num_nodes: PositiveInt = 1
+    """How many machines."""
+    strategy: str = "auto"
+    """auto or ddp: samples are divided among the devices."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Arithmetic of the network; decoded images, the similarity and its gradient stay in
+    float32."""
+
+
+def predict(
+    model: Path,
+    out: Path,
+    index: Path | None = None,
+    count: PositiveInt = 64,
+    batch_size: PositiveInt = 64,
+    seed: NonNegativeInt = 0,
+    steps: PositiveInt = 50,
+    scheduler: SchedulerName = "ddpm",
+    guidance_scale: NonNegativeFloat = 1.0,
+    classes: list[NonNegativeInt] | NonNegativeInt | None = None,
+    prompts: PromptOptions = PromptOptions(),  # noqa: B008
+    latents: Path | None = None,
+    decoder: Path | None = None,
+    guidance: GuidanceSettings = GuidanceSettings(),  # noqa: B008 - read only; --help shows it
+    batches_per_shard: PositiveInt = 1,
+    part: str = ALL,
+    allow_other_dataset: bool = False,
+    one_call: bool = True,
+    trainer: SamplingDevices = SamplingDevices(),  # noqa: B008
+) -> None:
+    """Draw samples from a trained model, with or without a mitigation of memorization.
+
+    Stopped at any time and started again with the same command, it draws what is missing. Sample i
+    starts from the same noise in every run of the same seed, so that runs differ by their guidance
+    alone.
+
+    Args:
+        model: model folder that train.py wrote, or a Stable-Diffusion-style diffusers folder.
+        out: folder for the samples; new, empty, or this very run's.
+        index: reference index of the training images; needed by every mitigation. Without one,
+            unguided samples have no trace of their similarity.
+        count: number of samples.
+        batch_size: samples drawn together on a device.
+        seed: seed of the run; sample i depends on (seed, i).
+        steps: number of denoising steps.
+        scheduler: sampler, with the noise schedule of the model.
+        guidance_scale: classifier-free guidance; 1 is the conditional model by itself.
+        classes: one label, as 3, or several that are taken in turn, as [0,1]; all classes in turn
+            by default.
+        prompts: what a text-to-image model is asked for.
+        latents: index of the training images' latents, for multiplicity guidance of text-to-image.
+        decoder: folder of a diffusers AutoencoderTiny of the model's latents, which decodes the
+            clean estimates that are compared with the index: cheaper, but what it blurs is noticed
+            later or not, and guidance may begin at another step. The last step, its final
+            correction and the images are of the model's own autoencoder.
+        guidance: the mitigation and its strengths.
+        batches_per_shard: batches written together as one shard; a killed run repeats at most
+            these.
+        part: all, or a part of the samples as 3/8 (the third of eight), for jobs that fill one
+            folder at the same time; the one that finds all samples drawn finishes it.
+        allow_other_dataset: accept an index of other images than the model was trained on.
+        one_call: ask the network for both branches of classifier-free guidance in one call, which
+            is faster; in two where the device's memory does not suffice. false: always in two, for
+            the bits of samples that were drawn so.
+        trainer: devices.
+
+    Raises:
+        ValueError: the options contradict each other, the model or each other's folders.
+        FileNotFoundError: a folder is missing.
+    """
+    from memfree.models import load_model
+    from memfree.models.export import pipeline_folder
+    from memfree.out_of_memory import explained_memory
+    from memfree.sampling.checks import (
+        index_for,
+        index_state,
+        labels_in_turn,
+        latents_for,
+        refuse_text_only,
+        refuse_without_captions,
+        refuse_wrong_settings,
+        scheduler_for,
+        vectors_hash,
+    )
+    from memfree.sampling.module import SampleIndices, SamplingModule
+    from memfree.sampling.progress import SampleProgress
+    from memfree.sampling.writer import SampleWriter
+    from memfree.training.trainer import build_trainer
+
+    if decoder is not None and index is None:
+        raise ValueError("--decoder needs --index: without one, no estimate is compared")
+    loaded = load_model(model, decoder)
+    refuse_text_only(guidance, loaded)
+    asked: list[int] | list[str] | None = prompts_in_turn(prompts, loaded)
+    if asked is None:
+        asked = labels_in_turn(classes, loaded, guidance_scale)
+    elif classes is not None:
+        raise ValueError("--classes is for models of classes; a text-to-image model has --prompts")
+    reference = None if index is None else index_for(index, loaded, guidance, allow_other_dataset)
+    guidance = guidance.resolved(reference)
+    if reference is None and guidance.mitigation in WITH_INDEX:
+        raise ValueError(f"--guidance.mitigation {guidance.mitigation} needs --index")
+    if index is not None and reference is not None:
+        refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
+    refuse_wrong_settings(guidance, loaded, reference)
+    references = latents_for(latents, loaded, guidance)
+    sampler = scheduler_for(scheduler, loaded, steps)
+
+    run = SampleRun(
+        out,
+        {
+            "model_sha256": folder_hash(pipeline_folder(model)),
+            **index_state(reference),
+            "seed": seed,
+            "steps": steps,
+            "scheduler": scheduler,
+            "guidance_scale": guidance_scale,
+            "asked": asked,
+            "latents_sha256": None if references is None else vectors_hash(references),
+            "decoder_sha256": None if decoder is None else folder_hash(decoder),
+            "guidance": asdict(guidance),
+            "trainer.precision": trainer.precision,
+        },
+        count,
+        part_of(part),
+    )
+    run.check()
+    if run.finished:
+        run.verify()
+        say(f"{out} is finished: {count} samples")
+        return
+    writer = SampleWriter(
+        run,
+        seed,
+        guidance.mitigation,
+        None if reference is None else reference.keys,
+        batches_per_shard,
+    )
+    with quiet(IDLE_RANK):
+        lightning = build_trainer(
+            **asdict(trainer),
+            inference_mode=False,  # guidance takes gradients
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[writer, SampleProgress(guidance.mitigation in WITH_AMG)],
+        )
+    with run:
+        check_free_space(
+            out, _expected_bytes(count, loaded.image_shape, steps, reference is not None)
+        )
+        save_config(out)
+
+        ways = _less_memory(batch_size, trainer)
+        with quiet(IDLE_RANK), explained_memory("sampling", ways):
+            lightning.predict(
+                SamplingModule(
+                    loaded,
+                    sampler,
+                    steps,
+                    seed,
+                    guidance=() if reference is None and loaded.pipe is None else guidance,
+                    guidance_scale=guidance_scale,
+                    asked=asked,
+                    index=reference,
+                    latents=references,
+                    one_call=one_call,
+                ),
+                datamodule=SampleIndices(run, batch_size),
+                return_predictions=False,
+            )
+            lightning.strategy.barrier("all samples are written")
+        if lightning.is_global_zero:
+            with one_at_a_time(out, run.part):
+                if run.part.whole or not (missing := run.missing()):
+                    _finish(run, seed, model, index, loaded, reference)
+                else:
+                    say(f"{out}: part {part} is drawn; {len(missing)} samples of others are not")
+
+
+def _less_memory(batch_size: int, devices: SamplingDevices) -> list[str]:
+    """What lowers the memory of sampling, the best first."""
+    ways = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
+    if devices.precision == "32-true":
+        ways.append("--trainer.precision bf16-mixed (in another --out, if samples are there)")
+    return ways
+
+
+def _expected_bytes(count: int, shape: tuple[int, int, int], steps: int, traced: bool) -> int:
+    """Disk space of a run: incompressible PNGs, tar headers and JSON, rows of the trace."""
+    channels, height, width = shape
+    return count * (channels * height * width + 2560 + (60 * steps if traced else 0))
+
+
+def _finish(
+    run: SampleRun,
+    seed: int,
+    model: Path,
+    index: Path | None,
+    loaded: LoadedModel,
+    reference: ReferenceIndex | None,
+) -> None:
+    """Write the manifest: what the samples depend on, and what they cost over all runs."""
+    import pyarrow.compute as pc
+
+    from memfree.sampling.sample_folder import read_records
+
+    records = read_records(run.shards())
+    seconds = pc.sum(records["seconds"]).as_py()
+    settings = run.settings
+    summary = None if reference is None else _trace_summary(run, records, reference)
+    run.finish(
+        seed,
+        mitigation=settings["guidance"]["mitigation"],
+        image_shape=list(loaded.image_shape),
+        steps=settings["steps"],
+        scheduler=settings["scheduler"],
+        guidance_scale=settings["guidance_scale"],
+        asked=settings["asked"],
+        guidance=settings["guidance"],
+        model=str(model),
+        index=None if index is None else str(index),
+        dataset_hash=loaded.manifest.get("dataset_hash"),
+        index_features=None if reference is None else reference.features.describe()["name"],
+        index_dataset_hash=None if reference is None else reference.dataset_hash,
+        seconds=seconds,
+        seconds_per_sample=seconds / run.count,
+        peak_memory_bytes=pc.max(records["peak_memory_bytes"]).as_py(),
+        trace_summary=summary,
+    )
+    line = f"{run.folder}: {run.count} samples, {seconds / run.count:.3f} s each"
+    if summary is not None and settings["guidance"]["mitigation"] in WITH_AMG:
+        line += f"; AMG acted on {summary['active_samples']:.1%} of them"
+    say(line)
+
+
+def _trace_summary(
+    run: SampleRun, records: pa.Table, index: ReferenceIndex
+) -> dict[str, float | int | None]:
+    conditions = dict(
+        zip(records["index"].to_pylist(), records["condition"].to_pylist(), strict=True)
+    )
+    asked = run.settings["asked"]
+    if asked and isinstance(asked[0], str):
+        known = index.captions
+    else:
+        known = None if index.labels is None else index.labels.tolist()
+    labels = None if known is None else dict(zip(index.keys, known, strict=True))
+    return trace_summary(sorted(run.folder.glob("trace-*.parquet")), conditions, labels)

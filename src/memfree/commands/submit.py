@@ -1,0 +1,426 @@
+"""Command `memfree submit COMMAND`: the command's own options, and those of its job."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse.typing import PositiveInt
+from submitit.core.utils import FailedJobError
+from submitit.helpers import clean_env
+from submitit.slurm.slurm import SlurmExecutor
+
+from memfree.cli.entry import COMMANDS, SCRIPTS, as_options, load, parser_of, refuse_other_study
+from memfree.cli.errors import did_you_mean, option_message, options_of
+from memfree.cli.stages import Stage
+from memfree.folders.atomic import write_text
+from memfree.folders.lock import ALL
+from memfree.folders.untrusted import check_config_files, check_no_further_files
+from memfree.slurm.launcher import is_launchers, launched
+from memfree.slurm.requeue import DEFAULT_SIGNAL_SECONDS, SIGNAL_SECONDS
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+_TIME = re.compile(r"\d+|\d+:\d\d|\d+:\d\d:\d\d|\d+-\d+(:\d\d){0,2}")
+_NO_LIGHTNING = ("bash", "interactive")
+
+
+@dataclass(frozen=True)
+class SlurmOptions:
+    """What a job asks SLURM for; names are those of ``sbatch``."""
+
+    partition: str | None = None
+    """Partition, or several separated by commas; the cluster's default otherwise."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    nodes: PositiveInt = 1
+    """Machines."""
+    gpus_per_node: PositiveInt | None = None
+    """GPUs of each machine; each has a task, a process, of its own."""
+    tasks_per_node: PositiveInt | None = None
+    """Processes on each machine; by default one a GPU, or one."""
+    cpus_per_task: PositiveInt | None = None
+    """CPU cores of each process: its own one and those of its data workers."""
+    mem: str | None = None
+    """Memory of each machine, as 64G."""
+    time: str | None = None
+    """Time limit: minutes, hours:minutes:seconds or days-hours:minutes:seconds (in quotes in YAML);
+    by default the partition's. A job that reaches it is requeued and goes on; prepare, evaluate,
+    audit, tune and train-... begin again when they are stopped, and need a limit that suffices."""
+    signal_seconds: PositiveInt = DEFAULT_SIGNAL_SECONDS
+    """Seconds before the time limit, or before preemption where the cluster allows, at which the
+    job is warned, saves and is requeued; SLURM is exact to half a minute."""
+    array: PositiveInt = 1
+    """Jobs that share the command's work out: sample, index of a network, or study. Each does its
+    --part of it; the one that comes last finishes the folder."""
+    array_parallelism: PositiveInt = 256
+    """Jobs of an array that may run at the same time."""
+    requeue: bool = True
+    """Whether the job goes back into the queue when it is preempted or its machine fails."""
+    constraint: str | None = None
+    """Features that a machine must have."""
+    exclude: str | None = None
+    """Machines not to run on."""
+    job_name: str | None = None
+    """Name in the queue; by default memfree and the command."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before the command, as [module load cuda]."""
+    extra: dict[str, str] = field(default_factory=dict)
+    """Any other option of sbatch by its name, as {gres: gpu:a100:4}."""
+    logs: Path = Path("runs/slurm")
+    """Folder for the logs, one folder a job; on a disk that all machines see."""
+
+    def __post_init__(self) -> None:
+        if self.time is not None and not _TIME.fullmatch(self.time):
+            raise ValueError(
+                f"--slurm.time {self.time}: give minutes, hours:minutes:seconds or "
+                "days-hours:minutes:seconds (in quotes in YAML)"
+            )
+        if self.job_name in _NO_LIGHTNING:
+            raise ValueError(
+                f"--slurm.job_name {self.job_name}: Lightning takes a job of that name for an "
+                "interactive shell; choose another"
+            )
+        if "%" in str(self.logs):
+            raise ValueError(f"--slurm.logs {self.logs}: name a folder without %")
+
+    @property
+    def tasks(self) -> int:
+        """Processes on each machine."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    def parameters(self, command: str) -> dict[str, object]:
+        """The options as submitit takes them; what it does not know goes to sbatch as it is."""
+        known = {
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "nodes": self.nodes,
+            "gpus_per_node": self.gpus_per_node,
+            "ntasks_per_node": self.tasks,
+            "cpus_per_task": self.cpus_per_task,
+            "array_parallelism": self.array_parallelism,
+            "constraint": self.constraint,
+            "exclude": self.exclude,
+            "job_name": self.job_name or f"memfree-{command}",
+            "setup": self._setup(),
+        }
+        rest = {
+            # USR2, its default, is taken by submitit itself.
+            "signal": f"USR1@{self.signal_seconds}",
+            "requeue" if self.requeue else "no-requeue": True,
+            "time": self.time,
+            "mem": self.mem,
+            **self.extra,
+        }
+        return {
+            **{name: value for name, value in known.items() if value is not None},
+            # Else submitit asks for five minutes, and for a key that some clusters refuse.
+            "time": None,
+            "wckey": None,
+            "stderr_to_stdout": True,
+            "additional_parameters": {
+                name: value for name, value in rest.items() if value is not None
+            },
+        }
+
+    def _setup(self) -> list[str]:
+        # Since SLURM 22.05 srun does not take it from the job.
+        warned = f"export {SIGNAL_SECONDS}={self.signal_seconds}"
+        cores = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if self.cpus_per_task else []
+        return [warned, *cores, *self.setup]
+
+
+_SAYS_WHERE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_UMASK")
+"""Variables by which SLURM's commands find SLURM, inside a job and elsewhere."""
+_DEVICES = (
+    "CUDA_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "GPU_DEVICE_ORDINAL",
+    "ZE_AFFINITY_MASK",
+)
+"""Variables by which SLURM gives a job its GPUs."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One command with its whole configuration, and what its job asks for.
+
+    The configuration is written beside the logs, and the job reads it from there: what the files of
+    the command line become later does not change a job that waits or starts again.
+    """
+
+    command: str
+    """``train``, ``sample``, or a verb of ``memfree``."""
+    configuration: str
+    """All its options, as YAML."""
+    slurm: SlurmOptions
+
+    @property
+    def path(self) -> Path:
+        """Where the configuration is written; the same one has the same name."""
+        digest = hashlib.sha256(self.configuration.encode()).hexdigest()[:8]
+        return self.slurm.logs.absolute() / f"{self.command}-{digest}.yaml"
+
+    @property
+    def stage(self) -> Stage:
+        """The command as each task of the job runs it."""
+        return Stage(self.command, {"config": self.path})
+
+    @property
+    def parts(self) -> list[str]:
+        """What each job of an array is told by --part; a job by itself is told nothing."""
+        of = int(self.slurm.array)
+        return [f"{number}/{of}" for number in range(1, of + 1)] if of > 1 else []
+
+    def script(self) -> str:
+        """The batch script."""
+        executor = _executor(_Unsubmitted, self.command, self.slurm)
+        if self.parts:
+            executor.parameters["map_count"] = len(self.parts)  # as submitit's own submission does
+        return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+    def submit(self) -> str:
+        """Submit the job, or the array of jobs; its number.
+
+        Raises:
+            ValueError: there is no SLURM here, or it refuses the job.
+            OSError: the folder of the logs cannot be written.
+        """
+        if SlurmExecutor.affinity() < 0:
+            raise ValueError(
+                "there is no SLURM here (no command srun): submit on a machine of the cluster"
+            )
+        write_text(self.path, self.configuration)
+        executor = _executor(SlurmExecutor, self.command, self.slurm)
+        # submitit pickles the name of this function and the strings, nothing of ours else.
+        words = self.command, str(self.path), os.getcwd()
+        try:
+            with outside_of_job():
+                if self.parts:
+                    every = zip(*((*words, part) for part in self.parts), strict=True)
+                    job = executor.map_array(run_in_job, *every)[0]
+                else:
+                    job = executor.submit(run_in_job, *words)
+        except FailedJobError as error:
+            raise ValueError(f"SLURM refused the job: {_reason(error)}") from error
+        return str(job.job_id).split("_")[0]
+
+    def log(self, number: str) -> Path:
+        """What the first task of the job writes, of an array its first job's."""
+        job = f"{number}_0" if self.parts else number
+        return self.slurm.logs / job / f"{job}_0_log.out"
+
+
+@contextmanager
+def outside_of_job() -> Iterator[None]:
+    """Inside a job, hide what SLURM has said to that one from sbatch, which would pass it on.
+
+    The new job would have its CPU binding, its memory a CPU or its devices beside its own. What a
+    user says to sbatch is kept: where SLURM is, and the options of SBATCH_*.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    users = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _SAYS_WHERE or (name.startswith("SBATCH_") and "_BIND" not in name)
+    }
+    of_this_job = [name for name in os.environ if is_launchers(name)]
+    with clean_env([*of_this_job, *_DEVICES]):
+        os.environ.update(users)
+        yield
+
+
+class _Unsubmitted(SlurmExecutor):
+    """Writes scripts only, also where there is no SLURM."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
+def run_in_job(command: str, configuration: str, folder: str, part: str | None = None) -> None:
+    """Run a command, or a part of it, in a job, in the folder where it was submitted.
+
+    Raises:
+        SystemExit: with the exit status of a command that has another than 0.
+    """
+    os.chdir(folder)
+    options = {"config": configuration} | ({} if part is None else {"part": part})
+    status = Stage(command, options).run()
+    if isinstance(status, int) and status != 0:
+        raise SystemExit(status)  # submitit lets it through, and SLURM keeps it
+
+
+def _executor(kind: type[SlurmExecutor], command: str, slurm: SlurmOptions) -> SlurmExecutor:
+    executor = kind(slurm.logs.absolute() / "%j")
+    executor.update_parameters(**slurm.parameters(command))
+    return executor
+
+
+def _reason(error: Exception) -> str:
+    """The last thing that sbatch said."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"^sbatch: (error|fatal): ", "", lines[-1]) if lines else "sbatch failed"
+
+
+_ONE_PROCESS = {"demo", "study", "text-study"}
+OVERVIEW = """usage: memfree submit COMMAND [options of the command] [--slurm.OPTION VALUE ...]
+
+Submit a command as a SLURM job: train, sample, or another command of memfree. Its options are
+checked at once; the job runs it in this folder with this interpreter, one process a GPU.
+
+  --slurm.nodes, --slurm.gpus_per_node, --slurm.time, ...  what the job asks for
+  --slurm.array 8                                          eight jobs share sample, index or study
+  --config configs/slurm/multi_node.yaml                   the same from a file
+  --dry_run true                                           print the batch script only
+
+memfree submit COMMAND --help explains all options."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Submit what the words after ``memfree submit`` say, and print how to follow it.
+
+    Raises:
+        ValueError: an option is wrong, options contradict each other, or SLURM refuses the job.
+        OSError: the folder of the logs cannot be written.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(OVERVIEW)
+        return
+    launch = launched()
+    if launch.several:
+        raise ValueError(f"memfree submit: {launch.started}; submit once, from a single process")
+    command, *rest = arguments
+    known = {**SCRIPTS, **COMMANDS}
+    if command not in known:
+        raise ValueError(
+            f"memfree submit: unknown command {command!r}{did_you_mean(command, list(known))}; "
+            f"commands are {', '.join(known)}"
+        )
+    submission, dry_run = submission_of(command, rest)
+    slurm = submission.slurm
+    if dry_run:
+        print(submission.script())
+        print(f"# every task runs: {submission.stage.line()}")
+        if submission.parts:
+            print(f"# with --part {submission.parts[0]} to {submission.parts[-1]}, one a job")
+        print("# with this configuration:")
+        print("\n".join(f"#   {line}" for line in submission.configuration.splitlines()))
+        return
+    number = submission.submit()
+    tasks = f"{slurm.nodes} x {slurm.tasks} tasks" if slurm.nodes * slurm.tasks > 1 else "one task"
+    jobs = f"an array of {slurm.array} jobs, each of " if submission.parts else ""
+    print(f"submitted job {number}: {command}, {jobs}{tasks}")
+    print(f"  its state:  squeue --jobs {number}")
+    print(f"  its log:    tail --retry -F {submission.log(number)}")
+    print(f"  to end it:  scancel {number}")
+    if submission.parts:
+        print(
+            f"  one again:  the same command with --part 1/{slurm.array} instead of --slurm.array"
+        )
+
+
+def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, bool]:
+    """What the command line of a command asks for, and whether it is only to be shown.
+
+    Raises:
+        ValueError: an option is wrong, or options contradict each other.
+    """
+    known = {**SCRIPTS, **COMMANDS}[command]
+    function = load(known)
+    given = as_options(arguments, known.positional)
+    check_config_files(given)
+    refuse_other_study(command, given)
+    parser = parser_of(function, f"memfree submit {command}")
+    parser.add_argument("--slurm", type=SlurmOptions, default=SlurmOptions())
+    own_dry_run = "--dry_run" in options_of(parser)  # a study's, which here means the job's
+    if not own_dry_run:
+        parser.add_argument(
+            "--dry_run", type=bool, default=False, help="Whether the batch script is only printed."
+        )
+    check_no_further_files(given, list(parser.groups or {}))
+    config = _parsed(parser, given)
+    # The functions' own classes check what no type says.
+    slurm: SlurmOptions = parser.instantiate(config).slurm
+    dry_run = config.pop("dry_run")
+    if own_dry_run:
+        config["dry_run"] = False
+    config.pop("slurm")
+    _check_array(parser, command, config, slurm)
+    _set_devices(parser, config, given, command, slurm)
+    own = parser_of(function, command)
+    # With what is null: it need not be the default.
+    return Submission(command, own.dump(config, skip_unset=False), slurm), dry_run
+
+
+def _parsed(parser: ArgumentParser, arguments: list[str], **options: Any) -> Namespace:
+    try:
+        return parser.parse_args(arguments, **options)
+    except argparse.ArgumentError as error:
+        raise ValueError(option_message(str(error), parser)) from error
+
+
+def _check_array(
+    parser: ArgumentParser, command: str, config: Namespace, slurm: SlurmOptions
+) -> None:
+    """Refuse an array of what has no parts, or of a part.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if slurm.array == 1:
+        return
+    option = f"--slurm.array {slurm.array}"
+    if "--part" not in options_of(parser):
+        raise ValueError(f"{option}: {command} has no parts; arrays are for sample, index, study")
+    if config.part != ALL:
+        raise ValueError(f"{option} gives each job its part: leave --part {config.part} out")
+    if command == "index" and config.features == "pixels":
+        raise ValueError(f"{option}: an index of pixels has no parts; give --features of a network")
+
+
+def _set_devices(
+    parser: ArgumentParser,
+    config: Namespace,
+    arguments: list[str],
+    command: str,
+    slurm: SlurmOptions,
+) -> None:
+    """Let the command use the processes of the job; what the user has given must be the same."""
+    # Plain numbers: the configuration is written as YAML.
+    wanted = {"devices": int(slurm.tasks), "num_nodes": int(slurm.nodes)}
+    sources = {
+        "devices": "--slurm.tasks_per_node" if slurm.tasks_per_node else "--slurm.gpus_per_node",
+        "num_nodes": "--slurm.nodes",
+    }
+    has_devices = "trainer.devices" in config and command not in _ONE_PROCESS
+    if not has_devices:
+        for name, number in wanted.items():
+            if number > 1:
+                raise ValueError(
+                    f"{sources[name]} {number}: {command} is one process; give "
+                    + ("--slurm.tasks_per_node 1" if name == "devices" else "--slurm.nodes 1")
+                )
+        return
+    given = _parsed(parser, arguments, defaults=False)
+    for name, number in wanted.items():
+        option = f"trainer.{name}"
+        if option in given and str(given[option]) not in (str(number), "auto"):
+            raise ValueError(
+                f"--{option} {given[option]} contradicts {sources[name]} {number}: "
+                f"leave --{option} out"
+            )
+        config[option] = number

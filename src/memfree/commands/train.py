@@ -1,0 +1,324 @@
+"""Trains a model on a dataset folder: the function behind train.py."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from memfree.console import counted, quiet, say
+from memfree.data.options import DataOptions
+from memfree.folders.atomic import put_in_place, unfinished
+from memfree.models import FineTuneOptions, ModelOptions
+from memfree.models.options import LoggerName
+
+TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from memfree.data import ShardDataModule
+    from memfree.models import DiffusionModule
+
+_log = logging.getLogger(__name__)
+ADVICE = (
+    # Reading is a small part of a step here, and small sets are read without workers.
+    ".*does not have many workers.*",
+    "Checkpoint directory .* exists and is not empty.*",
+    ".*smaller than the logging interval.*",
+)
+"""Lightning's warnings that do not apply."""
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """How long, on what and with which records of it; names are those of Lightning's Trainer."""
+
+    max_steps: int = 1500
+    """Optimizer steps in all; -1: as many as max_epochs needs."""
+    max_epochs: int = -1
+    """Epochs in all; -1: as many as max_steps needs."""
+    accelerator: str = "auto"
+    """Kind of device: auto, cpu, gpu, mps, ..."""
+    devices: int | str = "auto"
+    """Number of devices of a node, a list such as 0,1, or auto."""
+    num_nodes: PositiveInt = 1
+    """Number of machines."""
+    strategy: str = "auto"
+    """How several devices work together: auto, ddp, ..."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """Arithmetic of the network; auto: bf16-mixed on GPUs that have it, else 32-true."""
+    accumulate_grad_batches: PositiveInt = 1
+    """Batches whose gradients are added up for one optimizer step; at most those of an epoch, and
+    the last step of an epoch takes what is left of it."""
+    gradient_clip_val: NonNegativeFloat = 1.0
+    """Largest norm of the gradient; 0: not clipped."""
+    log_every_n_steps: PositiveInt = 50
+    """Optimizer steps between two records of the loss."""
+    logger: LoggerName = "csv"
+    """Where the loss is recorded, below out/logs: csv, tensorboard, wandb (Weights & Biases;
+    WANDB_MODE=offline: without a network) or none."""
+    checkpoint_every_n_steps: PositiveInt = 500
+    """Optimizer steps between two checkpoints; only the newest is kept."""
+    sample_grid_every_n_steps: NonNegativeInt = 500
+    """Optimizer steps between two sample grids from fixed noise; 0: none."""
+    enable_progress_bar: bool = True
+    """Whether a progress bar with the loss is shown."""
+
+
+def train(
+    data: DataOptions,
+    out: Path,
+    model: ModelOptions,
+    trainer: TrainerOptions,
+    seed: NonNegativeInt = 0,
+    overwrite: bool = False,
+) -> None:
+    """Train a diffusion model and save it as a diffusers folder.
+
+    The same command again resumes from the newest checkpoint, or does nothing where the model is
+    finished. A folder that holds another model is refused. SIGTERM saves a checkpoint and ends the
+    training after the optimizer step (of several GPUs: after every fifth); a SLURM job that is
+    warned of its end is requeued as well.
+
+    Args:
+        data: The dataset folder and how its records are read.
+        out: Model folder to write: checkpoints, logs, sample grids, and at the end diffusers/
+            (averaged weights), lora/ (adapters, if those were trained) and manifest.json.
+        model: The model and how its weights are found.
+        trainer: How long, on what and with which records of it.
+        seed: Seed of the weights and of all noise in training.
+        overwrite: Whether a model of another data set or configuration in out is deleted.
+
+    Raises:
+        ValueError: options that do not fit, a folder that holds another model, or a loss that is
+            no longer finite.
+        OSError: a folder that cannot be read or written.
+    """
+    from memfree.data import ShardDataModule
+    from memfree.models import export_model
+    from memfree.models.text_to_image import TextToImageModule
+    from memfree.out_of_memory import explained_memory
+    from memfree.training import FiniteTraining
+    from memfree.training.callbacks import NotFiniteError, averaged_module
+    from memfree.training.checkpoints import AtomicCheckpointIO
+    from memfree.training.claim import EXPOSURES, LORA, Beginning, claim
+    from memfree.training.loggers import LossRecord, check_logger, finish
+    from memfree.training.trainer import build_trainer
+
+    records = ShardDataModule(**vars(data))
+    _check_length(trainer)
+    # Not devices: a run may go on with another number of them.
+    stepping = {
+        "precision": _precision(trainer),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+    }
+    module = _module(model, records, seed, stepping)
+    limits = trainer.max_steps, trainer.max_epochs
+    claimed = claim(out, module.identity(), records.batch_size, *limits, overwrite)
+    if claimed.found == "finished":
+        say(f"{out} is already trained as asked")
+        return
+    losses = LossRecord(trainer.log_every_n_steps)
+    check_logger(trainer.logger)
+    with quiet(*ADVICE):
+        fit = build_trainer(
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            strategy=trainer.strategy,
+            precision=stepping["precision"],
+            max_steps=trainer.max_steps,
+            max_epochs=trainer.max_epochs,
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            gradient_clip_val=trainer.gradient_clip_val or None,
+            log_every_n_steps=trainer.log_every_n_steps,
+            logger=False,  # Beginning sets it, where the folder is this training's
+            callbacks=[
+                Beginning(out, claimed, trainer.logger),
+                FiniteTraining(trainer.log_every_n_steps),
+                losses,
+                *_callbacks(out, model, trainer, seed),
+            ],
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=out,
+            enable_progress_bar=trainer.enable_progress_bar,
+            enable_model_summary=False,
+            # The records module shares the records out among the ranks itself.
+            use_distributed_sampler=False,
+        )
+        batches = records.batches(fit.world_size)
+        rest = _rest_of_epoch(trainer.accumulate_grad_batches, batches)
+        if rest and fit.is_global_zero:
+            _log.warning(
+                "the last step of an epoch adds up %d of its %d batches, not %d",
+                *(rest, batches, trainer.accumulate_grad_batches),
+            )
+        try:
+            with explained_memory("training", _less_memory(records, model, trainer)):
+                fit.fit(module, datamodule=records, ckpt_path=claimed.checkpoint, weights_only=True)
+        except NotFiniteError:
+            # All ranks come to the same end: one line for the user.
+            if fit.is_global_zero:
+                raise
+            raise SystemExit(2) from None
+    finish(fit.logger)
+    skipped = records.skipped_on_all_ranks().counts()
+    left_out = records.left_out_on_all_ranks()
+    if fit.is_global_zero:
+        averaged = averaged_module(fit, module)
+        if isinstance(averaged, TextToImageModule) and model.finetune.lora_rank:
+            with unfinished(out / LORA) as partial:
+                averaged.save_adapters(partial)
+                put_in_place(partial, out / LORA, overwrite=True)
+        export_model(
+            out,
+            averaged.pipeline(),
+            seed,
+            image_shape=list(module.image_shape),
+            **module.facts(),
+            dataset=records.path,
+            dataset_hash=records.dataset_hash,
+            batch_size=records.batch_size,
+            devices=fit.world_size,
+            **stepping,
+            steps=fit.global_step,
+            epochs=_whole_epochs(fit, losses.epoch),
+            identity=module.identity(),
+            exposures=_exposure_summary(out / EXPOSURES),
+            skipped=skipped,
+            **({"left_out": left_out.counts()} if left_out else {}),
+        )
+        loss = losses.last()
+        say(
+            f"{out}: trained {counted(fit.global_step, 'step')}"
+            + ("" if loss is None else f", loss {loss:.3g}")
+        )
+    fit.strategy.barrier()
+
+
+def _whole_epochs(fit: pl.Trainer, last: int) -> int:
+    """Epochs trained to their end; Lightning counts the one in which max_steps falls as whole."""
+    batches = fit.fit_loop.epoch_loop.batch_progress.current.ready
+    return last + (1 if batches >= fit.num_training_batches else 0)
+
+
+def _module(
+    model: ModelOptions, data: ShardDataModule, seed: int, stepping: dict[str, Any]
+) -> DiffusionModule:
+    """A pixel model from nothing, or a pretrained text-to-image pipeline to fine-tune."""
+    from memfree.models import DDPMModule
+    from memfree.models.text_pipeline import load_pipeline
+    from memfree.models.text_to_image import TextToImageModule
+
+    read = data.identity()
+    if model.pretrained is None:
+        default = FineTuneOptions()
+        for option in fields(default):
+            if getattr(model.finetune, option.name) != getattr(default, option.name):
+                raise ValueError(f"--model.finetune.{option.name} needs --model.pretrained")
+        return DDPMModule(model, data.image_shape, data.num_classes, seed, read, stepping)
+    if model.class_conditional:
+        raise ValueError("--model.class_conditional is for pixel models, not --model.pretrained")
+    if data.folder is not None and not data.folder.manifest.get("captions"):
+        raise ValueError(
+            f"--data.path {data.path} has no captions, which --model.pretrained is trained with: "
+            "prepare captioned images"
+        )
+    try:
+        pipe = load_pipeline(model.pretrained)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--model.pretrained: {error}") from error
+    return TextToImageModule(model, pipe, data.image_shape, seed, read, stepping)
+
+
+def _less_memory(data: ShardDataModule, model: ModelOptions, options: TrainerOptions) -> list[str]:
+    """What lowers the memory of this training, the best first."""
+    ways = []
+    if data.batch_size > 1:
+        ways.append(
+            f"a smaller --data.batch_size (now {data.batch_size}) with a larger "
+            f"--trainer.accumulate_grad_batches (now {options.accumulate_grad_batches})"
+        )
+    if model.pretrained is not None and not model.finetune.gradient_checkpointing:
+        ways.append("--model.finetune.gradient_checkpointing true")
+    if _precision(options) == "32-true":
+        ways.append("--trainer.precision bf16-mixed")
+    if model.finetune.cache:
+        ways.append("--model.finetune.cache false")
+    if model.ema_decay:
+        ways.append("--model.ema_decay 0")
+    if model.pretrained is not None and not model.finetune.lora_rank:
+        ways.append("--model.finetune.lora_rank 16")
+    return ways
+
+
+def _check_length(options: TrainerOptions) -> None:
+    for name in ("max_steps", "max_epochs"):
+        value = getattr(options, name)
+        if value < -1 or value == 0:
+            raise ValueError(f"--trainer.{name} {value}: give 1 or more, or -1 for no such limit")
+    if options.max_steps == options.max_epochs == -1:
+        raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
+
+
+def _rest_of_epoch(accumulated: int, batches: int) -> int:
+    """Batches of the last step of an epoch where they are fewer: Lightning ends it there.
+
+    Raises:
+        ValueError: an epoch has not even the batches of one step.
+    """
+    if accumulated > batches:
+        raise ValueError(
+            f"--trainer.accumulate_grad_batches {accumulated}: an epoch has only "
+            f"{counted(batches, 'batch', 'batches')}, and a step ends with it; give {batches} or "
+            "fewer, or a smaller --data.batch_size"
+        )
+    return batches % accumulated
+
+
+def _precision(options: TrainerOptions) -> Any:
+    import torch
+
+    if options.precision != "auto":
+        return options.precision
+    on_gpu = options.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _callbacks(
+    out: Path, model: ModelOptions, options: TrainerOptions, seed: int
+) -> list[pl.Callback]:
+    from memfree.training import ExponentialMovingAverage, ExposureCounter, SampleGrid
+    from memfree.training.checkpoints import Checkpoints, Preemption
+    from memfree.training.claim import CHECKPOINTS, GRIDS
+    from memfree.training.progress import StepProgress
+
+    callbacks: list[pl.Callback] = [
+        ExposureCounter(str(out)),
+        Checkpoints(out / CHECKPOINTS, options.checkpoint_every_n_steps),
+    ]
+    if model.ema_decay:
+        callbacks.append(ExponentialMovingAverage(model.ema_decay))
+    if options.sample_grid_every_n_steps:
+        callbacks.append(SampleGrid(out / GRIDS, options.sample_grid_every_n_steps, seed=seed))
+    if options.enable_progress_bar:
+        callbacks.append(StepProgress())
+    # After all that a checkpoint holds, which it may save.
+    return [*callbacks, Preemption()]
+
+
+def _exposure_summary(path: Path) -> dict[str, Any]:
+    """How often the images of a training were seen, in a few numbers."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    exposures = pq.read_table(path, columns=["exposures"])["exposures"]
+    return {
+        "total": pc.sum(exposures).as_py(),
+        "images_seen": pc.sum(pc.greater(exposures, 0)).as_py(),
+        "largest": pc.max(exposures).as_py(),
+    }

@@ -1,0 +1,200 @@
+"""File names of pictures and records: keys, suffixes, and what of a folder is read."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from memfree.data.skipped import LeftOut, Skipped
+from memfree.folders.untrusted import short
+
+SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
+"""File name endings of the formats that are read (PNG, JPEG, WEBP), lower case."""
+OTHER_PICTURES = (
+    *(".avif", ".avifs", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jxl"),
+    *(".jpx", ".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".qoi", ".svg", ".tga", ".tif"),
+    *(".tiff", ".arw", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".nef", ".orf", ".raf", ".rw2"),
+)
+"""File name endings of pictures in other formats, lower case."""
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+"""File name endings of shards, lower case."""
+MAX_NAME = 4096
+"""Longest name of a record, characters: the longest path of most systems."""
+
+
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+_FIRST_DOT = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+
+
+def is_tar(name: str) -> bool:
+    """Whether a file of this name is a shard: ``.tar``, packed or not."""
+    return name.lower().endswith(TAR_SUFFIXES)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a relative path is that of a hidden file, or lies in a hidden or system folder.
+
+    Such as ``.ipynb_checkpoints/a.png``, ``__MACOSX/a.png`` and ``._a.png``: thumbnails and
+    copies that no one put there.
+    """
+    return any(
+        part in _SYSTEM_FOLDERS or (part.startswith(".") and part not in (".", ".."))
+        for part in name.split("/")
+    )
+
+
+def split_name(name: str, key_ends: Literal["first_dot", "last_dot"]) -> tuple[str, str]:
+    """Key and suffix of a member of a shard; the suffix is lower case and has no leading dot.
+
+    Args:
+        name: of the member, with its folders, which are a part of the key: ``a/k.jpg`` and
+            ``b/k.jpg`` are two records.
+        key_ends: ``first_dot`` of the base name is WebDataset's rule: ``k.seg.png`` is the part
+            ``seg.png`` of sample ``k``. With ``last_dot`` it is the picture of record ``k.seg``.
+
+    Returns:
+        (key, suffix); the suffix is empty where the name has no extension.
+    """
+    if key_ends == "first_dot":
+        match = _FIRST_DOT.fullmatch(name)
+        return (match[1], match[2].lower()) if match else (name, "")
+    suffix = PurePosixPath(name).suffix
+    return (name.removesuffix(suffix), suffix[1:].lower()) if suffix else (name, "")
+
+
+def problem_with(name: str) -> str | None:
+    """Why a name can be no key, as the end of a sentence that begins with "its name"; else None.
+
+    Spaces, joiners and letters of any kind are fine; what would break a line, move a terminal's
+    cursor or cannot be written as UTF-8 is not.
+    """
+    if name.startswith("/"):
+        return "is absolute"
+    if ".." in name.split("/"):
+        return "climbs with .."
+    if len(name) > MAX_NAME:
+        return f"has {len(name)} characters, the limit is {MAX_NAME}"
+    if any(unicodedata.category(character) == "Cs" for character in name):
+        return "is not UTF-8"
+    return None if is_text(name) else "has control characters"
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold a text, on one line and without a terminal's commands."""
+    return not {unicodedata.category(character) for character in text} & {"Cc", "Cs", "Zl", "Zp"}
+
+
+def shard_labels(shards: Sequence[str]) -> list[str]:
+    """What the records of each shard are called by: ``00000`` for ``x/00000.tar``.
+
+    Shards that would share that are told apart by more of their names, then by their folders.
+    """
+    labels = [Path(shard).name.split(".")[0] for shard in shards]
+    for level in range(1, 2 + max((len(Path(shard).parts) for shard in shards), default=0)):
+        taken: dict[str, set[str]] = {}
+        for label, shard in zip(labels, shards, strict=True):
+            taken.setdefault(label, set()).add(shard)
+        if all(len(those) == 1 for those in taken.values()):
+            break
+        labels = [
+            label if len(taken[label]) == 1 else _longer(shard, level)
+            for label, shard in zip(labels, shards, strict=True)
+        ]
+    return labels
+
+
+def _longer(shard: str, level: int) -> str:
+    """The last ``level`` parts of a shard's path without the ending of a tar, at last all of it."""
+    if level > len(Path(shard).parts):
+        return shard
+    name = "/".join(Path(shard).parts[-level:])
+    ends = [suffix for suffix in TAR_SUFFIXES if name.lower().endswith(suffix)]
+    return name[: -len(max(ends, key=len))] if ends else name
+
+
+def files_below(
+    folder: Path, left_out: LeftOut, skipped: Skipped | None = None, hidden: bool = False
+) -> list[Path]:
+    """Everything below a folder but folders, sorted; links are followed, into folders too.
+
+    Broken links and special files are in the list as well: :func:`problem_with_file` tells.
+
+    Args:
+        folder: where to look.
+        left_out: takes hidden files and folders, links that lead back to a folder they are in,
+            and empty folders.
+        skipped: takes folders that cannot be listed, instead of an error.
+        hidden: hidden files and folders are in the list too.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    note = left_out.at(str(folder))
+    files: list[Path] = []
+    waiting: list[tuple[Path, str, tuple[tuple[int, int], ...]]] = [(folder, "", ())]
+    while waiting:
+        place, relative, within = waiting.pop()
+        try:
+            found = os.stat(place)
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError as error:
+            if skipped is None:
+                raise
+            skipped.record(f"{place}: {error.strerror or error}")
+            continue
+        identity = (found.st_dev, found.st_ino)
+        if identity in within:
+            note(f"{relative}: a link back to a folder that it is in")
+            continue
+        if not entries and relative:
+            note(f"{relative}/: an empty folder")
+        for entry in entries:
+            name = f"{relative}/{entry.name}" if relative else entry.name
+            if is_hidden(entry.name) and not hidden:
+                note(f"{name}{'/' if _is_folder(entry) else ''}: hidden")
+            elif _is_folder(entry):
+                waiting.append((Path(entry.path), name, (*within, identity)))
+            else:
+                files.append(Path(entry.path))
+    return sorted(files)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle of links
+        return False
+
+
+def problem_with_file(file: Path) -> str | None:
+    """Why a path is no file that can be read from front to end, None where it is one."""
+    try:
+        mode = os.stat(file).st_mode
+    except FileNotFoundError:
+        return "a broken link" if file.is_symlink() else "no such file"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if stat.S_ISREG(mode) else "not a plain file"
+
+
+def read_bytes(file: Path, limit: int) -> bytes:
+    """The content of a file of a stranger.
+
+    Raises:
+        ValueError: it is not a plain file, or is too large; the message begins with its name.
+        OSError: it cannot be read, which the operating system says without the name.
+    """
+    name = short(file, 1000)
+    if problem := problem_with_file(file):
+        raise ValueError(f"{name}: {problem}")
+    try:
+        if os.stat(file).st_size > limit:
+            raise ValueError(f"{name}: more than the limit of {limit} bytes")
+        return file.read_bytes()
+    except OSError as error:
+        raise OSError(f"{name}: {error.strerror or error}") from error

@@ -1,0 +1,462 @@
+"""Foreign WebDataset tars, read with limits, with named errors, and nothing left out in silence."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+from webdataset.gopen import gopen
+
+from memfree.data.file_names import (
+    is_hidden,
+    is_tar,
+    problem_with,
+    problem_with_file,
+    shard_labels,
+    split_name,
+)
+from memfree.data.options import RecordOptions
+from memfree.data.skipped import LeftOut, Skipped
+from memfree.data.tar_record import MAX_TEXT_BYTES, TEXTS, Member, TarRecord, is_wanted, record_of
+from memfree.folders.untrusted import short
+from memfree.images import MAX_IMAGE_BYTES
+
+MAX_MEMBER_BYTES = 8 << 30
+"""Largest member of any kind, bytes: what a tar without extensions can say."""
+UNPACKED_FREE, UNPACKED_RATIO = 64 << 20, 200
+"""A file may unpack to so many bytes, and so many times its own size."""
+
+_DEFAULT_OPTIONS = RecordOptions()
+_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # gzip, bzip2, xz: cannot be read in any order
+_PADDING = 1 << 20  # bytes after an archive's end that are looked at
+_SCHEME = r"([A-Za-z][A-Za-z0-9+.-]+):"
+_SCHEMES = ("http", "https", "s3", "gs", "hf")
+_EXTENSIONS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_TAR_ERRORS = (
+    tarfile.TarError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+    zlib.error,
+    lzma.LZMAError,
+)
+_HEADER_ERRORS = (
+    tarfile.EmptyHeaderError,  # type: ignore[attr-defined]
+    tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
+    tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
+)
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Header whose damage is an error: tarfile itself takes it for the archive's end."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENSIONS and header.size > MAX_TEXT_BYTES:  # tarfile would read it all
+            raise OSError(f"extended header of {header.size} bytes")
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        try:
+            header = super().fromtarfile(tarfile)
+        except _HEADER_ERRORS as error:
+            raise OSError("truncated or damaged archive") from error
+        if not 0 <= header.size <= MAX_MEMBER_BYTES:  # tarfile would skip it in tiny steps
+            raise OSError(f"damaged archive: member of {header.size} bytes")
+        return header
+
+
+def expand_shards(
+    pattern: str, skipped: Skipped | None = None, left_out: LeftOut | None = None
+) -> list[str]:
+    """Shards that a path or pattern names, sorted.
+
+    Args:
+        pattern: a folder of tars, one file, a glob, or addresses
+            (``https://host/{00000..00099}.tar``; also s3, gs, hf), braces expanded.
+        skipped: takes what braces name and is not there, instead of an error. Addresses are not
+            looked up.
+        left_out: takes what lies beside the tars in a folder, or matches a glob, and is no tar.
+
+    Raises:
+        FileNotFoundError: nothing matches, or some of what the braces name is not there.
+        ValueError: an address that would run a command or is of an unknown kind.
+    """
+    found: list[str] = []
+    absent: list[str] = []
+    others: list[str] = []
+    items = list(braceexpand.braceexpand(pattern))
+    for item in items:
+        if _is_address(item):
+            found.append(item)
+            continue
+        if re.match(_SCHEME, item):
+            raise ValueError(f"{item!r} is no shard address; use a path or {', '.join(_SCHEMES)}")
+        tars, broken, rest = _local_shards(item)
+        found += tars
+        others += rest
+        absent += broken or ([] if tars else [item])
+    if not found:
+        beside = f"; beside others, {short(others[0])}" if others else ""
+        raise FileNotFoundError(f"no tar shards at {pattern}{beside}")
+    if absent and skipped is None:
+        are = "is" if len(absent) == 1 else "are"
+        raise FileNotFoundError(
+            f"{len(absent)} of {len(found) + len(absent)} shards {are} missing, the first is "
+            f"{_why_absent(absent[0])}; on_error skip goes on without"
+        )
+    if skipped is not None:
+        for item in absent:
+            skipped.shard(item, f"shard {_why_absent(item)} is missing")
+    if left_out is not None:
+        note = left_out.at(pattern)
+        for item in dict.fromkeys(others):
+            note(item)
+    return found
+
+
+def _why_absent(item: str) -> str:
+    """A shard that cannot be opened, and why, where something else has its name."""
+    path = Path(item)
+    reason = problem_with_file(path) if path.is_symlink() or path.exists() else None
+    return f"{item} ({reason})" if reason else item
+
+
+def _is_address(item: str) -> bool:
+    """Whether webdataset may open it: a known scheme, and nothing that a shell would read."""
+    scheme = re.match(_SCHEME, item)
+    known = scheme is not None and scheme.group(1).lower() in _SCHEMES
+    return known and not re.search(r"[\s'\"`$;|<>]", item)
+
+
+def _local_shards(item: str) -> tuple[list[str], list[str], list[str]]:
+    """Tars of a folder, one file, or what a glob matches; broken links; what else is there."""
+    path = Path(item)
+    if path.is_file():
+        return [item if item == str(path) else str(path)], [], []
+    if path.is_dir():
+        matches = sorted(path.iterdir())
+    else:
+        anchor = Path(path.anchor) if path.is_absolute() else Path()
+        relative = item[len(path.anchor) :] if path.is_absolute() else item
+        matches = sorted(anchor.glob(relative))
+    tars, broken, others = [], [], []
+    for file in matches:
+        if not is_tar(file.name) or is_hidden(file.name) or file.is_dir():
+            others.append(f"{file}/" if file.is_dir() else str(file))
+        elif problem_with_file(file):
+            broken.append(str(file))
+        else:
+            tars.append(str(file))
+    if not tars and not path.is_dir():  # a glob of the user's own, for files of other names
+        tars = [str(file) for file in matches if problem_with_file(file) is None]
+        others = [name for name in others if name not in tars]
+    return tars, broken, others
+
+
+def read_shard(
+    shard: str,
+    skipped: Skipped | None = None,
+    left_out: LeftOut | None = None,
+    options: RecordOptions = _DEFAULT_OPTIONS,
+    prefix: str = "--records.",
+    label: str | None = None,
+) -> Iterator[TarRecord]:
+    """Records of one shard in their order.
+
+    Files of one sample need not stand together in a plain tar on a disk; in a packed or remote one,
+    which can be read from front to back only, they must.
+
+    Args:
+        shard: path or address.
+        skipped: takes what is wrong, instead of an error; a damaged archive is then left at that
+            point.
+        left_out: takes members that are no part of any record, and further parts of samples.
+        options: how a record is read where there is a choice.
+        prefix: of ``options`` on the command line.
+        label: what its records are called by, before their keys; default: the shard's name.
+
+    Raises:
+        ValueError: a record is too large, has no image or several, or its class or JSON is
+            unreadable.
+        OSError: the archive cannot be opened, is truncated or damaged, or the files of a sample do
+            not stand together where they must (in remote shards, even if ``skipped`` is given).
+    """
+    label = shard_labels([shard])[0] if label is None else label
+    note = _note(left_out, shard, label)
+    ends: Any = "last_dot" if options.key_ends == "last_dot" else "first_dot"
+
+    def split(name: str) -> tuple[str, str]:
+        return split_name(name, ends)
+
+    try:
+        if skipped is not None and not _is_address(shard):
+            _refuse_scattered(shard, split, options)
+        with _opened(shard) as (archive, in_any_order):
+            read = _gathered if in_any_order else _runs
+            samples = read(archive, split, options, note)
+            key = None
+            for key, members in samples:
+                try:
+                    record = record_of(f"{label}/{key}", members, options, prefix, note)
+                except ValueError as error:
+                    if skipped is None:
+                        raise
+                    skipped.record(str(error))
+                    continue
+                yield record
+            if key is None:
+                note("no record in it")
+    except OSError as error:
+        message = f"shard {shard}: {short(error)}"
+        # Of a remote shard that is scattered, pictures were used without what stands behind them.
+        scattered = isinstance(error, _ScatteredError) and _is_address(shard)
+        if skipped is None or scattered:
+            raise OSError(message) from error
+        skipped.shard(shard, message)
+
+
+def read_members(
+    shard: str,
+    wanted: Callable[[str], bool],
+    limit: int,
+    skipped: Skipped | None = None,
+    left_out: LeftOut | None = None,
+    label: str | None = None,
+) -> Iterator[tuple[str, bytes]]:
+    """Every single file of a shard whose name is wanted, whatever sample it is a part of.
+
+    Args:
+        shard: path or address.
+        wanted: whether a member of this name is read.
+        limit: largest member that is read, bytes.
+        skipped: takes what is wrong, instead of an error.
+        left_out: takes the other members.
+        label: what its members are called by, before their names; default: the shard's name.
+
+    Yields:
+        (label and name without its last extension, content); the name is whole where another
+        member was called so before.
+
+    Raises:
+        ValueError: a member is too large, or no file.
+        OSError: the archive cannot be opened, is truncated or damaged.
+    """
+    label = shard_labels([shard])[0] if label is None else label
+    note = _note(left_out, shard, label)
+    names: set[str] = set()
+    try:
+        with _opened(shard) as (archive, _):
+            for info in archive:
+                if not wanted(info.name):
+                    note(info.name)
+                    continue
+                problem = _problem(info, limit)
+                if problem is not None:
+                    message = f"{label}/{short(info.name)}: {problem}"
+                    if skipped is None:
+                        raise ValueError(message)
+                    skipped.record(message)
+                    continue
+                name = split_name(info.name, "last_dot")[0]
+                name = info.name if name in names else name
+                names.add(name)
+                yield f"{label}/{name}", archive.read(info)
+    except OSError as error:
+        message = f"shard {shard}: {short(error)}"
+        if skipped is None:
+            raise OSError(message) from error
+        skipped.shard(shard, message)
+
+
+def _note(left_out: LeftOut | None, shard: str, label: str) -> Callable[[str], None]:
+    """A function that takes names of members that are left out, without their shard's label."""
+    note = (left_out if left_out is not None else LeftOut()).at(shard)
+    return lambda what: note(f"{label}/{what}")
+
+
+class _ScatteredError(OSError):
+    """Files of a sample do not stand together."""
+
+
+def _refuse_scattered(
+    shard: str, split: Callable[[str], tuple[str, str]], options: RecordOptions
+) -> None:
+    """Refuse a packed shard whose samples are scattered before any of it is used.
+
+    Where the first error does not stop all, pictures would lose captions that stand behind them.
+    """
+    try:
+        with _opened(shard) as (archive, in_any_order):
+            if not in_any_order:
+                for _ in _runs(archive, split, options, lambda name: None, contents=False):
+                    pass
+    except _ScatteredError:
+        raise
+    except OSError:  # damage is met again as the shard is read
+        return
+
+
+def _gathered(
+    archive: _Archive,
+    split: Callable[[str], tuple[str, str]],
+    options: RecordOptions,
+    note: Callable[[str], None],
+) -> Iterator[tuple[str, list[Member]]]:
+    """(key, members) of each sample of an archive that is read in any order.
+
+    Its headers are read first, so that members which do not stand together find each other.
+    """
+    samples: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
+    damage: OSError | None = None
+    last = None
+    try:
+        for info in archive:
+            last, suffix = split(info.name)
+            if _is_part(info.name, suffix, options, note):
+                samples.setdefault(last, []).append((suffix, info))
+    except OSError as error:
+        damage = error
+    for key, infos in samples.items():
+        if damage is not None and key == last:  # the rest of it may be lost
+            break
+        yield key, [_member(info, suffix, partial(archive.read, info)) for suffix, info in infos]
+    if damage is not None:
+        raise damage
+
+
+def _runs(
+    archive: _Archive,
+    split: Callable[[str], tuple[str, str]],
+    options: RecordOptions,
+    note: Callable[[str], None],
+    contents: bool = True,
+) -> Iterator[tuple[str, list[Member]]]:
+    """(key, members) of each sample of an archive that is read from front to back."""
+    key, members = None, []  # type: str | None, list[Member]
+    ended: set[str] = set()
+    for info in archive:
+        found, suffix = split(info.name)
+        if not _is_part(info.name, suffix, options, note):
+            continue
+        if found != key:
+            if key is not None:
+                yield key, members
+                ended.add(key)
+            if found in ended:
+                raise _ScatteredError(
+                    f"the files of sample {short(found)} do not stand together; sort the tar by "
+                    "name, or keep it unpacked on a disk"
+                )
+            key, members = found, []
+        member = _member(info, suffix, bytes)
+        if (
+            contents
+            and member.problem is None
+            and ("." not in suffix or suffix == options.suffix())
+        ):
+            content = archive.read(info)
+            member.read = partial(bytes, content)
+        members.append(member)
+    if key is not None:
+        yield key, members
+
+
+def _is_part(name: str, suffix: str, options: RecordOptions, note: Callable[[str], None]) -> bool:
+    """Whether a member may be a part of a record; notes it if it is not."""
+    if is_hidden(name):
+        note(f"{name}: hidden")
+        return False
+    if is_wanted(suffix) or suffix == options.suffix():
+        return True
+    note(name)
+    return False
+
+
+def _member(info: tarfile.TarInfo, suffix: str, read: Callable[[], bytes]) -> Member:
+    limit = MAX_TEXT_BYTES if suffix in TEXTS else MAX_IMAGE_BYTES
+    problem = _problem(info, limit)
+    shown = f".{short(suffix, 40)} {problem}" if problem else None
+    return Member(info.name, suffix, read, shown)
+
+
+def _problem(info: tarfile.TarInfo, limit: int) -> str | None:
+    """Why a member is not read, as the end of a sentence that begins with it."""
+    if not info.isfile():
+        return "is a link or device, not a file"
+    if info.size > limit:
+        return f"has {info.size} bytes, the limit is {limit}"
+    name = problem_with(info.name)
+    return f"cannot be used: its name {name}" if name else None
+
+
+class _Archive:
+    """The members of an opened tar; all damage is an OSError."""
+
+    def __init__(self, tar: tarfile.TarFile, limit: int | None) -> None:
+        self._tar, self._limit = tar, limit
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        """The header of each member but folders."""
+        try:
+            while (member := self._tar.next()) is not None:
+                self._tar.members = []  # type: ignore[attr-defined]  # would collect all headers
+                if self._limit is not None and member.offset_data + member.size > self._limit:
+                    raise OSError(f"it unpacks to more than {UNPACKED_RATIO} times its size")
+                if not member.isdir():
+                    yield member
+            rest = self._tar.fileobj.read(_PADDING)  # type: ignore[union-attr]
+        except _TAR_ERRORS as error:
+            raise OSError(f"damaged archive ({error or type(error).__name__})") from error
+        if rest.strip(b"\0"):
+            raise OSError("goes on after its end; unpack tars that were joined, and pack them anew")
+
+    def read(self, member: tarfile.TarInfo) -> bytes:
+        """The content of a member; in a stream that of the last header alone."""
+        try:
+            file = self._tar.extractfile(member)
+            assert file is not None
+            return file.read()
+        except _TAR_ERRORS as error:
+            raise OSError(f"damaged archive ({error or type(error).__name__})") from error
+
+
+@contextmanager
+def _opened(shard: str) -> Iterator[tuple[_Archive, bool]]:
+    """The archive, and whether it can be read in any order."""
+    # webdataset would run what a file named "pipe:…" says: plain files are opened as files.
+    remote = _is_address(shard)
+    if not remote and (problem := problem_with_file(Path(shard))):
+        raise OSError(problem)
+    with gopen(shard, "rb") if remote else open(shard, "rb") as stream:
+        limit, plain = None, False
+        if not remote:
+            limit = UNPACKED_FREE + UNPACKED_RATIO * os.fstat(stream.fileno()).st_size
+            plain = not stream.peek(8).startswith(_PACKED)
+        mode: Any = "r:" if plain else "r|*"
+        try:
+            tar = tarfile.open(  # noqa: SIM115 - closed below
+                fileobj=stream, mode=mode, tarinfo=_StrictTarInfo, encoding="utf-8"
+            )
+        except _TAR_ERRORS as error:
+            raise OSError(f"damaged archive ({error or type(error).__name__})") from error
+        with tar:
+            yield _Archive(tar, limit), plain

@@ -1,0 +1,296 @@
+"""A record of a tar file: its picture, caption, label and JSON fields, checked."""
+
+from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from memfree.data.file_names import MAX_NAME, OTHER_PICTURES, SUFFIXES, is_text
+from memfree.data.options import CaptionSource, RecordOptions
+from memfree.folders.untrusted import parse_json, short
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """A text in UTF-8, or in what its byte-order mark says (UTF-8, UTF-16, UTF-32).
+
+    Args:
+        data: the encoded text.
+        name: what to call it in an error.
+
+    Raises:
+        ValueError: it is in another encoding, or has characters that no caption has.
+    """
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not {encoding.removesuffix('-sig').upper()} (Latin-1?); save it as UTF-8"
+        ) from error
+    return checked_text(text, name)
+
+
+def checked_text(text: str, name: str) -> str:
+    """The text itself, unless a wrong encoding has spoilt it.
+
+    Raises:
+        ValueError: it has NUL or replacement characters, or is not text that UTF-8 can hold.
+    """
+    if "\0" in text:
+        raise ValueError(f"{name} has NUL characters; save it as UTF-8")
+    if "\N{REPLACEMENT CHARACTER}" in text:
+        raise ValueError(f"{name} has replacement characters (U+FFFD): its text was lost before")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} cannot be written as UTF-8") from error
+    return text
+
+
+def chosen_caption(
+    name: str, captions: Mapping[str, str], source: CaptionSource, option: str
+) -> str | None:
+    """The caption of a picture.
+
+    Args:
+        name: what to call the picture in an error.
+        captions: its captions by where they stand (see :data:`CaptionSource`).
+        source: which is meant; ``any``: whichever there is.
+        option: the option that gives ``source``, for the error.
+
+    Raises:
+        ValueError: there are several different ones and ``source`` does not say which.
+    """
+    if source != "any":
+        return captions.get(source)
+    if len({text.strip() for text in captions.values()}) > 1:
+        raise ValueError(
+            f"{name} has different captions ({' and '.join(captions)}); pass {option} to choose one"
+        )
+    return next(iter(captions.values()), None)
+
+
+MAX_TEXT_BYTES = 1 << 20
+"""Largest caption, class or JSON member that is read, bytes."""
+MAX_LABEL = 99_999
+"""Largest class number that is believed."""
+IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
+"""Suffixes of members that are images."""
+TEXTS = ("txt", "caption", "cls", "json")
+"""Suffixes of members that say something about one."""
+_OTHER_IMAGES = tuple(suffix[1:] for suffix in OTHER_PICTURES)
+
+
+@dataclass
+class Member:
+    """One file of a sample."""
+
+    name: str
+    suffix: str
+    """What follows the key, lower case; may have dots."""
+    read: Callable[[], bytes]
+    problem: str | None = None
+    """Why it is not read, as the end of a sentence that begins with its name."""
+
+    @property
+    def ending(self) -> str:
+        """What follows the last dot."""
+        return self.suffix.rpartition(".")[2]
+
+
+@dataclass
+class TarRecord:
+    """One record of a foreign shard, not yet decoded."""
+
+    name: str
+    """Shard and key, for messages and as the image's key; never used as a file name."""
+    image: bytes
+    caption: str | None
+    label: int | None
+    image_key: str | None
+    """Declared by our own shards."""
+    group: str | None
+    """Declared by our own shards."""
+
+
+def is_wanted(suffix: str) -> bool:
+    """Whether a member with this suffix may be a record's picture or say something of it."""
+    ending = suffix.rpartition(".")[2]
+    return ending in IMAGES or ending in _OTHER_IMAGES or ending in TEXTS
+
+
+def record_of(
+    name: str,
+    members: Iterable[Member],
+    options: RecordOptions,
+    prefix: str,
+    note: Callable[[str], None],
+) -> TarRecord:
+    """The record of these members.
+
+    Args:
+        name: of the record.
+        members: all that begin with its key.
+        options: what to do where there is a choice.
+        prefix: of the options on the command line, such as ``--records.``.
+        note: called with each member that is left out.
+
+    Raises:
+        ValueError: there is no image or more than one, or a member is not what its suffix says.
+    """
+    shown = short(name)
+    found: dict[str, Member] = {}
+    for member in members:
+        if member.suffix in found:
+            raise ValueError(f"{shown}: two members have the suffix .{short(member.suffix, 40)}")
+        found[member.suffix] = member
+    image = _image(shown, found, options, prefix)
+    source = options.caption_source
+    meant = {"cls", "json", source} if source != "any" else set(TEXTS)
+    texts = {suffix: found[suffix] for suffix in TEXTS if suffix in found and suffix in meant}
+    for member in (image, *texts.values()):
+        if member.problem:
+            raise ValueError(f"{shown}: {member.problem}")
+    meta = _json(shown, texts["json"].read()) if "json" in texts else {}
+    said = {
+        suffix: decode_text(texts[suffix].read(), f"{shown}: its .{suffix}")
+        for suffix in texts
+        if suffix != "json"
+    }
+    label = _one_label(shown, said.pop("cls", None), meta.get("label"))
+    captions = dict(said)
+    if source in ("any", "json"):
+        caption = _json_caption(shown, meta.get("caption"))
+        captions |= {"json": caption} if caption is not None else {}
+    option = f"{prefix}caption_source"
+    record = TarRecord(
+        name,
+        image.read(),
+        chosen_caption(shown, captions, source, option),
+        label,
+        _declared(shown, meta, "image_key"),
+        _declared(shown, meta, "group"),
+    )
+    for suffix, member in found.items():
+        if suffix not in texts and member is not image:
+            note(f"{member.name}: a further part of {shown}")
+    return record
+
+
+def _image(name: str, found: dict[str, Member], options: RecordOptions, prefix: str) -> Member:
+    """The one member that is the picture."""
+    wanted = options.suffix()
+    if wanted is not None:
+        if wanted not in found:
+            raise ValueError(f"{name}: record without .{short(wanted, 40)}, the image_suffix")
+        return found[wanted]
+    images = [suffix for suffix in found if suffix in IMAGES]
+    if len(images) > 1:
+        raise ValueError(
+            f"{name} has {len(images)} pictures; pass {prefix}image_suffix to choose one: "
+            f"{' or '.join(sorted(images))}"
+        )
+    if images:
+        return found[images[0]]
+    parts = [member for member in found.values() if member.ending in IMAGES]
+    if parts:
+        suffixes = sorted(member.suffix for member in parts)
+        which = f"{prefix}image_suffix {short(suffixes[0], 40)}"
+        if options.key_ends == "ask":
+            raise ValueError(
+                f"{name}: is {short(parts[0].name)} a record of its own "
+                f"({prefix}key_ends last_dot) or the picture of this one ({which})?"
+            )
+        raise ValueError(f"{name}: record without a picture of its own; pass {which}")
+    others = [member.suffix for member in found.values() if member.ending in _OTHER_IMAGES]
+    is_of = f"; its .{short(others[0], 40)} is not read" if others else ""
+    raise ValueError(f"{name}: record without a PNG, JPEG or WEBP image{is_of}")
+
+
+def _json(name: str, data: bytes) -> dict[str, Any]:
+    try:
+        value = parse_json(data, any_number=True)  # img2dataset writes NaN
+    except ValueError as error:
+        raise ValueError(f"{name}: its .json is not valid JSON") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: its .json is no object but {short(repr(value), 40)}")
+    return value
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether JSON says nothing there; pandas writes that as NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _json_caption(name: str, value: Any) -> str | None:
+    """A caption in JSON."""
+    if _is_missing(value):
+        return None
+    endless = isinstance(value, float) and math.isinf(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or endless:
+        raise ValueError(f"{name}: its caption is {short(repr(value))}, not text")
+    return checked_text(str(value), f"{name}: its caption in .json")
+
+
+def _one_label(name: str, stated: str | None, in_json: Any) -> int | None:
+    """The class that .cls states, or else the JSON; both may, if they agree.
+
+    What is no number in the JSON, such as the name of a class, does not matter beside .cls.
+    """
+    if stated is None:
+        return None if _is_missing(in_json) else _label(name, in_json)
+    label = _label(name, stated.strip())
+    for other in in_json if isinstance(in_json, list) else [in_json]:
+        if _number(other) not in (None, label):
+            shown = short(other, 40)
+            raise ValueError(f"{name}: its class is {label} in .cls, but {shown} in .json")
+    return label
+
+
+def _number(value: Any) -> int | float | None:
+    """The number in a JSON value, perhaps written as text; None where there is none, or NaN."""
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    return number if is_number and not _is_missing(number) else None
+
+
+def _label(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool) or int(value) != float(value):
+            raise ValueError("not a whole number")
+        label = int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: class {short(repr(value), 40)} is not a number") from error
+    if not 0 <= label <= MAX_LABEL:
+        raise ValueError(f"{name}: class {short(label, 40)} is not in 0..{MAX_LABEL}")
+    return label
+
+
+def _declared(name: str, meta: dict[str, Any], field: str) -> str | None:
+    value = meta.get(field)
+    if _is_missing(value) or value == "":
+        return None
+    if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"{name}: its {field} is {short(repr(value), 40)}, not text")
+    value = str(value)
+    if len(value) > MAX_NAME:
+        raise ValueError(f"{name}: its {field} has {len(value)} characters; at most {MAX_NAME}")
+    if not is_text(value):
+        raise ValueError(f"{name}: its {field} has control characters")
+    return value

@@ -1,0 +1,346 @@
+"""Diffusers folders from strangers: checked before a library builds or loads anything from them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memfree.folders.untrusted import check_plain_folder, read_json, short
+
+_LIBRARIES: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+_PARTS: dict[str, tuple[str, ...]] = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": _TEXT_ENCODERS,
+    "text_encoder_2": _TEXT_ENCODERS,
+    "tokenizer": _TOKENIZERS,
+    "tokenizer_2": _TOKENIZERS,
+    "feature_extractor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
+    "image_encoder": ("CLIPVisionModelWithProjection",),
+}
+"""Classes of the parts of the pipelines; the scheduler may be any of diffusers'. Others may ask the
+hub for parts of their own as soon as they are built."""
+_FOLDER_TOKENIZERS = (
+    *_TOKENIZERS,
+    *(
+        f"{name}Tokenizer{kind}"
+        for name in ("Bert", "Roberta", "XLMRoberta", "T5", "Gemma", "Siglip", "Nllb", "GPT2")
+        for kind in ("", "Fast")
+    ),
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+)
+"""Tokenizers that a folder of a CLIP may name; all of them read plain files."""
+_CONFIG_BYTES = 4 << 20
+_LARGEST = 1 << 20  # of any number in a configuration
+_LAYERS = 256  # of any number that a library loops over to build
+_TIMESTEPS = 100_000
+_CODE = (
+    "auto_map",
+    "quantization_config",
+    "custom_pipelines",
+    "trust_remote_code",
+    "kernel_config",
+    "use_kernels",
+    "fusion_config",
+)
+"""Keys that name further code or packages."""
+_ATTENTION = re.compile("_*(attn|experts)_implementation(_internal)?")
+_BUILT_IN = (None, "eager", "sdpa")  # other kinds of attention are downloaded as code
+_OWN_NAMES = ("_name_or_path", "name_or_path")  # of what a part was made from; nothing reads it
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "generation_config.json")
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_SPARE = 1 << 20  # weights that a network may have beyond its file: buffers, mostly
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A configuration of diffusers or transformers, without absurd numbers or names of code.
+
+    Raises:
+        ValueError: it is none; the message begins with ``path``.
+        FileNotFoundError: there is no such file.
+    """
+    value = read_json(path, _CONFIG_BYTES)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is no configuration but {short(repr(value), 40)}")
+    _refuse_code(value, path)
+    for key, number in _numbers(value):
+        limit = _LAYERS if "layers" in key or key.startswith("num_hidden") else _LARGEST
+        if not -_LARGEST <= number <= limit:
+            raise ValueError(f"{path}: {short(key, 40)} {short(number, 40)} is absurdly large")
+    return value
+
+
+def _refuse_code(config: dict[str, Any], path: Path) -> None:
+    """Refuse a configuration with keys that name further code, at any depth."""
+    for key, value in _values(config):
+        is_attention = _ATTENTION.fullmatch(key) is not None
+        if key not in _CODE and not is_attention:
+            continue
+        harmless = value in _BUILT_IN if is_attention else _says_nothing(value)
+        if not harmless:
+            raise ValueError(f"{path} has {short(key, 40)}, which could load code: remove it")
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a key that may name code or files names none."""
+    return value is None or value is False
+
+
+def _read_own_config(path: Path) -> dict[str, Any]:
+    """A network's or scheduler's configuration, which names no other file, folder or repository.
+
+    Raises:
+        ValueError: as ``read_config``, or it does.
+        FileNotFoundError: there is no such file.
+    """
+    config = read_config(path)
+    for key, value in _values(config):
+        if key not in _OWN_NAMES and isinstance(value, str) and {"/", "\\"} & {*value}:
+            raise ValueError(f"{path}: {short(key, 40)} names {short(value, 60)}: remove it")
+    return config
+
+
+def check_network(kind: Any, folder: Path) -> None:
+    """Refuse a network that would be much larger than its weights, before it is built.
+
+    Args:
+        kind: its class, of diffusers or transformers.
+        folder: with config.json and safetensors.
+
+    Raises:
+        ValueError: the configuration is damaged, names code or other files, or is of another
+            network than the weights.
+    """
+    check_plain_folder(folder)
+    config = _read_own_config(folder / "config.json")
+    _check_other_files(folder)
+    try:
+        with torch.device("meta"):  # has shapes, but no memory
+            if issubclass(kind, PreTrainedModel):
+                network = kind(kind.config_class.from_dict(config))
+            else:
+                network = kind.from_config(config)
+        needed = sum(value.numel() for value in network.state_dict().values())
+    except Exception as error:  # whatever a library makes of wrong values
+        raise ValueError(
+            f"{folder / 'config.json'} is no {kind.__name__}: {short(error)}"
+        ) from error
+    held = sum(_weights(path) for path in sorted(folder.glob("*.safetensors")))
+    if needed > 2 * held + _SPARE:
+        raise ValueError(
+            f"{folder}: the weights are of another network than config.json, which needs {needed} "
+            f"numbers where there are {held}: copy the model folder whole"
+        )
+
+
+def check_scheduler(folder: Path) -> str:
+    """The class that a scheduler's folder names, once its numbers are sound.
+
+    Raises:
+        ValueError: it is no scheduler's configuration.
+        FileNotFoundError: there is none.
+    """
+    path = folder / "scheduler_config.json"
+    config = _read_own_config(path)
+    name, steps = config.get("_class_name"), config.get("num_train_timesteps", 1)
+    if not isinstance(name, str):
+        raise ValueError(f"{path} is not a scheduler's configuration: it names no class")
+    if type(steps) is not int or not 0 < steps <= _TIMESTEPS:
+        raise ValueError(
+            f"{path}: num_train_timesteps {short(repr(steps), 40)} is no number of steps"
+        )
+    return name
+
+
+def check_tokenizer(folder: Path, must_be_named: bool = False) -> None:
+    """Refuse a tokenizer's folder that names code, other files, or an unknown class.
+
+    Args:
+        folder: with tokenizer_config.json.
+        must_be_named: whether the folder itself has to say which class it is of, which would be
+            looked for elsewhere otherwise.
+
+    Raises:
+        ValueError: in one line that names the file.
+    """
+    for name in ("tokenizer_config.json", "config.json"):
+        path = folder / name
+        must_be_named &= name == "tokenizer_config.json"
+        if not path.exists() and not must_be_named:
+            continue
+        config = _read_tokenizer(path)
+        kind = config.get("tokenizer_class")
+        if kind not in _FOLDER_TOKENIZERS and (kind is not None or must_be_named):
+            raise ValueError(f"{path}: tokenizer_class {short(repr(kind), 40)} is not supported")
+        for (
+            key,
+            value,
+        ) in config.items():  # such as vocab_file, which would be read instead of the folder's own
+            is_file = key.endswith("_file") and key != "special_tokens_map_file"
+            if is_file and not _says_nothing(value):
+                raise ValueError(
+                    f"{path} has {short(key, 40)}, which names another file: remove it"
+                )
+    _check_other_files(folder)
+
+
+def _read_tokenizer(path: Path) -> dict[str, Any]:
+    """A tokenizer's configuration; of its numbers, the greatest length is often 10^30.
+
+    Raises:
+        ValueError: it cannot be read, or names code; the message begins with ``path``.
+    """
+    if not path.is_file() or path.stat().st_size > _CONFIG_BYTES:
+        raise ValueError(f"{path} is missing, or is not a tokenizer's configuration")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {short(error)}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a tokenizer's configuration")
+    try:
+        _refuse_code(value, path)
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+    return value
+
+
+def check_pipeline_folder(folder: Path) -> dict[str, Any]:
+    """The ``model_index.json`` of a pipeline whose parts are all of known classes.
+
+    Raises:
+        ValueError: it names another class, or a part whose configuration is refused.
+    """
+    path = folder / "model_index.json"
+    check_plain_folder(folder)
+    index = read_config(path)
+    check_parts(index, str(path))
+    for part, value in _named(index):
+        kind = _kind_of(part, *value)
+        inner = folder / part
+        if not inner.is_dir():
+            continue
+        if issubclass(kind, SchedulerMixin):
+            check_scheduler(inner)
+        elif issubclass(kind, (ModelMixin, PreTrainedModel)):
+            check_network(kind, inner)
+        elif issubclass(kind, PreTrainedTokenizerBase):
+            check_tokenizer(inner)
+        else:
+            _check_other_files(inner)
+    return index
+
+
+def _check_other_files(folder: Path) -> None:
+    """Refuse adapters, which name their base model, and weights listed outside the folder."""
+    for name in _ADAPTERS:
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder / name}: adapters inside a part of a pipeline are not loaded: merge them "
+                "into the weights, or move the file away"
+            )
+    for name in _PROCESSORS:
+        if (folder / name).exists():
+            read_config(folder / name)
+    for path in folder.glob("*.index.json"):
+        listed = read_config(path).get("weight_map")
+        if not isinstance(listed, dict) or not all(
+            isinstance(file, str) and re.fullmatch(r"[\w.-]+", file) for file in listed.values()
+        ):
+            raise ValueError(f"{path} does not list the weight files of its folder")
+
+
+def check_parts(index: dict[str, Any], name: str) -> None:
+    """Refuse a pipeline's list of parts that names anything but the classes they may have.
+
+    Raises:
+        ValueError: in one line that begins with ``name``.
+    """
+    kind = index.get("_class_name")
+    if not isinstance(kind, str) or not kind.isidentifier():
+        raise ValueError(f"{name} names no pipeline but {short(repr(kind), 40)}")
+    if kind not in PIPELINES:
+        raise ValueError(
+            f"{name} is a {short(kind, 60)}: only {' and '.join(PIPELINES)} are trained and "
+            "sampled here; memfree.guard takes more"
+        )
+    for part, (library, kind) in _named(index):
+        if _kind_of(part, library, kind) is None:
+            raise ValueError(
+                f"{name} names {short(library, 40)}.{short(kind, 40)} as its {short(part, 40)}, "
+                "which is not supported there"
+            )
+
+
+def _kind_of(part: str, library: str, name: str) -> Any:
+    """The class of a part of a pipeline, None where the part may not have it."""
+    if part == "safety_checker" and library == "stable_diffusion":
+        return StableDiffusionSafetyChecker if name == "StableDiffusionSafetyChecker" else None
+    if part == "scheduler":
+        known = library == "diffusers" and re.fullmatch(r"\w+Scheduler", name) is not None
+    else:
+        known = library in _LIBRARIES and name in _PARTS.get(part, ())
+    kind = getattr(_LIBRARIES[library], name, None) if known else None
+    wanted = SchedulerMixin if part == "scheduler" else object
+    return kind if isinstance(kind, type) and issubclass(kind, wanted) else None
+
+
+def _named(index: dict[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Parts and their library and class; those that a pipeline does without are left out."""
+    for part, value in index.items():
+        if part.startswith("_") or not isinstance(value, list) or value == [None, None]:
+            continue
+        if len(value) != 2 or not all(isinstance(one, str) for one in value):
+            raise ValueError(
+                f"model_index.json names {short(repr(value), 60)} as its {short(part, 40)}"
+            )
+        yield part, (value[0], value[1])
+
+
+def _values(value: Any, key: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Every value inside a JSON value, with the name nearest to it; lists and objects as well."""
+    if key is not None:
+        yield key, value
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _values(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _values(inner, key)
+
+
+def _numbers(value: Any) -> Iterator[tuple[str, float]]:
+    """Every number in a JSON value, with the name nearest to it."""
+    for key, inner in _values(value):
+        if isinstance(inner, (int, float)) and not isinstance(inner, bool):
+            yield key, inner
+
+
+def _weights(path: Path) -> int:
+    """Numbers in a safetensors file as its header says, no more than its bytes can hold."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(size, 100 << 20):
+            return 0
+        try:
+            header = json.loads(file.read(length))
+            shapes = [value["shape"] for name, value in header.items() if name != "__metadata__"]
+            found = sum(int(torch.Size(shape).numel()) for shape in shapes)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError):
+            return 0  # the library will say what is wrong
+    return min(found, size)

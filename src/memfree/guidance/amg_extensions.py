@@ -1,0 +1,448 @@
+"""SteadyAMG: Anti-Memorization Guidance with margin, latch, limit and last correction (ours)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from memfree.conditions import Encode, TextConditions, cosines, sentences
+from memfree.diffusion_math import per_sample
+from memfree.guidance.amg import AntiMemorizationGuidance
+from memfree.guidance.equations import ConstantThreshold, ThresholdSchedule, check_at_least_0, gate
+from memfree.guidance.mitigation_names import CAPTION_NEIGHBOURS, CAPTION_RECORDS, Through
+from memfree.guidance.multiplicity import caption_kernel
+from memfree.guidance.neighbour_conditions import NeighbourConditions
+from memfree.guidance.observer import EVERY_STEP, Cadence, Detection, Steering
+from memfree.guidance.prediction import Prediction
+from memfree.guidance.similarity import Match, Similarity
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+    from memfree.retrieval.options import CaptionPolicy
+
+_Known = dict[int, tuple[Tensor, Tensor]]
+"""By group, the sentence vectors of its captions and their records."""
+
+
+class AskedRecords:
+    """m(y) = m − Σ_c (1 − K(y, c))·m_c of the nearest image's group, at least 1.
+
+    m are the group's records, m_c those with caption c, K the kernel of ``caption_kernel``. Records
+    with other captions than the prompt did not teach the model to answer it with this image; those
+    without a caption count under every prompt.
+    Without prompts, captions, a text encoder or a bandwidth all records count: m(y) = m.
+
+    Args:
+        index: references.
+        bandwidth: of K, in units of cosine distance; 0: equal captions alone; None: m(y) = m.
+
+    Raises:
+        ValueError: the bandwidth is negative.
+    """
+
+    def __init__(self, index: ReferenceIndex, bandwidth: float | None = None) -> None:
+        if bandwidth is not None and bandwidth < 0:
+            raise ValueError(f"caption_bandwidth must be at least 0, not {bandwidth:g}")
+        self.index = index
+        self.bandwidth = bandwidth
+        self._kept: tuple[Encode | None, _Known] = None, {}
+
+    def __call__(self, prediction: Prediction, match: Match, wanted: Tensor) -> Tensor:
+        """m(y) of the nearest image where ``wanted`` (B,) bool, its m elsewhere, (B,) float32."""
+        nearest, records = match.rows[:, 0], self.all(match)
+        prompts = prediction.conditions
+        if self.bandwidth is None or self.index.captions is None:
+            return records
+        if not isinstance(prompts, TextConditions) or prediction.encode is None:
+            return records
+        groups = self.index.group.to(nearest.device)[nearest]
+        groups, order = torch.where(wanted & (records > 1), groups, -1).sort(stable=True)
+        start = 0
+        # The host waits for the device once: the samples of a group stand together in ``order``.
+        for group, samples in Counter(groups.tolist()).items():
+            same, start = order[start : start + samples], start + samples
+            # Records without a caption are asked for by every prompt.
+            if counts := self.index.items.caption_counts.get(group):
+                known, m = self._encoded(prediction, group, counts)
+                fit = caption_kernel(cosines(prompts[same].sentence(), known), self.bandwidth)
+                records[same] = (records[same] - ((1 - fit) * m).sum(dim=1)).clamp(min=1)
+        return records
+
+    def all(self, match: Match) -> Tensor:
+        """m of each sample's nearest image, whatever the prompt, (B,) float32."""
+        nearest = match.rows[:, 0]
+        return self.index.group_multiplicity.to(nearest.device)[nearest].float()
+
+    def _encoded(
+        self, prediction: Prediction, group: int, counts: Mapping[str, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Sentence vectors (C, D) of a group's captions and their records (C,).
+
+        They are kept, as the model's encoder is frozen; for one encoder, and every batch keeps to
+        its own, whatever other threads ask for.
+        """
+        encode = prediction.encode
+        assert encode is not None
+        if self not in prediction.memory:
+            encoder, kept = self._kept
+            if encoder != encode:
+                kept = {}
+                self._kept = encode, kept
+            prediction.memory[self] = kept
+        known: _Known = prediction.memory[self]
+        if group not in known:
+            vectors = sentences(encode, list(counts))
+            records = torch.tensor(list(counts.values()), dtype=torch.float32)
+            known[group] = vectors, records.to(vectors.device)
+        return known[group]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A batch beside its nearest images, and how often the model saw those under the prompts."""
+
+    match: Match
+    records: Tensor
+    """(B,): m(y) of each nearest image."""
+
+
+def nearest_call(prediction: Prediction, owner: object, call: Call, called: Tensor) -> Call:
+    """The call of each sample at its highest σ among the steps at which it was called.
+
+    Caption deduplication then keeps its caption to the end: that of the image that was left
+    behind, not of whichever is nearest now.
+
+    Args:
+        prediction: its memory keeps the call from step to step.
+        owner: the guidance whose latch this is.
+        call: σ, the neighbours and their records at this step.
+        called: (B,) bool: whose gate is opened by a repeated image at this step.
+
+    Returns:
+        The call, its σ −∞ for samples that were never called.
+    """
+    key = (owner, "nearest call")
+    never = torch.full_like(call.match.sigma, -torch.inf)
+    before = prediction.memory.get(
+        key, Call(Match(never, call.match.rows, call.match.vectors), call.records)
+    )
+    prediction.memory[key] = where(called & (call.match.sigma > before.match.sigma), call, before)
+    return prediction.memory[key]
+
+
+def where(mask: Tensor, call: Call, other: Call) -> Call:
+    """The rows of one call where ``mask`` (B,) is true, those of another elsewhere."""
+    one, two, rows = call.match, other.match, mask[:, None]
+    return Call(
+        Match(
+            torch.where(mask, one.sigma, two.sigma),
+            torch.where(rows, one.rows, two.rows),
+            torch.where(rows, one.vectors, two.vectors),
+        ),
+        torch.where(mask, call.records, other.records),
+    )
+
+
+def limit_displacement(g_sim: Tensor, alpha_bar: Tensor, max_displacement: float) -> Tensor:
+    """Shorten G_sim so that x̂_0 moves by at most ``max_displacement``.
+
+    Adding G to ε̂ moves x̂_0 by −√((1−ᾱ)/ᾱ)·G, which grows without bound towards noise.
+
+    Args:
+        g_sim: (B, ...), the change of ε̂.
+        alpha_bar: ᾱ_t.
+        max_displacement: root mean square over a sample's elements, in units of x̂_0
+            (images span [−1, 1]).
+    """
+    moved = g_sim.flatten(1).square().mean(dim=1).sqrt() * ((1 - alpha_bar) / alpha_bar).sqrt()
+    factor = (max_displacement / moved.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
+    return per_sample(factor, g_sim) * g_sim
+
+
+def move_below(
+    index: ReferenceIndex,
+    similarity: Similarity,
+    x_0: Tensor,
+    target: float,
+    image_range: float | None,
+    decode: Callable[[Tensor], Tensor] = lambda x_0: x_0,
+    iterations: int = 20,
+    offset: Tensor | None = None,
+    free: Tensor | None = None,
+) -> Tensor:
+    """Move clean estimates along −∇σ until every σ is at most ``target``, by Newton steps.
+
+    A step of (σ − target)/‖∇σ‖² reaches the target exactly where σ is linear; the neighbour is
+    searched again each time, since another may come near. It is the smallest change that leaves
+    the copy region: a last resort, after guidance has done what it could.
+
+    Args:
+        index: the references.
+        similarity: σ.
+        x_0: clean estimates (B, ...): images, or what ``decode`` makes images of.
+        target: σ to reach, in units of the similarity.
+        image_range: keep x_0 in ±image_range; None for no limit.
+        decode: from x_0 to images (B, C, H, W) in [−1, 1].
+        iterations: the most steps taken.
+        offset: like x_0, added to it before it is decoded; None: nothing.
+        free: like x_0, bool: which elements may move, such as those that inpainting draws; None:
+            all of them.
+
+    Returns:
+        The moved estimates, like x_0; rows at or below the target keep their bits.
+    """
+    x_0 = x_0.clone()
+    rows = torch.arange(len(x_0), device=x_0.device)
+    anywhere = _any_direction(x_0)
+    for _ in range(iterations):
+        with torch.enable_grad():
+            moving = x_0[rows].requires_grad_()
+            sample = moving if offset is None else moving + offset[rows]
+            sigma = similarity(index, decode(sample)).sigma
+            (gradient,) = torch.autograd.grad(sigma.sum(), moving)
+        above = (sigma.detach() > target).nonzero().squeeze(1)
+        if not len(above):
+            break
+        rows, gradient, excess = rows[above], gradient[above], sigma.detach()[above] - target
+        if free is not None:
+            gradient = gradient * free[rows]
+        gradient = _never_zero(gradient, anywhere)
+        if image_range is not None:
+            # Pixels at the edge of the range cannot move outwards: the others do it.
+            outwards = (x_0[rows] * -gradient.sign()) >= image_range
+            gradient = _never_zero(gradient.masked_fill(outwards, 0.0), anywhere)
+        square = gradient.flatten(1).square().sum(dim=1)
+        # 1 % past the target, so that rounding does not leave a sample on the line.
+        step = per_sample((excess + 0.01 * abs(target)) / square, gradient) * gradient
+        if free is not None:
+            step = step * free[rows]
+        moved = x_0[rows] - step
+        x_0[rows] = moved if image_range is None else moved.clamp(-image_range, image_range)
+    return x_0
+
+
+def _any_direction(like: Tensor) -> Tensor:
+    """A fixed direction of length 1, as one row of ``like`` (B, ...)."""
+    generator = torch.Generator().manual_seed(0)
+    anywhere = torch.randn(like.shape[1:], generator=generator, dtype=torch.float32).to(like)
+    return anywhere / anywhere.norm()
+
+
+def _never_zero(gradient: Tensor, anywhere: Tensor) -> Tensor:
+    """The gradient, or any direction where there is none: on top of a reference, none is wrong."""
+    zero = per_sample(gradient.flatten(1).abs().amax(dim=1) < 1e-6, gradient)
+    return torch.where(zero, anywhere, gradient)
+
+
+class SteadyAMG(AntiMemorizationGuidance):
+    """AMG with what memfree adds to it; ``recommended`` is this one (docs/method.md says why).
+
+    With the defaults it is the paper's method.
+
+    Args:
+        index: references.
+        similarity: as of ``AntiMemorizationGuidance``, like ``threshold``, ``c1``, ``c2``, ``c3``.
+        threshold: λ_t.
+        c1: strength of despecification.
+        c2: strength of caption deduplication.
+        c3: strength of dissimilarity guidance.
+        gate_margin: the gate opens at λ_t − gate_margin, in units of σ.
+        max_displacement: G_sim moves x̂_0 by at most this root mean square a step; None: no limit.
+        final_correction: move what is still above this σ at the last step just below it;
+            None: no correction.
+        gradient: as of ``AntiMemorizationGuidance``.
+        gated: False opens the gate to every sample at every step: the ablation of eq. 10. With
+            ``NormalizedL2`` only G_sim then acts below λ_t: c_1 and c_2 multiply how far σ_t is
+            above the gate, which is 0 there.
+        margin_per_doubling: the margin grows by this with every doubling of the records m of the
+            nearest image (``caption_bandwidth``: which of them): gate_margin +
+            margin_per_doubling·log_2 m. That a sample will copy an image is the more likely the
+            more often the model saw it, long before it is near.
+        least_scale: what despecification and deduplication leave of s_0 at least where the nearest
+            image is repeated. 1 in the paper: the conditional prediction, which for a prompt that
+            belongs to one memorized image is that image. 0: down to the unconditional prediction.
+        latched: a sample whose gate was opened by a repeated image keeps its G_spe and G_dup, at
+            the highest σ so far, to the end. Without it, a sample that has left a memorized image
+            is called back by its prompt as soon as the gate closes, and ends at the threshold.
+        cadence: when neighbours are searched; see ``Cadence``.
+        caption_policy: which caption is y_N of eq. 15: the nearest image's (``nearest``, the
+            paper's), or the most common of the k nearest (``most_common``, the authors' code's);
+            see ``NeighbourConditions``.
+        caption_neighbours: k of ``most_common``.
+        caption_records: m of ``most_common``.
+        caption_bandwidth: a repeated image has the records that the sample's prompt asks for, by
+            a kernel of this bandwidth (``AskedRecords``). None: all of them, whatever the prompt.
+    """
+
+    def __init__(
+        self,
+        index: ReferenceIndex,
+        similarity: Similarity,
+        threshold: ThresholdSchedule | ConstantThreshold,
+        c1: float = 0.0,
+        c2: float = 0.0,
+        c3: float = 0.0,
+        gate_margin: float = 0.0,
+        max_displacement: float | None = None,
+        final_correction: float | None = None,
+        gradient: Through = "clean_estimate",
+        gated: bool = True,
+        margin_per_doubling: float = 0.0,
+        least_scale: float = 1.0,
+        latched: bool = False,
+        cadence: Cadence = EVERY_STEP,
+        caption_policy: CaptionPolicy = "nearest",
+        caption_neighbours: int = CAPTION_NEIGHBOURS,
+        caption_records: int = CAPTION_RECORDS,
+        caption_bandwidth: float | None = None,
+    ) -> None:
+        super().__init__(index, similarity, threshold, c1, c2, c3, gradient, cadence)
+        check_at_least_0(gate_margin=gate_margin, margin_per_doubling=margin_per_doubling)
+        if not 0 <= least_scale <= 1:
+            raise ValueError(f"least_scale must be in [0, 1], not {least_scale:g}")
+        if max_displacement is not None and max_displacement <= 0:
+            raise ValueError(f"max_displacement must be above 0, not {max_displacement:g}")
+        self.gate_margin = gate_margin
+        self.max_displacement = max_displacement
+        self.final_correction = final_correction
+        self.gated = gated
+        self.margin_per_doubling = margin_per_doubling
+        self.least_scale = least_scale
+        self.latched = latched
+        self.records = AskedRecords(index, caption_bandwidth)
+        self.neighbour_conditions = NeighbourConditions(
+            index, caption_policy, caption_neighbours, caption_records
+        )
+
+    def steering(self, prediction: Prediction, detection: Detection) -> Steering:
+        """Samples above λ_t less the margin, and those that a repeated image once held."""
+        match, threshold = detection.match, detection.threshold
+        may_open = self.opens(detection, self.records.all(match))
+        now = Call(match, self.records(prediction, match, may_open))
+        near = self.opens(detection, now.records)
+        held, call = near & (now.records > 1), now
+        if self.latched:
+            latch = nearest_call(prediction, self, now, held)
+            held = latch.match.sigma.isfinite()
+            call = where(latch.match.sigma > match.sigma, latch, now)
+        active = near | held
+        rows = near_rows = active.nonzero().squeeze(1)
+        if self.latched and self.c3 > 0 and len(rows):
+            near_rows = near.nonzero().squeeze(1)  # without a latch, all that are active
+        return Steering(
+            active=active,
+            rows=rows,
+            near=near_rows,
+            match=call.match,
+            gate=threshold - self.margin(call.records),
+            opens_above=threshold - self.margin(now.records),
+            least_scale=torch.where(held, self.least_scale, 1.0),
+        )
+
+    def opens(self, detection: Detection, records: Tensor) -> Tensor:
+        """The gate of eq. 10 with its margin, (B,) bool; open to all if ``gated`` is False."""
+        sigma = detection.match.sigma
+        if not self.gated:
+            return torch.ones_like(sigma, dtype=torch.bool)
+        return gate(sigma, detection.threshold - self.margin(records))
+
+    def margin(self, records: Tensor) -> Tensor:
+        """How far below λ_t the gate opens, (B,), by the records of the nearest image."""
+        margin = torch.full_like(records, self.gate_margin)
+        if self.margin_per_doubling == 0:
+            return margin
+        return margin + self.margin_per_doubling * records.log2()
+
+    def g_sim(self, prediction: Prediction, match: Match, rows: Tensor) -> Tensor:
+        """G_sim (eq. 17), shortened to ``max_displacement``."""
+        g_sim = super().g_sim(prediction, match, rows)
+        if self.max_displacement is None:
+            return g_sim
+        return limit_displacement(g_sim, prediction.alpha_bar, self.max_displacement)
+
+    def finish(self, prediction: Prediction, found: Detection, steering: Steering) -> Prediction:
+        """The last correction, at the last step."""
+        if not prediction.is_last or self.final_correction is None:
+            return prediction
+        sigma, active = found.match.sigma, steering.active
+        return self._correct_last(prediction, sigma, active, self.final_correction)
+
+    def _correct_last(
+        self, prediction: Prediction, sigma: Tensor, active: Tensor, target: float
+    ) -> Prediction:
+        """Move the clean estimates that the sampler is about to return below ``target``.
+
+        Only rows that guidance or the limits of an image changed since ``sigma`` are measured
+        again: in latents most have their own σ already, which costs a decoding and an embedding.
+        """
+        x_0 = prediction.clean_estimate()
+        offset, gain = prediction.returned or (torch.zeros_like(x_0), 1.0)
+        free = None  # every element follows the prediction
+        if isinstance(gain, torch.Tensor):
+            free = gain != 0
+        if not (gain if free is None else bool(free.any())):
+            return prediction  # whatever is predicted, the sampler returns the same
+        before = offset + gain * x_0 if prediction.finish is None else prediction.finish(x_0)
+        limit = prediction.image_range
+        returned = before if limit is None else before.clamp(-limit, limit)
+        changed = active | (returned != x_0).flatten(1).any(dim=1)
+        if len(again := changed.nonzero().squeeze(1)):
+            measured = self.similarity(self.index, prediction.decode(returned[again])).sigma
+            sigma = sigma.index_copy(0, again, measured)
+        above = sigma > target
+        rows = above.nonzero().squeeze(1)
+        if not len(rows):
+            return prediction
+        if prediction.clean_range is not None:
+            moved = self._moved_within(prediction, returned, offset, gain, rows, target)
+            return prediction.with_clean_change(moved - x_0[rows], rows).activated(above)
+        with torch.inference_mode(False):
+            moved = move_below(
+                self.index,
+                self.similarity,
+                returned[rows].clone(),
+                target,
+                limit,
+                prediction.decode,
+                free=None if free is None else free[rows],
+            )
+        change = moved - before[rows]
+        if isinstance(gain, torch.Tensor):
+            change = torch.where(gain[rows] != 0, change / gain[rows], 0.0)
+        else:
+            change = change / gain
+        return prediction.with_clean_change(change, rows).activated(above)
+
+    def _moved_within(
+        self,
+        prediction: Prediction,
+        returned: Tensor,
+        offset: Tensor,
+        gain: float | Tensor,
+        rows: Tensor,
+        target: float,
+    ) -> Tensor:
+        """x̂_0 of ``rows`` in ±clean_range, which the sampler makes samples below ``target`` of."""
+        assert prediction.clean_range is not None
+        limit = prediction.image_range
+        each = torch.as_tensor(gain, device=returned.device).expand_as(returned)[rows]
+        # What is moved is gain·x̂_0: there, the range is one number.
+        furthest = prediction.clean_range * float(each.abs().max())
+        start = (returned[rows] - offset[rows]).clamp(-furthest, furthest)
+        with torch.inference_mode(False):
+            moved = move_below(
+                self.index,
+                self.similarity,
+                start.clone(),
+                target,
+                furthest,
+                lambda x: prediction.decode(x if limit is None else x.clamp(-limit, limit)),
+                offset=offset[rows].clone(),
+                free=each != 0,
+            )
+        return torch.where(each != 0, moved / each, 0.0)

@@ -1,0 +1,365 @@
+"""Loading a trained model as a denoiser: diffusers folders, small decoders."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from diffusers import AutoencoderTiny, UNet2DModel
+from torch import Tensor, nn
+
+from memfree.conditions import TextConditions
+from memfree.folders.manifest import read_manifest
+from memfree.folders.untrusted import short
+from memfree.folders.untrusted_models import check_network, check_scheduler, read_config
+from memfree.models.ddpm import scheduler_class_named
+from memfree.models.export import DIFFUSERS_NAME
+from memfree.models.text_pipeline import TextDenoiser, encode, load_pipeline
+from memfree.retrieval.features.latents import scaling
+
+
+def latent_shape(vae: Any, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of images (3, H, W).
+
+    Raises:
+        ValueError: the autoencoder cannot take images of this shape.
+    """
+    channels, height, width = image_shape
+    factor = pixels_per_latent(vae)
+    if channels != vae.config.in_channels:
+        raise ValueError(
+            f"the pipeline's autoencoder takes {vae.config.in_channels} channels, the images have "
+            f"{channels}: prepare them with --channels {vae.config.in_channels}"
+        )
+    if height % factor or width % factor:
+        raise ValueError(
+            f"images of {height}x{width} pixels cannot be encoded: prepare them with an "
+            f"--image_size that {factor} divides"
+        )
+    return vae.config.latent_channels, height // factor, width // factor
+
+
+def pixels_per_latent(autoencoder: Any) -> int:
+    """How many pixels of height and of width become one latent."""
+    config = autoencoder.config
+    # Of an AutoencoderTiny, block_out_channels are the decoder's.
+    return getattr(config, "upsampling_scaling_factor", 2) ** (len(config.block_out_channels) - 1)
+
+
+@torch.no_grad()
+def posterior(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the scaled latents of images (B, 3, H, W) in [−1, 1].
+
+    Latents are in the scale in which the denoiser sees them: (z − shift)·scaling_factor.
+    """
+    distribution = vae.encode(images.to(vae.dtype)).latent_dist
+    scale, shift = scaling(vae)
+    return (distribution.mean.float() - shift) * scale, distribution.std.float() * scale
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Images (B, 3, H, W), about in [−1, 1], of scaled latents; differentiable.
+
+    In the arithmetic of the weights, whatever autocast says: Stable Diffusion XL's autoencoder
+    overflows in float16, and in bfloat16 images have fewer shades than they are saved with.
+
+    Args:
+        vae: an ``AutoencoderKL``, or an ``AutoencoderTiny``, whose latents are never scaled.
+        latents: (B, C, h, w).
+    """
+    scale, shift = scaling(vae)
+    with torch.autocast(latents.device.type, enabled=False):
+        return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0].float()
+
+
+_TALKATIVE = ("models.modeling_utils", "configuration_utils")
+
+
+def load_network(kind: Any, folder: Path) -> Any:
+    """Load a network of the diffusers class ``kind``, in float32 on the CPU.
+
+    Raises:
+        ValueError: there is none, it cannot be read, or its weights are of another network.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no network: train the model again or copy it whole")
+    with _silent():
+        check_network(kind, folder)
+    try:
+        with _silent():
+            # Safetensors only: a pickle from a stranger could execute code.
+            network, keys = kind.from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                # The default needs accelerate, and asks for it at every load where that is missing.
+                low_cpu_mem_usage=False,
+                # diffusers would go on with random weights, or list every weight that does not fit.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise ValueError(
+            f"{folder} cannot be read as a diffusers network: {short(error, 120)}"
+        ) from error
+    mismatched = [name for name, *_ in keys["mismatched_keys"]]
+    if wrong := [*keys["missing_keys"], *keys["unexpected_keys"], *mismatched]:
+        raise ValueError(
+            f"{folder}: the weights are of another network than config.json ({wrong[0]} does not "
+            "fit): copy the model folder whole"
+        )
+    return network
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep diffusers from saying at length what is said here in one line."""
+    logs = [logging.getLogger(f"diffusers.{name}") for name in _TALKATIVE]
+    for log in logs:
+        log.disabled = True
+    try:
+        yield
+    finally:
+        for log in logs:
+            log.disabled = False
+
+
+def load_decoder(folder: Path, vae: Any) -> Any:
+    """Load the AutoencoderTiny that ``--decoder`` names, on the CPU and frozen.
+
+    Args:
+        folder: an ``AutoencoderTiny`` as diffusers saves it, such as TAESD.
+        vae: the pipeline's own autoencoder, whose latents it must decode.
+
+    Raises:
+        ValueError: it is something else, damaged, or of other latents.
+    """
+    name = f"--decoder {folder}"
+    config = folder / "config.json"
+    if not config.is_file() or read_config(config).get("_class_name") != "AutoencoderTiny":
+        raise ValueError(f"{name} is no folder of a diffusers AutoencoderTiny")
+    decoder = load_network(AutoencoderTiny, folder).eval().requires_grad_(False)
+    check_decoder(decoder, vae, name)
+    return decoder
+
+
+def check_decoder(decoder: Any, vae: Any, name: str) -> None:
+    """Refuse a decoder that does not make the autoencoder's images of its latents.
+
+    Args:
+        decoder: an ``AutoencoderTiny`` or ``AutoencoderKL``.
+        vae: the pipeline's own autoencoder.
+        name: what the message calls the decoder.
+
+    Raises:
+        ValueError: it takes latents of other channels, makes images of another size or channels,
+            or is no autoencoder.
+    """
+    if not hasattr(decoder, "decode") or not hasattr(decoder, "config"):
+        raise ValueError(f"{name} is a {type(decoder).__name__}, not an autoencoder")
+    own, wanted = decoder.config.latent_channels, vae.config.latent_channels
+    if own != wanted:
+        raise ValueError(
+            f"{name} takes latents of {own} channels, the pipeline's have {wanted}: use a decoder "
+            "of the pipeline's own latents"
+        )
+    own, wanted = pixels_per_latent(decoder), pixels_per_latent(vae)
+    if own != wanted or decoder.config.out_channels != vae.config.out_channels:
+        raise ValueError(
+            f"{name} makes {own}x{own} pixels of {decoder.config.out_channels} channels of each "
+            f"latent, the pipeline's autoencoder {wanted}x{wanted} of {vae.config.out_channels}: "
+            "use a decoder of the pipeline's own latents"
+        )
+
+
+MAX_SIDE = 1 << 14
+"""Largest height or width of images that a model is believed to make, pixels."""
+
+
+class Denoiser(nn.Module):
+    """A U-Net with one calling convention for unconditional and class-conditional models."""
+
+    def __init__(self, network: Any, num_classes: int | None = None) -> None:
+        """Wrap ``network``.
+
+        Args:
+            network: the UNet2DModel; class-conditional ones have ``num_classes + 1`` embeddings.
+            num_classes: None for an unconditional network.
+        """
+        super().__init__()
+        self.network = network
+        self.num_classes = num_classes
+
+    def forward(self, x_t: Tensor, t: Tensor | int, conditions: Tensor | None = None) -> Tensor:
+        """Predict what the scheduler's ``config.prediction_type`` says, (B, C, H, W).
+
+        Args:
+            x_t: noisy images (B, C, H, W).
+            t: timestep of all, 0-d or int, or of each, (B,).
+            conditions: labels (B,) int64, ``num_classes`` meaning none. None: no label at all.
+
+        Raises:
+            ValueError: labels for an unconditional model.
+        """
+        if self.num_classes is None and conditions is not None:
+            raise ValueError("conditions were given, but the model is unconditional")
+        if conditions is None:
+            conditions = self.unconditional(len(x_t), x_t.device)
+        return self.network(x_t, t, class_labels=conditions, return_dict=False)[0]
+
+    def unconditional(self, count: int, device: torch.device) -> Tensor | None:
+        """The label that means none, (count,) int64; None for an unconditional model."""
+        if self.num_classes is None:
+            return None
+        return torch.full((count,), self.num_classes, device=device)
+
+
+@dataclass
+class LoadedModel:
+    """A model folder in memory."""
+
+    denoiser: nn.Module
+    """Called as ``denoiser(x_t, t, conditions)``; in evaluation mode, on the CPU, without
+    gradients to its weights."""
+    scheduler: Any
+    """The diffusers scheduler saved with the model."""
+    image_shape: tuple[int, int, int]
+    """(C, H, W)."""
+    num_classes: int | None
+    """None for a model without classes."""
+    manifest: dict[str, Any]
+    """``manifest.json`` of the folder; empty for a diffusers folder without one."""
+    pipe: Any = None
+    """The whole pipeline of a text-to-image model, None for a pixel model."""
+    decoder: Any = None
+    """A small decoder of its latents for clean estimates; None: the pipeline's own autoencoder."""
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the denoiser denoises: images or latents."""
+        if self.pipe is None:
+            return self.image_shape
+        return latent_shape(self.pipe.vae, self.image_shape)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextConditions:
+        """What the denoiser of a text-to-image model is told of prompts, one each.
+
+        Whatever autocast says: rounded, the same caption would differ from batch to batch.
+        """
+        with torch.autocast(self.pipe.text_encoder.device.type, enabled=False):
+            return encode(self.pipe, prompts)
+
+    def to(self, device: torch.device) -> None:
+        """Move all networks to a device."""
+        self.denoiser.to(device)
+        if self.pipe is not None:
+            self.pipe.to(device)
+        if self.decoder is not None:
+            self.decoder.to(device)
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Images (B, C, H, W) of clean samples; differentiable."""
+        return x_0 if self.pipe is None else decode_latents(self.pipe.vae, x_0)
+
+    def decode_estimate(self, x_0: Tensor) -> Tensor:
+        """The same of clean estimates on the way, by the small decoder where there is one."""
+        return self.decode(x_0) if self.decoder is None else decode_latents(self.decoder, x_0)
+
+
+def load_model(folder: Path, decoder: Path | None = None) -> LoadedModel:
+    """Load the model folder that training left behind, or a Stable-Diffusion-style pipeline.
+
+    Args:
+        folder: the model.
+        decoder: folder of a small decoder of a text-to-image model's latents; see ``load_decoder``.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is not a finished model folder, or its parts do not belong together.
+    """
+    folder = Path(folder)
+    model = _load_model(folder)
+    if decoder is not None:
+        if model.pipe is None:
+            raise ValueError("--decoder is for text-to-image models; a pixel model has no latents")
+        model.decoder = load_decoder(Path(decoder), model.pipe.vae)
+    return model
+
+
+def _load_model(folder: Path) -> LoadedModel:
+    if (folder / "model_index.json").is_file():
+        return _load_text_model(folder, {})
+    manifest = read_manifest(folder, "model")
+    if manifest.get("pipeline") is not None:
+        return _load_text_model(folder, manifest)
+    network = load_network(UNet2DModel, folder / DIFFUSERS_NAME / "unet")
+    scheduler = _load_scheduler(folder / DIFFUSERS_NAME / "scheduler")
+    num_classes, image_shape = manifest.get("num_classes"), manifest.get("image_shape")
+    size = network.config["sample_size"]
+    sizes = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    expected = (network.config["in_channels"], *sizes)
+    embeddings = network.config["num_class_embeds"]
+    own = None if embeddings is None else embeddings - 1
+    if not _is_shape(image_shape) or image_shape != list(expected) or num_classes != own:
+        raise ValueError(f"{folder}: manifest.json and {DIFFUSERS_NAME}/unet are of two models")
+    return LoadedModel(
+        denoiser=Denoiser(network, num_classes).eval().requires_grad_(False),
+        scheduler=scheduler,
+        image_shape=expected,
+        num_classes=num_classes,
+        manifest=manifest,
+    )
+
+
+def _load_text_model(folder: Path, manifest: dict[str, Any]) -> LoadedModel:
+    pipe = load_pipeline(folder)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+    if manifest:
+        shape = manifest.get("image_shape")
+        if not _is_shape(shape):
+            raise ValueError(f"{folder}/manifest.json has no valid image_shape")
+        channels, height, width = shape
+    else:
+        size = pipe.unet.config.sample_size
+        if not isinstance(size, int):
+            raise ValueError(f"{folder}: its U-Net has no one sample_size but {short(size, 40)}")
+        channels = pipe.vae.config.in_channels
+        height = width = size * pipe.vae_scale_factor
+    with torch.no_grad():
+        null = encode(pipe, [""])
+    return LoadedModel(
+        denoiser=TextDenoiser(pipe.unet, (height, width), null),
+        scheduler=pipe.scheduler,
+        image_shape=(channels, height, width),
+        num_classes=None,
+        manifest=manifest,
+        pipe=pipe,
+    )
+
+
+def _load_scheduler(folder: Path) -> Any:
+    path = folder / "scheduler_config.json"
+    try:
+        kind: Any = scheduler_class_named(check_scheduler(folder))
+        return kind.from_pretrained(folder, local_files_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no scheduler: copy the model folder whole") from None
+    except Exception as error:  # whatever diffusers raises for options of wrong types
+        raise ValueError(f"{path} is not a scheduler's configuration: {short(error)}") from error
+
+
+def _is_shape(value: Any) -> TypeGuard[list[int]]:
+    """Whether a manifest's image_shape could be one."""
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(side) is int and 0 < side <= MAX_SIDE for side in value)
+    )

@@ -1,0 +1,1 @@
+"""A small text-to-image world that needs no download."""

@@ -1,0 +1,215 @@
+"""Short trainings on the distinct images of a dataset: the loop, its options, its data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from memfree.console import quiet
+from memfree.data.dataset_folder import DatasetFolder, to_float
+from memfree.data.record_reader import RecordReader
+from memfree.data.split import PartName
+from memfree.folders.atomic import check_place, put_in_place, unfinished
+from memfree.folders.claim import first_difference
+from memfree.folders.manifest import check_kind, read_manifest, save_config
+from memfree.models.options import Accelerator
+from memfree.training.callbacks import FiniteTraining
+from memfree.training.loggers import LossRecord
+from memfree.training.progress import StepProgress
+from memfree.training.trainer import build_trainer
+
+
+class DistinctImages(Dataset[dict[str, Any]]):
+    """Every distinct image of some parts once, however often the training set repeats it.
+
+    Args:
+        folder: the dataset folder.
+        parts: which parts; an empty one is left out.
+        cache_bytes: keep decoded images in memory if all of them take at most so many bytes.
+
+    Attributes:
+        captions: caption of each image, that of its original record, not one that a duplication
+            plan gave to a copy; None without captions.
+        groups: (N,) int64 number of each image's group.
+
+    Raises:
+        ValueError: all of the parts are empty.
+    """
+
+    def __init__(
+        self, folder: DatasetFolder, parts: Sequence[PartName], cache_bytes: int = 1 << 30
+    ) -> None:
+        records = pa.concat_tables([folder.part_records(part) for part in parts])
+        if len(records) == 0:
+            raise ValueError(f"{folder.path} has no images in {', '.join(parts)}; prepare it again")
+        records = records.take(originals(records))
+        self._reader = RecordReader(folder.path, records, folder.image_shape, cache_bytes)
+        captions = records["caption"]
+        self.captions: list[str] | None = captions.to_pylist() if captions.null_count == 0 else None
+        names = folder.items["group"].take(records["row"]).to_pylist()
+        self.groups = torch.from_numpy(np.unique(names, return_inverse=True)[1].astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, numbers: list[int]) -> dict[str, Any]:
+        """A batch: ``image`` (B, C, H, W) in [-1, 1], ``group`` and ``row`` (B,), ``caption``."""
+        batch: dict[str, Any] = {
+            "image": to_float(self._reader.read(numbers)),
+            "group": self.groups[numbers],
+            "row": torch.tensor(numbers),
+        }
+        if self.captions is not None:
+            batch["caption"] = [self.captions[number] for number in numbers]
+        return batch
+
+    def images(self) -> Tensor:
+        """All images, (N, C, H, W) float32 in [-1, 1]."""
+        return to_float(self._reader.read(range(len(self))))
+
+    def loader(self, batch_size: int, steps: int, seed: int) -> DataLoader[Any]:
+        """``steps`` batches; each pass through the images is another permutation by ``seed``.
+
+        Raises:
+            ValueError: a batch would have more images than there are.
+        """
+        if batch_size > len(self):
+            raise ValueError(
+                f"--batch_size {batch_size}: there are only {len(self)} images; use fewer"
+            )
+        return DataLoader(
+            self, batch_size=None, sampler=_Permutations(len(self), batch_size, steps, seed)
+        )
+
+
+def originals(records: pa.Table) -> np.ndarray:
+    """Positions of one record a row: that of its lowest copy number, in the order of rows."""
+    row, copy = (records[name].to_numpy() for name in ("row", "copy"))
+    order = np.lexsort((copy, row))
+    return order[np.unique(row[order], return_index=True)[1]]
+
+
+class _Permutations(Sampler[list[int]]):
+    """Batches of numbers; what is left of a permutation is dropped, so that none repeats."""
+
+    def __init__(self, count: int, batch_size: int, steps: int, seed: int) -> None:
+        self._count, self._batch_size, self._steps, self._seed = count, batch_size, steps, seed
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = np.random.Generator(np.random.PCG64([self._seed, 0]))
+        done = 0
+        while done < self._steps:
+            order = generator.permutation(self._count)
+            for start in range(0, self._count - self._batch_size + 1, self._batch_size):
+                if done == self._steps:
+                    return
+                yield order[start : start + self._batch_size].tolist()
+                done += 1
+
+
+def is_finished(out: Path, kind: str, identity: dict[str, Any], overwrite: bool) -> bool:
+    """Whether ``out`` holds just what would be trained.
+
+    Args:
+        out: the folder; need not exist.
+        kind: of its manifest.
+        identity: what the network is trained with, JSON values.
+        overwrite: whether another of this kind may be replaced.
+
+    Raises:
+        ValueError: it holds something else, or another network and not ``overwrite``, or what is
+            trained could not be put there.
+        OSError: nothing can be written beside it.
+    """
+    check_kind(out, kind)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        check_place(out)
+        return False
+    found = read_manifest(out, kind)  # refuses files of something else
+    difference = first_difference(found.get("identity"), identity)
+    if difference and not overwrite:
+        raise ValueError(
+            f"--out {out} holds another one: {difference}; use another --out, or --overwrite true"
+        )
+    if difference:
+        check_place(out)
+    return not difference
+
+
+def fit(
+    module: pl.LightningModule, loader: DataLoader[Any], steps: int, accelerator: Accelerator
+) -> float:
+    """Train for ``steps`` batches; the loss at the end, a mean over the last 50 steps.
+
+    Raises:
+        ValueError: there is no such device, or the loss is no longer finite.
+    """
+    losses = LossRecord(min(50, steps))
+    with quiet(
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*module.s. in eval mode.*",
+    ):
+        trainer = build_trainer(
+            accelerator=accelerator,
+            devices=1,
+            max_steps=steps,
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            callbacks=[FiniteTraining(), losses, StepProgress()],
+            log_every_n_steps=min(50, steps),
+            use_distributed_sampler=False,
+        )
+        trainer.fit(module, loader)
+    return losses.last() or float("nan")
+
+
+def write_folder(out: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a folder, manifest last, and put it in place when it is complete."""
+    with unfinished(out) as partial:
+        save_config(partial)
+        write(partial)
+        put_in_place(partial, out, overwrite=True)
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """The generator of all that one training step draws."""
+    words = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(words[0] >> 1))
+
+
+def adamw_with_cosine(module: pl.LightningModule, rate: float, decay: float) -> Any:
+    """AdamW whose rate rises over a twentieth of all steps and falls to 0 along a cosine.
+
+    Weight decay is for matrices and kernels only.
+    """
+    total = float(module.trainer.estimated_stepping_batches)
+    warm = max(1, round(0.05 * total))
+    trained = [value for value in module.parameters() if value.requires_grad]
+    groups = [
+        {"params": [value for value in trained if value.ndim > 1], "weight_decay": decay},
+        {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

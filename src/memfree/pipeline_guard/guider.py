@@ -1,0 +1,182 @@
+"""The guidance as a diffusers guider, for modular Stable Diffusion XL pipelines."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import GuiderOutput
+from torch import Tensor
+
+from memfree.conditions import TextConditions
+from memfree.guidance import Guidance
+from memfree.pipeline_guard.decode import Decoder
+from memfree.pipeline_guard.denoiser import Signature
+from memfree.pipeline_guard.families import StableDiffusionXL
+from memfree.pipeline_guard.hook import Draw, usable
+from memfree.pipeline_guard.noise_level import check_scheduler
+from memfree.pipeline_guard.report import GuardReport
+from memfree.retrieval import ReferenceIndex
+
+
+class AntiMemorizationGuider(ClassifierFreeGuidance):
+    """Classifier-free guidance that passes every prediction through guidances (AMG and others).
+
+    A guider is handed two predictions; it is told neither x_t nor the noise level, and has no
+    decoder and no text encoder. What it lacks it takes from the modular pipeline that it is made
+    for, and x_t from a hook on the denoiser that it places in ``prepare_models``. What it cannot
+    do: it never sees finished images, so that it gives no verdicts and draws nothing again (audit
+    the images, or guard a ``StableDiffusionXLPipeline``); it starts no stage of a mitigation but
+    guidances; it is not saved with the pipeline; it does not apply to pipelines that give their
+    denoiser other arguments than Stable Diffusion XL's, nor to Stable Diffusion 1 and 2, of which
+    there is no modular pipeline. The interface is experimental in diffusers.
+
+    Args:
+        pipe: the modular pipeline, its components loaded; then
+            ``pipe.update_components(guider=guider)``.
+        index: calibrated references on the pipeline's device.
+        guidance: one or several, in order.
+        guidance_scale: s_0; at 1 the conditional prediction alone.
+        guidance_rescale: as in ``ClassifierFreeGuidance``.
+        decoder: a cheaper autoencoder of the same latents, as in ``guard``, on the pipeline's
+            device; None: the pipeline's own.
+        chunk_size: latents decoded at a time; None: the whole batch.
+
+    Attributes:
+        report: its trace is filled by every pipeline call; it has no verdicts.
+
+    Raises:
+        ValueError: the pipeline is none of Stable Diffusion XL, or its scheduler is not supported.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        index: ReferenceIndex,
+        guidance: Guidance | Sequence[Guidance],
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        decoder: Any = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        if not type(pipe).__name__.startswith("StableDiffusionXLModular"):
+            raise ValueError(
+                "AntiMemorizationGuider is for modular Stable Diffusion XL pipelines, not "
+                f"{type(pipe).__name__}: its denoiser is given other arguments"
+            )
+        super().__init__(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
+        check_scheduler(pipe.scheduler, flow=False)
+        self.report = GuardReport()
+        self._pipe = pipe
+        self._guidances = list(guidance) if isinstance(guidance, Sequence) else [guidance]
+        self._decoder = Decoder(pipe.vae, index, chunk_size, decoder)
+        self._draw: Draw | None = None
+        self._calls: list[dict[str, Any]] = []
+        self._handle: Any = None
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
+        """Step 0 begins another pipeline call."""
+        super().set_state(step, num_inference_steps, timestep)
+        self._calls = []
+        if step == 0:
+            self._draw = None
+            self.report.calls += 1
+
+    def prepare_models(self, denoiser: torch.nn.Module) -> None:
+        """Before each branch: see what the denoiser is given."""
+        super().prepare_models(denoiser)
+        caller, known = threading.get_ident(), diffusers.UNet2DConditionModel
+        needed = ("sample", "timestep", "encoder_hidden_states")
+        signature = Signature(denoiser, known, needed)
+
+        def seen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if threading.get_ident() == caller:  # others may share the denoiser
+                self._calls.append(signature.bind(args, kwargs))
+
+        self._handle = denoiser.register_forward_hook(seen, with_kwargs=True)
+
+    def cleanup_models(self, denoiser: torch.nn.Module) -> None:
+        """After each branch: the hook goes."""
+        super().cleanup_models(denoiser)
+        self._handle.remove()
+
+    def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
+        """The combined prediction, with the rows corrected in which a guidance is active."""
+        plain = super().forward(pred_cond, pred_uncond)
+        with torch.inference_mode(False), torch.no_grad():
+            # diffusers runs the conditional branch first; a guard's batch has it last.
+            branches = [one for one in (pred_uncond, pred_cond) if one is not None]
+            arguments = usable(_stacked(self._calls[::-1]))
+            draw = self._current_draw(arguments, twice=len(branches) == 2)
+            view = draw.view(arguments, draw.levels.next(torch.as_tensor(arguments["timestep"])))
+            found = draw.guided(view, usable(torch.cat(branches)))
+            rows = draw.trace.pop()
+            self.report.add_trace(self.report.calls - 1, 0, list(range(view.count)), rows)
+            if draw.unmoved:
+                self.report.unmoved.append(self.report.calls - 1)
+            if found is None:
+                return plain
+            pred = usable(plain.pred).clone()
+            pred[found[0]] = found[1]
+        return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    def _current_draw(self, arguments: dict[str, Any], twice: bool) -> Draw:
+        if self._draw is None:
+            pipe = SimpleNamespace(
+                scheduler=self._pipe.scheduler,
+                unet=self._pipe.unet,
+                vae=self._pipe.vae,
+                _execution_device=self._pipe._execution_device,
+                guidance_scale=self.guidance_scale,
+                guidance_rescale=self.guidance_rescale,
+                do_classifier_free_guidance=twice,
+            )
+            family = _Modular(components=self._pipe)
+            self._draw = Draw(pipe, family, {}, self._guidances, self._decoder)
+        return self._draw
+
+
+class _Modular(StableDiffusionXL):
+    """Stable Diffusion XL whose text encoding is a block, not a method of the pipeline."""
+
+    def __init__(self, components: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "components", components)
+
+    def missing_text_part(self, pipe: Any) -> str | None:
+        """Of the modular pipeline's components."""
+        return super().missing_text_part(self.components)  # type: ignore[attr-defined]
+
+    def _encode(self, pipe: Any, captions: list[str], call: Any) -> TextConditions:
+        """The text encoding block's own function."""
+        from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
+            StableDiffusionXLTextEncoderStep,
+        )
+
+        components = self.components  # type: ignore[attr-defined]
+        encode: Any = StableDiffusionXLTextEncoderStep.encode_prompt  # typed for one prompt
+        embeddings, _, pooled, _ = encode(
+            components,
+            captions,
+            device=components._execution_device,
+            num_images_per_prompt=1,
+            prepare_unconditional_embeds=False,
+        )
+        return TextConditions(embeddings, pooled)
+
+
+def _stacked(calls: Sequence[Any]) -> Any:
+    """Arguments of the branches as those of one batch; tensors without rows are all the same."""
+    first = calls[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(calls)) if first.ndim else first
+    if isinstance(first, dict):
+        return {name: _stacked([call[name] for call in calls]) for name in first}
+    if isinstance(first, (list, tuple)):
+        return type(first)(_stacked(values) for values in zip(*calls, strict=True))
+    return first

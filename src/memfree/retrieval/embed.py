@@ -1,0 +1,262 @@
+"""Embedding a large dataset: over several processes, resumed where a killed run stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from memfree.data import DatasetFolder, DatasetPart
+from memfree.data.dataset_folder import to_float
+from memfree.folders.atomic import remove_temporary, write_atomic
+from memfree.folders.lock import WHOLE, Part
+from memfree.folders.untrusted import check_plain
+from memfree.retrieval.build import Embedded
+from memfree.retrieval.features.base import Features, identity
+from memfree.retrieval.features.whitened import Whitened
+from memfree.retrieval.grouping import content_hashes
+
+_FOLDER = re.compile("[0-9a-f]{16}")  # a ``_digest``
+
+
+class EmbeddedParts:
+    """Embedded batches of a dataset's train part, one file each, until the index is written.
+
+    A batch is always embedded as it is, whichever process does it, so that vectors are the same
+    however many there are and wherever an earlier run was killed.
+
+    Args:
+        root: folder of all parts of an index; each extractor and dataset has its own in it.
+        features: the extractor.
+        dataset: the dataset folder.
+        count: number of images.
+        batch_size: images a batch.
+    """
+
+    def __init__(
+        self, root: Path, features: Features, dataset: DatasetFolder, count: int, batch_size: int
+    ) -> None:
+        made_of = [identity(features.describe()), dataset.hash, batch_size]
+        self.folder = root / _digest(made_of)
+        self.count = count
+        self.batch_size = batch_size
+
+    def rows(self, batch: int) -> range:
+        """Positions of a batch's images."""
+        start = batch * self.batch_size
+        return range(start, min(start + self.batch_size, self.count))
+
+    def path(self, batch: int) -> Path:
+        """The file of a batch."""
+        return self.folder / f"batch-{batch:08d}.safetensors"
+
+    def missing(self, work: Part = WHOLE) -> list[int]:
+        """Batches, of all or of this part of them, that are not embedded yet."""
+        there = {path.name for path in self.folder.glob("batch-*.safetensors")}
+        mine = work.share(range(self.batches))
+        return [batch for batch in mine if self.path(batch).name not in there]
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return -(-self.count // self.batch_size)
+
+    def write(self, batch: int, vectors: Tensor, hashes: list[str]) -> None:
+        """Keep a batch: it appears whole or not at all."""
+        digests = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
+        tensors = {"vectors": vectors.contiguous(), "hashes": torch.from_numpy(digests.copy())}
+
+        def save(path: Path) -> None:
+            safetensors.torch.save_file(tensors, path)
+
+        write_atomic(self.path(batch), save)
+
+    def read(self) -> Embedded:
+        """All batches in order.
+
+        Raises:
+            ValueError: a file was damaged or replaced.
+        """
+        vectors: Tensor | None = None
+        hashes: list[str] = []
+        for batch in range(self.batches):
+            rows, path = self.rows(batch), self.path(batch)
+            try:
+                check_plain(path)
+                tensors = safetensors.torch.load_file(path)
+                part, digests = tensors["vectors"], tensors["hashes"]
+                if vectors is None:
+                    vectors = torch.empty(self.count, part.shape[1], dtype=torch.float32)
+                vectors[rows.start : rows.stop] = part.reshape(len(rows), -1)
+                digests = digests.reshape(len(rows), 32)
+            except (safetensors.SafetensorError, KeyError, IndexError, RuntimeError) as error:
+                raise ValueError(f"{path} is damaged; delete it and start again") from error
+            hashes += [bytes(digest).hex() for digest in digests.numpy()]
+        assert vectors is not None
+        return Embedded(vectors, hashes)
+
+    def forget(self) -> None:
+        """Remove them, and those of other extractors for this index; nothing else."""
+        root = self.folder.parent
+        folders = [path for path in root.glob("*") if _FOLDER.fullmatch(path.name)]
+        for folder in (root, *folders):
+            remove_temporary(folder)
+        for folder in folders:
+            for path in folder.glob("batch-*.safetensors"):
+                path.unlink(missing_ok=True)
+        for path in root.glob("whitening-*.safetensors"):
+            path.unlink(missing_ok=True)
+        for folder in (*folders, root):
+            with contextlib.suppress(OSError):  # not empty: it holds something else
+                folder.rmdir()
+
+
+class EmbeddingModule(LightningModule):
+    """Embeds batches and keeps them.
+
+    Args:
+        features: the extractor, moved to the device.
+        parts: where batches are kept.
+        advance: called with the number of images of every batch that this process has done.
+    """
+
+    def __init__(
+        self, features: Features, parts: EmbeddedParts, advance: Callable[[int], None]
+    ) -> None:
+        super().__init__()
+        self.features = features
+        self.parts = parts
+        self.advance = advance
+
+    def predict_step(self, batch: tuple[int, Tensor], batch_idx: int = 0) -> int:
+        """Embed one batch, its number and its images (B, C, H, W) uint8; returns the number."""
+        number, pixels = batch
+        vectors = self.features(to_float(pixels)).float().cpu()
+        self.parts.write(number, vectors, content_hashes(to_float(pixels.cpu())))
+        self.advance(len(pixels))
+        return number
+
+
+class MissingBatches(LightningDataModule):
+    """The batches that are missing, a contiguous range of them for each process.
+
+    Args:
+        images: the train part of the dataset.
+        parts: where finished batches are kept.
+        workers: processes that decode images beside each process that embeds.
+        work: which batches are these processes' to embed.
+    """
+
+    def __init__(self, images: DatasetPart, parts: EmbeddedParts, workers: int, work: Part) -> None:
+        super().__init__()
+        # On resumption a rank may have nothing left to do.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.images = images
+        self.parts = parts
+        self.workers = workers
+        self.work = work
+        self.missing: list[int] = []
+
+    def setup(self, stage: str) -> None:
+        """Let rank 0 say what is missing."""
+        assert self.trainer is not None
+        if self.trainer.is_global_zero:
+            self.missing = self.parts.missing(self.work)
+        self.missing = self.trainer.strategy.broadcast(self.missing)
+
+    def predict_dataloader(self) -> Iterable[tuple[int, Tensor]]:
+        """Batches of this rank."""
+        assert self.trainer is not None
+        mine = np.array_split(self.missing, self.trainer.world_size)[self.trainer.global_rank]
+        batches = _Batches(self.images, self.parts, [int(batch) for batch in mine])
+        return DataLoader(dataset=batches, batch_size=None, num_workers=self.workers)
+
+
+class _Batches(Dataset):
+    """Decoded batches by their position among ``numbers``."""
+
+    def __init__(self, part: DatasetPart, parts: EmbeddedParts, numbers: list[int]) -> None:
+        self.part = part
+        self.parts = parts
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor]:
+        number = self.numbers[position]
+        return number, self.part.reader.read(self.parts.rows(number))
+
+
+def embed(
+    images: DatasetPart,
+    features: Features,
+    parts: EmbeddedParts,
+    trainer: Trainer,
+    workers: int = 0,
+    advance: Callable[[int], None] = lambda count: None,
+    work: Part = WHOLE,
+) -> None:
+    """Embed a dataset's train part, or of that what an earlier run left over.
+
+    Args:
+        images: the train part.
+        features: the extractor.
+        parts: where the batches are kept.
+        trainer: devices; with several, every process calls this function.
+        workers: processes that decode images beside each process that embeds.
+        advance: called with the number of images of every batch that this process has done.
+        work: which batches are to be embedded here.
+    """
+    if parts.missing(work):
+        trainer.predict(
+            EmbeddingModule(features, parts, advance),
+            datamodule=MissingBatches(images, parts, workers, work),
+            return_predictions=False,
+        )
+        trainer.strategy.barrier("all batches are embedded")
+
+
+def whitened(
+    dataset: DatasetFolder, features: Features, root: Path, batch_size: int, device: torch.device
+) -> Whitened:
+    """Whiten an extractor on the fit part; what was fitted is kept with the parts.
+
+    A process that starts later, or a run that goes on, has the very same projection, which on some
+    devices a second fit would not give.
+    """
+    path = root / f"whitening-{_digest([identity(features.describe()), dataset.hash])}.safetensors"
+    if path.is_file():
+        try:
+            return Whitened.from_tensors(features, safetensors.torch.load_file(path))
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged; delete it and start again") from error
+    fitted = Whitened.fit(features.to(device), dataset.part("fit").images(), batch_size=batch_size)
+    tensors = {name: value.cpu().contiguous() for name, value in fitted.tensors().items()}
+
+    def save(temporary: Path) -> None:
+        safetensors.torch.save_file(tensors, temporary)
+
+    write_atomic(path, save)
+    return Whitened.from_tensors(features, tensors)
+
+
+def parts_folder(out: Path) -> Path:
+    """Where the parts of the index folder ``out`` are kept: a hidden folder beside it."""
+    out = out.resolve()
+    return out.parent / f".{out.name}.parts"
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

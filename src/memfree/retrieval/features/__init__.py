@@ -1,0 +1,1 @@
+"""Features that images are compared by: pixels, CLIP, SSCD, latents and others."""

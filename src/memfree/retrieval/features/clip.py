@@ -1,0 +1,244 @@
+"""CLIP features, from open_clip or a folder of an untrusted CLIP."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memfree.folders.untrusted import check_plain_folder, short
+from memfree.retrieval.features.base import UNREADABLE, NetworkFeatures, last_line, state_hash
+from memfree.retrieval.features.preprocessing import Preprocessing
+from memfree.retrieval.options import Arithmetic
+
+CONFIG = "open_clip_config.json"
+_MODEL = (
+    "embed_dim",
+    "vision_cfg",
+    "text_cfg",
+    "multimodal_cfg",
+    "custom_text",
+    "quick_gelu",
+    "init_logit_scale",
+    "init_logit_bias",
+    "nonscalar_logit_scale",
+    "output_dict",
+    "pad_id",
+)
+_PREPROCESSING = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
+_TOKENIZER = ("clean", "strip_sep_token", "reduction_mask", "additional_special_tokens")
+_NAMES_A_HUB = ("hf_model_name",)
+"""Makes open_clip ask the hub for a text tower's configuration."""
+
+
+def load_clip(folder: Path) -> Any:
+    """Build the CLIP of a folder with ``open_clip_config.json`` and a checkpoint, on the CPU.
+
+    Raises:
+        ValueError: the configuration names code, a hub or an unknown option, is of another network
+            than the weights, or open_clip cannot read it; one line that names the folder.
+    """
+    import open_clip  # takes seconds, which nobody else should wait for
+
+    name = f"local-dir:{folder.absolute()}"
+    _read_config(folder)
+    try:
+        _check_size(open_clip, name, folder)
+        return open_clip.create_model(name, require_pretrained=True)
+    except (*UNREADABLE, OSError) as error:
+        raise ValueError(f"{folder} holds no CLIP: {last_line(error)}") from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of such a folder: open_clip's own, or one whose files lie in the folder.
+
+    Raises:
+        ValueError: as ``load_clip``.
+    """
+    from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
+
+    from memfree.folders.untrusted_models import check_tokenizer
+
+    text = _read_config(folder)["text_cfg"]
+    options = {
+        "context_length": text.get("context_length", DEFAULT_CONTEXT_LENGTH),
+        **(text.get("tokenizer_kwargs") or {}),
+    }
+    try:
+        if not text.get("hf_tokenizer_name"):
+            return SimpleTokenizer(**options)
+        check_tokenizer(folder, must_be_named=True)
+        return HFTokenizer(
+            str(folder.absolute()),
+            tokenizer_mode=text.get("tokenizer_mode"),
+            local_files_only=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except (*UNREADABLE, OSError) as error:
+        raise ValueError(f"{folder} holds no tokenizer: {last_line(error)}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The ``model_cfg`` of a folder, which has only options that build open_clip's own networks.
+
+    Raises:
+        ValueError: it has others; the message begins with the file.
+    """
+    import timm
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    from memfree.folders.untrusted_models import read_config
+
+    path = folder / CONFIG
+    try:
+        config = read_config(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds no CLIP: {CONFIG} is missing") from error
+    decoder = (*CLIPTextCfg.__dataclass_fields__, "dim_head", "n_queries", "attn_pooler_heads")
+    _check_keys(config, ("model_cfg", "preprocess_cfg"), f"{path}")
+    model = _part(config, "model_cfg", _MODEL, path)
+    _part({"preprocess_cfg": {}, **config}, "preprocess_cfg", _PREPROCESSING, path)
+    vision = _part(model, "vision_cfg", tuple(CLIPVisionCfg.__dataclass_fields__), path)
+    text = _part(model, "text_cfg", tuple(CLIPTextCfg.__dataclass_fields__), path)
+    further = _part({"multimodal_cfg": {}, **model}, "multimodal_cfg", decoder, path)
+    for tower in (text, further):
+        _part({"tokenizer_kwargs": {}, **tower}, "tokenizer_kwargs", _TOKENIZER, path)
+        for key in _NAMES_A_HUB:
+            if tower.get(key) is not None:
+                raise ValueError(
+                    f"{path} has {key} {short(tower[key], 60)}, which would be downloaded: "
+                    "use a CLIP whose text tower is open_clip's own"
+                )
+    trunk = vision.get("timm_model_name")
+    if trunk is not None and not (
+        isinstance(trunk, str) and not {":", "/", "\\"} & {*trunk} and timm.is_model(trunk)
+    ):
+        raise ValueError(f"{path}: timm_model_name {short(repr(trunk), 60)} is not a timm model")
+    return model
+
+
+def _part(config: dict[str, Any], name: str, known: tuple[str, ...], path: Path) -> dict[str, Any]:
+    """A nested set of options, all of them known."""
+    part = config.get(name)
+    if part is None and name == "tokenizer_kwargs":
+        return {}
+    if not isinstance(part, dict):
+        raise ValueError(f"{path} has no valid {name}")
+    _check_keys(part, known, f"{path}: {name}")
+    return part
+
+
+def _check_keys(config: dict[str, Any], known: tuple[str, ...], name: str) -> None:
+    if unknown := [key for key in config if key not in known]:
+        raise ValueError(f"{name} has {short(unknown[0], 60)}, which is not an option of a CLIP")
+
+
+def _check_size(open_clip: Any, name: str, folder: Path) -> None:
+    """Refuse a configuration of a much larger network than the weights beside it."""
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth")]
+    size = max((path.stat().st_size for path in files if path.is_file()), default=0)
+    root = logging.getLogger()
+    was_disabled, root.disabled = root.disabled, True  # it warns that there are no weights
+    try:
+        with torch.device("meta"):  # has shapes, but no memory
+            network = open_clip.create_model(name, load_weights=False, device="meta")
+    finally:
+        root.disabled = was_disabled
+    needed = sum(value.numel() for value in network.state_dict().values())
+    if needed > 2 * size + (1 << 20):
+        raise ValueError(f"its {CONFIG} needs {needed} numbers, its largest file has {size} bytes")
+
+
+class CLIPFeatures(NetworkFeatures):
+    """CLIP image embeddings of length 1, compared by cosine; the text tower is not kept.
+
+    The preprocessing is the one that open_clip states for model and weights.
+
+    Args:
+        model: open_clip's name of the architecture, as ViT-B-32; None where ``path`` is a folder.
+        pretrained: open_clip's name of published weights, as laion2b_s34b_b79k (downloaded).
+        path: instead, a local checkpoint (safetensors, or a state dict that is loaded with
+            ``weights_only``), or a folder with open_clip_config.json and a checkpoint.
+        dtype: arithmetic of the network.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the options contradict each other, name nothing that exists, or the weights are
+            of another model.
+    """
+
+    def __init__(
+        self,
+        model: str | None = "ViT-B-32",
+        pretrained: str | None = None,
+        path: Path | str | None = None,
+        dtype: Arithmetic = "float32",
+    ) -> None:
+        if (pretrained is None) == (path is None):
+            raise ValueError("CLIP features need either pretrained weights' name or a path")
+        self.path = None if path is None else Path(path).absolute()
+        if self.path is not None and not self.path.exists():
+            raise FileNotFoundError(f"no CLIP checkpoint at {self.path}")
+        if self.path is not None and not (self.path.is_file() or self.path.is_dir()):
+            raise ValueError(f"{self.path} is no plain file")  # a device would have no end
+        if self.path is not None and self.path.is_dir():
+            check_plain_folder(self.path)
+        self.model = None if self.path is not None and self.path.is_dir() else model
+        self.pretrained = pretrained
+        tower, config = self._load()
+        self.weights_sha256 = state_hash(tower)
+        super().__init__(tower, Preprocessing.of_open_clip(config), dtype)
+
+    def _load(self) -> tuple[Any, dict[str, Any]]:
+        import open_clip  # takes seconds, which nobody else should wait for
+
+        if self.model is None:
+            if self.path is None:
+                raise ValueError("CLIP features need a model, as ViT-B-32")
+            clip = load_clip(self.path)
+        else:
+            if self.model.startswith("local-dir:"):
+                raise ValueError(f"CLIP model {self.model}: give a folder as --extractor.path")
+            if ":" not in self.model and open_clip.get_model_config(self.model) is None:
+                raise ValueError(
+                    f"open_clip knows no model {self.model!r}; see open_clip.list_models()"
+                )
+            tags = open_clip.list_pretrained_tags_by_model(self.model.replace("/", "-"))
+            if self.pretrained is not None and self.pretrained not in tags:
+                known = ", ".join(tags) or "none"
+                raise ValueError(
+                    f"open_clip has no weights {self.pretrained!r} of {self.model}; it has {known}"
+                )
+            clip = self._create(self.model, self.pretrained or str(self.path))
+        return clip.visual, open_clip.get_model_preprocess_cfg(clip)
+
+    def _create(self, name: str, weights: str) -> Any:
+        import open_clip
+
+        try:
+            return open_clip.create_model(name, weights, require_pretrained=True)
+        except (*UNREADABLE, OSError) as error:
+            what = self.pretrained if self.path is None else self.path
+            raise ValueError(
+                f"CLIP {self.model} cannot be made of {what}: {last_line(error)}"
+            ) from error
+
+    def run(self, inputs: Tensor) -> Tensor:
+        """The image tower's projected embedding (B, D)."""
+        output = self.network(inputs)
+        # Some towers (CoCa's) return their tokens as well.
+        return output[0] if isinstance(output, tuple) else output
+
+    def describe(self) -> dict[str, Any]:
+        """Model, weights, their hash (of the image tower) and the preprocessing."""
+        return self._describe(
+            "clip",
+            self.weights_sha256,
+            model=self.model,
+            pretrained=self.pretrained,
+            path=None if self.path is None else str(self.path),
+        )

@@ -1,0 +1,199 @@
+"""Features of a small copy-detection network that was trained on a dataset's own images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from memfree.folders.manifest import read_manifest, sha256
+from memfree.retrieval.features.base import NetworkFeatures, state_hash
+
+WEIGHTS = "copy_detection.safetensors"
+_GROUPS = 8
+_LARGEST = 4096  # of any number in a description, so that a damaged one allocates no memory
+
+
+@dataclass(frozen=True)
+class CopyDetectionShape:
+    """Size of the network."""
+
+    channels: int = 3
+    """Of the images: 1 or 3."""
+    size: int = 32
+    """Height and width, in pixels, that images are resized to (bilinear, antialiased)."""
+    widths: tuple[int, ...] = (32, 64, 128)
+    """Channels of each resolution: half the size, a quarter, ..."""
+    dimension: int = 128
+    """Length of the embedding."""
+
+    @classmethod
+    def from_json(cls, value: Any) -> CopyDetectionShape:
+        """Read what ``asdict`` wrote.
+
+        Raises:
+            ValueError: it is something else, or absurdly large.
+        """
+        try:
+            widths = tuple(value["widths"])
+            shape = cls(value["channels"], value["size"], widths, value["dimension"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a copy-detection network lacks {error}") from error
+        numbers = (shape.channels, shape.size, shape.dimension, *widths)
+        if not all(isinstance(number, int) and 0 < number <= _LARGEST for number in numbers) or (
+            not 0 < len(widths) <= 8 or any(width % _GROUPS for width in widths)
+        ):
+            raise ValueError(f"no copy-detection network has the shape {value}")
+        return shape
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, as a manifest has them."""
+        return {**asdict(self), "widths": list(self.widths)}
+
+
+class CopyDetectionNetwork(nn.Module):
+    """A small residual network with smooth layers: group norm, SiLU, average and GeM pooling.
+
+    Group norm treats each image alone, so training and use agree. Strides are averages, so that
+    gradients with respect to pixels have no checkerboard.
+    """
+
+    def __init__(self, shape: CopyDetectionShape) -> None:
+        super().__init__()
+        widths = shape.widths
+        self.stem = nn.Conv2d(shape.channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList(
+            _Block(before, width)
+            for before, width in zip((widths[0], *widths[:-1]), widths, strict=True)
+        )
+        self.norm = nn.GroupNorm(_GROUPS, widths[-1])
+        self.head = nn.Linear(widths[-1], shape.dimension)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D), not normalised, of images (B, C, size, size) in [-1, 1]."""
+        hidden = self.stem(images)
+        for block in self.blocks:
+            hidden = block(functional.avg_pool2d(hidden, 2))
+        # Generalised mean, p = 3, as SSCD pools; the floor keeps the root differentiable.
+        active = functional.silu(self.norm(hidden)).clamp(min=1e-3)
+        return self.head(active.pow(3).mean((2, 3)).pow(1 / 3))
+
+
+class _Block(nn.Module):
+    def __init__(self, before: int, width: int) -> None:
+        super().__init__()
+        self.first_norm, self.second_norm = (nn.GroupNorm(_GROUPS, n) for n in (before, width))
+        self.first = nn.Conv2d(before, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+        self.skip = nn.Identity() if before == width else nn.Conv2d(before, width, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = self.first(functional.silu(self.first_norm(hidden)))
+        inner = self.second(functional.silu(self.second_norm(inner)))
+        return self.skip(hidden) + inner
+
+
+class CopyDetectionFeatures(NetworkFeatures):
+    """Embedding of a copy-detection network, of length 1, compared by cosine.
+
+    Trained by ``memfree train-embedding`` with SSCD's recipe (Pizzi et al., CVPR 2022). An index
+    holds the weights, so it needs the folder no more.
+
+    Args:
+        shape: size of the network.
+        weights: its state dictionary.
+        path: folder that they came from, where it is known.
+
+    Raises:
+        ValueError: the weights are of another network.
+    """
+
+    def __init__(
+        self, shape: CopyDetectionShape, weights: dict[str, Tensor], path: Path | None = None
+    ) -> None:
+        with torch.device("meta"):  # no memory for a network that its weights are not of
+            expected = _shapes(CopyDetectionNetwork(shape).state_dict())
+        if _shapes(weights) != expected:
+            raise ValueError(
+                "the weights of a copy-detection network do not fit its shape: copy its folder "
+                "whole, or build the index again"
+            )
+        network = CopyDetectionNetwork(shape)
+        network.load_state_dict(weights, strict=True)
+        super().__init__(network, None)
+        self.shape = shape
+        self.path = path
+        self.weights_sha256 = state_hash(network)
+
+    @classmethod
+    def load(cls, folder: Path) -> CopyDetectionFeatures:
+        """Open the folder that ``memfree train-embedding`` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: it is unfinished, damaged or of another kind.
+        """
+        manifest = read_manifest(folder, "embedding")
+        shape = CopyDetectionShape.from_json(manifest.get("shape"))
+        path = folder / WEIGHTS
+        if not path.is_file() or sha256(path) != manifest.get("file_sha256"):
+            raise ValueError(f"{path} is not the file that manifest.json describes; train it again")
+        try:
+            weights = safetensors.torch.load_file(path)
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        return cls(shape, weights, folder.absolute())
+
+    @classmethod
+    def from_description(
+        cls, description: dict[str, Any], tensors: dict[str, Tensor]
+    ) -> CopyDetectionFeatures:
+        """Make the extractor again from ``describe()``, and ``tensors()`` or the folder."""
+        if not tensors and description["path"] is not None:
+            return cls.load(Path(description["path"]))
+        path = description["path"]
+        shape = CopyDetectionShape.from_json(description["shape"])
+        return cls(shape, tensors, None if path is None else Path(path))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images (B, 1 or 3, H, W) in [-1, 1] as the network's input (B, C, size, size)."""
+        wanted, given = self.shape.channels, images.shape[1]
+        if given != wanted and (given, wanted) != (1, 3):
+            raise ValueError(
+                f"the copy-detection embedding was trained on images of {wanted} channels, "
+                f"not {given}"
+            )
+        return resized(images.to(torch.float32).expand(-1, wanted, -1, -1), self.shape.size)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights."""
+        return dict(self.network.state_dict())
+
+    def describe(self) -> dict[str, Any]:
+        """Name, shape, preprocessing, weights' hash and metric."""
+        return {
+            "name": "copy-detection",
+            "path": None if self.path is None else str(self.path),
+            "shape": self.shape.to_json(),
+            "preprocessing": f"{self.shape.size}x{self.shape.size} bilinear antialiased, [-1, 1]",
+            "weights_sha256": self.weights_sha256,
+            "output": "GeM pooling (p = 3), linear, L2-normalised",
+            "metric": self.metric,
+        }
+
+
+def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items()}
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images (B, C, H, W) as (B, C, size, size), bilinear with antialiasing."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

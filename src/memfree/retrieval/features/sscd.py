@@ -1,0 +1,146 @@
+"""SSCD, the copy-detection embedding of the paper (Pizzi et al., 2022; AMG, eq. 9)."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memfree.retrieval.features.base import NetworkFeatures
+from memfree.retrieval.features.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from memfree.retrieval.options import Arithmetic, SSCDModel, SSCDPreprocessing
+
+DIMENSIONS: dict[SSCDModel, int] = {
+    "disc_mixup": 512,
+    "disc_large": 1024,
+    "disc_blur": 512,
+    "disc_advanced": 512,
+    "imagenet_blur": 512,
+    "imagenet_advanced": 512,
+    "imagenet_mixup": 512,
+}
+"""Length of each model's embedding (table of the SSCD repository)."""
+_HALF = (0.5, 0.5, 0.5)
+PREPROCESSINGS: dict[SSCDPreprocessing, Preprocessing] = {
+    # The SSCD repository's small_288, recommended, and skew_320, for batches of mixed sizes.
+    "authors_288": Preprocessing((288, 288), "shorter", None, IMAGENET_MEAN, IMAGENET_STD),
+    "authors_320": Preprocessing((320, 320), "exact", None, IMAGENET_MEAN, IMAGENET_STD),
+    # DCR's diff_retrieval.py, which Wen et al. follow, and its embedding_search.
+    "dcr": Preprocessing((256, 256), "shorter", (224, 224), _HALF, _HALF),
+    "dcr_search": Preprocessing((256, 256), "shorter", (224, 224), IMAGENET_MEAN, IMAGENET_STD),
+    # AMG's evaluation: not normalised.
+    "amg": Preprocessing((224, 224), "exact", None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+TRUSTED_SHA256: frozenset[str] = frozenset()
+"""Files that need no ``trust_file``. Empty: the authors publish no checksums to copy from."""
+TRUST_VARIABLE = "MEMFREE_TRUSTED_SHA256"
+"""Environment variable: further SHA-256 that the user trusts, separated by commas."""
+
+
+class SSCDFeatures(NetworkFeatures):
+    """SSCD embeddings of length 1, compared by cosine, from a published TorchScript file.
+
+    A TorchScript file is a program. It is loaded only if its SHA-256 is on the package's list, is
+    named in the environment variable MEMFREE_TRUSTED_SHA256, or if ``trust_file`` says so.
+
+    Args:
+        path: the file, for example sscd_disc_mixup.torchscript.pt.
+        model: which of the published models it is; says how long the embedding must be.
+        preprocessing: authors_288 (shorter side 288, ImageNet mean and deviation), authors_320
+            (320×320, the same), dcr (256, centre 224, mean and deviation 0.5: DCR and Wen et al.),
+            dcr_search (256, centre 224, ImageNet), amg (224×224, not normalised).
+        dtype: arithmetic of the network.
+        trust_file: load the file whatever its hash is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not trusted, not a TorchScript model, or not one of this shape.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        model: SSCDModel = "disc_mixup",
+        preprocessing: SSCDPreprocessing = "authors_288",
+        dtype: Arithmetic = "float32",
+        trust_file: bool = False,
+    ) -> None:
+        if model not in DIMENSIONS:
+            raise ValueError(f"SSCD model {model!r} is none of {', '.join(DIMENSIONS)}")
+        if preprocessing not in PREPROCESSINGS:
+            raise ValueError(
+                f"SSCD preprocessing {preprocessing!r} is none of {', '.join(PREPROCESSINGS)}"
+            )
+        self.path = Path(path).absolute()
+        if self.path.exists() and not self.path.is_file() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is no plain file")  # a device would have no end
+        # Read once, so that what was hashed is what is loaded.
+        content = self.path.read_bytes()
+        self.weights_sha256 = hashlib.sha256(content).hexdigest()
+        _check_trusted(self.path, self.weights_sha256, trust_file)
+        network = _loaded(self.path, content)
+        super().__init__(network, PREPROCESSINGS[preprocessing], dtype)
+        self.model = model
+        self.preset = preprocessing
+        self._check_shape()
+
+    def run(self, inputs: Tensor) -> Tensor:
+        """The network's embedding (B, D), without TorchScript's profiling.
+
+        That would compile anew for every shape, and change the arithmetic after the first calls.
+        """
+        with torch.jit.optimized_execution(False):
+            return self.network(inputs)
+
+    def describe(self) -> dict[str, Any]:
+        """Model, file, its hash, and the preprocessing by name and in full."""
+        return self._describe(
+            "sscd",
+            self.weights_sha256,
+            model=self.model,
+            path=str(self.path),
+            preset=self.preset,
+        )
+
+    @torch.no_grad()
+    def _check_shape(self) -> None:
+        expected = (1, DIMENSIONS[self.model])
+        try:
+            found = self.run(torch.zeros(1, 3, 64, 64, dtype=self.dtype))
+        except Exception as error:  # whatever the unknown program raises
+            reason = str(error).strip().splitlines()[-1:]
+            raise ValueError(
+                f"{self.path} does not map images to embeddings: {' '.join(reason)}"
+            ) from error
+        if not isinstance(found, Tensor) or tuple(found.shape) != expected:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"{self.path} gives {shape} for one image, but SSCD {self.model} gives {expected}"
+            )
+
+
+def _check_trusted(path: Path, digest: str, trust_file: bool) -> None:
+    named = os.environ.get(TRUST_VARIABLE, "").replace(" ", "").lower().split(",")
+    if trust_file or digest in TRUSTED_SHA256 or digest in named:
+        return
+    raise ValueError(
+        f"{path} is a program with SHA-256 {digest}, which is not on the list of known SSCD files: "
+        "if you trust where it came from, say trust_file=True (--extractor.trust_file true), or "
+        f"{TRUST_VARIABLE}={digest} for every command that opens an index of it"
+    )
+
+
+def _loaded(path: Path, content: bytes) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            # torch advises those who write such files; these were published in 2022.
+            warnings.simplefilter("ignore", FutureWarning)
+            return torch.jit.load(io.BytesIO(content), map_location="cpu")
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no TorchScript model") from error

@@ -1,0 +1,492 @@
+"""Index folder: saving, loading and hashing a reference index."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+import os
+import secrets
+import tokenize
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from memfree.folders.atomic import (
+    check_free_space,
+    check_place,
+    put_in_place,
+    unfinished,
+    write_atomic,
+    write_json,
+)
+from memfree.folders.manifest import (
+    block_checksums,
+    read_manifest,
+    save_config,
+    sha256,
+    write_manifest,
+)
+from memfree.folders.untrusted import check_plain, read_json, read_table, short
+from memfree.retrieval.features.base import Features, PixelFeatures, identity
+from memfree.retrieval.features.make import features_from
+from memfree.retrieval.items import CONDITIONS, Items, conditions_table
+
+if TYPE_CHECKING:
+    from memfree.retrieval.rows import Searched
+
+_SHORTEST = 16
+"""Characters of a salt: with fewer, keys can be found out by trying salts."""
+
+_LONGEST = 1 << 16
+"""Bytes of a salt's file."""
+
+
+def hashed_key(key: str, salt: str) -> str:
+    """HMAC-SHA256 of an image key under the owner's salt, as hexadecimal digits.
+
+    Whoever has the salt and the list of keys finds the key of a hit; nobody else can tell whether a
+    given key is in the index.
+    """
+    return hmac.new(salt.encode(), key.encode(), hashlib.sha256).hexdigest()
+
+
+def read_salt(path: Path) -> str:
+    """The salt in a file; a random one is written there, for its owner's eyes, if there is none."""
+    if not os.path.lexists(path):
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
+
+        write_atomic(path, write, mode=0o600)
+    check_plain(path)
+    if path.stat().st_size > _LONGEST:
+        raise ValueError(f"{path} holds no salt: it has more than {_LONGEST} bytes")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def hashed(
+    index: Searched, salt: str, keep_captions: bool = False, keep_shards: bool = False
+) -> Items:
+    """The items of the index without what names its images; see ``ReferenceIndex.hashed``."""
+    if len(salt) < _SHORTEST:
+        raise ValueError(f"the salt has {len(salt)} characters; use {_SHORTEST} or more")
+    if index.features.reveals_images:
+        raise ValueError(
+            f"an index of {index.features.describe()['name']} features shows its images whatever "
+            "its keys are; index them by another extractor, as SSCD"
+        )
+    items = index.items
+    keys = [hashed_key(key, salt) for key in items.keys]
+    totals: dict[tuple[int, int | None, str | None], int] = {}
+    for condition in items.conditions.to_pylist():
+        caption = condition["caption"] if keep_captions else None
+        if condition["label"] is not None or caption is not None:
+            kept = (condition["row"], condition["label"], caption)
+            totals[kept] = totals.get(kept, 0) + condition["count"]
+    # The content hashes go as well: anybody could compute them from an image.
+    return Items(
+        keys,
+        items.group.cpu(),
+        items.multiplicity.cpu(),
+        conditions_table(totals, keys),
+        index.num_classes,
+        list(items.shards) if keep_shards else None,
+    )
+
+
+ITEMS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("image_key", pa.string()),
+        ("group", pa.int64()),
+        ("multiplicity", pa.int64()),
+        ("shard", pa.string()),
+        ("content", pa.string()),
+    ]
+)
+HASHED_FILES = ("items.parquet", "conditions.parquet", "features.safetensors")
+
+
+def _notice(features: Features) -> str:
+    if isinstance(features, PixelFeatures):
+        held = "the training images themselves"
+    elif features.reveals_images:
+        held = "what the training images can be decoded from"
+    else:
+        held = "features computed from training images"
+    return f"vectors.npy holds {held}; treat it like the training set"
+
+
+def content_hash(index: Searched) -> str | None:
+    """SHA-256 that tells indexes of bare images apart; None where the dataset's hash does."""
+    if index.dataset_hash is not None:
+        return None
+    digest = hashlib.sha256(json.dumps(index.keys).encode())
+    for value in (index.group, index.multiplicity, *index.vectors.split(4096)):
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(index: Searched, folder: Path, overwrite: bool = False) -> None:
+    """Write an index folder beside its place, then rename it there.
+
+    An index of the same data in the same place is replaced.
+
+    Args:
+        index: what to write.
+        folder: where; must not exist, be empty, or hold an index.
+        overwrite: also replace an index of other data.
+
+    Raises:
+        ValueError: the folder holds something else, or another index and not ``overwrite``.
+        OSError: the disk has too little room.
+    """
+    folder = folder.absolute()
+    check_replaceable(
+        folder, index.dataset_hash, index.features.describe(), overwrite, content_hash(index)
+    )
+    check_free_space(folder, index.vectors.numel() * 4 + 100 * len(index) + (1 << 20))
+    with unfinished(folder) as partial:
+        _write(index, partial)
+        put_in_place(partial, folder, overwrite=True)
+
+
+def _write(index: Searched, folder: Path) -> None:
+    # Not through a memory map: where the disk becomes full, that ends the process by a signal.
+    with open(folder / "vectors.npy", "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": tuple(index.vectors.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in index.vectors.split(4096):
+            file.write(part.cpu().contiguous().numpy().astype("<f4", copy=False).tobytes())
+    items = index.items
+    rows = pa.table(
+        {
+            "row": range(len(index)),
+            "image_key": items.keys,
+            "group": items.group.cpu().numpy(),
+            "multiplicity": items.multiplicity.cpu().numpy(),
+            "shard": items.shards,
+            "content": items.contents,
+        },
+        schema=ITEMS,
+    )
+    pq.write_table(rows, folder / "items.parquet")
+    pq.write_table(items.conditions, folder / "conditions.parquet")
+    tensors = {name: value.cpu().contiguous() for name, value in index.features.tensors().items()}
+    if tensors:
+        safetensors.torch.save_file(tensors, folder / "features.safetensors")
+    write_json(folder / "calibration.json", _sealed(index.calibrations))
+    save_config(folder)
+    write_manifest(
+        folder,
+        "index",
+        contains_training_data=_notice(index.features),
+        rows=len(index),
+        groups=int(index.group.max()) + 1,
+        records=int(index.multiplicity.sum()),
+        dimension=index.vectors.shape[1],
+        metric=index.metric,
+        features=index.features.describe(),
+        image_shape=list(index.image_shape),
+        num_classes=index.num_classes,
+        dataset_hash=index.dataset_hash,
+        content_hash=content_hash(index),
+        vectors_crc32=block_checksums(folder / "vectors.npy"),
+        files={name: sha256(folder / name) for name in HASHED_FILES if (folder / name).exists()},
+    )
+
+
+def check_replaceable(
+    folder: Path,
+    dataset_hash: str | None,
+    features: dict[str, Any],
+    overwrite: bool,
+    content: str | None = None,
+) -> None:
+    """Refuse to write an index where something else is.
+
+    Args:
+        folder: where the index shall be.
+        dataset_hash: of its dataset folder, None for an index of tensors.
+        features: ``describe()`` of its features.
+        overwrite: allow it to replace an index of other data or features.
+        content: its ``content_hash``, which tells indexes of tensors apart.
+
+    Raises:
+        ValueError: the folder holds something else, or such an index and not ``overwrite``.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        check_place(folder)
+        return
+    if not folder.is_dir():
+        raise ValueError(f"cannot write an index to {folder}: it is a file")
+    old = read_manifest(folder, "index")
+    if overwrite:
+        check_place(folder)
+        return
+    if difference := _difference(old, dataset_hash, features, content):
+        raise ValueError(
+            f"{folder} holds the index {difference}; choose another --out or give --overwrite true"
+        )
+
+
+def is_written(folder: Path, dataset_hash: str | None, features: dict[str, Any]) -> bool:
+    """Whether the finished index of this dataset and these features is there."""
+    if not (folder / "manifest.json").is_file():
+        return False
+    return _difference(read_manifest(folder, "index"), dataset_hash, features, None) is None
+
+
+def _difference(
+    old: dict[str, Any], dataset_hash: str | None, features: dict[str, Any], content: str | None
+) -> str | None:
+    """What an index with this manifest is of, if not of these images and features."""
+    same = old.get("dataset_hash") == dataset_hash and (
+        dataset_hash is not None or old.get("content_hash") == content
+    )
+    if same and identity(old.get("features") or {}) == identity(features):
+        return None
+    return "of other features" if same else "of another dataset"
+
+
+def save_calibrations(folder: Path, calibrations: dict[str, dict[str, Any]]) -> None:
+    """Replace ``calibration.json`` of a finished index folder."""
+    read_manifest(folder, "index")
+    write_json(folder / "calibration.json", _sealed(calibrations))
+
+
+def calibration_hash(name: str, record: dict[str, Any]) -> str:
+    """SHA-256 of a record of ``calibration.json``, without the one that stands in it."""
+    rest = {field: value for field, value in record.items() if field != "sha256"}
+    return hashlib.sha256(json.dumps([name, rest], sort_keys=True).encode()).hexdigest()
+
+
+def _sealed(calibrations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The records with their hashes; the file is replaced alone, so its hash stands in itself."""
+    return {
+        name: {**record, "sha256": calibration_hash(name, record)}
+        for name, record in calibrations.items()
+    }
+
+
+_LABEL_BYTES = 1 << 30  # that the counts of all labels may take beside a small index
+_CHECKED = 1 << 24  # numbers looked at in one go
+SKIP_VARIABLE = "MEMFREE_SKIP_CHECKSUMS"
+_NULLABLE = ("shard", "content", "label", "caption")
+
+
+class Stored(NamedTuple):
+    """What an index folder holds: the arguments of ``ReferenceIndex``."""
+
+    vectors: Tensor
+    features: Features
+    items: Items
+    image_shape: tuple[int, int, int]
+    dataset_hash: str | None
+    calibrations: dict[str, dict[str, Any]]
+
+
+def load(
+    folder: Path, weights: Path | None = None, trust_file: bool = False, verify: bool = True
+) -> Stored:
+    """Open an index folder. Nothing in it is executed, and sizes are checked before allocation.
+
+    Args:
+        folder: what ``save`` wrote.
+        weights: where the extractor's file or folder is now, if not where it was at building; it
+            must have the same weights.
+        trust_file: run the TorchScript file of an SSCD extractor whatever its hash is.
+        verify: read the vectors once and compare their checksums, at the speed of the disk. The
+            environment variable ``MEMFREE_SKIP_CHECKSUMS=1`` leaves it out in every command.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or the extractor's weights are not in place.
+        ValueError: it is unfinished, damaged, of another kind, or its files contradict each other.
+    """
+    manifest = read_manifest(folder, "index")
+    rows, dimension, groups = (_size(manifest, folder, x) for x in ("rows", "dimension", "groups"))
+    for name, digest in _field(manifest, folder, "files", dict).items():
+        if name not in HASHED_FILES:
+            raise ValueError(
+                f"{folder}/manifest.json names a file {short(repr(name))} that no index has"
+            )
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is damaged: {name} is missing; build the index again")
+        if sha256(folder / name) != digest:
+            raise ValueError(
+                f"{folder}/{name} is not the file that manifest.json describes; "
+                "build the index again"
+            )
+    tensors = {}
+    if "features.safetensors" in manifest["files"]:
+        try:
+            tensors = safetensors.torch.load_file(folder / "features.safetensors")
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{folder}/features.safetensors cannot be read: {short(error)}"
+            ) from error
+    description = _field(manifest, folder, "features", dict)
+    try:
+        features = features_from(description, tensors, weights, trust_file)
+    except (ValueError, OSError) as error:
+        if type(error) is FileNotFoundError:  # says itself which weights are not in place
+            raise
+        raise ValueError(f"{folder}: {short(error, 600)}") from error
+    shape = _field(manifest, folder, "image_shape", list)
+    if len(shape) != 3 or not all(type(size) is int and 0 < size <= 1 << 20 for size in shape):
+        raise ValueError(f"{folder}/manifest.json has an impossible image_shape {short(shape)}")
+    if isinstance(features, PixelFeatures) and math.prod(shape) != dimension:
+        raise ValueError(
+            f"{folder}/manifest.json: images of {shape} cannot have vectors of {dimension}"
+        )
+    vectors = _map_vectors(folder / "vectors.npy", rows, dimension)
+    if verify and not os.environ.get(SKIP_VARIABLE):
+        _verify_vectors(folder / "vectors.npy", vectors, manifest.get("vectors_crc32"))
+    items = _read_items(folder, rows, groups, manifest.get("num_classes"))
+    return Stored(
+        vectors,
+        features,
+        items,
+        (shape[0], shape[1], shape[2]),
+        manifest.get("dataset_hash"),
+        # Records of earlier versions have no hash.
+        _read_calibrations(folder / "calibration.json", hashed="vectors_crc32" in manifest),
+    )
+
+
+def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
+    """Memory-map the (rows, dimension) float32 array if its header and size say just that."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no plain file")
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise ValueError(f"version {version}")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            offset = file.tell()
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} is damaged: vectors.npy is missing") from None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{path} is not a plain float32 array: {short(error)}") from error
+    except tokenize.TokenError as error:  # numpy's second look at a header that is no literal
+        raise ValueError(f"{path} is not a plain float32 array: {short(error)}") from error
+    except OSError as error:  # a bad sector
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
+    if shape != (rows, dimension) or fortran or dtype != np.dtype("<f4"):
+        raise ValueError(
+            f"{path} holds {short(dtype)} {short(shape)}, but manifest.json says float32 "
+            f"{(rows, dimension)}"
+        )
+    if size != offset + 4 * rows * dimension:
+        raise ValueError(
+            f"{path} has {size} bytes, but {offset + 4 * rows * dimension} are needed: it is "
+            "truncated or damaged"
+        )
+    # Copy-on-write: torch wants a writable array, the file stays as it is.
+    try:
+        array = np.memmap(path, dtype="<f4", mode="c", offset=offset, shape=shape)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{path} of {size} bytes cannot be mapped: {short(error)}") from error
+    return torch.from_numpy(array)
+
+
+def _verify_vectors(path: Path, vectors: Tensor, expected: Any) -> None:
+    """Compare the file's checksums; indexes of earlier versions have none.
+
+    Raises:
+        ValueError: a bit of it has changed, or a number is not finite.
+    """
+    if expected is not None and block_checksums(path) != expected:
+        raise ValueError(
+            f"{path} is damaged: it does not have the checksums of manifest.json; build the index "
+            "again"
+        )
+    for part in vectors.split(max(1, _CHECKED // vectors.shape[1])):
+        if not all(bool(end.isfinite()) for end in torch.aminmax(part)):
+            raise ValueError(f"{path} holds NaN or infinite values; build the index again")
+
+
+def _read_items(folder: Path, rows: int, groups: int, num_classes: Any) -> Items:
+    size = (folder / "vectors.npy").stat().st_blocks * 512  # what is really there
+    # Indexes of memfree's first version do not know their rows' contents.
+    table = _read_table(folder / "items.parquet", [ITEMS, ITEMS.remove(5)])
+    if table.num_rows != rows:
+        raise ValueError(
+            f"{folder}/items.parquet has {table.num_rows} rows, but manifest.json says {rows}"
+        )
+    conditions = _read_table(folder / "conditions.parquet", [CONDITIONS])
+    group = torch.from_numpy(table["group"].to_numpy().astype(np.int64))
+    multiplicity = torch.from_numpy(table["multiplicity"].to_numpy().astype(np.int64))
+    labels, at = conditions["label"].drop_null().to_numpy(), conditions["row"].to_numpy()
+    sound = (
+        (num_classes is None or (type(num_classes) is int and 0 < num_classes <= 1 << 20))
+        and rows * (num_classes or 0) * 8 <= _LABEL_BYTES + 1000 * size
+        and int(group.min()) >= 0
+        and int(group.max()) < groups
+        and len(group.unique()) == groups
+        and int(multiplicity.min()) >= 1
+        and bool(((at >= 0) & (at < rows)).all())
+        and bool((conditions["count"].to_numpy() >= 1).all())
+        and (num_classes is None or bool(((labels >= 0) & (labels < num_classes)).all()))
+    )
+    if not sound:
+        raise ValueError(
+            f"{folder}: items.parquet or conditions.parquet contradict manifest.json; "
+            "build the index again"
+        )
+    keys, shards = table["image_key"].to_pylist(), table["shard"].to_pylist()
+    contents = table["content"].to_pylist() if "content" in table.column_names else None
+    return Items(keys, group, multiplicity, conditions, num_classes, shards, contents)
+
+
+def _read_table(path: Path, schemas: list[pa.Schema]) -> pa.Table:
+    """Read a parquet file of exactly one of these schemas."""
+    try:
+        table = read_table(path, schemas[-1], _NULLABLE)
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} is damaged: {path.name} is missing") from None
+    if not any(table.schema.equals(schema) for schema in schemas):
+        names = short(", ".join(table.column_names))
+        raise ValueError(f"{path} is not an index's {path.stem} table: its columns are {names}")
+    return table
+
+
+def _read_calibrations(path: Path, hashed: bool) -> dict[str, dict[str, Any]]:
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} is damaged: {path.name} is missing") from None
+    if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
+        raise ValueError(f"{path} does not hold one record a similarity")
+    for name, record in value.items():
+        found = record.pop("sha256", None)
+        if (hashed or found is not None) and found != calibration_hash(name, record):
+            raise ValueError(
+                f"{path} is damaged: {short(name, 60)} does not have its SHA-256; calibrate again"
+            )
+    return value
+
+
+def _field(manifest: dict[str, Any], folder: Path, name: str, kind: type) -> Any:
+    value = manifest.get(name)
+    if not isinstance(value, kind):
+        raise ValueError(f"{folder}/manifest.json has no valid {name!r}")
+    return value
+
+
+def _size(manifest: dict[str, Any], folder: Path, name: str) -> int:
+    value = _field(manifest, folder, name, int)
+    if not 1 <= value < 1 << 40 or isinstance(value, bool):
+        raise ValueError(f"{folder}/manifest.json has an impossible {name}: {short(value)}")
+    return value

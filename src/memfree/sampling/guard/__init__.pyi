@@ -1,4 +1,0 @@
-from .context import guard as guard
-from .guider import AntiMemorizationGuider as AntiMemorizationGuider
-from .report import GuardReport as GuardReport
-from .report import Verdict as Verdict

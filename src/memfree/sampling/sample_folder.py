@@ -1,0 +1,210 @@
+"""Read a finished sample folder: images by index, what is recorded beside them, the trace."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from memfree import images as png
+from memfree.data.tar_record import MAX_TEXT_BYTES
+from memfree.folders.manifest import read_manifest
+from memfree.folders.untrusted import parse_json, read_table, short
+from memfree.images import MAX_IMAGE_BYTES, MAX_PIXELS
+
+_TRACE = {"sample": pa.int64(), "step": pa.int64()}
+_INT64 = range(-(1 << 63), 1 << 63)
+
+
+class SampleFolder:
+    """A finished folder of samples, in the order of their indices.
+
+    Args:
+        path: the folder.
+
+    Attributes:
+        manifest: its manifest: mitigation, seed, count, guidance_scale, steps, scheduler, seconds,
+            seconds_per_sample, peak_memory_bytes, dataset_hash and the settings of the run.
+        image_shape: (C, H, W).
+        index: sample indices, (N,) int64: 0 to N − 1.
+        seeds: seed of the run that drew each, (N,) int64.
+        conditions: labels, (N,) int64; None for an unconditional run.
+        captions: the prompt of each sample, N strings; None for a pixel model.
+        records: pyarrow table of what is recorded beside each sample.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is unfinished, of another kind, damaged, or a sample is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        manifest = read_manifest(self.path, "samples")
+        try:
+            self.manifest: dict[str, Any] = {**manifest, "seed": manifest["made_by"]["seed"]}
+            channels, height, width = (int(side) for side in manifest["image_shape"])
+            if channels not in (1, 3) or min(height, width) < 1 or height * width > MAX_PIXELS:
+                raise ValueError(f"impossible image_shape {short(manifest['image_shape'])}")
+            count = int(manifest["count"])
+            self._shards = [self.path / _shard_name(name) for name in manifest["shards"]]
+        except KeyError as error:
+            raise ValueError(
+                f"{self.path}/manifest.json lacks {error}; draw the samples again"
+            ) from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{self.path}/manifest.json is damaged ({short(error)}); draw the samples again"
+            ) from error
+        self.image_shape: tuple[int, int, int] = (channels, height, width)
+        records: dict[int, dict[str, Any]] = {}
+        self._places: dict[int, tuple[Path, int, int]] = {}
+        for shard in self._shards:
+            for record, offset, size in _scan(shard):
+                if record["index"] in records:
+                    raise ValueError(f"{shard} repeats sample {record['index']}")
+                records[record["index"]] = record
+                self._places[record["index"]] = (shard, offset, size)
+        if len(records) != count or sorted(records) != list(range(count)):
+            raise ValueError(
+                f"{self.path} holds {len(records)} of {count} samples; draw them again"
+            )
+        ordered = [records[i] for i in range(len(records))]
+        self.records: pa.Table = _table(ordered, self.path)
+        self.index = torch.arange(len(ordered))
+        self.seeds = torch.tensor([record["seed"] for record in ordered], dtype=torch.int64)
+        labels = [record["condition"] for record in ordered]
+        self.conditions: Tensor | None = (
+            torch.tensor(labels, dtype=torch.int64)
+            if all(isinstance(label, int) for label in labels)
+            else None
+        )
+        self.captions: list[str] | None = (
+            labels if all(isinstance(label, str) for label in labels) else None
+        )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def images(self) -> Tensor:
+        """All samples, (N, C, H, W) float32 in [-1, 1]."""
+        return torch.cat(list(self.batches(1024)))
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """The samples in order, (b, C, H, W) float32 in [-1, 1] at a time.
+
+        Raises:
+            ValueError: a PNG is damaged or of another shape than the manifest says.
+        """
+        for indices in self.index.split(batch_size):
+            yield png.from_bytes(torch.stack([self._image(int(i)) for i in indices]))
+
+    def _image(self, index: int) -> Tensor:
+        shard, offset, size = self._places[index]
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        found = png.size(data)
+        if found is not None and found != self.image_shape[1:]:
+            raise ValueError(
+                f"{shard}: sample {index} has {found[0]}x{found[1]} pixels, but the manifest says "
+                f"{self.image_shape[1]}x{self.image_shape[2]}"
+            )
+        try:
+            if found is None:
+                raise ValueError("no PNG")
+            return png.decode(data, self.image_shape[0])
+        except ValueError as error:
+            raise ValueError(f"{shard}: the image of sample {index} is damaged") from error
+
+    def trace(self) -> pa.Table:
+        """Rows of σ_t, λ_t and so on, sorted by sample and step.
+
+        Raises:
+            ValueError: the samples were drawn without an index, so there is none.
+        """
+        names = [self.path / f"trace-{shard.stem[8:]}.parquet" for shard in self._shards]
+        if not any(name.is_file() for name in names):
+            raise ValueError(
+                f"{self.path} has no trace: sample with --index to observe the similarity"
+            )
+        try:
+            tables = [read_table(name, _TRACE) for name in names]
+            whole = pa.concat_tables(tables)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"a trace in {self.path} cannot be read: {short(error)}") from error
+        return whole.sort_by([("sample", "ascending"), ("step", "ascending")])
+
+
+def read_records(shards: Sequence[Path]) -> pa.Table:
+    """What is recorded beside the samples in some shards, one row a sample, in no fixed order."""
+    found = [record for shard in shards for record, _, _ in _scan(shard)]
+    return _table(found, shards[0].parent if shards else Path())
+
+
+def _table(records: list[dict[str, Any]], folder: Path) -> pa.Table:
+    try:
+        return pa.Table.from_pylist(records)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"the records in {folder} do not fit together: {short(error)}") from error
+
+
+def _shard_name(name: Any) -> str:
+    """A shard's name, refused if it is a path: a file names no file elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name or not name.startswith("samples-"):
+        raise ValueError(f"{short(repr(name))} is no shard")
+    return name
+
+
+def _scan(shard: Path) -> list[tuple[dict[str, Any], int, int]]:
+    """Each sample's record, and where its PNG lies in the tar: offset and size in bytes."""
+    if not shard.is_file():
+        raise ValueError(f"{shard} is missing; draw the samples again")
+    places: dict[str, tuple[int, int]] = {}
+    records: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                key, _, kind = member.name.partition(".")
+                limit = {"png": MAX_IMAGE_BYTES, "json": MAX_TEXT_BYTES}.get(kind)
+                if limit is None:
+                    continue
+                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+                    raise ValueError(f"{member.name} is no plain file")
+                if not 0 < member.size <= limit:
+                    raise ValueError(f"{member.name} has {member.size} bytes")
+                if kind == "png":
+                    places[key] = (member.offset_data, member.size)
+                else:
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    records[key] = _record(member.name, parse_json(file.read()))
+        return [(records[key], *place) for key, place in places.items()]
+    except (
+        tarfile.TarError,
+        EOFError,
+        KeyError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+        AssertionError,
+    ) as error:
+        raise ValueError(f"{shard} is damaged: {short(error)}") from error
+
+
+def _record(name: str, value: Any) -> dict[str, Any]:
+    """A sample's record, refused without what every record has."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is no record of a sample")
+    for field, kind in (("index", int), ("seed", int), ("condition", (int, str, NoneType))):
+        found = value.get(field, ...)
+        if not isinstance(found, kind) or isinstance(found, bool):
+            raise ValueError(f"{name} has no valid {field}")
+        if isinstance(found, int) and found not in _INT64:
+            raise ValueError(f"{name} has no valid {field}")
+    return value

@@ -1,0 +1,356 @@
+"""Sample run: what a sample folder is made from, what is still to draw, what its traces come to."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jsonargparse.typing import PositiveInt
+
+from memfree.data.options import PromptSet
+from memfree.folders.atomic import remove_temporary, write_json
+from memfree.folders.claim import first_difference
+from memfree.folders.lock import WHOLE, FolderLock, Part, read_holder
+from memfree.folders.manifest import CONFIG_NAME, read_manifest, write_manifest
+from memfree.folders.untrusted import read_json, read_table, short
+from memfree.slurm.launcher import is_first_process
+
+SchedulerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++-karras", "euler", "unipc"]
+
+
+@dataclass
+class PromptOptions:
+    """What a text-to-image model is asked for; sample i takes prompt i, and they repeat in turn."""
+
+    file: Path | None = None
+    """Text file with one prompt a line."""
+    dataset: Path | None = None
+    """Captioned dataset folder to take prompts from."""
+    captions: PromptSet = "duplicated"
+    """Which captions of it: of repeated training images, of the other training images, or of the
+    test part."""
+    least_records: PositiveInt = 2
+    """Training records from which on an image counts as repeated."""
+
+
+GATE_TOLERANCE = 1e-4
+"""A σ this near the gate may fall on either side of it for another batch size."""
+
+
+def trace_summary(
+    traces: Sequence[Path],
+    conditions: Mapping[int, int | str | None],
+    labels: Mapping[str, int | str] | None,
+) -> dict[str, float | int | None]:
+    """Counts over all traces of a run.
+
+    Args:
+        traces: files with the columns of DESIGN.md; read one at a time.
+        conditions: label or prompt of every sample, None without.
+        labels: label, or caption, of the image with that key in the index; None without.
+
+    Returns:
+        ``active_samples`` and ``active_steps``: shares, in [0, 1], of samples steered at some step
+        and of sample-steps steered; ``undecided_samples``: number of samples with
+        |σ_t − gate| < 1e-4 at some step, whose bits may depend on the batch size (λ_t itself is
+        the gate where a guidance recorded no ``gate``);
+        ``other_label_steps``: share of the steered sample-steps whose nearest image has another
+        label (or caption) than the sample (or its prompt), so that eq. 16 may cost a denoiser call;
+        None where nothing was steered or there are no labels.
+    """
+    rows = active_rows = other = 0
+    samples: set[int] = set()
+    active: set[int] = set()
+    undecided: set[int] = set()
+    for path in traces:
+        table = read_table(path)
+        sample = table["sample"].to_numpy()
+        sigma = table["sigma"].to_numpy(zero_copy_only=False)
+        gate = table["gate" if "gate" in table.column_names else "lambda"].to_numpy()
+        is_active = table["active"].to_numpy(zero_copy_only=False).astype(bool)
+        near = np.abs(sigma - gate) < GATE_TOLERANCE
+        rows += len(sample)
+        active_rows += int(is_active.sum())
+        samples.update(sample.tolist())
+        active.update(sample[is_active].tolist())
+        undecided.update(sample[near].tolist())
+        if labels is not None:
+            nearest = table["nearest"].filter(is_active).to_pylist()
+            other += sum(
+                labels.get(key) != conditions[i]
+                for key, i in zip(nearest, sample[is_active].tolist(), strict=True)
+            )
+    known = labels is not None and all(conditions[i] is not None for i in samples)
+    return {
+        "active_samples": len(active) / max(len(samples), 1),
+        "active_steps": active_rows / max(rows, 1),
+        "undecided_samples": len(undecided),
+        "other_label_steps": other / active_rows if known and active_rows else None,
+    }
+
+
+RUN_FILE = "run.json"
+_FILE = re.compile(r"(samples|trace)-[0-9-]+\.(tar|parquet)")
+
+_LOCK = re.compile(r"\.lock-(\d+-)?\d+")
+
+
+class SampleRun:
+    """The output folder of one sampling run, which may be stopped and started again.
+
+    ``run.json`` is written first and says what the samples depend on; the same run continues, any
+    other is refused. A sample is finished when a shard that holds it has its final name.
+    ``manifest.json`` is written last. As a context manager it begins and, at the end, lets go of
+    the folder.
+
+    Args:
+        folder: the sample folder.
+        settings: all that the samples depend on, nested JSON values; names that end in
+            ``_sha256`` stand for contents.
+        count: number of samples of the whole run: indices 0 to count − 1.
+        part: which of them this process and its ranks draw; others may draw theirs meanwhile.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], count: int, part: Part = WHOLE
+    ) -> None:
+        self.folder = Path(folder)
+        self.settings = {"count": count, **json.loads(json.dumps(settings))}
+        self.count = count
+        self.part = part
+        self._locks: dict[int, FolderLock] = {}
+
+    def __enter__(self) -> SampleRun:
+        try:
+            self.begin()
+        except BaseException:
+            self.release()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def check(self) -> None:
+        """Accept the folder as this very run's, or as empty; writes nothing.
+
+        Raises:
+            ValueError: it holds samples of other settings, or files that are no samples.
+        """
+        begun = self.folder / RUN_FILE
+        # Another part may have begun, and have no shard yet.
+        taken = self._manifest.is_file() or self.shards() or not self.part.whole
+        if begun.is_file() and taken:
+            self._compare(begun)
+        else:
+            self._check_empty()
+
+    def begin(self) -> None:
+        """Create the folder, or ``check`` it; only the first process writes.
+
+        Raises:
+            ValueError: it is refused, or another process is writing there.
+            OSError: it cannot be written.
+        """
+        self.check()
+        if is_first_process() and not self.finished:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock(0)
+            self._manifest.unlink(missing_ok=True)  # of a folder that has lost a shard since
+            write_json(self.folder / RUN_FILE, self.settings)
+
+    def _check_empty(self) -> None:
+        if self.folder.exists():
+            if not self.folder.is_dir():
+                raise ValueError(f"--out {self.folder} is a file; name a folder")
+            foreign = sorted(
+                path.name
+                for path in self.folder.iterdir()
+                if not path.name.startswith(".")
+                and not (path.name.startswith("trace-") and _FILE.fullmatch(path.name))
+                and path.name not in (RUN_FILE, CONFIG_NAME)
+            )
+            if foreign:
+                raise ValueError(
+                    f"--out {self.folder} holds files of something else ({foreign[0]}); "
+                    "choose an empty or a new folder"
+                )
+
+    def _compare(self, begun: Path) -> None:
+        try:
+            there = read_json(begun)
+        except ValueError as error:
+            raise ValueError(f"{begun} is damaged ({error}); choose another --out") from error
+        if difference := first_difference(there, self.settings):
+            raise ValueError(
+                f"--out {self.folder} holds other samples: {difference}; choose another --out, "
+                "or repeat the command that began it"
+            )
+
+    @property
+    def _manifest(self) -> Path:
+        return self.folder / "manifest.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the manifest is there, written when no sample was missing, and its shards are.
+
+        Raises:
+            ValueError: the manifest is damaged.
+        """
+        if not self._manifest.is_file():
+            return False
+        names = self.manifest().get("shards")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{self._manifest} does not list the shards; draw the samples again")
+        return all((self.folder / name).is_file() for name in names)
+
+    def verify(self) -> None:
+        """Compare the sizes of a finished folder's files with those in its manifest.
+
+        Raises:
+            ValueError: a file is not as it was written; names the shard to delete.
+        """
+        files = self.manifest().get("files", {})
+        if not isinstance(files, dict) or not all(_FILE.fullmatch(name) for name in files):
+            raise ValueError(f"{self._manifest} does not list the files; draw the samples again")
+        for name, size in files.items():
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else 0
+            if found != size:
+                shard = path.with_name(f"samples-{path.stem.split('-', 1)[1]}.tar")
+                raise ValueError(
+                    f"{path} has {found} bytes, not {short(size)}: delete {shard} and repeat the "
+                    "command to draw its samples again"
+                )
+
+    def lock(self, rank: int, wait: float = 0.0) -> None:
+        """Keep others from writing this rank's shards until this process ends, however it ends.
+
+        Args:
+            rank: the rank of this process.
+            wait: seconds to wait for another process to end: a rank whose launcher was killed
+                notices only after its batch.
+
+        Raises:
+            ValueError: another process writes them.
+        """
+        if rank in self._locks:
+            return
+        lock = FolderLock(self.folder / f".lock-{self.writer(rank)}", f"--out {self.folder}")
+        lock.acquire(wait)
+        self._locks[rank] = lock
+
+    def release(self) -> None:
+        """Give up the locks of this process."""
+        while self._locks:
+            self._locks.popitem()[1].release()
+
+    def writer(self, rank: int) -> str:
+        """What the names of this rank's shards begin with, behind ``samples-``."""
+        return f"{self._prefix}{rank:03d}"
+
+    @property
+    def _prefix(self) -> str:
+        return "" if self.part.whole else f"{self.part.number:03d}-"
+
+    def clean_up(self) -> None:
+        """Remove what a stopped run left unfinished: temporary files, traces without samples.
+
+        Of a part only its own: others may be writing theirs.
+        """
+        temporary = ".*.tmp" if self.part.whole else f".*-{self._prefix}*.tmp"
+        remove_temporary(self.folder, pattern=temporary)
+        for trace in self.folder.glob(f"trace-{self._prefix}*.parquet"):
+            if not _FILE.fullmatch(trace.name):
+                continue
+            if not self.folder.joinpath(f"samples-{trace.stem[6:]}.tar").is_file():
+                trace.unlink(missing_ok=True)
+
+    def shards(self) -> list[Path]:
+        """Finished shards, sorted by name."""
+        return sorted(self.folder.glob("samples-*.tar"))
+
+    def missing(self) -> list[int]:
+        """Indices without a finished sample, ascending.
+
+        Raises:
+            ValueError: a shard cannot be read, or an index is in two shards or out of range.
+        """
+        found: set[int] = set()
+        for shard in self.shards():
+            indices = shard_indices(shard)
+            if twice := found.intersection(indices):
+                raise ValueError(f"{shard} repeats sample {min(twice)}; remove it and start again")
+            found.update(indices)
+        if found and max(found) >= self.count:
+            raise ValueError(f"{self.folder} holds sample {max(found)} of {self.count}")
+        return [index for index in range(self.count) if index not in found]
+
+    def missing_here(self) -> list[int]:
+        """Those of the missing indices that are this part's."""
+        return sorted({*self.missing()}.intersection(self.part.share(range(self.count))))
+
+    def next_shard(self, rank: int) -> int:
+        """First shard number of this rank that is not taken."""
+        numbers = [path.stem.rsplit("-", 1)[1] for path in self._of_rank(rank)]
+        taken = [int(number) for number in numbers if number.isdecimal()]
+        return max(taken, default=-1) + 1
+
+    def _of_rank(self, rank: int) -> list[Path]:
+        return list(self.folder.glob(f"samples-{self.writer(rank)}-*.tar"))
+
+    def finish(self, seed: int, **fields: Any) -> None:
+        """Write the manifest of the whole folder, ``fields`` beside the settings.
+
+        Raises:
+            ValueError: a sample is missing.
+        """
+        missing = self.missing()
+        if missing:
+            raise ValueError(
+                f"{self.folder} lacks {len(missing)} of {self.count} samples (first: {missing[0]});"
+                " repeat the command to draw them"
+            )
+        for lock in self.folder.glob(".lock-*"):
+            if _LOCK.fullmatch(lock.name) and not lock.is_symlink() and read_holder(lock):
+                lock.unlink(missing_ok=True)
+        shards, traces = self.shards(), sorted(self.folder.glob("trace-*.parquet"))
+        write_manifest(
+            self.folder,
+            "samples",
+            seed,
+            count=self.count,
+            settings=self.settings,
+            shards=[path.name for path in shards],
+            files={path.name: path.stat().st_size for path in [*shards, *traces]},
+            **fields,
+        )
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of the finished folder."""
+        return read_manifest(self.folder, "samples")
+
+
+def shard_indices(shard: Path) -> list[int]:
+    """Sample indices in a shard, from its member names.
+
+    Raises:
+        ValueError: it is no tar file, or holds other members.
+    """
+    try:
+        if not shard.is_file():
+            raise ValueError("no plain file")
+        with tarfile.open(shard, "r:") as tar:
+            names = [member.name for member in tar if member.name.endswith(".png")]
+        return [int(name[:-4]) for name in names]
+    except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{shard} is damaged ({short(error)}); remove it and repeat the command that drew it"
+        ) from error

@@ -1,0 +1,464 @@
+"""Whether this process is the one that writes what several write once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+LIGHTNING = "Lightning"
+"""Launcher of a process that none of the others started: Lightning's own, or the user's hand."""
+_NUMBER = re.compile(r"[0-9]{1,12}")
+_TASKS_PER_NODE = re.compile(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?")
+_PORTS = 15000, 10000
+"""First port for processes to meet at under SLURM, and how many, as Lightning chooses them."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many processes a launcher has started, and which of them this one is."""
+
+    launcher: str = LIGHTNING
+    """srun, torchrun, mpirun, ... as a user would call it."""
+    rank: int = 0
+    """Number of this process among all, from 0."""
+    size: int | None = 1
+    """All processes; None where the launcher does not say."""
+    local_rank: int | None = None
+    """Number of this process among those of its machine, from 0; None where it is not said."""
+    per_node: tuple[int, ...] = ()
+    """Processes on each machine, or one number where all machines have as many; empty: unknown."""
+
+    @property
+    def told(self) -> bool:
+        """Whether the environment says anything of a launcher."""
+        return self != Launch()
+
+    @property
+    def several(self) -> bool:
+        """Whether there are other processes, as far as is known."""
+        return self.size is None or self.size > 1
+
+    @property
+    def started(self) -> str:
+        """What the launcher did, for a message."""
+        if self.size is None:
+            return f"{self.launcher} started several processes"
+        machines = ""
+        if len(self.per_node) > 1:
+            machines = f" ({', '.join(map(str, self.per_node))} on each node)"
+        elif self.per_node and self.size > self.per_node[0]:
+            machines = f" ({self.per_node[0]} on each node)"
+        return f"{self.launcher} started {self.size} process{'es' * (self.size > 1)}{machines}"
+
+
+class _Names(NamedTuple):
+    """Environment variables of a launcher."""
+
+    launcher: str
+    rank: str
+    size: str
+    local_rank: str
+    local_size: str
+
+
+_TORCHRUN = _Names("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_SRUN = _Names("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "")
+_PMI = _Names("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+# mpirun under SLURM starts its daemons by srun, so that SLURM's variables are the daemon's.
+_LAUNCHERS = (
+    _Names(
+        "mpirun",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    _Names(
+        "mpirun",
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+    ),
+    _PMI,
+    _SRUN,
+    _Names(
+        "jsrun",
+        "JSM_NAMESPACE_RANK",
+        "JSM_NAMESPACE_SIZE",
+        "JSM_NAMESPACE_LOCAL_RANK",
+        "",
+    ),
+    _Names("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", ""),
+    _Names("the launcher that set RANK", *_TORCHRUN[1:]),
+)
+_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
+"""Tasks of a step, whatever the job has."""
+_RANKS = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID", "OMPI_COMM_WORLD_NODE_RANK")
+_SIZES = (_STEP_SIZE, "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_STEP_NUM_NODES")
+_SINGLE = {
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "1",
+    "SLURM_NPROCS": "1",
+    "SLURM_NNODES": "1",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_TASKS_PER_NODE": "1",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+}
+"""What SLURM says to a step of one task: the job is still the job, to be requeued for instance."""
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")
+_PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_")
+_OF_TORCHRUN = ("GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
+
+
+def launched() -> Launch:
+    """What the environment says about the processes that were started together.
+
+    Raises:
+        ValueError: a variable of a launcher is not a number, or too large.
+    """
+    check_variables()
+    if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
+        return _read(_TORCHRUN)
+    for names in _LAUNCHERS:
+        if names.rank not in os.environ or (names is _SRUN and not _in_srun()):
+            continue
+        if names is _PMI and _by_srun(names):
+            continue
+        launch = _read(names)
+        if launch.several:
+            return launch
+    return _by_lightning() or (Launch("srun") if _in_srun() else Launch())
+
+
+def _read(names: _Names) -> Launch:
+    size = os.environ.get(names.size)
+    if names is _SRUN:
+        size = _step_size()
+    local = os.environ.get(names.local_size)
+    per_node: tuple[int, ...] = () if local is None else (int(local),)
+    if names is _SRUN:
+        per_node = _tasks_per_node()
+    rank = int(os.environ[names.rank])
+    local_rank = os.environ.get(names.local_rank)
+    return Launch(
+        names.launcher,
+        rank,
+        None if size is None else int(size),
+        None if local_rank is None else int(local_rank),
+        per_node,
+    )
+
+
+def _by_lightning() -> Launch | None:
+    """A process that Lightning has started on a machine, or the user on each of several."""
+    if not {"LOCAL_RANK", "NODE_RANK"} & os.environ.keys():
+        return None
+    local, node = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "NODE_RANK"))
+    size = os.environ.get("WORLD_SIZE")
+    # Of a process of a further machine the rank is known to Lightning alone; it is not the first.
+    return Launch(LIGHTNING, local or node, None if size is None else int(size), local)
+
+
+def _in_srun() -> bool:
+    """Whether srun has started this process, and not a batch script or a shell in an allocation."""
+    if "SLURM_PROCID" not in os.environ:
+        return False
+    return "SLURM_STEP_ID" in os.environ or "SLURM_TASK_PID" not in os.environ
+
+
+def _step_size() -> str | None:
+    """Tasks of this step; in the shell that salloc opens, SLURM_NTASKS is the allocation's."""
+    return os.environ.get(_STEP_SIZE, os.environ.get(_SRUN.size))
+
+
+def _by_srun(names: _Names) -> bool:
+    """Whether srun itself has set the variables that mpirun sets, as it does for MPI programs."""
+    ours = os.environ.get(names.rank), os.environ.get(names.size)
+    return _in_srun() and ours == (os.environ.get(_SRUN.rank), _step_size())
+
+
+def _tasks_per_node() -> tuple[int, ...]:
+    """Tasks of each node: ``2(x2),1`` is (2, 2, 1), and one number where all have as many."""
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        if text := os.environ.get(name):
+            found = [_TASKS_PER_NODE.fullmatch(part) for part in text.split(",")]
+            counts = [match for match in found if match is not None]
+            if len(counts) < len(found):
+                raise ValueError(f"environment variable {name}={text!r}: not as SLURM writes it")
+            different = {int(match[1]) for match in counts}
+            if len(different) == 1:
+                return (*different,)
+            return tuple(int(match[1]) for match in counts for _ in range(int(match[2] or 1)))
+    given = os.environ.get("SLURM_NTASKS_PER_NODE")
+    if given is not None:
+        return (int(given),)
+    tasks, nodes = (int(os.environ.get(name, 1)) for name in ("SLURM_NTASKS", "SLURM_NNODES"))
+    return (tasks // nodes,) if tasks % nodes == 0 else ()
+
+
+def check_variables() -> None:
+    """Refuse environment variables of launchers that no launcher sets.
+
+    Raises:
+        ValueError: names the variable.
+    """
+    for names in (_TORCHRUN, *_LAUNCHERS):
+        size = _checked(names.size, least=1)
+        local_size = _checked(names.local_size, least=1)
+        _check_below(names.rank, names.size, _checked(names.rank), size)
+        smaller = names.size if local_size is None else names.local_size
+        local_rank = _checked(names.local_rank)
+        _check_below(names.local_rank, smaller, local_rank, local_size or size)
+    if _in_srun():
+        tasks = _checked(_STEP_SIZE, least=1)
+        _check_below(_SRUN.rank, _STEP_SIZE, _checked(_SRUN.rank), tasks)
+    for name in _RANKS:
+        _checked(name)
+    for name in _SIZES:
+        _checked(name, least=1)
+    _checked("SLURM_JOB_ID")
+
+
+def check_meeting() -> None:
+    """Refuse a place where processes cannot meet; only for those that do.
+
+    Kubernetes sets ``MASTER_PORT=tcp://...`` everywhere for a service that is called master.
+
+    Raises:
+        ValueError: names the variable.
+    """
+    port = _checked("MASTER_PORT", least=1)
+    if port is not None and port > 65535:
+        raise ValueError(f"environment variable MASTER_PORT={port}: ports end at 65535")
+    if os.environ.get("MASTER_ADDR", "set").strip() == "":
+        raise ValueError("environment variable MASTER_ADDR is empty: unset it, or name a host")
+
+
+def _checked(name: str, least: int = 0) -> int | None:
+    """Value of a variable that is a whole number, None where it is not set."""
+    value = os.environ.get(name) if name else None
+    if value is None:
+        return None
+    if not _NUMBER.fullmatch(value) or int(value) < least:
+        shown = "is empty" if not value.strip() else f"is {value[:40]!r}"
+        raise ValueError(
+            f"environment variable {name} {shown}, not a number of {least} or more as a launcher "
+            "sets it: unset it for a single process"
+        )
+    return int(value)
+
+
+def _check_below(name: str, limit_name: str, value: int | None, limit: int | None) -> None:
+    if value is not None and limit is not None and value >= limit:
+        raise ValueError(
+            f"environment variable {name} is {value} and {limit_name} {limit}: it must be smaller"
+        )
+
+
+def joined(launch: Launch, devices: int, nodes: int = 1) -> bool:
+    """Whether the processes that were started together are one run.
+
+    Args:
+        launch: the processes.
+        devices: processes on each machine that the run is to have.
+        nodes: machines that it is to have.
+
+    Returns:
+        False for a run of this process alone, and for one whose further processes Lightning starts.
+
+    Raises:
+        ValueError: the run is to have several processes, and others were started, or the variables
+            that say where they meet are spoilt.
+    """
+    wanted = devices * nodes
+    if wanted == 1:
+        return False
+    check_meeting()
+    options = f"--trainer.devices {devices} --trainer.num_nodes {nodes}"
+    if launch.launcher == LIGHTNING:
+        if (launch.local_rank or 0) >= devices or int(os.environ.get("NODE_RANK", 0)) >= nodes:
+            raise ValueError(
+                f"{options}: LOCAL_RANK or NODE_RANK in the environment is too large for it"
+            )
+        if launch.size not in (None, 1, wanted):
+            raise ValueError(f"{options}: WORLD_SIZE in the environment is {launch.size}")
+        return bool({"LOCAL_RANK", "NODE_RANK"} & os.environ.keys()) or nodes > 1
+    if launch.size is None:
+        name = next(one.size for one in (_TORCHRUN, *_LAUNCHERS) if one.launcher == launch.launcher)
+        raise ValueError(
+            f"{options}: {launch.started}, but {name} does not say how many: set it, or start them "
+            "by torchrun"
+        )
+    if launch.size == 1 and nodes == 1:
+        return False
+    if launch.size != wanted or launch.per_node not in ((), (devices,)):
+        raise ValueError(f"{options}: {launch.started}; {_ways(launch)}")
+    _check_place(launch, devices, nodes, options)
+    return True
+
+
+def _check_place(launch: Launch, devices: int, nodes: int, options: str) -> None:
+    """Refuse a place on this machine that a run of so many devices on each does not have.
+
+    Raises:
+        ValueError: says which place the launcher has given.
+    """
+    local = launch.local_rank
+    if local is None or (local < devices and (nodes > 1 or local == launch.rank)):
+        return
+    raise ValueError(
+        f"{options}: {launch.launcher} calls this process number {launch.rank} of all and number "
+        f"{local} of its machine (both from 0), where so many devices on a machine have another: "
+        "give as many as it has started on each machine"
+    )
+
+
+def _ways(launch: Launch) -> str:
+    """Options that fit the processes that were started."""
+    assert launch.size is not None
+    devices = launch.per_node[0] if launch.per_node else launch.size
+    if len(launch.per_node) > 1 or launch.size % devices:
+        return (
+            "start as many on each node (--ntasks-per-node) to work together, or give "
+            "--trainer.devices 1 --trainer.num_nodes 1 for a separate run in each process"
+        )
+    if launch.size == 1:
+        return "start one process per device"
+    nodes = f" --trainer.num_nodes {launch.size // devices}" if launch.size > devices else ""
+    return (
+        f"give --trainer.devices {devices}{nodes} to work together, or --trainer.devices 1 for a "
+        "separate run in each process"
+    )
+
+
+def advice(launch: Launch, shared_by: str) -> str:
+    """What to do where several processes of one launch have met at the same folder.
+
+    Args:
+        launch: the processes.
+        shared_by: option by which several do the command together, ``--trainer.devices`` or
+            ``--part``; empty where it has none.
+    """
+    if shared_by == "--trainer.devices" and launch.size is not None:
+        return f"{launch.started}; {_ways(launch)}, with its own --out"
+    if shared_by == "--part":
+        return f"{launch.started}; give each its --part, as 1/{launch.size or 2}, or its own --out"
+    return f"{launch.started}, and this command is one; start one, or give each its own --out"
+
+
+@contextmanager
+def as_one_run(launch: Launch, devices: int, nodes: int = 1) -> Iterator[None]:
+    """Make the environment describe this run alone, and restore it afterwards.
+
+    Processes that are one run learn where to meet. In any other run, this code and all libraries
+    see a single process.
+
+    Args:
+        launch: the processes that were started together.
+        devices: processes on each machine that the run is to have.
+        nodes: machines that it is to have.
+
+    Raises:
+        ValueError: the run is to have several processes, and others were started.
+    """
+    before = {name: value for name, value in os.environ.items() if is_launchers(name)}
+    try:
+        if joined(launch, devices, nodes):
+            os.environ.update(_meeting(launch, devices))
+        elif before.keys() - {*_MEETING}:
+            for name in before:
+                del os.environ[name]
+            # SLURM says the number of tasks wherever it says a task's own.
+            said = before.keys() | ({_SRUN.size} if _SRUN.rank in before else set())
+            os.environ.update({name: _SINGLE[name] for name in said if name in _SINGLE})
+        yield
+    finally:
+        # Lightning sets some of them for the processes that it starts.
+        for name in [name for name in os.environ if is_launchers(name)]:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def is_launchers(name: str) -> bool:
+    """Whether an environment variable is one by which a launcher tells a process its place."""
+    known = {name for names in (_TORCHRUN, *_LAUNCHERS) for name in names[1:] if name}
+    return (
+        name in _SINGLE
+        or name in known
+        or name in _MEETING
+        or name in _RANKS
+        or name in _OF_TORCHRUN
+        or name.startswith(_PREFIXES)
+    )
+
+
+def _meeting(launch: Launch, devices: int) -> Mapping[str, str]:
+    """Variables by which processes that are one run find each other."""
+    # Lightning asks jsrun, and MPI where Python knows it, where to meet.
+    if launch.launcher in (LIGHTNING, "jsrun") or knows_mpi(launch):
+        return {}
+    place = {name: os.environ[name] for name in _MEETING if name in os.environ}
+    if launch.launcher == "srun":
+        # Lightning refuses a number of tasks without this one.
+        node, local = divmod(launch.rank, devices)
+        said = {name: os.environ[name] for name in _SINGLE if name in os.environ}
+        place = {"SLURM_NODEID": str(node), "SLURM_LOCALID": str(local), **said, **place}
+        counts = {"SLURM_NTASKS": str(launch.size), "SLURM_NTASKS_PER_NODE": str(devices)}
+        return {**_slurm_meeting(), **place, **counts}
+    assert launch.size is not None
+    if launch.size == devices:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "12910", **place}
+    if len(place) < 2:
+        raise ValueError(
+            f"{launch.started}, but not where they meet: set MASTER_ADDR and MASTER_PORT, or start "
+            "them by torchrun"
+        )
+    return {
+        "RANK": str(launch.rank),
+        "WORLD_SIZE": str(launch.size),
+        "LOCAL_RANK": str(
+            launch.rank % devices if launch.local_rank is None else launch.local_rank
+        ),
+        **place,
+    }
+
+
+def knows_mpi(launch: Launch) -> bool:
+    """Whether the processes are MPI's, and Python has the package by which they can talk."""
+    return launch.launcher == "mpirun" and importlib.util.find_spec("mpi4py") is not None
+
+
+def _slurm_meeting() -> dict[str, str]:
+    """The first node of this step, not of the job; a port of its own for each step."""
+    first, count = _PORTS
+    job, step = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    number = int(job or 0) + 1009 * (int(step) if step.isdecimal() else 0)
+    found = {"MASTER_PORT": str(first + number % count)} if job else {}
+    if nodes := os.environ.get("SLURM_STEP_NODELIST"):
+        found["MASTER_ADDR"] = _first_host(nodes)
+    return found
+
+
+def _first_host(nodes: str) -> str:
+    """The first of SLURM's list of nodes: ``node[3-5,9],login`` is node3."""
+    found = re.match(r"([^,\[]*)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodes)
+    return "".join(part or "" for part in found.groups()) if found else nodes
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first of those that a launcher started.
+
+    Raises:
+        ValueError: a variable of a launcher is not a number, or too large.
+    """
+    return launched().rank == 0

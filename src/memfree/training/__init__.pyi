@@ -1,0 +1,4 @@
+from .callbacks import ExponentialMovingAverage as ExponentialMovingAverage
+from .callbacks import ExposureCounter as ExposureCounter
+from .callbacks import FiniteTraining as FiniteTraining
+from .callbacks import SampleGrid as SampleGrid

@@ -1,0 +1,298 @@
+"""Callbacks of training: averaged weights, finite losses, sample grids, exposures."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, distributed, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.utils import make_grid, save_image
+
+from memfree.data.datamodule import ShardDataModule
+from memfree.folders.atomic import write_atomic
+from memfree.models.module import DiffusionModule
+
+
+class ExponentialMovingAverage(WeightAveraging):
+    """Keeps ``average ← decay · average + (1 − decay) · weights`` after every optimizer step.
+
+    Checkpoints hold the average as ``state_dict`` and the weights in training beside it (as
+    Lightning's callback has it). Unlike there, the module keeps its own weights when training
+    ends, and a step costs a few fused operations instead of one for each parameter.
+    """
+
+    def __init__(self, decay: float) -> None:
+        """Average with ``decay`` in [0, 1)."""
+        super().__init__(use_buffers=False)
+        self.decay = decay
+        self._update = get_ema_multi_avg_fn(decay)
+        # Found once: walking through the modules costs a millisecond.
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Copy the weights, to where they will be trained."""
+        self._pairs = None
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        """Update the average if the optimizer has stepped since."""
+        if trainer.global_step > self._latest_update_step:
+            if self._pairs is None:
+                self._pairs = list(self.average.parameters()), list(pl_module.parameters())
+            with torch.no_grad():
+                self._update(*self._pairs, 0)
+            self._latest_update_step = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the module as it is: the last checkpoint still has to hold both."""
+
+    @property
+    def average(self) -> nn.Module:
+        """The averaged copy of the Lightning module."""
+        assert self._average_model is not None
+        return self._average_model.module
+
+
+class NotFiniteError(ValueError):
+    """Training came to a loss or to weights that are NaN or infinite; raised by all ranks."""
+
+
+class FiniteTraining(pl.Callback):
+    """Raises NotFiniteError on all ranks together once a loss was NaN or infinite.
+
+    Looking at a loss waits for the device, and agreeing costs a message between ranks, so both
+    happen every ``every_n_steps`` only; a single process on a CPU looks at every step. Before a
+    checkpoint the losses so far and the weights are looked at in any case.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        """Look every ``every_n_steps`` optimizer steps."""
+        self.every_n_steps = every_n_steps
+        self._bad: Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        """Remember whether this step's loss was finite."""
+        bad = ~torch.isfinite(outputs["loss"].detach())
+        self._bad = bad if self._bad is None else self._bad | bad
+        cheap = trainer.world_size == 1 and pl_module.device.type == "cpu"
+        if cheap or trainer.global_step % self.every_n_steps == 0:
+            self._raise_if_bad(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to save weights that are not finite."""
+        for parameter in pl_module.parameters():
+            bad = ~torch.isfinite(parameter.detach()).all()
+            self._bad = bad if self._bad is None else self._bad | bad
+        self._raise_if_bad(trainer)
+
+    def _raise_if_bad(self, trainer: pl.Trainer) -> None:
+        ok = self._bad is None or not bool(self._bad)
+        if not trainer.strategy.reduce_boolean_decision(ok, all=True):
+            raise NotFiniteError(
+                f"the loss or the weights became NaN or infinite by step {trainer.global_step}; "
+                f"{_kept(trainer)}; lower --model.learning_rate, or check the images"
+            )
+
+
+def _kept(trainer: pl.Trainer) -> str:
+    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    return f"{Path(path)} is the last good checkpoint" if path else "no checkpoint was saved yet"
+
+
+class SampleGrid(pl.Callback):
+    """Writes ``samples-STEP.png``: one grid from fixed noise, by DDIM, from the averaged weights.
+
+    The noise and the conditions (labels in turn, or training captions) are the same each time.
+    Images also go to TensorBoard where that is the logger.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every_n_steps: int,
+        count: int = 36,
+        steps: int = 25,
+        seed: int = 0,
+    ) -> None:
+        """Draw every ``every_n_steps`` optimizer steps and at the end.
+
+        Args:
+            folder: where the grids go.
+            every_n_steps: 1 or more.
+            count: images of a grid.
+            steps: DDIM steps of a sample.
+            seed: of the fixed noise.
+        """
+        self.folder = folder
+        self.every_n_steps = every_n_steps
+        self.count = count
+        self.steps = steps
+        self.seed = seed
+        self._last_step = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        """Draw a grid if it is time.
+
+        That of the last step is drawn here too: after its checkpoint a killed run has nothing left
+        to train, and so no end of training.
+        """
+        step = trainer.global_step
+        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the last grid."""
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # global_step repeats while gradients accumulate over several batches.
+        if not trainer.is_global_zero or trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        assert isinstance(pl_module, DiffusionModule)
+        averaged = averaged_module(trainer, pl_module)
+        images = averaged.preview(self.count, self.steps, self.seed).float()
+        grid = make_grid(images / 2 + 0.5, nrow=round(self.count**0.5))
+        write_atomic(
+            self.folder / f"samples-{trainer.global_step:07d}.png",
+            lambda path: save_image(grid, path, format="png"),
+        )
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", grid, trainer.global_step)
+
+
+def averaged_module(trainer: pl.Trainer, module: DiffusionModule) -> DiffusionModule:
+    """The module with averaged weights, or the one in training where nothing is averaged."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ExponentialMovingAverage):
+            average = callback.average
+            assert isinstance(average, DiffusionModule)
+            return average
+    return module
+
+
+class ExposureCounter(Callback):
+    """Counts how often each distinct image was in a training batch, over all ranks and restarts.
+
+    At the end of training ``exposures.parquet`` is written: ``image_key, group, copies,
+    exposures``, one row an item of the dataset. For foreign shards, groups and copies are null and
+    only images that were seen appear. What was left out as broken is counted in the file's schema
+    metadata, as JSON under ``skipped``.
+
+    Args:
+        folder: where to; default: the trainer's root folder.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.folder = folder
+        self._rows: Tensor | None = None
+        self._keys: Counter[str] = Counter()
+        self._trainer: Trainer | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, or go on from a checkpoint; the counts before it stay with rank 0."""
+        self._trainer = trainer
+        dataset = _data(trainer).folder
+        rows = len(dataset.items) if dataset is not None else 0
+        self._rows = torch.zeros(rows, dtype=torch.int64)
+        self._keys = Counter()
+        if self._loaded is not None and trainer.is_global_zero:
+            self._rows += self._loaded["rows"]
+            self._keys.update(self._loaded["keys"])
+        self._loaded = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count one batch, and write the table if it is the last.
+
+        At the end of training it would come after the last checkpoint: a run that is killed
+        between the two has nothing left to train, and so no end of training.
+        """
+        assert self._rows is not None
+        if batch["weight"] != 0:
+            if len(self._rows):
+                # Counted where the batch is: a copy to the host would wait for the whole step.
+                rows = batch["row"]
+                self._rows = self._rows.to(rows.device)
+                self._rows.index_add_(0, rows, torch.ones_like(rows))
+            else:
+                self._keys.update(batch["key"])
+        if trainer.global_step == trainer.max_steps:
+            self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the table, unless that is done."""
+        if trainer.global_step != trainer.max_steps:
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        state = self.state_dict()
+        skipped = _data(trainer).skipped_on_all_ranks()
+        if not trainer.is_global_zero:
+            return
+        dataset = _data(trainer).folder
+        if dataset is not None:
+            table = dataset.items.select(["image_key", "group", "copies"])
+            table = table.append_column("exposures", pa.array(state["rows"].numpy()))
+        else:
+            keys = sorted(state["keys"])
+            table = pa.table(
+                {
+                    "image_key": keys,
+                    "group": pa.nulls(len(keys), pa.string()),
+                    "copies": pa.nulls(len(keys), pa.int64()),
+                    "exposures": [state["keys"][key] for key in keys],
+                }
+            )
+        table = table.replace_schema_metadata({"skipped": json.dumps(skipped.counts())})
+        folder = Path(self.folder or trainer.default_root_dir)
+        write_atomic(folder / "exposures.parquet", lambda path: pq.write_table(table, path))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts of all ranks together; Lightning saves checkpoints on all ranks at once."""
+        if self._rows is None or self._trainer is None:
+            return {"rows": torch.zeros(0, dtype=torch.int64), "keys": {}}
+        rows, keys = self._rows.to("cpu", copy=True), Counter(self._keys)
+        if distributed.is_available() and distributed.is_initialized():
+            device = self._trainer.strategy.root_device
+            on_device = rows.to(device)
+            distributed.all_reduce(on_device)
+            rows = on_device.cpu()
+            if not len(rows):
+                gathered: list[Any] = [None] * distributed.get_world_size()
+                distributed.all_gather_object(gathered, dict(keys))
+                keys = sum((Counter(part) for part in gathered), Counter())
+        return {"rows": rows, "keys": dict(keys)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Counts of the run that goes on."""
+        self._loaded = state_dict
+
+
+def _data(trainer: Trainer) -> ShardDataModule:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, ShardDataModule):
+        raise ValueError("ExposureCounter counts batches of a ShardDataModule only")
+    return data

@@ -1,0 +1,158 @@
+"""Whether a model folder may be written, and from which checkpoint training resumes."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+
+from memfree.console import say
+from memfree.folders.atomic import refuse_mount_point, remove_temporary
+from memfree.folders.claim import first_difference
+from memfree.folders.manifest import CONFIG_NAME, read_manifest, save_config
+from memfree.models.export import DIFFUSERS_NAME
+from memfree.models.options import LoggerName
+from memfree.slurm.launcher import is_first_process
+from memfree.training.checkpoints import (
+    good_checkpoint,
+    keep_only,
+    latest_checkpoint,
+    read_identity,
+    step_of,
+)
+from memfree.training.loggers import build_logger
+
+CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+GRIDS = "samples"
+LORA = "lora"
+EXPOSURES = "exposures.parquet"
+RECONSTRUCTIONS = "reconstructions.png"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a folder is to a training that may have it."""
+
+    found: Literal["open", "finished", "other"]
+    """``open``: to be trained, from a checkpoint if there is one; ``finished``: trained already;
+    ``other``: it holds another model, which ``begin`` deletes."""
+    checkpoint: Path | None = None
+    """The verified checkpoint to resume from, None to start."""
+
+
+def claim(
+    out: Path,
+    identity: dict[str, Any],
+    batch_size: int,
+    max_steps: int,
+    max_epochs: int,
+    overwrite: bool,
+) -> Claim:
+    """Accept ``out`` as the folder of the model that ``identity`` describes; writes nothing.
+
+    Each of several processes asks by itself, and all find the same as long as none of them writes:
+    ``begin`` comes when all have asked.
+
+    Args:
+        out: the model folder, which need not exist.
+        identity: ``DDPMModule.identity()``.
+        batch_size: images of a step on each device; must be that of a finished model.
+        max_steps: optimizer steps wanted, negative: no such limit.
+        max_epochs: epochs wanted, negative: no such limit.
+        overwrite: whether another model in it may be deleted.
+
+    Raises:
+        ValueError: it holds another model and ``overwrite`` is not set, or something else.
+        OSError: it is not a folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {out} is a file: name a folder")
+    for name in (DIFFUSERS_NAME, LORA):  # replaced when the training is finished
+        refuse_mount_point(out / name)
+    manifest = read_manifest(out, "model") if (out / "manifest.json").is_file() else {}
+    if manifest:
+        for name, kind in (("steps", int), ("epochs", int), ("identity", dict)):
+            if not isinstance(manifest.get(name, kind()), kind):
+                raise ValueError(f"{out}/manifest.json has no valid {name}: use another --out")
+    checkpoint = good_checkpoint(out / CHECKPOINTS)
+    steps = max(manifest.get("steps", 0), step_of(checkpoint) if checkpoint else 0)
+    difference = None
+    if manifest:
+        wanted = {**identity, "batch_size": batch_size}
+        found = {**manifest.get("identity", {}), "batch_size": manifest.get("batch_size")}
+        difference = first_difference(found, wanted)
+    if checkpoint and not difference:
+        difference = first_difference(read_identity(checkpoint), identity)
+    if not difference and 0 <= max_steps < steps:
+        difference = f"it has {steps} steps there and --trainer.max_steps is {max_steps} here"
+    if difference and not overwrite:
+        raise ValueError(
+            f"--out {out} holds another model: {difference}; "
+            "use another --out, or --overwrite true to delete it"
+        )
+    if difference:
+        return Claim("other")
+    enough_epochs = 0 <= max_epochs <= manifest.get("epochs", 0)
+    finished = bool(manifest) and (0 <= max_steps <= manifest.get("steps", 0) or enough_epochs)
+    return Claim("finished") if finished else Claim("open", checkpoint)
+
+
+def begin(out: Path, claimed: Claim) -> None:
+    """Make room for a training that ``claim`` accepted, and save its configuration.
+
+    Of several processes only the first does; the others must wait for it.
+    """
+    if not is_first_process():
+        return
+    if claimed.found == "other":
+        clear(out)
+    folders = ("", CHECKPOINTS, GRIDS, LOGS, f"{LOGS}/version_0")
+    remove_temporary(*(out / name for name in folders))
+    save_config(out)
+    if claimed.checkpoint is not None:
+        newest = latest_checkpoint(out / CHECKPOINTS)
+        if newest != claimed.checkpoint:
+            say(f"{newest} is damaged and not used", stderr=True)
+        keep_only(claimed.checkpoint, out / CHECKPOINTS)
+        say(f"resuming from {claimed.checkpoint}")
+
+
+def clear(out: Path) -> None:
+    """Delete what training writes, and nothing else that may lie in the folder.
+
+    The checkpoints come last: killed before, the same command finds the other model still and goes
+    on deleting.
+    """
+    for name in ("manifest.json", EXPOSURES, RECONSTRUCTIONS, CONFIG_NAME):
+        (out / name).unlink(missing_ok=True)
+    for name in (DIFFUSERS_NAME, LORA, LOGS, GRIDS, CHECKPOINTS):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+class Beginning(pl.Callback):
+    """Makes room in the folder and opens its log, once every process has looked at the folder.
+
+    Processes that a launcher starts together look at it at different times: were another model
+    deleted by the first before, they would find different things, or checkpoints half deleted. To
+    be the first of the callbacks: others look for checkpoints.
+
+    Args:
+        out: the model folder.
+        claimed: what ``claim`` found there.
+        logger: where the loss is recorded.
+    """
+
+    def __init__(self, out: Path, claimed: Claim, logger: LoggerName) -> None:
+        self._out, self._claimed, self._logger = out, claimed, logger
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin on the first process, while the others wait."""
+        begin(self._out, self._claimed)
+        trainer.strategy.barrier("the folder is ready")
+        checkpoint = self._claimed.checkpoint
+        step = 0 if checkpoint is None else step_of(checkpoint)
+        trainer.logger = build_logger(self._logger, self._out, LOGS, step)

@@ -1,0 +1,191 @@
+"""Lightning's Trainer, with a refusal of its options as one line that names them."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.utilities import rank_zero_only
+
+from memfree.console import SRUN_UNUSED, quiet
+from memfree.slurm.launcher import LIGHTNING, Launch, check_meeting, joined, knows_mpi, launched
+
+_DEVICES = {
+    "accelerator": "auto",
+    "devices": "auto",
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": "32-true",
+}
+"""Arguments of the Trainer that are options ``--trainer.*`` of a command, and their defaults."""
+_SENTENCE_WITH_ADDRESS = re.compile(r"[^.]*https?://\S*")
+
+
+def build_trainer(**options: Any) -> Trainer:
+    """Make a Trainer; call it before anything is written, as it refuses what is not there.
+
+    Args:
+        options: arguments of the Trainer.
+
+    Raises:
+        ValueError: there is no such device or strategy here, or the launcher has started another
+            number of processes; names the options that were given.
+    """
+    launch, nodes = launched(), options.get("num_nodes", 1)
+    # Without a launcher, Lightning counts devices itself.
+    if launch.told:
+        devices = device_count(
+            launch, options.get("accelerator", "auto"), options.get("devices", "auto")
+        )
+        together = joined(launch, devices, nodes)
+        if together:
+            options = {**options, "devices": _devices(options, devices)}
+    else:
+        together = nodes > 1
+    with _explained(options):
+        trainer = Trainer(
+            **{
+                **options,
+                "callbacks": [PlainTermination(), *options.get("callbacks", [])],
+                "plugins": [*options.get("plugins", []), _environment(launch, together)],
+            }
+        )
+    if trainer.world_size > 1:
+        check_meeting()
+    if not together:
+        # Lightning has read it from the launcher's variables when it was imported.
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
+    return trainer
+
+
+def device_count(
+    launch: Launch, accelerator: str = "auto", devices: int | str | Sequence[int] = "auto"
+) -> int:
+    """Processes on this machine that options of a Trainer ask for, one a device.
+
+    Args:
+        launch: what started this process; ``auto`` under torchrun means all that it has started.
+        accelerator: kind of device.
+        devices: how many, a list such as ``0,1``, ``-1`` for all, or ``auto``.
+
+    Raises:
+        ValueError: there are no such devices here.
+    """
+    if means_all_started(launch, devices):
+        return launch.per_node[0] if launch.per_node else launch.size or 1
+    if str(devices).isdecimal() and int(str(devices)) > 0:
+        return int(str(devices))
+    asked: dict[str, Any] = {"accelerator": accelerator, "devices": devices}
+    with _explained(asked), quiet():
+        return Trainer(
+            **asked,
+            plugins=[LightningEnvironment()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).num_devices
+
+
+def means_all_started(launch: Launch, devices: int | str | Sequence[int]) -> bool:
+    """Whether ``devices`` are as many as torchrun has started, and not all that are there."""
+    return launch.launcher == "torchrun" and str(devices) in ("auto", "-1")
+
+
+@contextmanager
+def _explained(options: Mapping[str, Any]) -> Iterator[None]:
+    """Name the options that were given where Lightning refuses them."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        given = [
+            f"--trainer.{name} {options[name]}"
+            for name, default in _DEVICES.items()
+            if options.get(name, default) != default
+        ]
+        raise ValueError(f"{' '.join(given)}: {first_line(error)}".removeprefix(": ")) from error
+
+
+def _devices(options: Mapping[str, Any], count: int) -> Any:
+    """What Lightning is told of its devices where processes of a launcher work together.
+
+    Raises:
+        ValueError: this process does not see them all.
+    """
+    on_gpus = options.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    seen = CUDAAccelerator.auto_device_count() if on_gpus else 0
+    if 0 < seen < count:
+        raise ValueError(
+            f"--trainer.devices {count}: this process sees {seen} GPU{'s' * (seen > 1)}, and each "
+            "of those that work together must see all of its machine: ask SLURM for them with "
+            "--gpus-per-node, not --gpus-per-task"
+        )
+    given = options.get("devices", "auto")
+    return count if str(given) in ("auto", "-1") else given
+
+
+class PlainTermination(Callback):
+    """Keeps the handler of SIGTERM that was there before Lightning's.
+
+    Lightning's talks to the other ranks inside the handler, which they may never answer, and lets
+    a prediction run on.
+    """
+
+    def __init__(self) -> None:
+        self._handler: Any = signal.SIG_DFL
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remember the handler."""
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put it back."""
+        self._put_back()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put it back."""
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler)
+
+
+def _environment(launch: Launch, together: bool) -> ClusterEnvironment:
+    """What tells Lightning about other processes: the launcher, where all of its are one run.
+
+    Otherwise Lightning would join what a launcher started by chance, or wait for it for ever.
+    """
+    if not together or launch.launcher == LIGHTNING:
+        return LightningEnvironment()
+    if launch.launcher == "srun":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", SRUN_UNUSED)
+            # Its requeueing saves a checkpoint inside a signal handler, where ranks may wait for
+            # each other for ever; ours is memfree.models.preemption.
+            return SLURMEnvironment(auto_requeue=False)
+    if launch.launcher == "jsrun":
+        return LSFEnvironment()
+    return MPIEnvironment() if knows_mpi(launch) else TorchElasticEnvironment()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message of Lightning's, without addresses and code marks."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return _SENTENCE_WITH_ADDRESS.sub("", lines[0]).replace("`", "").strip()
