@@ -1,4 +1,4 @@
-"""Matrix products in IEEE float32, whatever the process's precision settings and autocast say."""
+"""Float32 matrix products in full precision, whatever torch's global setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Typed functions as commands: ``run`` for a script's function, ``main`` for ``memfree VERB``."""
+"""Command line: typed functions as commands; ``memfree VERB`` is ``main``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the user can mend ends a command in one line and an exit status."""
+"""Error messages: what a user can fix ends a command in one line and an exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chains of commands: each is printed as a user would type it, then run in this process."""
+"""Chains of commands: each printed as a user would type it, then run in this process."""
 
 from __future__ import annotations
 

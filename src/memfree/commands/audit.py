@@ -1,4 +1,4 @@
-"""`memfree audit`: which images from anywhere are copies of indexed ones, and how sure."""
+"""``memfree audit``: find copies of indexed images among images from anywhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command `memfree demo`: induce, measure and remove memorization on handwritten digits."""
+"""``memfree demo``: induce, measure and remove memorization on handwritten digits."""
 
 from __future__ import annotations
 

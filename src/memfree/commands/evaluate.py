@@ -1,4 +1,4 @@
-"""`memfree evaluate`: everything that is measured of samples, in one folder."""
+"""``memfree evaluate``: measure memorization and quality of sample folders."""
 
 from __future__ import annotations
 

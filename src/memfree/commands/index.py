@@ -1,4 +1,4 @@
-"""Command `memfree index`: reference index of a dataset folder, calibrated on held-out images."""
+"""``memfree index``: build and calibrate the reference index of a dataset folder."""
 
 from __future__ import annotations
 

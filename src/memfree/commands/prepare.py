@@ -1,4 +1,4 @@
-"""Command ``memfree prepare``: a source, split and repeated as declared, to a dataset folder."""
+"""``memfree prepare``: turn a source into a dataset folder with declared duplication."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`memfree report`: an evaluation as one HTML page, and a picture of it."""
+"""``memfree report``: write the HTML page of an evaluation."""
 
 from __future__ import annotations
 

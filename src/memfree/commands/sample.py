@@ -1,4 +1,4 @@
-"""What ``sample.py`` does: a model, an index and a guidance become a folder of samples."""
+"""``sample.py``: draw samples from a model, with or without a mitigation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command ``memfree scratch``: a small, complete Stable Diffusion from captioned images."""
+"""``memfree scratch``: train a small, complete Stable Diffusion from captioned images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command `memfree study`: a grid of trained models, each sampled in many ways, and tabulated."""
+"""``memfree study``: run a grid of configurations and tabulate it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command `memfree submit COMMAND`: the command's own options, and those of its job."""
+"""``memfree submit COMMAND``: run a command as a Slurm job."""
 
 from __future__ import annotations
 

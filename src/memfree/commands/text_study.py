@@ -1,4 +1,4 @@
-"""Command `memfree text-study`: one text-to-image model sampled with every mitigation."""
+"""``memfree text-study``: compare all mitigations on one text-to-image model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains a model on a dataset folder: the function behind train.py."""
+"""``train.py``: train a diffusion model on a dataset folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command `memfree train-clip`: a small CLIP on a dataset's own captions, to score alignment."""
+"""``memfree train-clip``: train a small CLIP on a dataset's captions."""
 
 from __future__ import annotations
 

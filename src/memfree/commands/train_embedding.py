@@ -1,4 +1,4 @@
-"""Command `memfree train-embedding`: a copy-detection embedding of a dataset's own images."""
+"""``memfree train-embedding``: train a copy-detection embedding on a dataset's images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Command `memfree tune`: the smallest strengths that leave no copy on a trial batch."""
+"""``memfree tune``: find the smallest guidance strengths that leave no copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources, declared duplication, dataset folders and the streams that training reads."""
+"""Datasets: sources, declared duplication, dataset folders, training batches."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The steps from an opened source to the files of a dataset folder."""
+"""Build a dataset folder: ingest, group, split, duplicate, write shards."""
 
 from __future__ import annotations
 

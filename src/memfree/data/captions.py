@@ -1,4 +1,4 @@
-"""Captions beside the pictures of a folder: text files, and metadata.jsonl or metadata.csv."""
+"""Captions of image folders: text files beside pictures, metadata.jsonl, metadata.csv."""
 
 from __future__ import annotations
 

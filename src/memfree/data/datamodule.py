@@ -1,4 +1,4 @@
-"""ShardDataModule: training data for Lightning."""
+"""ShardDataModule: training data for Lightning, resumable at any step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact and near duplicates of a source, found by content before anything is split."""
+"""Duplicate detection: exact and near duplicates of a source, before it is split."""
 
 from __future__ import annotations
 

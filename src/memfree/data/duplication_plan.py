@@ -1,4 +1,4 @@
-"""Declared duplication: which training images are repeated, how often, how, and under what."""
+"""Duplication plan: which training images are repeated, how often, and under what."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts to sample from: captions of a dataset by how often their images were trained on."""
+"""Prompts to sample from: captions of a dataset, by copies in the training set."""
 
 from __future__ import annotations
 

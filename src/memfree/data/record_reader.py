@@ -1,4 +1,4 @@
-"""Records by number: bytes at an offset of a shard, checked and decoded."""
+"""Record reader: images of a dataset folder in any order, checked and decoded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Foreign WebDataset tars, read with limits, with named errors, and nothing left out in silence."""
+"""Reader of third-party WebDataset tars: limits, named errors, nothing left out silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records into WebDataset tars whose bytes depend on their content alone."""
+"""Shard writer: records to WebDataset tars whose bytes depend on their content alone."""
 
 from __future__ import annotations
 

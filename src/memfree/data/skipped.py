@@ -1,4 +1,4 @@
-"""What is left out where broken records and shards are skipped: how much, and why."""
+"""Skipped records and shards: counted, named, and reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where images come from: one small interface, five sources."""
+"""Image sources: digits, CIFAR-10, image folders, WebDataset shards."""
 
 from __future__ import annotations
 

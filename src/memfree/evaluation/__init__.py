@@ -1,4 +1,4 @@
-"""Memorization metrics, quality metrics, and the report."""
+"""Evaluation: memorization, quality, detectors, intervals, pages."""
 
 import lazy_loader
 

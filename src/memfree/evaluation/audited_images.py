@@ -1,4 +1,4 @@
-"""Images from anywhere, brought to an index's shape: folders, files, shards, sample folders."""
+"""Images to audit: folders, files, tars and sample folders, every frame of each."""
 
 from __future__ import annotations
 

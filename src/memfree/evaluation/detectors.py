@@ -1,4 +1,4 @@
-"""How well a score tells copies from other samples: ROC curve, AUC, and two scores compared."""
+"""Detectors: ROC curve and AUC of a score for copies, and two scores compared."""
 
 from __future__ import annotations
 

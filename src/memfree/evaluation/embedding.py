@@ -1,4 +1,4 @@
-"""Each image seen once: the pixels and embeddings that all quality metrics share."""
+"""Embeddings and pixels of images that all quality metrics share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a finished evaluation folder."""
+"""Evaluation folder: read and checked."""
 
 from __future__ import annotations
 

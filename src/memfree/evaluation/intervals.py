@@ -1,4 +1,4 @@
-"""Which of many p-values are discoveries, at a stated false discovery rate (Benjamini–Hochberg)."""
+"""Confidence intervals: Wilson, Newcombe, bootstrap over clusters, false discovery rates."""
 
 from __future__ import annotations
 

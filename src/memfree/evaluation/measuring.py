@@ -1,4 +1,4 @@
-"""Look at every image once: neighbours, views, and the verdicts of both similarities."""
+"""Measure every image once: neighbours, embeddings, verdicts of both similarities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the measures can see: training images changed on purpose, and how many are called copies."""
+"""Memorization metrics: copies, duplicated images, and what the measures can see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's charts: matplotlib drawings whose colours follow the page, dark or light."""
+"""Plots of a report, in matplotlib, for dark and light pages."""
 
 from __future__ import annotations
 

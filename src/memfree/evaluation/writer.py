@@ -1,4 +1,4 @@
-"""Write an evaluation folder: metrics, one row a sample, and what the report draws."""
+"""Evaluation folder: metrics, one row for each sample, pictures, trajectories, written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Says where two nested dicts of JSON values differ, for a folder that holds something else."""
+"""Claim of an output folder: whether it may be written, resumed, or holds something else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diffusers folders from strangers: checked before a library builds or loads anything from them."""
+"""Untrusted model folders: checked before a library builds or loads anything from them."""
 
 from __future__ import annotations
 

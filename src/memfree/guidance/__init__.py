@@ -1,4 +1,4 @@
-"""Similarity, thresholds, calibration, AMG and multiplicity guidance: tensors in, tensors out."""
+"""Guidance: similarity, thresholds, calibration, AMG, multiplicity guidance, mitigations."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Thresholds on σ from held-out real images: what counts as a copy, at a stated error rate."""
+"""Calibration: thresholds on σ from held-out images, at a stated false-positive rate; p-values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of mitigations, what each needs, and constants that options share with guidance."""
+"""Mitigation names, what each needs, and constants that options share with guidance."""
 
 from __future__ import annotations
 

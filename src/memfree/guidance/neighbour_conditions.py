@@ -1,4 +1,4 @@
-"""What the nearest training images are asked for by: y_N of AMG (eq. 15 and 16)."""
+"""Neighbour conditions: y_N of AMG, the label or caption of the nearest image (eq. 15, 16)."""
 
 from __future__ import annotations
 

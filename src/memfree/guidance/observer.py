@@ -1,4 +1,4 @@
-"""Detection: σ_t beside λ_t at each step, and when neighbours are searched (AMG, eq. 8 to 12)."""
+"""Observer: σ_t beside λ_t at every step, and how often neighbours are searched."""
 
 from __future__ import annotations
 

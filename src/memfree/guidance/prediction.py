@@ -1,4 +1,4 @@
-"""The record that a guidance takes and returns: one denoising step of a whole batch."""
+"""Prediction: the record of one denoising step that a guidance takes and returns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How near an image is to its nearest training image: σ_t of AMG, eq. 8 and 9."""
+"""Similarity σ_t of an image to its nearest training image (eq. 8 and 9)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diffusion models as Lightning modules, and the way to a diffusers folder and back."""
+"""Diffusion models as Lightning modules, and as diffusers folders."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Writes a trained model as a diffusers folder that needs no memfree to load."""
+"""Export of a trained model as a diffusers folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training has in common in pixels and in latents: randomness, optimiser, identity."""
+"""DiffusionModule: random numbers, optimizer and identity of every training."""
 
 from __future__ import annotations
 

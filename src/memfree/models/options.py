@@ -1,4 +1,4 @@
-"""Options of the networks that memfree trains: no torch here, so that ``--help`` is quick."""
+"""Options of models and their training (no torch here, so that ``--help`` is quick)."""
 
 from __future__ import annotations
 

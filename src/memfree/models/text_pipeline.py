@@ -1,4 +1,4 @@
-"""Stable-Diffusion-style pipelines: loading one, encoding prompts, calling its denoiser."""
+"""Text-to-image pipelines: loading, encoding prompts, calling the denoiser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small CLIP on a frozen ImageNet trunk, trained on a dataset's own captions."""
+"""Small CLIP: a frozen ImageNet network and a text tower, trained on a dataset's captions."""
 
 from __future__ import annotations
 

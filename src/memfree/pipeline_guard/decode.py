@@ -1,4 +1,4 @@
-"""From latents to images for the guidance and the verdicts: in pieces, and of the index's size."""
+"""Decoding of latents to images, in pieces, for guidance and verdicts."""
 
 from __future__ import annotations
 

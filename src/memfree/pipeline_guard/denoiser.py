@@ -1,4 +1,4 @@
-"""The denoiser as a pipeline calls it: hooks for one pipeline call alone, arguments, caches."""
+"""Hooks on a pipeline's denoiser for one call alone; arguments, wrappers, caches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differs by pipeline family: names of arguments, conditions, text encoding, prediction."""
+"""Pipeline families: argument names, conditions, text encoding and prediction of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guidance as a diffusers guider, for modular Stable Diffusion XL pipelines."""
+"""Guidance as a diffusers guider, for modular Stable Diffusion XL pipelines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward hook on the denoiser: a record out of its call, the guidances, and back (eq. 10)."""
+"""Forward hook on the denoiser: prediction, guidance, and back into the call (eq. 10)."""
 
 from __future__ import annotations
 

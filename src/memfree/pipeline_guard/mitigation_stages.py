@@ -1,4 +1,4 @@
-"""The stages of a mitigation inside a pipeline call: embedding and initial noise at its start."""
+"""Stages of a mitigation inside a pipeline call: prompt embedding, initial noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which step a pipeline is at, and how noisy its sample is there, as its scheduler has it."""
+"""Noise level and step of a pipeline, from its scheduler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the guard saw and decided: the trace of every step, and a verdict an image."""
+"""Guard report: trace of every step and a verdict for each image."""
 
 from __future__ import annotations
 

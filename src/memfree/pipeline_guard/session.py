@@ -1,4 +1,4 @@
-"""A guarded block: every call of the pipeline is drawn, judged, drawn again or refused."""
+"""Guard session: calls drawn, judged, drawn again or refused."""
 
 from __future__ import annotations
 

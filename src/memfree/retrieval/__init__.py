@@ -1,4 +1,4 @@
-"""Feature extractors and the reference index of training images."""
+"""Retrieval: features and the reference index of training images."""
 
 import lazy_loader
 

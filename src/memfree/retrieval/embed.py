@@ -1,4 +1,4 @@
-"""Embedding a large dataset: over several processes, resumed where a killed run stopped."""
+"""Embedding of a large dataset by several processes, resumed after a kill."""
 
 from __future__ import annotations
 

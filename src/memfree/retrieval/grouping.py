@@ -1,4 +1,4 @@
-"""Which images are one: exact copies by content, near copies by pixels, declared groups."""
+"""Groups of an index: exact copies by content, near copies by pixels, declared groups."""
 
 from __future__ import annotations
 

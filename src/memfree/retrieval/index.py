@@ -1,4 +1,4 @@
-"""The reference index: distinct training images, what belongs together, and how often each is."""
+"""ReferenceIndex: distinct training images, searchable, with counts, labels and captions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of feature extractors: no torch here, so that ``--help`` is quick."""
+"""Options of feature extractors (no torch here, so that ``--help`` is quick)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling: the denoising loop, and the Lightning module, writer and reader around it."""
+"""Sampling: denoising loop, Lightning module, sample folders."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""What a sampler makes of its last prediction: the clean estimate itself, or something near it."""
+"""Last step of a sampler: what it returns for a prediction, as offset and gain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The denoising loop: any diffusers scheduler, whole batches, guidance as a function."""
+"""Denoising loop: any diffusers scheduler, whole batches, guidance as a function."""
 
 from __future__ import annotations
 

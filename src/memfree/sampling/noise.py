@@ -1,4 +1,4 @@
-"""Random numbers of one sample, from (seed, sample index) alone, and streams of our own."""
+"""Random numbers of samples: one generator for each (seed, index), and streams of our own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far sampling is: samples a second and the share of active samples, on rank 0."""
+"""Progress bar of sampling: samples a second, share of guided samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a finished sample folder: images by index, what is recorded beside them, the trace."""
+"""Sample folder: images, seeds, conditions and trace, read by index."""
 
 from __future__ import annotations
 

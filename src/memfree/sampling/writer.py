@@ -1,4 +1,4 @@
-"""A callback that writes samples and trace as they are drawn, one pair of files a shard."""
+"""Sample writer: a Lightning callback that writes samples and traces shard by shard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slurm and other launchers: which process this is, requeueing, submission options."""
+"""Slurm and other launchers: which process this is, and requeueing."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Whether this process is the one that writes what several write once."""
+"""Launchers (torchrun, Slurm, Kubernetes, MPI): rank and size of this process, checked."""
 
 from __future__ import annotations
 

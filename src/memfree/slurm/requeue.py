@@ -1,4 +1,4 @@
-"""A SLURM job that is warned of its end puts itself back into the queue."""
+"""Requeueing of a Slurm job that is warned of its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Studies: the same models sampled in many ways, over several training seeds."""
+"""Studies: models sampled in many ways, over several training seeds."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Tables and pictures of a study again from its CSV: ``python -m memfree.study.kept NAME.csv``."""
+"""Tables and pictures of a study from its CSV: ``python -m memfree.study.kept NAME.csv``."""
 
 from __future__ import annotations
 

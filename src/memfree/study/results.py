@@ -1,4 +1,4 @@
-"""What a study measured: gathered from its evaluations, summarised over training seeds."""
+"""Results of a study: gathered from its evaluations, over training seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shows how far a training is, and its loss."""
+"""Progress bar of training, with the loss."""
 
 from __future__ import annotations
 

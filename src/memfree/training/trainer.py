@@ -1,4 +1,4 @@
-"""Lightning's Trainer, with a refusal of its options as one line that names them."""
+"""Trainer options and set-up, with wrong options refused in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The field's baseline that settings name, built with its options."""
+"""Baselines of the field by name, built from their options."""
 
 from __future__ import annotations
 
