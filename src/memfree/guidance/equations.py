@@ -1,4 +1,8 @@
-"""Equations 10 to 19 of Chen, Liu and Xu (CVPR 2024)."""
+"""Equations 10 to 19 of Chen, Liu and Xu (CVPR 2024), in their order.
+
+Eq. 8 and 9 are ``similarity.py``. ``amg.py`` adds up eq. 10; eq. 11 is the sampler's own step with
+that prediction; the clean estimate of eq. 12 is ``diffusion_math.predicted_x_0``.
+"""
 
 from __future__ import annotations
 
@@ -19,86 +23,6 @@ if TYPE_CHECKING:
 
 GRID_STEPS = 250
 """The paper counts t on a grid of 250 sampling steps; other grids are mapped onto it."""
-
-
-@dataclass(frozen=True)
-class ThresholdSchedule:
-    """λ_t = a + (b − a)·exp(−c·t), with t = 250·timestep / number of training timesteps (eq. 19).
-
-    The paper's values for nL2 are a = −1.95, b = −1.5, c = 0.025.
-    """
-
-    start: float
-    """a: the value towards pure noise."""
-    end: float
-    """b: the value at t = 0."""
-    rate: float = 0.025
-    """c, above 0, per step of the 250-step grid."""
-
-    def __post_init__(self) -> None:
-        if self.rate <= 0:
-            raise ValueError(f"rate of the threshold must be above 0, not {self.rate:g}")
-
-    def __call__(self, time: float) -> float:
-        """λ at ``time`` in [0, 1], 1 being pure noise."""
-        return self.start + (self.end - self.start) * math.exp(-self.rate * GRID_STEPS * time)
-
-
-@dataclass(frozen=True)
-class ConstantThreshold:
-    """The same λ at every t: the paper's ablation of eq. 19."""
-
-    value: float
-    """λ, in units of σ."""
-
-    def __call__(self, time: float) -> float:
-        """λ, whatever the time."""
-        return self.value
-
-
-def sigma_gradient(
-    prediction: Prediction,
-    index: ReferenceIndex,
-    similarity: Similarity,
-    neighbours: Tensor,
-    rows: Tensor,
-    through: Through,
-) -> Tensor:
-    """∇_{x_t} σ_t of some rows of the batch, (n, ...) float32; neighbours are not differentiated.
-
-    Args:
-        prediction: of the whole batch.
-        index: references.
-        similarity: σ.
-        neighbours: (n, k) int64 rows of the index, those of each sample.
-        rows: (n,) int64 rows of the batch.
-        through: x̂_0 alone or the denoiser as well, which is called again on both branches.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        neighbours = neighbours.clone()
-        if through == "denoiser":
-            x_t = prediction.x_t[rows].clone().requires_grad_()
-            x_0 = _clean_estimate_of(prediction, x_t, rows)
-        else:
-            x_t = x_0 = prediction.clean_estimate(rows).clone().requires_grad_()
-        sigma = similarity.against(index, prediction.decode(x_0), neighbours)
-        (gradient,) = torch.autograd.grad(sigma.sum(), x_t)
-    if through == "denoiser":
-        return gradient.float()
-    # With ε̂ constant, ∂x̂_0/∂x_t = 1/√ᾱ (eq. 12), in every parameterisation.
-    return gradient / prediction.alpha_bar.sqrt()
-
-
-def _clean_estimate_of(prediction: Prediction, x_t: Tensor, rows: Tensor) -> Tensor:
-    """x̂_0 of other noisy samples at this step, by calling the denoiser on both branches again."""
-    cond = uncond = None
-    if prediction.output_cond is not None and prediction.conditions is not None:
-        cond = prediction.denoise(x_t, prediction.conditions[rows])
-    if prediction.output_uncond is not None:
-        uncond = prediction.denoise(x_t, None)
-    output = prediction.combined(cond, uncond)
-    alpha_bar = prediction.alpha_bar.clone()
-    return predicted_x_0(x_t.float(), output.float(), alpha_bar, prediction.prediction_type)
 
 
 def gate(sigma: Tensor, threshold: float | Tensor) -> Tensor:
@@ -147,6 +71,86 @@ def deduplication(s_2: Tensor, eps_neighbour: Tensor, eps_uncond: Tensor) -> Ten
 def dissimilarity(c_3: float, alpha_bar: Tensor, sigma_gradient: Tensor) -> Tensor:
     """G_sim = c_3·√(1−ᾱ_t)·∇_{x_t} σ_t (eq. 17)."""
     return c_3 * per_sample((1 - alpha_bar).sqrt(), sigma_gradient) * sigma_gradient
+
+
+def sigma_gradient(
+    prediction: Prediction,
+    index: ReferenceIndex,
+    similarity: Similarity,
+    neighbours: Tensor,
+    rows: Tensor,
+    through: Through,
+) -> Tensor:
+    """∇_{x_t} σ_t of some rows of the batch, (n, ...) float32; neighbours are not differentiated.
+
+    Args:
+        prediction: of the whole batch.
+        index: references.
+        similarity: σ.
+        neighbours: (n, k) int64 rows of the index, those of each sample.
+        rows: (n,) int64 rows of the batch.
+        through: x̂_0 alone or the denoiser as well, which is called again on both branches.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        neighbours = neighbours.clone()
+        if through == "denoiser":
+            x_t = prediction.x_t[rows].clone().requires_grad_()
+            x_0 = _clean_estimate_of(prediction, x_t, rows)
+        else:
+            x_t = x_0 = prediction.clean_estimate(rows).clone().requires_grad_()
+        sigma = similarity.against(index, prediction.decode(x_0), neighbours)
+        (gradient,) = torch.autograd.grad(sigma.sum(), x_t)
+    if through == "denoiser":
+        return gradient.float()
+    # With ε̂ constant, ∂x̂_0/∂x_t = 1/√ᾱ (eq. 12), in every parameterisation.
+    return gradient / prediction.alpha_bar.sqrt()
+
+
+def _clean_estimate_of(prediction: Prediction, x_t: Tensor, rows: Tensor) -> Tensor:
+    """x̂_0 of other noisy samples at this step, by calling the denoiser on both branches again."""
+    cond = uncond = None
+    if prediction.output_cond is not None and prediction.conditions is not None:
+        cond = prediction.denoise(x_t, prediction.conditions[rows])
+    if prediction.output_uncond is not None:
+        uncond = prediction.denoise(x_t, None)
+    output = prediction.combined(cond, uncond)
+    alpha_bar = prediction.alpha_bar.clone()
+    return predicted_x_0(x_t.float(), output.float(), alpha_bar, prediction.prediction_type)
+
+
+@dataclass(frozen=True)
+class ThresholdSchedule:
+    """λ_t = a + (b − a)·exp(−c·t), with t = 250·timestep / number of training timesteps (eq. 19).
+
+    The paper's values for nL2 are a = −1.95, b = −1.5, c = 0.025.
+    """
+
+    start: float
+    """a: the value towards pure noise."""
+    end: float
+    """b: the value at t = 0."""
+    rate: float = 0.025
+    """c, above 0, per step of the 250-step grid."""
+
+    def __post_init__(self) -> None:
+        if self.rate <= 0:
+            raise ValueError(f"rate of the threshold must be above 0, not {self.rate:g}")
+
+    def __call__(self, time: float) -> float:
+        """λ at ``time`` in [0, 1], 1 being pure noise."""
+        return self.start + (self.end - self.start) * math.exp(-self.rate * GRID_STEPS * time)
+
+
+@dataclass(frozen=True)
+class ConstantThreshold:
+    """The same λ at every t: the paper's ablation of eq. 19."""
+
+    value: float
+    """λ, in units of σ."""
+
+    def __call__(self, time: float) -> float:
+        """λ, whatever the time."""
+        return self.value
 
 
 def check_at_least_0(**strengths: float) -> None:
