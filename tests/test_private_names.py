@@ -61,9 +61,8 @@ def used_and_defined():
                 defined.add(node.id)
             elif isinstance(node, ast.arg):
                 defined.add(node.arg)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                if re.fullmatch(r"_[a-z]\w+", node.value):
-                    used.setdefault(node.value, set()).add(str(path.relative_to(SOURCE)))
+            elif isinstance(node, ast.Constant) and re.fullmatch(r"_[a-z]\w+", str(node.value)):
+                used.setdefault(node.value, set()).add(str(path.relative_to(SOURCE)))
     return used, defined
 
 
