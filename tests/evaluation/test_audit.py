@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from memfree import images as png
 from memfree.cli import entry
 from memfree.commands.audit import audit, measure
 from memfree.data import DatasetFolder
@@ -19,6 +18,7 @@ from memfree.evaluation.intervals import adjusted, are_discoveries, fewest_disco
 from memfree.evaluation.neighbours import find_neighbours
 from memfree.folders.manifest import read_manifest
 from memfree.guidance import EmbeddingSimilarity, NormalizedL2, calibrate, calibration_of
+from memfree.images import to_bytes
 from memfree.retrieval import EfficientNetFeatures, ReferenceIndex
 
 
@@ -76,7 +76,7 @@ def folder(dataset, tmp_path_factory):
     (out / "deep").mkdir()
     train, fit = data.part("train"), data.part("fit")
     for i in range(10):
-        image = Image.fromarray(png.to_bytes(train.images()[i, 0]).numpy())
+        image = Image.fromarray(to_bytes(train.images()[i, 0]).numpy())
         if i % 2:
             image.resize((16, 16), Image.Resampling.NEAREST).convert("RGB").save(
                 out / "deep" / f"b{i}.png"
@@ -84,7 +84,7 @@ def folder(dataset, tmp_path_factory):
         else:
             image.save(out / f"a{i}.png")
     for i in range(40):
-        Image.fromarray(png.to_bytes(fit.images()[i, 0]).numpy()).save(out / f"real{i:02d}.png")
+        Image.fromarray(to_bytes(fit.images()[i, 0]).numpy()).save(out / f"real{i:02d}.png")
     (out / "broken.png").write_bytes(b"nothing")
     return out
 

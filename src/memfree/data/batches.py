@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import _shuffle
 
 from memfree.console import counted
-from memfree.data.dataset_folder import DatasetFolder, to_float
+from memfree.data.dataset_folder import DatasetFolder
 from memfree.data.file_names import shard_labels
 from memfree.data.ingest import Framing
 from memfree.data.options import OnError, StreamOptions
@@ -22,7 +22,7 @@ from memfree.data.record_reader import RecordReader
 from memfree.data.shard_reader import expand_shards, read_shard
 from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.tar_record import TarRecord
-from memfree.images import further_frames, open_image
+from memfree.images import from_bytes, further_frames, open_image
 
 
 def permutation(records: int, seed: int, epoch: int) -> np.ndarray:
@@ -278,7 +278,7 @@ class EpochBatches(RankBatches):
         if len(numbers) == 0:  # other ranks wait for this one: fill in a record without weight
             numbers, pixels = self._readable(order, mine[1])
             weight = 0.0
-        images = to_float(pixels)
+        images = from_bytes(pixels)
         index = torch.from_numpy(numbers)
         if flips is not None:
             images = torch.where(flips[index][:, None, None, None], images.flip(-1), images)
@@ -471,7 +471,7 @@ class ForeignBatches(RankBatches):
             taken.append(record)
         skipped.kept += size
         batch: Batch = {
-            "image": to_float(torch.from_numpy(np.stack(images))),
+            "image": from_bytes(torch.from_numpy(np.stack(images))),
             "key": [record.image_key or record.name for record in taken],
             "row": torch.full((size,), -1),
         }

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from memfree.console import quiet
-from memfree.data.dataset_folder import DatasetFolder, to_float
+from memfree.data.dataset_folder import DatasetFolder
 from memfree.data.record_reader import RecordReader
 from memfree.data.split import PartName
 from memfree.folders.atomic import check_place, put_in_place, unfinished
 from memfree.folders.claim import first_difference
 from memfree.folders.manifest import check_kind, read_manifest, save_config
+from memfree.images import from_bytes
 from memfree.models.options import Accelerator
 from memfree.training.callbacks import FiniteTraining
 from memfree.training.loggers import LossRecord
@@ -64,7 +65,7 @@ class DistinctImages(Dataset[dict[str, Any]]):
     def __getitem__(self, numbers: list[int]) -> dict[str, Any]:
         """A batch: ``image`` (B, C, H, W) in [-1, 1], ``group`` and ``row`` (B,), ``caption``."""
         batch: dict[str, Any] = {
-            "image": to_float(self._reader.read(numbers)),
+            "image": from_bytes(self._reader.read(numbers)),
             "group": self.groups[numbers],
             "row": torch.tensor(numbers),
         }
@@ -74,7 +75,7 @@ class DistinctImages(Dataset[dict[str, Any]]):
 
     def images(self) -> Tensor:
         """All images, (N, C, H, W) float32 in [-1, 1]."""
-        return to_float(self._reader.read(range(len(self))))
+        return from_bytes(self._reader.read(range(len(self))))
 
     def loader(self, batch_size: int, steps: int, seed: int) -> DataLoader[Any]:
         """``steps`` batches; each pass through the images is another permutation by ``seed``.
