@@ -9,10 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memfree.data.random_streams import step_seed
 from memfree.folders.claim import first_difference
 from memfree.models.options import ModelOptions
 
@@ -103,8 +103,7 @@ class DiffusionModule(pl.LightningModule, ABC):
 
     def step_generator(self, batch_idx: int) -> torch.Generator:
         """The generator of this step's draws; also seeds the global one if dropout uses it."""
-        numbers = [self.seed, self.current_epoch, batch_idx, self.global_rank]
-        seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+        seed = step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
         if self.options.network.dropout:
             torch.manual_seed(seed)
         return torch.Generator(self.device).manual_seed(seed)

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.io import decode_jpeg, encode_jpeg
 
+from memfree.data.random_streams import step_generator
 from memfree.images import from_bytes, to_bytes
 from memfree.models.options import AugmentationOptions, CopyDetectionOptions
-from memfree.offline.short_training import adamw_with_cosine, step_generator
+from memfree.offline.short_training import adamw_with_cosine
 from memfree.retrieval.features.copy_detection import (
     CopyDetectionNetwork,
     CopyDetectionShape,

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from memfree.console import quiet
 from memfree.data.dataset_folder import DatasetFolder
+from memfree.data.random_streams import Stream, generator_of
 from memfree.data.record_reader import RecordReader
 from memfree.data.split import PartName
 from memfree.folders.atomic import check_place, put_in_place, unfinished
@@ -109,7 +110,7 @@ class _Permutations(Sampler[list[int]]):
         return self._steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = np.random.Generator(np.random.PCG64([self._seed, 0]))
+        generator = generator_of(self._seed, Stream.DISTINCT_IMAGES)
         done = 0
         while done < self._steps:
             order = generator.permutation(self._count)
@@ -185,12 +186,6 @@ def write_folder(out: Path, write: Callable[[Path], None]) -> None:
         save_config(partial)
         write(partial)
         put_in_place(partial, out, overwrite=True)
-
-
-def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """The generator of all that one training step draws."""
-    words = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(words[0] >> 1))
 
 
 def adamw_with_cosine(module: pl.LightningModule, rate: float, decay: float) -> Any:

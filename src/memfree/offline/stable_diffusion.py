@@ -14,6 +14,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from memfree.data.random_streams import autoencoder_step_generator
 from memfree.models.module import CHECKPOINT_KEY
 from memfree.models.options import AutoencoderOptions, ScratchOptions
 
@@ -182,7 +183,7 @@ class AutoencoderModule(pl.LightningModule):
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """Loss of one batch of shifted and mirrored images."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
+        generator = autoencoder_step_generator(self.seed, self.global_step)
         return self.loss(self.batch(generator).to(self.device), generator)
 
     def batch(self, generator: torch.Generator) -> Tensor:
