@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from memfree.folders.atomic import check_place, put_in_place, unfinished
 from memfree.folders.claim import first_difference
 from memfree.folders.manifest import check_kind, read_manifest, save_config
 from memfree.images import from_bytes
+from memfree.models.module import adamw, warm_up
 from memfree.models.options import Accelerator
 from memfree.training.callbacks import FiniteTraining
 from memfree.training.loggers import LossRecord
@@ -200,12 +200,4 @@ def adamw_with_cosine(module: pl.LightningModule, rate: float, decay: float) -> 
         {"params": [value for value in trained if value.ndim > 1], "weight_decay": decay},
         {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=rate)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    return adamw(groups, rate, warm_up(warm, total))
