@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from scipy.stats import false_discovery_control
 
 from memfree.cli import entry
 from memfree.commands.audit import audit, measure
@@ -40,6 +41,17 @@ def test_discoveries_are_those_of_the_definition(seed):
         found = set(np.flatnonzero(are_discoveries(adjusted(p_values), rate)).tolist())
         assert found == step_up(p_values, rate + 1e-12)
     assert (adjusted(p_values) >= p_values - 1e-12).all() and adjusted(p_values).max() <= 1
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 19), (1, 19), (50, 99), (60, 199), (1000, 999)])
+def test_adjusted_p_values_are_those_of_scipy_but_for_rounding(m, n):
+    p_values = np.random.default_rng(m).integers(1, n + 2, m) / (n + 1)
+    p_values[: m // 3] = 1 / (n + 1)
+    theirs = false_discovery_control(p_values)
+    np.testing.assert_allclose(adjusted(p_values), theirs, rtol=1e-15)
+    for rate in (0.01, 0.05, 0.1, 0.2, 0.5):
+        found = are_discoveries(adjusted(p_values), rate)
+        assert found.tolist() == are_discoveries(theirs, rate).tolist()
 
 
 def test_what_is_exactly_on_the_line_is_a_discovery():

@@ -389,6 +389,8 @@ def adjusted(p_values: np.ndarray) -> np.ndarray:
     Args:
         p_values: (m,) in (0, 1].
     """
+    # Not scipy.stats.false_discovery_control: it multiplies by m/j, and so differs in the last
+    # bits, at exact ties too, from the values that earlier audits have on disk.
     m = len(p_values)
     order = np.argsort(p_values, kind="stable")
     scaled = np.asarray(p_values, dtype=np.float64)[order] * m / np.arange(1, m + 1)
