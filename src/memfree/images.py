@@ -148,25 +148,31 @@ def _one_line(error: BaseException) -> str:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Quantise images (..., H, W) in [-1, 1], clamped, to uint8; the error is at most 1/255."""
+    """Quantise images (..., H, W) in [-1, 1], clamped, to uint8; the error is at most 1/255.
+
+    Halves go to the even byte.
+    """
     import torch
 
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def from_bytes(images: Tensor) -> Tensor:
-    """Images (..., H, W) float32 in [-1, 1] from uint8."""
-    return images.float() / 127.5 - 1
+    """Images (..., H, W) float32 in [-1, 1] from uint8: x = u / 127.5 - 1."""
+    import torch
+
+    # In place: large batches need no second and third copy.
+    return images.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
-def encode(image: Tensor) -> bytes:
+def to_png(image: Tensor) -> bytes:
     """PNG of one uint8 image (C, H, W) with C = 1 or 3."""
     from torchvision.io import encode_png
 
     return encode_png(image.contiguous()).numpy().tobytes()
 
 
-def size(data: bytes) -> tuple[int, int] | None:
+def png_size(data: bytes) -> tuple[int, int] | None:
     """(H, W) that a PNG's header says, before anything is unpacked; None if it is no PNG."""
     if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n":
         return None
@@ -174,7 +180,7 @@ def size(data: bytes) -> tuple[int, int] | None:
     return height, width
 
 
-def decode(data: bytes, channels: int) -> Tensor:
+def from_png(data: bytes, channels: int) -> Tensor:
     """The uint8 image (C, H, W) in a PNG; ValueError if it is none.
 
     By Pillow: torchvision's decoder crashes the process on some damaged files.

@@ -3,10 +3,16 @@
 import resource
 import subprocess
 import sys
+from dataclasses import asdict
+from typing import get_type_hints
 
 import pytest
 
 from memfree.cli.entry import COMMANDS, SCRIPTS
+from memfree.commands.index import EmbeddingDevices
+from memfree.commands.sample import SamplingDevices
+from memfree.commands.train import TrainerOptions
+from memfree.models.options import Devices
 
 HEAVY = ("torch", "lightning", "diffusers", "transformers", "faiss", "sklearn", "scipy", "pyarrow")
 PROGRAM = f"""
@@ -58,3 +64,15 @@ def test_help_takes_less_than_a_second_of_cpu():
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+@pytest.mark.parametrize("options", [TrainerOptions, SamplingDevices, EmbeddingDevices])
+def test_devices_are_the_same_options_everywhere(options):
+    """Those of train stand among its others, and an index is embedded on one device by default."""
+    hints, wanted = get_type_hints(options), get_type_hints(Devices)
+    assert {name: hints[name] for name in wanted} == wanted
+    given = asdict(options())
+    if options is EmbeddingDevices:
+        assert given["devices"] == 1
+        given["devices"] = "auto"
+    assert {name: given[name] for name in wanted} == asdict(Devices())

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from pyarrow import parquet
 
-from memfree import images as png
 from memfree.folders.manifest import write_manifest
+from memfree.images import to_bytes
 from memfree.sampling.writer import trace_table, write_shard
 
 COUNT, STEPS = 60, 5
@@ -36,7 +36,7 @@ def make_samples(
         }
         for i in range(n)
     ]
-    write_shard(folder / "samples-000-000000.tar", records, png.to_bytes(images))
+    write_shard(folder / "samples-000-000000.tar", records, to_bytes(images))
     if trace:
         step = torch.arange(STEPS).repeat(n)
         columns = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from scipy.stats import false_discovery_control
 
-from memfree import images as png
 from memfree.cli import entry
 from memfree.commands.audit import audit, measure
 from memfree.data import DatasetFolder
@@ -19,6 +19,7 @@ from memfree.evaluation.intervals import adjusted, are_discoveries, fewest_disco
 from memfree.evaluation.neighbours import find_neighbours
 from memfree.folders.manifest import read_manifest
 from memfree.guidance import EmbeddingSimilarity, NormalizedL2, calibrate, calibration_of
+from memfree.images import to_bytes
 from memfree.retrieval import EfficientNetFeatures, ReferenceIndex
 
 
@@ -40,6 +41,17 @@ def test_discoveries_are_those_of_the_definition(seed):
         found = set(np.flatnonzero(are_discoveries(adjusted(p_values), rate)).tolist())
         assert found == step_up(p_values, rate + 1e-12)
     assert (adjusted(p_values) >= p_values - 1e-12).all() and adjusted(p_values).max() <= 1
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 19), (1, 19), (50, 99), (60, 199), (1000, 999)])
+def test_adjusted_p_values_are_those_of_scipy_but_for_rounding(m, n):
+    p_values = np.random.default_rng(m).integers(1, n + 2, m) / (n + 1)
+    p_values[: m // 3] = 1 / (n + 1)
+    theirs = false_discovery_control(p_values)
+    np.testing.assert_allclose(adjusted(p_values), theirs, rtol=1e-15)
+    for rate in (0.01, 0.05, 0.1, 0.2, 0.5):
+        found = are_discoveries(adjusted(p_values), rate)
+        assert found.tolist() == are_discoveries(theirs, rate).tolist()
 
 
 def test_what_is_exactly_on_the_line_is_a_discovery():
@@ -76,7 +88,7 @@ def folder(dataset, tmp_path_factory):
     (out / "deep").mkdir()
     train, fit = data.part("train"), data.part("fit")
     for i in range(10):
-        image = Image.fromarray(png.to_bytes(train.images()[i, 0]).numpy())
+        image = Image.fromarray(to_bytes(train.images()[i, 0]).numpy())
         if i % 2:
             image.resize((16, 16), Image.Resampling.NEAREST).convert("RGB").save(
                 out / "deep" / f"b{i}.png"
@@ -84,7 +96,7 @@ def folder(dataset, tmp_path_factory):
         else:
             image.save(out / f"a{i}.png")
     for i in range(40):
-        Image.fromarray(png.to_bytes(fit.images()[i, 0]).numpy()).save(out / f"real{i:02d}.png")
+        Image.fromarray(to_bytes(fit.images()[i, 0]).numpy()).save(out / f"real{i:02d}.png")
     (out / "broken.png").write_bytes(b"nothing")
     return out
 

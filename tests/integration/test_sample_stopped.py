@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_sampling import begin, make_folders, options
 
-from memfree import images as png
 from memfree.cli.entry import run
 from memfree.commands.sample import predict
+from memfree.images import to_bytes
 from memfree.sampling import SampleFolder
 from memfree.sampling.sample_run import shard_indices
 
@@ -73,7 +73,7 @@ def test_two_ranks_draw_the_same(folders, unguided):
     drawn_by = {path.name[8:11] for path in out.glob("samples-*.tar")}
     assert drawn_by == {"000", "001"}
     images = samples.images()
-    difference = png.to_bytes(images).int() - png.to_bytes(unguided.images()).int()
+    difference = to_bytes(images).int() - to_bytes(unguided.images()).int()
     assert difference.abs().max() <= 1
     assert torch.equal(samples.conditions, unguided.conditions)
     assert samples.trace().num_rows == 7 * 4
@@ -124,7 +124,7 @@ def test_a_killed_run_continues(folders):
 
     run(predict, options(folders, folders / "not_killed", **changes))
     expected, samples = SampleFolder(folders / "not_killed"), SampleFolder(out)
-    difference = png.to_bytes(samples.images()).int() - png.to_bytes(expected.images()).int()
+    difference = to_bytes(samples.images()).int() - to_bytes(expected.images()).int()
     assert difference.abs().max() <= 1
     assert samples.records["nearest"] == expected.records["nearest"]
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from memfree.models import NoiseOptions
+from memfree.models.module import adamw, warm_up
 
 
 class Recorder(nn.Module):
@@ -120,6 +121,23 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine(
     expected = [0.01 * (n + 1) / 4 for n in range(4)]
     expected += [0.005 * (1 + math.cos(math.pi * n / 6)) for n in range(6)]
     assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("warm", "total"), [(0, 7), (1, 1), (3, 40.0), (5, 2)])
+def test_all_trainings_set_up_one_optimizer(warm, total):
+    """The rates of a training that takes its own weight decays, to the last bit."""
+    values = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))]
+    groups = [{"params": values[:1], "weight_decay": 0.3}, {"params": values[1:]}]
+    found = adamw(groups, 0.002, warm_up(warm, total))
+    optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert found["lr_scheduler"]["interval"] == "step"
+    for step in range(10):
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
+        rate = 0.002 * ((step + 1) / warm if step < warm else share)
+        assert [group["lr"] for group in optimizer.param_groups] == [rate, rate]
+        optimizer.step()
+        schedule.step()
 
 
 def test_a_conditional_model_needs_labels(make_module):

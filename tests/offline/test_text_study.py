@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 from memfree.commands.text_study import Counts, TextStudy, Training, text_study
 from memfree.evaluation.detectors import detector
 from memfree.evaluation.metrics import Metric, write_metrics
+from memfree.images import from_bytes
 from memfree.offline import text_study_results
 from memfree.offline.text_study_results import PROMPTS, as_markdown, summarise_text
 
@@ -229,6 +230,24 @@ def test_rows_show_the_first_samples_of_everyone(tmp_path, monkeypatch):
     middle, right = picture.shape[0] // 2, picture[:, picture.shape[1] // 4]
     assert right[:middle].min() == 0
     assert 120 <= right[middle:].min() <= 135
+
+
+def test_rows_show_the_very_pixels_that_were_judged(tmp_path, monkeypatch):
+    """Drawn from numbers in [0, 1], a quarter of all grey levels came out one too dark."""
+    levels = [200, 37, 101, 254]
+
+    class Folder:
+        def __init__(self, path):
+            self.level = int(path.name)
+
+        def batches(self, size):
+            yield from_bytes(torch.full((4, 3, 8, 8), self.level, dtype=torch.uint8))
+
+    monkeypatch.setattr(text_study_results, "SampleFolder", Folder)
+    rows = {str(level): Path(str(level)) for level in levels}
+    text_study_results.write_rows(tmp_path / "rows.png", rows)
+    picture = np.asarray(Image.open(tmp_path / "rows.png").convert("L"))
+    assert set(levels) <= set(picture[:, picture.shape[1] // 4].tolist())
 
 
 def test_results_are_gathered_from_both_judges(tmp_path, capsys):

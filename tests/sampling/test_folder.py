@@ -7,7 +7,7 @@ import torch
 import webdataset as wds
 from test_writer import KEYS, batch, write
 
-from memfree import images as png
+from memfree.images import to_bytes, to_png
 from memfree.sampling import SampleFolder, SampleRun
 
 
@@ -29,9 +29,9 @@ def batches():
 def test_samples_come_in_the_order_of_their_index(tmp_path, batches):
     folder = finished(tmp_path / "out", batches)
     order = torch.cat([one.index for one in batches]).argsort()
-    images = png.to_bytes(torch.cat([one.images for one in batches])[order])
+    images = to_bytes(torch.cat([one.images for one in batches])[order])
     assert len(folder) == 6
-    assert torch.equal(png.to_bytes(folder.images()), images)
+    assert torch.equal(to_bytes(folder.images()), images)
     assert folder.images().dtype == torch.float32
     assert [len(part) for part in folder.batches(4)] == [4, 2]
     assert torch.equal(torch.cat(list(folder.batches(4))), folder.images())
@@ -118,7 +118,7 @@ def test_a_manifest_that_lacks_something_is_named(tmp_path, batches, field):
 def test_a_record_that_lacks_something_is_named(tmp_path, batches, record, message):
     folder = finished(tmp_path / "out", batches)
     shard = folder.path / "samples-000-000001.tar"
-    pixels = png.encode(torch.zeros(1, 5, 3, dtype=torch.uint8))
+    pixels = to_png(torch.zeros(1, 5, 3, dtype=torch.uint8))
     with wds.TarWriter(str(shard), encoder=False) as tar:
         data = json.dumps(record).encode()
         tar.write({"__key__": "00000001", "png": pixels, "json": data})

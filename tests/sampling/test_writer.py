@@ -11,7 +11,7 @@ import webdataset as wds
 from PIL import Image
 from pyarrow import parquet
 
-from memfree import images as png
+from memfree.images import from_bytes, from_png, to_bytes, to_png
 from memfree.sampling import SampleBatch, SampleRun, SampleWriter
 from memfree.sampling.writer import summaries, trace_table
 
@@ -62,17 +62,17 @@ def run(tmp_path):
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7)])
 def test_png_round_trip(shape):
     images = torch.rand(4, *shape) * 2.4 - 1.2
-    stored = png.to_bytes(images)
+    stored = to_bytes(images)
     expected = np.rint((np.clip(images.numpy(), -1, 1) + 1) * 127.5)
     assert np.array_equal(stored.numpy(), expected)
     for image in stored:
-        data = png.encode(image)
-        assert torch.equal(png.decode(data, shape[0]), image)
+        data = to_png(image)
+        assert torch.equal(from_png(data, shape[0]), image)
         other = np.asarray(Image.open(io.BytesIO(data))).reshape(*shape[1:], -1).transpose(2, 0, 1)
         assert np.array_equal(other, image.numpy())
-    error = (png.from_bytes(stored) - images.clamp(-1, 1)).abs().max()
+    error = (from_bytes(stored) - images.clamp(-1, 1)).abs().max()
     assert error <= 1 / 255 + 1e-6
-    assert torch.equal(png.to_bytes(png.from_bytes(stored)), stored)
+    assert torch.equal(to_bytes(from_bytes(stored)), stored)
 
 
 def test_shard_is_a_webdataset(run):
@@ -89,7 +89,7 @@ def test_shard_is_a_webdataset(run):
         assert meta["mitigation"] == "amg"
         assert meta["seconds"] == 1.0
         assert meta["peak_memory_bytes"] > 10_000_000
-        assert torch.equal(png.decode(record["png"], 1), png.to_bytes(one.images[row]))
+        assert torch.equal(from_png(record["png"], 1), to_bytes(one.images[row]))
 
 
 def test_records_summarise_the_trace(run):

@@ -14,6 +14,7 @@ from memfree.data import DatasetFolder
 from memfree.data.split import DEFAULT_RATE, MIN_EXPECTED, too_few_images
 from memfree.folders.atomic import check_free_space, refuse_mount_point
 from memfree.folders.lock import ALL, Part, one_at_a_time, part_of
+from memfree.models.options import Devices
 from memfree.retrieval.options import ExtractorOptions, FeatureName
 from memfree.slurm.launcher import is_first_process
 
@@ -76,15 +77,11 @@ QUIET = (
 
 
 @dataclass(frozen=True)
-class EmbeddingDevices:
+class EmbeddingDevices(Devices):
     """Where images are embedded: options of the Lightning Trainer."""
 
-    accelerator: str = "auto"
-    """auto, cpu, gpu, mps or another name that Lightning knows."""
     devices: int | str = 1
     """How many devices, or auto; each has a process of its own."""
-    num_nodes: PositiveInt = 1
-    """How many machines."""
     strategy: str = "auto"
     """auto or ddp: images are divided among the devices."""
 

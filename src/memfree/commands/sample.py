@@ -15,6 +15,7 @@ from memfree.folders.atomic import check_free_space
 from memfree.folders.lock import ALL, one_at_a_time, part_of
 from memfree.folders.manifest import folder_hash, save_config
 from memfree.guidance import WITH_AMG, WITH_INDEX, GuidanceSettings
+from memfree.models.options import Devices
 from memfree.sampling.sample_run import PromptOptions, SampleRun, SchedulerName, trace_summary
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
@@ -60,16 +61,10 @@ IDLE_RANK = "Total length of .* across ranks is zero.*"
 """A warning that is none: on resumption a rank may have nothing left to do."""
 
 
-@dataclass
-class SamplingDevices:
+@dataclass(frozen=True)
+class SamplingDevices(Devices):
     """Where sampling runs: options of the Lightning Trainer."""
 
-    accelerator: str = "auto"
-    """auto, cpu, gpu, mps or another name that Lightning knows."""
-    devices: int | str = "auto"
-    """How many devices, or auto."""
-    num_nodes: PositiveInt = 1
-    """How many machines."""
     strategy: str = "auto"
     """auto or ddp: samples are divided among the devices."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"

@@ -150,6 +150,7 @@ def _error(vae: Any, images: Tensor, picture: Path | None = None) -> float:
             [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in images.split(64)]
         ).clamp(-1, 1)
     if picture is not None:
+        # Not to_bytes: save_image takes [0, 1], and rounds halves up.
         grid = make_grid(torch.cat([images[:SHOWN], made[:SHOWN]]) / 2 + 0.5, nrow=SHOWN)
         write_atomic(picture, lambda path: save_image(grid, path, format="png"))
     return float((made - images).square().mean().sqrt())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
@@ -14,15 +13,16 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import _shuffle
 
 from memfree.console import counted
-from memfree.data.dataset_folder import DatasetFolder, to_float
+from memfree.data.dataset_folder import DatasetFolder
 from memfree.data.file_names import shard_labels
 from memfree.data.ingest import Framing
 from memfree.data.options import OnError, StreamOptions
+from memfree.data.random_streams import Stream, buffer_random, generator_of
 from memfree.data.record_reader import RecordReader
 from memfree.data.shard_reader import expand_shards, read_shard
 from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.tar_record import TarRecord
-from memfree.images import further_frames, open_image
+from memfree.images import from_bytes, further_frames, open_image
 
 
 def permutation(records: int, seed: int, epoch: int) -> np.ndarray:
@@ -36,7 +36,7 @@ def permutation(records: int, seed: int, epoch: int) -> np.ndarray:
     Returns:
         (records,) int64.
     """
-    return np.random.Generator(np.random.PCG64([seed, epoch, 7])).permutation(records)
+    return generator_of(seed, epoch, Stream.EPOCH).permutation(records)
 
 
 def batches_per_epoch(records: int, batch_size: int, world_size: int) -> int:
@@ -247,7 +247,7 @@ class EpochBatches(RankBatches):
         order = permutation(self.records, self._seed, epoch)
         flips = None
         if self._random_flip:
-            generator = np.random.Generator(np.random.PCG64([self._seed, epoch, 8]))
+            generator = generator_of(self._seed, epoch, Stream.FLIPS)
             flips = torch.from_numpy(generator.random(self.records) < 0.5)
         for batch in range(start + offset, self.batches, step):
             first, last = global_slice(self.records, self.batches, batch)
@@ -278,7 +278,7 @@ class EpochBatches(RankBatches):
         if len(numbers) == 0:  # other ranks wait for this one: fill in a record without weight
             numbers, pixels = self._readable(order, mine[1])
             weight = 0.0
-        images = to_float(pixels)
+        images = from_bytes(pixels)
         index = torch.from_numpy(numbers)
         if flips is not None:
             images = torch.where(flips[index][:, None, None, None], images.flip(-1), images)
@@ -377,7 +377,7 @@ class ForeignBatches(RankBatches):
         unit = self._rank * step + offset
         left_out = LeftOut()
         records = self._records(epoch, unit, self._world_size * step, skipped, left_out)
-        generator = np.random.Generator(np.random.PCG64([self._seed, epoch, unit, 9]))
+        generator = generator_of(self._seed, epoch, unit, Stream.STREAMED_FLIPS)
         for batch in range(offset, self.batches, step):
             first, last = global_slice(self.records, self.batches, batch)
             low, high = rank_slice(first, last, self._rank, self._world_size)
@@ -402,7 +402,7 @@ class ForeignBatches(RankBatches):
         handler = counter if self._on_error == "skip" else None
 
         def one_pass(turn: int) -> Iterator[TarRecord]:
-            generator = np.random.Generator(np.random.PCG64([self._seed, epoch, turn, 10]))
+            generator = generator_of(self._seed, epoch, turn, Stream.SHARDS)
             order = generator.permutation(len(self._shards))
             mine = order if shared else order[unit::units]
             found = 0
@@ -427,7 +427,7 @@ class ForeignBatches(RankBatches):
 
         buffer = max(self._options.shuffle_buffer, 1)
         for turn in count():
-            rng = random.Random(f"{self._seed} {epoch} {turn} {unit}")
+            rng = buffer_random(self._seed, epoch, turn, unit)
             yield from _shuffle(one_pass(turn), buffer, buffer, rng)
 
     def _pass_over(
@@ -471,7 +471,7 @@ class ForeignBatches(RankBatches):
             taken.append(record)
         skipped.kept += size
         batch: Batch = {
-            "image": to_float(torch.from_numpy(np.stack(images))),
+            "image": from_bytes(torch.from_numpy(np.stack(images))),
             "key": [record.image_key or record.name for record in taken],
             "row": torch.full((size,), -1),
         }

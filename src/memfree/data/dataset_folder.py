@@ -17,7 +17,7 @@ from memfree.data.skipped import Skipped
 from memfree.data.split import PARTS, PartName
 from memfree.folders.manifest import read_manifest, sha256
 from memfree.folders.untrusted import read_table, short
-from memfree.images import MAX_PIXELS
+from memfree.images import MAX_PIXELS, from_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -323,7 +323,7 @@ class DatasetPart:
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         """The images in order, (batch_size, C, H, W) float32 in [-1, 1]; the last may be fewer."""
         for start in range(0, len(self), batch_size):
-            yield to_float(self.reader.read(range(start, min(start + batch_size, len(self)))))
+            yield from_bytes(self.reader.read(range(start, min(start + batch_size, len(self)))))
 
 
 def _shape(value: Any) -> tuple[int, int, int]:
@@ -340,8 +340,3 @@ def _classes(value: Any) -> int | None:
     if value is not None and not (type(value) is int and 0 < value <= _MAX_CLASSES):
         raise ValueError(f"num_classes {short(value)}")
     return value
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """Pixels uint8 to float32 in [-1, 1]: x = u / 127.5 - 1."""
-    return pixels.float().div_(127.5).sub_(1.0)

@@ -11,6 +11,7 @@ import numpy as np
 from jsonargparse.typing import NonNegativeInt
 from PIL import Image
 
+from memfree.data.random_streams import Stream, generator_of
 from memfree.images import to_array, to_image
 
 CopyKind = Literal["exact", "crop", "flip", "brightness", "jpeg"]
@@ -97,7 +98,7 @@ class DuplicationPlan:
             )
         if self.images and not wanted:
             raise ValueError(f"--plan.images {self.images:g} of {len(candidates)} images is none")
-        order = np.random.Generator(np.random.PCG64([self.seed, 2])).permutation(len(candidates))
+        order = generator_of(self.seed, Stream.REPEATED_IMAGES).permutation(len(candidates))
         if self.choice == "balanced":
             order = self._balanced(order, labels)
         chosen = [candidates[position] for position in order[: len(wanted)].tolist()]
@@ -120,7 +121,7 @@ class DuplicationPlan:
             image: number of the image in the source; the same image gets the same word.
             attempt: counted up from 0 where the word is taken.
         """
-        generator = np.random.Generator(np.random.PCG64([self.seed, 11, image, attempt]))
+        generator = generator_of(self.seed, Stream.WORD, image, attempt)
         consonants = generator.integers(len(_CONSONANTS), size=4)
         vowels = generator.integers(len(_VOWELS), size=4)
         return "".join(_CONSONANTS[c] + _VOWELS[v] for c, v in zip(consonants, vowels, strict=True))
@@ -133,7 +134,7 @@ class DuplicationPlan:
             image: number of the original in the source.
             number: of the copy, from 1.
         """
-        generator = np.random.Generator(np.random.PCG64([self.seed, 3, image, number]))
+        generator = generator_of(self.seed, Stream.COPY, image, number)
         kind = self.kinds[int(generator.integers(len(self.kinds)))]
         if kind == "exact":
             return pixels

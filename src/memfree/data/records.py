@@ -12,6 +12,7 @@ import numpy as np
 from memfree.data.duplication_plan import DuplicationPlan
 from memfree.data.ingest import Ingested
 from memfree.data.options import LabelPolicy
+from memfree.data.random_streams import Stream, generator_of
 from memfree.data.shard_writer import Record
 from memfree.data.split import PARTS, PartName
 
@@ -43,7 +44,7 @@ def relabelled(
         drawn = list(range(len(rows)))
         classes = len(rows)
     else:
-        generator = np.random.Generator(np.random.PCG64([seed, 12]))
+        generator = generator_of(seed, Stream.LABELS)
         drawn = generator.integers(num_classes, size=len(rows)).tolist()
         classes = num_classes
     label_of = dict(zip(rows, drawn, strict=True))
@@ -116,7 +117,7 @@ def arrange(
     Returns:
         rows in a random order within each part; near copies come after all originals.
     """
-    order = np.random.Generator(np.random.PCG64([seed, 4])).permutation(len(image_of)).tolist()
+    order = generator_of(seed, Stream.SOURCE_ORDER).permutation(len(image_of)).tolist()
     names = _group_names(data, image_of, group_of)
     first_of = np.unique(image_of, return_index=True)[1]
     items = Items(num_classes=num_classes)
@@ -138,7 +139,7 @@ def arrange(
             records.append(Record(row_of[image], copies[image], label, caption))
             copies[image] += 1
     _repeat(items, data, plan, labels, seed)
-    shuffle = np.random.Generator(np.random.PCG64([seed, plan.seed, 5]))
+    shuffle = generator_of(seed, plan.seed, Stream.RECORD_ORDER)
     train = items.records["train"]
     items.records["train"] = [train[number] for number in shuffle.permutation(len(train))]
     return items
@@ -196,7 +197,7 @@ class _Conditions:
         self._base = items.num_classes or 0
         self._captions = [record.caption for record in train]
         self._rows = [record.row for record in train]
-        self._generator = np.random.Generator(np.random.PCG64([plan.seed, 6]))
+        self._generator = generator_of(plan.seed, Stream.CONDITIONS)
         self._unique = 0
         self._sources = items.sources
         self._plan = plan

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from memfree.data.random_streams import Stream, generator_of
+
 MIN_EXPECTED = 5
 """A false-positive rate needs so many calibration images expected above its threshold."""
 DEFAULT_RATE = 0.01
@@ -116,7 +118,7 @@ def deal(sizes: np.ndarray, counts: dict[PartName, int], seed: int) -> list[Part
     Returns:
         (G,) the part of each group, None for groups that stay out.
     """
-    generator = np.random.Generator(np.random.PCG64([seed, 1]))
+    generator = generator_of(seed, Stream.SPLIT)
     order = generator.permutation(len(sizes))
     draws = generator.random(len(sizes))
     before = np.cumsum(sizes[order]) - sizes[order]
@@ -159,7 +161,7 @@ def limited(
     there = int(sum(sizes[number] for number in train))
     if limit > there:
         raise ValueError(f"--limit {limit}: there are {there} training images")
-    generator = np.random.Generator(np.random.PCG64([seed, 13]))
+    generator = generator_of(seed, Stream.LIMIT)
     kept, room = list(parts), limit
     for position in generator.permutation(len(train)).tolist():
         number = train[position]

@@ -19,6 +19,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn import functional
 
+from memfree.data.random_streams import EvaluationStream, generator_of
 from memfree.evaluation.intervals import (
     conditions_detail,
     mean_interval,
@@ -99,7 +100,7 @@ def deranged(captions: Sequence[str], seed: int) -> np.ndarray:
     most = max(Counter(captions).values())
     if 2 * most > len(captions):
         raise ValueError("more than half of the captions are the same")
-    generator = np.random.default_rng([seed, 3])
+    generator = generator_of(seed, EvaluationStream.SHUFFLED_CAPTIONS)
     place = {text: generator.random() for text in sorted(set(captions))}
     places = np.array([place[text] for text in captions])
     order = np.lexsort((generator.random(len(captions)), places))

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 
 from memfree.console import shown
-from memfree.data.dataset_folder import to_float
 from memfree.data.file_names import (
     OTHER_PICTURES,
     SUFFIXES,
@@ -24,7 +23,7 @@ from memfree.data.file_names import (
 from memfree.data.ingest import Framing
 from memfree.data.shard_reader import expand_shards, read_members
 from memfree.data.skipped import LeftOut, Skipped
-from memfree.images import MAX_IMAGE_BYTES, MAX_PIXELS, channels_of, open_image, upright
+from memfree.images import MAX_IMAGE_BYTES, MAX_PIXELS, channels_of, from_bytes, open_image, upright
 
 MAX_FRAMES = 1000
 """Frames of one animated image that are judged."""
@@ -125,10 +124,10 @@ class AuditedImages:
             self.skipped.kept += 1
             self.changed += found != self.shape
             if len(names) == batch_size:
-                yield names, to_float(torch.from_numpy(np.stack(pixels)))
+                yield names, from_bytes(torch.from_numpy(np.stack(pixels)))
                 names, pixels = [], []
         if names:
-            yield names, to_float(torch.from_numpy(np.stack(pixels)))
+            yield names, from_bytes(torch.from_numpy(np.stack(pixels)))
         if not self.skipped.kept and not self.skipped:
             beside = f"; {self.left_out.text()}" if self.left_out else ""
             raise FileNotFoundError(

@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from memfree.folders.manifest import sha256
+from memfree.images import to_bytes
 from memfree.retrieval import EfficientNetFeatures
 
 MAX_COMPONENTS = 64
@@ -161,5 +162,4 @@ def _inception_network() -> torch.nn.Module:
 
 def _inception(network: torch.nn.Module, images: Tensor) -> np.ndarray:
     colour = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-    bytes_ = ((colour + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return network(bytes_).cpu().numpy()
+    return network(to_bytes(colour)).cpu().numpy()

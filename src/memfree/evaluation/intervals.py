@@ -12,6 +12,8 @@ from statistics import NormalDist
 import numpy as np
 from scipy.special import betaln, stdtrit
 
+from memfree.data.random_streams import generator_of
+
 CONFIDENCE = 0.95
 
 
@@ -220,7 +222,7 @@ def rate_ratio(
         clusters: (n,) of ``shared_conditions``, of ``flags``; None for independent units.
         draws: how many.
     """
-    generator = np.random.default_rng(seed)
+    generator = generator_of(seed)
     below = weighted_rate(base, weights)
     units = float(weights.sum()) ** 2 / float((weights**2).sum())
     hits = below.value * units
@@ -345,7 +347,7 @@ def resampled(
     A resample whose statistic is NaN is drawn again; none are returned where most are NaN. See
     ``bootstrap`` for the arguments.
     """
-    generator = np.random.default_rng(seed)
+    generator = generator_of(seed)
     codes = np.arange(n) if clusters is None else clusters
     order = np.argsort(codes, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(codes))[:-1])
@@ -387,6 +389,8 @@ def adjusted(p_values: np.ndarray) -> np.ndarray:
     Args:
         p_values: (m,) in (0, 1].
     """
+    # Not scipy.stats.false_discovery_control: it multiplies by m/j, and so differs in the last
+    # bits, at exact ties too, from the values that earlier audits have on disk.
     m = len(p_values)
     order = np.argsort(p_values, kind="stable")
     scaled = np.asarray(p_values, dtype=np.float64)[order] * m / np.arange(1, m + 1)

@@ -24,6 +24,7 @@ from memfree.evaluation.intervals import (
 )
 from memfree.evaluation.metrics import Metric, metric
 from memfree.evaluation.neighbours import Neighbours
+from memfree.images import from_bytes, to_bytes
 
 PAPER_THRESHOLDS = (1.4, 1.6)
 """Fixed thresholds on nL2 that the AMG paper reports for CIFAR-10."""
@@ -342,9 +343,9 @@ def _cropped(images: Tensor, share: float) -> Tensor:
 def _jpeg(images: Tensor, quality: int) -> Tensor:
     """Through JPEG and back; channels beyond colour stay as they are."""
     colour = 3 if images.shape[1] >= 3 else 1
-    bytes_ = ((images[:, :colour] + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+    bytes_ = to_bytes(images[:, :colour]).cpu()
     changed = torch.stack([decode_jpeg(encode_jpeg(image, quality)) for image in bytes_])
-    return torch.cat([changed.to(images) / 127.5 - 1, images[:, colour:]], 1)
+    return torch.cat([from_bytes(changed.to(images.device)).to(images), images[:, colour:]], 1)
 
 
 def _blurred(images: Tensor, deviation: float) -> Tensor:

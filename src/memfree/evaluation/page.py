@@ -14,7 +14,6 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Te
 from markupsafe import Markup, escape
 from torch import Tensor
 
-from memfree import images as png
 from memfree.evaluation.folder import EvaluationFolder
 from memfree.evaluation.metrics import (
     CHANGED,
@@ -29,6 +28,7 @@ from memfree.evaluation.metrics import (
     shown_rows,
 )
 from memfree.evaluation.plots import css_colours
+from memfree.images import to_bytes, to_png
 
 
 def template(name: str, part: str = "evaluation") -> Template:
@@ -466,4 +466,4 @@ def _pair(row: dict[str, Any], image: Tensor, nearest: Tensor | None) -> dict[st
 
 
 def _encoded(image: Tensor) -> str:
-    return base64.b64encode(png.encode(png.to_bytes(image))).decode("ascii")
+    return base64.b64encode(to_png(to_bytes(image))).decode("ascii")

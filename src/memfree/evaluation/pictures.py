@@ -11,12 +11,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from memfree import images as png
 from memfree.evaluation.folder import EvaluationFolder
 from memfree.evaluation.neighbours import Neighbours
 from memfree.evaluation.page import SMALL_IMAGE
 from memfree.evaluation.plots import PRINTED_COLOURS
-from memfree.images import open_image
+from memfree.images import open_image, to_bytes, to_png
 
 if TYPE_CHECKING:
     from memfree.data import DatasetFolder
@@ -173,7 +172,7 @@ def picture_rows(
                 "multiplicity": int(nearest.multiplicity[sample]),
                 "sigma": None,
                 "copy": None,
-                "png": png.encode(png.to_bytes(training_images[key])),
+                "png": to_png(to_bytes(training_images[key])),
             }
         )
         for name, (images, found) in subjects.items():
@@ -186,7 +185,7 @@ def picture_rows(
                     "multiplicity": int(found.multiplicity[sample]),
                     "sigma": float(found.sigma[sample]),
                     "copy": bool(found.copy[sample]),
-                    "png": png.encode(png.to_bytes(images[sample])),
+                    "png": to_png(to_bytes(images[sample])),
                 }
             )
     return rows

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from memfree.data.random_streams import EvaluationStream, generator_of
 from memfree.evaluation.embedding import View, fit_components
 from memfree.evaluation.inputs import Inputs, Subject
 from memfree.evaluation.intervals import (
@@ -94,7 +95,7 @@ def subsample(
     none = np.array([])
     if units < MIN_UNITS or draws == 0:
         return Subsampled(none, none, units, effective)
-    generator = np.random.default_rng([seed, 2])
+    generator = generator_of(seed, EvaluationStream.SUBSAMPLES)
 
     def values(size: int) -> np.ndarray:
         found = []
@@ -220,7 +221,8 @@ def manifold_metrics(
 
 def drawn_rows(features: np.ndarray, n: int, seed: int) -> np.ndarray:
     """n of the rows, the same for all features of one count."""
-    return features[np.sort(np.random.default_rng([seed, 0]).permutation(len(features))[:n])]
+    generator = generator_of(seed, EvaluationStream.ROWS)
+    return features[np.sort(generator.permutation(len(features))[:n])]
 
 
 def drawn_conditions(conditions: np.ndarray | None, n: int, seed: int) -> np.ndarray | None:
@@ -329,7 +331,7 @@ def _values(
     if draws == 0:
         return np.array([distance(features[:n])])
     count = len(features)
-    generator = np.random.default_rng([seed, 1])
+    generator = generator_of(seed, EvaluationStream.SUBSETS)
     subsets = [generator.permutation(count)[:n] for _ in range(SUBSETS if count > n else 1)]
     return np.array([distance(features[rows]) for rows in subsets])
 

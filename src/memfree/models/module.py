@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from memfree.data.random_streams import step_seed
 from memfree.folders.claim import first_difference
 from memfree.models.options import ModelOptions
 
@@ -103,28 +107,23 @@ class DiffusionModule(pl.LightningModule, ABC):
 
     def step_generator(self, batch_idx: int) -> torch.Generator:
         """The generator of this step's draws; also seeds the global one if dropout uses it."""
-        numbers = [self.seed, self.current_epoch, batch_idx, self.global_rank]
-        seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+        seed = step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
         if self.options.network.dropout:
             torch.manual_seed(seed)
         return torch.Generator(self.device).manual_seed(seed)
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up, then a cosine to 0 or a constant rate."""
-        optimizer = torch.optim.AdamW(
+        total = float(self.trainer.estimated_stepping_batches)
+        constant = self.options.learning_rate_schedule == "constant" or not math.isfinite(total)
+        return adamw(
             [parameter for parameter in self.parameters() if parameter.requires_grad],
-            # Plain floats: a checkpoint with jsonargparse's would not load with weights_only.
-            lr=float(self.options.learning_rate),
-            weight_decay=float(self.options.weight_decay),
+            self.options.learning_rate,
+            warm_up(self.options.warmup_steps, None if constant else total),
+            self.options.weight_decay,
             # Lightning refuses to clip gradients for a fused optimizer under mixed precision.
             fused=self.trainer.precision == "32-true",
         )
-        factor = _rate_factor(self.options, float(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed, as JSON values."""
@@ -162,16 +161,44 @@ def weighted_mean(error: Tensor, weight: Tensor | float) -> Tensor:
     return weight * error.mean()
 
 
-def _rate_factor(options: ModelOptions, total_steps: float) -> Any:
-    """Learning rate at a step as a share of the highest, for LambdaLR."""
+def adamw(
+    parameters: Iterable[Any],
+    rate: float,
+    schedule: Callable[[Optimizer], LRScheduler],
+    weight_decay: float = 0.0,
+    fused: bool | None = None,
+) -> dict[str, Any]:
+    """What ``configure_optimizers`` returns: AdamW, and its schedule by steps.
+
+    Args:
+        parameters: or groups of them, which may have a weight decay of their own.
+        rate: highest learning rate.
+        schedule: makes the schedule of the optimizer: ``warm_up(...)``, or one of torch's.
+        weight_decay: of parameters without one of their own.
+        fused: one kernel for all parameters; None: as torch chooses.
+    """
+    # Plain floats: a checkpoint with jsonargparse's would not load with weights_only.
+    optimizer = torch.optim.AdamW(
+        parameters, lr=float(rate), weight_decay=float(weight_decay), fused=fused
+    )
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": schedule(optimizer), "interval": "step"},
+    }
+
+
+def warm_up(warm: int, total: float | None) -> Callable[[Optimizer], LRScheduler]:
+    """A linear rise of the rate over ``warm`` steps, then a cosine to 0 at step ``total``.
+
+    With None for ``total`` the rate stays at its highest.
+    """
 
     def factor(step: int) -> float:
-        if step < options.warmup_steps:
-            return (step + 1) / options.warmup_steps
-        if options.learning_rate_schedule == "constant" or not math.isfinite(total_steps):
+        if step < warm:
+            return (step + 1) / warm
+        if total is None:
             return 1.0
-        length = max(total_steps - options.warmup_steps, 1)
-        done = min((step - options.warmup_steps) / length, 1.0)
+        done = min((step - warm) / max(total - warm, 1), 1.0)
         return 0.5 * (1 + math.cos(math.pi * done))
 
-    return factor
+    return partial(LambdaLR, lr_lambda=factor)

@@ -226,4 +226,22 @@ class SmallClipOptions:
 LoggerName = Literal["csv", "tensorboard", "wandb", "none"]
 
 
+@dataclass(frozen=True)
+class Devices:
+    """Where a command runs: options of the Lightning Trainer.
+
+    ``TrainerOptions`` of train has the same four among its others, where ``--help`` shows them.
+    """
+
+    accelerator: str = "auto"
+    """auto, cpu, gpu, mps or another name that Lightning knows."""
+    devices: int | str = "auto"
+    """How many devices, or auto."""
+    num_nodes: PositiveInt = 1
+    """How many machines."""
+    strategy: str = "auto"
+    """How several devices work together: auto, ddp, ..."""
+
+
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
+"""Of short trainings, which run on one device."""

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.io import decode_jpeg, encode_jpeg
 
+from memfree.data.random_streams import step_generator
+from memfree.images import from_bytes, to_bytes
 from memfree.models.options import AugmentationOptions, CopyDetectionOptions
-from memfree.offline.short_training import adamw_with_cosine, step_generator
+from memfree.offline.short_training import adamw_with_cosine
 from memfree.retrieval.features.copy_detection import (
     CopyDetectionNetwork,
     CopyDetectionShape,
@@ -115,13 +117,13 @@ def _through_jpeg(
     quality = _uniform(images, generator, 20, 90).int().tolist()
     if not chosen:
         return images
-    bytes_ = ((images[chosen] + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+    bytes_ = to_bytes(images[chosen]).cpu()
     changed = [
         decode_jpeg(encode_jpeg(image, quality[number]))
         for image, number in zip(bytes_, chosen, strict=True)
     ]
     images = images.clone()
-    images[chosen] = (torch.stack(changed).float() / 127.5 - 1).to(images)
+    images[chosen] = from_bytes(torch.stack(changed)).to(images)
     return images
 
 

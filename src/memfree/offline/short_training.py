@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from memfree.console import quiet
-from memfree.data.dataset_folder import DatasetFolder, to_float
+from memfree.data.dataset_folder import DatasetFolder
+from memfree.data.random_streams import Stream, generator_of
 from memfree.data.record_reader import RecordReader
 from memfree.data.split import PartName
 from memfree.folders.atomic import check_place, put_in_place, unfinished
 from memfree.folders.claim import first_difference
 from memfree.folders.manifest import check_kind, read_manifest, save_config
+from memfree.images import from_bytes
+from memfree.models.module import adamw, warm_up
 from memfree.models.options import Accelerator
 from memfree.training.callbacks import FiniteTraining
 from memfree.training.loggers import LossRecord
@@ -64,7 +66,7 @@ class DistinctImages(Dataset[dict[str, Any]]):
     def __getitem__(self, numbers: list[int]) -> dict[str, Any]:
         """A batch: ``image`` (B, C, H, W) in [-1, 1], ``group`` and ``row`` (B,), ``caption``."""
         batch: dict[str, Any] = {
-            "image": to_float(self._reader.read(numbers)),
+            "image": from_bytes(self._reader.read(numbers)),
             "group": self.groups[numbers],
             "row": torch.tensor(numbers),
         }
@@ -74,7 +76,7 @@ class DistinctImages(Dataset[dict[str, Any]]):
 
     def images(self) -> Tensor:
         """All images, (N, C, H, W) float32 in [-1, 1]."""
-        return to_float(self._reader.read(range(len(self))))
+        return from_bytes(self._reader.read(range(len(self))))
 
     def loader(self, batch_size: int, steps: int, seed: int) -> DataLoader[Any]:
         """``steps`` batches; each pass through the images is another permutation by ``seed``.
@@ -108,7 +110,7 @@ class _Permutations(Sampler[list[int]]):
         return self._steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = np.random.Generator(np.random.PCG64([self._seed, 0]))
+        generator = generator_of(self._seed, Stream.DISTINCT_IMAGES)
         done = 0
         while done < self._steps:
             order = generator.permutation(self._count)
@@ -186,12 +188,6 @@ def write_folder(out: Path, write: Callable[[Path], None]) -> None:
         put_in_place(partial, out, overwrite=True)
 
 
-def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """The generator of all that one training step draws."""
-    words = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(words[0] >> 1))
-
-
 def adamw_with_cosine(module: pl.LightningModule, rate: float, decay: float) -> Any:
     """AdamW whose rate rises over a twentieth of all steps and falls to 0 along a cosine.
 
@@ -204,12 +200,4 @@ def adamw_with_cosine(module: pl.LightningModule, rate: float, decay: float) -> 
         {"params": [value for value in trained if value.ndim > 1], "weight_decay": decay},
         {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=rate)
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1.0, total - warm))))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    return adamw(groups, rate, warm_up(warm, total))

@@ -8,9 +8,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from memfree.data.random_streams import step_generator
 from memfree.models.options import SmallClipOptions
 from memfree.offline.copy_detection import augment
-from memfree.offline.short_training import adamw_with_cosine, step_generator
+from memfree.offline.short_training import adamw_with_cosine
 from memfree.retrieval.features.efficientnet import EfficientNetFeatures
 from memfree.retrieval.features.preprocessing import Preprocessing
 

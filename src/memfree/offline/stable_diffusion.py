@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,9 +13,11 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from memfree.models.module import CHECKPOINT_KEY
+from memfree.data.random_streams import autoencoder_step_generator
+from memfree.models.module import CHECKPOINT_KEY, adamw
 from memfree.models.options import AutoencoderOptions, ScratchOptions
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -182,7 +185,7 @@ class AutoencoderModule(pl.LightningModule):
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
         """Loss of one batch of shifted and mirrored images."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
+        generator = autoencoder_step_generator(self.seed, self.global_step)
         return self.loss(self.batch(generator).to(self.device), generator)
 
     def batch(self, generator: torch.Generator) -> Tensor:
@@ -212,14 +215,9 @@ class AutoencoderModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with a one-cycle schedule."""
         rate = float(self.options.learning_rate)
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rate, total_steps=int(self.options.steps), pct_start=0.1
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        # Not warm_up: it begins at rate / 25, and moves the momentum the other way.
+        cycle = partial(OneCycleLR, max_lr=rate, total_steps=int(self.options.steps), pct_start=0.1)
+        return adamw(self.network.parameters(), rate, cycle)
 
     @torch.no_grad()
     def finish(self) -> AutoencoderKL:

@@ -23,6 +23,7 @@ from memfree.evaluation.metrics import HELDOUT, Metric, read_metrics
 from memfree.evaluation.plots import PRINTED_COLOURS
 from memfree.folders.atomic import write_atomic, write_text
 from memfree.folders.untrusted import read_table
+from memfree.images import to_bytes
 from memfree.sampling.sample_folder import SampleFolder
 from memfree.study.page import ResultTable, figure_text
 
@@ -122,11 +123,8 @@ def write_rows(path: Path, folders: Mapping[str, Path]) -> None:
             axes.spines[:].set_visible(False)
         for axes, image in zip(row, images, strict=False):
             # Without smoothing: these pixels are what was judged.
-            axes.imshow(
-                ((image + 1) / 2).permute(1, 2, 0).squeeze(2).numpy(),
-                "gray",
-                interpolation="nearest",
-            )
+            pixels = to_bytes(image).permute(1, 2, 0).squeeze(2).numpy()
+            axes.imshow(pixels, "gray", vmin=0, vmax=255, interpolation="nearest")
     write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memfree.guidance import Guidance
+from memfree.images import from_bytes
 from memfree.pipeline_guard.families import Family
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -37,9 +38,11 @@ def as_tensor(
     if output_type == "pt":
         made = images.detach().float()
     else:
-        arrays = [np.asarray(image, dtype=np.float32) for image in images]
-        made = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        made = made / 255 if output_type == "pil" else made
+        made = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+        made = made.permute(0, 3, 1, 2)
+        if output_type == "pil":
+            return from_bytes(made).to(device)
+        made = made.float()
     return (2 * made - 1).clamp(-1, 1).to(device)
 
 

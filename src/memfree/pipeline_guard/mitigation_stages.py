@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from memfree.conditions import TextConditions
+from memfree.data.random_streams import GuardStream, torch_generator
 from memfree.guidance.mitigation import Mitigation, Start
 from memfree.pipeline_guard.hook import Draw, View, usable
 from memfree.pipeline_guard.noise_level import NoiseLevels
-from memfree.sampling.noise import seeded
 
 
 def sources(
-    seed: int, images: Sequence[int], attempt: int, purpose: int = 0
+    seed: int, images: Sequence[int], attempt: int, purpose: GuardStream
 ) -> list[torch.Generator]:
     """One CPU generator an image, from (seed, image, attempt, purpose) alone."""
-    return [seeded([seed, image, attempt, purpose]) for image in images]
+    return [torch_generator(seed, image, attempt, purpose) for image in images]
 
 
 class Stages:

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from memfree.data.random_streams import GuardStream
 from memfree.guidance import AntiMemorizationGuidance, Calibration, Guidance, Similarity
 from memfree.guidance.mitigation import Mitigation
 from memfree.pipeline_guard.call import (
@@ -42,8 +43,6 @@ from memfree.retrieval import ReferenceIndex
 from memfree.sampling.noise import OwnRandomness
 
 OnCopy = Literal["keep", "resample", "refuse"]
-_REDRAW, _MITIGATION = 0, 1
-"""What random numbers are for: another draw's noise, a mitigation's own."""
 
 
 @dataclass
@@ -218,7 +217,7 @@ class Session:
         while draws < self.budget and not all(kept):
             again = [place for place in places if not kept[place]]
             part = for_images(call, self.family, again, self._controlnets(pipe))
-            generators = sources(self.seed, [first + i for i in again], draws, _REDRAW)
+            generators = sources(self.seed, [first + i for i in again], draws, GuardStream.REDRAW)
             part = part.with_(generator=generators, return_dict=True)
             if "latents" in part.given:
                 part = part.with_(latents=None)
@@ -366,7 +365,9 @@ class Session:
         first: int,
     ) -> tuple[Any, Drawing]:
         """One call of the pipeline's own ``__call__`` with the hooks on its denoiser."""
-        generators = sources(self.seed, [first + i for i in places], attempt, _MITIGATION)
+        generators = sources(
+            self.seed, [first + i for i in places], attempt, GuardStream.MITIGATION
+        )
         if self.mitigation is not None:
             call = self._prompts(pipe, call, generators)
         draw = Draw(pipe, self.family, call.all, self._guidances(pipe), self.decoder)

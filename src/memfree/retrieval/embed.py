@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from memfree.data import DatasetFolder, DatasetPart
-from memfree.data.dataset_folder import to_float
 from memfree.folders.atomic import remove_temporary, write_atomic
 from memfree.folders.lock import WHOLE, Part
 from memfree.folders.untrusted import check_plain
+from memfree.images import from_bytes
 from memfree.retrieval.build import Embedded
 from memfree.retrieval.features.base import Features, identity
 from memfree.retrieval.features.whitened import Whitened
@@ -142,8 +142,8 @@ class EmbeddingModule(LightningModule):
     def predict_step(self, batch: tuple[int, Tensor], batch_idx: int = 0) -> int:
         """Embed one batch, its number and its images (B, C, H, W) uint8; returns the number."""
         number, pixels = batch
-        vectors = self.features(to_float(pixels)).float().cpu()
-        self.parts.write(number, vectors, content_hashes(to_float(pixels.cpu())))
+        vectors = self.features(from_bytes(pixels)).float().cpu()
+        self.parts.write(number, vectors, content_hashes(from_bytes(pixels.cpu())))
         self.advance(len(pixels))
         return number
 

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from memfree.data.random_streams import torch_generator
 
 
 def generators(seed: int, indices: Sequence[int], attempt: int = 0) -> list[torch.Generator]:
@@ -18,13 +19,7 @@ def generators(seed: int, indices: Sequence[int], attempt: int = 0) -> list[torc
     32 bits of a seed: among n samples, n²/2³³ pairs with the same noise are to be expected.
     """
     further = [attempt] if attempt else []
-    return [seeded([seed, index, *further]) for index in indices]
-
-
-def seeded(words: Sequence[int]) -> torch.Generator:
-    """A CPU generator that depends on these whole numbers, at least 0, and on nothing else."""
-    state = np.random.SeedSequence(words).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+    return [torch_generator(seed, index, *further) for index in indices]
 
 
 def draw(shape: Sequence[int], sources: Sequence[torch.Generator]) -> Tensor:

@@ -12,11 +12,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from memfree import images as png
 from memfree.data.tar_record import MAX_TEXT_BYTES
 from memfree.folders.manifest import read_manifest
 from memfree.folders.untrusted import parse_json, read_table, short
-from memfree.images import MAX_IMAGE_BYTES, MAX_PIXELS
+from memfree.images import MAX_IMAGE_BYTES, MAX_PIXELS, from_bytes, from_png, png_size
 
 _TRACE = {"sample": pa.int64(), "step": pa.int64()}
 _INT64 = range(-(1 << 63), 1 << 63)
@@ -102,14 +101,14 @@ class SampleFolder:
             ValueError: a PNG is damaged or of another shape than the manifest says.
         """
         for indices in self.index.split(batch_size):
-            yield png.from_bytes(torch.stack([self._image(int(i)) for i in indices]))
+            yield from_bytes(torch.stack([self._image(int(i)) for i in indices]))
 
     def _image(self, index: int) -> Tensor:
         shard, offset, size = self._places[index]
         with open(shard, "rb") as file:
             file.seek(offset)
             data = file.read(size)
-        found = png.size(data)
+        found = png_size(data)
         if found is not None and found != self.image_shape[1:]:
             raise ValueError(
                 f"{shard}: sample {index} has {found[0]}x{found[1]} pixels, but the manifest says "
@@ -118,7 +117,7 @@ class SampleFolder:
         try:
             if found is None:
                 raise ValueError("no PNG")
-            return png.decode(data, self.image_shape[0])
+            return from_png(data, self.image_shape[0])
         except ValueError as error:
             raise ValueError(f"{shard}: the image of sample {index} is damaged") from error
 

@@ -19,8 +19,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from pyarrow import parquet
 from torch import Tensor
 
-from memfree import images as png
 from memfree.folders.atomic import write_atomic
+from memfree.images import to_bytes, to_png
 from memfree.sampling.loop import TRACE_COLUMNS
 from memfree.sampling.module import SampleBatch
 from memfree.sampling.sample_run import SampleRun
@@ -132,7 +132,7 @@ class SampleWriter(Callback):
                 lambda path: parquet.write_table(table, path, compression="zstd"),
             )
         records = [self._records(batch, memory) for batch in self._pending]
-        images = [png.to_bytes(batch.images) for batch in self._pending]
+        images = [to_bytes(batch.images) for batch in self._pending]
         write_atomic(
             self.run.folder / f"samples-{name}.tar",
             lambda path: write_shard(path, sum(records, []), torch.cat(images)),
@@ -173,7 +173,7 @@ def write_shard(path: Path, records: list[dict[str, Any]], images: Tensor) -> No
             tar.write(
                 {
                     "__key__": f"{record['index']:08d}",
-                    "png": png.encode(image),
+                    "png": to_png(image),
                     "json": json.dumps(record, allow_nan=False).encode(),
                 }
             )

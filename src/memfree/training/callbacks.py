@@ -171,6 +171,7 @@ class SampleGrid(pl.Callback):
         assert isinstance(pl_module, DiffusionModule)
         averaged = averaged_module(trainer, pl_module)
         images = averaged.preview(self.count, self.steps, self.seed).float()
+        # Not to_bytes: loggers and save_image take [0, 1], and save_image rounds halves up.
         grid = make_grid(images / 2 + 0.5, nrow=round(self.count**0.5))
         write_atomic(
             self.folder / f"samples-{trainer.global_step:07d}.png",

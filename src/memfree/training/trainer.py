@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from lightning.fabric.plugins.environments import (
@@ -24,15 +25,10 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.utilities import rank_zero_only
 
 from memfree.console import SRUN_UNUSED, quiet
+from memfree.models.options import Devices
 from memfree.slurm.launcher import LIGHTNING, Launch, check_meeting, joined, knows_mpi, launched
 
-_DEVICES = {
-    "accelerator": "auto",
-    "devices": "auto",
-    "num_nodes": 1,
-    "strategy": "auto",
-    "precision": "32-true",
-}
+_DEVICES = {**asdict(Devices()), "precision": "32-true"}
 """Arguments of the Trainer that are options ``--trainer.*`` of a command, and their defaults."""
 _SENTENCE_WITH_ADDRESS = re.compile(r"[^.]*https?://\S*")
 

@@ -1,0 +1,127 @@
+"""Random generators: what each seed is used for, by numbers that never change.
+
+Everything that is drawn comes from a seed and whole numbers that say what is drawn: no two uses of
+one seed see the same numbers, and none depends on how much another has drawn. Results depend on
+the numbers, and on the place of a stream among them: name new ones, never renumber.
+
+In the lowest layer that draws anything, for all layers above it; without torch at import, as the
+options of a duplication plan are shown by ``--help``.
+"""
+
+from __future__ import annotations
+
+import random
+from enum import IntEnum, unique
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+@unique
+class Stream(IntEnum):
+    """What a seed of a dataset, of its duplication plan, or of a training is used for."""
+
+    DISTINCT_IMAGES = 0
+    """Order of the distinct images in a short training (embedding, CLIP)."""
+    SPLIT = 1
+    """Which groups go to which part."""
+    REPEATED_IMAGES = 2
+    """Which images a plan repeats."""
+    COPY = 3
+    """How a copy is changed."""
+    SOURCE_ORDER = 4
+    """Order of the source's images within each part."""
+    RECORD_ORDER = 5
+    """Order of the training records, copies among them."""
+    CONDITIONS = 6
+    """Labels and captions of copies."""
+    EPOCH = 7
+    """Order of a dataset folder's records in an epoch."""
+    FLIPS = 8
+    """Which of these records are mirrored."""
+    STREAMED_FLIPS = 9
+    """Which records of streamed shards are mirrored."""
+    SHARDS = 10
+    """Order of streamed shards."""
+    WORD = 11
+    """A made-up word of policy ``key``."""
+    LABELS = 12
+    """Labels that are drawn instead of the source's."""
+    LIMIT = 13
+    """Which groups of training images a limit keeps."""
+
+
+@unique
+class EvaluationStream(IntEnum):
+    """What the seed of an evaluation is used for.
+
+    Its numbers were given without regard to those of ``Stream``. The seeds are different options,
+    and what is drawn, rows of features, has no part in what a dataset's seed has decided.
+    """
+
+    ROWS = 0
+    """Rows of larger sets of features. numpy fills up with zeros: resampling (``intervals``),
+    which has no number of its own, sees the same numbers."""
+    SUBSETS = 1
+    """Subsets whose distances are averaged."""
+    SUBSAMPLES = 2
+    """Smaller subsets, from whose spread that of the whole is estimated."""
+    SHUFFLED_CAPTIONS = 3
+    """Captions of other images; of an evaluation and of the test pairs of a CLIP."""
+
+
+@unique
+class GuardStream(IntEnum):
+    """What the seed of a guarded pipeline is used for, of one image and attempt."""
+
+    REDRAW = 0
+    """Another draw's noise."""
+    MITIGATION = 1
+    """A mitigation's own draws."""
+
+
+def generator_of(*words: int) -> np.random.Generator:
+    """Numpy's generator of a seed and other whole numbers, at least 0, one of them a stream."""
+    return np.random.Generator(np.random.PCG64(list(words)))
+
+
+def torch_generator(*words: int) -> torch.Generator:
+    """A CPU generator that depends on these whole numbers, at least 0, and on nothing else."""
+    import torch
+
+    return torch.Generator().manual_seed(_first_word(words))
+
+
+def step_seed(*words: int) -> int:
+    """Seed of all that a training step draws, from these whole numbers, at least 0; 63 bits."""
+    return _first_word(words) >> 1
+
+
+def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """The generator of all that one step of a short training draws."""
+    import torch
+
+    return torch.Generator(device).manual_seed(step_seed(seed, step))
+
+
+def autoencoder_step_generator(seed: int, step: int) -> torch.Generator:
+    """The CPU generator of all that one step of an autoencoder's training draws.
+
+    The numbers of one seed reach those of the next after a million steps, which no such training
+    has.
+    """
+    import torch
+
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def buffer_random(seed: int, epoch: int, turn: int, unit: int) -> random.Random:
+    """Python's generator of the order within a shuffle buffer, as webdataset takes it."""
+    return random.Random(f"{seed} {epoch} {turn} {unit}")
+
+
+def _first_word(words: tuple[int, ...]) -> int:
+    return int(np.random.SeedSequence(list(words)).generate_state(1, np.uint64)[0])
