@@ -30,11 +30,14 @@ class DiffusionModule(pl.LightningModule, ABC):
         network: the denoising network, a diffusers model.
         noise_scheduler: the diffusers scheduler of training, saved with the model.
         alphas_cumprod: ᾱ_t of every training timestep, (T,) float32.
+        logs_loss: whether every training step logs its loss, which costs part of a millisecond;
+            ``memfree.training.loggers.LossRecord``, which logs means, sets it to False.
     """
 
     network: nn.Module
     noise_scheduler: Any
     alphas_cumprod: Tensor
+    logs_loss: bool = True
 
     def __init__(
         self,
@@ -98,8 +101,19 @@ class DiffusionModule(pl.LightningModule, ABC):
         """What the manifest of the model folder says of the model, JSON values."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Weighted mean squared error of the prediction at random noise levels."""
-        return self.loss(batch, self.step_generator(batch_idx))
+        """Weighted mean squared error of the prediction at random noise levels, 0-d.
+
+        It is logged as ``train/loss`` (``logs_loss``), of this rank alone, and not in the progress
+        bar, for which Lightning would wait for the device after every step.
+
+        Args:
+            batch: see the subclass.
+            batch_idx: number of the batch in its epoch.
+        """
+        loss = self.loss(batch, self.step_generator(batch_idx))
+        if self.logs_loss:
+            self.log("train/loss", loss, on_step=True, on_epoch=False)
+        return loss
 
     def step_generator(self, batch_idx: int) -> torch.Generator:
         """The generator of this step's draws; also seeds the global one if dropout uses it."""
