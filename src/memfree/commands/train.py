@@ -102,7 +102,7 @@ def train(
     from memfree.models.text_to_image import TextToImageModule
     from memfree.out_of_memory import explained_memory
     from memfree.training import FiniteTraining
-    from memfree.training.callbacks import NotFiniteError, averaged_module
+    from memfree.training.callbacks import NotFiniteError
     from memfree.training.checkpoints import AtomicCheckpointIO
     from memfree.training.claim import EXPOSURES, LORA, Beginning, claim
     from memfree.training.loggers import LossRecord, check_logger, finish
@@ -169,7 +169,7 @@ def train(
     skipped = records.skipped_on_all_ranks().counts()
     left_out = records.left_out_on_all_ranks()
     if fit.is_global_zero:
-        averaged = averaged_module(fit, module)
+        averaged = module.average or module
         if isinstance(averaged, TextToImageModule) and model.finetune.lora_rank:
             with unfinished(out / LORA) as partial:
                 averaged.save_adapters(partial)

@@ -197,7 +197,7 @@ class DDPMModule(DiffusionModule):
         """The number of classes, null for an unconditional model."""
         return {"num_classes": self.num_classes}
 
-    def pipeline(self) -> Any:
+    def _pipeline(self) -> Any:
         """A ``DDPMPipeline``: the network and the scheduler."""
         pipeline: Any = DDPMPipeline
         return pipeline(unet=self.network, scheduler=self.noise_scheduler)

@@ -69,6 +69,7 @@ class DiffusionModule(pl.LightningModule, ABC):
             )
         self.options = options
         self.image_shape = image_shape
+        self.set_average(None)
         self.seed = seed
         self.data = data
         self.stepping = stepping
@@ -88,9 +89,39 @@ class DiffusionModule(pl.LightningModule, ABC):
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Loss of a batch, 0-d, with all that it draws from ``generator`` (on the device)."""
 
+    @property
+    def average(self) -> DiffusionModule | None:
+        """The copy with averaged weights, which is no part of this module; None: there is none."""
+        return self._average[0]
+
+    def set_average(self, average: DiffusionModule | None) -> None:
+        """Take the copy with averaged weights, or forget it.
+
+        Args:
+            average: of this module; it is changed from outside, after every step.
+        """
+        # In a tuple: as a submodule its weights would be trained and saved with the module's own.
+        self._average = (average,)
+
+    def setup(self, stage: str) -> None:
+        """Forget the average of an earlier training; Lightning calls this before each."""
+        if stage == "fit":
+            self.set_average(None)
+
+    def pipeline(self, averaged: bool = True) -> Any:
+        """The diffusers pipeline that this model is.
+
+        Args:
+            averaged: with the averaged weights where ``ExponentialMovingAverage`` keeps them during
+                training and after it; False: with the weights in training. Without that callback
+                both are the module's own weights.
+        """
+        average = self.average if averaged else None
+        return (self if average is None else average)._pipeline()
+
     @abstractmethod
-    def pipeline(self) -> Any:
-        """The diffusers pipeline that this model is."""
+    def _pipeline(self) -> Any:
+        """The diffusers pipeline with the module's own weights."""
 
     @abstractmethod
     def preview(self, count: int, steps: int, seed: int) -> Tensor:

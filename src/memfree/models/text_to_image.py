@@ -227,7 +227,7 @@ class TextToImageModule(DiffusionModule):
             setattr(pipe, name, encoder)
         return pipe
 
-    def pipeline(self) -> Any:
+    def _pipeline(self) -> Any:
         """The pipeline as it is saved: adapters are merged into a copy of the U-Net."""
         pipe = self._live()
         if self.options.finetune.lora_rank:
