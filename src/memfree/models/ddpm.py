@@ -147,7 +147,8 @@ class DDPMModule(DiffusionModule):
         """Build the network with weights drawn from ``seed``.
 
         Args:
-            options: network, noise schedule, optimisation.
+            options: network, noise schedule, optimisation; a mapping, as checkpoints have it, of
+                the same names.
             image_shape: (C, H, W).
             num_classes: labels are 0 to num_classes − 1; needed by a class-conditional model.
             seed: of weights and of all that training draws.
@@ -158,6 +159,8 @@ class DDPMModule(DiffusionModule):
             ValueError: options that do not fit together, or no labels for a conditional model.
         """
         super().__init__(options, image_shape, seed, data, stepping)
+        self.keep_arguments(num_classes=num_classes)
+        options = self.options
         if options.class_conditional and num_classes is None:
             raise ValueError(
                 "--model.class_conditional needs labels, and the dataset has none: "
@@ -166,7 +169,7 @@ class DDPMModule(DiffusionModule):
         self.num_classes = num_classes if options.class_conditional else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = build_network(options.network, image_shape, self.num_classes)
+            network = build_network(options.network, self.image_shape, self.num_classes)
         self.set_network(network, build_scheduler(options.noise))
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:

@@ -6,7 +6,8 @@ import json
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from memfree.folders.claim import first_difference
+from memfree.folders.untrusted import check_plain
 from memfree.models.options import ModelOptions
 
 CHECKPOINT_KEY = "memfree"
@@ -30,6 +32,8 @@ class DiffusionModule(pl.LightningModule, ABC):
         network: the denoising network, a diffusers model.
         noise_scheduler: the diffusers scheduler of training, saved with the model.
         alphas_cumprod: ᾱ_t of every training timestep, (T,) float32.
+        has_averaged_weights: whether the weights were loaded from a checkpoint of a training that
+            averaged them, and are the average; False again once they are trained.
         logs_loss: whether every training step logs its loss, which costs part of a millisecond;
             ``memfree.training.loggers.LossRecord``, which logs means, sets it to False.
     """
@@ -37,6 +41,7 @@ class DiffusionModule(pl.LightningModule, ABC):
     network: nn.Module
     noise_scheduler: Any
     alphas_cumprod: Tensor
+    has_averaged_weights: bool = False
     logs_loss: bool = True
 
     def __init__(
@@ -50,7 +55,8 @@ class DiffusionModule(pl.LightningModule, ABC):
         """Keep what all modules keep; a subclass then makes its network.
 
         Args:
-            options: network, noise schedule, optimisation.
+            options: network, noise schedule, optimisation; or, as a checkpoint has them, a mapping
+                of the same names.
             image_shape: (C, H, W) of the training images.
             seed: of weights and of all that training draws.
             data: what the images are, JSON values (hash, order, augmentation); recorded in
@@ -62,17 +68,81 @@ class DiffusionModule(pl.LightningModule, ABC):
             ValueError: options that do not fit together.
         """
         super().__init__()
+        options = ModelOptions.of(options)
         if options.ema_decay >= 1:
             raise ValueError(
                 f"--model.ema_decay {options.ema_decay:g} would keep the initial weights for ever: "
                 "use a number below 1, or 0 for no average"
             )
         self.options = options
-        self.image_shape = image_shape
+        self.image_shape = image_shape[0], image_shape[1], image_shape[2]
         self.set_average(None)
         self.seed = seed
         self.data = data
         self.stepping = stepping
+
+    def keep_arguments(self, **others: Any) -> None:
+        """Save what the module was made from, which ``load_from_checkpoint`` makes it from again.
+
+        Args:
+            others: arguments of the subclass alone, JSON values.
+        """
+        arguments = {
+            "options": asdict(self.options),
+            "image_shape": self.image_shape,
+            "seed": self.seed,
+            "data": self.data,
+            "stepping": self.stepping,
+            **others,
+        }
+        # Through JSON: what jsonargparse has made is not plain, and a checkpoint would not load.
+        self.save_hyperparameters(json.loads(json.dumps(arguments)))
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Make the module of a checkpoint, of ``memfree train`` or of any Trainer.
+
+        Where the training averaged weights (``ExponentialMovingAverage``, or Lightning's own
+        ``WeightAveraging``), they are the averaged ones, and ``has_averaged_weights`` is True;
+        otherwise they are those in training.
+
+        Args:
+            checkpoint_path: the file, or one that is open.
+            map_location: where weights go, as ``torch.load`` has it.
+            hparams_file: see Lightning.
+            strict: whether the weights must be exactly those of the module; default: yes.
+            weights_only: read tensors and plain values alone, so that no code in the file can run.
+            kwargs: arguments of the module that count instead of those in the checkpoint; what the
+                model is must stay the same.
+
+        Raises:
+            ValueError: no checkpoint of such a module; one that does not say what it was made from
+                (memfree of November 2026 or earlier); or arguments of another model.
+            OSError: the file cannot be read.
+        """
+        if isinstance(checkpoint_path, (str, Path)) and "://" not in str(checkpoint_path):
+            kept = _kept_arguments(Path(checkpoint_path), weights_only)
+            if not ({"options", "image_shape"} <= {*kept, *kwargs} or hparams_file):
+                raise ValueError(
+                    f"{checkpoint_path} is of an earlier memfree and has no hyper_parameters: "
+                    "resume its training, whose next checkpoint has them, or load the finished "
+                    "model by memfree.models.load_model"
+                )
+        return super().load_from_checkpoint(
+            checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+        )
+
+    def on_train_start(self) -> None:
+        """From here on the weights are those in training."""
+        self.has_averaged_weights = False
 
     def set_network(self, network: Any, noise_scheduler: Any) -> None:
         """Take the network and the scheduler whose noise levels it is trained on."""
@@ -114,7 +184,8 @@ class DiffusionModule(pl.LightningModule, ABC):
         Args:
             averaged: with the averaged weights where ``ExponentialMovingAverage`` keeps them during
                 training and after it; False: with the weights in training. Without that callback
-                both are the module's own weights.
+                both are the module's own weights (``has_averaged_weights`` says what they are where
+                a checkpoint was loaded).
         """
         average = self.average if averaged else None
         return (self if average is None else average)._pipeline()
@@ -198,6 +269,26 @@ class DiffusionModule(pl.LightningModule, ABC):
         difference = first_difference(checkpoint.get(CHECKPOINT_KEY), self.identity())
         if difference:
             raise ValueError(f"the checkpoint is of another model: {difference}")
+        self.has_averaged_weights = "averaging_state" in checkpoint
+
+
+def _kept_arguments(path: Path, weights_only: bool) -> dict[str, Any]:
+    """What the module of a checkpoint was made from; empty where an earlier memfree wrote it.
+
+    Raises:
+        ValueError: it is not a checkpoint of a DiffusionModule.
+        FileNotFoundError: there is none.
+    """
+    check_plain(path)
+    try:
+        found = torch.load(path, "cpu", weights_only=weights_only, mmap=True)
+        kept = found.get(DiffusionModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        if {CHECKPOINT_KEY, "state_dict"} <= found.keys() and isinstance(kept, dict):
+            return kept
+        reason = "it lacks a part"
+    except Exception as error:  # whatever a pickle of someone else makes torch raise
+        reason = type(error).__name__
+    raise ValueError(f"{path} is damaged or not a checkpoint of a model of memfree ({reason})")
 
 
 def weighted_mean(error: Tensor, weight: Tensor | float) -> Tensor:

@@ -21,7 +21,7 @@ from memfree.models.export import pipeline_folder
 from memfree.models.loading import latent_shape, posterior
 from memfree.models.module import DiffusionModule, weighted_mean
 from memfree.models.options import ModelOptions
-from memfree.models.text_pipeline import TextDenoiser, encode
+from memfree.models.text_pipeline import TextDenoiser, encode, load_pipeline
 
 
 class LatentCache:
@@ -106,18 +106,28 @@ class TextToImageModule(DiffusionModule):
         """Take a pipeline apart into what is trained and what is frozen.
 
         Args:
-            options: optimisation; ``finetune``.
+            options: optimisation; ``finetune``; a mapping, as checkpoints have it, of the same
+                names.
             pipe: StableDiffusionPipeline or StableDiffusionXLPipeline; its networks are trained in
-                place.
+                place. None: that of ``options.pretrained``, as ``load_from_checkpoint`` has it.
             image_shape: (3, H, W) of the training images.
             seed: of the adapters and of all that training draws.
             data: what the images are; see ``DiffusionModule``.
             stepping: how the Trainer takes a step; see ``DiffusionModule``.
 
         Raises:
-            ValueError: the images do not fit the autoencoder, or options contradict each other.
+            ValueError: the images do not fit the autoencoder, options contradict each other, or
+                there is no pipeline.
+            OSError: no pipeline has the name ``options.pretrained``.
         """
         super().__init__(options, image_shape, seed, data, stepping)
+        self.keep_arguments(pipe=None)
+        options, image_shape = self.options, self.image_shape
+        if pipe is None and options.pretrained is None:
+            raise ValueError(
+                "the options do not name the pipeline that is fine-tuned (pretrained): pass pipe"
+            )
+        pipe = load_pipeline(str(options.pretrained)) if pipe is None else pipe
         latent_shape(pipe.vae, image_shape)
         choice = options.finetune
         if choice.cache and data is not None and data.get("random_flip"):

@@ -220,7 +220,9 @@ def build_logger(name: LoggerName, out: Path, logs: str, step: int = 0) -> Logge
     if name == "csv":
         return LossLog(out / logs)
     if name == "tensorboard":
-        return TensorBoardLogger(out, name=logs, version=0, purge_step=step)
+        return TensorBoardLogger(
+            out, name=logs, version=0, purge_step=step, default_hp_metric=False
+        )
     return _wandb(out, logs)
 
 
