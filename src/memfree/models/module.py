@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,8 @@ from memfree.folders.untrusted import check_plain
 from memfree.models.options import ModelOptions
 
 CHECKPOINT_KEY = "memfree"
+VALIDATED_AT = (0.125, 0.375, 0.625, 0.875)
+"""Noise levels of validation, as shares of the training timesteps."""
 
 
 class DiffusionModule(pl.LightningModule, ABC):
@@ -159,6 +162,28 @@ class DiffusionModule(pl.LightningModule, ABC):
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         """Loss of a batch, 0-d, with all that it draws from ``generator`` (on the device)."""
 
+    @abstractmethod
+    def clean(
+        self, batch: dict[str, Any], noise: Callable[[Sequence[int]], Tensor]
+    ) -> tuple[Tensor, Any]:
+        """What is noised of a batch, x_0 (B, C, h, w), and its conditions, none of them dropped.
+
+        Args:
+            batch: see the subclass.
+            noise: draws standard normal noise (B, *shape) for a shape.
+        """
+
+    @abstractmethod
+    def squared_error(self, x_0: Tensor, noise: Tensor, t: Tensor, conditions: Any) -> Tensor:
+        """Squared errors (B, C, h, w) of the prediction, weighted as the loss weighs noise levels.
+
+        Args:
+            x_0: clean images or latents (B, C, h, w).
+            noise: standard normal, like x_0.
+            t: training timesteps (B,) int64.
+            conditions: labels or encoded captions of all; see ``clean``.
+        """
+
     @property
     def average(self) -> DiffusionModule | None:
         """The copy with averaged weights, which is no part of this module; None: there is none."""
@@ -215,6 +240,40 @@ class DiffusionModule(pl.LightningModule, ABC):
         loss = self.loss(batch, self.step_generator(batch_idx))
         if self.logs_loss:
             self.log("train/loss", loss, on_step=True, on_epoch=False)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean squared error at the noise levels ``VALIDATED_AT`` with noise fixed by image, 0-d.
+
+        Equal for the same weights and batches, and up to rounding for the same images in other
+        batches and on other ranks. It is logged as ``val/loss``, the mean over all images of all
+        ranks. Where weights are averaged it is of the averaged ones.
+
+        Args:
+            batch: as in training, in which ``row`` (B,) int64 says which image has which noise;
+                without it its place in the batches does. ``weight`` has no meaning.
+            batch_idx: number of the batch.
+        """
+        count = len(batch["image"])
+        places = range(batch_idx * count, (batch_idx + 1) * count)
+        rows = batch["row"].tolist() if "row" in batch else places
+        # Shards without a manifest do not say which image a record is, and give -1.
+        numbers = [place if row < 0 else row for row, place in zip(rows, places, strict=True)]
+        generators = [np.random.Generator(np.random.PCG64([row, 14])) for row in numbers]
+
+        def noise(shape: Sequence[int]) -> Tensor:
+            drawn = [each.standard_normal(tuple(shape), np.float32) for each in generators]
+            return torch.from_numpy(np.stack(drawn)).to(self.device)
+
+        x_0, conditions = self.clean(batch, noise)
+        last = len(self.alphas_cumprod) - 1
+        losses = []
+        for share in VALIDATED_AT:
+            t = torch.full((count,), round(share * last), device=self.device)
+            error = self.squared_error(x_0, noise(x_0.shape[1:]), t, conditions)
+            losses.append(error.mean())
+        loss = torch.stack(losses).mean()
+        self.log("val/loss", loss, on_epoch=True, batch_size=count, sync_dist=True)
         return loss
 
     def step_generator(self, batch_idx: int) -> torch.Generator:

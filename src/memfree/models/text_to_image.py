@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,13 @@ class TextToImageModule(DiffusionModule):
 
     def on_fit_start(self) -> None:
         """Move what is frozen to the device."""
+        self._move_frozen()
+
+    def on_validation_start(self) -> None:
+        """Move what is frozen to the device, also without a training before."""
+        self._move_frozen()
+
+    def _move_frozen(self) -> None:
         self._shared.pipe.vae.to(self.device)
         for name in ("text_encoder", "text_encoder_2"):
             if getattr(self._shared.pipe, name, None) is not None:
@@ -172,34 +179,52 @@ class TextToImageModule(DiffusionModule):
         Raises:
             ValueError: the data has no captions.
         """
-        if "caption" not in batch:
-            raise ValueError(
-                "fine-tuning text-to-image needs captions, and the data has none: prepare "
-                "captioned images"
-            )
-        captions: list[str] = list(batch["caption"])
+        captions = _captions(batch)
         self._shared.captions = self._shared.captions or sorted(set(captions))
-        x_0 = self._latents(batch, generator)
-        count, device = len(x_0), x_0.device
-        noise = torch.randn(x_0.shape, generator=generator, device=device)
+        device = batch["image"].device
+
+        def normal(shape: Sequence[int]) -> Tensor:
+            return torch.randn((len(captions), *shape), generator=generator, device=device)
+
+        x_0 = self._latents(batch, normal)
+        count = len(x_0)
+        noise = normal(x_0.shape[1:])
         t = torch.randint(len(self.alphas_cumprod), (count,), generator=generator, device=device)
         dropped = torch.rand(count, generator=generator, device=device) < self.options.label_dropout
-        alpha_bar = self.alphas_cumprod[t]  # (B,)
-        a = per_sample(alpha_bar, x_0)
-        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
         shown = [
             "" if drop else text for drop, text in zip(dropped.tolist(), captions, strict=True)
         ]
-        prediction = self.denoiser(x_t, t, self._encoded(shown))
+        error = self.squared_error(x_0, noise, t, self._encoded(shown))
+        return weighted_mean(error, batch.get("weight", 1.0))
+
+    def clean(
+        self, batch: dict[str, Any], noise: Callable[[Sequence[int]], Tensor]
+    ) -> tuple[Tensor, TextConditions]:
+        """Latents drawn from the autoencoder's posterior, and the encoded captions.
+
+        Raises:
+            ValueError: the data has no captions.
+        """
+        captions = _captions(batch)
+        return self._latents(batch, noise), self._encoded(captions)
+
+    def squared_error(
+        self, x_0: Tensor, noise: Tensor, t: Tensor, conditions: TextConditions
+    ) -> Tensor:
+        """Squared errors (B, C, h, w) of the prediction of ε or v; see ``DiffusionModule``."""
+        alpha_bar = self.alphas_cumprod[t]  # (B,)
+        a = per_sample(alpha_bar, x_0)
+        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
+        prediction = self.denoiser(x_t, t, conditions)
         kind = self.noise_scheduler.config.prediction_type
         target = training_target(x_0, noise, alpha_bar, kind)
         error = (prediction.float() - target).square()
         if self.options.finetune.min_snr_gamma:
             gamma = float(self.options.finetune.min_snr_gamma)
             error = error * per_sample(min_snr_weight(alpha_bar, gamma, kind), error)
-        return weighted_mean(error, batch.get("weight", 1.0))
+        return error
 
-    def _latents(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+    def _latents(self, batch: dict[str, Any], noise: Callable[[Sequence[int]], Tensor]) -> Tensor:
         """Scaled latents drawn from the autoencoder's posterior, (B, C, h, w)."""
         images, vae = batch["image"], self._shared.pipe.vae
         with torch.autocast(images.device.type, enabled=False):
@@ -207,8 +232,7 @@ class TextToImageModule(DiffusionModule):
                 mean, std = posterior(vae, images)
             else:
                 mean, std = self.latent_cache(vae, images, batch["row"])
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return mean + std * noise
+        return mean + std * noise(mean.shape[1:])
 
     def _encoded(self, captions: Sequence[str]) -> TextConditions:
         pipe = self._shared.pipe
@@ -284,6 +308,15 @@ class TextToImageModule(DiffusionModule):
         ]
         self.train(was_training)
         return torch.cat(images) * 2 - 1
+
+
+def _captions(batch: dict[str, Any]) -> list[str]:
+    if "caption" not in batch:
+        raise ValueError(
+            "fine-tuning text-to-image needs captions, and the data has none: prepare "
+            "captioned images"
+        )
+    return list(batch["caption"])
 
 
 class _Shared:
