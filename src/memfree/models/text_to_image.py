@@ -97,8 +97,8 @@ class TextToImageModule(DiffusionModule):
     def __init__(
         self,
         options: ModelOptions,
-        pipe: Any,
-        image_shape: tuple[int, int, int],
+        pipe: Any = None,
+        image_shape: tuple[int, int, int] | None = None,
         seed: int = 0,
         data: dict[str, Any] | None = None,
         stepping: dict[str, Any] | None = None,
@@ -110,16 +110,18 @@ class TextToImageModule(DiffusionModule):
                 names.
             pipe: StableDiffusionPipeline or StableDiffusionXLPipeline; its networks are trained in
                 place. None: that of ``options.pretrained``, as ``load_from_checkpoint`` has it.
-            image_shape: (3, H, W) of the training images.
+            image_shape: (3, H, W) of the training images; always needed.
             seed: of the adapters and of all that training draws.
             data: what the images are; see ``DiffusionModule``.
             stepping: how the Trainer takes a step; see ``DiffusionModule``.
 
         Raises:
-            ValueError: the images do not fit the autoencoder, options contradict each other, or
-                there is no pipeline.
+            ValueError: no image_shape, images that do not fit the autoencoder, options that
+                contradict each other, or no pipeline.
             OSError: no pipeline has the name ``options.pretrained``.
         """
+        if image_shape is None:
+            raise ValueError("image_shape is missing: (3, H, W) of the training images")
         super().__init__(options, image_shape, seed, data, stepping)
         self.keep_arguments(pipe=None)
         options, image_shape = self.options, self.image_shape
