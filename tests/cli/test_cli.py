@@ -293,6 +293,25 @@ def test_main_lists_its_commands_without_heavy_imports(capsys):
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_a_script_of_a_checkout_is_a_command(name, capsys):
+    """The wheel has no scripts, so the same options are those of a verb."""
+    with pytest.raises(SystemExit) as exit_:
+        entry.main([name, "--help"])
+    assert exit_.value.code == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage: memfree {name} ")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / f"{name}.py"), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(f"usage: {name}.py ")
+    options = [{word for word in text.split() if word[:2] == "--"} for text in (told, done.stdout)]
+    assert options[0] == options[1]
+
+
 def test_main_names_a_near_command(capsys):
     with pytest.raises(SystemExit) as exit_:
         entry.main(["evalute"])

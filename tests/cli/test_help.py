@@ -8,7 +8,7 @@ from typing import get_type_hints
 
 import pytest
 
-from memfree.cli.entry import COMMANDS, SCRIPTS
+from memfree.cli.entry import COMMANDS
 from memfree.commands.index import EmbeddingDevices
 from memfree.commands.sample import SamplingDevices
 from memfree.commands.train import TrainerOptions
@@ -26,10 +26,9 @@ class Refuse:
 
 
 sys.meta_path.insert(0, Refuse())
-from memfree.cli.entry import main, run_command, SCRIPTS
+from memfree.cli.entry import main
 
-words = sys.argv[1:]
-run_command(*[words[0], words[1:]]) if words[0] in SCRIPTS else main(words)
+main(sys.argv[1:])
 """
 
 
@@ -40,7 +39,7 @@ def light(*words):
     )
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *SCRIPTS])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_imports_nothing_heavy(command):
     ended = light(command, "--help")
     assert ended.returncode == 0, ended.stderr

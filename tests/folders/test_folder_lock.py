@@ -206,5 +206,5 @@ def test_any_command_with_out_is_refused_at_once(tmp_path, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert f"process {holding} on {socket.gethostname()}" in lines[0]
-    for name, command in {**entry.COMMANDS, **entry.SCRIPTS}.items():
+    for name, command in entry.COMMANDS.items():
         assert command.one_writer == (name not in ("study", "text-study")), name

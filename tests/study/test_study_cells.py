@@ -201,5 +201,5 @@ def test_what_the_last_commands_need_is_looked_for_first(tmp_path, monkeypatch, 
 
 def test_every_input_is_an_option_of_its_command():
     for command, names in INPUTS.items():
-        parser = entry.parser_of(entry.load({**entry.COMMANDS, **entry.SCRIPTS}[command]), command)
+        parser = entry.parser_of(entry.load(entry.COMMANDS[command]), command)
         assert {f"--{name}" for name in names} <= {*options_of(parser)}

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from memfree.models import DDPMModule
 from memfree.training import ExponentialMovingAverage, FiniteTraining, SampleGrid
-from memfree.training.callbacks import averaged_module
 from memfree.training.checkpoints import Checkpoints, latest_checkpoint, read_identity, step_of
 from memfree.training.loggers import LossRecord
 from memfree.training.progress import StepProgress
@@ -52,7 +51,15 @@ def test_average_equals_numpy(make_module, make_trainer, data):
     torch.testing.assert_close(flat(average.average.network), expected, rtol=0, atol=1e-6)
     # The module itself goes on with its own weights.
     torch.testing.assert_close(flat(module.network), recorder.weights[-1], rtol=0, atol=0)
-    assert averaged_module(trainer, module) is average.average
+    assert module.average is average.average
+    # Pipelines have the average, unless asked for the others; neither is saved nor trained twice.
+    torch.testing.assert_close(flat(module.pipeline().unet), flat(average.average.network))
+    assert torch.equal(flat(module.pipeline(averaged=False).unet), recorder.weights[-1])
+    assert module.state_dict().keys() == make_module().state_dict().keys()
+    # Weights that are trained on without an average have none that is out of date.
+    make_trainer([], max_steps=2, enable_checkpointing=False).fit(module, datamodule=data)
+    assert module.average is None
+    assert torch.equal(flat(module.pipeline().unet), flat(module.network))
 
 
 def test_average_ignores_batches_without_a_step(make_module, make_trainer, data):

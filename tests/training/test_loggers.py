@@ -1,9 +1,13 @@
-"""The logger of W&B, whose package need not be there."""
+"""What loggers get of a training, and W&B's logger, whose package need not be there."""
 
+import csv
+
+import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 
 from memfree.training import loggers
-from memfree.training.loggers import build_logger, check_logger, finish
+from memfree.training.loggers import LossLog, LossRecord, build_logger, check_logger, finish
 
 
 class FakeWandb:
@@ -70,3 +74,36 @@ def test_tensorboard_goes_on_with_one_log(tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "logs" / "version_0")).Reload()
     found = [(one.step, one.value) for one in events.Scalars("loss")]
     assert found == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
+def test_the_loss_of_a_step_is_a_metric_of_the_trainer_and_its_loggers(
+    make_module, make_trainer, data, tmp_path
+):
+    losses = []
+
+    class Losses(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+            assert trainer.callback_metrics["train/loss"] == outputs["loss"]
+            losses.append(float(outputs["loss"]))
+
+    logger = CSVLogger(tmp_path, name="logs")
+    options = {"max_steps": 4, "log_every_n_steps": 2, "enable_checkpointing": False}
+    trainer = make_trainer([Losses()], logger=logger, **options)
+    trainer.fit(make_module(), data)
+    assert float(trainer.callback_metrics["train/loss"]) == losses[-1]
+    with open(tmp_path / "logs" / "version_0" / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["train/loss"]) for row in rows] == pytest.approx(losses[1::2], rel=1e-5)
+
+
+def test_our_own_record_has_the_mean_alone(make_module, make_trainer, data, tmp_path):
+    """A column more, or a row, would make the log of a resumed training another one."""
+    logger = LossLog(tmp_path)
+    options = {"max_steps": 4, "log_every_n_steps": 2, "enable_checkpointing": False}
+    trainer = make_trainer([LossRecord(2)], logger=logger, **options)
+    trainer.fit(make_module(), data)
+    assert trainer.callback_metrics["train/loss"] == trainer.callback_metrics["loss"]
+    with open(logger.path) as file:
+        rows = list(csv.DictReader(file))
+    assert [set(row) for row in rows] == 2 * [{"epoch", "learning_rate", "loss", "step"}]
+    assert [row["step"] for row in rows] == ["1", "3"]

@@ -119,6 +119,7 @@ COMMANDS = {
         goes_on=False,
         libraries=("torch",),
     ),
+    "train": Command("memfree.commands.train:train", "train a model on a dataset folder"),
     "scratch": Command(
         "memfree.commands.scratch:scratch", "build a small text-to-image model from nothing"
     ),
@@ -131,6 +132,7 @@ COMMANDS = {
         "memfree.commands.train_clip:train_clip", "train a small CLIP on captions", goes_on=False
     ),
     "index": Command("memfree.commands.index:index", "build and calibrate a reference index"),
+    "sample": Command("memfree.commands.sample:predict", "draw samples from a trained model"),
     "evaluate": Command(
         "memfree.commands.evaluate:evaluate", "measure memorization and quality", goes_on=False
     ),
@@ -173,11 +175,8 @@ COMMANDS = {
 }
 """Verbs of ``memfree``."""
 
-SCRIPTS = {
-    "train": Command("memfree.commands.train:train", "train a model on a dataset folder"),
-    "sample": Command("memfree.commands.sample:predict", "draw samples from a trained model"),
-}
-"""Commands that are scripts of the checkout, ``train.py`` and ``sample.py``."""
+SCRIPTS = ("train", "sample")
+"""Commands that a checkout has as scripts too: ``python train.py`` is ``memfree train``."""
 
 
 def run(
@@ -213,12 +212,12 @@ def run(
 
 
 def run_command(name: str, args: Sequence[str] | None = None, prog: str | None = None) -> Any:
-    """``run`` the function of a command: a verb, ``train`` or ``sample``.
+    """``run`` the function of a command.
 
     What it works with is imported once its options are right, which takes seconds; Ctrl-C ends
     that too in one line.
     """
-    command = COMMANDS.get(name) or SCRIPTS[name]
+    command = COMMANDS[name]
     given = as_options(sys.argv[1:] if args is None else args, command.positional)
 
     def call() -> Any:
@@ -293,10 +292,10 @@ def _overview() -> str:
             *(f"  {name:<15}  {command.help}" for name, command in COMMANDS.items()),
             f"  {'submit':<15}  submit a command as a SLURM job: memfree submit train --help",
             "",
-            "scripts:",
-            *(f"  {name + '.py':<15}  {command.help}" for name, command in SCRIPTS.items()),
+            "scripts of a checkout:",
+            *(f"  {name + '.py':<15}  the same as memfree {name}" for name in SCRIPTS),
             "",
-            "memfree COMMAND --help and python train.py --help explain the options.",
+            "memfree COMMAND --help explains the options of a command.",
             f"{DEBUG_VARIABLE}=1 shows where an error came from.",
         ]
     )

@@ -25,7 +25,7 @@ class Stage:
     """One command of a chain; running it again when it is finished does nothing, or the same."""
 
     command: str
-    """``train``, ``sample``, or a verb of ``memfree``."""
+    """A verb of ``memfree``."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options by name, without the dashes; a list or tuple is written in brackets."""
 
@@ -91,7 +91,7 @@ def run_stages(stages: list[Stage], console: Console) -> float:
 
 @functools.cache  # a study asks for the same one hundreds of times
 def _parser(command: str) -> ArgumentParser:
-    return parser_of(load(COMMANDS.get(command) or SCRIPTS[command]), None)
+    return parser_of(load(COMMANDS[command]), None)
 
 
 def _word(value: Any) -> str:

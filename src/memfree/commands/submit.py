@@ -17,7 +17,7 @@ from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
 
-from memfree.cli.entry import COMMANDS, SCRIPTS, as_options, load, parser_of, refuse_other_study
+from memfree.cli.entry import COMMANDS, as_options, load, parser_of, refuse_other_study
 from memfree.cli.errors import did_you_mean, option_message, options_of
 from memfree.cli.stages import Stage
 from memfree.folders.atomic import write_text
@@ -161,7 +161,7 @@ class Submission:
     """
 
     command: str
-    """``train``, ``sample``, or a verb of ``memfree``."""
+    """A verb of ``memfree``."""
     configuration: str
     """All its options, as YAML."""
     slurm: SlurmOptions
@@ -279,8 +279,8 @@ def _reason(error: Exception) -> str:
 _ONE_PROCESS = {"demo", "study", "text-study"}
 OVERVIEW = """usage: memfree submit COMMAND [options of the command] [--slurm.OPTION VALUE ...]
 
-Submit a command as a SLURM job: train, sample, or another command of memfree. Its options are
-checked at once; the job runs it in this folder with this interpreter, one process a GPU.
+Submit a command of memfree as a SLURM job. Its options are checked at once; the job runs it in
+this folder with this interpreter, one process a GPU.
 
   --slurm.nodes, --slurm.gpus_per_node, --slurm.time, ...  what the job asks for
   --slurm.array 8                                          eight jobs share sample, index or study
@@ -304,11 +304,10 @@ def main(arguments: Sequence[str]) -> None:
     if launch.several:
         raise ValueError(f"memfree submit: {launch.started}; submit once, from a single process")
     command, *rest = arguments
-    known = {**SCRIPTS, **COMMANDS}
-    if command not in known:
+    if command not in COMMANDS:
         raise ValueError(
-            f"memfree submit: unknown command {command!r}{did_you_mean(command, list(known))}; "
-            f"commands are {', '.join(known)}"
+            f"memfree submit: unknown command {command!r}{did_you_mean(command, list(COMMANDS))}; "
+            f"commands are {', '.join(COMMANDS)}"
         )
     submission, dry_run = submission_of(command, rest)
     slurm = submission.slurm
@@ -339,7 +338,7 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
     Raises:
         ValueError: an option is wrong, or options contradict each other.
     """
-    known = {**SCRIPTS, **COMMANDS}[command]
+    known = COMMANDS[command]
     function = load(known)
     given = as_options(arguments, known.positional)
     check_config_files(given)

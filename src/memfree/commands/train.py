@@ -64,6 +64,9 @@ class TrainerOptions:
     """Optimizer steps between two checkpoints; only the newest is kept."""
     sample_grid_every_n_steps: NonNegativeInt = 500
     """Optimizer steps between two sample grids from fixed noise; 0: none."""
+    val_check_interval: NonNegativeInt = 0
+    """Batches between two measurements of the loss of the data's test part, recorded as val/loss;
+    0: none."""
     enable_progress_bar: bool = True
     """Whether a progress bar with the loss is shown."""
 
@@ -102,7 +105,7 @@ def train(
     from memfree.models.text_to_image import TextToImageModule
     from memfree.out_of_memory import explained_memory
     from memfree.training import FiniteTraining
-    from memfree.training.callbacks import NotFiniteError, averaged_module
+    from memfree.training.callbacks import NotFiniteError
     from memfree.training.checkpoints import AtomicCheckpointIO
     from memfree.training.claim import EXPOSURES, LORA, Beginning, claim
     from memfree.training.loggers import LossRecord, check_logger, finish
@@ -110,6 +113,8 @@ def train(
 
     records = ShardDataModule(**vars(data))
     _check_length(trainer)
+    if trainer.val_check_interval:
+        _check_test_part(records)
     # Not devices: a run may go on with another number of them.
     stepping = {
         "precision": _precision(trainer),
@@ -136,6 +141,10 @@ def train(
             accumulate_grad_batches=trainer.accumulate_grad_batches,
             gradient_clip_val=trainer.gradient_clip_val or None,
             log_every_n_steps=trainer.log_every_n_steps,
+            limit_val_batches=1.0 if trainer.val_check_interval else 0,
+            val_check_interval=trainer.val_check_interval or None,
+            check_val_every_n_epoch=None if trainer.val_check_interval else 1,
+            num_sanity_val_steps=0,
             logger=False,  # Beginning sets it, where the folder is this training's
             callbacks=[
                 Beginning(out, claimed, trainer.logger),
@@ -169,7 +178,7 @@ def train(
     skipped = records.skipped_on_all_ranks().counts()
     left_out = records.left_out_on_all_ranks()
     if fit.is_global_zero:
-        averaged = averaged_module(fit, module)
+        averaged = module.average or module
         if isinstance(averaged, TextToImageModule) and model.finetune.lora_rank:
             with unfinished(out / LORA) as partial:
                 averaged.save_adapters(partial)
@@ -263,6 +272,13 @@ def _check_length(options: TrainerOptions) -> None:
             raise ValueError(f"--trainer.{name} {value}: give 1 or more, or -1 for no such limit")
     if options.max_steps == options.max_epochs == -1:
         raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
+
+
+def _check_test_part(data: ShardDataModule) -> None:
+    try:
+        data.val_dataloader()
+    except ValueError as error:
+        raise ValueError(f"--trainer.val_check_interval: {error}") from error
 
 
 def _rest_of_epoch(accumulated: int, batches: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import _shuffle
 
 from memfree.console import counted
-from memfree.data.dataset_folder import DatasetFolder
+from memfree.data.dataset_folder import DatasetFolder, DatasetPart
 from memfree.data.file_names import shard_labels
 from memfree.data.ingest import Framing
 from memfree.data.options import OnError, StreamOptions
@@ -70,6 +71,7 @@ def rank_slice(start: int, end: int, rank: int, world_size: int) -> tuple[int, i
 
 
 Batch = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 class RankBatches(IterableDataset[Batch]):
@@ -304,6 +306,64 @@ class EpochBatches(RankBatches):
             if len(pixels):
                 return np.array([number]), pixels
         raise ValueError("no training record can be read; prepare the dataset again")
+
+
+class PartLoader:
+    """Batches of the distinct images of one part, each once, in order; ranks take turns.
+
+    Args:
+        part: of a dataset folder.
+        batch_size: images of a batch, at most.
+        rank: of this process.
+        world_size: number of processes.
+        on_error: stop at an image that cannot be read, or leave it out; each is named once.
+
+    Raises:
+        ValueError: fewer images than processes.
+    """
+
+    def __init__(
+        self, part: DatasetPart, batch_size: int, rank: int, world_size: int, on_error: OnError
+    ) -> None:
+        if len(part) < world_size:
+            raise ValueError(
+                f"{counted(len(part), f'{part.name} image')} cannot feed {world_size} ranks; use "
+                "fewer devices, or no validation"
+            )
+        self._part, self._batch_size, self._on_error = part, batch_size, on_error
+        self._numbers = range(rank, len(part), world_size)
+        self._named: set[int] = set()
+
+    def __len__(self) -> int:
+        return -(-len(self._numbers) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """``image``, ``key``, ``row``; ``label`` and ``caption`` where the part has them."""
+        part = self._part
+        for start in range(0, len(self._numbers), self._batch_size):
+            lost: list[int] = []
+
+            def broken(number: int, message: str, lost: list[int] = lost) -> None:
+                lost.append(number)
+                if number not in self._named:
+                    self._named.add(number)
+                    _log.warning("skipped %s", message)
+
+            numbers = self._numbers[start : start + self._batch_size]
+            pixels = part.reader.read(numbers, broken if self._on_error == "skip" else None)
+            index = torch.tensor([number for number in numbers if number not in lost])
+            if not len(index):
+                continue
+            batch: Batch = {
+                "image": from_bytes(pixels),
+                "key": [part.keys[number] for number in index.tolist()],
+                "row": part.rows[index],
+            }
+            if part.labels is not None:
+                batch["label"] = part.labels[index]
+            if part.captions is not None:
+                batch["caption"] = [part.captions[number] for number in index.tolist()]
+            yield batch
 
 
 class ForeignBatches(RankBatches):

@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import distributed
 
 from memfree.console import counted
-from memfree.data.batches import Batch, EpochBatches, EpochLoader, ForeignBatches, batches_per_epoch
+from memfree.data.batches import (
+    Batch,
+    EpochBatches,
+    EpochLoader,
+    ForeignBatches,
+    PartLoader,
+    batches_per_epoch,
+)
 from memfree.data.dataset_folder import DatasetFolder
 from memfree.data.file_names import is_tar
 from memfree.data.options import DataOptions, OnError, RecordOptions, StreamOptions
@@ -96,6 +104,9 @@ class ShardDataModule(LightningDataModule):
     From a dataset folder, an epoch is one permutation by (seed, epoch) that neither ranks nor
     workers change, and every record is in it once. Training that was stopped within an epoch
     continues with the batch that comes next.
+
+    Validation is on the held-out test part, whose batches have no ``weight``: each distinct image
+    once, in order. Shards without a manifest and folders without a test part have no validation.
 
     Args:
         path: dataset folder of ``memfree prepare``; or shards without a manifest: a folder of
@@ -238,6 +249,25 @@ class ShardDataModule(LightningDataModule):
                 count = counted(len(dataset.missing.shards), "shard")
                 _log.warning("skipped %s; first: %s", count, dataset.missing.messages[0])
         return EpochLoader(dataset, self.num_workers, self._position, self.count)
+
+    def val_dataloader(self) -> PartLoader | list[PartLoader]:
+        """Batches of this rank of the test part; in training an empty list where there is none.
+
+        Raises:
+            ValueError: ``trainer.validate`` of data without a test part, or of a part with fewer
+                images than ranks.
+        """
+        trainer = self.trainer
+        folder = self.folder
+        if folder is None or not len(folder.part_records("test")):
+            if trainer is None or trainer.state.fn == TrainerFn.VALIDATING:
+                raise ValueError(
+                    f"{self.path} has no test part to validate on: give a dataset folder prepared "
+                    "with --parts.test"
+                )
+            return []
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        return PartLoader(folder.part("test"), self.batch_size, rank, world_size, self.on_error)
 
     def count(self, batch: Batch) -> None:
         """Count what was left out for a batch, and name it if it is among the first."""

@@ -52,6 +52,8 @@ class Stream(IntEnum):
     """Labels that are drawn instead of the source's."""
     LIMIT = 13
     """Which groups of training images a limit keeps."""
+    VALIDATION = 14
+    """Noise of an image in validation; its row stands in the place of the seed."""
 
 
 @unique

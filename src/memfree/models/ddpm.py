@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -147,7 +148,8 @@ class DDPMModule(DiffusionModule):
         """Build the network with weights drawn from ``seed``.
 
         Args:
-            options: network, noise schedule, optimisation.
+            options: network, noise schedule, optimisation; a mapping, as checkpoints have it, of
+                the same names.
             image_shape: (C, H, W).
             num_classes: labels are 0 to num_classes − 1; needed by a class-conditional model.
             seed: of weights and of all that training draws.
@@ -158,6 +160,8 @@ class DDPMModule(DiffusionModule):
             ValueError: options that do not fit together, or no labels for a conditional model.
         """
         super().__init__(options, image_shape, seed, data, stepping)
+        self.keep_arguments(num_classes=num_classes)
+        options = self.options
         if options.class_conditional and num_classes is None:
             raise ValueError(
                 "--model.class_conditional needs labels, and the dataset has none: "
@@ -166,7 +170,7 @@ class DDPMModule(DiffusionModule):
         self.num_classes = num_classes if options.class_conditional else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = build_network(options.network, image_shape, self.num_classes)
+            network = build_network(options.network, self.image_shape, self.num_classes)
         self.set_network(network, build_scheduler(options.noise))
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
@@ -180,24 +184,41 @@ class DDPMModule(DiffusionModule):
         count, device = len(x_0), x_0.device
         noise = torch.randn(x_0.shape, generator=generator, device=device, dtype=x_0.dtype)
         t = torch.randint(len(self.alphas_cumprod), (count,), generator=generator, device=device)
-        alpha_bar = self.alphas_cumprod[t]  # (B,)
-        a = per_sample(alpha_bar, x_0)
-        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
         labels = None
         if self.num_classes is not None:
             dropped = (
                 torch.rand(count, generator=generator, device=device) < self.options.label_dropout
             )
             labels = batch["label"].masked_fill(dropped, self.num_classes)
-        prediction = self.network(x_t, t, class_labels=labels, return_dict=False)[0]
+        error = self.squared_error(x_0, noise, t, labels)
+        return weighted_mean(error, batch.get("weight", 1.0))
+
+    def clean(
+        self, batch: dict[str, Any], noise: Callable[[Sequence[int]], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The images and, for a class-conditional model, their labels, or "no class" without."""
+        x_0: Tensor = batch["image"]
+        if self.num_classes is None:
+            return x_0, None
+        none = torch.full((len(x_0),), self.num_classes, device=x_0.device)
+        return x_0, batch.get("label", none)
+
+    def squared_error(
+        self, x_0: Tensor, noise: Tensor, t: Tensor, conditions: Tensor | None
+    ) -> Tensor:
+        """Squared errors (B, C, H, W) of the prediction of ε or v; see ``DiffusionModule``."""
+        alpha_bar = self.alphas_cumprod[t]  # (B,)
+        a = per_sample(alpha_bar, x_0)
+        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
+        prediction = self.network(x_t, t, class_labels=conditions, return_dict=False)[0]
         target = training_target(x_0, noise, alpha_bar, self.options.noise.prediction_type)
-        return weighted_mean((prediction.float() - target).square(), batch.get("weight", 1.0))
+        return (prediction.float() - target).square()
 
     def facts(self) -> dict[str, Any]:
         """The number of classes, null for an unconditional model."""
         return {"num_classes": self.num_classes}
 
-    def pipeline(self) -> Any:
+    def _pipeline(self) -> Any:
         """A ``DDPMPipeline``: the network and the scheduler."""
         pipeline: Any = DDPMPipeline
         return pipeline(unet=self.network, scheduler=self.noise_scheduler)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -103,6 +104,22 @@ class ModelOptions:
     """Decay a step, below 1, of the average of the weights, which is what is saved; 0: none."""
     compile: bool = False
     """Whether torch.compile compiles the network."""
+
+    @classmethod
+    def of(cls, given: ModelOptions | Mapping[str, Any]) -> ModelOptions:
+        """Options as they are, or made from the mapping that ``dataclasses.asdict`` makes of them.
+
+        Raises:
+            ValueError: the mapping has an option that there is not.
+        """
+        if isinstance(given, ModelOptions):
+            return given
+        parts = {"network": NetworkOptions, "noise": NoiseOptions, "finetune": FineTuneOptions}
+        try:
+            made = {name: kind(**given[name]) for name, kind in parts.items() if name in given}
+            return cls(**{**given, **made})
+        except TypeError as error:
+            raise ValueError(f"these are not options of a model: {error}") from error
 
 
 @dataclass(frozen=True)

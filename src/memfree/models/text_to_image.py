@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from memfree.models.export import pipeline_folder
 from memfree.models.loading import latent_shape, posterior
 from memfree.models.module import DiffusionModule, weighted_mean
 from memfree.models.options import ModelOptions
-from memfree.models.text_pipeline import TextDenoiser, encode
+from memfree.models.text_pipeline import TextDenoiser, encode, load_pipeline
 
 
 class LatentCache:
@@ -97,8 +97,8 @@ class TextToImageModule(DiffusionModule):
     def __init__(
         self,
         options: ModelOptions,
-        pipe: Any,
-        image_shape: tuple[int, int, int],
+        pipe: Any = None,
+        image_shape: tuple[int, int, int] | None = None,
         seed: int = 0,
         data: dict[str, Any] | None = None,
         stepping: dict[str, Any] | None = None,
@@ -106,18 +106,30 @@ class TextToImageModule(DiffusionModule):
         """Take a pipeline apart into what is trained and what is frozen.
 
         Args:
-            options: optimisation; ``finetune``.
+            options: optimisation; ``finetune``; a mapping, as checkpoints have it, of the same
+                names.
             pipe: StableDiffusionPipeline or StableDiffusionXLPipeline; its networks are trained in
-                place.
-            image_shape: (3, H, W) of the training images.
+                place. None: that of ``options.pretrained``, as ``load_from_checkpoint`` has it.
+            image_shape: (3, H, W) of the training images; always needed.
             seed: of the adapters and of all that training draws.
             data: what the images are; see ``DiffusionModule``.
             stepping: how the Trainer takes a step; see ``DiffusionModule``.
 
         Raises:
-            ValueError: the images do not fit the autoencoder, or options contradict each other.
+            ValueError: no image_shape, images that do not fit the autoencoder, options that
+                contradict each other, or no pipeline.
+            OSError: no pipeline has the name ``options.pretrained``.
         """
+        if image_shape is None:
+            raise ValueError("image_shape is missing: (3, H, W) of the training images")
         super().__init__(options, image_shape, seed, data, stepping)
+        self.keep_arguments(pipe=None)
+        options, image_shape = self.options, self.image_shape
+        if pipe is None and options.pretrained is None:
+            raise ValueError(
+                "the options do not name the pipeline that is fine-tuned (pretrained): pass pipe"
+            )
+        pipe = load_pipeline(str(options.pretrained)) if pipe is None else pipe
         latent_shape(pipe.vae, image_shape)
         choice = options.finetune
         if choice.cache and data is not None and data.get("random_flip"):
@@ -151,6 +163,13 @@ class TextToImageModule(DiffusionModule):
 
     def on_fit_start(self) -> None:
         """Move what is frozen to the device."""
+        self._move_frozen()
+
+    def on_validation_start(self) -> None:
+        """Move what is frozen to the device, also without a training before."""
+        self._move_frozen()
+
+    def _move_frozen(self) -> None:
         self._shared.pipe.vae.to(self.device)
         for name in ("text_encoder", "text_encoder_2"):
             if getattr(self._shared.pipe, name, None) is not None:
@@ -162,34 +181,52 @@ class TextToImageModule(DiffusionModule):
         Raises:
             ValueError: the data has no captions.
         """
-        if "caption" not in batch:
-            raise ValueError(
-                "fine-tuning text-to-image needs captions, and the data has none: prepare "
-                "captioned images"
-            )
-        captions: list[str] = list(batch["caption"])
+        captions = _captions(batch)
         self._shared.captions = self._shared.captions or sorted(set(captions))
-        x_0 = self._latents(batch, generator)
-        count, device = len(x_0), x_0.device
-        noise = torch.randn(x_0.shape, generator=generator, device=device)
+        device = batch["image"].device
+
+        def normal(shape: Sequence[int]) -> Tensor:
+            return torch.randn((len(captions), *shape), generator=generator, device=device)
+
+        x_0 = self._latents(batch, normal)
+        count = len(x_0)
+        noise = normal(x_0.shape[1:])
         t = torch.randint(len(self.alphas_cumprod), (count,), generator=generator, device=device)
         dropped = torch.rand(count, generator=generator, device=device) < self.options.label_dropout
-        alpha_bar = self.alphas_cumprod[t]  # (B,)
-        a = per_sample(alpha_bar, x_0)
-        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
         shown = [
             "" if drop else text for drop, text in zip(dropped.tolist(), captions, strict=True)
         ]
-        prediction = self.denoiser(x_t, t, self._encoded(shown))
+        error = self.squared_error(x_0, noise, t, self._encoded(shown))
+        return weighted_mean(error, batch.get("weight", 1.0))
+
+    def clean(
+        self, batch: dict[str, Any], noise: Callable[[Sequence[int]], Tensor]
+    ) -> tuple[Tensor, TextConditions]:
+        """Latents drawn from the autoencoder's posterior, and the encoded captions.
+
+        Raises:
+            ValueError: the data has no captions.
+        """
+        captions = _captions(batch)
+        return self._latents(batch, noise), self._encoded(captions)
+
+    def squared_error(
+        self, x_0: Tensor, noise: Tensor, t: Tensor, conditions: TextConditions
+    ) -> Tensor:
+        """Squared errors (B, C, h, w) of the prediction of ε or v; see ``DiffusionModule``."""
+        alpha_bar = self.alphas_cumprod[t]  # (B,)
+        a = per_sample(alpha_bar, x_0)
+        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
+        prediction = self.denoiser(x_t, t, conditions)
         kind = self.noise_scheduler.config.prediction_type
         target = training_target(x_0, noise, alpha_bar, kind)
         error = (prediction.float() - target).square()
         if self.options.finetune.min_snr_gamma:
             gamma = float(self.options.finetune.min_snr_gamma)
             error = error * per_sample(min_snr_weight(alpha_bar, gamma, kind), error)
-        return weighted_mean(error, batch.get("weight", 1.0))
+        return error
 
-    def _latents(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+    def _latents(self, batch: dict[str, Any], noise: Callable[[Sequence[int]], Tensor]) -> Tensor:
         """Scaled latents drawn from the autoencoder's posterior, (B, C, h, w)."""
         images, vae = batch["image"], self._shared.pipe.vae
         with torch.autocast(images.device.type, enabled=False):
@@ -197,8 +234,7 @@ class TextToImageModule(DiffusionModule):
                 mean, std = posterior(vae, images)
             else:
                 mean, std = self.latent_cache(vae, images, batch["row"])
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return mean + std * noise
+        return mean + std * noise(mean.shape[1:])
 
     def _encoded(self, captions: Sequence[str]) -> TextConditions:
         pipe = self._shared.pipe
@@ -227,7 +263,7 @@ class TextToImageModule(DiffusionModule):
             setattr(pipe, name, encoder)
         return pipe
 
-    def pipeline(self) -> Any:
+    def _pipeline(self) -> Any:
         """The pipeline as it is saved: adapters are merged into a copy of the U-Net."""
         pipe = self._live()
         if self.options.finetune.lora_rank:
@@ -274,6 +310,15 @@ class TextToImageModule(DiffusionModule):
         ]
         self.train(was_training)
         return torch.cat(images) * 2 - 1
+
+
+def _captions(batch: dict[str, Any]) -> list[str]:
+    if "caption" not in batch:
+        raise ValueError(
+            "fine-tuning text-to-image needs captions, and the data has none: prepare "
+            "captioned images"
+        )
+    return list(batch["caption"])
 
 
 class _Shared:

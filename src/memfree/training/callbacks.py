@@ -27,8 +27,10 @@ class ExponentialMovingAverage(WeightAveraging):
     """Keeps ``average ← decay · average + (1 − decay) · weights`` after every optimizer step.
 
     Checkpoints hold the average as ``state_dict`` and the weights in training beside it (as
-    Lightning's callback has it). Unlike there, the module keeps its own weights when training
-    ends, and a step costs a few fused operations instead of one for each parameter.
+    Lightning's callback has it), and validation is of the average. Unlike there, the module keeps
+    its own weights when training ends, so that a last checkpoint holds both; the ``pipeline()`` of
+    a DiffusionModule has the averaged ones. A step costs a few fused operations instead of one for
+    each parameter.
     """
 
     def __init__(self, decay: float) -> None:
@@ -43,7 +45,16 @@ class ExponentialMovingAverage(WeightAveraging):
         """Copy the weights, to where they will be trained."""
         self._pairs = None
         self._device = trainer.strategy.root_device
+        if stage == "fit" and isinstance(pl_module, DiffusionModule):
+            pl_module.set_average(None)  # of an earlier training, which would be copied too
         super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the module know its average, from which its pipeline is made."""
+        if isinstance(pl_module, DiffusionModule):
+            average = self.average
+            assert isinstance(average, DiffusionModule)
+            pl_module.set_average(average)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -169,7 +180,7 @@ class SampleGrid(pl.Callback):
             return
         self._last_step = trainer.global_step
         assert isinstance(pl_module, DiffusionModule)
-        averaged = averaged_module(trainer, pl_module)
+        averaged = pl_module.average or pl_module
         images = averaged.preview(self.count, self.steps, self.seed).float()
         # Not to_bytes: loggers and save_image take [0, 1], and save_image rounds halves up.
         grid = make_grid(images / 2 + 0.5, nrow=round(self.count**0.5))
@@ -180,16 +191,6 @@ class SampleGrid(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", grid, trainer.global_step)
-
-
-def averaged_module(trainer: pl.Trainer, module: DiffusionModule) -> DiffusionModule:
-    """The module with averaged weights, or the one in training where nothing is averaged."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ExponentialMovingAverage):
-            average = callback.average
-            assert isinstance(average, DiffusionModule)
-            return average
-    return module
 
 
 class ExposureCounter(Callback):

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from memfree.folders.atomic import write_atomic, write_text
+from memfree.models.module import DiffusionModule
 from memfree.models.options import LoggerName
 from memfree.slurm.launcher import is_first_process
 
@@ -109,8 +110,10 @@ class LossLog(Logger):
 class LossRecord(pl.Callback):
     """Logs ``loss``, the mean since the last record, and ``learning_rate``.
 
-    Lightning's ``log`` at every step would cost more than the rest of our bookkeeping. Records go
-    to the loggers directly: Lightning would pass them on only after a checkpoint of that step.
+    Lightning's ``log`` at every step would cost more than the rest of our bookkeeping, so a
+    DiffusionModule leaves it. Records go to the loggers directly: Lightning would pass them on only
+    after a checkpoint of that step. The Trainer's ``callback_metrics`` have the last one as
+    ``loss`` and as ``train/loss``.
 
     Attributes:
         epoch: number of the epoch of the last batch, through all resumed runs. Lightning's own
@@ -128,6 +131,8 @@ class LossRecord(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the log of the run that is resumed, if this is one."""
+        if isinstance(pl_module, DiffusionModule):
+            pl_module.logs_loss = False
         if self._sum is not None:
             self._sum = self._sum.to(pl_module.device)
         for logger in trainer.loggers:
@@ -164,6 +169,7 @@ class LossRecord(pl.Callback):
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             self._recorded = self._sum / self._batches
             pl_module.log("loss", self._recorded, prog_bar=True, logger=False, batch_size=1)
+            pl_module.log("train/loss", self._recorded, logger=False, batch_size=1)
             if trainer.is_global_zero:
                 record = {"loss": float(self._recorded), "learning_rate": float(rate)}
                 for logger in trainer.loggers:
@@ -214,7 +220,9 @@ def build_logger(name: LoggerName, out: Path, logs: str, step: int = 0) -> Logge
     if name == "csv":
         return LossLog(out / logs)
     if name == "tensorboard":
-        return TensorBoardLogger(out, name=logs, version=0, purge_step=step)
+        return TensorBoardLogger(
+            out, name=logs, version=0, purge_step=step, default_hp_metric=False
+        )
     return _wandb(out, logs)
 
 
