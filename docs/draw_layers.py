@@ -1,6 +1,6 @@
 """Layers of the package, and docs/architecture.png: drawn from the imports of every file.
 
-Run it after a part was added or an import between parts has changed: python docs/draw_layers.py
+Run python docs/draw_layers.py after a layer, its docstring or an import between layers changed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def arrows() -> dict[str, set[str]]:
 
 def drawn() -> str:
     """What the picture shows, as text that is kept in the file: test_imports.py compares it."""
-    return "; ".join(f"{layer} > {', '.join(sorted(low))}" for layer, low in arrows().items())
+    return "\n".join(
+        f"{layer} ({summary(layer)}) > {', '.join(sorted(low))}" for layer, low in arrows().items()
+    )
 
 
 def rows() -> list[list[str]]:
