@@ -2,9 +2,13 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from memfree.cli import entry
+from memfree.commands import submit
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "memfree"
@@ -138,3 +142,38 @@ def test_every_page_of_the_documentation_is_linked_from_the_readme():
     linked = {link.partition("#")[0] for link in LINK.findall((ROOT / "README.md").read_text())}
     pages = {page_id(page) for page in PAGES} - {"README.md"}
     assert pages <= linked, pages - linked
+
+
+def commands_of(page):
+    """Commands in the indented blocks of a page, as lists of words."""
+    text = page.read_text().replace("\\\n", " ")
+    for line in re.findall(
+        r"^    (memfree .*|python (?:train|sample)\.py .*)$", text, re.MULTILINE
+    ):
+        words = shlex.split(line, comments=True)
+        yield words[1:] if words[0] == "memfree" else [Path(words[1]).stem, *words[2:]]
+
+
+COMMANDS = {
+    f"{page_id(page)}: {' '.join(words)}": words for page in PAGES for words in commands_of(page)
+}
+
+
+def commands_where(is_submit):
+    return [name for name, words in COMMANDS.items() if (words[0] == "submit") == is_submit]
+
+
+@pytest.mark.parametrize("command", commands_where(is_submit=False))
+def test_commands_have_these_options(command, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    verb, *options = COMMANDS[command]
+    with pytest.raises(SystemExit) as caught:
+        entry.run_command(verb, [*options, "--print_config"])
+    assert caught.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands_where(is_submit=True))
+def test_submitted_commands_have_these_options(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    submit.main([*COMMANDS[command][1:], "--dry_run", "true"])
