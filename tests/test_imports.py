@@ -1,52 +1,15 @@
 """Imports go one way: every part of the package knows only the parts below it."""
 
-import ast
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-SOURCE = Path(__file__).parents[1] / "src" / "memfree"
-LAYERS = [
-    "console",
-    "full_precision",
-    "conditions",
-    "diffusion_math",
-    "images",
-    "out_of_memory",
-    "slurm",
-    "folders",
-    "data",
-    "retrieval",
-    "models",
-    "training",
-    "guidance",
-    "sampling",
-    "pipeline_guard",
-    "evaluation",
-    "cli",
-    "study",
-    "offline",
-    "commands",
-]
-"""From the lowest to the highest, each by itself (docs/architecture.md)."""
-FILES = sorted(SOURCE.rglob("*.py"))
-MODULES = {
-    ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in FILES
-}
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+from draw_layers import LAYERS, MODULES, PICTURE, SOURCE, drawn, imports_of, part_of
 
-
-def imports_of(path):
-    """Modules of memfree that a file imports anywhere, also for type checkers alone."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "memfree":
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                yield full if full in MODULES else node.module
-
-
-def part_of(module):
-    return module.split(".")[1] if "." in module else None
+sys.path.pop(0)
 
 
 def test_every_part_has_a_layer():
@@ -68,7 +31,10 @@ def test_a_part_imports_lower_parts_alone(layer):
 
 
 def test_no_modules_import_each_other():
-    edges = {module: set(imports_of(path)) - {module} for module, path in MODULES.items()}
+    # memfree itself comes with each of its modules, and loads its public names at their first use.
+    edges = {
+        module: set(imports_of(path)) - {module, "memfree"} for module, path in MODULES.items()
+    }
     while free := {module for module, others in edges.items() if not others & edges.keys()}:
         for module in free:
             del edges[module]
@@ -86,3 +52,8 @@ def test_guidance_knows_no_lightning_and_no_files():
         text = path.read_text()
         assert "import lightning" not in text and "from lightning" not in text, path
         assert "from pathlib" not in text and "open(" not in text, path
+
+
+def test_the_picture_of_the_layers_is_of_these_imports():
+    told = Image.open(PICTURE).info["Description"]
+    assert told == drawn(), "run python docs/draw_layers.py"

@@ -212,9 +212,9 @@ def test_family_by_name(name, family):
     assert family_of(name) == family
 
 
-def test_command_of_the_readme(noto, tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (line,) = re.findall(r"^    memfree prepare (--source emoji .*)$", readme, re.MULTILINE)
+def test_command_of_the_documentation(noto, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "howto.md").read_text()
+    (line,) = re.findall(r"^    memfree prepare (--source emoji .*)$", text, re.MULTILINE)
     monkeypatch.chdir(tmp_path)
     run(prepare, line.split())
     folder = DatasetFolder(tmp_path / "data" / "emoji")

@@ -1,4 +1,4 @@
-"""The demo's chain, tuning and the README's Python example, on real digits at a small size."""
+"""The demo's chain, tuning and the Python example of docs/howto.md, on few real digits."""
 
 import json
 import re
@@ -153,13 +153,13 @@ def test_tune_refuses_in_one_line(made, tmp_path, capsys, options, message):
     assert not (tmp_path / "t").exists()
 
 
-def test_the_python_example_of_the_readme_runs_as_written(made, monkeypatch, tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (block,) = (block for block in blocks if "load_model" in block)
+def test_the_python_example_of_the_documentation_runs_as_written(made, monkeypatch, tmp_path):
+    text = (ROOT / "docs" / "howto.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(made / "model")
     (tmp_path / "runs" / "index").symlink_to(made / "index")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "docs/howto.md", "exec"), names)
     assert names["result"].images.shape == (10, 1, 8, 8)

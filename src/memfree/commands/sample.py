@@ -102,8 +102,8 @@ def predict(
     Args:
         model: model folder that train.py wrote, or a Stable-Diffusion-style diffusers folder.
         out: folder for the samples; new, empty, or this very run's.
-        index: reference index of the training images; needed by every mitigation. Without one,
-            unguided samples have no trace of their similarity.
+        index: reference index of the training images; required by amg, multiplicity, both and
+            reject. Without one, other samples have no trace of their similarity.
         count: number of samples.
         batch_size: samples drawn together on a device.
         seed: seed of the run; sample i depends on (seed, i).
@@ -112,12 +112,12 @@ def predict(
         guidance_scale: classifier-free guidance; 1 is the conditional model by itself.
         classes: one label, as 3, or several that are taken in turn, as [0,1]; all classes in turn
             by default.
-        prompts: what a text-to-image model is asked for.
+        prompts: the prompts of a text-to-image model.
         latents: index of the training images' latents, for multiplicity guidance of text-to-image.
         decoder: folder of a diffusers AutoencoderTiny of the model's latents, which decodes the
-            clean estimates that are compared with the index: cheaper, but what it blurs is noticed
-            later or not, and guidance may begin at another step. The last step, its final
-            correction and the images are of the model's own autoencoder.
+            clean estimates that are compared with the index: cheaper, but it may miss or delay
+            detections, so guidance can start at a different step. The last step, its final
+            correction and the images use the model's own autoencoder.
         guidance: the mitigation and its strengths.
         batches_per_shard: batches written together as one shard; a killed run repeats at most
             these.
