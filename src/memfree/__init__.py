@@ -5,13 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from memfree.commands.audit import audit as audit
-    from memfree.guidance import GuidanceSettings as GuidanceSettings
-    from memfree.pipeline_guard import guard as guard
-    from memfree.retrieval import ReferenceIndex as ReferenceIndex
+from typing import Any
 
 __version__ = "0.1.0"
 
