@@ -203,7 +203,7 @@ SSCD = {"features": "sscd", "extractor.trust_file": "true"}
         ),
         (
             {"features": "efficientnet", "out": "captioned_index"},
-            "choose another --out or give --overwrite true",
+            "--overwrite true",
         ),
     ],
 )

@@ -76,7 +76,7 @@ def test_variants_stay_in_one_part(font, tmp_path):
     assert train.groups.count(RUNNER) == 4
     assert "runner, female" in train.captions
     prepare(tmp_path / "out", **options, image_size=8, emoji_variants=True)  # already there
-    with pytest.raises(ValueError, match="holds another data set"):
+    with pytest.raises(ValueError, match="--overwrite"):
         prepare(tmp_path / "out", **options, image_size=8)
 
 

@@ -90,7 +90,7 @@ def test_held_out_images_lose_labels_that_would_be_of_another_kind(made):
 def test_recipes_without_them_stay_as_they_were(made, capsys):
     recipe = DatasetFolder(made / "own").manifest["recipe"]
     assert "limit" not in recipe and "labels" not in recipe
-    with pytest.raises(ValueError, match="holds another data set"):
+    with pytest.raises(ValueError, match="--overwrite"):
         prepare(made / "small", seed=3, limit=41)
 
 

@@ -241,7 +241,7 @@ def test_the_command_takes_images_as_its_first_word(index, folder, capsys, tmp_p
         ([str(folder / "no.png"), f"--index={index}"], "no such file"),
         ([str(folder), "--index=nowhere"], "no index folder"),
         ([str(folder), f"--index={index}", "--false_positive_rate=1e-6"], "cannot be calibrated"),
-        ([str(folder), f"--index={index}", f"--out={folder}"], "holds files of something else"),
+        ([str(folder), f"--index={index}", f"--out={folder}"], "use another --out"),
         ([f"{folder}/broken.png", f"--index={index}"], "no image could be read"),
     ]:
         with pytest.raises(SystemExit) as exit_:

@@ -224,7 +224,7 @@ def test_other_bad_input_is_one_line(dataset, index, samples, evaluation, tmp_pa
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.tex").touch()
-    assert "something else" in refused(capsys, *good, "--out", full)
+    assert "use another --out" in refused(capsys, *good, "--out", full)
     small = make_samples(tmp_path / "small", torch.zeros(3, 1, 4, 4), None, None, "none")
     assert "images of shape (1, 4, 4)" in refused(
         capsys, "--dataset", dataset, "--index", index, f"--samples.x={small}", *out

@@ -11,9 +11,9 @@ from hostile_guard import one_line
 from spoiling import places
 from test_hostile_folders import READERS as FOLDERS
 
-from memfree.folders.manifest import check_replaceable
+from memfree.folders.claim import claim
 from memfree.models import load_model
-from memfree.retrieval.index_folder import is_written
+from memfree.retrieval.index_folder import claim_index
 
 REMOVED = object()
 VALUES = [
@@ -26,8 +26,10 @@ CASES = 350
 
 
 def replace_index(folder):
-    is_written(folder, "h", {"name": "pixels"})
-    check_replaceable(folder, "index")
+    claim(folder, "index")
+    with pytest.raises(ValueError, match="another dataset") as error:
+        claim_index(folder, "h", {"name": "pixels"}, overwrite=False)
+    one_line(error.value)
 
 
 READERS = {**FOLDERS, "model": load_model, "index to replace": replace_index}

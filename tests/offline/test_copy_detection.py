@@ -182,7 +182,7 @@ def test_what_is_finished_is_not_trained_again(dataset, embedding, capsys):
     assert "already trained" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         trained(dataset, embedding, "--steps", "13")
-    assert "holds another one: steps is 12 there and 13 here" in capsys.readouterr().err
+    assert "steps is 12 there and 13 here" in capsys.readouterr().err
 
 
 def test_a_damaged_embedding_is_refused(embedding, tmp_path):

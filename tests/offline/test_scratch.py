@@ -53,7 +53,7 @@ def test_it_is_built_once_and_resumed_by_the_same_command(data, tmp_path, capsys
     assert (tmp_path / "out" / "manifest.json").read_bytes() == made
     with pytest.raises(SystemExit):  # other sizes of the U-Net make another model
         scratch("--autoencoder.steps=2", "--model.head_dim=16")
-    assert "holds another model" in capsys.readouterr().err
+    assert "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "out" / "manifest.json").read_bytes() == made
     (tmp_path / "out" / "manifest.json").unlink()  # as if killed before the end
     assert "resuming from" in scratch("--autoencoder.steps=2")

@@ -89,7 +89,7 @@ def test_saving_again_replaces_the_same_data_only(folder):
     with pytest.raises(ValueError, match="another dataset"):
         build(seed=1).save(folder)  # same keys, groups and counts
     other = ReferenceIndex.build(random_images(5, seed=9))
-    with pytest.raises(ValueError, match="index of another dataset.*--overwrite"):
+    with pytest.raises(ValueError, match="another dataset;.*--overwrite"):
         other.save(folder)
     assert len(ReferenceIndex.load(folder)) == 10
     other.save(folder, overwrite=True)
@@ -101,7 +101,7 @@ def test_an_index_of_other_features_is_kept(tmp_path):
     pixels, whitened = build(), build(features=Whitened.fit(PixelFeatures(), random_images(60)))
     pixels.dataset_hash = whitened.dataset_hash = "the same"
     pixels.save(tmp_path / "index")
-    with pytest.raises(ValueError, match="index of other features"):
+    with pytest.raises(ValueError, match="features.name is"):
         whitened.save(tmp_path / "index")
     assert ReferenceIndex.load(tmp_path / "index").metric == "l2"
     whitened.save(tmp_path / "index", overwrite=True)
@@ -112,7 +112,7 @@ def test_what_is_no_index_is_never_replaced(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="not a finished index folder"):
+        with pytest.raises(ValueError, match="thesis.txt"):
             build().save(tmp_path / "notes", overwrite)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file"):

@@ -52,7 +52,7 @@ def test_the_same_run_continues(run):
     [
         ({"steps": 20}, 6, "steps is 50 there and 20 here"),
         ({"guidance": {"c1": 1.0}}, 6, r"guidance\.c1 is 5\.0 there and 1\.0 here"),
-        ({"model_sha256": "b" * 64}, 6, "samples: made with another model;"),
+        ({"model_sha256": "b" * 64}, 6, "made with another model;"),
         ({"new": 1}, 6, "new is None there and 1 here"),
         ({}, 7, "count is 6 there and 7 here"),
     ],

@@ -145,9 +145,9 @@ def test_the_oracle_needs_a_number_of_training_images():
 def test_a_study_of_another_size_is_refused(tmp_path):
     claim(plan(out=tmp_path, models={}))
     claim(plan(out=tmp_path, name="other", subjects={"amg": {"mitigation": "amg"}}))
-    with pytest.raises(ValueError, match="holds a study with --count 1000, not 200"):
+    with pytest.raises(ValueError, match="--out .* count is 1000 there and 200 here"):
         claim(plan(out=tmp_path, count=200))
-    with pytest.raises(ValueError, match="--options.train"):
+    with pytest.raises(ValueError, match="options.train"):
         claim(plan(out=tmp_path, options=CommandOptions(train={"data.batch_size": 5})))
     for damaged in ("3", '{"models": 3}', "{"):
         (tmp_path / "study.json").write_text(damaged)
@@ -161,7 +161,7 @@ def test_models_may_be_added_and_the_way_to_run_may_change(tmp_path):
     claim(plan(out=tmp_path, models={"deep": {"model.network.layers_per_block": 9}}))
     claim(plan(out=tmp_path, models={**begun, "other": {}}))
     for changed in ("wide", "deep"):
-        with pytest.raises(ValueError, match=f"a study with --models.{changed} "):
+        with pytest.raises(ValueError, match=f"--out .* models.{changed}"):
             claim(plan(out=tmp_path, models={changed: {"model.network.layers_per_block": 3}}))
     how = CommandOptions(
         train={"trainer.logger": True, "trainer.devices": 2, "trainer.enable_progress_bar": True},
@@ -171,7 +171,7 @@ def test_models_may_be_added_and_the_way_to_run_may_change(tmp_path):
     claim(plan(out=tmp_path, models={}, options=how))
     claim(plan(out=tmp_path, models={"wide": {**begun["wide"], "trainer.logger.name": "x"}}))
     claim(plan(out=tmp_path, models={}))
-    with pytest.raises(ValueError, match="--options.sample"):
+    with pytest.raises(ValueError, match="options.sample"):
         claim(plan(out=tmp_path, models={}, options=CommandOptions(sample={"steps": 7})))
 
 

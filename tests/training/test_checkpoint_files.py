@@ -107,7 +107,7 @@ def test_a_damaged_one_is_noticed(folder, capsys, damage):
 def test_processes_that_start_together_begin_alike(folder, monkeypatch):
     """Whoever is first: no other process writes, and none resumes from what is overwritten."""
     old, new = sorted(folder.iterdir())
-    with pytest.raises(ValueError, match="holds another model: seed is 0 there and 1 here"):
+    with pytest.raises(ValueError, match="--out .* seed is 0 there and 1 here"):
         claimed(folder, {"seed": 1})
     found = claimed(folder, {"seed": 1}, overwrite=True)
     monkeypatch.setenv("RANK", "1")

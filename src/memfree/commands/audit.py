@@ -14,7 +14,8 @@ from memfree.console import plain_console, shown
 from memfree.data.skipped import INCOMPLETE, LeftOut, Skipped
 from memfree.data.split import DEFAULT_RATE
 from memfree.folders.atomic import put_in_place, unfinished, write_text
-from memfree.folders.manifest import check_replaceable, save_config, write_manifest
+from memfree.folders.claim import claim
+from memfree.folders.manifest import save_config, write_manifest
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def audit(
 
     console = plain_console()
     if out is not None:
-        check_replaceable(out, "audit")
+        claim(out, "audit")
     references = ReferenceIndex.load(index)
     if dataset is not None:
         _open_dataset(references, dataset)  # refuses another one before the work

@@ -8,7 +8,8 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from memfree.cli.stages import Stage, run_stages
 from memfree.console import plain_console
-from memfree.folders.manifest import check_kind, save_config, write_manifest
+from memfree.folders.claim import check_kind
+from memfree.folders.manifest import save_config, write_manifest
 
 SAMPLES = {"unguided": "none", "amg": "amg", "both": "both"}
 """Sample folders of the demo and the mitigation of each."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from memfree.console import plain_console
 from memfree.data.split import DEFAULT_RATE
 from memfree.evaluation.inputs import DEFAULT_REFERENCE, Inputs, Subject, open_inputs
-from memfree.folders.manifest import check_replaceable
+from memfree.folders.claim import claim
 from memfree.guidance import WITH_AMG
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
@@ -75,7 +75,7 @@ def evaluate(
     from memfree.evaluation.writer import write_evaluation
 
     console = plain_console()
-    check_replaceable(out, "evaluation")
+    claim(out, "evaluation")
     scorer = None if clip is None else ClipScorer(clip)
     with step(console, "Opening data set, index and samples"):
         inputs = open_inputs(dataset, index, samples, reference, other_data)

@@ -140,7 +140,7 @@ def index(
     from memfree.out_of_memory import explained_memory
     from memfree.retrieval import ReferenceIndex
     from memfree.retrieval.features.make import make_features
-    from memfree.retrieval.index_folder import check_replaceable, is_written, read_salt
+    from memfree.retrieval.index_folder import claim_index, read_salt
 
     if whiten and features in ("pixels", "latents"):
         raise ValueError(
@@ -187,7 +187,7 @@ def index(
 
     with explained_memory("indexing", ways):
         if features == "pixels":
-            check_replaceable(out, folder.hash, made.describe(), overwrite)
+            claim_index(out, folder.hash, made.describe(), overwrite)
             write(_index_pixels(folder, made, batch_size, console))
             return
         made, parts = _embed(
@@ -196,7 +196,8 @@ def index(
         if not is_first_process():
             return
         with one_at_a_time(out, work):
-            if not work.whole and is_written(out, folder.hash, made.describe()):
+            mine = out, folder.hash, made.describe(), overwrite
+            if not work.whole and claim_index(*mine) == "finished":  # another part wrote it
                 say(f"{out} is finished")
             elif missing := parts.missing():
                 say(f"{out}: part {part} is embedded; {len(missing)} batches of others are not")
@@ -266,7 +267,7 @@ def _embed(
     """The extractor and what it made of the train part, or of this part of the work."""
     # Lightning takes seconds to import, which an index of pixels need not wait for.
     from memfree.retrieval.embed import EmbeddedParts, embed, parts_folder, whitened
-    from memfree.retrieval.index_folder import check_replaceable, is_written
+    from memfree.retrieval.index_folder import claim_index
     from memfree.training.trainer import build_trainer
 
     with quiet(*QUIET):
@@ -283,10 +284,10 @@ def _embed(
         with one_at_a_time(out, work):
             device = lightning.strategy.root_device
             features = whitened(folder, features, root, batch_size, device)
-    check_replaceable(out, folder.hash, features.describe(), overwrite)
+    found = claim_index(out, folder.hash, features.describe(), overwrite)
     images = folder.part("train")
     parts = EmbeddedParts(root, features, folder, len(images), batch_size)
-    if not work.whole and is_written(out, folder.hash, features.describe()):
+    if not work.whole and found == "finished":
         return features, parts
     with quiet(*QUIET), _bar(console) as progress:
         # The first process counts its own share; the others' are as large.

@@ -24,8 +24,9 @@ from memfree.data.options import (
 )
 from memfree.data.skipped import INCOMPLETE, LeftOut, Skipped
 from memfree.data.split import PARTS, PartSizes, too_few_images
-from memfree.folders.atomic import check_free_space, check_place, put_in_place, unfinished
-from memfree.folders.manifest import read_manifest, refuse_own_files, save_config, write_manifest
+from memfree.folders.atomic import check_free_space, put_in_place, unfinished
+from memfree.folders.claim import claim
+from memfree.folders.manifest import read_manifest, save_config, write_manifest
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
@@ -134,14 +135,15 @@ def prepare(
         recipe["records"] = dataclasses.asdict(records)
     recipe = json.loads(json.dumps(recipe))
     console = plain_console(stderr=True)
-    if _is_done(out, recipe, overwrite):
+    asked = None if overwrite else recipe  # made again, also where it was made in this way
+    if claim(out, "dataset", asked, overwrite, lambda found: found.get("recipe")) == "finished":
+        _check_whole(out)
         if source in ("emoji", "folder", "shards"):
             _check_source(out, source, path, emoji_variants, records, on_error)
         status = _status(read_manifest(out, "dataset").get("skipped"))
         note = "; images or shards were skipped, see its manifest" if status else ""
         console.print(f"{out} is already prepared in this way{note}", soft_wrap=True)
         return status
-    check_place(out)
     opened = open_source(source, path, emoji_variants, records)
     from memfree.data.build import build
     from memfree.data.ingest import Framing
@@ -202,27 +204,6 @@ def _result(facts: dict[str, Any], skipped: Skipped | None, other: LeftOut) -> s
         images = counted(facts["grouping"]["source_images"], "image")
         notes.append(f"{left_out} of {images} left out, in no part")
     return "; ".join(notes)
-
-
-def _is_done(out: Path, recipe: dict[str, Any], overwrite: bool) -> bool:
-    """Whether ``out`` is there and was made like this; refuses to touch anything else."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    try:
-        manifest = read_manifest(out, "dataset")
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"--out {out} exists and is not a dataset folder; choose another"
-        ) from error
-    if manifest.get("recipe") == recipe and not overwrite:
-        _check_whole(out)
-        return True
-    if not overwrite:
-        raise ValueError(
-            f"--out {out} holds another data set; choose another or say --overwrite true"
-        )
-    refuse_own_files(out, "dataset")
-    return False
 
 
 def _check_whole(out: Path) -> None:

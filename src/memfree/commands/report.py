@@ -10,8 +10,9 @@ from markupsafe import Markup
 
 from memfree.console import plain_console
 from memfree.folders.atomic import write_atomic, write_text
+from memfree.folders.claim import check_kind
 from memfree.folders.lock import one_writer
-from memfree.folders.manifest import check_kind, save_config, write_manifest
+from memfree.folders.manifest import save_config, write_manifest
 from memfree.folders.untrusted import short
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help

@@ -12,6 +12,7 @@ from memfree.console import plain_console, say
 from memfree.data import DatasetFolder
 from memfree.data.split import PartName
 from memfree.folders.atomic import write_json
+from memfree.folders.claim import claim
 from memfree.folders.manifest import sha256, write_manifest
 from memfree.models.options import Accelerator, SmallClipOptions
 
@@ -54,7 +55,7 @@ def train_clip(
     import safetensors.torch
 
     from memfree.evaluation.agreement import ClipScorer, deranged, pair_report
-    from memfree.offline.short_training import DistinctImages, fit, is_finished, write_folder
+    from memfree.offline.short_training import DistinctImages, fit, write_folder
     from memfree.offline.small_clip import PREPROCESSING, SmallClipModule, model_config
 
     folder = DatasetFolder(dataset)
@@ -65,7 +66,7 @@ def train_clip(
         "batch_size": batch_size,
         "seed": seed,
     }
-    if is_finished(out, "clip", identity, overwrite):
+    if claim(out, "clip", identity, overwrite) == "finished":
         say(f"{out} is already trained as asked")
         return
     pairs = DistinctImages(folder, PARTS)

@@ -11,6 +11,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from memfree.console import say
 from memfree.data import DatasetFolder
 from memfree.data.split import PartName
+from memfree.folders.claim import claim
 from memfree.folders.manifest import sha256, write_manifest
 from memfree.models.options import Accelerator, CopyDetectionOptions
 
@@ -59,7 +60,7 @@ def train_embedding(
     import safetensors.torch
 
     from memfree.offline.copy_detection import CopyDetectionModule
-    from memfree.offline.short_training import DistinctImages, fit, is_finished, write_folder
+    from memfree.offline.short_training import DistinctImages, fit, write_folder
     from memfree.retrieval.features.copy_detection import WEIGHTS, CopyDetectionShape
 
     folder = DatasetFolder(dataset)
@@ -78,7 +79,7 @@ def train_embedding(
         "batch_size": batch_size,
         "seed": seed,
     }
-    if is_finished(out, "embedding", identity, overwrite):
+    if claim(out, "embedding", identity, overwrite) == "finished":
         say(f"{out} is already trained as asked")
         return
     images = DistinctImages(folder, PARTS)

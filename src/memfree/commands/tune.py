@@ -15,7 +15,8 @@ from rich.table import Table
 from memfree.commands.sample import prompts_in_turn
 from memfree.console import plain_console
 from memfree.folders.atomic import put_in_place, unfinished, write_json, write_text
-from memfree.folders.manifest import check_replaceable, save_config, write_manifest
+from memfree.folders.claim import claim
+from memfree.folders.manifest import save_config, write_manifest
 from memfree.guidance import WITH_AMG, GuidanceSettings
 from memfree.sampling.sample_run import PromptOptions, SchedulerName
 
@@ -102,7 +103,7 @@ def tune(
         )
     if not scales or min(scales) <= 0:
         raise ValueError("--scales needs at least one number, all above 0")
-    check_replaceable(out, "tuning")
+    claim(out, "tuning")
     loaded = load_model(model)
     asked: list[int] | list[str] | None = prompts_in_turn(prompts, loaded)
     if asked is None:

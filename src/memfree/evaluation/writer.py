@@ -14,7 +14,8 @@ from memfree.evaluation.inputs import MODEL, Inputs, Subject
 from memfree.evaluation.metrics import MetricTable, write_metrics
 from memfree.evaluation.pictures import choose_samples, picture_rows, training_images
 from memfree.folders.atomic import put_in_place, unfinished
-from memfree.folders.manifest import check_replaceable, read_manifest, save_config, write_manifest
+from memfree.folders.claim import claim
+from memfree.folders.manifest import read_manifest, save_config, write_manifest
 from memfree.folders.untrusted import check_fields
 from memfree.guidance import NormalizedL2, default_similarity
 from memfree.sampling.sample_folder import SampleFolder
@@ -133,7 +134,7 @@ def write_evaluation(
                 for name, folder in inputs.samples.items()
             },
         )
-        check_replaceable(out, "evaluation")
+        claim(out, "evaluation")
         put_in_place(partial, out, overwrite=True)
 
 

@@ -20,8 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from memfree.folders.atomic import check_place, write_json, write_text
-from memfree.folders.untrusted import check_plain, short
+from memfree.folders.atomic import write_json, write_text
+from memfree.folders.untrusted import check_plain, read_json, short
 from memfree.slurm.launcher import is_first_process
 
 _BLOCK, _CHUNK = 64 << 20, 1 << 20  # bytes
@@ -93,14 +93,6 @@ def folder_hash(folder: Path) -> str:
 
 
 FORMAT_VERSION = 1
-_FILES = {
-    "dataset": r"(train|calibration|test|fit)-\d+\.tar|(items|conditions|records)\.parquet",
-    "audit": r"audit\.parquet|index\.html",
-    "evaluation": r"metrics\.json|(per_sample|trajectories|pictures)\.parquet|index\.html|"
-    r"picture\.png|report",
-    "tuning": r"tune\.json|guidance\.yaml",
-}
-"""Names of what is in a folder of a kind, beside its manifest and configuration."""
 _PACKAGES = ("memfree", "torch", "torchvision", "lightning", "diffusers", "numpy")
 
 
@@ -179,8 +171,6 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         FileNotFoundError: there is no such folder.
         ValueError: it is unfinished, of another kind, of a newer format, or not valid JSON.
     """
-    from memfree.folders.untrusted import read_json, short
-
     path = folder / "manifest.json"
     if not folder.is_dir():
         raise FileNotFoundError(f"no {kind} folder at {folder}")
@@ -195,54 +185,6 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         found = short(repr(value.get("format")))
         raise ValueError(f"{folder} has format {found}; this version reads {FORMAT_VERSION}")
     return value
-
-
-def check_replaceable(out: Path, kind: str) -> None:
-    """Refuse to replace what is not a finished folder of this ``kind``, or cannot be replaced.
-
-    Raises:
-        ValueError: ``out`` is a file, a folder with other contents or with files of the user's
-            own beside the result, or a mount point.
-        OSError: nothing can be written beside it.
-    """
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()):
-        try:
-            read_manifest(out, kind)
-        except ValueError as error:
-            raise ValueError(
-                f"--out {out} holds files of something else ({error}); "
-                "choose an empty or a new folder"
-            ) from error
-        refuse_own_files(out, kind)
-    check_place(out)
-
-
-def refuse_own_files(out: Path, kind: str) -> None:
-    """Refuse to replace a folder that holds what no command has written; hidden files go.
-
-    Raises:
-        ValueError: it does; the message names the first such file.
-    """
-    known = re.compile(rf"\..*|manifest\.json|config\.yaml|{_FILES.get(kind, '.*')}", re.DOTALL)
-    own = sorted(path.name for path in out.iterdir() if not known.fullmatch(path.name))
-    if own:
-        more = f" and {len(own) - 1} more" if len(own) > 1 else ""
-        raise ValueError(
-            f"--out {out} also holds {short(own[0])}{more}, which would be lost: move it away, or "
-            "choose another folder"
-        )
-
-
-def check_kind(folder: Path, kind: str) -> None:
-    """Refuse a folder whose manifest is of another kind; without a manifest it may hold anything.
-
-    Raises:
-        ValueError: it holds something else, or a manifest that cannot be read.
-    """
-    if (folder / "manifest.json").is_file():
-        read_manifest(folder, kind)
 
 
 CONFIG_NAME = "config.yaml"

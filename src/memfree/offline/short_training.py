@@ -18,9 +18,8 @@ from memfree.data.dataset_folder import DatasetFolder
 from memfree.data.random_streams import Stream, generator_of
 from memfree.data.record_reader import RecordReader
 from memfree.data.split import PartName
-from memfree.folders.atomic import check_place, put_in_place, unfinished
-from memfree.folders.claim import first_difference
-from memfree.folders.manifest import check_kind, read_manifest, save_config
+from memfree.folders.atomic import put_in_place, unfinished
+from memfree.folders.manifest import save_config
 from memfree.images import from_bytes
 from memfree.models.module import adamw, warm_up
 from memfree.models.options import Accelerator
@@ -119,35 +118,6 @@ class _Permutations(Sampler[list[int]]):
                     return
                 yield order[start : start + self._batch_size].tolist()
                 done += 1
-
-
-def is_finished(out: Path, kind: str, identity: dict[str, Any], overwrite: bool) -> bool:
-    """Whether ``out`` holds just what would be trained.
-
-    Args:
-        out: the folder; need not exist.
-        kind: of its manifest.
-        identity: what the network is trained with, JSON values.
-        overwrite: whether another of this kind may be replaced.
-
-    Raises:
-        ValueError: it holds something else, or another network and not ``overwrite``, or what is
-            trained could not be put there.
-        OSError: nothing can be written beside it.
-    """
-    check_kind(out, kind)
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        check_place(out)
-        return False
-    found = read_manifest(out, kind)  # refuses files of something else
-    difference = first_difference(found.get("identity"), identity)
-    if difference and not overwrite:
-        raise ValueError(
-            f"--out {out} holds another one: {difference}; use another --out, or --overwrite true"
-        )
-    if difference:
-        check_place(out)
-    return not difference
 
 
 def fit(

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from memfree.folders.atomic import (
     check_free_space,
-    check_place,
     put_in_place,
     unfinished,
     write_atomic,
     write_json,
 )
+from memfree.folders.claim import Found, claim
 from memfree.folders.manifest import (
     block_checksums,
     read_manifest,
@@ -151,9 +151,8 @@ def save(index: Searched, folder: Path, overwrite: bool = False) -> None:
         OSError: the disk has too little room.
     """
     folder = folder.absolute()
-    check_replaceable(
-        folder, index.dataset_hash, index.features.describe(), overwrite, content_hash(index)
-    )
+    made_of = index.dataset_hash or content_hash(index)
+    claim_index(folder, made_of, index.features.describe(), overwrite)
     check_free_space(folder, index.vectors.numel() * 4 + 100 * len(index) + (1 << 20))
     with unfinished(folder) as partial:
         _write(index, partial)
@@ -205,57 +204,31 @@ def _write(index: Searched, folder: Path) -> None:
     )
 
 
-def check_replaceable(
-    folder: Path,
-    dataset_hash: str | None,
-    features: dict[str, Any],
-    overwrite: bool,
-    content: str | None = None,
-) -> None:
-    """Refuse to write an index where something else is.
+def claim_index(
+    out: Path, images_hash: str | None, features: dict[str, Any], overwrite: bool
+) -> Found:
+    """Accept ``out`` as the place of an index.
 
     Args:
-        folder: where the index shall be.
-        dataset_hash: of its dataset folder, None for an index of tensors.
+        out: where the index shall be.
+        images_hash: of its dataset folder, or ``content_hash`` of an index of tensors.
         features: ``describe()`` of its features.
-        overwrite: allow it to replace an index of other data or features.
-        content: its ``content_hash``, which tells indexes of tensors apart.
+        overwrite: whether it replaces an index of other images or features, and one of its own.
 
     Raises:
-        ValueError: the folder holds something else, or such an index and not ``overwrite``.
+        ValueError: it holds something else, or such an index and not ``overwrite``.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        check_place(folder)
-        return
-    if not folder.is_dir():
-        raise ValueError(f"cannot write an index to {folder}: it is a file")
-    old = read_manifest(folder, "index")
-    if overwrite:
-        check_place(folder)
-        return
-    if difference := _difference(old, dataset_hash, features, content):
-        raise ValueError(
-            f"{folder} holds the index {difference}; choose another --out or give --overwrite true"
-        )
+    asked = _made_from({"dataset_hash": images_hash, "features": features})
+    return claim(out, "index", None if overwrite else asked, overwrite, _made_from)
 
 
-def is_written(folder: Path, dataset_hash: str | None, features: dict[str, Any]) -> bool:
-    """Whether the finished index of this dataset and these features is there."""
-    if not (folder / "manifest.json").is_file():
-        return False
-    return _difference(read_manifest(folder, "index"), dataset_hash, features, None) is None
-
-
-def _difference(
-    old: dict[str, Any], dataset_hash: str | None, features: dict[str, Any], content: str | None
-) -> str | None:
-    """What an index with this manifest is of, if not of these images and features."""
-    same = old.get("dataset_hash") == dataset_hash and (
-        dataset_hash is not None or old.get("content_hash") == content
-    )
-    if same and identity(old.get("features") or {}) == identity(features):
-        return None
-    return "of other features" if same else "of another dataset"
+def _made_from(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The identity of an index; without a dataset it is told apart by its rows."""
+    images, features = manifest.get("dataset_hash"), manifest.get("features")
+    return {
+        "dataset_sha256": manifest.get("content_hash") if images is None else images,
+        "features": identity(features if isinstance(features, dict) else {}),
+    }
 
 
 def save_calibrations(folder: Path, calibrations: dict[str, dict[str, Any]]) -> None:

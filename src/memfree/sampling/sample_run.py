@@ -15,9 +15,9 @@ from jsonargparse.typing import PositiveInt
 
 from memfree.data.options import PromptSet
 from memfree.folders.atomic import remove_temporary, write_json
-from memfree.folders.claim import first_difference
+from memfree.folders.claim import first_difference, or_another, refuse_files, refuse_other
 from memfree.folders.lock import WHOLE, FolderLock, Part, read_holder
-from memfree.folders.manifest import CONFIG_NAME, read_manifest, write_manifest
+from memfree.folders.manifest import read_manifest, write_manifest
 from memfree.folders.untrusted import read_json, read_table, short
 from memfree.slurm.launcher import is_first_process
 
@@ -97,6 +97,8 @@ def trace_summary(
 
 RUN_FILE = "run.json"
 _FILE = re.compile(r"(samples|trace)-[0-9-]+\.(tar|parquet)")
+_WITHOUT_SAMPLES = r"\..*|run\.json|config\.yaml|trace-[0-9-]+\.(tar|parquet)"
+"""Names of what a run leaves that was stopped before it had drawn a sample."""
 
 _LOCK = re.compile(r"\.lock-(\d+-)?\d+")
 
@@ -147,9 +149,11 @@ class SampleRun:
         # Another part may have begun, and have no shard yet.
         taken = self._manifest.is_file() or self.shards() or not self.part.whole
         if begun.is_file() and taken:
-            self._compare(begun)
+            with or_another():
+                there = read_json(begun)
+            refuse_other(self.folder, first_difference(there, self.settings))
         else:
-            self._check_empty()
+            refuse_files(self.folder, _WITHOUT_SAMPLES)
 
     def begin(self) -> None:
         """Create the folder, or ``check`` it; only the first process writes.
@@ -164,34 +168,6 @@ class SampleRun:
             self.lock(0)
             self._manifest.unlink(missing_ok=True)  # of a folder that has lost a shard since
             write_json(self.folder / RUN_FILE, self.settings)
-
-    def _check_empty(self) -> None:
-        if self.folder.exists():
-            if not self.folder.is_dir():
-                raise ValueError(f"--out {self.folder} is a file; name a folder")
-            foreign = sorted(
-                path.name
-                for path in self.folder.iterdir()
-                if not path.name.startswith(".")
-                and not (path.name.startswith("trace-") and _FILE.fullmatch(path.name))
-                and path.name not in (RUN_FILE, CONFIG_NAME)
-            )
-            if foreign:
-                raise ValueError(
-                    f"--out {self.folder} holds files of something else ({foreign[0]}); "
-                    "choose an empty or a new folder"
-                )
-
-    def _compare(self, begun: Path) -> None:
-        try:
-            there = read_json(begun)
-        except ValueError as error:
-            raise ValueError(f"{begun} is damaged ({error}); choose another --out") from error
-        if difference := first_difference(there, self.settings):
-            raise ValueError(
-                f"--out {self.folder} holds other samples: {difference}; choose another --out, "
-                "or repeat the command that began it"
-            )
 
     @property
     def _manifest(self) -> Path:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from memfree.cli.stages import Stage
 from memfree.folders.atomic import write_json
-from memfree.folders.manifest import check_kind
+from memfree.folders.claim import check_kind, first_difference, or_another, refuse_other
 from memfree.folders.untrusted import read_json
 from memfree.study.grid import DEFAULT_MODEL, LADDER_LABEL, Cell, Grid
 
@@ -216,16 +216,18 @@ def claim(plan: Plan) -> None:
     check_kind(plan.out, "study")
     asked = _asked(plan)
     path = plan.out / "study.json"
-    begun = read_json(path) if path.is_file() else {}
-    if not isinstance(begun, dict) or not isinstance(begun.get("models", {}), dict):
-        raise ValueError(f"{path} is no study's file; choose another --out")
-    for option, value, known in _compared(begun, asked):
-        if known != value:
-            raise ValueError(
-                f"{plan.out} holds a study with --{option} {known}, not {value}; "
-                "choose another --out"
-            )
-    both = {**begun, **asked, "models": {**begun.get("models", {}), **asked["models"]}}
+    with or_another():
+        begun = read_json(path) if path.is_file() else {}
+        if not isinstance(begun, dict) or not isinstance(begun.get("models", {}), dict):
+            raise ValueError(f"{path} is no study's file")
+    models = begun.get("models", {})
+    # Studies that were begun before an option existed had its only value.
+    found = {option: _what(begun.get(option, value)) for option, value in asked.items()}
+    found["models"] = {
+        name: _what(models.get(name, options)) for name, options in asked["models"].items()
+    }
+    refuse_other(plan.out, first_difference(found, asked))
+    both = {**begun, **asked, "models": {**models, **asked["models"]}}
     if both != begun:
         write_json(path, both)
 
@@ -238,25 +240,6 @@ def _asked(plan: Plan) -> dict[str, Any]:
     asked = json.loads(json.dumps(asked, default=str))
     assert isinstance(asked, dict)
     return asked
-
-
-def _compared(begun: dict[str, Any], asked: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Option, value now and value then of what both studies have.
-
-    Studies begun before an option existed had its only value.
-    """
-    found = []
-    for option, value in asked.items():
-        if option == "models":
-            then = begun.get("models", {})
-            found += [
-                (f"models.{name}", one, _what(then[name]))
-                for name, one in value.items()
-                if name in then
-            ]
-        elif option in begun:
-            found.append((option, value, _what(begun[option])))
-    return found
 
 
 def _what(options: Any) -> Any:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 
 from memfree.console import say
 from memfree.folders.atomic import refuse_mount_point, remove_temporary
-from memfree.folders.claim import first_difference
-from memfree.folders.manifest import CONFIG_NAME, read_manifest, save_config
+from memfree.folders.claim import Found, check_kind, first_difference, refuse_other
+from memfree.folders.manifest import CONFIG_NAME, save_config
 from memfree.models.export import DIFFUSERS_NAME
 from memfree.models.options import LoggerName
 from memfree.slurm.launcher import is_first_process
@@ -37,7 +37,7 @@ RECONSTRUCTIONS = "reconstructions.png"
 class Claim:
     """What a folder is to a training that may have it."""
 
-    found: Literal["open", "finished", "other"]
+    found: Found
     """``open``: to be trained, from a checkpoint if there is one; ``finished``: trained already;
     ``other``: it holds another model, which ``begin`` deletes."""
     checkpoint: Path | None = None
@@ -66,14 +66,12 @@ def claim(
         overwrite: whether another model in it may be deleted.
 
     Raises:
-        ValueError: it holds another model and ``overwrite`` is not set, or something else.
-        OSError: it is not a folder.
+        ValueError: it holds another model and ``overwrite`` is not set, or something else, or is a
+            file.
     """
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--out {out} is a file: name a folder")
+    manifest = check_kind(out, "model")
     for name in (DIFFUSERS_NAME, LORA):  # replaced when the training is finished
         refuse_mount_point(out / name)
-    manifest = read_manifest(out, "model") if (out / "manifest.json").is_file() else {}
     if manifest:
         for name, kind in (("steps", int), ("epochs", int), ("identity", dict)):
             if not isinstance(manifest.get(name, kind()), kind):
@@ -89,11 +87,7 @@ def claim(
         difference = first_difference(read_identity(checkpoint), identity)
     if not difference and 0 <= max_steps < steps:
         difference = f"it has {steps} steps there and --trainer.max_steps is {max_steps} here"
-    if difference and not overwrite:
-        raise ValueError(
-            f"--out {out} holds another model: {difference}; "
-            "use another --out, or --overwrite true to delete it"
-        )
+    refuse_other(out, difference, overwrite)
     if difference:
         return Claim("other")
     enough_epochs = 0 <= max_epochs <= manifest.get("epochs", 0)
