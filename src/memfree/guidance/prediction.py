@@ -133,7 +133,10 @@ class Prediction:
 
     def recorded_at(self, rows: Tensor, **columns: Tensor) -> Prediction:
         """This record with trace columns that have these values, each (len(rows),), in ``rows``."""
-        trace = {name: self.trace[name].index_copy(0, rows, new) for name, new in columns.items()}
+        trace = {}
+        for name, new in columns.items():
+            column = self.trace[name]
+            trace[name] = column.index_copy(0, rows, new.to(column))
         return self.recorded(**trace)
 
     def activated(self, active: Tensor) -> Prediction:
