@@ -196,8 +196,8 @@ def index(
         if not is_first_process():
             return
         with one_at_a_time(out, work):
-            mine = out, folder.hash, made.describe(), overwrite
-            if not work.whole and claim_index(*mine) == "finished":  # another part wrote it
+            asked = out, folder.hash, made.describe(), overwrite
+            if not work.whole and claim_index(*asked) == "finished":  # another part wrote it
                 say(f"{out} is finished")
             elif missing := parts.missing():
                 say(f"{out}: part {part} is embedded; {len(missing)} batches of others are not")
