@@ -1,6 +1,7 @@
 """Validation on the held-out test part, in Trainers of users and in ``memfree train``."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from memfree.cli import entry
 from memfree.commands.prepare import prepare
 from memfree.commands.train import train
 from memfree.data import DatasetFolder, PartSizes, ShardDataModule, StreamOptions
+from memfree.data.batches import PartLoader
 from memfree.diffusion_math import training_target
 from memfree.models import DDPMModule, FineTuneOptions, ModelOptions, NetworkOptions
 from memfree.models.module import VALIDATED_AT
@@ -90,6 +92,37 @@ def test_validation_within_a_training_changes_nothing_and_is_of_the_average(
         checkpoint = tmp_path / f"b{stop}" / f"step-{stop:08d}.ckpt"
         _, resumed, _ = fit(f"c{stop}", checkpoint)
         assert difference(plain.state_dict(), resumed.state_dict()) is None, stop
+
+
+def test_ranks_share_the_images_out_and_none_is_without(folder):
+    part = DatasetFolder(folder).part("test")
+    rows = [
+        row
+        for rank in range(3)
+        for batch in PartLoader(part, 2, rank, 3, "stop")
+        for row in batch["row"].tolist()
+    ]
+    assert sorted(rows) == part.rows.tolist()
+    assert [len(PartLoader(part, 2, rank, 3, "stop")) for rank in range(3)] == [2, 2, 2]
+    with pytest.raises(ValueError, match="10 test images cannot feed 11 ranks"):
+        PartLoader(part, 2, 0, 11, "stop")
+
+
+def test_a_broken_image_stops_validation_or_is_left_out(make_trainer, folder, tmp_path, caplog):
+    shutil.copytree(folder, tmp_path / "broken")
+    record = DatasetFolder(folder).part_records("test").to_pylist()[0]
+    shard = tmp_path / "broken" / record["shard"]
+    data = bytearray(shard.read_bytes())
+    data[record["offset"] + record["size"] - 20] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged, its checksum differs"):
+        validated(make_trainer, module_of(), ShardDataModule(str(tmp_path / "broken"), 4))
+    skipping = ShardDataModule(str(tmp_path / "broken"), 4, on_error="skip")
+    assert validated(make_trainer, module_of(), skipping) > 0
+    assert sum("checksum differs" in message for message in caplog.messages) == 1
+    batches = list(skipping.val_dataloader())
+    assert [len(batch["image"]) for batch in batches] == [3, 4, 2]
+    assert record["row"] not in [row for batch in batches for row in batch["row"].tolist()]
 
 
 def test_data_without_a_test_part_trains_without_validation(make_trainer, folder, tmp_path):
