@@ -11,11 +11,10 @@ def main(dataset: str = "data/digits", out: str = "runs/own_trainer", steps: int
     """Train a class-conditional DDPM; save its averaged weights as a diffusers pipeline."""
     data = ShardDataModule(dataset, batch_size=64)
     model = DDPMModule(ModelOptions(class_conditional=True), data.image_shape, data.num_classes)
-    ema = ExponentialMovingAverage(decay=0.995)
-    callbacks = [ExposureCounter(), FiniteTraining(), ema]
+    callbacks = [ExposureCounter(), FiniteTraining(), ExponentialMovingAverage(decay=0.995)]
     trainer = Trainer(max_steps=steps, default_root_dir=out, callbacks=callbacks)
     trainer.fit(model, datamodule=data)
-    ema.average.pipeline().save_pretrained(f"{out}/diffusers")
+    model.pipeline().save_pretrained(f"{out}/diffusers")
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def test_what_is_pickled_is_a_name_and_strings(tmp_path):
     file = tmp_path / "x.pkl"
     DelayedSubmission(run_in_job, "train", "a.yaml", "/folder").dump(file)
     data = file.read_bytes()
-    assert b"memfree.slurm.submission" in data and b"run_in_job" in data
+    assert b"memfree.commands.submit" in data and b"run_in_job" in data
     # by name: no code of ours is in it
     assert b"co_code" not in data and b"_make_function" not in data
 
