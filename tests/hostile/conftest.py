@@ -115,7 +115,7 @@ def _evaluation(folder):
     ]
     (folder / "metrics.json").write_text(json.dumps(metrics))
     picture = {"column": 0, "sample": 0, "key": "k", "multiplicity": 2}
-    picture["png"] = images.encode(images.to_bytes(_images(1)[0]))
+    picture["png"] = images.to_png(images.to_bytes(_images(1)[0]))
     verdicts = [
         {"subject": "a", "sigma": -1.0, "copy": True},
         {"subject": None, "sigma": None, "copy": None},
