@@ -7,7 +7,7 @@ from tiny_text_model import SHAPE, TOKENS, WIDTH, generators, tiny_unet
 
 from memfree.conditions import TextConditions
 from memfree.guidance import GuidanceSettings, baselines
-from memfree.guidance.mitigation import Start
+from memfree.guidance.mitigation import Sequential, Start
 from memfree.sampling import sample
 
 STEPS = 4
@@ -145,7 +145,7 @@ def test_without_strength_every_bit_is_that_of_plain_sampling(name, network, pla
 
 
 def test_baselines_can_be_combined(network):
-    both = baselines.Sequential(
+    both = Sequential(
         [
             GuidanceSettings("wen", wen=LOW["wen"]).for_text(),
             GuidanceSettings("ren").for_text(text=Text()),

@@ -14,7 +14,7 @@ import torch
 from guard_parts import NEVER, PROMPTS, ActiveRows, amg, drawn, make_index, noise, options, state
 
 import memfree
-from memfree.pipeline_guard.call import Call
+from memfree.pipeline_guard.call import Call, Watched
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_an_unguarded_pipeline_of_the_same_denoiser_is_reported(pipe, index, mak
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert torch.equal(other(PROMPTS, **options(name)).images, inside)
-    assert not isinstance(vars(other)["image_processor"], memfree.sampling.guard.images.Watched)
+    assert not isinstance(vars(other)["image_processor"], Watched)
 
 
 def test_a_pipeline_with_a_guard_of_its_own_is_not_reported(pipe, index):

@@ -67,7 +67,7 @@ class _Borrowed:
             with self._lock:
                 self._threads -= 1
                 if not self._threads:
-                    set_random_state(self._states)
+                    _put_back(self._states)
                     self._states = {}
 
 
@@ -90,6 +90,13 @@ def set_random_state(state: RandomState) -> None:
             torch.set_rng_state(one)
         else:
             torch.get_device_module(device).set_rng_state(one, *_index(device))
+
+
+def _put_back(state: RandomState) -> None:
+    """Put torch's own generators there, and touch none that is there already."""
+    for device, one in state.items():
+        if not torch.equal(random_state(device)[device], one):
+            set_random_state({device: one})
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
