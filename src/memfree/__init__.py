@@ -25,18 +25,20 @@ def __getattr__(name: str) -> Any:
 
 
 def with_moved_names(
-    package: str, attribute: Callable[[str], Any], moved: Mapping[str, str]
+    package: str, attribute: Callable[[str], Any] | None, moved: Mapping[str, str]
 ) -> Callable[[str], Any]:
     """A package's ``__getattr__`` that finds names where they are now, with a warning.
 
     Args:
         package: its name.
-        attribute: its own ``__getattr__``.
+        attribute: its own ``__getattr__``; None: it has none.
         moved: by name, the module that has it now; they go with the next release.
     """
 
     def get(name: str) -> Any:
         if name not in moved:
+            if attribute is None:
+                raise AttributeError(f"module {package!r} has no attribute {name!r}")
             return attribute(name)
         message = f"{package}.{name} has moved: import it from {moved[name]}"
         warnings.warn(message, FutureWarning, stacklevel=2)

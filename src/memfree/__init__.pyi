@@ -9,5 +9,5 @@ from .retrieval import ReferenceIndex as ReferenceIndex
 __version__: str
 
 def with_moved_names(
-    package: str, attribute: Callable[[str], Any], moved: Mapping[str, str]
+    package: str, attribute: Callable[[str], Any] | None, moved: Mapping[str, str]
 ) -> Callable[[str], Any]: ...

@@ -14,7 +14,7 @@ CaptionSource = Literal["any", "txt", "caption", "json", "metadata", "none"]
 LabelPolicy = Literal["own", "random", "unique"]
 PromptSet = Literal["duplicated", "other", "unseen"]
 DEFAULT_DISTANCE = 0.15
-"""Two images are near duplicates up to this distance; see ``grouping.near_pairs``."""
+"""Two images are near duplicates up to this distance; see ``duplicates.near_pairs``."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class NeighbourConditions:
     Args:
         index: references with labels or captions.
         policy: ``nearest`` (the paper) or ``most_common`` (the authors' code); see
-            ``retrieval.captions``. Labels are always the nearest image's.
+            ``retrieval.items.duplicated_captions``. Labels are always the nearest image's.
         neighbours: k, distinct groups whose captions ``most_common`` counts.
         records: m: the most common caption is taken if more training records have it, else the
             nearest image's.
