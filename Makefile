@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast test-all test-slurm test-gpu lint bench study clean
 
@@ -20,10 +21,10 @@ demo: $(STAMP) ## Train on digits with repeats, show the copies, sample again wi
 	$(BIN)/memfree demo --out runs/demo
 
 test: $(STAMP) ## Run all tests, two at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(TESTS) $(PYTEST_OPTIONS)
 
-test-fast: $(STAMP) ## Run the tests that take less than a few seconds each
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not exhaustive'
+test-fast: $(STAMP) ## Run the tests that take less than half a second each (tests/slow_tests.txt has the others)
+	$(TESTS) -m 'not slow and not exhaustive' $(PYTEST_OPTIONS)
 
 test-all: $(STAMP) ## Run all tests and those that repeat others many times (hours)
 	$(BIN)/python -m pytest -m '' -o timeout=7200

@@ -1,3 +1,4 @@
+from .copy_rate import CopyRate as CopyRate
 from .loop import Result as Result
 from .loop import sample as sample
 from .module import SampleBatch as SampleBatch

@@ -1,0 +1,60 @@
+"""CopyRate: the share of copies among a few samples, measured at each validation of a training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+import torch
+
+from memfree.guidance.calibration import calibration_of, default_similarity
+from memfree.models.module import DiffusionModule
+
+if TYPE_CHECKING:
+    from memfree.retrieval import ReferenceIndex
+
+
+class CopyRate(pl.Callback):
+    """Logs ``val/copy_rate``: the share of ``count`` samples that an index calls copies.
+
+    The samples are those of ``DiffusionModule.preview``: from the same noise at each validation, by
+    DDIM, from the averaged weights where there are any. Rank 0 draws them.
+
+    Args:
+        index: calibrated references, of the images that the module makes.
+        count: samples, 1 or more; among them rates below 1/count cannot be seen.
+        false_positive_rate: share of real images that would be called copies, in (0, 1).
+        steps: DDIM steps.
+        seed: of the noise.
+
+    Raises:
+        ValueError: the index is not calibrated, or not for this rate.
+    """
+
+    def __init__(
+        self,
+        index: ReferenceIndex,
+        count: int = 64,
+        false_positive_rate: float = 0.01,
+        steps: int = 25,
+        seed: int = 0,
+    ) -> None:
+        self.index, self.count, self.steps, self.seed = index, count, steps, seed
+        self.similarity = default_similarity(index)
+        self.threshold = calibration_of(index, self.similarity).threshold(false_positive_rate)
+        self._rate = 0.0
+
+    @torch.no_grad()
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw and judge the samples, before validation puts the average in the module's place."""
+        assert isinstance(pl_module, DiffusionModule)
+        if trainer.is_global_zero:
+            averaged = pl_module.average or pl_module
+            images = averaged.preview(self.count, self.steps, self.seed).float()
+            sigma = self.similarity(self.index.to(images.device), images).sigma
+            self._rate = float((sigma > self.threshold).float().mean())
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the rate beside the loss."""
+        rate = trainer.strategy.broadcast(self._rate)
+        pl_module.log("val/copy_rate", rate, batch_size=self.count, rank_zero_only=True)

@@ -1,0 +1,29 @@
+"""List the tests that take long in tests/slow_tests.txt, from the log of a run with --durations=0.
+
+    make test PYTEST_OPTIONS=--durations=0 | tee log; python tests/slow_tests.py log
+
+A test takes what its calls and set-ups take together, whatever its parameters.
+"""
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+SECONDS = 0.5
+"""Longer is slow: what is left takes about a minute on two cores."""
+LINE = re.compile(r"([\d.]+)s (?:call|setup|teardown) +(tests/\S+?::[^\[\s]+)")
+
+
+def main() -> None:
+    """Read the log that is named and write the list."""
+    seconds: Counter[str] = Counter()
+    for line in Path(sys.argv[1]).read_text().splitlines():
+        if match := LINE.match(line):
+            seconds[match[2]] += float(match[1])
+    slow = sorted(name for name, total in seconds.items() if total > SECONDS)
+    Path(__file__).with_name("slow_tests.txt").write_text("\n".join(slow) + "\n")
+
+
+if __name__ == "__main__":
+    main()
