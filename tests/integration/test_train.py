@@ -257,7 +257,7 @@ def test_interrupt_is_one_line_and_the_same_command_resumes(folder, tmp_path, ca
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     saved = step_of(latest_checkpoint(out / "checkpoints"))
-    line = f"memfree: interrupted: saved step {saved}; the same command goes on from there"
+    line = f"memfree: interrupted: saved step {saved}; the same command resumes from there"
     assert error.splitlines()[-1] == line
     assert error.count("interrupt") == 1 and "Traceback" not in error
     steps = saved + 1
