@@ -68,12 +68,8 @@ PLAIN_INTERVAL = 10.0
 class ProgressLine:
     """Progress of one task: a bar in a terminal, elsewhere a line now and then.
 
-    Args:
-        console: where to write.
-        doing: name of the bar.
-        line: a line elsewhere, as "step {} of {}": for what is done and the total.
-        total: None if unknown; the line then ends before " of".
-        done: what an earlier run has done.
+    The bar is called ``doing``; a ``line`` is as "step {} of {}", for what is done and the total,
+    which may be unknown.
     """
 
     def __init__(

@@ -332,7 +332,7 @@ def test_help_explains_every_option(capsys):
         "--out OUT Model folder to write: checkpoints, logs, sample grids",
         "--model.learning_rate LEARNING_RATE Highest learning rate of AdamW",
         "--model.noise.prediction_type {epsilon,v_prediction} Whether the network predicts",
-        "--trainer.max_steps MAX_STEPS Optimizer steps in all; -1: as many as max_epochs needs.",
+        "--trainer.max_steps MAX_STEPS Total optimizer steps; -1: as many as max_epochs needs.",
         "Records in a batch on each rank, at most",
     ):
         assert words in text

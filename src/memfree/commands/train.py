@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -111,9 +113,15 @@ def train(
     from memfree.training.trainer import build_trainer
 
     records = ShardDataModule(**vars(data))
-    _check_length(trainer)
+    for name in ("max_steps", "max_epochs"):
+        value = getattr(trainer, name)
+        if value < -1 or value == 0:
+            raise ValueError(f"--trainer.{name} {value}: give 1 or more, or -1 for no such limit")
+    if trainer.max_steps == trainer.max_epochs == -1:
+        raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
     if trainer.val_check_interval:
-        _check_test_part(records)
+        with _named("--trainer.val_check_interval"):
+            records.val_dataloader()
     # Not devices: a run may resume with another number of them.
     accumulated, precision = trainer.accumulate_grad_batches, _precision(trainer)
     stepping = {
@@ -174,6 +182,8 @@ def train(
     left_out = records.left_out_on_all_ranks()
     if fit.is_global_zero:
         averaged = module.average or module
+        # Lightning counts the epoch in which max_steps falls as whole.
+        batches_of_last = fit.fit_loop.epoch_loop.batch_progress.current.ready
         if isinstance(averaged, TextToImageModule) and model.finetune.lora_rank:
             with unfinished(out / LORA) as partial:
                 averaged.save_adapters(partial)
@@ -190,7 +200,7 @@ def train(
             devices=fit.world_size,
             **stepping,
             steps=fit.global_step,
-            epochs=_whole_epochs(fit, losses.epoch),
+            epochs=losses.epoch + int(batches_of_last >= fit.num_training_batches),
             identity=module.identity(),
             exposures=_exposure_summary(out / EXPOSURES),
             skipped=skipped,
@@ -202,10 +212,13 @@ def train(
     fit.strategy.barrier()
 
 
-def _whole_epochs(fit: pl.Trainer, last: int) -> int:
-    """Whole epochs; Lightning counts the one in which max_steps falls as whole."""
-    batches = fit.fit_loop.epoch_loop.batch_progress.current.ready
-    return last + (1 if batches >= fit.num_training_batches else 0)
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Put the option before what is wrong with its value."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def _module(
@@ -230,47 +243,28 @@ def _module(
             f"--data.path {data.path} has no captions, which --model.pretrained is trained with: "
             "prepare captioned images"
         )
-    try:
+    with _named("--model.pretrained"):
         pipe = load_pipeline(model.pretrained)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--model.pretrained: {error}") from error
     return TextToImageModule(model, pipe, data.image_shape, seed, read, stepping)
 
 
 def _less_memory(data: ShardDataModule, model: ModelOptions, options: TrainerOptions) -> list[str]:
     """What lowers the memory of this training, the best first."""
-    accumulated = options.accumulate_grad_batches
     smaller = (
         f"a smaller --data.batch_size (now {data.batch_size}) with a larger "
-        f"--trainer.accumulate_grad_batches (now {accumulated})"
+        f"--trainer.accumulate_grad_batches (now {options.accumulate_grad_batches})"
     )
-    tuned, whole = model.pretrained is not None, not model.finetune.lora_rank
+    tuning = model.finetune if model.pretrained is not None else None
+    checkpointing = "--model.finetune.gradient_checkpointing true"
     ways = {
         smaller: data.batch_size > 1,
-        "--model.finetune.gradient_checkpointing true": tuned
-        and not model.finetune.gradient_checkpointing,
+        checkpointing: tuning is not None and not tuning.gradient_checkpointing,
         "--trainer.precision bf16-mixed": _precision(options) == "32-true",
         "--model.finetune.cache false": model.finetune.cache,
         "--model.ema_decay 0": model.ema_decay > 0,
-        "--model.finetune.lora_rank 16": tuned and whole,
+        "--model.finetune.lora_rank 16": tuning is not None and not tuning.lora_rank,
     }
     return [way for way, helps in ways.items() if helps]
-
-
-def _check_length(options: TrainerOptions) -> None:
-    for name in ("max_steps", "max_epochs"):
-        value = getattr(options, name)
-        if value < -1 or value == 0:
-            raise ValueError(f"--trainer.{name} {value}: give 1 or more, or -1 for no such limit")
-    if options.max_steps == options.max_epochs == -1:
-        raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
-
-
-def _check_test_part(data: ShardDataModule) -> None:
-    try:
-        data.val_dataloader()
-    except ValueError as error:
-        raise ValueError(f"--trainer.val_check_interval: {error}") from error
 
 
 def _precision(options: TrainerOptions) -> Any:

@@ -123,11 +123,13 @@ def sample(
             else:
                 alpha_bar = alpha_bars[step]
             following = scheduler.timesteps[step + 1 :]
-            is_last, step_of = not len(following) and not ended, (t, x_in, output, alpha_bar)
+            is_last = not len(following) and not ended
+            if is_last or len(following) == 1:
+                ending = LastStep(
+                    scheduler, t, x_in, output, alpha_bar, generator=generators, idle=following
+                )
             if len(following) == 1:
-                is_last = ended = LastStep(
-                    scheduler, *step_of, generator=generators, idle=following
-                ).is_last()
+                is_last = ended = ending.is_last()
             decode_here = decode_last if is_last and decode_last is not None else decode
             prediction = Prediction(
                 x_t=x_in,
@@ -148,11 +150,8 @@ def sample(
                 memory=memory,
             )
             if is_last:
-                limit = prediction.image_range
-                ending = last_step(
-                    scheduler, *step_of, generator=generators, idle=following, image_range=limit
-                )
-                prediction = replace(prediction, **ending)
+                fields = last_step(ending, prediction.image_range)
+                prediction = replace(prediction, **fields)
             prediction = apply(guidance, prediction)
             x_t = scheduler.step(prediction.output, t, x_t, **kwargs).prev_sample
         if trace:
@@ -188,8 +187,7 @@ def _joined(null: Conditions, conditions: Conditions) -> Conditions:
 def trace_rows(prediction: Prediction, step: int, t: float) -> dict[str, Tensor]:
     """This step's rows of the trace: ``TRACE_COLUMNS`` and what guidances recorded beside them.
 
-    NaN (nearest: −1) where no guidance recorded. The columns stay on the device: a copy would wait
-    for it at every step.
+    They stay on the device: a copy would wait for it at every step.
     """
     batch, device = len(prediction.x_t), prediction.x_t.device
     rows = {

@@ -40,9 +40,6 @@ def redraw(
         rejected: images (b, C, H, W) → (b,) bool.
         count: samples of the batch.
         budget: most draws of a sample, the first included; the last is kept in any case.
-
-    Returns:
-        The accepted samples and the traces of their own attempts.
     """
     positions = torch.arange(count)
     result = draw(positions, 0)
@@ -71,21 +68,10 @@ def sample_text(
     generators: list[torch.Generator],
     one_call: bool = True,
 ) -> Result:
-    """Draw one image a prompt: prompts, embedding, initial noise, network, prediction.
+    """Draw one image a prompt (B, 3, H, W), about in [−1, 1], through the stages of a mitigation.
 
-    Args:
-        model: a text-to-image model.
-        mitigation: whose stages are run; ``accept`` is left to the caller.
-        prompts: one a sample.
-        noise: x_T (B, C, h, w), on the device.
-        scheduler: a diffusers scheduler.
-        steps: number of denoising steps.
-        guidance_scale: s_0 of classifier-free guidance.
-        generators: one a sample, for all random numbers.
-        one_call: as of ``sample``.
-
-    Returns:
-        Images (B, 3, H, W), about in [−1, 1], and the trace.
+    ``accept`` is left to the caller. ``noise`` (B, C, h, w) is on the device, and ``generators``
+    are one a sample, for all random numbers. The others are those of ``sample``.
     """
     scale = mitigation.guidance_scale(guidance_scale)
     conditions = model.encode(mitigation.prompts(prompts, generators))
@@ -159,17 +145,14 @@ class SamplingModule(LightningModule):
         steps: number of denoising steps.
         seed: seed of the run.
         guidance: guidances, applied in order (none: no trace); a mitigation; or settings, from
-            which one is built on the device, for ``index``. A model without text runs only the
-            stages ``guidances`` and ``accept`` of it.
+            which one is built for ``index``, without which ValueError. A model without text runs
+            only the stages ``guidances`` and ``accept``.
         guidance_scale: classifier-free guidance scale s_0; 1 = the plain conditional model.
         asked: labels or prompts; sample i has ``asked[i % len(asked)]``; None = unconditional.
         index: reference index of the guidances, moved to the device with the denoiser.
         latents: references of multiplicity guidance of a text-to-image model.
         budget: draws of a sample that the mitigation does not accept; settings have their own.
         one_call: as of ``sample``.
-
-    Raises:
-        ValueError: guidance settings are given without an index.
     """
 
     def __init__(
@@ -223,7 +206,7 @@ class SamplingModule(LightningModule):
         self.mitigation = self.settings.for_text(self.index, tools, self.latents)
 
     def asked_of(self, index: Tensor) -> list[int] | list[str] | None:
-        """Label or prompt of each of the samples ``index`` (B,); None for an unconditional run."""
+        """Labels or prompts of the samples ``index`` (B,); None for an unconditional run."""
         if self.asked is None:
             return None
         return [self.asked[i % len(self.asked)] for i in index.tolist()]  # type: ignore[return-value]
@@ -273,10 +256,7 @@ class SamplingModule(LightningModule):
 
 
 class SampleIndices(LightningDataModule):
-    """Missing sample indices of a run in batches of ``batch_size``: a contiguous range each rank.
-
-    No sample is drawn twice and none is left out, however unequal the ranks' counts.
-    """
+    """Missing sample indices of a run in batches: a contiguous range each rank, none twice."""
 
     def __init__(self, run: SampleRun, batch_size: int) -> None:
         super().__init__()

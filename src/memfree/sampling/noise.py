@@ -106,10 +106,9 @@ kept_random_state = _Borrowed()
 class OwnRandomness:
     """A stream beside torch's own random numbers, for code that draws without a generator.
 
-    The global generators stay where they were, so that such code does not change other samples.
-    Meanwhile other threads draw from this stream, though, since torch's generators are shared. So
-    code that hardly ever draws is watched at its first use (``if_drawn``); if it did not draw, they
-    are not touched again.
+    The global generators stay where they were, so that such code does not change other samples; but
+    meanwhile other threads draw from this stream. So code that hardly ever draws is watched at its
+    first use (``if_drawn``), and left alone if it did not draw.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -135,8 +134,7 @@ class OwnRandomness:
     def if_drawn(self, device: torch.device, draws: dict[str, bool], part: str) -> Iterator[None]:
         """``on`` for a part of the program that draws, nothing for one that does not.
 
-        ``draws`` keeps, by part, whether its first use drew: that use is watched, and its numbers
-        are not of the stream.
+        The first use is watched, and ``draws`` keeps whether it drew: not from the stream.
         """
         if part in draws:
             with self.on(device) if draws[part] else nullcontext():

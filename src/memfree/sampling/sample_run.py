@@ -56,17 +56,16 @@ def trace_summary(
     """Counts over all traces of a run.
 
     Args:
-        traces: files, read one at a time; their columns: see DESIGN.md.
+        traces: files, read one at a time.
         conditions: label or prompt of every sample, None without.
         labels: label, or caption, of the image with that key in the index; None without.
 
     Returns:
-        ``active_samples`` and ``active_steps``: shares, in [0, 1], of samples steered at some step
-        and of sample-steps steered; ``undecided_samples``: number of samples with
-        |σ_t − gate| < 1e-4 at some step (λ_t where a guidance recorded no ``gate``), whose bits may
-        depend on the batch size; ``other_label_steps``: share of the steered sample-steps whose
-        nearest image has another label (or caption) than the sample, so that eq. 16 may cost a
-        denoiser call; None where nothing was steered or there are no labels.
+        ``active_samples`` and ``active_steps``: shares of samples steered at some step and of
+        sample-steps steered; ``undecided_samples``: number of samples with |σ_t − gate| < 1e-4 at
+        some step (λ_t without a ``gate``); ``other_label_steps``: share of the steered sample-steps
+        whose nearest image has another label (or caption) than the sample, so that eq. 16 may cost
+        a denoiser call; None where nothing was steered or there are no labels.
     """
     rows = active_rows = other = 0
     samples: set[int] = set()
@@ -137,11 +136,7 @@ class SampleRun:
         self.release()
 
     def check(self) -> None:
-        """Accept the folder as this very run's, or as empty; writes nothing.
-
-        Raises:
-            ValueError: it holds samples of other settings, or files that are not samples.
-        """
+        """Accept the folder as this very run's, or as without samples, or raise; writes nothing."""
         begun = self.folder / RUN_FILE
         # Another part may have begun, and have no shard yet.
         taken = self._manifest.is_file() or self.shards() or not self.part.whole
@@ -189,8 +184,8 @@ class SampleRun:
     def lock(self, rank: int, wait: float = 0.0) -> None:
         """Keep others from writing this rank's shards until this process ends, however it ends.
 
-        ``wait``: seconds for another process to end: a rank whose launcher was killed notices only
-        after its batch. ValueError: another process still writes them.
+        ``wait``: seconds for another process to end, or ValueError: a rank whose launcher was
+        killed notices only after its batch.
         """
         if rank in self._locks:
             return
@@ -221,11 +216,7 @@ class SampleRun:
         return sorted(self.folder.glob("samples-*.tar"))
 
     def missing(self) -> list[int]:
-        """Indices without a finished sample, ascending.
-
-        Raises:
-            ValueError: a shard cannot be read, or an index is in two shards or out of range.
-        """
+        """Indices without a finished sample, ascending; ValueError if a shard is damaged."""
         finished: set[int] = set()
         for shard in self.shards():
             indices = shard_indices(shard)
@@ -277,7 +268,7 @@ def shard_indices(shard: Path) -> list[int]:
     """Sample indices in a shard, from its member names; ValueError if it is damaged."""
     try:
         if not shard.is_file():
-            raise ValueError("no plain file")
+            raise ValueError("not a plain file")
         with tarfile.open(shard, "r:") as tar:
             names = [member.name for member in tar if member.name.endswith(".png")]
         return [int(name[:-4]) for name in names]

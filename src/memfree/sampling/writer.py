@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,53 +47,35 @@ def peak_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError):
         if line := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE):
             return 1024 * int(line[1])
-    try:
+    with contextlib.suppress(ImportError):  # Windows
         import resource
-    except ImportError:  # pragma: no cover - Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return 0
 
 
+@dataclass(eq=False)
 class SampleWriter(Callback):
     """Writes ``samples-RANK-N.tar`` and ``trace-RANK-N.parquet``, each atomically, trace first.
 
-    The files of a part of the run are named ``samples-PART-RANK-N.tar``.
-
-    A sample's PNG has a JSON beside it: ``index``, ``seed`` (of the run), ``condition`` (label,
-    prompt or null), ``mitigation``, ``peak_sigma`` (largest σ_t), ``nearest`` (image key at the
-    last step), ``active_steps``, ``seconds`` (its share of the batch's) and ``peak_memory_bytes``
-    (of the process or its GPU while sampling).
-
-    Args:
-        run: the sample folder.
-        seed: seed of the run.
-        mitigation: name of the mitigation.
-        keys: image keys of the reference index by row; None without an index.
-        batches_per_shard: batches of a shard; a killed run draws those of an unfinished one again.
+    The files of a part of the run are named ``samples-PART-RANK-N.tar``. A killed run draws the
+    batches of an unfinished shard again. A sample's PNG has a JSON beside it: ``index``, ``seed``
+    (of the run), ``condition`` (label, prompt or null), ``mitigation``, ``peak_sigma`` (largest
+    σ_t), ``nearest`` (image key at the last step), ``active_steps``, ``seconds`` (its share of the
+    batch's) and ``peak_memory_bytes`` (of the process or its GPU while sampling).
     """
 
-    def __init__(
-        self,
-        run: SampleRun,
-        seed: int,
-        mitigation: str,
-        keys: Sequence[str] | None = None,
-        batches_per_shard: int = 1,
-    ) -> None:
-        self.run = run
-        self.seed = seed
-        self.mitigation = mitigation
-        self.keys = keys
-        self.batches_per_shard = batches_per_shard
-        self._pending: list[SampleBatch] = []
-        self._shard = 0
-        self._parent = os.getppid()
+    run: SampleRun
+    seed: int
+    mitigation: str
+    keys: Sequence[str] | None = None  # of the reference index by row
+    batches_per_shard: int = 1
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue after the shards that this rank has written before."""
         self._shard = self.run.next_shard(trainer.global_rank)
         self._parent = os.getppid()
-        self._pending = []
+        self._pending: list[SampleBatch] = []
         reset_peak_memory(pl_module.device)
 
     def on_predict_batch_end(
@@ -155,9 +137,8 @@ class SampleWriter(Callback):
 class SampleProgress(Callback):
     """Progress of sampling: samples a second and, if ``steered``, the share steered by AMG.
 
-    Rank 0 counts its own samples; with several ranks, whose ranges are equally long, the line says
-    so and the rate is of all ranks together. To standard error by default, so that results can be
-    piped.
+    Rank 0 counts its own samples; the rate is of all ranks together, whose ranges are equally long.
+    To standard error by default, so that results can be piped.
     """
 
     def __init__(self, steered: bool = True, console: Console | None = None) -> None:
@@ -212,10 +193,7 @@ def active_samples(batch: SampleBatch) -> int:
 
 
 def write_shard(path: Path, records: list[dict[str, Any]], images: Tensor) -> None:
-    """Write samples as a WebDataset tar: ``INDEX.png`` and ``INDEX.json``.
-
-    ``records``: one JSON object a sample, with ``index``; ``images``: (N, C, H, W) uint8.
-    """
+    """Write samples (N, C, H, W) uint8 and JSON records as ``INDEX.png`` and ``INDEX.json``."""
     with open(path, "wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
         for record, image in zip(records, images, strict=True):
             key, text = f"{record['index']:08d}", json.dumps(record, allow_nan=False)
@@ -225,10 +203,7 @@ def write_shard(path: Path, records: list[dict[str, Any]], images: Tensor) -> No
 def trace_table(index: Tensor, trace: dict[str, Tensor], keys: Sequence[str] | None) -> pa.Table:
     """The trace of a batch as on disk, with sample indices and image keys instead of rows.
 
-    Args:
-        index: sample indices of the batch, (B,).
-        trace: columns of ``sample``'s trace, (B·steps,) each; ``sample`` counts within the batch.
-        keys: image keys by row of the reference index; None leaves ``nearest`` null.
+    ``trace`` has the columns of ``sample``, (B·steps,) each; without ``keys``, nearest is null.
     """
     columns: dict[str, Any] = {}
     known = ["sample", "step", "t", *TRACE_COLUMNS]
@@ -251,22 +226,14 @@ def summaries(
 ) -> tuple[list[float | None], list[str | None], list[int]]:
     """Of each sample: largest σ_t, key of the nearest image at the last step, active steps."""
     count = len(batch.index)
-    peaks: list[float | None] = [None] * count
-    nearest: list[str | None] = [None] * count
-    active = [0] * count
-    if batch.trace is None:
-        return peaks, nearest, active
-    trace = {name: column.numpy() for name, column in batch.trace.items()}
-    for row in range(count):
-        here = np.flatnonzero(trace["sample"] == row)
-        if "sigma" in trace:
-            sigma = trace["sigma"][here]
-            sigma = sigma[np.isfinite(sigma)]
-            peaks[row] = float(sigma.max()) if len(sigma) else None
-        if "nearest" in trace and keys is not None:
-            number = int(trace["nearest"][here[np.argmax(trace["step"][here])]])
-            nearest[row] = keys[number] if number >= 0 else None
-        if "active" in trace:
-            active[row] = int(trace["active"][here].astype(bool).sum())
-    assert all(peak is None or math.isfinite(peak) for peak in peaks)
-    return peaks, nearest, active
+    trace = {"sigma": torch.tensor([float("nan")] * count), "nearest": torch.tensor([-1] * count)}
+    trace |= {"active": torch.zeros(count), **(batch.trace or {})}
+    sigma, nearest, active = (  # a trace has its rows step by step
+        trace[name].numpy().reshape(-1, count) for name in ("sigma", "nearest", "active")
+    )
+    peaks = np.where(np.isfinite(sigma), sigma, -np.inf).max(axis=0)
+    return (
+        [float(peak) if np.isfinite(peak) else None for peak in peaks],
+        [keys[row] if keys is not None and row >= 0 else None for row in nearest[-1]],
+        active.astype(bool).sum(axis=0).tolist(),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,9 @@ from memfree.models.module import DiffusionModule
 class ExponentialMovingAverage(WeightAveraging):
     """Keeps ``average ← decay · average + (1 − decay) · weights`` after every optimizer step.
 
-    Checkpoints hold the average as ``state_dict`` and the weights in training beside it, and
-    validation is of the average, as with Lightning's callback. Unlike there, the first step is
-    averaged too, in a few fused operations, and the module keeps its own weights when training
-    ends; the ``pipeline()`` of a DiffusionModule has the averaged ones.
+    As with Lightning's callback, checkpoints hold the average as ``state_dict`` and validation is
+    of the average. Unlike there, the first step is averaged too, in a few fused operations, and the
+    module keeps its own weights; the ``pipeline()`` of a DiffusionModule has the averaged ones.
     """
 
     def __init__(self, decay: float) -> None:
@@ -83,9 +83,9 @@ class NotFiniteError(ValueError):
 class FiniteTraining(Callback):
     """Raises NotFiniteError on all ranks together once a loss was NaN or infinite.
 
-    Reading a loss waits for the device, and agreeing costs a message between ranks, so both happen
-    every ``every_n_steps`` only; a single process on a CPU checks every step. Before a checkpoint
-    the losses so far and the weights are checked in any case.
+    Reading a loss waits for the device, and agreeing for the ranks, so both happen every
+    ``every_n_steps``; a single process on a CPU checks every step, and a checkpoint is never of
+    weights that are not finite.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -124,36 +124,24 @@ class FiniteTraining(Callback):
             )
 
 
+@dataclass(eq=False)
 class SampleGrid(Callback):
-    """Writes ``samples-STEP.png``: one grid from fixed noise, by DDIM, from the averaged weights.
+    """Writes ``samples-STEP.png`` every N optimizer steps and at the last, from averaged weights.
 
-    The noise and the conditions (labels in turn, or training captions) are the same each time.
-    Images also go to TensorBoard where that is the logger.
-
-    Args:
-        folder: where the grids go.
-        every_n_steps: optimizer steps between two grids, 1 or more; the last step has one as well.
-        count: images of a grid.
-        steps: DDIM steps of a sample.
-        seed: of the fixed noise.
+    A grid of ``count`` images by ``steps`` steps of DDIM. The noise (of ``seed``) and the
+    conditions (labels in turn, or training captions) are the same each time. Images also go to
+    TensorBoard.
     """
 
-    def __init__(
-        self, folder: Path, every_n_steps: int, count: int = 36, steps: int = 25, seed: int = 0
-    ) -> None:
-        self.folder = folder
-        self.every_n_steps = every_n_steps
-        self.count = count
-        self.steps = steps
-        self.seed = seed
-        self._last_step = 0
+    folder: Path
+    every_n_steps: int
+    count: int = 36
+    steps: int = 25
+    seed: int = 0
+    _last_step = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Draw a grid if it is time.
-
-        The last step's too: a run killed after its checkpoint has nothing left to train, and so no
-        end of training.
-        """
+        """Draw a grid if it is time: training killed after its last checkpoint has no end."""
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step == trainer.max_steps:
             self.on_train_end(trainer, pl_module)
@@ -181,13 +169,10 @@ class SampleGrid(Callback):
 class ExposureCounter(Callback):
     """Counts how often each distinct image was in a training batch, over all ranks and restarts.
 
-    At the end of training ``exposures.parquet`` is written: ``image_key, group, copies,
-    exposures``, one row an item of the dataset. For foreign shards, groups and copies are null and
-    only images that were seen appear. Records skipped as broken are counted in the file's schema
-    metadata, as JSON under ``skipped``.
-
-    Args:
-        folder: of the table; default: the trainer's root folder.
+    At the end ``folder/exposures.parquet`` (default: the trainer's root folder) is written:
+    ``image_key, group, copies, exposures``, one row an item of the dataset. For foreign shards,
+    groups and copies are null and only images that were seen appear. Counts of records skipped as
+    broken are in the file's schema metadata, as JSON under ``skipped``.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -212,10 +197,7 @@ class ExposureCounter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count one batch, and write the table if it is the last.
-
-        Not at the end of training, which a run killed after its last checkpoint does not have.
-        """
+        """Count a batch; write the table after the last, before a checkpoint can end the run."""
         assert self._rows is not None
         if batch["weight"] != 0:
             if len(self._rows):
@@ -244,14 +226,9 @@ class ExposureCounter(Callback):
             table = table.append_column("exposures", pa.array(state["rows"].numpy()))
         else:
             keys = sorted(state["keys"])
-            table = pa.table(
-                {
-                    "image_key": keys,
-                    "group": pa.nulls(len(keys), pa.string()),
-                    "copies": pa.nulls(len(keys), pa.int64()),
-                    "exposures": [state["keys"][key] for key in keys],
-                }
-            )
+            group, copies = (pa.nulls(len(keys), kind) for kind in (pa.string(), pa.int64()))
+            table = pa.table({"image_key": keys, "group": group, "copies": copies})
+            table = table.append_column("exposures", pa.array([state["keys"][k] for k in keys]))
         table = table.replace_schema_metadata({"skipped": json.dumps(skipped.counts())})
         folder = Path(self.folder or trainer.default_root_dir)
         write_atomic(folder / "exposures.parquet", lambda path: pq.write_table(table, path))
@@ -286,8 +263,7 @@ def _data(trainer: Trainer) -> ShardDataModule:
 class StepProgress(Callback):
     """One bar over all optimizer steps, with the loss; to standard error by default.
 
-    Lightning's own bars start again with each epoch, which on a small dataset is every second, and
-    fill a log with every refresh.
+    Lightning's own start again with each epoch and fill a log with every refresh.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -295,7 +271,7 @@ class StepProgress(Callback):
         self._line: ProgressLine | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the bar, which starts at the step that training resumes from."""
+        """Show the bar from the step that training resumes from."""
         if trainer.is_global_zero:
             steps = float(trainer.estimated_stepping_batches)
             total = int(steps) if math.isfinite(steps) else None

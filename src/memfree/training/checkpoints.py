@@ -26,7 +26,7 @@ from memfree.slurm.requeue import WARNINGS, handled, ignore, job_id, requeue
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name beside its own, flushes it, and renames it.
+    """Writes a checkpoint beside its name, flushes it, and renames it.
 
     Lightning's own writes to the system's temporary folder, often on another disk, and copies.
     """
@@ -44,9 +44,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(ModelCheckpoint):
-    """Saves ``folder/step-N.ckpt`` every N optimizer steps and at the end; keeps the newest.
+    """Saves ``folder/step-N.ckpt`` every so many steps and at the end; keeps the newest.
 
-    Needs no state of its own on resuming, so a folder may be moved between two runs.
+    It needs no state to resume, so a folder may be moved between two runs.
     """
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
@@ -65,10 +65,7 @@ class Checkpoints(ModelCheckpoint):
         self._saved_step = step_of(newest) if newest else 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save if it is time, or if this was the last step.
-
-        The last step is saved here, before Lightning counts an epoch that it ends early as whole.
-        """
+        """Save if it is time, or before Lightning counts an epoch that max_steps ends as whole."""
         step = trainer.global_step
         if step % self._every == 0 or step == trainer.max_steps:
             self.on_train_end(trainer, pl_module)
@@ -114,12 +111,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def good_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is not damaged, None where there is none at all.
+    """The newest undamaged checkpoint, None where there is none; ValueError if all are damaged.
 
-    There is one before it if a run was killed while it replaced one by the other.
-
-    Raises:
-        ValueError: all of them are damaged.
+    There are two if a run was killed while it replaced one by the other.
     """
     damage: ValueError | None = None
     for path in reversed(_checkpoints(folder)):
@@ -143,12 +137,7 @@ def keep_only(path: Path, folder: Path) -> None:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Read a checkpoint to its end and compare the checksums in it.
-
-    Raises:
-        ValueError: it was cut off, or changed since it was written.
-        FileNotFoundError: there is no such file.
-    """
+    """Compare a checkpoint with the checksums in it; ValueError if it was cut off or changed."""
     check_plain(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -164,11 +153,7 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def read_identity(path: Path) -> dict[str, Any]:
-    """Which model a checkpoint is of, read without executing anything in it.
-
-    Raises:
-        ValueError: it is damaged, or not a checkpoint of memfree.
-    """
+    """Which model a checkpoint is of, read without executing anything; ValueError if damaged."""
     check_plain(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -202,16 +187,11 @@ def _damaged(path: Path, reason: str) -> ValueError:
 class Preemption(Callback):
     """On SIGTERM, USR1 or Ctrl-C: a checkpoint after the optimizer step, then the process ends.
 
-    The handler only remembers the signal; the ranks agree on it after an optimizer step, where all
-    of them are at the same place: a checkpoint, which they write together, would wait inside a
-    handler for ranks that received none. Under SLURM the first process then requeues the job, which
-    resumes from that checkpoint.
-
-    The process ends with status 128 + signal (143 for SIGTERM). A second Ctrl-C ends it at once.
-
-    Args:
-        every_n_steps: optimizer steps between two agreements of several ranks on GPUs, where each
-            waits for the device; one process, and processes on CPUs, check after every step.
+    The handler only remembers the signal; the ranks agree on it after a step, where all of them are
+    at the same place (on several GPUs every ``every_n_steps``, since it waits for the devices): a
+    checkpoint inside a handler would wait for ranks that received none. Under SLURM the first
+    process then requeues the job. The process ends with status 128 + signal (143 for SIGTERM). A
+    second Ctrl-C ends it at once.
     """
 
     def __init__(self, every_n_steps: int = 5) -> None:
@@ -230,10 +210,9 @@ class Preemption(Callback):
         self._handlers.enter_context(handled(self._remember, numbers))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back, and one received in the last steps as well.
+        """Give the signals back, and in a SLURM job one received in the last steps as well.
 
-        All is saved by now, but a large model takes longer to export than a warning leaves: inside
-        a SLURM job the previous handler requeues it. Elsewhere the training ends on its own.
+        All is saved by now, but a large model takes longer to export than a warning leaves.
         """
         self._handlers.close()
         if self._signal is not None and job_id() is not None:

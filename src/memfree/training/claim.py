@@ -52,15 +52,10 @@ def claim(
     max_epochs: int,
     overwrite: bool,
 ) -> Claim:
-    """Accept ``out`` as the folder of the model that ``identity`` describes; writes nothing.
+    """Accept ``out`` for the model of this ``DDPMModule.identity()``, or raise; writes nothing.
 
-    Each of several processes claims separately, and all find the same as long as none of them
-    writes: ``begin`` comes when all have claimed. ``identity`` is ``DDPMModule.identity()``;
-    negative ``max_steps`` or ``max_epochs`` mean no such limit.
-
-    Raises:
-        ValueError: it holds another model and ``overwrite`` is not set, or something else, or is a
-            file.
+    Each of several processes claims, and all find the same as long as none of them writes:
+    ``begin`` comes when all have claimed. Negative ``max_steps`` or ``max_epochs``: no such limit.
     """
     manifest = check_kind(out, "model")
     for name in (DIFFUSERS_NAME, LORA):  # replaced when the training is finished
@@ -90,10 +85,7 @@ def claim(
 
 
 def begin(out: Path, claimed: Claim) -> None:
-    """Make room for a training that ``claim`` accepted, and save its configuration.
-
-    Only the first of several processes does; the others must wait for it.
-    """
+    """Make room for a claimed training and save its configuration; only the first process does."""
     if not is_first_process():
         return
     if claimed.found == "other":
@@ -121,8 +113,7 @@ def clear(out: Path) -> None:
 class Beginning(Callback):
     """Makes room in the folder and opens its log, once every process has claimed the folder.
 
-    Were another model deleted before by the first process, the others would find checkpoints half
-    deleted. To be the first of the callbacks: others look for checkpoints.
+    To be the first of the callbacks: others look for checkpoints, which it may delete.
     """
 
     def __init__(self, out: Path, claimed: Claim, logger: LoggerName) -> None:

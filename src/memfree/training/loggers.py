@@ -27,8 +27,8 @@ SAVED_EVERY = 100
 class LossLog(CSVLogger):
     """Writes ``folder/version_0/metrics.csv``, one row a record, atomically.
 
-    Lightning's own deletes the file of an earlier start, and loses rows in a kill. Here all rows
-    are on the disk before a checkpoint is, and a run that resumes from it keeps the rows up to it.
+    Lightning's own loses rows in a kill, and deletes those of an earlier start. Here all rows are
+    on the disk before a checkpoint is, and a run that resumes from it keeps the rows up to it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -85,14 +85,11 @@ class LossLog(CSVLogger):
 class LossRecord(Callback):
     """Logs ``loss``, the mean since the last record, and ``learning_rate``.
 
-    ``log`` at every step would cost more than the rest of our bookkeeping, so a DiffusionModule
-    leaves it to this. Records go to the loggers directly: Lightning would pass them on only after a
-    checkpoint of that step. The Trainer's ``callback_metrics`` have the last one as ``loss`` and as
-    ``train/loss``.
-
-    Attributes:
-        epoch: number of the epoch of the last batch, through all resumed runs. Lightning's own
-            count after training depends on whether there was anything left to train.
+    In place of a DiffusionModule's ``log`` at every step, which costs more. To the loggers
+    directly: Lightning would pass a record on only after a checkpoint of that step.
+    ``callback_metrics`` have the last one as ``loss`` and as ``train/loss``. ``epoch``: that of the
+    last batch through all resumed runs; Lightning's own after training depends on whether anything
+    was left to train.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -170,18 +167,11 @@ def check_logger(name: LoggerName) -> None:
 
 
 def build_logger(name: LoggerName, out: Path, logs: str, step: int = 0) -> Logger | None:
-    """The logger of this name; call it once the folder is claimed.
+    """The logger of this name, below ``out / logs``; call it once the folder is claimed.
 
-    W&B runs are called after the model folder, whose path is in their configuration, and a resumed
-    training continues its run. W&B's own variables count: with WANDB_MODE=offline runs stay below
-    the folder, without a network.
-
-    Args:
-        name: which.
-        out: the model folder.
-        logs: folder in it for what the logger writes.
-        step: optimizer step that training begins or resumes with; what an earlier run logged from
-            there on no longer counts.
+    What an earlier run logged from ``step`` on no longer counts. W&B runs are called after the
+    model folder, whose path is in their configuration, and a resumed training continues its run.
+    W&B's own variables count: with WANDB_MODE=offline runs stay below the folder.
     """
     if name == "none":
         return None

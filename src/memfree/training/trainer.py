@@ -41,9 +41,7 @@ _SENTENCE_WITH_ADDRESS = re.compile(r"[^.]*https?://\S*")
 
 
 def build_trainer(**options: Any) -> Trainer:
-    """Make a Trainer of Lightning's arguments; call it before anything is written.
-
-    Without a logger, progress bar, model summary and distributed sampler by default.
+    """Make a Trainer of Lightning's arguments, ``_OURS`` by default; before anything is written.
 
     Raises:
         ValueError: there is no such device or strategy here, or the launcher has started another
@@ -76,11 +74,8 @@ def device_count(
 ) -> int:
     """Processes on this machine that options of a Trainer ask for, one a device.
 
-    ``devices``: how many, a list such as ``0,1``, ``-1`` for all, or ``auto``, which under
-    torchrun means all that it has started.
-
-    Raises:
-        ValueError: there are no such devices here.
+    ``devices``: a number, a list such as ``0,1``, ``-1`` for all, or ``auto``, which under torchrun
+    means all that it has started; ValueError if there are no such devices.
     """
     if means_all_started(launch, devices):
         return launch.per_node[0] if launch.per_node else launch.size or 1
