@@ -159,10 +159,10 @@ def test_tars_that_were_joined_are_noticed(tmp_path, tar, png):
     first, second = (tar(tmp_path / f"{n}.tar", [(f"{n}.png", png(n))]) for n in range(2))
     joined = tmp_path / "joined.tar"
     joined.write_bytes(first.read_bytes() + second.read_bytes())
-    assert "goes on after its end" in refusal(joined)
+    assert "continues after its end" in refusal(joined)
     packed = tmp_path / "joined.tgz"
     packed.write_bytes(gzip.compress(joined.read_bytes()))
-    assert "goes on after its end" in refusal(packed)
+    assert "continues after its end" in refusal(packed)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from webdataset.filters import shuffle
 
