@@ -122,9 +122,7 @@ class FolderCaptions:
             raise ValueError(f"{shown} has columns text and caption; leave the one that is meant")
         rest = ", ".join(sorted(columns - {"file_name", *captions}))
         if not captions:
-            note(
-                f"{self._name(file)}: no column text or caption; not read: {rest or 'file_name'}"
-            )
+            note(f"{self._name(file)}: no column text or caption; not read: {rest or 'file_name'}")
             return
         if rest:
             note(f"{self._name(file)}: not read: {rest}")
