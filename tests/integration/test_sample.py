@@ -87,7 +87,7 @@ def test_unconditional(folders):
     [
         ({"model": "nowhere"}, "no model folder at nowhere"),
         ({"index": "nowhere"}, "no index folder at nowhere"),
-        ({"index": None, "guidance.mitigation": "amg"}, "--guidance.mitigation amg needs --index"),
+        ({"index": None, "mitigation": "amg"}, "--mitigation amg needs --index"),
         ({"index": "other_index"}, "another data set than the model"),
         ({"index": "small_index"}, "the model makes (1, 8, 8)"),
         ({"index": "uncalibrated"}, "calibrat"),
@@ -162,7 +162,7 @@ def test_help_explains_every_option(capsys):
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "sample i depends on (seed, i)" in text
-    assert "--guidance.mitigation" in text
+    assert "--mitigation" in text
     assert "--trainer.strategy" in text
     assert "one label, as 3, or several that are taken in turn, as [0,1]" in text
 
@@ -174,7 +174,7 @@ def test_every_configuration_parses(config, capsys):
     with pytest.raises(SystemExit) as exit_:
         run(predict, [f"--config={config}", "--model=m", "--out=o", "--print_config"])
     assert exit_.value.code == 0
-    assert "mitigation: none" in capsys.readouterr().out
+    assert "name: none" in capsys.readouterr().out
 
 
 def test_a_small_decoder_is_part_of_the_run(tmp_path, capsys):
