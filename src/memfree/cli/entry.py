@@ -316,18 +316,19 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
         import_path_allowlist=["memfree"],
         instantiate_subclass_spec_in_any=False,
     )
-    parameters = inspect.signature(function).parameters
-    kind = ArgumentParser
-    if "guidance" in parameters:
-        from memfree.cli.mitigation_options import MitigationParser as kind
-    parser = kind(
-        prog=prog,
-        description=_description(function),
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    if "guidance" in parameters:
-        parser.default = parameters["guidance"].default.mitigation
+    settings: dict[str, Any] = {
+        "prog": prog,
+        "description": _description(function),
+        "exit_on_error": False,
+        "allow_abbrev": False,
+    }
+    parser: ArgumentParser
+    if guidance := inspect.signature(function).parameters.get("guidance"):
+        from memfree.cli.mitigation_options import MitigationParser
+
+        parser = MitigationParser(guidance.default.mitigation, **settings)
+    else:
+        parser = ArgumentParser(**settings)
     parser.add_argument(
         "--config", action="config", help="YAML file with options; may be given several times."
     )

@@ -44,14 +44,21 @@ class _Given(NamedTuple):
 
 
 class MitigationParser(ArgumentParser):
-    """A parser of a function with ``GuidanceSettings``."""
+    """A parser of a function with ``GuidanceSettings``.
 
-    default = "none"
-    """The mitigation where no option names one."""
+    Args:
+        default: the mitigation where no option names one.
+        settings: as of ``ArgumentParser``.
+    """
+
     new_options = ("--mitigation", "--allow_code")
     """Options that are no actions of the parser, for messages."""
     old_names = ""
     """A line about the old names in what was parsed last; empty where there were none."""
+
+    def __init__(self, default: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.default = default
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """Parse words, options of the mitigation that they choose among them."""

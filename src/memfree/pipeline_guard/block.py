@@ -98,12 +98,14 @@ def check_numbers(budget: Any, chunk_size: Any, seed: Any, false_positive_rate: 
         )
 
 
-def check_guidance(guidance: Any, mitigation: Any) -> None:
-    """Refuse what cannot guide, or is given under the other name.
+def check_guidance(guidance: Any, mitigation: Any) -> Mitigation | None:
+    """The mitigation, also by import path; refuse what cannot guide, or has the other's name.
 
     Raises:
         ValueError: names the argument, and what to give instead.
     """
+    if isinstance(mitigation, str) and is_import_path(mitigation):
+        mitigation = mitigation_at(mitigation)
     if mitigation is not None and not isinstance(mitigation, Mitigation):
         raise ValueError(
             f"memfree.guard: mitigation must be a Mitigation, not {mitigation!r}"
@@ -112,7 +114,7 @@ def check_guidance(guidance: Any, mitigation: Any) -> None:
     if isinstance(guidance, GuidanceSettings):
         if mitigation is not None:
             raise ValueError("memfree.guard: give guidance settings or a mitigation, not both")
-        return
+        return None
     listed = isinstance(guidance, Sequence) and not isinstance(guidance, str)
     for one in guidance if listed else [guidance]:
         if one is not None and (not callable(one) or isinstance(one, (type, Mitigation))):
@@ -120,6 +122,7 @@ def check_guidance(guidance: Any, mitigation: Any) -> None:
                 "memfree.guard: guidance must be a guidance, a list of them, or GuidanceSettings, "
                 f"not {one!r}{_instead(one)}"
             )
+    return mitigation
 
 
 def _instead(value: Any) -> str:
@@ -211,7 +214,8 @@ def guard(
             own guidances alone. An empty list guides nothing and judges all the same. Settings run
             all stages of what they name, the field's baselines included, and their budget is that
             of ``reject``.
-        mitigation: all stages of a mitigation, or of the one at an import path; its guidances come before ``guidance``.
+        mitigation: all stages of a mitigation, or of that at an import path; its guidances come
+            before ``guidance``.
         on_copy: what happens to a finished image that is a copy: ``keep`` returns it with its
             verdict; ``refuse`` puts None in its place; ``resample`` draws it again with other seeds
             and refuses what is still a copy when the budget is spent. With None among them,
@@ -250,9 +254,7 @@ def guard(
     check_index("index", index)
     if latents is not None:
         check_index("latents", latents)
-    if isinstance(mitigation, str) and is_import_path(mitigation):
-        mitigation = mitigation_at(mitigation)
-    check_guidance(guidance, mitigation)
+    mitigation = check_guidance(guidance, mitigation)
     kind = type(pipe)
     if getattr(kind, _MARK, False):
         raise ValueError("memfree.guard: this pipeline is guarded already; guards do not nest")
