@@ -141,7 +141,8 @@ class Emoji:
                 self._glyphs[(code,)] = glyph
                 for modifiers, variant in sequences.get(code, []):
                     if variant in self._bitmaps:
-                        self._glyphs[(code, *modifiers)] = variant
+                        sequence = (code, *modifiers)
+                        self._glyphs[sequence] = variant
         count = len(self._glyphs)
         if not count:
             raise ValueError(f"{self.font}: none of its colour bitmaps is an emoji with a name")

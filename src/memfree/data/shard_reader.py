@@ -134,7 +134,9 @@ def _local_shards(item: str) -> tuple[list[str], list[str], list[str]]:
         matches = sorted(path.iterdir())
     else:
         matches = sorted(Path(path.anchor).glob(item[len(path.anchor) :]))
-    tars, broken, others = [], [], []
+    tars: list[str] = []
+    broken: list[str] = []
+    others: list[str] = []
     for file in matches:
         if not is_tar(file.name) or is_hidden(file.name) or file.is_dir():
             others.append(f"{file}/" if file.is_dir() else str(file))
