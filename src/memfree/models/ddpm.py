@@ -58,14 +58,9 @@ def build_network(
 ) -> Any:
     """Build the U-Net with fresh weights from torch's global generator.
 
-    Args:
-        options: size and shape.
-        image_shape: (C, H, W) of the images.
-        num_classes: None for an unconditional network; otherwise it has ``num_classes + 1``
-            labels, the last of which is the null label "no class".
-
     Returns:
-        A diffusers UNet2DModel (diffusers gives type checkers no nn.Module to see).
+        A diffusers UNet2DModel for images of (C, H, W) ``image_shape``: unconditional, or with
+        ``num_classes + 1`` labels, the last of which is the null label "no class".
 
     Raises:
         ValueError: the options do not fit together or to the image.
@@ -136,12 +131,7 @@ class DDPMModule(DiffusionModule):
         """Build the network with weights drawn from ``seed``; see ``DiffusionModule``.
 
         Args:
-            options: network, noise schedule, optimization.
-            image_shape: (C, H, W).
             num_classes: labels are 0 to num_classes − 1; needed by a class-conditional model.
-            seed: seed of weights and of all random numbers of training.
-            data: JSON values that identify the images.
-            stepping: how the Trainer takes a step.
 
         Raises:
             ValueError: options that do not fit together, or no labels for a conditional model.

@@ -240,7 +240,12 @@ def load_model(folder: Path, decoder: Path | None = None) -> LoadedModel:
         ValueError: it is not a finished model folder, or its parts do not belong together.
     """
     folder = Path(folder)
-    model = _load_model(folder)
+    is_pipeline = (folder / "model_index.json").is_file()
+    manifest = {} if is_pipeline else read_manifest(folder, "model")
+    if is_pipeline or manifest.get("pipeline") is not None:
+        model = _load_text_model(folder, manifest)
+    else:
+        model = _load_pixel_model(folder, manifest)
     if decoder is not None:
         if model.pipe is None:
             raise ValueError("--decoder is for text-to-image models; a pixel model has no latents")
@@ -248,12 +253,7 @@ def load_model(folder: Path, decoder: Path | None = None) -> LoadedModel:
     return model
 
 
-def _load_model(folder: Path) -> LoadedModel:
-    if (folder / "model_index.json").is_file():
-        return _load_text_model(folder, {})
-    manifest = read_manifest(folder, "model")
-    if manifest.get("pipeline") is not None:
-        return _load_text_model(folder, manifest)
+def _load_pixel_model(folder: Path, manifest: dict[str, Any]) -> LoadedModel:
     network = load_network(UNet2DModel, folder / DIFFUSERS_NAME / "unet")
     scheduler = _load_scheduler(folder / DIFFUSERS_NAME / "scheduler")
     num_classes, image_shape = manifest.get("num_classes"), manifest.get("image_shape")
@@ -264,13 +264,8 @@ def _load_model(folder: Path) -> LoadedModel:
     own = None if embeddings is None else embeddings - 1
     if not _is_shape(image_shape) or image_shape != list(expected) or num_classes != own:
         raise ValueError(f"{folder}: manifest.json and {DIFFUSERS_NAME}/unet are of two models")
-    return LoadedModel(
-        denoiser=Denoiser(network, num_classes).eval().requires_grad_(False),
-        scheduler=scheduler,
-        image_shape=expected,
-        num_classes=num_classes,
-        manifest=manifest,
-    )
+    denoiser = Denoiser(network, num_classes).eval().requires_grad_(False)
+    return LoadedModel(denoiser, scheduler, expected, num_classes, manifest)
 
 
 def _load_text_model(folder: Path, manifest: dict[str, Any]) -> LoadedModel:
@@ -291,14 +286,8 @@ def _load_text_model(folder: Path, manifest: dict[str, Any]) -> LoadedModel:
         height = width = size * pipe.vae_scale_factor
     with torch.no_grad():
         null = encode(pipe, [""])
-    return LoadedModel(
-        denoiser=TextDenoiser(pipe.unet, (height, width), null),
-        scheduler=pipe.scheduler,
-        image_shape=(channels, height, width),
-        num_classes=None,
-        manifest=manifest,
-        pipe=pipe,
-    )
+    denoiser = TextDenoiser(pipe.unet, (height, width), null)
+    return LoadedModel(denoiser, pipe.scheduler, (channels, height, width), None, manifest, pipe)
 
 
 def _load_scheduler(folder: Path) -> Any:

@@ -65,7 +65,7 @@ class DiffusionModule(pl.LightningModule, ABC):
         data: dict[str, Any] | None = None,
         stepping: dict[str, Any] | None = None,
     ) -> None:
-        """Keep what all modules have; a subclass then makes its network.
+        """Keep what all modules have; a subclass then calls ``set_network``.
 
         Args:
             options: network, noise schedule, optimization; a checkpoint has them as a mapping.
@@ -113,19 +113,10 @@ class DiffusionModule(pl.LightningModule, ABC):
         weights_only: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Make the module of a checkpoint, of ``memfree train`` or of any Trainer.
+        """Make the module of a checkpoint, with its averaged weights if the training had them.
 
-        Where the training averaged weights (``ExponentialMovingAverage``, or Lightning's own
-        ``WeightAveraging``), the module has the averaged ones, and ``has_averaged_weights`` is
-        True.
-
-        Args:
-            checkpoint_path: the file, or one that is open.
-            map_location: see ``torch.load``.
-            hparams_file: see Lightning.
-            strict: whether the weights must be exactly those of the module; default: yes.
-            weights_only: read tensors and plain values only, so that no code in the file can run.
-            kwargs: arguments that replace those in the checkpoint; the model must stay the same.
+        They are those of ``ExponentialMovingAverage`` or Lightning's own ``WeightAveraging``.
+        Arguments are Lightning's; ``weights_only`` keeps code in the file from running.
 
         Raises:
             ValueError: not a checkpoint of such a module; one without its arguments (memfree of
@@ -175,11 +166,9 @@ class DiffusionModule(pl.LightningModule, ABC):
         self.has_averaged_weights = False
 
     def pipeline(self, averaged: bool = True) -> Any:
-        """The model as a diffusers pipeline.
+        """The model as a diffusers pipeline, with ``ExponentialMovingAverage``'s weights if any.
 
-        Args:
-            averaged: with the averaged weights that ``ExponentialMovingAverage`` keeps during and
-                after training, if any; False: with the weights in training.
+        Without ``averaged`` it has the weights in training.
         """
         average = self.average if averaged else None
         return (self if average is None else average)._pipeline()
@@ -203,12 +192,7 @@ class DiffusionModule(pl.LightningModule, ABC):
 
     @abstractmethod
     def conditions(self, batch: dict[str, Any], dropped: Tensor | None) -> Any:
-        """Labels or encoded captions of a batch.
-
-        Args:
-            batch: see the subclass.
-            dropped: (B,) bool, in training: whose condition is replaced by none.
-        """
+        """Labels or encoded captions of a batch, without the ``dropped`` ones, (B,) bool."""
 
     @abstractmethod
     def predict_noise(self, x_t: Tensor, t: Tensor, conditions: Any) -> Tensor:
@@ -269,14 +253,10 @@ class DiffusionModule(pl.LightningModule, ABC):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean squared error at the noise levels ``VALIDATED_AT`` with noise fixed by image, 0-d.
 
-        Equal for the same weights and batches, and up to rounding for the same images in other
-        batches and on other ranks. Logged as ``val/loss``, the mean over all images of all ranks.
-        Where weights are averaged it is of the averaged ones.
-
-        Args:
-            batch: as in training; ``row`` (B,) int64 says which image has which noise, without it
-                the place in the batches does. ``weight`` is not used.
-            batch_idx: number of the batch.
+        Equal up to rounding however images are batched and divided among ranks. Logged as
+        ``val/loss``, the mean over all images of all ranks, of the averaged weights if there are.
+        ``row`` (B,) int64 in the batch says which image has which noise, otherwise the place in
+        the batches does; ``weight`` is not used.
         """
         count = len(batch["image"])
         places = range(batch_idx * count, (batch_idx + 1) * count)

@@ -106,13 +106,9 @@ class TextToImageModule(DiffusionModule):
         """Take a pipeline apart into what is trained and what is frozen; see ``DiffusionModule``.
 
         Args:
-            options: optimization and ``finetune``.
             pipe: StableDiffusionPipeline or StableDiffusionXLPipeline, whose networks are trained
                 in place; None: that of ``options.pretrained``, for ``load_from_checkpoint``.
             image_shape: (3, H, W) of the training images; required.
-            seed: seed of the adapters and of all random numbers of training.
-            data: JSON values that identify the images.
-            stepping: how the Trainer takes a step.
 
         Raises:
             ValueError: no image_shape, images that do not fit the autoencoder, options that

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -24,7 +23,7 @@ from memfree.folders.lock import WHOLE, Part
 from memfree.folders.untrusted import check_plain
 from memfree.images import from_bytes
 from memfree.retrieval.build import Embedded, content_hashes
-from memfree.retrieval.features.base import Features, Whitened, identity
+from memfree.retrieval.features.base import Features, Whitened, identity, unreadable
 
 _FOLDER = re.compile("[0-9a-f]{16}")  # a ``_digest``
 
@@ -79,16 +78,14 @@ class EmbeddedParts:
         hashes: list[str] = []
         for batch in range(self.batches):
             rows, path = self.rows(batch), self.path(batch)
-            try:
-                check_plain(path)
+            check_plain(path)
+            with unreadable(f"{path} is damaged; delete it and start again"):
                 tensors = safetensors.torch.load_file(path)
                 part, digests = tensors["vectors"], tensors["hashes"]
                 if vectors is None:
                     vectors = torch.empty(self.count, part.shape[1], dtype=torch.float32)
                 vectors[rows.start : rows.stop] = part.reshape(len(rows), -1)
                 digests = digests.reshape(len(rows), 32)
-            except (safetensors.SafetensorError, KeyError, IndexError, RuntimeError) as error:
-                raise ValueError(f"{path} is damaged; delete it and start again") from error
             hashes += [bytes(digest).hex() for digest in digests.numpy()]
         assert vectors is not None
         return Embedded(vectors, hashes)
@@ -206,10 +203,8 @@ def whitened(
     """
     path = root / f"whitening-{_digest([identity(features.describe()), dataset.hash])}.safetensors"
     if path.is_file():
-        try:
+        with unreadable(f"{path} is damaged; delete it and start again"):
             return Whitened.from_tensors(features, safetensors.torch.load_file(path))
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged; delete it and start again") from error
     fitted = Whitened.fit(features.to(device), dataset.part("fit").images(), batch_size=batch_size)
     tensors = {name: value.cpu().contiguous() for name, value in fitted.tensors().items()}
     write_atomic(path, partial(safetensors.torch.save_file, tensors))

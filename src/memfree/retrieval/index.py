@@ -43,10 +43,9 @@ _SMALL = 1 << 29
 class ReferenceIndex:
     """Feature vectors of distinct training images, searched by group.
 
-    Made by ``build`` or ``load``. Rows are distinct images; copies of an image are one row with
-    their number beside it. Rows of the same group (near copies, declared or found) count as one
-    neighbour. Neither search nor storage is differentiable: take gradients through
-    ``features(images)`` and ``vectors[hits.rows]``.
+    Made by ``build`` or ``load``. Rows are distinct images with their number of copies; rows of the
+    same group (near copies, declared or found) count as one neighbour. Search is not
+    differentiable: take gradients through ``features(images)`` and ``vectors[hits.rows]``.
 
     Attributes:
         vectors: (rows, D) float32, possibly memory-mapped; of length 1 for ``cosine``.
@@ -95,14 +94,13 @@ class ReferenceIndex:
         """Index images; identical ones become one row, their counts and conditions are added up.
 
         Args:
-            images: (N, C, H, W) in [-1, 1]; or a dataset folder, whose train part is indexed with
-                its own keys, groups, copies and conditions (the arguments below are then refused).
+            images: (N, C, H, W) in [-1, 1]; or a dataset folder, whose train part has its own
+                keys, groups, counts, labels and captions.
             features: the extractor; None: ``PixelFeatures()``.
             captions: caption of every image.
             labels: (N,) int64 class of every image.
-            groups: group of every image, any hashable values or a (N,) tensor: images of the same
-                group count as one neighbour. None: near copies are found by their pixels, as
-                ``memfree prepare`` finds them (see ``data.duplicates.near_pairs``).
+            groups: group of every image, hashable values or a (N,) tensor. None: near copies are
+                found by their pixels, as ``memfree prepare`` does (``data.duplicates.near_pairs``).
             counts: (N,) int64 training records of every image; None: 1 each.
             keys: name of every image; None: ``image-00000000`` and so on.
             num_classes: number of classes; None: the highest label + 1.
@@ -110,8 +108,8 @@ class ReferenceIndex:
             advance: called with the number of images of every finished batch.
 
         Raises:
-            ValueError: the images are not (N, C, H, W), empty, not finite or outside [-1, 1], or
-                an argument does not have one entry per image.
+            ValueError: the images are not finite (N, C, H, W) in [-1, 1], or an argument does not
+                have one entry per image.
         """
         features = features if features is not None else PixelFeatures()
         if isinstance(images, Tensor):
@@ -286,11 +284,10 @@ class ReferenceIndex:
         keys: Sequence[str] | None = None,
         batch_size: int = 256,
     ) -> ReferenceIndex:
-        """A new index with more images; this one, and guidances that hold it, do not change.
+        """A new index with more images, which must be calibrated again.
 
         An image that is already indexed adds to its row's multiplicity and conditions; others
-        become rows at the end. The new index must be calibrated again, and no longer belongs to
-        the dataset folder.
+        become rows at the end. This index, and guidances that hold it, do not change.
 
         Args:
             images: (N, C, H, W) in [-1, 1], of the index's shape.
@@ -362,11 +359,8 @@ class ReferenceIndex:
         return [*old, *(of_key.get(str(name), ("declared", name)) for name in more.groups)]
 
     def _near(self, images: Tensor) -> np.ndarray:
-        """Pairs (P, 2) of rows that are near copies, each with one of the new rows' images.
-
-        Only an index of pixels still has the old images to compare with.
-        """
-        if not isinstance(self.features, PixelFeatures):
+        """Pairs (P, 2) of rows that are near copies, each with a new row."""
+        if not isinstance(self.features, PixelFeatures):  # the old images are not known
             return near_copies(images) + len(self)
         old = self.vectors.cpu().reshape(-1, *self.image_shape)
         return near_copies(torch.cat([old, images.cpu().float()]), since=len(self))
@@ -389,10 +383,9 @@ class ReferenceIndex:
         )
 
     def remove(self, keys: Iterable[str]) -> ReferenceIndex:
-        """A new index without the images of these keys, as for opt-outs; this one does not change.
+        """A new index without the images of these keys and their copies, as for opt-outs.
 
-        A row is removed with all its copies. Other rows of its group stay, and stay together. The
-        new index must be calibrated again.
+        Other rows of their groups stay together. The new index must be calibrated again.
 
         Raises:
             ValueError: a key is unknown, or no image would be left.
@@ -432,8 +425,7 @@ class ReferenceIndex:
     ) -> ReferenceIndex:
         """A new index that names no image, for parties who may not hold them.
 
-        It has the embeddings, groups, counts, labels and calibrations; each key is replaced by
-        its ``index_folder.hashed_key``. Images cannot be added to it.
+        Keys are replaced by ``index_folder.hashed_key``; images cannot be added.
 
         Args:
             salt: 16 characters or more that the owner of the images keeps; with it and the list of
@@ -445,26 +437,16 @@ class ReferenceIndex:
             ValueError: the salt is short, or images can be had from the vectors (pixels, latents).
         """
         items = index_folder.hashed(self.items, self.features, salt, keep_captions, keep_shards)
-        return ReferenceIndex(
-            self.vectors,
-            self.features,
-            items,
-            self.image_shape,
-            self.dataset_hash,
-            dict(self.calibrations),
-        ).to(self.device)
+        parts = self._stored()._replace(items=items, calibrations=dict(self.calibrations))
+        return ReferenceIndex(*parts).to(self.device)
 
     def save(self, folder: Path | str, overwrite: bool = False) -> None:
         """Write the index folder in one step; see ``index_folder.save``."""
-        parts = index_folder.Stored(
-            self.vectors,
-            self.features,
-            self.items,
-            self.image_shape,
-            self.dataset_hash,
-            self.calibrations,
-        )
-        index_folder.save(parts, Path(folder), overwrite)
+        index_folder.save(self._stored(), Path(folder), overwrite)
+
+    def _stored(self) -> index_folder.Stored:
+        names = index_folder.Stored._fields
+        return index_folder.Stored(*(getattr(self, name) for name in names))
 
     def save_calibrations(self, folder: Path | str) -> None:
         """Replace only the calibrations in the index's own folder."""

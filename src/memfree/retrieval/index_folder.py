@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ from memfree.folders.untrusted import (
     read_table,
     short,
 )
-from memfree.retrieval.features.base import Features, PixelFeatures, identity
+from memfree.retrieval.features.base import Features, PixelFeatures, identity, unreadable
 from memfree.retrieval.features.make import features_from
 from memfree.retrieval.items import CONDITIONS, Items, conditions_table
 
@@ -136,7 +135,7 @@ def hashed(
         items.multiplicity.cpu(),
         conditions_table(totals, keys),
         items.num_classes,
-        list(items.shards) if keep_shards else None,
+        list(items.shards) if keep_shards else [],
     )
 
 
@@ -299,12 +298,8 @@ def load(
             )
     tensors = {}
     if "features.safetensors" in manifest["files"]:
-        try:
+        with unreadable(f"{folder}/features.safetensors cannot be read"):
             tensors = safetensors.torch.load_file(folder / "features.safetensors")
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{folder}/features.safetensors cannot be read: {short(error)}"
-            ) from error
     try:
         features = features_from(manifest["features"], tensors, weights, trust_file)
     except (ValueError, OSError) as error:
@@ -398,7 +393,7 @@ def _read_items(folder: Path, rows: int, groups: int, num_classes: int | None) -
             "build the index again"
         )
     keys, shards = table["image_key"].to_pylist(), table["shard"].to_pylist()
-    contents = table["content"].to_pylist() if "content" in table.column_names else None
+    contents = table["content"].to_pylist() if "content" in table.column_names else []
     return Items(keys, group, multiplicity, conditions, num_classes, shards, contents)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -23,41 +24,32 @@ CONDITIONS = pa.schema(
 )
 
 
+@dataclass(eq=False)
 class Items:
-    """Keys, groups, multiplicities and conditions of an index's rows.
+    """Keys, groups, multiplicities and conditions of an index's rows."""
 
-    Args:
-        keys: image key of every row.
-        group: (rows,) int64 group numbers, 0 to groups − 1, all of them used.
-        multiplicity: (rows,) int64 training records of every row, at least 1.
-        conditions: table ``CONDITIONS``: records of a row by label and caption; empty for
-            unconditional data.
-        num_classes: number of classes, None without labels.
-        shards: shard of the first record of every row, None where it is not known.
-        contents: SHA-256 of every row's pixels (``build.content_hashes``), by which an image that
-            is added again is recognised; None where it is not known.
-    """
+    keys: list[str]
+    """Image key of every row."""
+    group: Tensor
+    """(rows,) int64 group numbers, 0 to groups − 1, all of them used."""
+    multiplicity: Tensor
+    """(rows,) int64 training records of every row, at least 1."""
+    conditions: pa.Table
+    """``CONDITIONS``: records of a row by label and caption; empty for unconditional data."""
+    num_classes: int | None
+    """Number of classes, None without labels."""
+    shards: list[str | None] = field(default_factory=list)
+    """Shard of the first record of every row, None where it is not known."""
+    contents: list[str | None] = field(default_factory=list)
+    """SHA-256 of every row's pixels (``build.content_hashes``), by which an image that is added
+    again is recognised; None where it is not known."""
 
-    def __init__(
-        self,
-        keys: list[str],
-        group: Tensor,
-        multiplicity: Tensor,
-        conditions: pa.Table,
-        num_classes: int | None,
-        shards: list[str | None] | None = None,
-        contents: list[str | None] | None = None,
-    ):
-        self.keys = keys
-        self.group = group
-        self.multiplicity = multiplicity
-        self.conditions = conditions
-        self.num_classes = num_classes
-        unknown: list[str | None] = [None] * len(keys)
-        self.shards = shards if shards is not None else unknown
-        self.contents = contents if contents is not None else unknown
+    def __post_init__(self) -> None:
+        unknown: list[str | None] = [None] * len(self.keys)
+        self.shards, self.contents = self.shards or unknown, self.contents or unknown
+        group = self.group
         totals = torch.zeros(int(group.max()) + 1, dtype=torch.int64)
-        self.group_multiplicity = totals.index_add_(0, group, multiplicity)[group]
+        self.group_multiplicity = totals.index_add_(0, group, self.multiplicity)[group]
         self.label_records = self._label_records()
         self.labels = self._most_frequent_labels()
         self.captions = self._captions()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import pickle
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal
 
@@ -82,10 +84,11 @@ def identity(description: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-UNREADABLE = (
+UNREADABLE: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
     KeyError,
+    IndexError,
     TypeError,
     AttributeError,
     EOFError,
@@ -96,10 +99,15 @@ UNREADABLE = (
 """Raised by libraries for a file without weights, or with weights of another model."""
 
 
-def last_line(error: BaseException) -> str:
-    """The first two lines of a message that are not blank, as one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return short(" ".join(lines[:2]) or type(error).__name__, 300)
+@contextmanager
+def unreadable(message: str, *further: type[Exception]) -> Iterator[None]:
+    """Turn ``UNREADABLE`` and further errors into a ValueError of one line: message and reason."""
+    try:
+        yield
+    except (*UNREADABLE, *further) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = short(" ".join(lines[:2]) or type(error).__name__, 300)
+        raise ValueError(f"{message}: {reason}") from error
 
 
 class NetworkFeatures(Features):
@@ -177,10 +185,7 @@ class Whitened(Features):
     a dataset, which is neither trained on nor judged) spreads them out: y = W·(f(x) − m), W of D
     directions divided by their standard deviation, then length 1.
 
-    Args:
-        features: the extractor underneath; its ``pooled`` output is used if it has one.
-        mean: (D,) m.
-        projection: (D, d) transpose of W.
+    The extractor's ``pooled`` output is used if it has one; ``projection`` (D, d) is W's transpose.
     """
 
     metric: Metric = "cosine"
@@ -204,9 +209,9 @@ class Whitened(Features):
 
         Args:
             features: the extractor to whiten.
-            images: at least 3 images that are neither trained on nor judged.
-            components: most directions, those of the largest variance; also at most N/3, so that
-                their variances are not noise, and none of negligible variance.
+            images: at least 3, neither trained on nor judged.
+            components: most directions, of the largest variance; also at most N/3, so that their
+                variances are not noise, and none of negligible variance.
             batch_size: images to embed at a time.
 
         Raises:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memfree.folders.untrusted import check_plain_folder, short
-from memfree.retrieval.features.base import UNREADABLE, NetworkFeatures, last_line, state_hash
+from memfree.retrieval.features.base import NetworkFeatures, state_hash, unreadable
 from memfree.retrieval.features.preprocessing import Preprocessing
 from memfree.retrieval.options import Arithmetic
 
@@ -45,11 +45,9 @@ def load_clip(folder: Path) -> Any:
 
     name = f"local-dir:{folder.absolute()}"
     _read_config(folder)
-    try:
+    with unreadable(f"{folder} holds no CLIP", OSError):
         _check_size(open_clip, name, folder)
         return open_clip.create_model(name, require_pretrained=True)
-    except (*UNREADABLE, OSError) as error:
-        raise ValueError(f"{folder} holds no CLIP: {last_line(error)}") from error
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -63,7 +61,7 @@ def load_tokenizer(folder: Path) -> Any:
         "context_length": text.get("context_length", DEFAULT_CONTEXT_LENGTH),
         **(text.get("tokenizer_kwargs") or {}),
     }
-    try:
+    with unreadable(f"{folder} holds no tokenizer", OSError):
         if not text.get("hf_tokenizer_name"):
             return SimpleTokenizer(**options)
         check_tokenizer(folder, must_be_named=True)
@@ -74,8 +72,6 @@ def load_tokenizer(folder: Path) -> Any:
             trust_remote_code=False,
             **options,
         )
-    except (*UNREADABLE, OSError) as error:
-        raise ValueError(f"{folder} holds no tokenizer: {last_line(error)}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -208,12 +204,8 @@ class CLIPFeatures(NetworkFeatures):
                 f"open_clip has no weights {self.pretrained!r} of {self.model}; it has {known}"
             )
         weights = self.pretrained or str(self.path)
-        try:
+        with unreadable(f"CLIP {self.model} cannot be made of {weights}", OSError):
             clip = open_clip.create_model(self.model, weights, require_pretrained=True)
-        except (*UNREADABLE, OSError) as error:
-            raise ValueError(
-                f"CLIP {self.model} cannot be made of {weights}: {last_line(error)}"
-            ) from error
         return clip.visual, open_clip.get_model_preprocess_cfg(clip)
 
     def run(self, inputs: Tensor) -> Tensor:

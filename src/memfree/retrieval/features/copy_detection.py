@@ -6,14 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from memfree.folders.manifest import read_manifest, sha256
-from memfree.retrieval.features.base import NetworkFeatures, state_hash
+from memfree.retrieval.features.base import NetworkFeatures, state_hash, unreadable
 from memfree.retrieval.features.preprocessing import resized
 
 WEIGHTS = "copy_detection.safetensors"
@@ -131,10 +130,8 @@ class CopyDetectionFeatures(NetworkFeatures):
         path = folder / WEIGHTS
         if not path.is_file() or sha256(path) != manifest.get("file_sha256"):
             raise ValueError(f"{path} is not the file that manifest.json describes; train it again")
-        try:
+        with unreadable(f"{path} cannot be read"):
             weights = safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
         return cls(shape, weights, folder.absolute())
 
     @classmethod

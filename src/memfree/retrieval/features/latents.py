@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memfree.retrieval.features.base import UNREADABLE, Features, Metric, last_line, state_hash
+from memfree.retrieval.features.base import Features, Metric, state_hash, unreadable
 from memfree.retrieval.options import Arithmetic
 
 
@@ -16,12 +16,9 @@ class LatentFeatures(Features):
     """The mode of a VAE's posterior as a latent diffusion model takes it, compared by L2 distance.
 
     z = (mode − shift_factor) · scaling_factor, flattened: c·h·w float32. Images are not resized.
-    They can be decoded from latents, so an index of them holds the training set.
-
-    Args:
-        vae: diffusers' AutoencoderKL; frozen here.
-        path: folder that it was loaded from; without one, loading an index needs ``weights``.
-        dtype: arithmetic of the encoder.
+    They can be decoded from latents, so an index of them holds the training set. ``vae`` is a
+    diffusers AutoencoderKL, frozen here; without its folder ``path``, loading an index needs
+    ``weights``.
     """
 
     metric: Metric = "l2"
@@ -42,12 +39,7 @@ class LatentFeatures(Features):
 
     @classmethod
     def from_folder(cls, path: Path | str, dtype: Arithmetic = "float32") -> LatentFeatures:
-        """Load the VAE of a diffusers folder: a pipeline's, or its ``vae`` subfolder.
-
-        Raises:
-            FileNotFoundError: there is no such folder.
-            ValueError: it holds no AutoencoderKL in safetensors.
-        """
+        """Load the VAE of a diffusers folder: a pipeline's, or its ``vae`` subfolder."""
         # These take seconds, which nobody else should wait for.
         from diffusers import AutoencoderKL
 
@@ -57,13 +49,9 @@ class LatentFeatures(Features):
         if not folder.is_dir():
             raise FileNotFoundError(f"no VAE or pipeline folder at {folder}")
         inner = folder / "vae" if (folder / "vae").is_dir() else folder
-        try:
+        with unreadable(f"{inner} holds no AutoencoderKL in safetensors", OSError):
             check_network(AutoencoderKL, inner)
             vae = AutoencoderKL.from_pretrained(inner, use_safetensors=True, local_files_only=True)
-        except (*UNREADABLE, OSError) as error:
-            raise ValueError(
-                f"{inner} holds no AutoencoderKL in safetensors: {last_line(error)}"
-            ) from error
         return cls(vae, folder, dtype)
 
     def train(self, mode: bool = True) -> LatentFeatures:

@@ -101,14 +101,9 @@ def features_from(
 ) -> Features:
     """Make the extractor again that ``describe()`` and ``tensors()`` came from.
 
-    Only extractors of this package are made, by name; nothing in the description is executed. A
-    TorchScript file that it names is trusted no more than any other.
-
-    Args:
-        description: what ``Features.describe`` returned, for instance from a manifest.
-        tensors: what ``Features.tensors`` returned.
-        weights: where the file or folder of the weights is now, if it was moved.
-        trust_file: see ``SSCDFeatures``.
+    Only extractors of this package are made, by name; nothing in the description is executed, and
+    a TorchScript file that it names needs ``trust_file`` as any other. ``weights`` is where the
+    file or folder of the weights is now, if it was moved.
 
     Raises:
         FileNotFoundError: the weights are not where the description says.

@@ -15,7 +15,7 @@ from timm.models import load_state_dict
 from torch import Tensor
 
 from memfree.folders.manifest import sha256
-from memfree.retrieval.features.base import UNREADABLE, NetworkFeatures, last_line, state_hash
+from memfree.retrieval.features.base import NetworkFeatures, state_hash, unreadable
 from memfree.retrieval.features.preprocessing import Preprocessing, as_rgb, resized
 from memfree.retrieval.options import Arithmetic
 
@@ -88,30 +88,24 @@ class TimmFeatures(NetworkFeatures):
     def _make(self) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            try:
+            names = [] if timm.is_model(self.model) else timm.list_models()
+            near = difflib.get_close_matches(self.model, names, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            with unreadable(f"timm cannot make model {self.model!r}{hint}"):
                 return timm.create_model(self.model, pretrained=self.pretrained, num_classes=0)
-            except UNREADABLE as error:
-                near = difflib.get_close_matches(self.model, timm.list_models(), n=1)
-                hint = f", did you mean {near[0]}?" if near else ""
-                raise ValueError(
-                    f"timm cannot make model {self.model!r}: {last_line(error)}{hint}"
-                ) from error
 
     def _fill(self, network: Any, path: Path) -> None:
-        try:
+        with unreadable(f"{path} holds no weights of timm's {self.model}"):
             state = load_state_dict(str(path), weights_only=True)
             keys = network.load_state_dict(state, strict=False)
             heads = network.pretrained_cfg.get("classifier") or ()
-            heads = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+            heads = (heads,) if isinstance(heads, str) else heads
+            heads = tuple(f"{head}." for head in heads)
             foreign = [name for name in keys.unexpected_keys if not name.startswith(heads)]
             if keys.missing_keys:
                 raise ValueError(f"it lacks {keys.missing_keys[0]}")
             if foreign:
                 raise ValueError(f"it has {foreign[0]}")
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{path} holds no weights of timm's {self.model}: {last_line(error)}"
-            ) from error
 
     def describe(self) -> dict[str, Any]:
         """Model, origin and hash of its weights, and the preprocessing."""
