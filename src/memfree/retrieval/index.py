@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -437,16 +438,16 @@ class ReferenceIndex:
             ValueError: the salt is short, or images can be had from the vectors (pixels, latents).
         """
         items = index_folder.hashed(self.items, self.features, salt, keep_captions, keep_shards)
-        parts = self._stored()._replace(items=items, calibrations=dict(self.calibrations))
-        return ReferenceIndex(*parts).to(self.device)
+        parts = replace(self._stored(), items=items, calibrations=dict(self.calibrations))
+        return ReferenceIndex(**vars(parts)).to(self.device)
 
     def save(self, folder: Path | str, overwrite: bool = False) -> None:
         """Write the index folder in one step; see ``index_folder.save``."""
         index_folder.save(self._stored(), Path(folder), overwrite)
 
     def _stored(self) -> index_folder.Stored:
-        names = index_folder.Stored._fields
-        return index_folder.Stored(*(getattr(self, name) for name in names))
+        names = [field.name for field in fields(index_folder.Stored)]
+        return index_folder.Stored(**{name: getattr(self, name) for name in names})
 
     def save_calibrations(self, folder: Path | str) -> None:
         """Replace only the calibrations in the index's own folder."""
@@ -462,7 +463,7 @@ class ReferenceIndex:
     ) -> ReferenceIndex:
         """Open an index folder, vectors memory-mapped; see ``index_folder.load``."""
         place = None if weights is None else Path(weights)
-        return cls(*index_folder.load(Path(folder), place, trust_file, verify))
+        return cls(**vars(index_folder.load(Path(folder), place, trust_file, verify)))
 
 
 def _free_keys(taken: list[str], count: int) -> list[str]:

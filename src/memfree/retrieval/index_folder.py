@@ -8,8 +8,9 @@ import json
 import math
 import os
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,7 +77,8 @@ _MANIFEST = {
 }
 
 
-class Stored(NamedTuple):
+@dataclass(frozen=True)
+class Stored:
     """Contents of an index folder: the arguments of ``ReferenceIndex``."""
 
     vectors: Tensor
