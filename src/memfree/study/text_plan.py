@@ -11,6 +11,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from memfree.cli.stages import Stage
 from memfree.data.options import PromptSet
+from memfree.guidance.options import sampling_options
 from memfree.study.plan import Plan, Subjects, check_stage
 
 CONFIG = Path("configs/emoji_scratch.yaml")
@@ -183,7 +184,7 @@ class TextPlan(Plan):
                     "seed": self.noise_seed,
                     "trainer.devices": 1,
                     "allow_other_dataset": subject == ORACLE,
-                    **{f"guidance.{key}": options[key] for key in options if key != AT_MOST},
+                    **sampling_options({key: options[key] for key in options if key != AT_MOST}),
                 },
             )
             for subject, options in self.everyone().items()
