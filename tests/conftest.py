@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread a process, the longest files first, and which tests are slow."""
+"""Settings of all tests: one thread a process, the longest files first, the slow tests marked."""
 
 import os
 

@@ -14,18 +14,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from memfree.console import quiet
-from memfree.data.dataset_folder import DatasetFolder
+from memfree.data.dataset_folder import DatasetFolder, RecordReader
 from memfree.data.random_streams import Stream, generator_of
-from memfree.data.record_reader import RecordReader
 from memfree.data.split import PartName
 from memfree.folders.atomic import put_in_place, unfinished
 from memfree.folders.manifest import save_config
 from memfree.images import from_bytes
 from memfree.models.module import adamw, warm_up
 from memfree.models.options import Accelerator
-from memfree.training.callbacks import FiniteTraining
+from memfree.training.callbacks import FiniteTraining, StepProgress
 from memfree.training.loggers import LossRecord
-from memfree.training.progress import StepProgress
 from memfree.training.trainer import build_trainer
 
 
