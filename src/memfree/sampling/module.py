@@ -17,6 +17,7 @@ from memfree.diffusion_math import alpha_bar_at
 from memfree.folders.lock import ORPHAN_WAIT
 from memfree.guidance import Guidance, GuidanceSettings, Guided, Mitigation, Start
 from memfree.guidance.baselines import TextTools
+from memfree.guidance.mitigation import attempts
 from memfree.images import from_bytes, to_bytes
 from memfree.models import LoadedModel
 from memfree.sampling.loop import Result, sample
@@ -44,13 +45,16 @@ def redraw(
     Returns:
         The accepted samples and the traces of their own attempts.
     """
-    positions = torch.arange(count)
-    result = draw(positions, 0)
-    for attempt in range(1, budget):
-        positions = positions[rejected(result.images[positions]).cpu()]
-        if not len(positions):
-            break
+    result: Result
+
+    def still_rejected(positions: Tensor) -> Tensor:
+        return rejected(result.images[positions]).cpu()
+
+    for attempt, positions in attempts(count, budget, still_rejected):
         again = draw(positions, attempt)
+        if attempt == 0:
+            result = again
+            continue
         result.images[positions] = again.images
         if result.trace is not None and again.trace is not None:
             _replace_rows(result.trace, again.trace, positions, count)
