@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,21 +85,6 @@ def distance_ratio(scores: Tensor, metric: str) -> Tensor:
     return torch.where(second > 0, nearest / second.clamp_min(1e-300), torch.ones_like(nearest))
 
 
-class SecondSimilarity(Protocol):
-    """A similarity that no guidance sees, with thresholds of its own.
-
-    Judged by the measure that it optimises, a guidance can push samples just past the line.
-    """
-
-    calibration: Calibration
-    describe: dict[str, Any]
-    """Extractor and size, for the metrics' detail."""
-
-    def sigma(self, images: Tensor, view: View) -> np.ndarray:
-        """σ (n,) of images (n, C, H, W) and their view: higher is nearer."""
-        ...
-
-
 class WhitenedSimilarity:
     """Cosine of whitened EfficientNet-Lite0 features to the nearest training image.
 
@@ -119,7 +104,7 @@ class WhitenedSimilarity:
         sigmas = torch.from_numpy(self._best(calibration)).float()
         self.calibration = Calibration("whitened-efficientnet", sigmas.sort().values)
         components = int(self.components.n_components_)
-        self.describe = {"extractor": extractor, "components": components}
+        self.describe: dict[str, Any] = {"extractor": extractor, "components": components}
 
     def sigma(self, images: Tensor, view: View) -> np.ndarray:
         """Cosine to the nearest training image, (n,)."""
@@ -149,7 +134,7 @@ class IndexSimilarity:
         name, digest = described["name"], described.get("weights_sha256")
         if digest is None:
             self.calibration = measured
-            self.describe = {"extractor": name}
+            self.describe: dict[str, Any] = {"extractor": name}
         else:
             self.calibration = Calibration(f"{name}-{measured.similarity}", measured.sigmas)
             self.describe = {"extractor": {"name": name, "weights_sha256": digest}}
@@ -157,6 +142,13 @@ class IndexSimilarity:
     def sigma(self, images: Tensor, view: View) -> np.ndarray:
         """σ to the nearest training images, (n,)."""
         return nearest(self.index, self.similarity, images)[0].double().numpy()
+
+
+SecondSimilarity = WhitenedSimilarity | IndexSimilarity
+"""σ of images (n, C, H, W) and their view by what no guidance sees, with thresholds of its own.
+
+Judged by the measure that it optimises, a guidance can push samples just past the line.
+"""
 
 
 def second_copies(

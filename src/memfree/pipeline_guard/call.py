@@ -105,6 +105,9 @@ _PER_PROMPT = [f"{sign}{name}" for sign in ("", "negative_") for name in (*_TEXT
 """Arguments with an entry a prompt, where they are a list or a tensor."""
 
 
+_VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+
+
 @dataclass(frozen=True)
 class Call:
     """Arguments of one pipeline call by name, whatever the class of the pipeline calls its own.
@@ -124,11 +127,11 @@ class Call:
         inspect.signature(kind.__call__).bind(None, *args, **kwargs)
         given, defaults, positional = dict(kwargs), {}, []
         rest = list(args)
-        for each in kind.__mro__:
-            if "__call__" not in vars(each):
+        for owner in kind.__mro__:
+            if "__call__" not in vars(owner):
                 continue
-            _, *parameters = inspect.signature(vars(each)["__call__"]).parameters.values()
-            named = [one for one in parameters if not _is_variadic(one)]
+            _, *parameters = inspect.signature(vars(owner)["__call__"]).parameters.values()
+            named = [each for each in parameters if each.kind not in _VARIADIC]
             for parameter in named:
                 name = parameter.name
                 if name in given or name in defaults:
@@ -160,10 +163,6 @@ class Call:
         if any(parameter.kind is Parameter.VAR_POSITIONAL for parameter in parameters):
             args = [by_name.pop(name) for name in self.positional]
         return self.kind.__call__(pipe, *args, **by_name)
-
-
-def _is_variadic(parameter: Parameter) -> bool:
-    return parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 def check_call(call: Mapping[str, Any]) -> None:
@@ -294,10 +293,10 @@ def _given_images(value: Any, images: Sequence[int]) -> Any:
 
     Image k of the call begins with the k-th of n, then again from the first, as in diffusers.
     """
-    if isinstance(value, (list, tuple)) and [getattr(one, "ndim", 0) for one in value[:1]] == [4]:
+    if isinstance(value, (list, tuple)) and value and getattr(value[0], "ndim", 0) == 4:
         value = (torch.cat if isinstance(value[0], Tensor) else np.concatenate)(value)
-    batch = isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4
-    if not (batch or isinstance(value, (list, tuple))):
-        return [value] * len(images)
-    places = [image % len(value) for image in images]
-    return value[places] if batch else [value[place] for place in places]
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4:
+        return value[[image % len(value) for image in images]]
+    if isinstance(value, (list, tuple)):
+        return [value[image % len(value)] for image in images]
+    return [value] * len(images)

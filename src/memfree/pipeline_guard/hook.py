@@ -48,7 +48,7 @@ class Draw:
 
     Rows in which a guidance is active get the corrected prediction in both halves of the batch of
     classifier-free guidance, so that the pipeline's ``u + s·(c − u)`` leaves it as it is, in any
-    precision, and multistep schedulers keep it in their history. All other rows leave as they came.
+    precision, and multistep schedulers keep it in their history. All other rows stay as they are.
     """
 
     pipe: Any
@@ -407,9 +407,8 @@ class View:
 
     def _rows(self, x: Tensor) -> Tensor:
         """Which rows of x_t these are: each has arguments of its own (sizes, image prompts)."""
-        everyone = torch.arange(self.count, device=x.device)
         if len(x) == self.count:
-            return everyone
+            return torch.arange(self.count, device=x.device)
         same = (x.detach()[:, None] == self.x_t[None]).flatten(2).all(dim=2)
-        # A sample that is none of x_t's rows takes the first row's arguments.
+        # A sample that is not a row of x_t takes the first row's arguments.
         return same.float().argmax(dim=1)

@@ -366,8 +366,8 @@ class Stages:
         family, arguments = self.draw.family, None
         if not self._started:
             self._started = True
-            own = self.draw.own_randomness("the start", [self.mitigation])
-            with torch.inference_mode(False), torch.no_grad(), own:
+            random = self.draw.own_randomness("the start", [self.mitigation])
+            with torch.inference_mode(False), torch.no_grad(), random:
                 arguments = usable(self.draw.bound(args, kwargs))
                 noise = self._start(arguments)
             if noise is not None and (latents := self.draw.latents) is not None:
@@ -378,8 +378,8 @@ class Stages:
                 arguments[family.sample] = torch.cat([scaled] * copies)
         if self._embedding is not None:
             arguments = arguments or self.draw.bound(args, kwargs)
-            everyone = family.conditions(arguments)
-            kept = everyone[slice(0, len(everyone) - len(self._embedding))]
+            own = family.conditions(arguments)
+            kept = own[slice(0, len(own) - len(self._embedding))]
             both = TextConditions.cat([kept, self._embedding]) if len(kept) else self._embedding
             arguments = family.told(arguments, both)
         return None if arguments is None else self.draw.as_called(arguments)
