@@ -12,11 +12,11 @@ from numbers import Integral, Real
 from typing import Any, ParamSpec, get_args
 
 from memfree.data.split import DEFAULT_RATE
-from memfree.guidance import Guidance, GuidanceSettings, calibration_of, default_similarity
+from memfree.guidance import MITIGATIONS, Guidance, GuidanceSettings
 from memfree.guidance.baselines import TextTools
-from memfree.guidance.calibration import Judge
-from memfree.guidance.mitigation import Mitigation
-from memfree.guidance.settings import MitigationName
+from memfree.guidance.calibration import Judge, calibration_of, default_similarity
+from memfree.guidance.mitigation import Mitigation, mitigation_at
+from memfree.guidance.options import is_import_path
 from memfree.pipeline_guard.call import Watched
 from memfree.pipeline_guard.decode import Decoder
 from memfree.pipeline_guard.families import family_of
@@ -62,7 +62,7 @@ def guard(
     pipe: Any,
     index: ReferenceIndex,
     guidance: Guidance | Sequence[Guidance] | GuidanceSettings | None = None,
-    mitigation: Mitigation | None = None,
+    mitigation: Mitigation | str | None = None,
     on_copy: OnCopy = "keep",
     budget: int = 4,
     false_positive_rate: float = DEFAULT_RATE,
@@ -92,7 +92,8 @@ def guard(
             its caption term where the index has no captions or the pipeline no text encoder), or
             with a ``mitigation`` its own guidances alone. An empty list judges without guiding.
             Settings run all stages of what they name, and their budget is that of ``reject``.
-        mitigation: runs all its stages; its guidances come before ``guidance``.
+        mitigation: one whose stages all run, or its import path; its guidances come before
+            ``guidance``.
         on_copy: what happens to a finished image that is a copy: ``keep`` returns it with its
             verdict; ``refuse`` puts None in its place; ``resample`` draws it again with other seeds
             and refuses what is still a copy when the budget is spent. With a None among them,
@@ -120,8 +121,11 @@ def guard(
     """
     if seed is None:
         seed = secrets.randbits(63)  # not from torch's generator, which is the caller's
-    rate = false_positive_rate
-    _check_kinds(guidance, mitigation, on_copy, budget, seed, chunk_size, rate, index, latents)
+    rate, given = false_positive_rate, mitigation
+    if isinstance(given, str) and is_import_path(given):
+        given = mitigation_at(given)
+    _check_kinds(guidance, given, on_copy, budget, seed, chunk_size, rate, index, latents)
+    assert not isinstance(given, str)
     kind = type(pipe)
     if getattr(kind, "_memfree_guarded", False):
         raise ValueError("memfree.guard: this pipeline is guarded already; guards do not nest")
@@ -140,19 +144,19 @@ def guard(
             budget = guidance.budget if guidance.mitigation == "reject" else budget
             tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
             tools = None if tokenizer is None else TextTools.of(tokenizer, index)
-            mitigation = guidance.for_text(index, tools, latents)
+            given = guidance.for_text(index, tools, latents)
             guidance = None
         guidances: list[Guidance] = []
         captionless: list[Guidance] | None = None
         if guidance is not None:
             guidances = list(guidance) if isinstance(guidance, Sequence) else [guidance]
-        elif mitigation is None:
+        elif given is None:
             amg = GuidanceSettings("amg", false_positive_rate)
             guidances = [replace(amg, c2=0.0).anti_memorization(index)]
             if index.captions is not None:
                 captionless, guidances = guidances, [amg.anti_memorization(index)]
         session = Session(
-            kind, family, guidances, captionless, mitigation, judge, decode, on_copy, budget, seed
+            kind, family, guidances, captionless, given, judge, decode, on_copy, budget, seed
         )
         session.take(pipe, _guarded(kind, session))
         try:
@@ -209,7 +213,7 @@ def _check_kinds(
             instead = ": give it as mitigation="
         elif isinstance(value, type):
             instead = ": give an instance of it"
-        elif isinstance(value, str) and value in get_args(MitigationName):
+        elif isinstance(value, str) and value in MITIGATIONS:
             instead = f": give guidance=GuidanceSettings({value!r})"
         raise ValueError(f"memfree.guard: {name} must be {kind}, not {value!r}{instead}")
     if settings and mitigation is not None:
