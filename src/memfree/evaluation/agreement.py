@@ -35,13 +35,7 @@ SHUFFLES = 20
 
 
 class ClipScorer:
-    """Both towers of a CLIP in a local folder: open_clip_config.json and a checkpoint.
-
-    Args:
-        folder: of ``memfree train-clip``, or another one in open_clip's format.
-
-    Attributes:
-        describe: name, folder and hash of the weights, for the metrics' detail.
+    """Both towers of a CLIP in a local folder in open_clip's format, as of ``memfree train-clip``.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -90,10 +84,7 @@ def deranged(captions: Sequence[str], seed: int) -> np.ndarray:
     """Rows (n,) of a permutation that gives every image a caption of another text.
 
     Captions stand in a random order with equal ones together, and all move on by as many places
-    as the most frequent one has.
-
-    Raises:
-        ValueError: more than half of the captions are the same, so there is none.
+    as the most frequent one has; ValueError if that is more than half of them.
     """
     most = max(Counter(captions).values())
     if 2 * most > len(captions):
@@ -110,16 +101,9 @@ def deranged(captions: Sequence[str], seed: int) -> np.ndarray:
 def margins(
     images: np.ndarray, texts: np.ndarray, captions: Sequence[str], seed: int
 ) -> np.ndarray:
-    """Each image's score (n,) minus the mean of its scores with shuffled captions.
+    """Each image's score (n,) minus the mean of its scores with shuffled captions (``deranged``).
 
-    Args:
-        images: (n, D) unit embeddings.
-        texts: (n, D) of the captions.
-        captions: n texts.
-        seed: for the shuffles; equal captions and seeds give equal shuffles.
-
-    Raises:
-        ValueError: more than half of the captions are the same.
+    Images and texts are unit embeddings (n, D).
     """
     others = [
         clip_scores(images, texts[deranged(captions, seed + number)]) for number in range(SHUFFLES)
@@ -147,10 +131,6 @@ def alignment_metrics(
 
     Intervals are Student's, over captions where several images share one. A margin is left out
     where more than half of the captions are the same.
-
-    Args:
-        subjects: name to images (n, C, H, W) in [-1, 1] and their n captions.
-        paired: subject to the reference that began with the same noise and captions.
     """
     values: dict[str, dict[str, np.ndarray]] = {}
     shared: dict[str, np.ndarray | None] = {}
@@ -181,12 +161,10 @@ def alignment_metrics(
 def pair_report(
     scorer: ClipScorer, images: Tensor, captions: Sequence[str], seed: int
 ) -> dict[str, float | int]:
-    """How good a CLIP is on pairs that it has not seen.
+    """How good a CLIP is on pairs that it has not seen: mean cosine, margin with its 95 % interval.
 
-    Returns:
-        ``pairs``; ``score``, the mean cosine; ``margin``, ``low`` and ``high``, what it is above
-        shuffled captions with its 95 % interval; ``median_rank`` of an image's caption among all
-        distinct ones (1 is first), and ``top_tenth``, the share of those in the first tenth.
+    ``median_rank`` is that of an image's caption among all distinct ones (1 is first),
+    ``top_tenth`` the share of those in the first tenth.
     """
     embedded, texts = scorer.images(images), scorer.texts(captions)
     margin = mean_interval(margins(embedded, texts, captions, seed), shared_conditions(captions))
@@ -212,20 +190,13 @@ class ClassJudge:
     """A classifier trained on the fit images, chosen by cross-validation among them alone."""
 
     classifier: Pipeline
-    features: str
-    """``pixels`` or ``efficientnet``: which features it reads."""
+    features: str  # that it reads: ``pixels`` or ``efficientnet``
     name: str
-    cross_validated: float
-    """Its accuracy in cross-validation on the fit images."""
+    cross_validated: float  # accuracy in cross-validation on the fit images
 
     @classmethod
     def fit(cls, features: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> ClassJudge:
         """Try the candidates on the fit part and train the best of them on all of it.
-
-        Args:
-            features: name to (n, D) features of the fit images.
-            labels: (n,) classes.
-            seed: of the folds.
 
         Raises:
             ValueError: fewer than two classes, or a class with a single image.

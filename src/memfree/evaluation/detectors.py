@@ -19,10 +19,8 @@ from memfree.evaluation.intervals import (
     wilson,
 )
 
-MIN_EACH = 10
-"""Samples of each kind below which no interval is given: resamples would lack a kind."""
-MIN_CONDITIONS = 5
-"""Conditions with samples of each kind below which no interval is given."""
+MIN_EACH = 10  # samples of each kind that an interval needs: resamples would lack a kind
+MIN_CONDITIONS = 5  # conditions with samples of each kind that it needs
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,8 @@ class Detector:
     auc: Interval
     """Area under the curve: the chance that a copy scores higher than another sample (ties count
     half). 0.5 says nothing, below 0.5 points the other way."""
-    copies: int
-    """Samples that are copies in truth."""
-    others: int
-    """Samples that are not."""
+    copies: int  # samples that are copies in truth
+    others: int  # samples that are not
 
     def true_positive_rate(self, false_positive_rate: float) -> float:
         """Share of the copies found where at most this share of the others is called a copy."""

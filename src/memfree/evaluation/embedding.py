@@ -31,14 +31,10 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 class View:
     """A set of n images as the metrics see it; float32 numpy arrays."""
 
-    pixels: np.ndarray
-    """(n, ≤ 64): the pixels, or their principal components where there are more than 64."""
-    raw: np.ndarray | None
-    """(n, C·H·W): the pixels; None where an image has more than 4096."""
-    pooled: np.ndarray
-    """(n, 1280): pooled EfficientNet-Lite0 features."""
-    inception: np.ndarray | None
-    """(n, 2048): Inception features; None where the weights are not at hand."""
+    pixels: np.ndarray  # (n, ≤ 64): pixels, or their principal components if there are more
+    raw: np.ndarray | None  # (n, C·H·W): the pixels; None where an image has more than 4096
+    pooled: np.ndarray  # (n, 1280): pooled EfficientNet-Lite0 features
+    inception: np.ndarray | None  # (n, 2048); None where the weights are not at hand
 
     def __len__(self) -> int:
         return len(self.pooled)
@@ -63,12 +59,7 @@ class View:
 
 
 class Viewer:
-    """Turns images into views; the pixels' principal components come from the fit images.
-
-    Args:
-        fit_images: (n, C, H, W) in [-1, 1], neither trained on nor judged.
-        batch_size: images that are held together.
-    """
+    """Turns images into views; principal components of pixels are those of the fit images."""
 
     def __init__(self, fit_images: Tensor, batch_size: int = 256):
         self.batch_size = batch_size
@@ -113,9 +104,6 @@ def fit_components(features: np.ndarray, limit: int = MAX_COMPONENTS, whiten: bo
 
     A component needs several images to have a direction of its own; the third keeps whitening
     from blowing up directions that are noise.
-
-    Raises:
-        ValueError: fewer than 6 fit images.
     """
     if len(features) < 6:
         raise ValueError(
@@ -128,7 +116,6 @@ def fit_components(features: np.ndarray, limit: int = MAX_COMPONENTS, whiten: bo
 
 
 def _flat(images: Tensor) -> np.ndarray:
-    """Images (n, C, H, W) as float32 rows (n, C·H·W)."""
     return images.flatten(1).float().cpu().numpy()
 
 

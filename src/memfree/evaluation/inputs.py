@@ -49,22 +49,17 @@ class Subject:
     name: str
     found: Neighbours
     view: View
-    labels: np.ndarray | None
-    """(n,) the class that a sample was conditioned on; of test images, their own."""
-    second_sigma: np.ndarray
-    """(n,) the second similarity."""
-    second_copy: np.ndarray
-    """(n,) bool: its verdict."""
+    labels: np.ndarray | None  # (n,) requested classes; of test images, their own
+    second_sigma: np.ndarray  # (n,) the second similarity
+    second_copy: np.ndarray  # (n,) bool: its verdict
     conditions: np.ndarray | None = None
     """(n,) of ``shared_conditions``: number of a sample's caption, where several share one; None
     for independent images, as test images are, and samples of classes."""
     captions: list[str] | None = None
-    """The n captions of the samples."""
     agrees: np.ndarray | None = None
     """(≤ n,) bool: the classifier sees the requested class; without the samples of classes that it
     does not know."""
-    agrees_conditions: np.ndarray | None = None
-    """(≤ n,) of ``shared_conditions``, of the samples of ``agrees``."""
+    agrees_conditions: np.ndarray | None = None  # of ``shared_conditions``, of these samples
 
 
 @dataclass(frozen=True)
@@ -97,12 +92,7 @@ class Inputs:
 
 
 def open_index(index: Path, dataset: Path | None) -> tuple[ReferenceIndex, DatasetFolder | None]:
-    """Open an index, and the dataset that it must have been built from.
-
-    Raises:
-        FileNotFoundError: a folder is missing.
-        ValueError: the index was built from another dataset.
-    """
+    """Open an index, and the dataset that it must have been built from."""
     data = None if dataset is None else DatasetFolder(dataset)
     references = ReferenceIndex.load(index)
     if data is not None and references.dataset_hash not in (None, data.hash):
@@ -121,13 +111,6 @@ def open_inputs(
     other_data: tuple[str, ...],
 ) -> Inputs:
     """Open everything and check that it belongs together.
-
-    Args:
-        dataset: dataset folder.
-        index: reference index folder over its train part.
-        samples: subject to sample folder.
-        reference: the subject that others are paired with; the first one if there is no such.
-        other_data: subjects whose model was trained on another dataset on purpose.
 
     Raises:
         FileNotFoundError: a folder is missing.
@@ -254,11 +237,7 @@ def measure_subjects(
 
 
 def _second_similarity(inputs: Inputs, batch_size: int, embedding: Path | None) -> Second:
-    """Embed the dataset; the second measure is of embeddings unless the first one is.
-
-    Raises:
-        ValueError: the second embedding is the first measure's.
-    """
+    """Embed the dataset; the second measure is of embeddings unless the first one is."""
     data = inputs.dataset
     features = None if embedding is None else CopyDetectionFeatures.load(embedding)
     if features and identity(features.describe()) == identity(inputs.index.features.describe()):

@@ -1,7 +1,7 @@
 """Confidence intervals: Wilson, Newcombe, bootstrap over clusters, false discovery rates.
 
-Samples are rows of arrays. ``clusters`` (n,) are condition numbers of ``shared_conditions``: the
-interval is then over conditions; None for independent samples. ``confidence`` is two-sided.
+Intervals are two-sided, over independent samples, or over conditions where ``clusters`` (n,) of
+``shared_conditions`` are given.
 """
 
 from __future__ import annotations
@@ -66,12 +66,11 @@ def effective_conditions(clusters: np.ndarray) -> float:
 def rate_interval(
     flags: np.ndarray, clusters: np.ndarray | None = None, confidence: float = CONFIDENCE
 ) -> Interval:
-    """Share of samples whose flag (n,) bool is set.
+    """Share of samples whose flag (n,) bool is set; of independent samples with Wilson's interval.
 
-    Independent samples have Wilson's interval. With ``clusters`` the rates of the conditions are
-    draws from a beta distribution, the flags of a condition are beta-binomial, and the interval is
-    that of the distribution's mean in the posterior: Jeffreys's prior of the mean, a uniform prior
-    of the correlation within a condition, which then need not be known where no flag is set.
+    Rates of conditions are draws from a beta distribution; the interval is that of its mean in the
+    posterior of the beta-binomial flags: Jeffreys's prior of the mean, a uniform prior of the
+    correlation within a condition, which then need not be known where no flag is set.
     """
     hits, n = int(np.count_nonzero(flags)), len(flags)
     if clusters is None:
@@ -102,13 +101,7 @@ def _posterior(flags: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> Interval:
-    """Wilson's score interval of a rate, which has a width at 0 and n successes too.
-
-    Neither number need be whole: weighted rates have an effective n.
-
-    Raises:
-        ValueError: ``n`` is not positive, or ``successes`` is outside [0, n].
-    """
+    """Wilson's score interval, which has a width at 0 and n successes too; n may be fractional."""
     if n <= 0 or not 0 <= successes <= n:
         raise ValueError(f"a rate needs 0 <= successes <= n and n > 0, got {successes} of {n}")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
@@ -137,8 +130,7 @@ def paired_rate_difference(
     """``flags.mean() - reference.mean()`` of the same units (Newcombe 1998, paired, method 10).
 
     Two intervals of rates, squared and added with the correlation of the pairs: unlike a bootstrap
-    it has a width where both rates are 0, which is where mitigations end up. With ``clusters`` the
-    intervals and the correlation are those over conditions.
+    it has a width where both rates are 0, which is where mitigations end up.
     """
     if len(flags) != len(reference) or len(flags) == 0:
         raise ValueError(f"pairs need equal counts, got {len(flags)} and {len(reference)}")
@@ -157,14 +149,12 @@ def paired_rate_difference(
 
 
 def _condition_correlation(a: np.ndarray, b: np.ndarray, clusters: np.ndarray) -> float:
-    """Correlation of two rates over conditions; 0 where one of them is the same in all.
-
-    Two conditions always correlate fully, and fewer than five hardly tell: they are not taken at
-    their word where that would make a difference look surer.
-    """
+    """Correlation of two rates over conditions; 0 where one of them is the same in all."""
     first, second = (np.bincount(clusters, each - each.mean()) for each in (a, b))
     scale = sqrt(float((first**2).sum() * (second**2).sum()))
     correlation = float((first * second).sum()) / scale if scale > 1e-12 else 0.0
+    # Two conditions always correlate fully, and fewer than five hardly tell: they are not taken at
+    # their word where that would make a difference look surer.
     known = min(max(effective_conditions(clusters) - 2, 0.0) / 3, 1.0)
     return correlation * known if correlation > 0 else correlation
 
@@ -230,12 +220,10 @@ def quantile_interval(
     at_least: float = -inf,
     at_most: float = inf,
 ) -> Interval:
-    """Quantile of (n,) finite values with the limits between which its share is plausible.
+    """Quantile of (n,) values; inside are values v for which the rate of "≤ v" may be ``share``.
 
-    A value is inside where ``rate_interval`` of "at most this value" holds ``share``: the interval
-    covers as that of rates does, and needs no density. Few values do not bound a quantile near an
-    end: where the population's may lie beyond all of them, the interval ends at ``at_least`` or
-    ``at_most``, the smallest and largest possible values.
+    The interval covers as that of rates does, and needs no density. Where the population's quantile
+    may lie beyond all values, it ends at ``at_least`` or ``at_most``, the possible range.
     """
     quantile, ordered = float(np.quantile(values, share)), np.sort(values)
     nothing = np.zeros(len(values), dtype=bool)
@@ -261,16 +249,11 @@ def bootstrap(
     clusters: np.ndarray | None = None,
     units: float | None = None,
 ) -> Interval:
-    """Expanded percentile bootstrap over ``n`` units, or over whole conditions.
+    """Expanded percentile bootstrap of a function of row numbers, over units or whole conditions.
 
     Percentiles are those of Student's t with the units' spread (Hesterberg 2015, section 5.3),
-    which ten conditions need and a thousand samples do not notice. There is no interval where the
-    statistic of most resamples is NaN.
-
-    Args:
-        statistic: takes row numbers int64, with repetitions, and returns a number: (n,) of them,
-            with ``clusters`` about n.
-        units: effective number of units that the statistic rests on, where it is fewer.
+    which ten conditions need and a thousand samples do not notice. ``units`` is the effective
+    number that the statistic rests on, where it is smaller.
     """
     value = float(statistic(np.arange(n)))
     codes = np.arange(n) if clusters is None else clusters
@@ -290,10 +273,7 @@ def resampled(
     draws: int,
     clusters: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Values (draws,) of a statistic on resamples of units, or of whole conditions.
-
-    A resample whose statistic is NaN is drawn again; none are returned where most are NaN.
-    """
+    """Values (draws,) of a statistic on resamples, drawn again if NaN; none where most are NaN."""
     generator = generator_of(seed)
     codes = np.arange(n) if clusters is None else clusters
     order = np.argsort(codes, kind="stable")
@@ -324,10 +304,9 @@ def student_quantile(units: float, confidence: float = CONFIDENCE) -> float:
 def adjusted(p_values: np.ndarray) -> np.ndarray:
     """Benjamini and Hochberg's (1995) adjusted p-values, in the order given.
 
-    The i-th smallest of m is min over j ≥ i of p_(j)·m/j, at most 1. Those that are at most q are
-    the discoveries at false discovery rate q (``are_discoveries``). p-values against one shared set
-    of calibration images depend on each other, but positively, so that the rate holds (Bates et
-    al., 2023, theorem 2).
+    The i-th smallest of m is min over j ≥ i of p_(j)·m/j, at most 1. p-values against one shared
+    set of calibration images depend on each other, but positively, so that the false discovery
+    rate holds (Bates et al., 2023, theorem 2).
     """
     # Not scipy.stats.false_discovery_control: it multiplies by m/j, and so differs in the last
     # bits, at exact ties too, from the values that earlier audits have on disk.
@@ -340,18 +319,14 @@ def adjusted(p_values: np.ndarray) -> np.ndarray:
 
 
 def are_discoveries(q_values: np.ndarray, rate: float) -> np.ndarray:
-    """Which of ``adjusted`` (m,) are discoveries at the false discovery rate, (m,) bool.
-
-    p-values are multiples of 1/(n + 1), so that p_(j)·m/j is often exactly the rate, which
-    ``adjusted`` misses by the rounding of its last bits: what is equal but for those is equal.
-    """
+    """Which of ``adjusted`` (m,) are discoveries at the false discovery rate, (m,) bool."""
+    # p-values are multiples of 1/(n + 1), so that p_(j)·m/j is often exactly the rate, which
+    # ``adjusted`` misses by the rounding of its last bits.
     return np.asarray(q_values) <= rate * (1 + 1e-9)
 
 
 def fewest_discoveries(images: int, calibration_images: int, rate: float) -> int:
-    """The smallest possible number of discoveries above 0; more than ``images``: none is possible.
-
-    No p-value is below 1/(n + 1) with n calibration images, and k of m images are discoveries only
-    if the largest of their p-values is at most q·k/m.
-    """
+    """The smallest possible number of discoveries above 0; none is possible above ``images``."""
+    # No p-value is below 1/(n + 1) with n calibration images, and k of m images are discoveries
+    # only if the largest of their p-values is at most q·k/m.
     return math.ceil(images / (rate * (calibration_images + 1)) - 1e-9)

@@ -41,8 +41,7 @@ from memfree.images import from_bytes, to_bytes
 
 PAPER_THRESHOLDS = (1.4, 1.6)
 """Fixed thresholds on nL2 that the AMG paper reports for CIFAR-10."""
-GU_RATIO = 1 / 3
-"""Gu et al. call a sample memorized where d_1/d_2 is below this."""
+GU_RATIO = 1 / 3  # Gu et al. call a sample memorized where d_1/d_2 is below this
 
 
 def memorization_metrics(
@@ -54,8 +53,8 @@ def memorization_metrics(
 ) -> list[Metric]:
     """Copies by both measures, distances, dose-response, and the share of duplicated images.
 
-    ``rates`` are false-positive rates, the first that of the verdicts; others that the calibration
-    images cannot support are left out.
+    The first of the false-positive rates is that of the verdicts; others that are too small for the
+    calibration images are left out.
     """
     calibration, index, rate = inputs.calibration, inputs.index, rates[0]
     supported = allowed_rates(rates[1:], len(calibration.sigmas))
@@ -98,14 +97,7 @@ def copy_metrics(
     conditions: np.ndarray | None = None,
     rate_limits: Callable[[float], tuple[float, float]] | None = None,
 ) -> list[Metric]:
-    """Rates of copies under the calibrated thresholds.
-
-    Args:
-        thresholds: false-positive rate to threshold in σ; copies lie above it.
-        main_rate: the false-positive rate whose metric is called plainly ``copies``.
-        similarity: name of the measure, for the detail.
-        rate_limits: interval of the share of real images above the threshold of a rate.
-    """
+    """Rates of copies, above the threshold in σ of each false-positive rate."""
     metrics = []
     for rate, threshold in thresholds.items():
         copies = found.sigma > threshold
@@ -153,12 +145,8 @@ def factor_metrics(
 ) -> list[Metric]:
     """Copies per duplication factor: the dose-response curve.
 
-    For each factor f two metrics: ``copies_of_factor_f``, the rate of samples that are copies and
-    whose nearest group has f records; and ``copies_per_image_of_factor_f``, how many copies an
-    image of that factor has on average.
-
-    Args:
-        images_per_factor: factor to the number of groups of the training set that have it.
+    ``copies_of_factor_f`` is the rate of samples that are copies and whose nearest group has f
+    records; ``copies_per_image_of_factor_f`` is how many copies an image of that factor has.
     """
     n, metrics = len(found), []
     for factor, images in sorted(images_per_factor.items()):
@@ -174,28 +162,17 @@ def factor_metrics(
 
 
 def images_per_factor(groups: np.ndarray, group_multiplicity: np.ndarray) -> dict[int, int]:
-    """How many groups of the training set have each multiplicity.
-
-    Args:
-        groups: (rows,) group number of each reference.
-        group_multiplicity: (rows,) records of its group.
-    """
+    """How many groups of the training set have each multiplicity, from both of each reference."""
     first = np.unique(groups, return_index=True)[1]
     factors, counts = np.unique(group_multiplicity[first], return_counts=True)
     return dict(zip(factors.tolist(), counts.tolist(), strict=True))
 
 
 def class_weights(own: np.ndarray | None, wanted: np.ndarray | None, n: int) -> np.ndarray:
-    """Weights (n,) that give held-out images the class mix of the samples.
+    """Weights (n,) that give held-out images with labels ``own`` the class mix ``wanted``.
 
-    Classes of the samples without a held-out image (those that a duplication plan made up for its
-    copies, for instance) are left out of the mix. Without labels of either, or none in common, all
-    weights are 1.
-
-    Args:
-        own: (n,) labels of the held-out images.
-        wanted: labels of the samples.
-        n: number of held-out images.
+    Classes without a held-out image (as a duplication plan may make up for its copies) are left out
+    of the mix. Without labels of either, or none in common, all weights are 1.
     """
     if own is None or wanted is None or not np.isin(own, wanted).any():
         return np.ones(n)
@@ -218,13 +195,8 @@ def duplicated_share_metrics(
     """Share of samples whose nearest image is of a duplicated group, beside its expected share.
 
     The expected share (``duplicated_fair_share`` in files) is that of real images that were never
-    trained on, at the samples' class mix; a model that has not learnt the duplication has it too.
-
-    Args:
-        duplicated: (n,) bool per sample: the nearest group has more than one record.
-        heldout: (m,) bool per test image, likewise.
-        weights: (m,) of the test images, from ``class_weights``.
-        seed: for the ratio's posterior draws.
+    trained on, at the samples' class mix (``weights`` of ``class_weights``); a model that has not
+    learnt the duplication has it too.
     """
     expected = weighted_rate(heldout, weights)
     metrics = [
@@ -272,12 +244,7 @@ def paired_metrics(
     flags: dict[str, tuple[np.ndarray, np.ndarray]],
     conditions: Mapping[str, np.ndarray | None] | None = None,
 ) -> list[Metric]:
-    """Differences of rates between two subjects that start from the same noise.
-
-    Args:
-        flags: metric name to (subject's flags, reference's flags), each (n,) bool.
-        conditions: by metric name.
-    """
+    """Differences of rates, by metric (subject's flags, reference's flags) of the same noise."""
     metrics = []
     for name, (own, others) in flags.items():
         shared = (conditions or {}).get(name)
@@ -301,18 +268,9 @@ def same_image_metrics(
     """Of noises that become a copy unguided: how many stay nearest to the same image, guided.
 
     A guidance that stops just past its own threshold leaves the same picture; this sees it without
-    any threshold. The chance level is that of *other* noises of the same class.
-
-    Args:
-        subject: the guided one.
-        reference: the unguided one of the same noise.
-        group: (n,) group of the nearest reference of each guided sample.
-        reference_group: (n,) the same unguided.
-        reference_copy: (n,) bool, whether the unguided sample is a copy.
-        labels: (n,) classes of the samples; None if unconditional.
-
-    Returns:
-        ``same_image`` and ``same_image_chance``; nothing where the reference has no copies.
+    any threshold. ``group`` and ``reference_group`` (n,) are the groups of the nearest training
+    images, ``labels`` the classes of the samples: the chance level is that of *other* noises of the
+    same class. Nothing is returned where the reference has no copies.
     """
     if not reference_copy.any():
         return []
@@ -337,8 +295,7 @@ def allowed_rates(wanted: Sequence[float], calibration_images: int) -> list[floa
     return [rate for rate in wanted if rate * calibration_images >= MIN_EXPECTED - 1e-9]
 
 
-CHANGED_IMAGES = 100
-"""Training images that are changed, at most."""
+CHANGED_IMAGES = 100  # training images that are changed, at most
 
 
 def known_copy_metrics(inputs: Inputs, second: Second, rate: float, seed: int) -> list[Metric]:

@@ -31,13 +31,12 @@ class Metric:
     metric: str
     """Its name, for example ``copies`` or ``frechet_efficientnet``."""
     subject: str
-    """Whose it is: a sample folder's name, or ``heldout``."""
+    """A sample folder's name, or ``heldout``."""
     value: float
     """The number; rates are in [0, 1]."""
     low: float | None = None
-    """Lower end of the 95 % interval, None where there is none."""
+    """Ends of the 95 % interval, None where there is none."""
     high: float | None = None
-    """Upper end of it."""
     count: int = 0
     """How many images it was measured on."""
     detail: dict[str, Any] = field(default_factory=dict)

@@ -1,22 +1,18 @@
 """Quality and diversity: Fréchet and kernel distances, precision, recall, Vendi score.
 
-Metrics depend on the number of images, so all sides have the same: n, the smallest count. Functions
-``…_metrics`` take the name of the features, ``space``; features (count, D) by subject; those of the
-distinct training images, ``floor``, reported for ``heldout``; those of the test images, ``target``;
-a ``seed`` for the rows that are drawn; ``conditions`` by subject, of ``shared_conditions``; and
-further ``detail`` to write beside the numbers. Intervals are what other samples, as many and
-against the same test images, would give (``subsample``).
+Intervals are what other samples, as many and against the same test images, would give
+(``subsample``). ``conditions`` of a subject are those of ``shared_conditions``.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from math import sqrt
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,30 +28,26 @@ from memfree.evaluation.intervals import (
     Interval,
     conditions_detail,
     effective_conditions,
+    rate_interval,
     shared_conditions,
     student_quantile,
 )
-from memfree.evaluation.metrics import HELDOUT, Metric, metric, rate_metric
+from memfree.evaluation.metrics import HELDOUT, Metric, metric
 
-Conditions: TypeAlias = Mapping[str, np.ndarray | None] | None
 DRAWS = 100
 """Subsets of either size."""
 MIN_UNITS = 8
-"""Images, or conditions, below which there is no interval: a quarter would be one of them."""
+"""Fewest images, or conditions, of an interval: a quarter of fewer would be one of them."""
 
 
 @dataclass(frozen=True)
 class Subsampled:
     """A statistic of random subsets of n units, of images or of whole conditions."""
 
-    half: np.ndarray
-    """(draws,) of subsets of ⌊n/2⌋ units; empty where there are too few units."""
-    quarter: np.ndarray
-    """(draws,) of subsets of ⌊n/4⌋ units."""
-    units: int
-    """n."""
-    effective: float
-    """n, or the effective number of conditions of unequal size."""
+    half: np.ndarray  # (draws,) of subsets of ⌊n/2⌋ units; empty where there are too few units
+    quarter: np.ndarray  # (draws,) of subsets of ⌊n/4⌋ units
+    units: int  # n
+    effective: float  # n, or the effective number of conditions of unequal size
 
     def __sub__(self, other: Subsampled) -> Subsampled:
         half, quarter = self.half - other.half, self.quarter - other.quarter
@@ -66,10 +58,7 @@ class Subsampled:
     ) -> Interval:
         """Student's interval of ``value``, the statistic of the whole set.
 
-        Args:
-            value: of the whole set.
-            further: variance from elsewhere, as of a mean over random subsets.
-            at_least: smallest value that is possible.
+        ``further`` is variance from elsewhere, ``at_least`` the smallest possible value.
         """
         if not len(self.half):
             return Interval(value)
@@ -81,10 +70,9 @@ class Subsampled:
         """Variance of the statistic of all n units over other sets of as many.
 
         A statistic with a linear and a quadratic part has variance a/m + b/m² over sets of m, and
-        a·(1/m − 1/n) + b·(1/m² − 1/n²) over subsets of m out of n, as the mean of a subset has a
-        finite population correction. Two sizes give a and b, neither below 0. The result is
-        uncertain, and below the variance by halves alone (b = 0) where chance has it: what is
-        returned is the geometric mean of both, with two thirds of the weight for that by halves.
+        a·(1/m − 1/n) + b·(1/m² − 1/n²) over subsets of m out of n (finite population correction).
+        Two sizes give a and b, neither below 0. As chance can make this smaller than the variance
+        by halves alone (b = 0), the geometric mean of both is taken, two thirds of it by halves.
         """
         n = self.units
         sizes = np.array([n // 2, n // 4], dtype=float)
@@ -106,15 +94,10 @@ def subsample(
     clusters: np.ndarray | None = None,
     draws: int = DRAWS,
 ) -> Subsampled:
-    """Values of a statistic on random halves and quarters of ``n`` images.
+    """Values of a function of row numbers on random halves and quarters of ``n`` images.
 
-    Args:
-        n: images.
-        statistic: takes different row numbers int64 and returns a number.
-        seed: for the subsets; equal seeds, counts and clusters give equal subsets.
-        clusters: (n,) of ``shared_conditions``: subsets are of whole conditions; None for
-            independent images.
-        draws: subsets of either size; 0 for no interval.
+    Equal seeds, counts and clusters give equal subsets; with ``clusters`` they are of whole
+    conditions. ``draws`` 0 gives no interval.
     """
     codes = np.arange(n) if clusters is None else clusters
     units = int(codes.max()) + 1
@@ -140,14 +123,9 @@ def drawn_rows(features: np.ndarray, n: int, seed: int) -> np.ndarray:
     return features[np.sort(generator.permutation(len(features))[:n])]
 
 
-def _drawn(
-    name: str, features: np.ndarray, n: int, seed: int, conditions: Conditions
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """n of a subject's rows, and their conditions."""
-    shared = (conditions or {}).get(name)
-    if shared is not None:
-        shared = shared_conditions(drawn_rows(shared, n, seed))
-    return drawn_rows(features, n, seed), shared
+def _drawn_conditions(conditions: np.ndarray | None, n: int, seed: int) -> np.ndarray | None:
+    """Of the same rows, of ``shared_conditions`` again."""
+    return None if conditions is None else shared_conditions(drawn_rows(conditions, n, seed))
 
 
 def _on_rows(
@@ -156,12 +134,44 @@ def _on_rows(
     return lambda rows: measure(features[rows])
 
 
-def _smallest(*sides: np.ndarray) -> int:
-    return min(len(features) for features in sides)
+@dataclass(frozen=True)
+class Sides:
+    """Features (count, D) that are compared, all with the same number of images."""
 
+    space: str  # name of the features, the end of the metrics' names
+    subjects: Mapping[str, np.ndarray]
+    floor: np.ndarray  # of the distinct training images, reported as ``heldout``
+    target: np.ndarray  # of the test images, which all are compared with
+    seed: int
+    conditions: Mapping[str, np.ndarray | None] = field(default_factory=dict)
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
-def _notes(name: str) -> dict[str, str]:
-    return {"compared": "distinct training images"} if name == HELDOUT else {}
+    @cached_property
+    def everyone(self) -> dict[str, np.ndarray]:
+        """The subjects and the floor."""
+        return {**self.subjects, HELDOUT: self.floor}
+
+    @cached_property
+    def n(self) -> int:
+        """The smallest count."""
+        return min(len(features) for features in (self.target, *self.everyone.values()))
+
+    @cached_property
+    def drawn_target(self) -> np.ndarray:
+        """(n, D)."""
+        return drawn_rows(self.target, self.n, self.seed)
+
+    def drawn(self) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+        """Name, features (n, D) and conditions of everyone."""
+        for name, features in self.everyone.items():
+            shared = _drawn_conditions(self.conditions.get(name), self.n, self.seed)
+            yield name, drawn_rows(features, self.n, self.seed), shared
+
+    def metric(self, name: str, subject: str, interval: Interval, **detail: Any) -> Metric:
+        """A metric of these features, with their detail."""
+        notes = {"compared": "distinct training images"} if subject == HELDOUT else {}
+        detail |= {**self.detail, **notes}
+        return metric(f"{name}_{self.space}", subject, interval, self.n, **detail)
 
 
 NEIGHBOURS = 3
@@ -172,15 +182,7 @@ _BLOCK = 1024
 def on_manifold(points: np.ndarray, features: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
     """Which points lie in the ball of some feature (Kynkäänniemi et al. 2019, eq. 1), (n,) bool.
 
-    A ball's radius is the distance to the k-th nearest of the other features.
-
-    Args:
-        points: (n, D).
-        features: (m, D), m > k; they span the manifold.
-        k: neighbours.
-
-    Raises:
-        ValueError: there are too few features.
+    A ball's radius is the distance of a feature (m, D) to the k-th nearest of the others.
     """
     if len(features) <= k:
         raise ValueError(f"{k} neighbours need more than {k} images, not {len(features)}")
@@ -193,35 +195,24 @@ def on_manifold(points: np.ndarray, features: np.ndarray, k: int = NEIGHBOURS) -
     return in_blocks(points, lambda distances: (distances <= radius).any(1))
 
 
-def manifold_metrics(
-    space: str,
-    subjects: dict[str, np.ndarray],
-    floor: np.ndarray,
-    target: np.ndarray,
-    seed: int,
-    conditions: Conditions = None,
-    **detail: Any,
-) -> list[Metric]:
-    """Precision (samples among real images) and recall (real images among samples) of subjects.
+def manifold_metrics(sides: Sides) -> list[Metric]:
+    """Precision (samples among real images) and recall (real images among samples).
 
-    Intervals are those of rates, of precision over the samples and of recall over the test images,
-    with the manifolds held fixed. None below four images.
+    Intervals are those of rates over the samples and the test images, with fixed manifolds.
     """
-    everyone = {**subjects, HELDOUT: floor}
-    n = _smallest(target, *everyone.values())
-    if n <= NEIGHBOURS:
+    if sides.n <= NEIGHBOURS:
         return []
-    target = drawn_rows(target, n, seed)
-    sizes = {"equal_count": n, "neighbours": NEIGHBOURS, "dimensions": int(target.shape[1])}
+    target = sides.drawn_target
+    sizes = {"equal_count": sides.n, "neighbours": NEIGHBOURS, "dimensions": int(target.shape[1])}
     metrics = []
-    for name, features in everyone.items():
-        features, shared = _drawn(name, features, n, seed, conditions)
-        for measured, inside, over in (
-            ("precision", on_manifold(features, target), shared),
-            ("recall", on_manifold(target, features), None),
-        ):
-            notes = {**sizes, **conditions_detail(over), **detail, **_notes(name)}
-            metrics.append(rate_metric(f"{measured}_{space}", name, inside, over, **notes))
+    for name, features, shared in sides.drawn():
+        precise = rate_interval(on_manifold(features, target), shared)
+        recalled = rate_interval(on_manifold(target, features))
+        over = conditions_detail(shared)
+        metrics += [
+            sides.metric("precision", name, precise, **sizes, **over),
+            sides.metric("recall", name, recalled, **sizes),
+        ]
     return metrics
 
 
@@ -238,11 +229,7 @@ class _Embedded(nn.Identity):
 
 
 class FrechetDistance:
-    """Fréchet distance of Gaussians fitted to features, to one target; float64 (torchmetrics).
-
-    Args:
-        target: (m, D) features of the images to be like.
-    """
+    """Fréchet distance of Gaussians fitted to features (n, D) and to the target's (m, D)."""
 
     def __init__(self, target: np.ndarray):
         embedded = _Embedded(target.shape[1])
@@ -258,33 +245,18 @@ class FrechetDistance:
 
 
 def frechet_metrics(
-    space: str,
-    subjects: dict[str, np.ndarray],
-    floor: np.ndarray,
-    target: np.ndarray,
-    seed: int,
-    paired: dict[str, str] | None = None,
-    draws: int = DRAWS,
-    conditions: Conditions = None,
-    **detail: Any,
+    sides: Sides, paired: dict[str, str] | None = None, draws: int = DRAWS
 ) -> list[Metric]:
     """Fréchet distance of every subject to the test images, and of training images: the floor.
 
-    The value is the mean over ``SUBSETS`` random subsets of n.
-
-    Args:
-        paired: subject to its reference, for differences; both have the same noise.
-        draws: subsets for the interval; 0 takes the first n once and gives no interval.
+    The value is the mean over ``SUBSETS`` random subsets of n; with ``draws`` 0 the distance of the
+    first n, without interval. ``paired`` names the reference of a subject, for differences.
     """
-    everyone = {**subjects, HELDOUT: floor}
-    conditions = conditions or {}
-    n = _smallest(target, *everyone.values())
-    target = drawn_rows(target, n, seed)
-    distance = FrechetDistance(target)
-    detail = {"equal_count": n, "dimensions": int(target.shape[1]), **detail}
+    n, seed, conditions = sides.n, sides.seed, sides.conditions
+    distance = FrechetDistance(sides.drawn_target)
+    sizes = {"equal_count": n, "dimensions": int(sides.target.shape[1])}
 
     def of_subsets(features: np.ndarray) -> np.ndarray:
-        """Distances of random subsets of n, without repetition."""
         count = len(features)
         if draws == 0:
             return np.array([distance(features[:n])])
@@ -293,55 +265,39 @@ def frechet_metrics(
         return np.array([distance(features[rows]) for rows in subsets])
 
     def interval(values: np.ndarray, spread: Subsampled, at_least: float | None) -> Interval:
-        """Of the mean over subsets: the spread of the whole set, and of the choice of subsets."""
+        # The spread of the whole set, and that of the choice of subsets.
         chosen = float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
         return spread.interval(float(values.mean()), chosen, at_least)
 
-    values = {name: of_subsets(features) for name, features in everyone.items()}
+    values = {name: of_subsets(features) for name, features in sides.everyone.items()}
     spread = {
         name: subsample(len(each), _on_rows(distance, each), seed, conditions.get(name), draws)
-        for name, each in everyone.items()
+        for name, each in sides.everyone.items()
     }
     metrics = []
-    for name in everyone:
+    for name in sides.everyone:
         over = conditions_detail(conditions.get(name)) if draws else {}
-        notes = {**over, **detail, **_notes(name)}
         found = interval(values[name], spread[name], 0.0)
-        metrics.append(metric(f"frechet_{space}", name, found, n, **notes))
+        metrics.append(sides.metric("frechet", name, found, **over, **sizes))
     for name, reference in (paired or {}).items():
         differences = values[name] - values[reference]
         found = interval(differences, spread[name] - spread[reference], None)
-        notes = {"reference": reference, **detail}
-        metrics.append(metric(f"frechet_{space}_difference", name, found, n, **notes))
+        metric_name, notes = f"frechet_{sides.space}_difference", {**sizes, **sides.detail}
+        metrics.append(metric(metric_name, name, found, n, reference=reference, **notes))
     return metrics
 
 
-def kid_metrics(
-    space: str,
-    subjects: dict[str, np.ndarray],
-    floor: np.ndarray,
-    target: np.ndarray,
-    seed: int,
-    subsets: int = 50,
-    conditions: Conditions = None,
-    **detail: Any,
-) -> list[Metric]:
-    """Kernel inception distance (unbiased, cubic kernel) of every subject and of the floor.
-
-    The value is the mean over ``subsets`` of n/2, as published.
-    """
-    everyone = {**subjects, HELDOUT: floor}
-    n = _smallest(target, *everyone.values())
+def kid_metrics(sides: Sides, subsets: int = 50) -> list[Metric]:
+    """Kernel inception distance (unbiased, cubic kernel): the mean over subsets of n/2."""
+    n, seed, target = sides.n, sides.seed, sides.drawn_target
     size = max(2, n // 2)
-    target = drawn_rows(target, n, seed)
     metrics = []
-    for name, features in everyone.items():
-        features, shared = _drawn(name, features, n, seed, conditions)
+    for name, features, shared in sides.drawn():
         mean, deviation = _kid(features, target, size, subsets, seed)
         pairs = partial(_mean_of_pairs, _pair_terms(features, target))
         interval = subsample(n, pairs, seed, shared).interval(mean, deviation**2 / subsets)
-        notes = {"subset": size, **conditions_detail(shared), **detail, **_notes(name)}
-        metrics.append(metric(f"kid_{space}", name, interval, n, **notes))
+        over = conditions_detail(shared)
+        metrics.append(sides.metric("kid", name, interval, subset=size, **over))
     return metrics
 
 
@@ -407,23 +363,21 @@ _DIVERSITY = {"vendi": vendi_score, "diversity": pairwise_diversity}
 
 def diversity_metrics(
     space: str,
-    subjects: dict[str, np.ndarray],
+    subjects: Mapping[str, np.ndarray],
     seed: int,
     draws: int = DRAWS,
-    conditions: Conditions = None,
+    conditions: Mapping[str, np.ndarray | None] | None = None,
     **detail: Any,
 ) -> list[Metric]:
-    """Vendi score and mean pairwise diversity of every subject.
-
-    Features are centred; they are scaled to length 1. ``draws`` are the subsets for the interval.
-    """
-    n = _smallest(*subjects.values())
+    """Vendi score and mean pairwise diversity of centred features, scaled to length 1."""
+    n = min(len(features) for features in subjects.values())
     if n < 2:
         return []
     metrics = []
     for name, features in subjects.items():
-        chosen, shared = _drawn(name, features.astype(np.float64), n, seed, conditions)
+        chosen = drawn_rows(features, n, seed).astype(np.float64)
         unit = chosen / np.maximum(np.linalg.norm(chosen, axis=1, keepdims=True), 1e-12)
+        shared = _drawn_conditions((conditions or {}).get(name), n, seed)
         notes = {"equal_count": n, **conditions_detail(shared), **detail}
         for measured, measure in _DIVERSITY.items():
             spread = subsample(n, _on_rows(measure, unit), seed, shared, draws)
@@ -442,33 +396,32 @@ def distribution_metrics(
     groups = np.unique(np.array(inputs.dataset.part("train").groups), return_index=True)[1]
     floor = second.train_view.take(np.sort(groups))  # one image of every group
     target = subjects[HELDOUT].view
-    views = {name: subjects[name].view for name in inputs.samples}
     shared = {name: subjects[name].conditions for name in inputs.samples}
     components = fit_components(second.fit_view.pooled)
+    lite = second.viewer.describe_pooled()
 
-    def sides(
-        features: Callable[[View], np.ndarray], dtype: Any = np.float64
-    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, int]:
-        """Features of the subjects, the floor and the target; and the seed."""
-        of = {name: features(view).astype(dtype) for name, view in views.items()}
-        return of, features(floor).astype(dtype), features(target).astype(dtype), seed
+    def sides(space: str, features: Callable[[View], np.ndarray], detail: dict[str, Any]) -> Sides:
+        views = {name: features(subjects[name].view) for name in inputs.samples}
+        return Sides(space, views, features(floor), features(target), seed, shared, detail)
 
-    pooled, pixels, inception = (attrgetter(name) for name in ("pooled", "pixels", "inception"))
-    projected = sides(lambda view: components.transform(view.pooled.astype(np.float64)))
-    both = {**projected[0], HELDOUT: projected[2]}
-    lite, paired = second.viewer.describe_pooled(), inputs.paired
-    flat = second.viewer.describe_pixels()
+    def projected(view: View) -> np.ndarray:
+        return components.transform(view.pooled.astype(np.float64))
+
+    def pixels(view: View) -> np.ndarray:
+        return view.pixels.astype(np.float64)
+
+    main = sides("efficientnet", projected, lite)
+    both = {**main.subjects, HELDOUT: main.target}
     metrics = [
-        *frechet_metrics("efficientnet", *projected, paired, conditions=shared, **lite),
-        *frechet_metrics("pixels", *sides(pixels), paired, conditions=shared, **flat),
-        *kid_metrics("efficientnet", *sides(pooled, np.float32), conditions=shared, **lite),
-        *manifold_metrics("efficientnet", *projected, conditions=shared, **lite),
+        *frechet_metrics(main, inputs.paired),
+        *frechet_metrics(sides("pixels", pixels, second.viewer.describe_pixels()), inputs.paired),
+        *kid_metrics(sides("efficientnet", attrgetter("pooled"), lite)),
+        *manifold_metrics(main),
         *diversity_metrics("efficientnet", both, seed, conditions=shared, **lite),
     ]
     if target.inception is not None:  # as published; singular below 2048 images
-        extractor: dict[str, Any] = {"extractor": "torch-fidelity inception-v3-compat, 2048"}
-        metrics += frechet_metrics("inception", *sides(inception), draws=0, **extractor)
-        metrics += kid_metrics(
-            "inception", *sides(inception, np.float32), conditions=shared, **extractor
-        )
+        detail = {"extractor": "torch-fidelity inception-v3-compat, 2048"}
+        single = sides("inception", attrgetter("inception"), detail)
+        double = sides("inception", lambda view: np.float64(view.inception), detail)
+        metrics += [*frechet_metrics(double, draws=0), *kid_metrics(single)]
     return metrics

@@ -24,10 +24,8 @@ from memfree.guidance import WITH_AMG, NormalizedL2
 from memfree.images import to_bytes, to_png
 from memfree.sampling.sample_folder import SampleFolder
 
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-"""Of σ_t over the samples of a group, at every step."""
-COLUMNS = 12
-"""How many samples of the reference subject are shown."""
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)  # of σ_t over the samples of a group, at every step
+COLUMNS = 12  # samples of the reference subject that are shown
 
 
 def write_evaluation(
@@ -39,11 +37,7 @@ def write_evaluation(
     seed: int,
     false_positive_rate: float,
 ) -> None:
-    """Write the folder beside ``out`` and put it in place when it is complete.
-
-    Raises:
-        ValueError: ``out`` holds something that is not an evaluation.
-    """
+    """Write the folder beside ``out`` and put it in place when it is complete."""
     with unfinished(out) as partial:
         write_metrics(partial / "metrics.json", table.metrics)
         nl2 = isinstance(inputs.similarity, NormalizedL2)
@@ -95,12 +89,7 @@ def _model_manifest(path: str | None) -> dict[str, Any] | None:
 
 
 def _per_sample_table(subjects: Mapping[str, Subject], keys: list[str], nl2: bool) -> pa.Table:
-    """One row per image: its nearest training image, both similarities, p-value and verdicts.
-
-    Args:
-        keys: image key per row of the index.
-        nl2: whether σ is −nL2; otherwise the column ``nl2`` is null.
-    """
+    """One row per image: its nearest training image, both similarities, p-value and verdicts."""
     parts = []
     for name, subject in subjects.items():
         found, n = subject.found, len(subject.found)
@@ -242,13 +231,8 @@ def _pictures(inputs: Inputs, subjects: Mapping[str, Subject]) -> list[dict[str,
 def choose_samples(found: Neighbours, keys: list[str], count: int = COLUMNS) -> list[int]:
     """Which samples of the reference subject to show, by a rule and not by looking.
 
-    Copies first, in the order of the samples, each of another training image; then, if there are
-    too few, further copies, then what is nearest to a training image.
-
-    Args:
-        found: the samples' neighbours.
-        keys: image key of each sample's nearest reference.
-        count: how many to show at most.
+    Copies first, in the order of the samples, each of another training image (``keys``); then, if
+    there are too few, further copies, then what is nearest to a training image.
     """
     seen: set[str] = set()
     first: list[int] = []
