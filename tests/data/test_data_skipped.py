@@ -82,7 +82,7 @@ def test_too_few_calibration_images_are_said(tmp_path, encode, capsys):
     assert [line for line in lines if "false" in line] == [
         f"{tmp_path / 'out'}: a false-positive rate of 1 % needs 500 calibration images; there "
         "are 8: the smallest rate is 62.5 %, use memfree evaluate --false_positive_rate 0.625 "
-        "and sample.py --guidance.false_positive_rate 0.625"
+        "and sample.py --mitigation.false_positive_rate 0.625"
     ]
     prepare(tmp_path / "digits")
     assert "false" not in capsys.readouterr().err

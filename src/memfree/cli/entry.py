@@ -24,6 +24,7 @@ from memfree.cli.errors import (
     option_message,
     options_of,
 )
+from memfree.console import say
 from memfree.folders.lock import ALL, part_of
 from memfree.folders.untrusted import (
     check_config_files,
@@ -315,12 +316,19 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
         import_path_allowlist=["memfree"],
         instantiate_subclass_spec_in_any=False,
     )
-    parser = ArgumentParser(
-        prog=prog,
-        description=_description(function),
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+    settings: dict[str, Any] = {
+        "prog": prog,
+        "description": _description(function),
+        "exit_on_error": False,
+        "allow_abbrev": False,
+    }
+    parser: ArgumentParser
+    if guidance := inspect.signature(function).parameters.get("guidance"):
+        from memfree.cli.mitigation_options import MitigationParser
+
+        parser = MitigationParser(guidance.default.mitigation, **settings)
+    else:
+        parser = ArgumentParser(**settings)
     parser.add_argument(
         "--config", action="config", help="YAML file with options; may be given several times."
     )
@@ -356,6 +364,8 @@ def _run(
         exit_with_error(option_message(str(error), parser))
     except RecursionError:
         exit_with_error("--config: a value that contains itself, or too many in each other")
+    if old_names := getattr(parser, "old_names", ""):
+        say(old_names, stderr=True)
     for name in parser.groups or {}:  # jsonargparse takes a list for a set of options
         if not hasattr(config.get(name), "keys"):
             exit_with_error(f"--{name}: {config.get(name)!r} is not a set of options; see --help")
