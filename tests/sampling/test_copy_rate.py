@@ -1,11 +1,15 @@
 """The share of copies among a few samples at each validation of a training."""
 
+import csv
+
 import pytest
 import torch
 from tiny_training import make_trainer
 from trained_state import difference
 
+from memfree.cli import entry
 from memfree.commands.prepare import prepare
+from memfree.commands.train import train
 from memfree.data import PartSizes, ShardDataModule
 from memfree.guidance import NormalizedL2, calibrate, calibration_of
 from memfree.models import DDPMModule, ModelOptions, NetworkOptions
@@ -73,3 +77,30 @@ def test_it_is_of_the_average_and_changes_no_training(make_trainer, data):
     trainer, module, _ = fit(CopyRate(index, **options))
     assert float(trainer.callback_metrics["val/copy_rate"]) == 1.0
     assert difference(plain.state_dict(), module.state_dict()) is None
+
+
+WORDS = [
+    "--model.network.block_out_channels=[8, 8]",
+    "--model.network.attention=[false, true]",
+    "--model.network.norm_num_groups=4",
+    "--data.batch_size=16",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.max_steps=4",
+    "--trainer.sample_grid_every_n_steps=0",
+]
+
+
+def test_memfree_train_records_it_on_request(data, tmp_path, capsys):
+    index, out = tmp_path / "index", tmp_path / "out"
+    built = index_of(torch.rand(4, 1, 8, 8) * 2 - 1)
+    calibrate(built, NormalizedL2(), torch.rand(600, 1, 8, 8) * 2 - 1)
+    built.save(index)
+    words = [f"--data.path={data}", f"--out={out}", *WORDS, f"--trainer.copy_rate_index={index}"]
+    with pytest.raises(SystemExit):
+        entry.run(train, words)
+    assert "--trainer.copy_rate_index: pass --trainer.val_check" in capsys.readouterr().err
+    entry.run(train, [*words, "--trainer.val_check_interval=2"])
+    (log,) = out.glob("logs/**/metrics.csv")
+    rows = list(csv.DictReader(log.read_text().splitlines()))
+    assert [row["step"] for row in rows if row["val/copy_rate"]] == ["1", "3"]

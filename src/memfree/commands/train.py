@@ -69,6 +69,11 @@ class TrainerOptions:
     val_check_interval: NonNegativeInt = 0
     """Batches between two measurements of the loss of the data's test part, recorded as val/loss;
     0: none."""
+    copy_rate_index: Path | None = None
+    """Calibrated reference index: with val_check_interval, the share of a few samples that it calls
+    copies is recorded as val/copy_rate."""
+    copy_rate_samples: PositiveInt = 64
+    """How many samples, always from the same noise."""
     enable_progress_bar: bool = True
     """Whether a progress bar with the loss is shown."""
 
@@ -122,6 +127,7 @@ def train(
     if trainer.val_check_interval:
         with _named("--trainer.val_check_interval"):
             records.val_dataloader()
+    copy_rate = _copy_rate(trainer, seed)
     # Not devices: a run may resume with another number of them.
     accumulated, precision = trainer.accumulate_grad_batches, _precision(trainer)
     stepping = {
@@ -154,6 +160,7 @@ def train(
                 Beginning(out, claimed, trainer.logger),
                 FiniteTraining(trainer.log_every_n_steps),
                 losses,
+                *copy_rate,
                 *_callbacks(out, model, trainer, seed),
             ],
             plugins=[AtomicCheckpointIO()],
@@ -296,6 +303,19 @@ def _callbacks(
         callbacks.append(StepProgress())
     # Last: it may save what the others keep in checkpoints.
     return [*callbacks, Preemption()]
+
+
+def _copy_rate(options: TrainerOptions, seed: int) -> list[pl.Callback]:
+    if options.copy_rate_index is None:
+        return []
+    from memfree.retrieval import ReferenceIndex
+    from memfree.sampling import CopyRate
+
+    with _named("--trainer.copy_rate_index"):
+        if not options.val_check_interval:
+            raise ValueError("pass --trainer.val_check_interval, too: how often to measure")
+        index = ReferenceIndex.load(options.copy_rate_index)
+        return [CopyRate(index, int(options.copy_rate_samples), seed=seed)]
 
 
 def _exposure_summary(path: Path) -> dict[str, Any]:
