@@ -127,8 +127,8 @@ def scratch(
     )
     say(
         f"{out}: latents {'x'.join(map(str, latents))}, {len(pipeline.tokenizer)} tokens; "
-        f"reconstructions are off by {errors['train']:.3f} (train) and {errors['test']:.3f} (test), root mean square of "
-        "values in [-1, 1]"
+        f"reconstructions are off by {errors['train']:.3f} (train) and {errors['test']:.3f} "
+        "(test), root mean square of values in [-1, 1]"
     )
 
 
