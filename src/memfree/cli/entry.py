@@ -6,6 +6,7 @@ import argparse
 import importlib
 import inspect
 import os
+import re
 import signal
 import sys
 import threading
@@ -28,9 +29,9 @@ from memfree.folders.lock import ALL, part_of
 from memfree.folders.untrusted import (
     check_config_files,
     check_no_further_files,
-    check_yaml,
     config_files,
     limit_aliases,
+    load_yaml,
 )
 from memfree.slurm.launcher import Launch, advice, as_one_run, launched
 
@@ -39,14 +40,11 @@ if TYPE_CHECKING:
 
 
 def as_options(words: Sequence[str], option: str | None) -> list[str]:
-    """The words with the free one, the first or the last, as a value of ``option``.
+    """The words of a command, with the free one, the first or the last, as a value of ``option``.
 
     It goes to the front, wherever it stood: of a file with options and an option beside it, the
-    option wins. A last word is free where the one before it is no option that waits for a value.
-
-    Args:
-        words: of the command line, without the program's name and the command.
-        option: what the free word stands for, without dashes; None where a command has none.
+    option wins. A last word is free where the one before it is not an option that waits for a
+    value.
     """
     given = list(words)
     if option is None or not given:
@@ -64,37 +62,20 @@ OWN = {"study": {"grids"}, "text-study": {"training", "counts", "prompt_sets"}}
 
 
 def refuse_other_study(command: str, words: Sequence[str]) -> None:
-    """Name the command of a file that is of the other kind of study.
-
-    Args:
-        command: the verb; nothing is refused where it is no study's.
-        words: its options, ``--config FILE`` among them.
-
-    Raises:
-        ValueError: a file has options of the other command alone.
-    """
+    """Name the other command where a ``--config`` of a study has options of that one alone."""
     if command not in OWN:
         return
     (other,) = OWN.keys() - {command}
     for file in config_files(words):
-        keys = _keys(Path(file))
+        try:
+            options = load_yaml(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # the parser says why
+        keys = {str(key) for key in options} if isinstance(options, dict) else set()
         if keys & OWN[other] and not keys & OWN[command]:
             raise ValueError(
                 f"{file} is of the other kind of study: memfree {other} --config {file}"
             )
-
-
-def _keys(path: Path) -> set[str]:
-    """Options at the top of a YAML file; none where it cannot be read, which the parser reports."""
-    import yaml  # `memfree --help` should not wait for it
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        check_yaml(text)
-        found = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return set()
-    return {str(key) for key in found} if isinstance(found, dict) else set()
 
 
 class Command(NamedTuple):
@@ -103,11 +84,11 @@ class Command(NamedTuple):
     function: str
     help: str
     positional: str | None = None
-    """Option that a word stands for that is none (``memfree.cli.entry``)."""
+    """Option that a word without dashes stands for."""
     one_writer: bool = True
     """Whether it alone may write the folder of its --out; a study's commands lock their own."""
     goes_on: bool = True
-    """Whether a run that was stopped goes on; others begin again."""
+    """Whether a run that was stopped resumes; others begin again."""
     libraries: tuple[str, ...] = ("torch", "lightning.pytorch", "diffusers")
     """What its work takes seconds to import, once its options are known to be right."""
 
@@ -200,9 +181,6 @@ def run(
         one_writer: whether no other command may write to the folder of an option ``--out``
             meanwhile (``memfree.folders.lock``).
 
-    Returns:
-        What ``function`` returns.
-
     Raises:
         SystemExit: with status 2 and one line on stderr for an unknown or wrong option, for a
             ValueError or OSError of the function, and where memory runs out; with 130 after Ctrl-C.
@@ -212,11 +190,7 @@ def run(
 
 
 def run_command(name: str, args: Sequence[str] | None = None, prog: str | None = None) -> Any:
-    """``run`` the function of a command.
-
-    What it works with is imported once its options are right, which takes seconds; Ctrl-C ends
-    that too in one line.
-    """
+    """``run`` the function of a command, and import its libraries once its options are right."""
     command = COMMANDS[name]
     given = as_options(sys.argv[1:] if args is None else args, command.positional)
 
@@ -282,28 +256,29 @@ def _interrupt_leaves() -> Iterator[None]:
 
 
 def _overview() -> str:
-    return "\n".join(
-        [
-            "usage: memfree COMMAND [options]",
-            "",
-            "Induce, measure and remove the memorization of training images in diffusion models.",
-            "",
-            "commands:",
-            *(f"  {name:<15}  {command.help}" for name, command in COMMANDS.items()),
-            f"  {'submit':<15}  submit a command as a SLURM job: memfree submit train --help",
-            "",
-            "scripts of a checkout:",
-            *(f"  {name + '.py':<15}  the same as memfree {name}" for name in SCRIPTS),
-            "",
-            "memfree COMMAND --help explains the options of a command.",
-            f"{DEBUG_VARIABLE}=1 shows where an error came from.",
-        ]
-    )
+    commands = "\n".join(f"  {name:<15}  {command.help}" for name, command in COMMANDS.items())
+    scripts = "\n".join(f"  {name + '.py':<15}  the same as memfree {name}" for name in SCRIPTS)
+    return f"""usage: memfree COMMAND [options]
+
+Induce, measure and remove the memorization of training images in diffusion models.
+
+commands:
+{commands}
+  submit           submit a command as a SLURM job: memfree submit train --help
+
+scripts of a checkout:
+{scripts}
+
+memfree COMMAND --help explains the options of a command.
+{DEBUG_VARIABLE}=1 shows where an error came from."""
+
+
+_SECTIONS = re.compile(r"^\s*(?:Args|Returns|Raises|Yields|Examples?):\s*$", re.MULTILINE)
 
 
 def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     """The parser of a typed function's options, ``--config`` among them."""
-    # Here, not above: a script is in the care of guarded before anything slow is imported.
+    # Not above: a script is in the care of ``guarded`` before anything slow is imported.
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     limit_aliases()
@@ -317,7 +292,8 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     )
     parser = ArgumentParser(
         prog=prog,
-        description=_description(function),
+        # Up to its first section: the rest is the text of the options.
+        description=re.split(_SECTIONS, inspect.getdoc(function) or "", maxsplit=1)[0].strip(),
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -326,16 +302,6 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     )
     parser.add_function_arguments(function, fail_untyped=True, as_group=False)
     return parser
-
-
-def _description(function: Callable[..., Any]) -> str:
-    """The docstring up to its first section: the rest is the text of the options."""
-    lines: list[str] = []
-    for line in (inspect.getdoc(function) or "").splitlines():
-        if line.strip() in ("Args:", "Returns:", "Raises:", "Yields:", "Example:", "Examples:"):
-            break
-        lines.append(line)
-    return "\n".join(lines).strip()
 
 
 def _run(
@@ -386,7 +352,7 @@ def _as_one_run(launch: Launch, config: Namespace) -> AbstractContextManager[Non
         given = config["trainer.devices"]
         devices = device_count(launch, config["trainer.accelerator"], given)
         if means_all_started(launch, given):
-            # A run by itself forgets torchrun, after which it would mean all devices.
+            # A separate run forgets torchrun, after which it would mean all devices.
             config["trainer.devices"] = devices
     return as_one_run(launch, devices, nodes)
 
@@ -411,12 +377,8 @@ def _writing(arguments: Any, lock: bool, launch: Launch) -> Iterator[None]:
         except ValueError as error:
             if not launch.several:
                 raise
-            raise ValueError(f"{error} ({advice(launch, _can_share(arguments))})") from error
+            shared_by = "--part" if "part" in arguments else ""
+            if hasattr(arguments.get("trainer"), "devices"):
+                shared_by = "--trainer.devices"
+            raise ValueError(f"{error} ({advice(launch, shared_by)})") from error
         yield
-
-
-def _can_share(arguments: Any) -> str:
-    """Options by which several processes do a command together."""
-    if hasattr(arguments.get("trainer"), "devices"):
-        return "--trainer.devices"
-    return "--part" if "part" in arguments else ""

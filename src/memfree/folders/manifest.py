@@ -28,24 +28,18 @@ _BLOCK, _CHUNK = 64 << 20, 1 << 20  # bytes
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is a FIFO or device, which may have no end.
-    """
+    """SHA-256 of a file, as hexadecimal digits; refuses a FIFO or device, which may never end."""
     check_plain(path)
+    digest = hashlib.sha256()
     with _named(path), open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256_chunks(file)
-        )
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Say which file the disk did not give: an error of reading, as of a bad sector, does not."""
+    """Name the file in an error of reading, as of a bad sector, which does not say it."""
     try:
         yield
     except OSError as error:
@@ -54,21 +48,10 @@ def _named(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _sha256_chunks(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 def block_checksums(path: Path) -> list[int]:
     """CRC-32 of every 64 MiB of a file, read by as many threads as there are cores.
 
     They find damage, not forgery, at about the speed of a disk: four times that of SHA-256.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is a FIFO or device, which may have no end.
     """
     check_plain(path)
 
@@ -97,7 +80,7 @@ _PACKAGES = ("memfree", "torch", "torchvision", "lightning", "diffusers", "numpy
 
 
 def provenance(seed: int | None = None) -> dict[str, Any]:
-    """What a manifest says of its making: command, package versions, commit, device, seed."""
+    """How a folder was made, for its manifest: command, package versions, commit, device, seed."""
     import torch
 
     return {
@@ -105,7 +88,9 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "git_commit": _git_commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "seed": seed,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -131,23 +116,13 @@ def _git_commit() -> str | None:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git prints for the repository that ``folder`` is in; None where it fails."""
     if not shutil.which("git"):
         return None
     # GIT_DIR and the like, which hooks set, would name another repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    done = subprocess.run(
-        ["git", "-C", str(folder), *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+    command = ["git", "-C", str(folder), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _cpu_name() -> str:
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def write_manifest(folder: Path, kind: str, seed: int | None = None, **fields: Any) -> None:
@@ -155,8 +130,7 @@ def write_manifest(folder: Path, kind: str, seed: int | None = None, **fields: A
 
     Args:
         folder: the folder that is now complete.
-        kind: what it holds: ``dataset``, ``model``, ``index``, ``samples``, ``evaluation``,
-            ``report``, ``audit``, ``tuning``, ``study`` or ``demo``.
+        kind: what it holds, as ``dataset`` or ``index``.
         seed: seed of the run, None where nothing random happened.
         fields: what else a reader needs, JSON values.
     """
@@ -210,6 +184,5 @@ def save_config(folder: Path) -> None:
     nothing. Under several processes only the first writes.
     """
     text = _resolved.get()
-    if text is None or not is_first_process():
-        return
-    write_text(folder / CONFIG_NAME, text)
+    if text is not None and is_first_process():
+        write_text(folder / CONFIG_NAME, text)
