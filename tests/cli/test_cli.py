@@ -171,7 +171,7 @@ def test_print_config_is_complete_yaml(good, capsys):
         ("--shape.kind=oval", "--shape.kind: Expected a Literal['round', 'square']"),
         ("--config=nowhere.yaml", "--config: File does not exist"),
         ("--picks=x", "--picks: "),
-        ("--picks=x", "Subtypes: (list[int], int, NoneType) Given value: x; see --help"),
+        ("--picks=x", "Subtypes: [list[int], int, NoneType] Given value: x; see --help"),
         ("--fail=value", "two lines"),
         ("--fail=lightning", "memfree: error: No x.\n"),
         ("--fail=os", "x.png: No such file or directory"),

@@ -19,11 +19,11 @@ from memfree import __version__
 from memfree.cli.errors import (
     DEBUG_VARIABLE,
     INTERRUPTED,
-    did_you_mean,
     exit_with_error,
     guarded,
     option_message,
     options_of,
+    unknown_command,
 )
 from memfree.folders.lock import ALL, part_of
 from memfree.folders.untrusted import (
@@ -65,6 +65,7 @@ def refuse_other_study(command: str, words: Sequence[str]) -> None:
     """Name the other command where a ``--config`` of a study has options of that one alone."""
     if command not in OWN:
         return
+    check_config_files(words)
     (other,) = OWN.keys() - {command}
     for file in config_files(words):
         try:
@@ -195,7 +196,6 @@ def run_command(name: str, args: Sequence[str] | None = None, prog: str | None =
     given = as_options(sys.argv[1:] if args is None else args, command.positional)
 
     def call() -> Any:
-        check_config_files(given)
         refuse_other_study(name, given)
         with _interrupt_leaves():
             function = load(command)
@@ -217,10 +217,7 @@ def main(args: Sequence[str] | None = None) -> Any:
     if verb == "submit":
         return guarded(lambda: importlib.import_module("memfree.commands.submit").main(rest))
     if verb not in COMMANDS:
-        exit_with_error(
-            f"unknown command {verb!r}{did_you_mean(verb, [*COMMANDS, 'submit'])}; "
-            f"commands are {', '.join(COMMANDS)}, submit"
-        )
+        exit_with_error(unknown_command(verb, [*COMMANDS, "submit"]))
     return run_command(verb, rest, prog=f"memfree {verb}")
 
 
@@ -304,6 +301,25 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     return parser
 
 
+def parsed(parser: ArgumentParser, words: Sequence[str], defaults: bool = True) -> Namespace:
+    """The options that the words of a command line give; a ValueError names what is wrong."""
+    check_config_files(words)
+    check_no_further_files(words, list(parser.groups or {}))
+    try:
+        config = parser.parse_args(list(words), defaults=defaults)
+    # ImportError: jsonargparse's, for a class that a configuration within another one names.
+    except (argparse.ArgumentError, ImportError) as error:
+        raise ValueError(option_message(str(error), parser)) from error
+    except RecursionError:
+        raise ValueError(
+            "--config: values that contain themselves, or too many in each other"
+        ) from None
+    for name in parser.groups or {}:  # jsonargparse takes a list for a set of options
+        if name in config and not hasattr(config[name], "keys"):
+            raise ValueError(f"--{name}: {config[name]!r} is not a set of options; see --help")
+    return config
+
+
 def _run(
     function: Callable[..., Any],
     args: Sequence[str] | None,
@@ -312,19 +328,7 @@ def _run(
     libraries: Sequence[str] = (),
 ) -> Any:
     parser = parser_of(function, prog)
-    words = sys.argv[1:] if args is None else list(args)
-    check_config_files(words)
-    check_no_further_files(words, list(parser.groups or {}))
-    try:
-        config = parser.parse_args(words)
-    # ImportError: jsonargparse's, for a class that a configuration within another one names.
-    except (argparse.ArgumentError, ImportError) as error:
-        exit_with_error(option_message(str(error), parser))
-    except RecursionError:
-        exit_with_error("--config: a value that contains itself, or too many in each other")
-    for name in parser.groups or {}:  # jsonargparse takes a list for a set of options
-        if not hasattr(config.get(name), "keys"):
-            exit_with_error(f"--{name}: {config.get(name)!r} is not a set of options; see --help")
+    config = parsed(parser, sys.argv[1:] if args is None else args)
     with _interrupt_leaves():
         for library in libraries:
             importlib.import_module(library)

@@ -64,6 +64,12 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
+def unknown_command(word: str, known: list[str]) -> str:
+    """What is wrong with a word that is not one of the known commands."""
+    near = did_you_mean(word, known)
+    return f"unknown command {word!r}{near}; commands are {', '.join(known)}"
+
+
 DEBUG_VARIABLE = "MEMFREE_DEBUG"
 INTERRUPTED = "memfree: interrupted"
 

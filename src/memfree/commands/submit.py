@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import re
@@ -17,12 +16,11 @@ from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
 
-from memfree.cli.entry import COMMANDS, as_options, load, parser_of, refuse_other_study
-from memfree.cli.errors import did_you_mean, option_message, options_of
+from memfree.cli.entry import COMMANDS, as_options, load, parsed, parser_of, refuse_other_study
+from memfree.cli.errors import options_of, unknown_command
 from memfree.cli.stages import Stage
 from memfree.folders.atomic import write_text
 from memfree.folders.lock import ALL
-from memfree.folders.untrusted import check_config_files, check_no_further_files
 from memfree.slurm.launcher import is_launchers, launched
 from memfree.slurm.requeue import DEFAULT_SIGNAL_SECONDS, SIGNAL_SECONDS
 
@@ -172,7 +170,7 @@ class Submission:
 
     def script(self) -> str:
         """The batch script."""
-        executor = _executor(_Unsubmitted, self.command, self.slurm)
+        executor = self._executor(_Unsubmitted)
         if self.parts:
             executor.parameters["map_count"] = len(self.parts)  # as submitit's own submission does
         return executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -184,7 +182,7 @@ class Submission:
                 "there is no SLURM here (no command srun): submit on a machine of the cluster"
             )
         write_text(self.path, self.configuration)
-        executor = _executor(SlurmExecutor, self.command, self.slurm)
+        executor = self._executor(SlurmExecutor)
         # submitit pickles the name of this function and the strings, nothing else of ours.
         words = self.command, str(self.path), os.getcwd()
         try:
@@ -200,6 +198,11 @@ class Submission:
             reason = re.sub(r"^sbatch: (error|fatal): ", "", lines[-1])
             raise ValueError(f"SLURM refused the job: {reason}") from error
         return str(job.job_id).split("_")[0]
+
+    def _executor(self, kind: type[SlurmExecutor]) -> SlurmExecutor:
+        executor = kind(self.slurm.logs.absolute() / "%j")
+        executor.update_parameters(**self.slurm.parameters(self.command))
+        return executor
 
     def log(self, number: str) -> Path:
         """The log of the job's first task, of an array its first job's."""
@@ -245,12 +248,6 @@ def run_in_job(command: str, configuration: str, folder: str, part: str | None =
         raise SystemExit(status)  # submitit lets it through, and SLURM keeps it
 
 
-def _executor(kind: type[SlurmExecutor], command: str, slurm: SlurmOptions) -> SlurmExecutor:
-    executor = kind(slurm.logs.absolute() / "%j")
-    executor.update_parameters(**slurm.parameters(command))
-    return executor
-
-
 _ONE_PROCESS = {"demo", "study", "text-study"}
 OVERVIEW = """usage: memfree submit COMMAND [options of the command] [--slurm.OPTION VALUE ...]
 
@@ -275,10 +272,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"memfree submit: {launch.started}; submit once, from a single process")
     command, *rest = arguments
     if command not in COMMANDS:
-        raise ValueError(
-            f"memfree submit: unknown command {command!r}{did_you_mean(command, list(COMMANDS))}; "
-            f"commands are {', '.join(COMMANDS)}"
-        )
+        raise ValueError(f"memfree submit: {unknown_command(command, list(COMMANDS))}")
     submission, dry_run = submission_of(command, rest)
     slurm = submission.slurm
     if dry_run:
@@ -297,9 +291,8 @@ def main(arguments: Sequence[str]) -> None:
     print(f"  its log:    tail --retry -F {submission.log(number)}")
     print(f"  to end it:  scancel {number}")
     if submission.parts:
-        print(
-            f"  one again:  the same command with --part 1/{slurm.array} instead of --slurm.array"
-        )
+        part = f"--part 1/{slurm.array}"
+        print(f"  one again:  the same command with {part} instead of --slurm.array")
 
 
 def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, bool]:
@@ -307,17 +300,14 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
     known = COMMANDS[command]
     function = load(known)
     given = as_options(arguments, known.positional)
-    check_config_files(given)
     refuse_other_study(command, given)
     parser = parser_of(function, f"memfree submit {command}")
     parser.add_argument("--slurm", type=SlurmOptions, default=SlurmOptions())
     own_dry_run = "--dry_run" in options_of(parser)  # a study's, which here means the job's
     if not own_dry_run:
-        parser.add_argument(
-            "--dry_run", type=bool, default=False, help="Whether the batch script is only printed."
-        )
-    check_no_further_files(given, list(parser.groups or {}))
-    config = _parsed(parser, given)
+        text = "Whether the batch script is only printed."
+        parser.add_argument("--dry_run", type=bool, default=False, help=text)
+    config = parsed(parser, given)
     # The functions' own classes check what no type says.
     slurm: SlurmOptions = parser.instantiate(config).slurm
     dry_run = config.pop("dry_run")
@@ -329,13 +319,6 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
     own = parser_of(function, command)
     # With what is null: it need not be the default.
     return Submission(command, own.dump(config, skip_unset=False), slurm), dry_run
-
-
-def _parsed(parser: ArgumentParser, arguments: list[str], **options: Any) -> Namespace:
-    try:
-        return parser.parse_args(arguments, **options)
-    except argparse.ArgumentError as error:
-        raise ValueError(option_message(str(error), parser)) from error
 
 
 def _check_array(
@@ -372,7 +355,7 @@ def _set_devices(
             if number > 1:
                 raise ValueError(f"{source} {number}: {command} is one process; give {remedy} 1")
         return
-    given = _parsed(parser, arguments, defaults=False)
+    given = parsed(parser, arguments, defaults=False)
     for name, source, _, number in wanted:
         option = f"trainer.{name}"
         if option in given and str(given[option]) not in (str(number), "auto"):

@@ -74,11 +74,8 @@ def _held(folder: Path) -> Iterator[bool]:
     """Keep others from clearing up a folder, where there are locks; yields whether it exists."""
     try:
         handle = os.open(folder, os.O_RDONLY | _NOFOLLOW)
-    except (FileNotFoundError, NotADirectoryError):
-        yield False
-        return
-    except PermissionError:  # Windows opens no folders
-        yield True
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        yield isinstance(error, PermissionError)  # Windows opens no folders
         return
     try:
         _lock(handle)
@@ -103,19 +100,17 @@ def _is_held(path: Path) -> bool | None:
         return None
     try:
         locked = try_lock(handle)
-        return None if locked is None else not locked
     except OSError:
         return None
     finally:
         os.close(handle)
+    return None if locked is None else not locked
 
 
 def remove_temporary(*folders: Path, pattern: str = ".*.tmp") -> None:
     """Remove temporary files that killed processes left in these folders, not below them.
 
-    Args:
-        folders: folders that only the running command writes; they need not exist.
-        pattern: which names, as a glob.
+    Only the running command may write them; they need not exist. ``pattern``: which names.
     """
     for folder in folders:
         for path in folder.glob(pattern):
@@ -295,9 +290,6 @@ def put_in_place(folder: Path, out: Path, overwrite: bool) -> None:
 
     A run that is killed between the two renames leaves the old one beside ``out``, under a hidden
     name; ``clear_up`` restores it.
-
-    Raises:
-        ValueError: ``out`` came into being while ``folder`` was written.
     """
     out, old = out.resolve(), folder.with_suffix(".old")
     for path in sorted(folder.rglob("*"), reverse=True):  # what is within, before its folder
@@ -321,12 +313,7 @@ def put_in_place(folder: Path, out: Path, overwrite: bool) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Find out before the work whether a finished folder could be put in the place of ``out``.
-
-    Raises:
-        ValueError: it is a mount point, which cannot be renamed or replaced.
-        OSError: nothing can be written beside it.
-    """
+    """Raise ValueError or OSError if a finished folder could not be put in the place of ``out``."""
     refuse_mount_point(out)
     out = out.resolve()
     missing = [folder for folder in out.parents if not folder.exists()]
@@ -373,14 +360,10 @@ def _is_mounted(folder: Path) -> bool:
 def clear_up(out: Path, sole_writer: bool = False, put_back_only: bool = False) -> None:
     """Undo what killed runs left beside ``out``, and nothing that belongs to another folder.
 
-    A folder that was moved aside and not replaced is put back; what was half-written is removed,
-    and so is a folder moved aside once the one that replaces it is in place.
-
-    Args:
-        out: the folder that they were writing.
-        sole_writer: whether this process holds the lock of ``out``, so that runs of which it is
-            unknown whether they ended are not writing there.
-        put_back_only: remove nothing.
+    A folder that was moved aside and not replaced is put back. Unless ``put_back_only``, what was
+    half-written is removed, and so is a folder moved aside once its replacement is in place.
+    ``sole_writer``: whether this process holds the lock of ``out``, so that runs of which it is
+    unknown whether they ended are not writing there.
     """
     out = out.resolve()
     for left, suffix in _leftovers(out, sole_writer):

@@ -47,13 +47,12 @@ def claim(
         kind: what is to be there, as in its manifest.
         identity: all that the result depends on, JSON values. None: what is there of this kind is
             replaced, whatever it was made from.
-        overwrite: whether one of another identity may be replaced; None where the command has no
-            such option.
+        overwrite: whether one of another identity may be replaced; None where there is no such
+            option.
         identity_of: the identity in a manifest of this kind.
 
     Raises:
-        ValueError: it holds something else or files of the user's own, or is a file or a mount
-            point.
+        ValueError: it holds something else or the user's own files, or is a file or a mount point.
         OSError: nothing can be written beside it.
     """
     manifest = check_kind(out, kind)

@@ -18,14 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from memfree.folders.atomic import (
-    alone,
-    clear_up,
-    is_alive,
-    remove_empty,
-    remove_temporary,
-    try_lock,
-)
+from memfree.folders import atomic
 from memfree.slurm.launcher import is_first_process
 
 ORPHAN_WAIT = 60.0
@@ -36,21 +29,16 @@ _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 class FolderLock:
-    """A lock file that says who holds it.
+    """A lock file at ``path`` that says who holds it; messages name ``what`` it locks.
 
     The lock is the operating system's (``filelock``): it ends with its process, however that ends,
     so a file that a killed process left behind is no lock. It also holds between machines on
-    network file systems with locks. On those without, the file itself is the lock: it is stale if
-    its process has ended, or belongs to an earlier start of this very Slurm job. The state of a
-    process on another machine cannot be checked, so the message names the file to delete. Whoever
-    makes the file has that lock, so one that does not say yet who holds it is held.
+    network file systems with locks. On those without, the file itself is the lock: whoever makes it
+    has it, until its process has ended or this very Slurm job was started again. The state of a
+    process on another machine cannot be checked, so the message names the file to delete.
 
     A file of that name that is not a lock file is neither written nor removed, and links are not
     followed.
-
-    Args:
-        path: the lock file.
-        what: what is locked, as the message names it: ``--out runs/model``.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -59,16 +47,10 @@ class FolderLock:
         self._file: IO[str] | None = None
 
     def acquire(self, wait: float = 0.0) -> None:
-        """Take the lock, or refuse.
+        """Take the lock, or raise ValueError with host and process of its holder.
 
-        Args:
-            wait: seconds to wait for a holder that is alive. Where its process has ended and only
-                what it started is left, ``ORPHAN_WAIT`` seconds are waited in any case.
-
-        Raises:
-            ValueError: another process holds it; names host and process. Or something else than a
-                lock file has its name.
-            OSError: the file cannot be written.
+        ``wait``: seconds to wait for a holder that is alive. Where its process has ended and only
+        what it started is left, ``ORPHAN_WAIT`` seconds are waited in any case.
         """
         start = time.monotonic()
         while not self._try():
@@ -106,7 +88,7 @@ class FolderLock:
         if file is None:
             return False
         try:
-            locked = try_lock(file.fileno())
+            locked = atomic.try_lock(file.fileno())
             # Removed by its holder since it was opened, or another's by now: try again.
             if is_new if locked is None else locked and _is_same_file(file, self.path):
                 file.truncate(0)
@@ -199,10 +181,9 @@ def _ourselves() -> dict[str, Any]:
 
 def _process_namespace() -> str | None:
     """Within what process numbers count: containers may share host name and number 1."""
-    try:
+    with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None
+    return None
 
 
 def _job() -> list[str] | None:
@@ -214,11 +195,11 @@ def _job() -> list[str] | None:
 def _has_ended(holder: dict[str, Any]) -> bool:
     """Whether the process that wrote the file is known to have ended."""
     pid = holder.get("pid")
-    if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
+    is_local = holder.get("host") == socket.gethostname()
+    is_local &= holder.get("processes") in (None, _process_namespace())
+    if not is_local or not isinstance(pid, int):
         return False
-    if holder.get("processes") not in (None, _process_namespace()):
-        return False
-    return pid != os.getpid() and not is_alive(pid)
+    return pid != os.getpid() and not atomic.is_alive(pid)
 
 
 def _is_stale(holder: dict[str, Any]) -> bool:
@@ -272,14 +253,7 @@ def part_of(text: str) -> Part:
     return Part(int(match[1]), int(match[2]))
 
 
-_UNWRITABLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOSPC,
-    errno.EDQUOT,
-)
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOSPC, errno.EDQUOT}
 """What a place answers where no lock file can be made."""
 _BEGINNING = 10.0
 """Seconds to wait for other parts, which hold the folder's own lock while they begin."""
@@ -292,19 +266,16 @@ def one_writer(out: Path, part: Part = WHOLE) -> Iterator[None]:
     """Keep other commands from writing the folder ``out``; clear up after killed ones.
 
     The lock file lies beside the folder (that a link leads to), ``.NAME.memfree.lock``, or inside
-    it where nothing may be written beside it; it is removed at the end. Of the processes of one
-    distributed run only the first locks. Where neither place can be written there is no lock: what
-    the command then tries to write says so.
-
-    A part has a lock of its own, ``.NAME.memfree-3-of-8.lock``, beside which other parts of the
-    same division may be written, but nothing else. The folder's own lock then guards the beginning.
+    it where nothing may be written beside it. Where neither place can be written there is no lock:
+    what the command then tries to write says so. Of the processes of one distributed run only the
+    first locks. A part has its own lock, ``.NAME.memfree-3-of-8.lock``, beside which other parts of
+    the same division may be written, but nothing else; the folder's lock then guards the beginning.
 
     At first only a folder that a killed run moved aside is put back. The rest of what killed runs
     left is removed at the end of a command that succeeds: one that is refused touches nothing.
 
     Raises:
-        ValueError: another process writes there, in one line with its host and process. Or ``out``
-            is a link in a circle.
+        ValueError: another process writes there, or ``out`` is a link in a circle.
     """
     if not is_first_process() or out.is_file():
         yield
@@ -312,7 +283,7 @@ def one_writer(out: Path, part: Part = WHOLE) -> Iterator[None]:
     made = _make_parents(out)
     lock = _acquire(out, part)
     with _released(lock, made):
-        with alone(out) if lock is not None and part.whole else contextlib.nullcontext():
+        with atomic.alone(out) if lock is not None and part.whole else contextlib.nullcontext():
             yield
         if lock is not None:
             _clear_up(out, part)
@@ -342,7 +313,7 @@ def _released(lock: FolderLock | None, made: Sequence[Path] = ()) -> Iterator[No
     finally:
         if lock is not None:
             lock.release()
-        remove_empty(made)
+        atomic.remove_empty(made)
 
 
 def _acquire(out: Path, part: Part) -> FolderLock | None:
@@ -358,7 +329,7 @@ def _acquire(out: Path, part: Part) -> FolderLock | None:
         _refuse_older_version(out)
         lock = whole if part.whole else _first_writable(out, part)
         if not others:
-            clear_up(out, sole_writer=True, put_back_only=True)
+            atomic.clear_up(out, sole_writer=True, put_back_only=True)
         if part.whole:
             stack.pop_all()  # it is kept
         return lock
@@ -376,8 +347,8 @@ def _clear_up(out: Path, part: Part) -> None:
             return
     with _released(whole):
         if part.whole or all(path.name.endswith(_name(part)) for path in _parts_at_work(out)):
-            clear_up(out, sole_writer=True)
-            remove_temporary(out)
+            atomic.clear_up(out, sole_writer=True)
+            atomic.remove_temporary(out)
 
 
 def _parts_at_work(out: Path) -> list[Path]:

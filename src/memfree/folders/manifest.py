@@ -103,14 +103,13 @@ def _git_commit() -> str | None:
     somebody's project, or the sources copied into it, would report that project's commit.
     """
     package = Path(__file__).resolve().parents[1]
-    root = _git(package, "rev-parse", "--show-toplevel")
-    if root is None or package != Path(root, "src", "memfree").resolve():
-        return None
+    root = Path(_git(package, "rev-parse", "--show-toplevel") or "/")
     try:
-        project = Path(root, "pyproject.toml").read_text(encoding="utf-8")
+        project = (root / "pyproject.toml").read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
-    if not re.search(r'^name\s*=\s*"memfree"', project, re.MULTILINE):
+    is_own = package == (root / "src" / "memfree").resolve()
+    if not is_own or not re.search(r'^name\s*=\s*"memfree"', project, re.MULTILINE):
         return None
     return _git(package, "rev-parse", "HEAD")
 

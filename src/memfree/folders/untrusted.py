@@ -225,9 +225,7 @@ def read_table(
         nullable: which of them may have missing values.
 
     Raises:
-        ValueError: it cannot be read, has other columns, or missing values; the message begins
-            with ``path``.
-        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or is otherwise; the message begins with ``path``.
     """
     import pyarrow as pa
 
@@ -349,16 +347,9 @@ def check_config_files(words: Sequence[str]) -> None:
 
 
 def check_no_further_files(words: Sequence[str], groups: Sequence[str]) -> None:
-    """Refuse a path in place of a set of options, which the parser would open.
+    """Refuse a path in place of a set of options, such as ``plan``, which the parser would open.
 
     YAML that is not well formed is left to the parser.
-
-    Args:
-        words: the options of a command.
-        groups: names of its sets of options, such as ``plan``.
-
-    Raises:
-        ValueError: ``--plan FILE``, or an option file that names a further one.
     """
     options = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
     options |= {word.removeprefix("--"): after for word, after in pairwise(words)}

@@ -110,13 +110,7 @@ def _read_own_config(path: Path) -> dict[str, Any]:
 def check_network(kind: Any, folder: Path) -> None:
     """Refuse a network that would be much larger than its weights, before it is built.
 
-    Args:
-        kind: its class, of diffusers or transformers.
-        folder: with config.json and safetensors.
-
-    Raises:
-        ValueError: the configuration is damaged, names code or other files, or is of another
-            network than the weights.
+    ``kind``: its class, of diffusers or transformers; ``folder``: with config.json and safetensors.
     """
     check_plain_folder(folder)
     config = _read_own_config(folder / "config.json")
