@@ -94,68 +94,34 @@ class Command(NamedTuple):
     """What its work takes seconds to import, once its options are known to be right."""
 
 
-COMMANDS = {
-    "prepare": Command(
-        "memfree.commands.prepare:prepare",
-        "turn a source into a dataset folder of shards",
-        goes_on=False,
-        libraries=("torch",),
-    ),
-    "train": Command("memfree.commands.train:train", "train a model on a dataset folder"),
-    "scratch": Command(
-        "memfree.commands.scratch:scratch", "build a small text-to-image model from nothing"
-    ),
-    "train-embedding": Command(
-        "memfree.commands.train_embedding:train_embedding",
-        "train a small copy-detection embedding",
-        goes_on=False,
-    ),
-    "train-clip": Command(
-        "memfree.commands.train_clip:train_clip", "train a small CLIP on captions", goes_on=False
-    ),
-    "index": Command("memfree.commands.index:index", "build and calibrate a reference index"),
-    "sample": Command("memfree.commands.sample:predict", "draw samples from a trained model"),
-    "evaluate": Command(
-        "memfree.commands.evaluate:evaluate", "measure memorization and quality", goes_on=False
-    ),
-    "report": Command(
-        "memfree.commands.report:report",
-        "write the HTML page of an evaluation",
-        goes_on=False,
-        libraries=("torch",),
-    ),
-    "audit": Command(
-        "memfree.commands.audit:audit",
-        "find copies among images from anywhere",
-        positional="images",
-        goes_on=False,
-    ),
-    "tune": Command(
-        "memfree.commands.tune:tune",
-        "find the smallest strengths that leave no copy",
-        goes_on=False,
-    ),
-    "study": Command(
-        "memfree.commands.study:study",
-        "run a grid of configurations and tabulate it",
-        positional="config",
-        one_writer=False,
-        libraries=(),
-    ),
-    "text-study": Command(
-        "memfree.commands.text_study:text_study",
-        "compare all mitigations on a text-to-image model",
-        positional="config",
-        one_writer=False,
-        libraries=(),
-    ),
-    "demo": Command(
-        "memfree.commands.demo:demo",
-        "induce, measure and remove memorization on digits",
-        libraries=(),
-    ),
-}
-"""Verbs of ``memfree``."""
+def _command(verb: str, text: str, **options: Any) -> tuple[str, Command]:
+    name = verb.replace("-", "_")
+    function = "predict" if name == "sample" else name
+    return verb, Command(f"memfree.commands.{name}:{function}", text, **options)
+
+
+_AGAIN = {"goes_on": False}
+_TORCH = {"libraries": ("torch",)}
+_STUDY = {"positional": "config", "one_writer": False, "libraries": ()}
+COMMANDS = dict(
+    [
+        _command("prepare", "turn a source into a dataset folder of shards", **_AGAIN, **_TORCH),
+        _command("train", "train a model on a dataset folder"),
+        _command("scratch", "build a small text-to-image model from nothing"),
+        _command("train-embedding", "train a small copy-detection embedding", **_AGAIN),
+        _command("train-clip", "train a small CLIP on captions", **_AGAIN),
+        _command("index", "build and calibrate a reference index"),
+        _command("sample", "draw samples from a trained model"),
+        _command("evaluate", "measure memorization and quality", **_AGAIN),
+        _command("report", "write the HTML page of an evaluation", **_AGAIN, **_TORCH),
+        _command("audit", "find copies among images from anywhere", positional="images", **_AGAIN),
+        _command("tune", "find the smallest strengths that leave no copy", **_AGAIN),
+        _command("study", "run a grid of configurations and tabulate it", **_STUDY),
+        _command("text-study", "compare all mitigations on a text-to-image model", **_STUDY),
+        _command("demo", "induce, measure and remove memorization on digits", libraries=()),
+    ]
+)
+"""Verbs of ``memfree``; each is a file and a function of ``memfree.commands``."""
 
 SCRIPTS = ("train", "sample")
 """Commands that a checkout has as scripts too: ``python train.py`` is ``memfree train``."""

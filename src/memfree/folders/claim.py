@@ -109,23 +109,23 @@ def or_another() -> Iterator[None]:
         raise ValueError(f"{error}; use another --out") from error
 
 
-def first_difference(found: Any, wanted: Any, name: str = "") -> str | None:
+def first_difference(present: Any, wanted: Any, name: str = "") -> str | None:
     """Where two nested dicts of JSON values differ first, None where they are equal.
 
     An absent value equals None. Of a value whose name ends in ``_sha256`` only that it differs is
     said. ``name``: of the two values, dotted.
     """
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in [*wanted, *(key for key in found if key not in wanted)]:
+    if isinstance(present, dict) and isinstance(wanted, dict):
+        for key in [*wanted, *(key for key in present if key not in wanted)]:
             path = f"{name}.{short(key)}" if name else short(key)
-            if difference := first_difference(found.get(key), wanted.get(key), path):
+            if difference := first_difference(present.get(key), wanted.get(key), path):
                 return difference
         return None
-    if found == wanted:
+    if present == wanted:
         return None
     if name.endswith(HASH):
         return f"made with another {name.removesuffix(HASH)}"
     there, here = (
-        text if len(text) <= 24 else f"{text[:20]}..." for text in (repr(found), repr(wanted))
+        text if len(text) <= 24 else f"{text[:20]}..." for text in (repr(present), repr(wanted))
     )
     return f"{name or 'it'} is {there} there and {here} here"

@@ -280,9 +280,9 @@ def one_writer(out: Path, part: Part = WHOLE) -> Iterator[None]:
     if not is_first_process() or out.is_file():
         yield
         return
-    made = _make_parents(out)
+    parents = _make_parents(out)
     lock = _acquire(out, part)
-    with _released(lock, made):
+    with _released(lock, parents):
         with atomic.alone(out) if lock is not None and part.whole else contextlib.nullcontext():
             yield
         if lock is not None:
@@ -292,8 +292,8 @@ def one_writer(out: Path, part: Part = WHOLE) -> Iterator[None]:
 @contextmanager
 def one_of_launch(out: Path) -> Iterator[None]:
     """Refuse another process of one launch that does all of a study; nothing is cleared up."""
-    made = _make_parents(out)
-    with _released(_first_writable(out, WHOLE), made):
+    parents = _make_parents(out)
+    with _released(_first_writable(out, WHOLE), parents):
         yield
 
 
@@ -306,14 +306,14 @@ def one_at_a_time(out: Path, part: Part) -> Iterator[None]:
 
 
 @contextmanager
-def _released(lock: FolderLock | None, made: Sequence[Path] = ()) -> Iterator[None]:
+def _released(lock: FolderLock | None, parents: Sequence[Path] = ()) -> Iterator[None]:
     """Release a lock at the end, and remove the folders that were made for it if still empty."""
     try:
         yield
     finally:
         if lock is not None:
             lock.release()
-        atomic.remove_empty(made)
+        atomic.remove_empty(parents)
 
 
 def _acquire(out: Path, part: Part) -> FolderLock | None:

@@ -151,12 +151,12 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         raise ValueError(f"{folder} is not a finished {kind} folder: it has no manifest.json")
     value = read_json(path)
     if not isinstance(value, dict) or value.get("kind") != kind:
-        found = value.get("kind") if isinstance(value, dict) else type(value).__name__
+        held = value.get("kind") if isinstance(value, dict) else type(value).__name__
         article = "an" if kind[0] in "aeiou" else "a"
-        raise ValueError(f"{folder} holds {short(repr(found))}, not {article} {kind} folder")
+        raise ValueError(f"{folder} holds {short(repr(held))}, not {article} {kind} folder")
     if value.get("format") != FORMAT_VERSION:
-        found = short(repr(value.get("format")))
-        raise ValueError(f"{folder} has format {found}; this version reads {FORMAT_VERSION}")
+        held = short(repr(value.get("format")))
+        raise ValueError(f"{folder} has format {held}; this version reads {FORMAT_VERSION}")
     return value
 
 

@@ -128,17 +128,26 @@ def _finite(text: str) -> float:
     return value
 
 
-def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """The JSON value in a plain file of at most ``limit`` bytes; an error begins with ``path``."""
+def read_text(path: Path, limit: int) -> str:
+    """The UTF-8 text of a plain file of at most ``limit`` bytes; errors begin with ``path``."""
     check_plain(path)
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path} has {size} bytes, the limit is {limit}")
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {short(error)}") from error
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8; save it as UTF-8") from error
     except OSError as error:  # a bad sector: such errors do not say of which file
         raise OSError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_json(path: Path, limit: int = MAX_JSON_BYTES, any_number: bool = False) -> Any:
+    """The JSON value in a file, as ``read_text`` and ``parse_json`` accept it."""
+    text = read_text(path, limit)
+    try:
+        return parse_json(text, any_number)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {short(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -325,25 +334,12 @@ def check_config_files(words: Sequence[str]) -> None:
     for name in config_files(words):
         path = Path(name)
         try:
-            status = path.stat()
-        except (OSError, ValueError):
+            if not path.is_dir() and not (name.startswith(_OPENED) and path.is_fifo()):
+                read_text(path, _MAX_CONFIG_BYTES)
+        except FileNotFoundError:
             continue
-        if stat.S_ISDIR(status.st_mode):
-            continue
-        if not stat.S_ISREG(status.st_mode):
-            if stat.S_ISFIFO(status.st_mode) and name.startswith(_OPENED):
-                continue
-            raise ValueError(f"--config {name} is not a plain file")
-        if status.st_size > _MAX_CONFIG_BYTES:
-            raise ValueError(
-                f"--config {name} has {status.st_size} bytes, the limit is {_MAX_CONFIG_BYTES}"
-            )
-        try:
-            path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--config {name} is not UTF-8; save it as UTF-8") from error
-        except OSError as error:
-            raise ValueError(f"--config {name} cannot be read: {error.strerror}") from error
+        except (ValueError, OSError) as error:
+            raise ValueError(f"--config {error}") from error
 
 
 def check_no_further_files(words: Sequence[str], groups: Sequence[str]) -> None:
@@ -435,7 +431,7 @@ def check_yaml(text: str) -> None:
             "contain themselves"
         )
     if twice:
-        raise ValueError(f"--config: {short(twice[0], 60)} stands there twice; leave one")
+        raise ValueError(f"--config: {short(twice[0], 60)} is given twice; keep one")
 
 
 def _repeated(keys: Iterable[Any]) -> list[str]:

@@ -16,7 +16,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memfree.folders.untrusted import check_plain_folder, parse_json, read_json, short
+from memfree.folders.untrusted import check_plain_folder, read_json, short
 
 _LIBRARIES: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -175,12 +175,7 @@ def check_tokenizer(folder: Path, must_be_named: bool = False) -> None:
 
 def _read_tokenizer(path: Path) -> dict[str, Any]:
     """A tokenizer's configuration; of its numbers, the greatest length is often 10^30."""
-    if not path.is_file() or path.stat().st_size > _CONFIG_BYTES:
-        raise ValueError(f"{path} is missing, or is not a tokenizer's configuration")
-    try:
-        value = parse_json(path.read_text(encoding="utf-8"), any_number=True)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {short(error)}") from error
+    value = read_json(path, _CONFIG_BYTES, any_number=True)
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a tokenizer's configuration")
     _refuse_code(value, path)
