@@ -11,13 +11,18 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from harness import Records, compared, interleaved, measure
 
-from memfree.guidance import TEXT_ONLY, GuidanceSettings, calibrate, default_similarity
-from memfree.guidance.mitigation_names import MitigationName
+from memfree.guidance import (
+    MITIGATIONS,
+    TEXT_ONLY,
+    GuidanceSettings,
+    calibrate,
+    default_similarity,
+)
 from memfree.models import DDPMModule, ModelOptions, export_model, load_model
 from memfree.models.ddpm import NetworkOptions
 from memfree.retrieval import ReferenceIndex
@@ -26,7 +31,7 @@ from memfree.sampling.checks import build_scheduler
 
 STUDY = Path("runs/study")
 CELLS = [f"unconditional-x{factor}-seed1" for factor in (1, 4, 16, 64, 256)] + ["class-x64-seed1"]
-MITIGATIONS = [name for name in get_args(MitigationName) if name not in TEXT_ONLY]
+WITHOUT_TEXT = [name for name in MITIGATIONS if name not in TEXT_ONLY]
 SEED = 1001
 """The studies' noise of their first training seed."""
 
@@ -78,7 +83,7 @@ def _study(cells: list[Path], size: Size) -> Records:
 
 def _cell(folder: Path, size: Size) -> Records:
     timings = interleaved(
-        {name: _sampler(folder, name, size) for name in MITIGATIONS}, size.repetitions
+        {name: _sampler(folder, name, size) for name in WITHOUT_TEXT}, size.repetitions
     )
     for timing in timings.values():
         timing.seconds = [seconds / size.count for seconds in timing.seconds]
@@ -91,12 +96,12 @@ def _cell(folder: Path, size: Size) -> Records:
             samples=size.count,
             steps=size.steps,
         )
-        for name in MITIGATIONS
+        for name in WITHOUT_TEXT
         if name != "none"
     ]
 
 
-def _sampler(folder: Path, mitigation: MitigationName, size: Size) -> Callable[[], object]:
+def _sampler(folder: Path, mitigation: str, size: Size) -> Callable[[], object]:
     model, index = load_model(folder / "model"), ReferenceIndex.load(folder / "index")
     classes = None if model.num_classes is None else list(range(model.num_classes))
     module: Any = SamplingModule(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import get_args
 
 import torch
 from harness import Records, Timing, compared, interleaved, measure
@@ -29,14 +28,13 @@ from scratch_model import (
     scratch_model,
 )
 
-from memfree.guidance import WITH_INDEX, GuidanceSettings
+from memfree.guidance import MITIGATIONS, WITH_INDEX, GuidanceSettings
 from memfree.guidance.baselines import (
     PromptEmbeddingOptions,
     PromptReanchoringOptions,
     SharpnessAwareOptions,
     TextTools,
 )
-from memfree.guidance.mitigation_names import MitigationName
 from memfree.sampling import SamplingModule
 
 EVERY = "acting on every sample"
@@ -56,9 +54,7 @@ ACTING: dict[str, GuidanceSettings] = {
 def run(tiny: bool = False) -> Records:
     """Measure; one record a mitigation (see ``harness.record``), in seconds a sample."""
     size = TINY if tiny else replace(FULL, repetitions=3)
-    named: dict[str, GuidanceSettings] = {
-        name: GuidanceSettings(name) for name in get_args(MitigationName)
-    }
+    named: dict[str, GuidanceSettings] = {name: GuidanceSettings(name) for name in MITIGATIONS}
     named |= {f"{name}, {EVERY}": settings for name, settings in ACTING.items()}
     acted: dict[str, float | None] = {}
     functions = {

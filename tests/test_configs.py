@@ -65,7 +65,7 @@ def resolved(command, arguments, capsys):
         (
             "sample",
             "sample_digits",
-            {"model", "index", "out", "count", "batch_size", "seed", "guidance.mitigation"},
+            {"model", "index", "out", "count", "batch_size", "seed", "mitigation"},
         ),
     ],
 )

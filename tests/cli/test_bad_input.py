@@ -129,12 +129,12 @@ SAMPLING = {
     "steps": "2",
     "scheduler": "ddim",
     "guidance_scale": "3",
-    "guidance.false_positive_rate": str(RATE),
+    "mitigation.false_positive_rate": str(RATE),
     "trainer.accelerator": "cpu",
     "trainer.devices": "1",
 }
 
-MOST_COMMON = {"guidance.caption_policy": "most_common", "guidance.caption_neighbours": "1000"}
+MOST_COMMON = {"mitigation.caption_policy": "most_common", "mitigation.caption_neighbours": "1000"}
 
 
 @pytest.mark.parametrize(
@@ -151,29 +151,29 @@ MOST_COMMON = {"guidance.caption_policy": "most_common", "guidance.caption_neigh
         ({"prompts.file": None, "prompts.dataset": "bare"}, "--prompts.dataset: "),
         ({"prompts.file": None, "prompts.dataset": "bare"}, "bare has no captions"),
         (
-            {"guidance.mitigation": "amg", "index": "bare_index"},
-            "bare_index has no captions, which --guidance.c2 steers away from",
+            {"mitigation": "amg", "index": "bare_index"},
+            "bare_index has no captions, which --mitigation.c2 steers away from",
         ),
         (
-            {"guidance.mitigation": "prss", "index": None},
+            {"mitigation": "prss", "index": None},
             "give --index of captioned images, or say",
         ),
         (
-            {"guidance.mitigation": "amg", **MOST_COMMON},
-            "--guidance.caption_neighbours 1000: the index has 55 distinct groups, use 1 to 55",
+            {"mitigation": "amg", **MOST_COMMON},
+            "--mitigation.caption_neighbours 1000: the index has 55 distinct groups, use 1 to 55",
         ),
         ({"classes": "[0]"}, "--classes is for models of classes; a text-to-image model has --p"),
-        ({"guidance.mitigation": "multiplicity"}, "needs --latents"),
+        ({"mitigation": "multiplicity"}, "needs --latents"),
         (
-            {"guidance.mitigation": "multiplicity", "latents": "captioned_index"},
+            {"mitigation": "multiplicity", "latents": "captioned_index"},
             "captioned_index is an index of pixels, not of latents",
         ),
         (
-            {"guidance.mitigation": "multiplicity", "latents": "other_latents"},
+            {"mitigation": "multiplicity", "latents": "other_latents"},
             "other_latents holds latents of another autoencoder than the pipeline's",
         ),
         (
-            {"guidance.mitigation": "multiplicity", "latents": "bare_latents"},
+            {"mitigation": "multiplicity", "latents": "bare_latents"},
             "bare_latents has no captions",
         ),
     ],

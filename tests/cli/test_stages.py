@@ -10,8 +10,8 @@ from memfree.commands.demo import demo_stages
 
 
 def test_a_stage_is_a_command_line():
-    stage = Stage("sample", {"count": 3, "guidance.gated": False, "classes": [1, 2]})
-    assert stage.line() == "python sample.py --count=3 --guidance.gated=false '--classes=[1,2]'"
+    stage = Stage("sample", {"count": 3, "mitigation.rate": False, "classes": [1, 2]})
+    assert stage.line() == "python sample.py --count=3 --mitigation.rate=false '--classes=[1,2]'"
     assert shlex.split(stage.line())[2:] == stage.arguments()
     assert Stage("index", {"out": "a b"}).line() == "memfree index '--out=a b'"
 
@@ -41,9 +41,9 @@ def test_a_failing_stage_ends_the_chain_with_its_own_line(tmp_path, capsys):
 def test_demo_samples_differ_by_the_mitigation_alone(tmp_path):
     stages = demo_stages(tmp_path, 0, 16, 64, 1500, 1300, 2.0)
     samples = [stage.options for stage in stages if stage.command == "sample"]
-    assert [one["guidance.mitigation"] for one in samples] == ["none", "amg", "both"]
+    assert [one["mitigation"] for one in samples] == ["none", "amg", "both"]
     for one in samples:
-        own = {"out", "guidance.mitigation"}
+        own = {"out", "mitigation"}
         assert {k: v for k, v in one.items() if k not in own} == {
             k: v for k, v in samples[0].items() if k not in own
         }

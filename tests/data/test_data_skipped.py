@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from epochs import epoch_of
 
 from memfree.commands.prepare import prepare
 from memfree.data import PartSizes, ShardDataModule, StreamOptions
@@ -82,7 +83,7 @@ def test_too_few_calibration_images_are_said(tmp_path, encode, capsys):
     assert [line for line in lines if "false" in line] == [
         f"{tmp_path / 'out'}: a false-positive rate of 1 % needs 500 calibration images; there "
         "are 8: the smallest rate is 62.5 %, use memfree evaluate --false_positive_rate 0.625 "
-        "and sample.py --guidance.false_positive_rate 0.625"
+        "and sample.py --mitigation.false_positive_rate 0.625"
     ]
     prepare(tmp_path / "digits")
     assert "false" not in capsys.readouterr().err
@@ -99,7 +100,7 @@ def test_a_broken_record_is_counted_once_a_pass(tmp_path, tar, encode, world_siz
         dataset = ForeignBatches(
             str(tmp_path), options, 4, rank=rank, world_size=world_size, on_error="skip"
         )
-        for batch in dataset:
+        for batch in epoch_of(dataset):
             skipped.add(batch["skipped"])
     assert skipped.kept == 12
     assert skipped.records == 2, skipped.messages

@@ -3,7 +3,6 @@
 import inspect
 import json
 from dataclasses import asdict, fields, is_dataclass
-from typing import get_args
 
 import pytest
 import torch
@@ -38,8 +37,8 @@ from memfree.guidance.baselines import (
     TextTools,
 )
 from memfree.guidance.mitigation import Mitigation
-from memfree.guidance.mitigation_names import TEXT_ONLY, WITH_INDEX, MitigationName
 from memfree.guidance.multiplicity import MultiplicityGuidance
+from memfree.guidance.options import MITIGATIONS, TEXT_ONLY, WITH_INDEX
 from memfree.models import LoadedModel
 from memfree.retrieval import ReferenceIndex
 from memfree.sampling.checks import refuse_text_only
@@ -96,7 +95,7 @@ def text_of(value):
 
 
 def test_every_name_is_classified():
-    names = set(get_args(MitigationName))
+    names = set(MITIGATIONS)
     assert names == {"none", *WITH_INDEX, *TEXT_ONLY} and set(TEXT_ONLY) == set(CLASSES)
     assert CLASSES.keys() <= {one.name for one in fields(GuidanceSettings)}
 
@@ -115,7 +114,7 @@ def test_every_option_of_a_baseline_is_taken_from_the_command_line(name, text):
             value = default + 1 if isinstance(default, int) else default * 0.8
         settings = run(
             take,
-            [f"--guidance.mitigation={name}", f"--guidance.{name}.{one.name}={text_of(value)}"],
+            [f"--mitigation={name}", f"--mitigation.{one.name}={text_of(value)}"],
         )
         assert getattr(getattr(settings, name), one.name) == value
         made = settings.for_text(text=text)
@@ -123,21 +122,22 @@ def test_every_option_of_a_baseline_is_taken_from_the_command_line(name, text):
 
 
 def test_help_documents_every_option(capsys):
-    with pytest.raises(SystemExit):
-        run(take, ["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
     for name in CLASSES:
+        with pytest.raises(SystemExit):
+            run(take, [f"--mitigation={name}", "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
         options = type(getattr(GuidanceSettings(), name))
         source = inspect.getsource(options)
         for one in fields(options):
-            assert f"--guidance.{name}.{one.name}" in shown
+            assert f"--mitigation.{one.name}" in shown
             assert f"{one.name}:" in source
-    assert "multiplies the logits of the begin-of-text token" in shown
+        if name == "ren":
+            assert "multiplies the logits of the begin-of-text token" in shown
 
 
 def test_a_wrong_option_is_one_line(capsys):
     with pytest.raises(SystemExit):
-        run(take, ["--guidance.wen.learning_rate=-1"])
+        run(take, ["--mitigation=wen", "--mitigation.learning_rate=-1"])
     assert "learning_rate" in capsys.readouterr().err
 
 
@@ -161,7 +161,7 @@ def test_an_index_adds_detection_to_every_mitigation(name, index, text):
 def test_without_an_index_the_plain_ones_run_alone_and_the_others_are_refused(text):
     assert GuidanceSettings().for_text().guidances() == []
     for name in WITH_INDEX:
-        with pytest.raises(ValueError, match=f"--guidance.mitigation {name} needs --index"):
+        with pytest.raises(ValueError, match=f"--mitigation {name} needs --index"):
             GuidanceSettings(name).for_text(text=text)
     for name in ("rt", "ren", "prss"):
         with pytest.raises(ValueError, match=f"{name} needs the model's tokenizer"):

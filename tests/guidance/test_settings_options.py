@@ -45,43 +45,50 @@ def take(guidance: GuidanceSettings = GuidanceSettings()) -> GuidanceSettings:  
 @pytest.mark.parametrize(
     "option",
     [
-        "c1=-1",
-        "c2=-0.1",
-        "c3=-1",
-        "strength=-1",
-        "gate_margin=-0.1",
-        "margin_per_doubling=-1",
-        "max_displacement=-1",
-        "least_scale=1.1",
-        "start_ratio=0",
-        "start_ratio=-1",
-        "rate=0",
-        "rate=-1",
-        "cadence_always_below=1.5",
+        "amg.c1=-1",
+        "amg.c2=-0.1",
+        "amg.c3=-1",
+        "multiplicity.strength=-1",
+        "amg.gate_margin=-0.1",
+        "both.margin_per_doubling=-1",
+        "both.max_displacement=-1",
+        "amg.least_scale=1.1",
+        "none.start_ratio=0",
+        "none.start_ratio=-1",
+        "none.rate=0",
+        "none.rate=-1",
+        "wen.cadence_always_below=1.5",
         "lower_guidance.guidance_scale=0.5",
     ],
 )
 def test_an_option_out_of_range_is_named_on_the_command_line(capsys, option):
     with pytest.raises(SystemExit) as exit_:
-        run(take, [f"--guidance.{option}"])
+        mitigation, _, option = option.partition(".")
+        run(take, [f"--mitigation={mitigation}", f"--mitigation.{option}"])
     assert exit_.value.code == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     name, value = option.split("=")
-    assert f"--guidance.{name}" in line and value in line and "Traceback" not in line
+    assert f"--mitigation.{name}" in line and value in line and "Traceback" not in line
 
 
 def test_zero_and_null_stay_what_they_were():
-    settings = run(take, ["--guidance.c1=0", "--guidance.max_displacement=0", "--guidance.c3=0"])
+    settings = run(
+        take,
+        [
+            "--mitigation=amg",
+            *(f"--mitigation.{key}=0" for key in ("c1", "max_displacement", "c3")),
+        ],
+    )
     assert (settings.c1, settings.max_displacement, settings.c3) == (0, 0, 0)
-    assert settings == GuidanceSettings(c1=0, max_displacement=0, c3=0)
+    assert settings == GuidanceSettings("amg", c1=0, max_displacement=0, c3=0)
 
 
 @pytest.mark.parametrize("features", [None, CosineFeatures()])
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"start_ratio": 0}, "--guidance.start_ratio must be above 0, not 0"),
-        ({"start_ratio": -1.2}, "--guidance.start_ratio must be above 0, not -1.2"),
+        ({"start_ratio": 0}, "--mitigation.start_ratio must be above 0, not 0"),
+        ({"start_ratio": -1.2}, "--mitigation.start_ratio must be above 0, not -1.2"),
         ({"rate": -1}, "rate of the threshold must be above 0, not -1"),
         ({"c2": -1}, "c2 must be at least 0"),
         ({"caption_policy": "most_common", "caption_neighbours": 99}, "caption_neighbours 99: the"),
@@ -100,9 +107,9 @@ def test_a_schedule_rises_or_is_refused():
 
 
 def test_the_cadences_end_is_an_option():
-    given = ["--guidance.mitigation=amg", "--guidance.cadence=10"]
+    given = ["--mitigation=amg", "--mitigation.cadence=10"]
     index = index_of()
-    for extra, below in (([], 0.3), (["--guidance.cadence_always_below=0.1"], 0.1)):
+    for extra, below in (([], 0.3), (["--mitigation.cadence_always_below=0.1"], 0.1)):
         (amg,) = run(take, [*given, *extra]).build(index)
         assert (amg.cadence.every, amg.cadence.always_below) == (10, below)
     observer = GuidanceSettings(cadence=10, cadence_always_below=0.1).observer(index)
@@ -112,13 +119,13 @@ def test_the_cadences_end_is_an_option():
 def test_lower_guidance_below_one_is_refused():
     """diffusers switches guidance off there, and a loop would step with less than the prompt."""
     for scale in (0.0, 0.5, 0.999):
-        message = f"--guidance.lower_guidance.guidance_scale must be at least 1, not {scale:g}"
+        message = f"--mitigation.guidance_scale must be at least 1, not {scale:g}"
         with pytest.raises(ValueError, match=message):
             LowerGuidance(LowerGuidanceOptions(scale))
     assert LowerGuidance(LowerGuidanceOptions(1.0)).guidance_scale(7.5) == 1
 
 
 def test_a_search_without_prompts_says_what_to_give():
-    message = "captions of the index: give --index .* or say --guidance.prss.alternative optimized"
+    message = "captions of the index: give --index .* or pass --mitigation.alternative optimized"
     with pytest.raises(ValueError, match=message):
         PromptReanchoring()

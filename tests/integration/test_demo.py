@@ -101,7 +101,7 @@ def test_tune_writes_strengths_that_sampling_takes(made, tmp_path, capsys, monke
     assert trials[0]["displacement"] == 0
     chosen = yaml.safe_load((out / "guidance.yaml").read_text())
     assert chosen["guidance"]["mitigation"] == "amg" and chosen["guidance_scale"] == 2
-    assert chosen["guidance"]["c3"] == 2 * GuidanceSettings().c3
+    assert chosen["mitigation"]["c3"] == 2 * GuidanceSettings().c3
     manifest = read_manifest(out, "tuning")
     assert (manifest["scale"], manifest["count"], manifest["made_by"]["seed"]) == (2, 8, 1_000_000)
     assert manifest["model"] == str(made / "model")
@@ -138,7 +138,7 @@ def test_tune_refuses_a_folder_of_something_else(made, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--guidance.mitigation=none"], "only amg and both"),
+        (["--mitigation=none"], "only amg and both"),
         (["--scales=[]"], "--scales"),
         (["--model=nowhere"], "no model folder at nowhere"),
         (["--count=4", "--steps=2"], "there is nothing to tune"),

@@ -55,6 +55,36 @@ def test_a_finished_folder(folders, unguided, capsys):
     assert times() == before
 
 
+def test_a_finished_folder_is_known_by_old_names_of_options(folders, unguided, capsys):
+    old = {"guidance.mitigation": "none", "guidance.c1": 5, "guidance.wen.target": 3}
+    run(predict, options(folders, unguided.path, **old))
+    told = capsys.readouterr()
+    assert "is finished: 7 samples" in told.out
+    assert len(told.err.splitlines()) == 1 and "is now --mitigation" in told.err
+
+
+def test_a_mitigation_of_the_users_runs_where_its_code_is_allowed(folders, monkeypatch, capsys):
+    (folders / "their_rule.py").write_text(
+        "from memfree.guidance import Mitigation\n"
+        "class Rule(Mitigation):\n"
+        "    def accept(self, images):\n"
+        "        print('judged', len(images))\n"
+        "        return super().accept(images)\n"
+    )
+    monkeypatch.syspath_prepend(str(folders))
+    given = {"mitigation": "their_rule.Rule", "count": 2, "steps": 2}
+    for index in ("index", None):
+        out = folders / f"own-{index}"
+        more = {} if index else {"index": None}
+        with pytest.raises(SystemExit):
+            run(predict, options(folders, out, **given, **more))
+        assert "--allow_code true" in capsys.readouterr().err and not out.exists()
+        run(predict, options(folders, out, **given, **more, allow_code=True))
+        assert "judged" in capsys.readouterr().out
+        assert SampleFolder(out).manifest["mitigation"] == "their_rule.Rule"
+        assert (SampleFolder(out).manifest["trace_summary"] is None) == (index is None)
+
+
 def test_the_saved_configuration_replays(folders, unguided):
     config = unguided.path / "config.yaml"
     run(predict, [f"--config={config}", f"--out={folders / 'replay'}"])
@@ -87,7 +117,7 @@ def test_unconditional(folders):
     [
         ({"model": "nowhere"}, "no model folder at nowhere"),
         ({"index": "nowhere"}, "no index folder at nowhere"),
-        ({"index": None, "guidance.mitigation": "amg"}, "--guidance.mitigation amg needs --index"),
+        ({"index": None, "mitigation": "amg"}, "--mitigation amg needs --index"),
         ({"index": "other_index"}, "another data set than the model"),
         ({"index": "small_index"}, "the model makes (1, 8, 8)"),
         ({"index": "uncalibrated"}, "calibrat"),
@@ -162,7 +192,7 @@ def test_help_explains_every_option(capsys):
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "sample i depends on (seed, i)" in text
-    assert "--guidance.mitigation" in text
+    assert "--mitigation" in text
     assert "--trainer.strategy" in text
     assert "one label, as 3, or several that are taken in turn, as [0,1]" in text
 
@@ -174,7 +204,7 @@ def test_every_configuration_parses(config, capsys):
     with pytest.raises(SystemExit) as exit_:
         run(predict, [f"--config={config}", "--model=m", "--out=o", "--print_config"])
     assert exit_.value.code == 0
-    assert "mitigation: none" in capsys.readouterr().out
+    assert "name: none" in capsys.readouterr().out
 
 
 def test_a_small_decoder_is_part_of_the_run(tmp_path, capsys):

@@ -96,7 +96,7 @@ def test_a_killed_run_continues(folders):
         "batch_size": 2,
         "steps": 20,
         "scheduler": "ddpm",
-        "guidance.mitigation": "both",
+        "mitigation": "both",
     }
     arguments = options(folders, out, **changes)
     process = begin(arguments)

@@ -74,7 +74,7 @@ def copies_of(index, images):
 @pytest.mark.parametrize("mitigation", ["amg", "both"])
 def test_tune_finds_strengths_for_a_text_model(folders, tmp_path, mitigation):
     out = tmp_path / "tune"
-    options = [f"--guidance.mitigation={mitigation}", "--scales=[1,0.125]"]
+    options = [f"--mitigation={mitigation}", "--scales=[1,0.125]"]
     if mitigation == "both":
         options.append(f"--latents={folders / 'latents'}")
     main(["tune", *arguments(folders, out, *SAMPLER, *options)])
@@ -84,12 +84,12 @@ def test_tune_finds_strengths_for_a_text_model(folders, tmp_path, mitigation):
     assert all(trial["copies"] > 0 for trial in trials[:-1])
     assert trials[-1]["copies"] == 0 and trials[-1]["active"] > 0
     chosen = yaml.safe_load((out / "guidance.yaml").read_text())
-    assert chosen["guidance"]["c3"] == trials[-1]["scale"] * GuidanceSettings().c3
+    assert chosen["mitigation"]["c3"] == trials[-1]["scale"] * GuidanceSettings().c3
 
     # Sampling with them, from the same noise and prompts and without the last correction, copies
     # nothing either.
     more = [f"--seed={SEED}", f"--config={out / 'guidance.yaml'}"]
-    more += ["--guidance.final_correction=false", *options[2:]]
+    more += ["--mitigation.final_correction=false", *options[2:]]
     run(predict, arguments(folders, tmp_path / "samples", *more))
     samples = SampleFolder(tmp_path / "samples")
     assert samples.manifest["guidance"]["mitigation"] == mitigation
@@ -104,7 +104,7 @@ def test_tune_finds_strengths_for_a_text_model(folders, tmp_path, mitigation):
     ("options", "message"),
     [
         (["--prompts.file=null"], "needs --prompts.file"),
-        (["--guidance.mitigation=both"], "needs --latents"),
+        (["--mitigation=both"], "needs --latents"),
     ],
 )
 def test_tune_refuses_text_models_without_prompts_or_latents(

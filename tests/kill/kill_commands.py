@@ -43,7 +43,7 @@ SAMPLE = [
 def words(inputs: Path) -> dict[str, list[str]]:
     """Each command's words; what is written goes to ``out`` in the current folder."""
     data, model, index = inputs / "data", inputs / "model", inputs / "index"
-    amg = ["--guidance.mitigation=amg", "--guidance.false_positive_rate=0.1"]
+    amg = ["--mitigation=amg", "--mitigation.false_positive_rate=0.1"]
     return {
         "prepare": ["prepare", "--out=out", *PREPARE],
         "train": ["train", f"--data.path={data}", "--out=out", "--trainer.max_steps=5", *TRAIN],
@@ -99,7 +99,7 @@ def make_inputs(server: KillServer, inputs: Path) -> Path:
             f"--index={inputs / 'index'}",
             "--out=out",
             "--count=12",
-            "--guidance.false_positive_rate=0.1",
+            "--mitigation.false_positive_rate=0.1",
             *SAMPLE,
         ],
     }

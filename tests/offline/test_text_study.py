@@ -48,15 +48,15 @@ def test_everyone_draws_from_the_same_noise_and_prompts():
         assert stages[0].options["count"] == count
         models = [str(stage.options["model"]) for stage in stages]
         assert models == ["runs/x/plan-3/model"] * 2 + ["runs/x/unique/model"]
-    assert stages[1].options["guidance.mitigation"] == "amg"
-    assert not [key for key in stages[2].options if key.startswith("guidance.")]
+    assert stages[1].options["mitigation"] == "amg"
+    assert not [key for key in stages[2].options if key.startswith(("guidance.", "mitigation"))]
 
 
 def test_a_subject_may_have_fewer_samples():
     few = study({"none": {}, "slow": {"mitigation": "sail", "at_most": 220}})
     counts = {prompts: few.sampled(prompts)[1].options["count"] for prompts in PROMPTS}
     assert counts == {"duplicated": 220, "other": 200, "unseen": 220}
-    assert "guidance.at_most" not in few.sampled("other")[1].options
+    assert "mitigation.at_most" not in few.sampled("other")[1].options
     assert few.sampled("duplicated")[0].options["count"] == 500
 
 
@@ -117,9 +117,9 @@ def test_subjects_are_checked(tmp_path):
     [
         (
             {"mitigation": "wenn"},
-            r"--guidance.mitigation: Expected .* wenn \(in: python sample.py ",
+            r"--mitigation: expected .* wenn, .* \(in: python sample.py ",
         ),
-        ({"mitigation": "wen", "wen.learning": 1}, "unknown option --guidance.wen.learning"),
+        ({"mitigation": "wen", "learning": 1}, "unknown option --mitigation.learning"),
         ({"at_most": 0}, "--subjects.wen.at_most must be a whole number above 0, not 0"),
         ({"at_most": "many"}, "at_most must be a whole number above 0, not 'many'"),
     ],

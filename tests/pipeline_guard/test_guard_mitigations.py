@@ -1,7 +1,6 @@
 """Every stage of a mitigation inside a guarded pipeline."""
 
 from contextlib import contextmanager
-from typing import get_args
 
 import pytest
 import tiny_pipelines
@@ -20,9 +19,8 @@ from guard_parts import (
 
 import memfree
 from memfree.data.random_streams import GuardStream
-from memfree.guidance import GuidanceSettings
+from memfree.guidance import MITIGATIONS, GuidanceSettings
 from memfree.guidance.mitigation import Mitigation
-from memfree.guidance.mitigation_names import MitigationName
 from memfree.pipeline_guard.mitigation_stages import sources
 
 
@@ -36,7 +34,7 @@ def index():
     return make_index()
 
 
-@pytest.mark.parametrize("name", get_args(MitigationName))
+@pytest.mark.parametrize("name", MITIGATIONS)
 def test_every_mitigation_of_the_settings_runs_in_the_guard(pipe, index, name):
     """By all its stages; what each does is tested with it, here that it reaches the pipeline."""
     settings = GuidanceSettings(name)

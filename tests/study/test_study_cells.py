@@ -106,7 +106,7 @@ def test_options_of_a_cell_reach_its_commands():
     assert trained["trainer.max_steps"] == 300 and trained["model.network.layers_per_block"] == 2
     assert trained["data.num_workers"] == 2 and trained["model.class_conditional"]
     sampled = options(stages, "sample")
-    assert [one["guidance.mitigation"] for one in sampled] == ["none", "reject"]
+    assert [one["mitigation"] for one in sampled] == ["none", "reject"]
     assert {one["seed"] for one in sampled} == {1003}, "the same noise"
     assert {one["guidance_scale"] for one in sampled} == {2.0}
     unconditional = options(plan().stages(Cell("unconditional", (1,), 1)), "sample")

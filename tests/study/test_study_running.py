@@ -281,7 +281,7 @@ def test_every_command_of_every_configuration_parses(path, tmp_path, capsys, mon
             else (words[1], words[2:])
         )
         # One command of each set of options: they differ in their paths and numbers.
-        kind = (command, tuple(word for word in rest if word.startswith("--guidance.")))
+        kind = (command, tuple(word for word in rest if word.startswith("--mitigation")))
         kind = (*kind, tuple(word.split("=")[0] for word in rest if "samples." not in word))
         if kind in checked:
             continue

@@ -25,6 +25,7 @@ from memfree.cli.errors import (
     options_of,
     unknown_command,
 )
+from memfree.console import say
 from memfree.folders.lock import ALL, part_of
 from memfree.folders.untrusted import (
     check_config_files,
@@ -253,13 +254,20 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
         import_path_allowlist=["memfree"],
         instantiate_subclass_spec_in_any=False,
     )
-    parser = ArgumentParser(
-        prog=prog,
+    settings: dict[str, Any] = {
+        "prog": prog,
         # Up to its first section: the rest is the text of the options.
-        description=re.split(_SECTIONS, inspect.getdoc(function) or "", maxsplit=1)[0].strip(),
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
+        "description": re.split(_SECTIONS, inspect.getdoc(function) or "", maxsplit=1)[0].strip(),
+        "exit_on_error": False,
+        "allow_abbrev": False,
+    }
+    parser: ArgumentParser
+    if guidance := inspect.signature(function).parameters.get("guidance"):
+        from memfree.cli.mitigation_options import MitigationParser
+
+        parser = MitigationParser(guidance.default.mitigation, **settings)
+    else:
+        parser = ArgumentParser(**settings)
     parser.add_argument(
         "--config", action="config", help="YAML file with options; may be given several times."
     )
@@ -295,6 +303,8 @@ def _run(
 ) -> Any:
     parser = parser_of(function, prog)
     config = parsed(parser, sys.argv[1:] if args is None else args)
+    if old_names := getattr(parser, "old_names", ""):
+        say(old_names, stderr=True)
     with _interrupt_leaves():
         for library in libraries:
             importlib.import_module(library)

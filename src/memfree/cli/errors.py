@@ -27,7 +27,9 @@ _CALLED = {"--font": ("--path", "FONT, with --source emoji")}
 
 def options_of(parser: ArgumentParser) -> list[str]:
     """All options of a parser as they are typed, ``--help`` and ``-h`` included."""
-    return [option for action in parser._actions for option in action.option_strings]
+    options = [option for action in parser._actions for option in action.option_strings]
+    new = getattr(parser, "new_options", ())  # of mitigations, whose old names are not suggested
+    return [*new, *(option for option in options if not option.startswith("--guidance."))]
 
 
 def option_message(message: str, parser: ArgumentParser) -> str:

@@ -97,7 +97,7 @@ def demo_stages(
             "steps": DENOISING_STEPS,
             "scheduler": "ddpm",
             "guidance_scale": guidance_scale,
-            "guidance.mitigation": mitigation,
+            "mitigation": mitigation,
             "seed": seed,
             "trainer.devices": 1,
         }

@@ -14,7 +14,7 @@ from memfree.console import quiet, say
 from memfree.folders.atomic import check_free_space
 from memfree.folders.lock import ALL, one_at_a_time, part_of
 from memfree.folders.manifest import folder_hash, save_config
-from memfree.guidance import WITH_AMG, WITH_INDEX, GuidanceSettings
+from memfree.guidance import MITIGATIONS, WITH_AMG, WITH_INDEX, GuidanceSettings
 from memfree.models.options import Devices
 from memfree.sampling.sample_run import PromptOptions, SampleRun, SchedulerName, trace_summary
 
@@ -109,24 +109,21 @@ def predict(
         seed: seed of the run; sample i depends on (seed, i).
         steps: number of denoising steps.
         scheduler: sampler, with the noise schedule of the model.
-        guidance_scale: classifier-free guidance; 1 is the conditional model by itself.
-        classes: one label, as 3, or several that are taken in turn, as [0,1]; all classes in turn
-            by default.
+        guidance_scale: classifier-free guidance; 1 is the conditional model alone.
+        classes: one label, as 3, or several that are taken in turn, as [0,1]; default: all.
         prompts: the prompts of a text-to-image model.
         latents: index of the training images' latents, for multiplicity guidance of text-to-image.
-        decoder: folder of a diffusers AutoencoderTiny of the model's latents, which decodes the
-            clean estimates that are compared with the index: cheaper, but it may miss or delay
-            detections, so guidance can start at a different step. The last step, its final
-            correction and the images use the model's own autoencoder.
+        decoder: folder of an AutoencoderTiny of the model's latents, which decodes the clean
+            estimates that are compared with the index: cheaper, but it may miss or delay
+            detections. The last step and the images use the model's own autoencoder.
         guidance: the mitigation and its strengths.
         batches_per_shard: batches written together as one shard; a killed run repeats at most
             these.
         part: all, or a part of the samples as 3/8 (the third of eight), for jobs that fill one
-            folder at the same time; the one that finds all samples drawn finishes it.
+            folder at the same time.
         allow_other_dataset: accept an index of other images than the model was trained on.
-        one_call: ask the network for both branches of classifier-free guidance in one call, which
-            is faster; in two where the device's memory does not suffice. false: always in two, for
-            the bits of samples that were drawn so.
+        one_call: both branches of classifier-free guidance in one call of the network, in two
+            where memory is short. false: always in two, for the bits of samples drawn so.
         trainer: devices.
 
     Raises:
@@ -164,12 +161,14 @@ def predict(
     reference = None if index is None else index_for(index, loaded, guidance, allow_other_dataset)
     guidance = guidance.resolved(reference)
     if reference is None and guidance.mitigation in WITH_INDEX:
-        raise ValueError(f"--guidance.mitigation {guidance.mitigation} needs --index")
+        raise ValueError(f"--mitigation {guidance.mitigation} needs --index")
     if index is not None and reference is not None:
         refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
     refuse_wrong_settings(guidance, loaded, reference)
     references = latents_for(latents, loaded, guidance)
     sampler = scheduler_for(scheduler, loaded, steps)
+    # Without text and index nothing is to be done or recorded, but for a mitigation of the user's.
+    unguided = reference is None and loaded.pipe is None and guidance.mitigation in MITIGATIONS
 
     run = SampleRun(
         out,
@@ -226,7 +225,7 @@ def predict(
                     sampler,
                     steps,
                     seed,
-                    guidance=() if reference is None and loaded.pipe is None else guidance,
+                    guidance=() if unguided else guidance,
                     guidance_scale=guidance_scale,
                     asked=asked,
                     index=reference,

@@ -60,7 +60,7 @@ def study(
         name: of the study; its results are NAME.csv, .parquet, .md, .png and .html in out, and
             NAME-against-oracle.png where several factors have an oracle.
         grids: which models; a union of grids.
-        subjects: ways to sample, by name: options of sample.py below --guidance.
+        subjects: ways to sample, by name: a mitigation and its options.
         out: folder for all data sets, models, samples and results; studies of the same numbers may
             share it. Its config.yaml and manifest.json are of the study that was summarised last.
         training_seeds: each draws its own split, repeated images, weights and noise.

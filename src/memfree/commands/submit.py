@@ -99,8 +99,10 @@ class SlurmOptions:
 
     def parameters(self, command: str) -> dict[str, object]:
         """The options as submitit takes them; what it does not know goes to sbatch as it is."""
-        same = ("partition", "account", "qos", "nodes", "gpus_per_node", "cpus_per_task")
-        same += ("array_parallelism", "constraint", "exclude")
+        same = (
+            *("partition", "account", "qos", "nodes", "gpus_per_node", "cpus_per_task"),
+            *("array_parallelism", "constraint", "exclude"),
+        )
         # Since SLURM 22.05 srun does not take it from the job.
         cores = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if self.cpus_per_task else []
         rest = {

@@ -14,9 +14,10 @@ from memfree.cli.stages import Stage, run_stages
 from memfree.console import plain_console
 from memfree.data.options import PromptSet
 from memfree.folders.manifest import save_config, write_manifest
+from memfree.guidance.options import sampling_options
 
 Subjects = dict[str, dict[str, Any]]
-"""Options of sample.py below --guidance by subject, as {"wen_5": {"mitigation": "wen", ...}}."""
+"""Mitigations and their options by subject, as {"wen_5": {"mitigation": "wen", "target": 5}}."""
 AT_MOST = "at_most"
 """Option of a subject that is none of sampling: draw no more than so many samples of it."""
 _NAME = re.compile(r"[\w-]+")
@@ -110,7 +111,7 @@ def text_study(
     Args:
         name: of the study; its results are NAME.csv, .parquet, .md, .png, -rows.png, and, if a
             subject is called none, -detection.png.
-        subjects: ways to sample, by name: options of sample.py below --guidance; and at_most, for
+        subjects: ways to sample, by name: a mitigation and its options; and at_most, for
             subjects that are too slow, or matter too little, for all samples of a prompt set.
         out: folder for everything; studies of the same data share it.
         training: the model.
@@ -258,7 +259,9 @@ class TextStudy:
                     "seed": self.noise_seed,
                     "trainer.devices": 1,
                     "allow_other_dataset": subject == ORACLE,
-                    **{f"guidance.{key}": options[key] for key in options if key != AT_MOST},
+                    **sampling_options(
+                        {key: value for key, value in options.items() if key != AT_MOST}
+                    ),
                 },
             )
             for subject, options in self.everyone().items()

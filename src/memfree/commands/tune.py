@@ -18,6 +18,7 @@ from memfree.folders.atomic import put_in_place, unfinished, write_json, write_t
 from memfree.folders.claim import claim
 from memfree.folders.manifest import save_config, write_manifest
 from memfree.guidance import WITH_AMG, GuidanceSettings
+from memfree.guidance.options import record_paths
 from memfree.sampling.sample_run import PromptOptions, SchedulerName
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
@@ -99,7 +100,7 @@ def tune(
 
     if guidance.mitigation not in WITH_AMG:
         raise ValueError(
-            f"--guidance.mitigation {guidance.mitigation}: only amg and both have strengths to tune"
+            f"--mitigation {guidance.mitigation}: only amg and both have strengths to tune"
         )
     if not scales or min(scales) <= 0:
         raise ValueError("--scales needs at least one number, all above 0")
@@ -152,14 +153,14 @@ def tune(
             "steps": int(steps),
             "scheduler": scheduler,
             "guidance_scale": float(guidance_scale),
-            "guidance": asdict(chosen),
+            "mitigation": {"name": chosen.mitigation, **_own(chosen)},
         }
     )
     _write(out, trials, tuned, seed, model=str(model), index=str(index), count=count)
     if tuned is None:
         raise ValueError(
-            f"copies remain at every scale; raise --scales, --guidance.gate_margin or "
-            f"--guidance.max_displacement ({out / 'tune.json'} has the figures)"
+            f"copies remain at every scale; raise --scales, --mitigation.gate_margin or "
+            f"--mitigation.max_displacement ({out / 'tune.json'} has the numbers)"
         )
     line = f"Use it: python sample.py --config {out / 'guidance.yaml'} …"
     console.print(line, soft_wrap=True)
@@ -177,6 +178,11 @@ def _write(
             write_text(partial / "guidance.yaml", yaml.safe_dump(tuned, sort_keys=False))
         write_manifest(partial, "tuning", seed, scale=scale, **fields)
         put_in_place(partial, out, overwrite=True)
+
+
+def _own(settings: GuidanceSettings) -> dict[str, Any]:
+    """The options of amg or both, whose names are those of their fields."""
+    return {name: getattr(settings, name) for name in record_paths(settings.mitigation)}
 
 
 def scaled(settings: GuidanceSettings, scale: float) -> GuidanceSettings:

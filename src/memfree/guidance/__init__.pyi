@@ -12,12 +12,13 @@ from .mitigation import Mitigation as Mitigation
 from .mitigation import RejectAndResample as RejectAndResample
 from .mitigation import Sequential as Sequential
 from .mitigation import Start as Start
-from .mitigation_names import TEXT_ONLY as TEXT_ONLY
-from .mitigation_names import WITH_AMG as WITH_AMG
-from .mitigation_names import WITH_INDEX as WITH_INDEX
 from .multiplicity import MultiplicityGuidance as MultiplicityGuidance
 from .observer import Cadence as Cadence
 from .observer import Observer as Observer
+from .options import MITIGATIONS as MITIGATIONS
+from .options import TEXT_ONLY as TEXT_ONLY
+from .options import WITH_AMG as WITH_AMG
+from .options import WITH_INDEX as WITH_INDEX
 from .prediction import Guidance as Guidance
 from .prediction import Prediction as Prediction
 from .prediction import apply as apply

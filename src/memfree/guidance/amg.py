@@ -21,9 +21,9 @@ from memfree.guidance.equations import (
     gate,
     sigma_gradient,
 )
-from memfree.guidance.mitigation_names import Through
 from memfree.guidance.neighbour_conditions import NeighbourConditions
 from memfree.guidance.observer import EVERY_STEP, Cadence, Detection, Observer, Steering, recorded
+from memfree.guidance.options import Through
 from memfree.guidance.prediction import Prediction, row_norm
 from memfree.guidance.similarity import Match, Similarity
 

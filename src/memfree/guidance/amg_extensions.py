@@ -14,10 +14,10 @@ from memfree.conditions import Encode, TextConditions, cosines, sentences
 from memfree.diffusion_math import per_sample
 from memfree.guidance.amg import AntiMemorizationGuidance
 from memfree.guidance.equations import ConstantThreshold, ThresholdSchedule, check_at_least_0, gate
-from memfree.guidance.mitigation_names import CAPTION_NEIGHBOURS, CAPTION_RECORDS, Through
 from memfree.guidance.multiplicity import caption_kernel
 from memfree.guidance.neighbour_conditions import NeighbourConditions
 from memfree.guidance.observer import EVERY_STEP, Cadence, Detection, Steering
+from memfree.guidance.options import CAPTION_NEIGHBOURS, CAPTION_RECORDS, Through
 from memfree.guidance.prediction import Prediction
 from memfree.guidance.similarity import Match, Similarity
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memfree.diffusion_math import per_sample, predicted_x_0
-from memfree.guidance.mitigation_names import Through
+from memfree.guidance.options import Through
 from memfree.guidance.prediction import Prediction
 from memfree.guidance.similarity import Similarity
 

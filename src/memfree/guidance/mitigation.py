@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memfree.conditions import TextConditions
 from memfree.diffusion_math import PredictionType, eps_change
+from memfree.guidance.options import imported
 from memfree.guidance.prediction import Guidance
 from memfree.guidance.similarity import Similarity
 
@@ -89,6 +90,28 @@ class Mitigation:
     def accept(self, images: Tensor) -> Tensor:
         """(B,) bool: which finished images (B, C, H, W) in [−1, 1] are kept; others are redrawn."""
         return torch.ones(len(images), dtype=torch.bool, device=images.device)
+
+
+def mitigation_at(path: str) -> Mitigation:
+    """The user's own mitigation at an import path, whose module runs.
+
+    Args:
+        path: ``package.module.Name`` of an instance, or of a class that takes no arguments.
+
+    Raises:
+        ValueError: it cannot be imported, is not a ``Mitigation``, or takes arguments.
+    """
+    value = imported(path)
+    if isinstance(value, Mitigation):
+        return value
+    if not isinstance(value, type) or not issubclass(value, Mitigation):
+        raise ValueError(f"--mitigation {path} is not a memfree.guidance.Mitigation")
+    try:
+        return value()
+    except TypeError as error:
+        raise ValueError(
+            f"--mitigation {path} cannot be made without arguments: name an instance ({error})"
+        ) from error
 
 
 class Sequential(Mitigation):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from memfree.conditions import Conditions, TextConditions, differ
-from memfree.guidance.mitigation_names import CAPTION_NEIGHBOURS, CAPTION_RECORDS
+from memfree.guidance.options import CAPTION_NEIGHBOURS, CAPTION_RECORDS
 from memfree.guidance.prediction import Prediction
 from memfree.guidance.similarity import Match
 
@@ -44,7 +44,7 @@ class NeighbourConditions:
         groups = int(index.group.max()) + 1
         if policy == "most_common" and not 1 <= neighbours <= groups:
             raise ValueError(
-                f"--guidance.caption_neighbours {neighbours}: the index has {groups} distinct "
+                f"--mitigation.caption_neighbours {neighbours}: the index has {groups} distinct "
                 f"groups, use 1 to {groups}"
             )
         if records < 0:

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
 
-from jsonargparse.typing import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-)
-
-from memfree.data.split import DEFAULT_RATE
 from memfree.guidance import baselines
-from memfree.guidance.mitigation_names import (
-    CAPTION_NEIGHBOURS,
-    CAPTION_RECORDS,
+from memfree.guidance.options import (
+    MITIGATIONS,
     WITH_AMG,
     WITH_INDEX,
-    MitigationName,
-    Through,
+    BothOptions,
+    RejectOptions,
+    is_import_path,
 )
-from memfree.retrieval.options import CaptionPolicy
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
@@ -53,7 +42,7 @@ EMBEDDINGS: dict[str, float | bool] = {
 }
 """For ``EmbeddingSimilarity``, a cosine: 1 for the same image."""
 EMBEDDINGS_ALONE: dict[str, float | bool] = {**EMBEDDINGS, "max_displacement": 2.0}
-"""The same for AMG by itself: without multiplicity guidance, G_sim has to choose another picture,
+"""The same for AMG on its own: without multiplicity guidance, G_sim has to choose another picture,
 and a short step only puts a pattern on the memorized one that the embedding takes for a change."""
 
 
@@ -70,108 +59,48 @@ def recommended(index: ReferenceIndex, alone: bool) -> dict[str, float | bool]:
 
 
 @dataclass
-class GuidanceSettings:
+class _Named:
+    mitigation: str = "none"
+    """A name of ``options.MITIGATIONS``, or the import path of a ``Mitigation`` of your own."""
+
+
+@dataclass
+class GuidanceSettings(BothOptions, RejectOptions, _Named):
     """Which guidance steers the sampler, and how hard (docs/method.md explains the defaults).
 
-    Settings that are None have a recommended value for pixels and one for embeddings.
+    The record that sample folders keep: the options of every mitigation, of which those of the
+    named one act. Settings that are None have a recommended value for pixels and one for
+    embeddings.
+
+    Raises:
+        ValueError: ``mitigation`` is neither a known name nor an import path.
     """
 
-    mitigation: MitigationName = "none"
-    """none; amg (Chen et al., 2024); multiplicity (ours); both: multiplicity, then AMG; reject:
-    draw again while the finished sample is above the calibrated threshold. For text-to-image
-    models also the field's baselines: lower_guidance, rt, rna, cwr, gni, wen, ren, jain, prss,
-    sail (docs/baselines.md)."""
-    false_positive_rate: float = DEFAULT_RATE
-    """λ_t ends (t = 0) at the threshold that this share of held-out real images exceeds."""
-    schedule: Literal["rising", "constant"] = "rising"
-    """λ_t: rising as t falls (eq. 19), or constant at its end point (the paper's ablation)."""
-    gated: bool = True
-    """False opens the gate to every sample at every step (the paper's ablation)."""
-    start_ratio: PositiveFloat | None = None
-    """Where λ_t starts, as a multiple of its end point (pixels; None: 1.4, in the paper 1.3) or a
-    fraction 1/start_ratio of it (embeddings; None: 1.16, in the authors' code 1.33)."""
-    rate: PositiveFloat = 0.025
-    """c of eq. 19, per step of a 250-step grid."""
-    gate_margin: NonNegativeFloat | None = None
-    """The gate opens this far below λ_t, in units of σ. None: 0.1, embeddings 0.05."""
-    margin_per_doubling: NonNegativeFloat | None = None
-    """The margin grows by this with every doubling of the training records of the nearest image,
-    those that the prompt asks for (caption_bandwidth). None: 0, embeddings 0.05."""
-    c1: NonNegativeFloat = 5.0
-    """Despecification (eq. 13); 0 switches it off."""
-    c2: NonNegativeFloat = 5.0
-    """Caption or label deduplication (eq. 15); 0 switches it off."""
-    caption_policy: CaptionPolicy = "nearest"
-    """Which caption c2 steers away from: the nearest image's (nearest, the paper's), or the most
-    common among the nearest (most_common, the authors' code's)."""
-    caption_neighbours: PositiveInt = CAPTION_NEIGHBOURS
-    """How many nearest images most_common counts, near copies as one; 1000 of the billions of
-    LAION in the authors' code."""
-    caption_records: NonNegativeInt = CAPTION_RECORDS
-    """The most common caption is taken if more training records than this have it, else the
-    nearest image's; 20 in the authors' code."""
-    c3: NonNegativeFloat = 300.0
-    """Dissimilarity guidance (eq. 17); 0 switches it off."""
-    max_displacement: NonNegativeFloat | None = None
-    """G_sim moves x̂_0 by at most this root mean square a step; 0: no limit. None: 1, embeddings
-    0.6 after multiplicity guidance and 2 without."""
-    least_scale: ClosedUnitInterval | None = None
-    """What c1 and c2 leave of the guidance scale near a repeated image: 1, the conditional
-    prediction, in the paper; 0: down to the unconditional one, for prompts of one memorized image.
-    None: 1, embeddings 0."""
-    latched: bool | None = None
-    """A sample whose gate was opened by a repeated image keeps c1 and c2 to the end: its prompt
-    does not call it back. None: false, embeddings true."""
-    final_correction: bool = True
-    """Move what is still too near at the last step past λ_0, by a quarter of gate_margin."""
-    gradient: Through = "clean_estimate"
-    """Take ∇σ through x̂_0 alone, or through the denoiser as well (slower)."""
-    strength: NonNegativeFloat = 1.5
-    """κ of multiplicity guidance."""
-    caption_bandwidth: NonNegativeFloat = 0.3
-    """How far records with other captions than the prompt count, in multiplicity guidance and in
-    the repeated images of AMG: by exp(−(1 − cosine)/caption_bandwidth); 0: equal captions alone."""
-    damp_captions: bool = True
-    """In multiplicity guidance of text-to-image, a caption of repeated images counts as much as it
-    would after deduplication: 1/m for one image with m records."""
-    cadence: PositiveInt = 1
-    """Search the nearest images every so many steps only, until cadence_always_below: cheaper, but
-    guidance may begin late by as many steps."""
-    cadence_always_below: ClosedUnitInterval = 0.3
-    """Search at every step from this time on (1 is noise, 0 the image), where λ_t has risen."""
-    wen_norm_steps: NonNegativeInt = 0
-    """Record Wen's norm, the mean of ‖ε_c − ε_∅‖ over this many first steps, as wen_norm in the
-    trace; 0: do not. Of text-to-image models, where the guidance scale is above 1."""
-    budget: PositiveInt = 10
-    """Draws of a sample under reject; the last one is kept whatever it is."""
     lower_guidance: baselines.LowerGuidanceOptions = field(
         default_factory=baselines.LowerGuidanceOptions
     )
-    """Lower classifier-free guidance."""
     rt: baselines.Insertion = field(default_factory=baselines.Insertion)
-    """Random tokens in the prompt (Somepalli et al., 2023)."""
     rna: baselines.Insertion = field(default_factory=baselines.Insertion)
-    """Random numbers in the prompt (Somepalli et al., 2023)."""
     cwr: baselines.Insertion = field(default_factory=baselines.Insertion)
-    """Repeated words of the prompt (Somepalli et al., 2023)."""
     gni: baselines.EmbeddingNoiseOptions = field(default_factory=baselines.EmbeddingNoiseOptions)
-    """Gaussian noise on the prompt's embedding (Somepalli et al., 2023)."""
     wen: baselines.PromptEmbeddingOptions = field(default_factory=baselines.PromptEmbeddingOptions)
-    """Optimisation of the prompt's embedding (Wen et al., 2024)."""
     ren: baselines.AttentionRescalingOptions = field(
         default_factory=baselines.AttentionRescalingOptions
     )
-    """Rescaled cross-attention (Ren et al., 2024)."""
     jain: baselines.OppositeGuidanceOptions = field(
         default_factory=baselines.OppositeGuidanceOptions
     )
-    """Opposite guidance before a transition point (Jain et al., 2025)."""
     prss: baselines.PromptReanchoringOptions = field(
         default_factory=baselines.PromptReanchoringOptions
     )
-    """Prompt re-anchoring and semantic search (Chen et al., 2025)."""
     sail: baselines.SharpnessAwareOptions = field(default_factory=baselines.SharpnessAwareOptions)
-    """Optimised initial noise (Jeon et al., 2025)."""
+
+    def __post_init__(self) -> None:
+        if self.mitigation not in MITIGATIONS and not is_import_path(self.mitigation):
+            raise ValueError(
+                f"--mitigation {self.mitigation} is not one of {', '.join(MITIGATIONS)}, nor the "
+                "import path of a class"
+            )
 
     def resolved(self, index: ReferenceIndex | None) -> GuidanceSettings:
         """The same with the recommended values for this index where nothing is set."""
@@ -185,7 +114,7 @@ class GuidanceSettings:
         return replace(self, **unset)  # type: ignore[arg-type]
 
     def build(self, index: ReferenceIndex, latents: ReferenceIndex | None = None) -> list[Guidance]:
-        """The guidances, in order; an observer alone for ``none``.
+        """The guidances, in order; an observer alone where AMG is not among them.
 
         Args:
             index: calibrated; what AMG compares with.
@@ -194,18 +123,14 @@ class GuidanceSettings:
         """
         from memfree.guidance.multiplicity import MultiplicityGuidance
 
-        guidances: list[Guidance] = []
-        if self.mitigation in ("multiplicity", "both"):
-            guidances.append(
-                MultiplicityGuidance(
-                    latents or index, self.strength, self.caption_bandwidth, self.damp_captions
-                )
-            )
-        if self.mitigation in WITH_AMG:
-            guidances.append(self.anti_memorization(index))
-        else:
-            guidances.append(self.observer(index))
-        return guidances
+        detector = self.anti_memorization if self.mitigation in WITH_AMG else self.observer
+        if self.mitigation not in ("multiplicity", "both"):
+            return [detector(index)]
+        references = latents or index
+        multiplicity = MultiplicityGuidance(
+            references, self.strength, self.caption_bandwidth, self.damp_captions
+        )
+        return [multiplicity, detector(index)]
 
     def for_text(
         self,
@@ -224,35 +149,53 @@ class GuidanceSettings:
         Raises:
             ValueError: the mitigation needs an index or the text side, and it is missing.
         """
-        from memfree.guidance.baselines.by_name import baseline
         from memfree.guidance.baselines.wen_norm import WenNorm
         from memfree.guidance.mitigation import Guided, Sequential
 
         if self.mitigation in WITH_INDEX and index is None:
-            raise ValueError(f"--guidance.mitigation {self.mitigation} needs --index")
-        guided = [] if index is None else self._guided(index, latents)
+            raise ValueError(f"--mitigation {self.mitigation} needs --index")
         steps = int(self.wen_norm_steps)
         norm = [Guided([WenNorm(steps)])] if steps else []
-        parts = [*norm, *baseline(self.mitigation, self._options, text), *guided]
+        parts = [*norm, *self._named(text), *self._compared(index, latents)]
         return parts[0] if len(parts) == 1 else Sequential(parts)
 
-    def for_pixels(self, index: ReferenceIndex) -> Mitigation:
+    def for_pixels(self, index: ReferenceIndex | None) -> Mitigation:
         """The mitigation with its stages, for a model without text.
 
         Args:
-            index: calibrated references, on the device of the samples.
+            index: calibrated references, on the device of the samples; None: a mitigation of your
+                own runs without a trace.
         """
         from memfree.guidance.mitigation import Sequential
 
-        return Sequential(self._guided(index))
+        own = [] if self.mitigation in MITIGATIONS else self._named(None)
+        return Sequential([*own, *self._compared(index, None)])
 
-    def _guided(
-        self, index: ReferenceIndex, latents: ReferenceIndex | None = None
+    def _named(self, text: baselines.TextTools | None) -> list[Mitigation]:
+        """The baseline or the class of the user's own that is named; else nothing."""
+        from memfree.guidance.mitigation import mitigation_at
+
+        name = self.mitigation
+        if name not in MITIGATIONS:
+            return [mitigation_at(name)]
+        entry = MITIGATIONS[name]
+        if not entry.baseline:
+            return []
+        needs_text = entry.text and (name != "prss" or self.prss.alternative == "search")
+        if needs_text and text is None:
+            raise ValueError(f"--mitigation {name} needs the model's tokenizer")
+        first = [getattr(text, entry.text, [])] if entry.text else []
+        return [getattr(baselines, entry.baseline)(*first, getattr(self, name))]
+
+    def _compared(
+        self, index: ReferenceIndex | None, latents: ReferenceIndex | None
     ) -> list[Mitigation]:
         """What compares samples with an index: while they are drawn, and when they are finished."""
         from memfree.guidance.calibration import default_similarity
         from memfree.guidance.mitigation import Guided, RejectAndResample
 
+        if index is None:
+            return []
         guided: list[Mitigation] = [Guided(self.build(index, latents))]
         if self.mitigation == "reject":
             end = self.end_threshold(index)
@@ -267,18 +210,11 @@ class GuidanceSettings:
             text: as of ``for_text``; None for a model without text.
 
         Raises:
-            ValueError: a setting is wrong by itself, or for this index or model.
+            ValueError: a setting is wrong in itself, or for this index or model.
         """
-        from memfree.guidance.baselines.by_name import baseline
-
         if index is not None and self.mitigation in WITH_AMG:
             self.anti_memorization(index)
-        baseline(self.mitigation, self._options, text)
-
-    @property
-    def _options(self) -> Any:
-        """The options of the mitigation that is named; None where it has none of its own."""
-        return getattr(self, self.mitigation, None)
+        self._named(text)
 
     @property
     def needs_captions(self) -> bool:
@@ -342,7 +278,7 @@ class GuidanceSettings:
         end, ratio = self.end_threshold(index), self.resolved(index).start_ratio
         assert ratio is not None
         if ratio <= 0:
-            raise ValueError(f"--guidance.start_ratio must be above 0, not {ratio:g}")
+            raise ValueError(f"--mitigation.start_ratio must be above 0, not {ratio:g}")
         if self.schedule == "constant":
             return ConstantThreshold(end)
         # A distance's σ is negative: a multiple above 1 is lower. A cosine's is positive.

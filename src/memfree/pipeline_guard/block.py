@@ -9,13 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, ParamSpec, get_args
+from typing import Any, ParamSpec
 
 from memfree.data.split import DEFAULT_RATE
-from memfree.guidance import Guidance, GuidanceSettings, calibration_of, default_similarity
+from memfree.guidance import (
+    MITIGATIONS,
+    Guidance,
+    GuidanceSettings,
+    calibration_of,
+    default_similarity,
+)
 from memfree.guidance.baselines import TextTools
-from memfree.guidance.mitigation import Mitigation
-from memfree.guidance.settings import MitigationName
+from memfree.guidance.mitigation import Mitigation, mitigation_at
+from memfree.guidance.options import is_import_path
 from memfree.pipeline_guard.call import Watched
 from memfree.pipeline_guard.decode import Decoder
 from memfree.pipeline_guard.families import family_of
@@ -92,12 +98,14 @@ def check_numbers(budget: Any, chunk_size: Any, seed: Any, false_positive_rate: 
         )
 
 
-def check_guidance(guidance: Any, mitigation: Any) -> None:
-    """Refuse what cannot guide, or is given under the other name.
+def check_guidance(guidance: Any, mitigation: Any) -> Mitigation | None:
+    """The mitigation, also by import path; refuse what cannot guide, or has the other's name.
 
     Raises:
         ValueError: names the argument, and what to give instead.
     """
+    if isinstance(mitigation, str) and is_import_path(mitigation):
+        mitigation = mitigation_at(mitigation)
     if mitigation is not None and not isinstance(mitigation, Mitigation):
         raise ValueError(
             f"memfree.guard: mitigation must be a Mitigation, not {mitigation!r}"
@@ -106,7 +114,7 @@ def check_guidance(guidance: Any, mitigation: Any) -> None:
     if isinstance(guidance, GuidanceSettings):
         if mitigation is not None:
             raise ValueError("memfree.guard: give guidance settings or a mitigation, not both")
-        return
+        return None
     listed = isinstance(guidance, Sequence) and not isinstance(guidance, str)
     for one in guidance if listed else [guidance]:
         if one is not None and (not callable(one) or isinstance(one, (type, Mitigation))):
@@ -114,6 +122,7 @@ def check_guidance(guidance: Any, mitigation: Any) -> None:
                 "memfree.guard: guidance must be a guidance, a list of them, or GuidanceSettings, "
                 f"not {one!r}{_instead(one)}"
             )
+    return mitigation
 
 
 def _instead(value: Any) -> str:
@@ -121,7 +130,7 @@ def _instead(value: Any) -> str:
         return ": give it as mitigation="
     if isinstance(value, type):
         return ": give an instance of it"
-    if isinstance(value, str) and value in get_args(MitigationName):
+    if isinstance(value, str) and value in MITIGATIONS:
         return f": give guidance=GuidanceSettings({value!r})"
     return ""
 
@@ -170,7 +179,7 @@ def guard(
     pipe: Any,
     index: ReferenceIndex,
     guidance: Guidance | Sequence[Guidance] | GuidanceSettings | None = None,
-    mitigation: Mitigation | None = None,
+    mitigation: Mitigation | str | None = None,
     on_copy: OnCopy = "keep",
     budget: int = 4,
     false_positive_rate: float = DEFAULT_RATE,
@@ -205,7 +214,8 @@ def guard(
             own guidances alone. An empty list guides nothing and judges all the same. Settings run
             all stages of what they name, the field's baselines included, and their budget is that
             of ``reject``.
-        mitigation: all stages of a mitigation; its guidances come before ``guidance``.
+        mitigation: all stages of a mitigation, or of that at an import path; its guidances come
+            before ``guidance``.
         on_copy: what happens to a finished image that is a copy: ``keep`` returns it with its
             verdict; ``refuse`` puts None in its place; ``resample`` draws it again with other seeds
             and refuses what is still a copy when the budget is spent. With None among them,
@@ -244,7 +254,7 @@ def guard(
     check_index("index", index)
     if latents is not None:
         check_index("latents", latents)
-    check_guidance(guidance, mitigation)
+    mitigation = check_guidance(guidance, mitigation)
     kind = type(pipe)
     if getattr(kind, _MARK, False):
         raise ValueError("memfree.guard: this pipeline is guarded already; guards do not nest")

@@ -80,7 +80,7 @@ def refuse_text_only(guidance: GuidanceSettings, model: LoadedModel) -> None:
     """Refuse a mitigation of prompts and text embeddings where the model takes no text."""
     if model.pipe is None and guidance.mitigation in TEXT_ONLY:
         raise ValueError(
-            f"--guidance.mitigation {guidance.mitigation} needs a text-to-image model; this one "
+            f"--mitigation {guidance.mitigation} needs a text-to-image model; this one "
             "makes images from labels or from nothing"
         )
 
@@ -129,7 +129,7 @@ def latents_for(path: Path | None, model: LoadedModel, guidance: GuidanceSetting
         return None
     if path is None:
         raise ValueError(
-            f"--guidance.mitigation {guidance.mitigation} of a text-to-image model needs "
+            f"--mitigation {guidance.mitigation} of a text-to-image model needs "
             "--latents: an index that `memfree index --features latents` wrote"
         )
     index = ReferenceIndex.load(path)
@@ -159,8 +159,8 @@ def refuse_without_captions(
     used = model.pipe is not None and guidance_scale > 1 and guidance.needs_captions
     if used and index.captions is None:
         raise ValueError(
-            f"--index {path} has no captions, which --guidance.c2 steers away from: index "
-            "captioned images, or say --guidance.c2 0"
+            f"--index {path} has no captions, which --mitigation.c2 steers away from: index "
+            "captioned images, or say --mitigation.c2 0"
         )
 
 

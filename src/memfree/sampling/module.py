@@ -15,7 +15,14 @@ from torch import Tensor
 from memfree.conditions import TextConditions
 from memfree.diffusion_math import alpha_bar_at
 from memfree.folders.lock import ORPHAN_WAIT
-from memfree.guidance import Guidance, GuidanceSettings, Guided, Mitigation, Start
+from memfree.guidance import (
+    MITIGATIONS,
+    Guidance,
+    GuidanceSettings,
+    Guided,
+    Mitigation,
+    Start,
+)
 from memfree.guidance.baselines import TextTools
 from memfree.images import from_bytes, to_bytes
 from memfree.models import LoadedModel
@@ -206,7 +213,8 @@ class SamplingModule(LightningModule):
         self.budget = budget if self.settings is None else int(self.settings.budget)
         given = () if isinstance(guidance, GuidanceSettings) else guidance
         self.mitigation = given if isinstance(given, Mitigation) else Guided(given)
-        if self.settings is not None and index is None and model.pipe is None:
+        named = self.settings is not None and self.settings.mitigation in MITIGATIONS
+        if named and index is None and model.pipe is None:
             raise ValueError("guidance settings need a reference index")
         self.guidance_scale = guidance_scale
         self.asked = None if asked is None else list(asked)
@@ -223,7 +231,6 @@ class SamplingModule(LightningModule):
         if self.settings is None:
             return
         if self.model.pipe is None:
-            assert self.index is not None
             self.mitigation = self.settings.for_pixels(self.index)
             return
         tools = TextTools.of(self.model.pipe.tokenizer, self.index)

@@ -83,7 +83,7 @@ _LAUNCHERS = (
     _SRUN,
     _Names("jsrun", *_JSM),
     _Names("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
-    _TORCHRUN._replace(launcher="the launcher that set RANK"),
+    _Names("the launcher that set RANK", *_TORCHRUN[1:]),
 )
 _STEP_SIZE = "SLURM_STEP_NUM_TASKS"  # tasks of a step, whatever the job has
 _RANKS = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID", "OMPI_COMM_WORLD_NODE_RANK")

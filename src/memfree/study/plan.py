@@ -13,12 +13,13 @@ from memfree.cli.stages import Stage
 from memfree.folders.atomic import write_json
 from memfree.folders.claim import check_kind, first_difference, or_another, refuse_other
 from memfree.folders.untrusted import read_json
+from memfree.guidance.options import sampling_options
 from memfree.study.grid import DEFAULT_MODEL, LADDER_LABEL, Cell, Grid
 
 Options = dict[str, Any]
 """Options of a command by dotted name, without the dashes."""
 Subjects = dict[str, Options]
-"""Options of sample.py below --guidance by subject, as {"reject_3": {"mitigation": "reject"}}."""
+"""Mitigations and their options, as {"reject_3": {"mitigation": "reject", "budget": 3}}."""
 StudySource = Literal["digits", "cifar10", "folder", "shards"]
 
 TRAINING_IMAGES = {"digits": 500, "cifar10": 50_000}
@@ -96,8 +97,7 @@ class Plan:
             self._train(cell, model, self._steps(cell)),
         ]
         for subject, options in self.subjects.items():
-            guided = {f"guidance.{key}": value for key, value in options.items()}
-            guided = {"index": data / "index", **guided}
+            guided = {"index": data / "index", **sampling_options(options)}
             stages.append(self._sample(cell, model, drawn[subject], guided))
         unique = replace(cell, factors=(1,))
         for label, steps in oracles.items():
@@ -283,6 +283,7 @@ OWN = {
         "out": "--out",
         "count": "--count",
         "guidance_scale": "--guidance_scale",
+        "mitigation": "--subjects",
         "guidance.mitigation": "--subjects",
         "seed": "--training_seeds",
     },

@@ -29,8 +29,7 @@ class LowerGuidance(Mitigation):
     ) -> None:
         if options.guidance_scale < 1:
             raise ValueError(
-                "--guidance.lower_guidance.guidance_scale must be at least 1, not "
-                f"{options.guidance_scale:g}"
+                f"--mitigation.guidance_scale must be at least 1, not {options.guidance_scale:g}"
             )
         self.options = options
 

@@ -14,36 +14,6 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
-
-@dataclass
-class AttentionRescalingOptions:
-    """Options of Ren's attention rescaling."""
-
-    scale: PositiveFloat = 1.25
-    """c, which multiplies the logits of the begin-of-text token; 1.25 in the authors' command,
-    1.1 to 1.35 in papers, 1 leaves them."""
-    mask_padding: bool = True
-    """Mask the tokens behind the prompt's end of text."""
-    mask_end: bool = False
-    """Mask the end of text too; the authors' command does not."""
-
-
-@dataclass
-class EmbeddingNoiseOptions:
-    """Options of GNI."""
-
-    strength: NonNegativeFloat = 0.1
-    """λ, in units of the embedding's entries; 0.1 in the paper, 0 changes nothing."""
-
-
-@dataclass
-class Insertion:
-    """How many words RT, RNA and CWR insert."""
-
-    count: NonNegativeInt = 4
-    """Insertions a prompt; 4 in the authors' programs (1 to 8 in papers), 0 changes nothing."""
-
-
 AtLeastOne = restricted_number_type("AtLeastOne", float, (">=", 1))
 """s_0 from 1 on."""
 
@@ -58,18 +28,19 @@ class LowerGuidanceOptions:
 
 
 @dataclass
-class OppositeGuidanceOptions:
-    """Options of Jain's opposite guidance and transition points."""
+class Insertion:
+    """How many words RT, RNA and CWR insert."""
 
-    transition: Literal["static", "dynamic"] = "static"
-    """static: at transition_time; dynamic: of each sample, where ‖ε_c − ε_∅‖ has its first local
-    minimum."""
-    transition_time: ClosedUnitInterval = 0.65
-    """Static: guidance starts at this share of the training timesteps, 1 being noise. The authors'
-    commands: 0.65 for opposite guidance, 0.5 for none; 1 changes nothing."""
-    scale_before: float = -2.0
-    """s_0 before the transition. The authors': −2 (opposite), 0 (none) with a static transition;
-    1 (the conditional prediction alone) with a dynamic one, −7.5 for opposite and dynamic."""
+    count: NonNegativeInt = 4
+    """Insertions a prompt; 4 in the authors' programs (1 to 8 in papers), 0 changes nothing."""
+
+
+@dataclass
+class EmbeddingNoiseOptions:
+    """Options of GNI."""
+
+    strength: NonNegativeFloat = 0.1
+    """λ, in units of the embedding's entries; 0.1 in the paper, 0 changes nothing."""
 
 
 @dataclass
@@ -86,6 +57,34 @@ class PromptEmbeddingOptions:
     per_element: bool = True
     """Multiply l by √(elements of a latent / 16384): the same number at 4×64×64, the same root
     mean square elsewhere. False takes l as it is."""
+
+
+@dataclass
+class AttentionRescalingOptions:
+    """Options of Ren's attention rescaling."""
+
+    scale: PositiveFloat = 1.25
+    """c, which multiplies the logits of the begin-of-text token; 1.25 in the authors' command,
+    1.1 to 1.35 in papers, 1 leaves them."""
+    mask_padding: bool = True
+    """Mask the tokens behind the prompt's end of text."""
+    mask_end: bool = False
+    """Mask the end of text too; the authors' command does not."""
+
+
+@dataclass
+class OppositeGuidanceOptions:
+    """Options of Jain's opposite guidance and transition points."""
+
+    transition: Literal["static", "dynamic"] = "static"
+    """static: at transition_time; dynamic: of each sample, where ‖ε_c − ε_∅‖ has its first local
+    minimum."""
+    transition_time: ClosedUnitInterval = 0.65
+    """Static: guidance starts at this share of the training timesteps, 1 being noise. The authors'
+    commands: 0.65 for opposite guidance, 0.5 for none; 1 changes nothing."""
+    scale_before: float = -2.0
+    """s_0 before the transition. The authors': −2 (opposite), 0 (none) with a static transition;
+    1 (the conditional prediction alone) with a dynamic one, −7.5 for opposite and dynamic."""
 
 
 @dataclass

@@ -119,13 +119,13 @@ class PromptReanchoring(Mitigation):
     ) -> None:
         if options.target >= options.threshold:
             raise ValueError(
-                f"--guidance.prss.target {options.target:g} must be below "
-                f"--guidance.prss.threshold {options.threshold:g}"
+                f"--mitigation.target {options.target:g} must be below "
+                f"--mitigation.threshold {options.threshold:g}"
             )
         if options.alternative == "search" and not prompts:
             raise ValueError(
-                "--guidance.prss.alternative search chooses among the captions of the index: give "
-                "--index of captioned images, or say --guidance.prss.alternative optimized"
+                "--mitigation.alternative search chooses among the captions of the index: give "
+                "--index of captioned images, or pass --mitigation.alternative optimized"
             )
         self.options = options
         self.prompts_to_search = list(prompts)

@@ -1,0 +1,257 @@
+"""Mitigations by name: the options of each as a dataclass, and the class that it builds.
+
+No torch here: ``--help`` is made of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
+
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from memfree.data.split import DEFAULT_RATE
+from memfree.guidance.baselines import options as baselines
+from memfree.retrieval.options import CaptionPolicy
+
+Through = Literal["clean_estimate", "denoiser"]
+"""What the gradient is taken through: x̂_0 with ε̂ held constant, or the denoiser too."""
+CAPTION_NEIGHBOURS = 10
+"""k of ``most_common``; 1000 in the authors' code, of the two billion images of LAION."""
+CAPTION_RECORDS = 5
+"""m of ``most_common``; 20 in the authors' code."""
+
+
+@dataclass
+class MitigationOptions:
+    """Options of every mitigation: the threshold λ_t, searches, and Wen's norm in the trace."""
+
+    false_positive_rate: float = DEFAULT_RATE
+    """λ_t ends (t = 0) at the threshold that this share of held-out real images exceeds."""
+    schedule: Literal["rising", "constant"] = "rising"
+    """λ_t: rising as t falls (eq. 19), or constant at its end point (the paper's ablation)."""
+    start_ratio: PositiveFloat | None = None
+    """Where λ_t starts, as a multiple of its end point (pixels; None: 1.4, in the paper 1.3) or a
+    fraction 1/start_ratio of it (embeddings; None: 1.16, in the authors' code 1.33)."""
+    rate: PositiveFloat = 0.025
+    """c of eq. 19, per step of a 250-step grid."""
+    cadence: PositiveInt = 1
+    """Search the nearest images every n steps only, until cadence_always_below: cheaper, but
+    guidance may begin up to n − 1 steps late."""
+    cadence_always_below: ClosedUnitInterval = 0.3
+    """Search at every step from this time on (1 is noise, 0 the image), where λ_t has risen."""
+    wen_norm_steps: NonNegativeInt = 0
+    """Record Wen's norm, the mean of ‖ε_c − ε_∅‖ over this many first steps, as wen_norm in the
+    trace; 0: do not. Text-to-image models with a guidance scale above 1."""
+
+
+@dataclass
+class RejectOptions(MitigationOptions):
+    """Options of drawing again."""
+
+    budget: PositiveInt = 10
+    """Draws of a sample at most; the last one is kept whatever it is."""
+
+
+@dataclass
+class _CaptionKernel(MitigationOptions):
+    caption_bandwidth: NonNegativeFloat = 0.3
+    """How far records with other captions than the prompt count, in multiplicity guidance and in
+    the repeated images of AMG: by exp(−(1 − cosine)/caption_bandwidth); 0: equal captions alone."""
+
+
+@dataclass
+class MultiplicityOptions(_CaptionKernel):
+    """Options of multiplicity guidance."""
+
+    strength: NonNegativeFloat = 1.5
+    """κ of multiplicity guidance."""
+    damp_captions: bool = True
+    """Text-to-image: a caption of repeated images counts as much as it would after
+    deduplication: 1/m for one image with m records."""
+
+
+@dataclass
+class AMGOptions(_CaptionKernel):
+    """Options of Anti-Memorization Guidance; what is None depends on the kind of index."""
+
+    gated: bool = True
+    """False opens the gate to every sample at every step (the paper's ablation)."""
+    gate_margin: NonNegativeFloat | None = None
+    """The gate opens this far below λ_t, in units of σ. None: 0.1, embeddings 0.05."""
+    margin_per_doubling: NonNegativeFloat | None = None
+    """The margin grows by this with every doubling of the training records of the nearest image
+    that belong to the prompt (caption_bandwidth). None: 0, embeddings 0.05."""
+    c1: NonNegativeFloat = 5.0
+    """Despecification (eq. 13); 0 switches it off."""
+    c2: NonNegativeFloat = 5.0
+    """Caption or label deduplication (eq. 15); 0 switches it off."""
+    caption_policy: CaptionPolicy = "nearest"
+    """Which caption c2 steers away from: the nearest image's (nearest, the paper's), or the most
+    common among the nearest (most_common, the authors' code's)."""
+    caption_neighbours: PositiveInt = CAPTION_NEIGHBOURS
+    """How many nearest images most_common counts, near copies as one; 1000 of the billions of
+    LAION in the authors' code."""
+    caption_records: NonNegativeInt = CAPTION_RECORDS
+    """The most common caption is taken if more training records than this have it, else the
+    nearest image's; 20 in the authors' code."""
+    c3: NonNegativeFloat = 300.0
+    """Dissimilarity guidance (eq. 17); 0 switches it off."""
+    max_displacement: NonNegativeFloat | None = None
+    """G_sim moves x̂_0 by at most this root mean square a step; 0: no limit. None: 1, embeddings
+    0.6 after multiplicity guidance and 2 without."""
+    least_scale: ClosedUnitInterval | None = None
+    """What c1 and c2 leave of the guidance scale near a repeated image: 1, the conditional
+    prediction, in the paper; 0: down to the unconditional one, for prompts of one memorized image.
+    None: 1, embeddings 0."""
+    latched: bool | None = None
+    """A sample whose gate was opened by a repeated image keeps c1 and c2 to the end: its prompt
+    does not call it back. None: false, embeddings true."""
+    final_correction: bool = True
+    """Move what is still too near at the last step past λ_0, by a quarter of gate_margin."""
+    gradient: Through = "clean_estimate"
+    """Take ∇σ through x̂_0 alone, or through the denoiser as well (slower)."""
+
+
+@dataclass
+class BothOptions(AMGOptions, MultiplicityOptions):
+    """Options of multiplicity guidance followed by AMG."""
+
+
+class Entry(NamedTuple):
+    """One mitigation."""
+
+    summary: str
+    """One line for ``--help``."""
+    options: type
+    """Its dataclass of options, beside ``MitigationOptions``."""
+    baseline: str = ""
+    """Of a baseline: its class in ``memfree.guidance.baselines``, called with its options."""
+    text: str = ""
+    """Attribute of ``TextTools`` that the class takes before the options."""
+
+
+MITIGATIONS = {
+    "none": Entry("no mitigation; with an index, σ_t is recorded", MitigationOptions),
+    "amg": Entry("Anti-Memorization Guidance (Chen et al., 2024)", AMGOptions),
+    "multiplicity": Entry("multiplicity guidance (ours)", MultiplicityOptions),
+    "both": Entry("multiplicity guidance, then AMG", BothOptions),
+    "reject": Entry("draw again while the sample is a copy", RejectOptions),
+    "lower_guidance": Entry(
+        "lower classifier-free guidance", baselines.LowerGuidanceOptions, "LowerGuidance"
+    ),
+    "rt": Entry(
+        "random tokens in the prompt (Somepalli et al., 2023)",
+        baselines.Insertion,
+        "RandomTokens",
+        "words",
+    ),
+    "rna": Entry(
+        "random numbers in the prompt (Somepalli et al., 2023)",
+        baselines.Insertion,
+        "RandomNumbers",
+    ),
+    "cwr": Entry(
+        "repeated words of the prompt (Somepalli et al., 2023)",
+        baselines.Insertion,
+        "RepeatedWords",
+    ),
+    "gni": Entry(
+        "Gaussian noise on the embedding (Somepalli et al., 2023)",
+        baselines.EmbeddingNoiseOptions,
+        "EmbeddingNoise",
+    ),
+    "wen": Entry(
+        "optimised prompt embedding (Wen et al., 2024)",
+        baselines.PromptEmbeddingOptions,
+        "PromptEmbeddingOptimization",
+    ),
+    "ren": Entry(
+        "rescaled cross-attention (Ren et al., 2024)",
+        baselines.AttentionRescalingOptions,
+        "AttentionRescaling",
+        "count_tokens",
+    ),
+    "jain": Entry(
+        "opposite guidance before a transition (Jain et al., 2025)",
+        baselines.OppositeGuidanceOptions,
+        "OppositeGuidance",
+    ),
+    "prss": Entry(
+        "prompt re-anchoring and search (Chen et al., 2025)",
+        baselines.PromptReanchoringOptions,
+        "PromptReanchoring",
+        "prompts",
+    ),
+    "sail": Entry(
+        "optimised initial noise (Jeon et al., 2025)",
+        baselines.SharpnessAwareOptions,
+        "SharpnessAwareInitialization",
+    ),
+}
+"""Every mitigation that ``--mitigation`` names."""
+WITH_AMG = ("amg", "both")
+"""Mitigations that AMG is part of."""
+WITH_INDEX = ("amg", "multiplicity", "both", "reject")
+"""Mitigations that need a reference index."""
+TEXT_ONLY = tuple(name for name, entry in MITIGATIONS.items() if entry.baseline)
+"""The field's baselines (docs/baselines.md), which run on text-to-image models alone."""
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a mitigation is named by the import path of a class, as ``package.module.Class``."""
+    return "." in name and all(part.isidentifier() for part in name.split("."))
+
+
+def imported(path: str) -> Any:
+    """The object at an import path; importing runs its module.
+
+    Raises:
+        ValueError: there is no such module, or nothing of this name in it.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--mitigation {path} cannot be imported: {error}") from error
+
+
+def record_paths(name: str) -> dict[str, str]:
+    """Of the options of a mitigation, the fields of ``GuidanceSettings`` that hold them.
+
+    A baseline's own are in a record below its name: ``{"target": "wen.target", ...}``.
+    """
+    shared = {one.name: one.name for one in fields(MitigationOptions)}
+    if name not in MITIGATIONS:
+        return shared
+    prefix = f"{name}." if MITIGATIONS[name].baseline else ""
+    own = MITIGATIONS[name].options
+    assert is_dataclass(own)
+    return {**shared, **{one.name: prefix + one.name for one in fields(own)}}
+
+
+def sampling_options(subject: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ``sample.py`` for a mitigation and its options, as plans of studies name them.
+
+    Args:
+        subject: such as ``{"mitigation": "wen", "target": 3}``; ``wen.target`` is the old name.
+    """
+    own = record_paths(subject.get("mitigation", "none"))
+    paths = (path for name in MITIGATIONS for path in record_paths(name).values())
+    record = {path.split(".")[0] for path in paths}
+
+    def option(key: str) -> str:
+        if key == "mitigation":
+            return key
+        old = key not in own and key.split(".")[0] in record
+        return f"guidance.{key}" if old else f"mitigation.{key}"
+
+    return {option(key): value for key, value in subject.items()}
