@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,26 +58,27 @@ def as_options(words: Sequence[str], option: str | None) -> list[str]:
     return [f"--{option}={given[-1]}", *given[:-1]]
 
 
-OWN = {"study": {"grids"}, "text-study": {"training", "counts", "prompt_sets"}}
-"""Options that one command has and the other has not."""
+TEXT_PLAN = {"training", "counts", "prompt_sets", "noise_seed"}
+"""Options that a study's plan of a text-to-image model has, and a grid has not."""
 
 
-def refuse_other_study(command: str, words: Sequence[str]) -> None:
-    """Name the other command where a ``--config`` of a study has options of that one alone."""
-    if command not in OWN:
-        return
+def command_of(name: str, words: Sequence[str]) -> Command:
+    """The command of a verb; ``study`` runs plans of two kinds, each with options of its own.
+
+    Args:
+        name: the verb; ``text-study`` is the former name of ``study`` for text-to-image plans.
+        words: its options, ``--config FILE`` among them.
+    """
+    if name not in ("study", "text-study"):
+        return COMMANDS[name]
     check_config_files(words)
-    (other,) = OWN.keys() - {command}
+    keys = {re.split(r"[=.+]", word.removeprefix("--"))[0] for word in words if word[:2] == "--"}
     for file in config_files(words):
-        try:
+        with suppress(OSError, ValueError):  # the parser says why
             options = load_yaml(Path(file).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # the parser says why
-        keys = {str(key) for key in options} if isinstance(options, dict) else set()
-        if keys & OWN[other] and not keys & OWN[command]:
-            raise ValueError(
-                f"{file} is of the other kind of study: memfree {other} --config {file}"
-            )
+            keys.update(map(str, options) if isinstance(options, dict) else ())
+    text = (name == "text-study" or keys & TEXT_PLAN) and "grids" not in keys
+    return COMMANDS["text-study" if text else "study"]
 
 
 class Command(NamedTuple):
@@ -95,10 +96,9 @@ class Command(NamedTuple):
     """What its work takes seconds to import, once its options are known to be right."""
 
 
-def _command(verb: str, text: str, **options: Any) -> tuple[str, Command]:
+def _command(verb: str, text: str, place: str = "", **options: Any) -> tuple[str, Command]:
     name = verb.replace("-", "_")
-    function = "predict" if name == "sample" else name
-    return verb, Command(f"memfree.commands.{name}:{function}", text, **options)
+    return verb, Command(f"memfree.commands.{place or f'{name}:{name}'}", text, **options)
 
 
 _AGAIN = {"goes_on": False}
@@ -112,17 +112,22 @@ COMMANDS = dict(
         _command("train-embedding", "train a small copy-detection embedding", **_AGAIN),
         _command("train-clip", "train a small CLIP on captions", **_AGAIN),
         _command("index", "build and calibrate a reference index"),
-        _command("sample", "draw samples from a trained model"),
+        _command("sample", "draw samples from a trained model", "sample:predict"),
         _command("evaluate", "measure memorization and quality", **_AGAIN),
         _command("report", "write the HTML page of an evaluation", **_AGAIN, **_TORCH),
         _command("audit", "find copies among images from anywhere", positional="images", **_AGAIN),
         _command("tune", "find the smallest strengths that leave no copy", **_AGAIN),
-        _command("study", "run a grid of configurations and tabulate it", **_STUDY),
-        _command("text-study", "compare all mitigations on a text-to-image model", **_STUDY),
+        _command("study", "run a plan of many configurations and tabulate it", **_STUDY),
+        _command(
+            "text-study",
+            "the former name of study for plans of text-to-image models",
+            "study:text_study",
+            **_STUDY,
+        ),
         _command("demo", "induce, measure and remove memorization on digits", libraries=()),
     ]
 )
-"""Verbs of ``memfree``; each is a file and a function of ``memfree.commands``."""
+"""Verbs of ``memfree``."""
 
 SCRIPTS = ("train", "sample")
 """Commands that a checkout has as scripts too: ``python train.py`` is ``memfree train``."""
@@ -159,16 +164,17 @@ def run(
 
 def run_command(name: str, args: Sequence[str] | None = None, prog: str | None = None) -> Any:
     """``run`` the function of a command, and import its libraries once its options are right."""
-    command = COMMANDS[name]
-    given = as_options(sys.argv[1:] if args is None else args, command.positional)
+    given = as_options(sys.argv[1:] if args is None else args, COMMANDS[name].positional)
+    if name == "text-study":
+        print("memfree: text-study is now memfree study PLAN.yaml", file=sys.stderr)
 
     def call() -> Any:
-        refuse_other_study(name, given)
+        command = command_of(name, given)
         with _interrupt_leaves():
             function = load(command)
         return _run(function, given, prog, command.one_writer, command.libraries)
 
-    return guarded(call, command.goes_on)
+    return guarded(call, COMMANDS[name].goes_on)
 
 
 def main(args: Sequence[str] | None = None) -> Any:

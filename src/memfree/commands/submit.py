@@ -16,7 +16,7 @@ from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
 
-from memfree.cli.entry import COMMANDS, as_options, load, parsed, parser_of, refuse_other_study
+from memfree.cli.entry import COMMANDS, as_options, command_of, load, parsed, parser_of
 from memfree.cli.errors import options_of, unknown_command
 from memfree.cli.stages import Stage
 from memfree.folders.atomic import write_text
@@ -299,10 +299,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, bool]:
     """What the command line of a command asks for, and whether it is only to be shown."""
-    known = COMMANDS[command]
-    function = load(known)
-    given = as_options(arguments, known.positional)
-    refuse_other_study(command, given)
+    given = as_options(arguments, COMMANDS[command].positional)
+    function = load(command_of(command, given))
     parser = parser_of(function, f"memfree submit {command}")
     parser.add_argument("--slurm", type=SlurmOptions, default=SlurmOptions())
     own_dry_run = "--dry_run" in options_of(parser)  # a study's, which here means the job's
