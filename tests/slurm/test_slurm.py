@@ -181,7 +181,7 @@ def test_sampling_is_requeued_and_draws_what_is_missing(slurm, sampling, tmp_pat
     slurm.run("scancel", "--signal=USR1", job)
     text = tmp_path / "logs" / job / f"{job}_0_log.out"
     assert slurm.wait_to_end(job) == ("COMPLETED", 1), text.read_text()
-    assert "received SIGUSR1; the job is requeued" in text.read_text()
+    assert "received SIGUSR1: the job is requeued" in text.read_text()
     assert images(out) == whole
 
 

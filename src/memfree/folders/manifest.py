@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from memfree.folders.atomic import write_json, write_text
-from memfree.folders.untrusted import check_plain, read_json, short
+from memfree.folders.untrusted import check_plain, named, read_json, short
 from memfree.slurm.launcher import is_first_process
 
 _BLOCK, _CHUNK = 64 << 20, 1 << 20  # bytes
@@ -31,21 +31,10 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits; refuses a FIFO or device, which may never end."""
     check_plain(path)
     digest = hashlib.sha256()
-    with _named(path), open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Name the file in an error of reading, as of a bad sector, which does not say it."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def block_checksums(path: Path) -> list[int]:
@@ -57,7 +46,7 @@ def block_checksums(path: Path) -> list[int]:
 
     def checksum(start: int) -> int:
         value = 0
-        with _named(path), open(path, "rb") as file:  # buffered: a read is never short
+        with named(path), open(path, "rb") as file:  # buffered: a read is never short
             file.seek(start)
             for _ in range(_BLOCK // _CHUNK):
                 value = zlib.crc32(file.read(_CHUNK), value)

@@ -8,7 +8,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -128,17 +128,27 @@ def _finite(text: str) -> float:
     return value
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name the file in an error of reading, as of a bad sector, which does not say it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def read_text(path: Path, limit: int) -> str:
     """The UTF-8 text of a plain file of at most ``limit`` bytes; errors begin with ``path``."""
     check_plain(path)
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path} has {size} bytes, the limit is {limit}")
     try:
-        return path.read_text(encoding="utf-8")
+        with named(path):
+            return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8; save it as UTF-8") from error
-    except OSError as error:  # a bad sector: such errors do not say of which file
-        raise OSError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES, any_number: bool = False) -> Any:

@@ -119,7 +119,7 @@ def requeued_when_warned(goes_on: bool = True) -> Iterator[None]:
         if requeues:
             reason = requeue(goes_on)
             what = "the job is requeued" if reason is None else f"not requeued: {reason}"
-            print(f"memfree: received {signal.Signals(number).name}; {what}", file=sys.stderr)
+            print(f"memfree: received {signal.Signals(number).name}: {what}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # Not by an exception: in the middle of anything it might be caught, or wait for others.
