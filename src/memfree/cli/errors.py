@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _UNRECOGNIZED = "unrecognized arguments: "
 _UNKNOWN_KEY = re.compile(r"Group '([^']+)' does not accept option '([^']+)'")
 _REQUIRED = "the following arguments are required: "
+_DENIED = re.compile(r"Importing ('[^']*') is not allowed, denied by .* to allow it\.", re.DOTALL)
+_NO_CLASS = r"\1 is not a set of options: options and configs may not name classes"
 _TYPE_NOISE = ("<class '", "'>", "jsonargparse.typing.", "jsonargparse.", "typing.")
 _CALLED = {"--font": ("--path", "FONT, with --source emoji")}
 """Options that one may look for by another name, how they are called, and with what."""
@@ -55,6 +57,7 @@ def option_message(message: str, parser: ArgumentParser) -> str:
     before, errors, after = message.partition("Errors:\n")
     if errors:
         message = f"{before}Given value: {after.rpartition('Given value: ')[2]}"
+    message = _DENIED.sub(_NO_CLASS, message)
     for noise in _TYPE_NOISE:
         message = message.replace(noise, "")
     return f"{message}; see --help"
