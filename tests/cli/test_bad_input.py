@@ -162,7 +162,7 @@ MOST_COMMON = {"mitigation.caption_policy": "most_common", "mitigation.caption_n
         ),
         (
             {"mitigation": "prss", "index": None},
-            "give --index of captioned images, or say",
+            "give --index of captioned images",
         ),
         (
             {"mitigation": "amg", **MOST_COMMON},
