@@ -101,9 +101,9 @@ def _command(verb: str, text: str, place: str = "", **options: Any) -> tuple[str
     return verb, Command(f"memfree.commands.{place or f'{name}:{name}'}", text, **options)
 
 
-_AGAIN = {"goes_on": False}
-_TORCH = {"libraries": ("torch",)}
-_STUDY = {"positional": "config", "one_writer": False, "libraries": ()}
+_AGAIN: dict[str, Any] = {"goes_on": False}
+_TORCH: dict[str, Any] = {"libraries": ("torch",)}
+_STUDY: dict[str, Any] = {"positional": "config", "one_writer": False, "libraries": ()}
 COMMANDS = dict(
     [
         _command("prepare", "turn a source into a dataset folder of shards", **_AGAIN, **_TORCH),

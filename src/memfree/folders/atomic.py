@@ -187,10 +187,9 @@ def _is_within(name: str | Path, out: Path) -> bool:
 
 def check_free_space(folder: Path, needed: int) -> None:
     """Raise OSError where the disk of ``folder``, which need not exist, has too few free bytes."""
-    parent = folder.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    place = folder.absolute()
+    existing = next(path for path in (place, *place.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(
             f"{folder} needs about {needed / 1e6:.1f} MB, but only {free / 1e6:.1f} MB is free; "
@@ -198,7 +197,7 @@ def check_free_space(folder: Path, needed: int) -> None:
         )
 
 
-def write_atomic(path: Path, write: Callable[[Path], None], mode: int = 0o666) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object], mode: int = 0o666) -> None:
     """Call ``write`` on an empty temporary file beside ``path``, flush it, then rename it.
 
     Whatever happens, ``path`` holds the old content or the new, whole; after the call the new
@@ -220,11 +219,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomic(path, write)
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _make_folder(folder: Path) -> None:

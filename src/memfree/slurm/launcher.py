@@ -22,14 +22,10 @@ _PORTS = 15000, 10000
 class Launch:
     """How many processes a launcher has started, and which of them this one is."""
 
-    launcher: str = LIGHTNING
-    """srun, torchrun, mpirun, ... as a user would call it."""
-    rank: int = 0
-    """Number of this process among all, from 0."""
-    size: int | None = 1
-    """All processes; None where the launcher does not say."""
-    local_rank: int | None = None
-    """Number of this process among those of its machine, from 0; None where it is not said."""
+    launcher: str = LIGHTNING  # srun, torchrun, mpirun, ... as a user would call it
+    rank: int = 0  # among all processes
+    size: int | None = 1  # all processes; None where the launcher does not say
+    local_rank: int | None = None  # among those of its machine; None where it is not said
     per_node: tuple[int, ...] = ()
     """Processes on each machine, or one number where all machines have as many; empty: unknown."""
 
@@ -100,11 +96,7 @@ _OF_TORCHRUN = ("GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
 
 
 def launched() -> Launch:
-    """What the environment says about the processes that were started together.
-
-    Raises:
-        ValueError: a variable of a launcher is not a number, or too large.
-    """
+    """The processes that were started together, as the (checked) environment says."""
     check_variables()
     if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
         return _read(_TORCHRUN)
@@ -229,11 +221,7 @@ def joined(launch: Launch, devices: int, nodes: int = 1) -> bool:
     """Whether the processes that were started together are one run.
 
     False for a run of this process alone, and for one whose further processes Lightning starts.
-
-    Args:
-        launch: the processes.
-        devices: processes on each machine that the run is to have.
-        nodes: machines that it is to have.
+    ``devices``: processes on each machine that the run is to have; ``nodes``: its machines.
 
     Raises:
         ValueError: the run is to have several processes, and others were started, or the variables

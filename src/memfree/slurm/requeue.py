@@ -24,10 +24,8 @@ DEFAULT_SIGNAL_SECONDS = 120
 _EXACTNESS = 60.0  # seconds by which Slurm may warn earlier
 _heeded: ContextVar[bool] = ContextVar("heeded", default=False)
 _ATTEMPTS = 3  # of asking Slurm's controller; each waits for its answer for some seconds
-_TURN = 5.0
-"""Seconds after which another task of a farm requeues the job: the first may have ended before."""
-_PATIENCE = 60.0
-"""Seconds that the other tasks of a job leave to the first, which requeues it."""
+_TURN = 5.0  # seconds that another task of a farm leaves to the first, which may have ended before
+_PATIENCE = 60.0  # seconds that the other tasks of a job leave to the first, which requeues it
 
 
 def job_id() -> str | None:
