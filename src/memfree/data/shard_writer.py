@@ -17,38 +17,26 @@ import pyarrow as pa
 from memfree.data.split import PartName
 from memfree.images import pixels_to_png
 
-ITEMS_SCHEMA = pa.schema(
-    [
-        ("image_key", pa.string()),
-        ("group", pa.string()),
-        ("copies", pa.int64()),
-        ("part", pa.string()),
-    ]
-)
+_TEXT, _NUMBER = pa.string(), pa.int64()
+ITEMS_SCHEMA = pa.schema({"image_key": _TEXT, "group": _TEXT, "copies": _NUMBER, "part": _TEXT})
 """Columns of ``items.parquet``, the distinct images."""
 CONDITIONS_SCHEMA = pa.schema(
-    [
-        ("image_key", pa.string()),
-        ("label", pa.int64()),
-        ("caption", pa.string()),
-        ("count", pa.int64()),
-        ("part", pa.string()),
-    ]
+    {"image_key": _TEXT, "label": _NUMBER, "caption": _TEXT, "count": _NUMBER, "part": _TEXT}
 )
 """Columns of ``conditions.parquet``: records of each image and condition."""
 RECORDS_SCHEMA = pa.schema(
-    [
-        ("part", pa.string()),
-        ("record", pa.int64()),  # number in the part
-        ("row", pa.int64()),  # of items.parquet
-        ("copy", pa.int32()),  # 0: the original
-        ("label", pa.int64()),
-        ("caption", pa.string()),
-        ("shard", pa.string()),
-        ("offset", pa.int64()),  # of the image's bytes in the shard
-        ("size", pa.int64()),
-        ("crc32", pa.uint32()),
-    ]
+    {
+        "part": _TEXT,
+        "record": _NUMBER,  # number in the part
+        "row": _NUMBER,  # of items.parquet
+        "copy": pa.int32(),  # 0: the original
+        "label": _NUMBER,
+        "caption": _TEXT,
+        "shard": _TEXT,
+        "offset": _NUMBER,  # of the image's bytes in the shard
+        "size": _NUMBER,
+        "crc32": pa.uint32(),
+    }
 )
 """Columns of ``records.parquet``, the index by which records are read in any order."""
 
@@ -67,7 +55,7 @@ class Record:
 
 @dataclass
 class WrittenShard:
-    """What the manifest says of one shard."""
+    """One shard, as the manifest describes it."""
 
     name: str
     records: int
@@ -127,16 +115,13 @@ class ShardWriter:
         if self._tar is None:
             return
         size, digest = self._tar.close()
-        written = sum(shard.records for shard in self.shards if self._same_part(shard))
-        self.shards.append(WrittenShard(self._tar.path.name, self._count - written, size, digest))
+        records = (self._count - 1) % self.records_per_shard + 1
+        self.shards.append(WrittenShard(self._tar.path.name, records, size, digest))
         self._tar = None
-
-    def _same_part(self, shard: WrittenShard) -> bool:
-        return shard.name.startswith(f"{self._part}-")
 
 
 class _Tar:
-    """A plain ustar file without times, owners or anything else that differs between runs."""
+    """A plain ustar file without times, owners or anything else that changes between runs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -169,5 +154,5 @@ class _Tar:
 
 
 def record_bytes(pixels: int) -> int:
-    """About how many bytes a record with so many pixel values takes in a shard, from above."""
+    """Bytes that a record with N pixel values takes in a shard, at most."""
     return pixels + 8 * tarfile.BLOCKSIZE
