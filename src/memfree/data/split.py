@@ -34,7 +34,7 @@ def too_few_images(images: int) -> str | None:
     return (
         f"{line}: the smallest rate is {100 * smallest:g} %, use "
         f"memfree evaluate --false_positive_rate {smallest:g} and "
-        f"sample.py --guidance.false_positive_rate {smallest:g}"
+        f"sample.py --mitigation.false_positive_rate {smallest:g}"
     )
 
 
