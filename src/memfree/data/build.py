@@ -191,16 +191,9 @@ def arrange(
 ) -> Items:
     """Lay out the records: in a random order within each part, near copies after all originals.
 
-    Args:
-        data: the source.
-        image_of: (N,) distinct image of each source image.
-        group_of: (M,) group of each distinct image.
-        part_of: (G,) part of each group.
-        plan: copies that the training part gets, after the split.
-        num_classes: classes of the source.
-        seed: order of images and of records.
-        labels: which labels the training images get; held-out images lose theirs where these say
-            nothing of the image.
+    ``image_of`` (N,) is the distinct image of each source image, ``group_of`` (M,) the group of
+    each of these, ``part_of`` (G,) the part of each group. Held-out images lose their labels where
+    the policy ``labels`` says nothing of the image.
     """
     order = generator_of(seed, Stream.SOURCE_ORDER).permutation(len(image_of)).tolist()
     group_names: dict[int, str] = {}  # what the source calls it, otherwise its first image's key

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import os
 import tarfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from memfree.data.split import PartName
+from memfree.folders.manifest import sha256
 from memfree.images import pixels_to_png
 
 _TEXT, _NUMBER = pa.string(), pa.int64()
@@ -75,7 +76,7 @@ class ShardWriter:
     )
     _part: PartName | None = None
     _count: int = 0
-    _tar: _Tar | None = None
+    _file: BinaryIO | None = None
 
     def write(
         self, part: PartName, record: Record, pixels: np.ndarray, image_key: str, group: str
@@ -84,9 +85,12 @@ class ShardWriter:
         if part != self._part:
             self.close()
             self._part, self._count = part, 0
-        if self._tar is None:
-            number = self._count // self.records_per_shard
-            self._tar = _Tar(self.folder / f"{part}-{number:06d}.tar")
+        if self._file is None:
+            self._path = self.folder / f"{part}-{self._count // self.records_per_shard:06d}.tar"
+            self._file = open(self._path, "xb")  # noqa: SIM115 - closed by close()
+            self._tar = tarfile.open(  # noqa: SIM115
+                fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT
+            )
         key = f"{part}{self._count:08d}"
         image = pixels_to_png(pixels)
         meta = {
@@ -96,61 +100,39 @@ class ShardWriter:
             "caption": record.caption,
             "label": record.label,
         }
-        offset = self._tar.add(f"{key}.png", image)
-        self._tar.add(f"{key}.json", json.dumps(meta, sort_keys=True).encode())
+        offset = self._file.tell() + tarfile.BLOCKSIZE  # behind the member's header
+        self._add(f"{key}.png", image)
+        self._add(f"{key}.json", json.dumps(meta, sort_keys=True).encode())
         if record.caption is not None:
-            self._tar.add(f"{key}.txt", record.caption.encode())
+            self._add(f"{key}.txt", record.caption.encode())
         if record.label is not None:
-            self._tar.add(f"{key}.cls", str(record.label).encode())
+            self._add(f"{key}.cls", str(record.label).encode())
         row = (part, self._count, record.row, record.copy, record.label, record.caption)
-        place = (self._tar.path.name, offset, len(image), zlib.crc32(image))
+        place = (self._path.name, offset, len(image), zlib.crc32(image))
         for name, value in zip(RECORDS_SCHEMA.names, row + place, strict=True):
             self.index[name].append(value)
         self._count += 1
         if self._count % self.records_per_shard == 0:
             self.close()
 
-    def close(self) -> None:
-        """Finish the open shard."""
-        if self._tar is None:
-            return
-        size, digest = self._tar.close()
-        records = (self._count - 1) % self.records_per_shard + 1
-        self.shards.append(WrittenShard(self._tar.path.name, records, size, digest))
-        self._tar = None
-
-
-class _Tar:
-    """A plain ustar file without times, owners or anything else that changes between runs."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = open(path, "xb")  # noqa: SIM115 - closed by close()
-        self._digest = hashlib.sha256()
-        self._size = 0
-
-    def add(self, name: str, data: bytes) -> int:
-        """Append a member; returns the offset of its bytes."""
+    def _add(self, name: str, data: bytes) -> None:
+        """Append a member without times, owners or anything else that changes between runs."""
         info = tarfile.TarInfo(name)
         info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self._size
-        self._write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
-        return offset
+        self._tar.addfile(info, io.BytesIO(data))
 
-    def close(self) -> tuple[int, str]:
-        """Write the end marker and flush to disk; returns bytes and SHA-256."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self._size % tarfile.RECORDSIZE))
+    def close(self) -> None:
+        """Finish the open shard, and flush it to the disk."""
+        if self._file is None:
+            return
+        self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return self._size, self._digest.hexdigest()
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._size += len(data)
+        self._file = None
+        records = (self._count - 1) % self.records_per_shard + 1
+        size, digest = self._path.stat().st_size, sha256(self._path)
+        self.shards.append(WrittenShard(self._path.name, records, size, digest))
 
 
 def record_bytes(pixels: int) -> int:
