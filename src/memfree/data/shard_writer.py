@@ -66,14 +66,13 @@ class WrittenShard:
 
 @dataclass
 class ShardWriter:
-    """Writes the records of one part after another; the index rows collect in ``index``."""
+    """Writes the records of one part after another, and collects the rows of their index."""
 
     folder: Path
     records_per_shard: int
     shards: list[WrittenShard] = field(default_factory=list)
-    index: dict[str, list[Any]] = field(
-        default_factory=lambda: {name: [] for name in RECORDS_SCHEMA.names}
-    )
+    index: list[tuple[Any, ...]] = field(default_factory=list)
+    """Rows of ``RECORDS_SCHEMA``."""
     _part: PartName | None = None
     _count: int = 0
     _file: BinaryIO | None = None
@@ -109,8 +108,7 @@ class ShardWriter:
             self._add(f"{key}.cls", str(record.label).encode())
         row = (part, self._count, record.row, record.copy, record.label, record.caption)
         place = (self._path.name, offset, len(image), zlib.crc32(image))
-        for name, value in zip(RECORDS_SCHEMA.names, row + place, strict=True):
-            self.index[name].append(value)
+        self.index.append(row + place)
         self._count += 1
         if self._count % self.records_per_shard == 0:
             self.close()
