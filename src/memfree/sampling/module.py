@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -26,12 +26,10 @@ from memfree.guidance import (
 from memfree.guidance.baselines import TextTools
 from memfree.images import from_bytes, to_bytes
 from memfree.models import LoadedModel
+from memfree.retrieval import ReferenceIndex
 from memfree.sampling.loop import Result, sample
 from memfree.sampling.noise import draw, generators
 from memfree.sampling.sample_run import SampleRun
-
-if TYPE_CHECKING:
-    from memfree.retrieval import ReferenceIndex
 
 
 def redraw(
@@ -129,16 +127,11 @@ def sample_text(
 class SampleBatch:
     """Finished samples, on the CPU."""
 
-    index: Tensor
-    """Sample indices, (B,) int64."""
-    images: Tensor
-    """(B, C, H, W) float32 in [-1, 1], up to overshoot."""
-    conditions: list[int] | list[str] | None
-    """The label or the prompt of each; None without."""
-    trace: dict[str, Tensor] | None
-    """One row a sample and step, column by column; None without guidance."""
-    seconds: float
-    """Wall time of the batch."""
+    index: Tensor  # sample indices, (B,) int64
+    images: Tensor  # (B, C, H, W) float32 in [-1, 1], up to overshoot
+    conditions: list[int] | list[str] | None  # label or prompt of each; None without
+    trace: dict[str, Tensor] | None  # one row a sample and step, by column; None without guidance
+    seconds: float  # wall time of the batch
 
 
 class SamplingModule(LightningModule):
