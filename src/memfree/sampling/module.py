@@ -211,12 +211,12 @@ class SamplingModule(LightningModule):
     def predict_step(self, batch: Tensor, batch_idx: int = 0) -> SampleBatch:
         """Draw the samples whose indices are in ``batch``, (B,) int64."""
         start = time.perf_counter()
-        asked = self.asked_of(batch)
+        conditions = self.asked_of(batch)
 
         def draw_attempt(positions: Tensor, attempt: int) -> Result:
             # One generator a sample draws its initial noise and then what the steps need.
             sources = generators(self.seed, batch.cpu()[positions].tolist(), attempt)
-            here: Any = None if asked is None else [asked[i] for i in positions.tolist()]
+            own: Any = conditions and [conditions[i] for i in positions.tolist()]
             shared: dict[str, Any] = {
                 "noise": draw(self.model.noise_shape, sources).to(self.device),
                 "scheduler": self.scheduler,
@@ -226,12 +226,12 @@ class SamplingModule(LightningModule):
                 "one_call": self.one_call,
             }
             if self.model.pipe is not None:
-                return sample_text(self.model, self.mitigation, here, **shared)
+                return sample_text(self.model, self.mitigation, own, **shared)
             guidances = self.mitigation.guidances()
             return sample(
                 self.denoiser,
                 guidance=guidances or None,
-                conditions=None if here is None else torch.tensor(here, device=self.device),
+                conditions=None if own is None else torch.tensor(own, device=self.device),
                 trace=bool(guidances),
                 **shared,
             )
@@ -241,7 +241,7 @@ class SamplingModule(LightningModule):
         return SampleBatch(
             index=batch.cpu(),
             images=result.images.detach().float().cpu(),
-            conditions=asked,
+            conditions=conditions,
             trace=trace and {name: column.detach().cpu() for name, column in trace.items()},
             seconds=time.perf_counter() - start,
         )

@@ -78,7 +78,7 @@ class Checkpoints(ModelCheckpoint):
             logger.save()
         previous = self.best_model_path
         path = str(Path(str(self.dirpath)) / f"step-{trainer.global_step:08d}.ckpt")
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self.best_model_path, self._saved_step = path, trainer.global_step
         if trainer.is_global_zero:
             for logger in trainer.loggers:
