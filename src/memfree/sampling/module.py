@@ -24,6 +24,7 @@ from memfree.guidance import (
     Start,
 )
 from memfree.guidance.baselines import TextTools
+from memfree.guidance.mitigation import attempts
 from memfree.images import from_bytes, to_bytes
 from memfree.models import LoadedModel
 from memfree.sampling.loop import Result, sample
@@ -48,13 +49,16 @@ def redraw(
         count: samples of the batch.
         budget: most draws of a sample, the first included; the last is kept in any case.
     """
-    positions = torch.arange(count)
-    result = draw(positions, 0)
-    for attempt in range(1, budget):
-        positions = positions[rejected(result.images[positions]).cpu()]
-        if not len(positions):
-            break
+    result: Result
+
+    def still_rejected(positions: Tensor) -> Tensor:
+        return rejected(result.images[positions]).cpu()
+
+    for attempt, positions in attempts(count, budget, still_rejected):
         again = draw(positions, attempt)
+        if attempt == 0:
+            result = again
+            continue
         result.images[positions] = again.images
         if result.trace is not None and again.trace is not None:
             for name, column in result.trace.items():  # rows are step by step
