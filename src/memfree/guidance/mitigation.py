@@ -218,7 +218,7 @@ def attempts(
 
     Args:
         count: samples.
-        budget: draws of a sample at most, the first included; the last is kept in any case.
+        budget: maximal draws of a sample, including the first; the last is kept in any case.
         rejected: positions (b,) of the attempt before → (b,) bool.
     """
     positions = torch.arange(count)
