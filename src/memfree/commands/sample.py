@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -133,17 +134,7 @@ def predict(
     from memfree.models import load_model
     from memfree.models.export import pipeline_folder
     from memfree.out_of_memory import explained_memory
-    from memfree.sampling.checks import (
-        index_for,
-        index_state,
-        labels_in_turn,
-        latents_for,
-        refuse_text_only,
-        refuse_without_captions,
-        refuse_wrong_settings,
-        scheduler_for,
-        vectors_hash,
-    )
+    from memfree.sampling import checks
     from memfree.sampling.module import SampleIndices, SamplingModule
     from memfree.sampling.progress import SampleProgress
     from memfree.sampling.writer import SampleWriter
@@ -152,21 +143,23 @@ def predict(
     if decoder is not None and index is None:
         raise ValueError("--decoder needs --index: without one, no estimate is compared")
     loaded = load_model(model, decoder)
-    refuse_text_only(guidance, loaded)
+    checks.refuse_text_only(guidance, loaded)
     asked: list[int] | list[str] | None = prompts_in_turn(prompts, loaded)
     if asked is None:
-        asked = labels_in_turn(classes, loaded, guidance_scale)
+        asked = checks.labels_in_turn(classes, loaded, guidance_scale)
     elif classes is not None:
         raise ValueError("--classes is for models of classes; a text-to-image model has --prompts")
-    reference = None if index is None else index_for(index, loaded, guidance, allow_other_dataset)
+    reference = (
+        None if index is None else checks.index_for(index, loaded, guidance, allow_other_dataset)
+    )
     guidance = guidance.resolved(reference)
     if reference is None and guidance.mitigation in WITH_INDEX:
         raise ValueError(f"--mitigation {guidance.mitigation} needs --index")
     if index is not None and reference is not None:
-        refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
-    refuse_wrong_settings(guidance, loaded, reference)
-    references = latents_for(latents, loaded, guidance)
-    sampler = scheduler_for(scheduler, loaded, steps)
+        checks.refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
+    checks.refuse_wrong_settings(guidance, loaded, reference)
+    references = checks.latents_for(latents, loaded, guidance)
+    sampler = checks.scheduler_for(scheduler, loaded, steps)
     # Without text and index nothing is to be done or recorded, but for a mitigation of the user's.
     unguided = reference is None and loaded.pipe is None and guidance.mitigation in MITIGATIONS
 
@@ -174,13 +167,13 @@ def predict(
         out,
         {
             "model_sha256": folder_hash(pipeline_folder(model)),
-            **index_state(reference),
+            **checks.index_state(reference),
             "seed": seed,
             "steps": steps,
             "scheduler": scheduler,
             "guidance_scale": guidance_scale,
             "asked": asked,
-            "latents_sha256": None if references is None else vectors_hash(references),
+            "latents_sha256": None if references is None else checks.vectors_hash(references),
             "decoder_sha256": None if decoder is None else folder_hash(decoder),
             "guidance": asdict(guidance),
             "trainer.precision": trainer.precision,
@@ -212,9 +205,9 @@ def predict(
             callbacks=[writer, SampleProgress(guidance.mitigation in WITH_AMG)],
         )
     with run:
-        check_free_space(
-            out, _expected_bytes(count, loaded.image_shape, steps, reference is not None)
-        )
+        # Incompressible PNGs, tar headers and JSON, rows of the trace.
+        each = prod(loaded.image_shape) + 2560 + (0 if reference is None else 60 * steps)
+        check_free_space(out, count * each)
         save_config(out)
 
         ways = _less_memory(batch_size, trainer)
@@ -252,12 +245,6 @@ def _less_memory(batch_size: int, devices: SamplingDevices) -> list[str]:
     return ways
 
 
-def _expected_bytes(count: int, shape: tuple[int, int, int], steps: int, traced: bool) -> int:
-    """Disk space of a run: incompressible PNGs, tar headers and JSON, rows of the trace."""
-    channels, height, width = shape
-    return count * (channels * height * width + 2560 + (60 * steps if traced else 0))
-
-
 def _finish(
     run: SampleRun,
     seed: int,
@@ -275,15 +262,12 @@ def _finish(
     seconds = pc.sum(records["seconds"]).as_py()
     settings = run.settings
     summary = None if reference is None else _trace_summary(run, records, reference)
+    same = ("steps", "scheduler", "guidance_scale", "asked", "guidance")
     run.finish(
         seed,
         mitigation=settings["guidance"]["mitigation"],
         image_shape=list(loaded.image_shape),
-        steps=settings["steps"],
-        scheduler=settings["scheduler"],
-        guidance_scale=settings["guidance_scale"],
-        asked=settings["asked"],
-        guidance=settings["guidance"],
+        **{name: settings[name] for name in same},
         model=str(model),
         index=None if index is None else str(index),
         dataset_hash=loaded.manifest.get("dataset_hash"),

@@ -172,8 +172,8 @@ def apply(guidance: Guidance | Sequence[Guidance] | None, prediction: Prediction
     """Pass the record down a list of guidances, in order."""
     if guidance is None:
         return prediction
-    for one in guidance if isinstance(guidance, Sequence) else [guidance]:
-        prediction = one(prediction)
+    for change in guidance if isinstance(guidance, Sequence) else [guidance]:
+        prediction = change(prediction)
     return prediction
 
 

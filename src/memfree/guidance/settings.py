@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from memfree.guidance import baselines
 from memfree.guidance.options import (
@@ -47,15 +48,14 @@ and a short step only puts a pattern on the memorized one that the embedding tak
 
 
 def recommended(index: ReferenceIndex, alone: bool) -> dict[str, float | bool]:
-    """The recommended settings for the default similarity of an index.
-
-    Args:
-        index: the references.
-        alone: whether AMG acts without multiplicity guidance.
-    """
+    """The recommended settings for an index; ``alone``: AMG without multiplicity guidance."""
     if index.metric == "l2":
         return PIXELS
     return EMBEDDINGS_ALONE if alone else EMBEDDINGS
+
+
+def _defaults(options: type) -> Any:
+    return field(default_factory=options)
 
 
 @dataclass
@@ -76,24 +76,16 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         ValueError: ``mitigation`` is neither a known name nor an import path.
     """
 
-    lower_guidance: baselines.LowerGuidanceOptions = field(
-        default_factory=baselines.LowerGuidanceOptions
-    )
-    rt: baselines.Insertion = field(default_factory=baselines.Insertion)
-    rna: baselines.Insertion = field(default_factory=baselines.Insertion)
-    cwr: baselines.Insertion = field(default_factory=baselines.Insertion)
-    gni: baselines.EmbeddingNoiseOptions = field(default_factory=baselines.EmbeddingNoiseOptions)
-    wen: baselines.PromptEmbeddingOptions = field(default_factory=baselines.PromptEmbeddingOptions)
-    ren: baselines.AttentionRescalingOptions = field(
-        default_factory=baselines.AttentionRescalingOptions
-    )
-    jain: baselines.OppositeGuidanceOptions = field(
-        default_factory=baselines.OppositeGuidanceOptions
-    )
-    prss: baselines.PromptReanchoringOptions = field(
-        default_factory=baselines.PromptReanchoringOptions
-    )
-    sail: baselines.SharpnessAwareOptions = field(default_factory=baselines.SharpnessAwareOptions)
+    lower_guidance: baselines.LowerGuidanceOptions = _defaults(baselines.LowerGuidanceOptions)
+    rt: baselines.Insertion = _defaults(baselines.Insertion)
+    rna: baselines.Insertion = _defaults(baselines.Insertion)
+    cwr: baselines.Insertion = _defaults(baselines.Insertion)
+    gni: baselines.EmbeddingNoiseOptions = _defaults(baselines.EmbeddingNoiseOptions)
+    wen: baselines.PromptEmbeddingOptions = _defaults(baselines.PromptEmbeddingOptions)
+    ren: baselines.AttentionRescalingOptions = _defaults(baselines.AttentionRescalingOptions)
+    jain: baselines.OppositeGuidanceOptions = _defaults(baselines.OppositeGuidanceOptions)
+    prss: baselines.PromptReanchoringOptions = _defaults(baselines.PromptReanchoringOptions)
+    sail: baselines.SharpnessAwareOptions = _defaults(baselines.SharpnessAwareOptions)
 
     def __post_init__(self) -> None:
         if self.mitigation not in MITIGATIONS and not is_import_path(self.mitigation):
@@ -116,10 +108,8 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
     def build(self, index: ReferenceIndex, latents: ReferenceIndex | None = None) -> list[Guidance]:
         """The guidances, in order; an observer alone where AMG is not among them.
 
-        Args:
-            index: calibrated; what AMG compares with.
-            latents: references of multiplicity guidance where the denoiser does not work on the
-                pixels of ``index``.
+        ``index`` is calibrated: what AMG compares with. ``latents`` are the references of
+        multiplicity guidance where the denoiser does not work on the pixels of ``index``.
         """
         from memfree.guidance.multiplicity import MultiplicityGuidance
 
@@ -162,9 +152,7 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
     def for_pixels(self, index: ReferenceIndex | None) -> Mitigation:
         """The mitigation with its stages, for a model without text.
 
-        Args:
-            index: calibrated references, on the device of the samples; None: a mitigation of your
-                own runs without a trace.
+        Without an index, a mitigation of your own runs without a trace.
         """
         from memfree.guidance.mitigation import Sequential
 
@@ -203,15 +191,7 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         return guided
 
     def check(self, index: ReferenceIndex | None, text: baselines.TextTools | None) -> None:
-        """Refuse wrong settings where that costs nothing, before anything is drawn or written.
-
-        Args:
-            index: as of ``for_text``, on any device.
-            text: as of ``for_text``; None for a model without text.
-
-        Raises:
-            ValueError: a setting is wrong in itself, or for this index or model.
-        """
+        """Refuse wrong settings where that costs nothing; arguments as of ``for_text``."""
         if index is not None and self.mitigation in WITH_AMG:
             self.anti_memorization(index)
         self._named(text)
@@ -242,28 +222,20 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         from memfree.guidance.calibration import default_similarity
 
         this, end = self.resolved(index), self.end_threshold(index)
-        assert this.gate_margin is not None and this.margin_per_doubling is not None
-        assert this.least_scale is not None and this.latched is not None
+        assert this.gate_margin is not None
+        same = "c1 c2 c3 gate_margin gradient gated margin_per_doubling least_scale latched"
         return SteadyAMG(
             index,
             default_similarity(index),
             self._threshold(index),
-            c1=self.c1,
-            c2=self.c2,
-            c3=self.c3,
-            gate_margin=this.gate_margin,
             max_displacement=this.max_displacement or None,
             final_correction=end - this.gate_margin / 4 if self.final_correction else None,
-            gradient=self.gradient,
-            gated=self.gated,
-            margin_per_doubling=this.margin_per_doubling,
-            least_scale=this.least_scale,
-            latched=this.latched,
             cadence=self._cadence,
-            caption_policy=self.caption_policy,
             caption_neighbours=int(self.caption_neighbours),
+            caption_policy=self.caption_policy,
             caption_records=int(self.caption_records),
             caption_bandwidth=float(self.caption_bandwidth),
+            **{name: getattr(this, name) for name in same.split()},
         )
 
     @property
