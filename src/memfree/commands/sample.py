@@ -21,8 +21,6 @@ from memfree.sampling.sample_run import PromptOptions, SampleRun, SchedulerName,
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from memfree.models import LoadedModel
     from memfree.retrieval import ReferenceIndex
 
@@ -32,21 +30,20 @@ def prompts_in_turn(prompts: PromptOptions, model: LoadedModel) -> list[str] | N
     from memfree.data import DatasetFolder
     from memfree.data.prompts import prompt_set, read_prompts
 
-    given = prompts.file is not None or prompts.dataset is not None
+    given = [option for option in (prompts.file, prompts.dataset) if option is not None]
     if model.pipe is None:
         if given:
             raise ValueError("--prompts needs a text-to-image model; this one takes no text")
         return None
-    if prompts.file is not None and prompts.dataset is not None:
-        raise ValueError("give --prompts.file or --prompts.dataset, not both")
+    if len(given) != 1:
+        raise ValueError("a text-to-image model needs either --prompts.file or --prompts.dataset")
     if prompts.file is not None:
         with _named("--prompts.file"):
             return read_prompts(prompts.file)
-    if prompts.dataset is not None:
-        with _named("--prompts.dataset"):
-            data = DatasetFolder(prompts.dataset)
-            return prompt_set(data, prompts.captions, int(prompts.least_records))
-    raise ValueError("a text-to-image model needs --prompts.file, or --prompts.dataset")
+    assert prompts.dataset is not None
+    with _named("--prompts.dataset"):
+        data = DatasetFolder(prompts.dataset)
+        return prompt_set(data, prompts.captions, int(prompts.least_records))
 
 
 @contextmanager
@@ -116,20 +113,20 @@ def predict(
         latents: index of the training images' latents, for multiplicity guidance of text-to-image.
         decoder: folder of an AutoencoderTiny of the model's latents, which decodes the clean
             estimates that are compared with the index: cheaper, but it may miss or delay
-            detections. The last step and the images use the model's own autoencoder.
+            detections, so guidance may start later. The last step and the images use the model's
+            own autoencoder.
         guidance: the mitigation and its strengths.
         batches_per_shard: batches written together as one shard; a killed run repeats at most
             these.
         part: all, or a part of the samples as 3/8 (the third of eight), for jobs that fill one
-            folder at the same time.
+            folder at the same time; the last finishes it.
         allow_other_dataset: accept an index of other images than the model was trained on.
         one_call: both branches of classifier-free guidance in one call of the network, in two
             where memory is short. false: always in two, for the bits of samples drawn so.
         trainer: devices.
 
     Raises:
-        ValueError: the options contradict each other, the model or each other's folders.
-        FileNotFoundError: a folder is missing.
+        ValueError: the options contradict each other, the model or a folder.
     """
     from memfree.models import load_model
     from memfree.models.export import pipeline_folder
@@ -210,7 +207,9 @@ def predict(
         check_free_space(out, count * each)
         save_config(out)
 
-        ways = _less_memory(batch_size, trainer)
+        ways = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
+        if trainer.precision == "32-true":
+            ways.append("--trainer.precision bf16-mixed (in another --out, if samples are there)")
         with quiet(IDLE_RANK), explained_memory("sampling", ways):
             lightning.predict(
                 SamplingModule(
@@ -237,14 +236,6 @@ def predict(
                     say(f"{out}: part {part} is drawn; {len(missing)} samples of others are not")
 
 
-def _less_memory(batch_size: int, devices: SamplingDevices) -> list[str]:
-    """What lowers the memory of sampling, the best first."""
-    ways = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
-    if devices.precision == "32-true":
-        ways.append("--trainer.precision bf16-mixed (in another --out, if samples are there)")
-    return ways
-
-
 def _finish(
     run: SampleRun,
     seed: int,
@@ -261,7 +252,14 @@ def _finish(
     records = read_records(run.shards())
     seconds = pc.sum(records["seconds"]).as_py()
     settings = run.settings
-    summary = None if reference is None else _trace_summary(run, records, reference)
+    summary = None
+    if reference is not None:
+        pairs = zip(records["index"].to_pylist(), records["condition"].to_pylist(), strict=True)
+        asked, known = settings["asked"], reference.captions
+        if not asked or not isinstance(asked[0], str):
+            known = None if reference.labels is None else reference.labels.tolist()
+        of_key = None if known is None else dict(zip(reference.keys, known, strict=True))
+        summary = trace_summary(sorted(run.folder.glob("trace-*.parquet")), dict(pairs), of_key)
     same = ("steps", "scheduler", "guidance_scale", "asked", "guidance")
     run.finish(
         seed,
@@ -282,18 +280,3 @@ def _finish(
     if summary is not None and settings["guidance"]["mitigation"] in WITH_AMG:
         line += f"; AMG acted on {summary['active_samples']:.1%} of them"
     say(line)
-
-
-def _trace_summary(
-    run: SampleRun, records: pa.Table, index: ReferenceIndex
-) -> dict[str, float | int | None]:
-    conditions = dict(
-        zip(records["index"].to_pylist(), records["condition"].to_pylist(), strict=True)
-    )
-    asked = run.settings["asked"]
-    if asked and isinstance(asked[0], str):
-        known = index.captions
-    else:
-        known = None if index.labels is None else index.labels.tolist()
-    labels = None if known is None else dict(zip(index.keys, known, strict=True))
-    return trace_summary(sorted(run.folder.glob("trace-*.parquet")), conditions, labels)

@@ -98,7 +98,7 @@ def sigma_gradient(
 
 
 def _clean_estimate_of(prediction: Prediction, x_t: Tensor, rows: Tensor) -> Tensor:
-    """x̂_0 of other noisy samples at this step, by calling the denoiser on both branches again."""
+    """x̂_0 of other noisy samples at this step, from the denoiser on both branches again."""
     cond = uncond = None
     if prediction.output_cond is not None and prediction.conditions is not None:
         cond = prediction.denoise(x_t, prediction.conditions[rows])

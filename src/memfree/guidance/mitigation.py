@@ -31,12 +31,11 @@ class Start:
     unconditional: TextConditions
     """The encoded empty (or negative) prompt of each sample, (B, ...)."""
     denoise: Callable[[Tensor, TextConditions], Tensor]
-    """The denoiser at the first timestep: (x_T (b, ...), conditions (b, ...)) → output like x_T.
-    Gradients flow through it where they are enabled."""
+    """The denoiser at the first timestep: (x_T (b, ...), conditions (b, ...)) → output like x_T,
+    differentiable where gradients are enabled."""
     alpha_bar: Tensor
     """ᾱ of the first timestep, 0-d float32."""
     prediction_type: PredictionType
-    """What the output is, as in ``scheduler.config.prediction_type``."""
     guidance_scale: float
     """s_0 of classifier-free guidance."""
     generators: Sequence[torch.Generator]

@@ -61,11 +61,7 @@ class LabelWeights:
         ]
 
     def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-weights for one record a group and for all records, each (len(labels), N).
-
-        Raises:
-            ValueError: a label that no reference carries.
-        """
+        """Log-weights for one record a group and for all records, each (len(labels), N)."""
         count, asked = len(self._any_log_m), labels.tolist()
         slices = []
         for label in asked:
@@ -154,10 +150,9 @@ class CaptionWeights:
 EXACT_CANDIDATES = 32
 """How many leading references get exact differences in the softmax."""
 MAX_ELEMENTS = 1 << 26
-"""Largest (samples × references) or (samples × candidates × D) tensor held at once; larger batches
-go in chunks."""
+"""Largest (samples × references) or (samples × candidates × D) tensor held at once."""
 ROUNDING = 2.0**-24
-"""Half a unit in the last place of 1 in float32. The weights of a posterior sum to 1, so
+"""Half a unit in the last place of 1 in float32: the weights of a posterior sum to 1, so
 differences of weights that add up to less are below the precision of its mean."""
 
 
@@ -235,16 +230,15 @@ class EmpiricalPosterior:
 class MultiplicityGuidance:
     """x̂_0 ← x̂_0 + κ·(μ_1(x_t) − μ_m(x_t)) in each branch of classifier-free guidance.
 
-    m counts the records of each reference; 1 gives every group of references one record, shared
-    among its members in proportion: m_i / Σ_group m. The conditional branch counts the records of
-    its own label alone, or weighs records by how their captions fit the prompt. The correction
-    vanishes, exactly, where every group has one record. Where a caption belongs to one repeated
-    image alone and no other caption counts, it cannot help: all the weight is then on that image,
-    repeated or not. ``damped`` helps there.
+    m counts the records of each reference; 1 gives every group of references one record, shared in
+    proportion: m_i / Σ_group m. The conditional branch counts the records of its own label alone,
+    or weighs records by how their captions fit the prompt. Where every group has one record nothing
+    changes, exactly. Where a caption belongs to one repeated image alone and no other caption
+    counts, it cannot help, as all the weight is on that image: ``damped`` helps there.
 
     Args:
-        index: references in the denoiser's own space, pixels or latents, with multiplicities (and
-            labels or captions for conditional use), on the device of the samples.
+        index: references in the denoiser's own space, with multiplicities (and labels or captions
+            for conditional use), on the device of the samples.
         strength: κ; 1 is the difference itself, 0 changes nothing.
         caption_bandwidth: how far captions other than the prompt count; see ``CaptionWeights``.
         damped: a prompt that is the caption of repeated images counts only as much as their
@@ -274,12 +268,9 @@ class MultiplicityGuidance:
         self.caption_bandwidth = caption_bandwidth
         self.damped = damped
         self.posterior = EmpiricalPosterior(index.references)
-        # log m_i and log(m_i / Σ_group m), −∞ where there is none.
-        m = index.multiplicity.to(torch.float64)
-        total = m.new_zeros(int(index.group.max()) + 1)
-        total.index_add_(0, index.group.to(m.device), m)
-        share = m / total[index.group].clamp(min=1)
-        self._log_m, self._log_1 = m.log().float(), share.log().float()
+        m = index.multiplicity.double()
+        share = m / index.group_multiplicity.to(m).clamp(min=1)
+        self._log_m, self._log_1 = m.log().float(), share.log().float()  # −∞ where there is none
         self._nothing_repeats = bool((self._log_m == self._log_1).all())
         self._labels = None if index.num_classes is None else LabelWeights(index)
 
@@ -299,11 +290,7 @@ class MultiplicityGuidance:
 
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
-        """Correct both branches and recombine them; further denoiser calls are corrected too.
-
-        Raises:
-            ValueError: the references are not of the denoiser's space.
-        """
+        """Correct both branches and recombine them; further denoiser calls are corrected too."""
         values, size = prediction.x_t.shape[1:].numel(), self.index.vectors.shape[1]
         if values != size:
             raise ValueError(

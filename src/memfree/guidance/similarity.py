@@ -22,8 +22,7 @@ SMALLEST_DISTANCE = 2.0**-24
 class Match:
     """A batch beside its nearest references; σ is higher for nearer and differentiable."""
 
-    sigma: Tensor
-    """(B,) float32."""
+    sigma: Tensor  # (B,) float32
     rows: Tensor
     """(B, k) int64 rows of the index, nearest first, each of another group."""
     vectors: Tensor

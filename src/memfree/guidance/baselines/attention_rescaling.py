@@ -25,17 +25,13 @@ class KnownPrompts:
 
     def __init__(self) -> None:
         self._known: tuple[Tensor, Tensor, Tensor] | None = None
-        self._seen: Tensor | None = None
-        self._found: Tensor | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def learn(self, embeddings: Tensor, lengths: Sequence[int], unconditional: Tensor) -> None:
         """Replace what is known: prompts (B, L, D), their tokens (B,), no prompts (B, L, D)."""
-        self._known = (
-            embeddings.detach(),
-            torch.tensor(list(lengths), dtype=torch.int64, device=embeddings.device),
-            unconditional.detach(),
-        )
-        self._seen = self._found = None
+        tokens = torch.tensor(list(lengths), dtype=torch.int64, device=embeddings.device)
+        self._known = embeddings.detach(), tokens, unconditional.detach()
+        self._last = None
 
     def lengths_of(self, embeddings: Tensor) -> Tensor:
         """The prompt length of each row of (N, L, D), (N,) int64; 0 where it is not a known prompt.
@@ -43,9 +39,9 @@ class KnownPrompts:
         A row that equals an unconditional embedding counts as no prompt.
         """
         # All layers of a network get the same tensor: it is looked up once.
-        if self._seen is not embeddings or self._found is None:
-            self._seen, self._found = embeddings, self._look_up(embeddings)
-        return self._found
+        if self._last is None or self._last[0] is not embeddings:
+            self._last = embeddings, self._look_up(embeddings)
+        return self._last[1]
 
     def _look_up(self, embeddings: Tensor) -> Tensor:
         nothing = torch.zeros(len(embeddings), dtype=torch.int64, device=embeddings.device)
@@ -76,8 +72,8 @@ class AttentionRescaling(Mitigation):
     through Cross Attention", ECCV 2024, arXiv 2403.11052, inference-time mitigation. The authors'
     program masks the unconditional prediction by the prompt's length as well; here it is left
     alone. Conditional rows are those whose ``encoder_hidden_states`` equal an embedding of the last
-    ``embedding`` stage, and not an unconditional one: so it is the same whether the two predictions
-    share a batch or not. Rows of other prompts (a neighbour's caption) are left alone too.
+    ``embedding`` stage, and not an unconditional one, whether or not the two predictions share a
+    batch. Rows of other prompts (a neighbour's caption) are left alone too.
 
     Args:
         count_tokens: prompts → tokens of each, begin and end of text included

@@ -124,10 +124,9 @@ class PromptReanchoring(Mitigation):
 
     def guidances(self) -> list[Guidance]:
         """The guidance that finds y_mod at the first step and re-anchors from there on."""
-        search = None
-        if self.options.alternative == "search":
-            search = SemanticSearch(self.prompts_to_search, self.options.candidates)
-        return [_Reanchoring(self.options, search)]
+        searches = self.options.alternative == "search"
+        search = SemanticSearch(self.prompts_to_search, self.options.candidates)
+        return [_Reanchoring(self.options, search if searches else None)]
 
 
 def reanchoring_scale(m: Tensor, target: float, threshold: float, guidance_scale: float) -> Tensor:
@@ -146,8 +145,7 @@ class _Reanchoring:
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
         cond, uncond = branches(prediction, "prompt re-anchoring (prss)")
-        s = prediction.guidance_scale
-        if s <= 1:
+        if (s := prediction.guidance_scale) <= 1:
             raise ValueError(
                 f"prompt re-anchoring (prss) needs --guidance_scale above 1, not {s:g}"
             )
@@ -177,8 +175,8 @@ class _Reanchoring:
         if self.search is not None:
             norm = magnitude(prediction, "prompt re-anchoring (prss)")
             return self.search(prediction, norm, self.options.trigger * factor)
+        assert prediction.output_uncond is not None
         x_t, uncond = prediction.x_t.clone(), prediction.output_uncond
-        assert uncond is not None
         alpha_bar, kind = prediction.alpha_bar.clone(), prediction.prediction_type
 
         def difference(conditions: TextConditions, rows: Tensor) -> Tensor:

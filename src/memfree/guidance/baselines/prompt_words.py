@@ -21,11 +21,9 @@ def _draw_below(bound: int, generator: torch.Generator) -> int:
 
 
 class TextTools:
-    """The tokenizer of a pipeline, as RT, attention rescaling and PRSS use it.
+    """The tokenizer of a pipeline (Hugging Face's; the first one of SDXL), for RT, Ren and PRSS.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer (the first one of SDXL).
-        prompts: prompts among which PRSS searches alternatives, such as training captions.
+    ``prompts`` are those among which PRSS searches alternatives, such as training captions.
     """
 
     def __init__(self, tokenizer: Any, prompts: Sequence[str] = ()) -> None:
@@ -101,13 +99,8 @@ class RandomTokens(_InsertedWords):
     2023, arXiv 2305.20086, inference-time mitigation; ``rand_word_add`` of the authors' program
     draws token numbers below 49400 and decodes them.
 
-    Args:
-        words: the vocabulary to draw from, one text a token, or what returns it on first use
-            (``TextTools.words``).
-        options: how many tokens are inserted.
-
-    Raises:
-        ValueError: the vocabulary is empty.
+    ``words`` is the vocabulary to draw from, one text a token, or what returns it on first use
+    (``TextTools.words``).
     """
 
     def __init__(
