@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -90,15 +89,7 @@ def tune(
     import torch
 
     from memfree.models import load_model
-    from memfree.sampling import SamplingModule
-    from memfree.sampling.checks import (
-        index_for,
-        labels_in_turn,
-        latents_for,
-        refuse_without_captions,
-        refuse_wrong_settings,
-        scheduler_for,
-    )
+    from memfree.sampling import SamplingModule, checks
 
     if guidance.mitigation not in WITH_AMG:
         raise ValueError(
@@ -110,13 +101,13 @@ def tune(
     loaded = load_model(model)
     asked: list[int] | list[str] | None = prompts_in_turn(prompts, loaded)
     if asked is None:
-        asked = labels_in_turn(None, loaded, guidance_scale)
-    reference = index_for(index, loaded, guidance, allow_other_dataset)
-    refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
+        asked = checks.labels_in_turn(None, loaded, guidance_scale)
+    reference = checks.index_for(index, loaded, guidance, allow_other_dataset)
+    checks.refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
     guidance = guidance.resolved(reference)
-    refuse_wrong_settings(guidance, loaded, reference)
+    checks.refuse_wrong_settings(guidance, loaded, reference)
     reference.to("cuda" if torch.cuda.is_available() else "cpu")
-    sampler = scheduler_for(scheduler, loaded, steps)
+    sampler = checks.scheduler_for(scheduler, loaded, steps)
     module_of = partial(
         SamplingModule,
         loaded,
@@ -126,7 +117,7 @@ def tune(
         guidance_scale=guidance_scale,
         asked=asked,
         index=reference,
-        latents=latents_for(latents, loaded, guidance),
+        latents=checks.latents_for(latents, loaded, guidance),
     )
 
     def draw(settings: GuidanceSettings) -> Drawn:
@@ -145,7 +136,8 @@ def tune(
         )
     chosen: GuidanceSettings | None = None
     for scale in sorted(scales):
-        settings = scaled(guidance, scale)
+        strengths = {name: getattr(guidance, name) * scale for name in ("c1", "c2", "c3")}
+        settings = replace(guidance, **strengths)
         with console.status(f"drawing samples with strengths × {scale:g}"):
             drawn = draw(replace(settings, final_correction=False))
         trials.append(_judge(scale, drawn, unguided, reference, threshold))
@@ -163,7 +155,23 @@ def tune(
             "guidance_scale": float(guidance_scale),
             "mitigation": {"name": chosen.mitigation, **own},
         }
-    _write(out, trials, tuned, seed, model=str(model), index=str(index), count=count)
+    with unfinished(
+        out
+    ) as partial:  # an earlier tuning is replaced, also by one that found nothing
+        write_json(partial / "tune.json", [asdict(trial) for trial in trials])
+        save_config(partial)
+        if tuned is not None:
+            write_text(partial / "guidance.yaml", yaml.safe_dump(tuned, sort_keys=False))
+        write_manifest(
+            partial,
+            "tuning",
+            seed,
+            scale=None if tuned is None else trials[-1].scale,
+            model=str(model),
+            index=str(index),
+            count=count,
+        )
+        put_in_place(partial, out, overwrite=True)
     if tuned is None:
         raise ValueError(
             f"copies remain at every scale; raise --scales, --mitigation.gate_margin or "
@@ -171,25 +179,6 @@ def tune(
         )
     line = f"Use it: python sample.py --config {out / 'guidance.yaml'} …"
     console.print(line, soft_wrap=True)
-
-
-def _write(
-    out: Path, trials: list[Trial], tuned: dict[str, Any] | None, seed: int, **fields: Any
-) -> None:
-    """Write the folder; an earlier tuning in it is replaced, also by one that found nothing."""
-    scale = None if tuned is None else trials[-1].scale
-    with unfinished(out) as partial:
-        write_json(partial / "tune.json", [asdict(trial) for trial in trials])
-        save_config(partial)
-        if tuned is not None:
-            write_text(partial / "guidance.yaml", yaml.safe_dump(tuned, sort_keys=False))
-        write_manifest(partial, "tuning", seed, scale=scale, **fields)
-        put_in_place(partial, out, overwrite=True)
-
-
-def scaled(settings: GuidanceSettings, scale: float) -> GuidanceSettings:
-    """The settings with c_1, c_2 and c_3 multiplied by ``scale``."""
-    return replace(settings, c1=settings.c1 * scale, c2=settings.c2 * scale, c3=settings.c3 * scale)
 
 
 Drawn = tuple["Tensor", "Tensor"]
