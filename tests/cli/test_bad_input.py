@@ -156,7 +156,7 @@ MOST_COMMON = {"mitigation.caption_policy": "most_common", "mitigation.caption_n
         ),
         (
             {"mitigation": "prss", "index": None},
-            "give --index of captioned images, or say",
+            "give --index of captioned images, or pass",
         ),
         (
             {"mitigation": "amg", **MOST_COMMON},

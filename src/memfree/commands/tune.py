@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import yaml
@@ -108,21 +107,12 @@ def tune(
     checks.refuse_wrong_settings(guidance, loaded, reference)
     reference.to("cuda" if torch.cuda.is_available() else "cpu")
     sampler = checks.scheduler_for(scheduler, loaded, steps)
-    module_of = partial(
-        SamplingModule,
-        loaded,
-        sampler,
-        steps,
-        seed,
-        guidance_scale=guidance_scale,
-        asked=asked,
-        index=reference,
-        latents=checks.latents_for(latents, loaded, guidance),
-    )
+    references = checks.latents_for(latents, loaded, guidance)
 
     def draw(settings: GuidanceSettings) -> Drawn:
-        module = module_of(guidance=settings).to(reference.device)
-        return _draw(module, torch.arange(count).split(batch_size))
+        given = loaded, sampler, steps, seed, settings, guidance_scale, asked
+        module = SamplingModule(*given, index=reference, latents=references)
+        return _draw(module.to(reference.device), torch.arange(count).split(batch_size))
 
     console = plain_console()
     with console.status("drawing unguided samples"):
@@ -157,7 +147,7 @@ def tune(
         }
     with unfinished(
         out
-    ) as partial:  # an earlier tuning is replaced, also by one that found nothing
+    ) as partial:  # replaces an earlier tuning, also where this one found nothing
         write_json(partial / "tune.json", [asdict(trial) for trial in trials])
         save_config(partial)
         if tuned is not None:
