@@ -50,9 +50,9 @@ study: $(STAMP) ## Run the studies of docs/results.md (about six hours on two co
 	$(BIN)/memfree study configs/study/data_size.yaml
 	$(BIN)/memfree study configs/study/conditioning.yaml
 	$(BIN)/memfree study configs/study/mitigations.yaml
-	$(BIN)/memfree text-study --config configs/study/emoji_settings.yaml
-	$(BIN)/memfree text-study --config configs/study/emoji_baselines.yaml
-	$(BIN)/memfree text-study --config configs/study/emoji_ablation.yaml
+	$(BIN)/memfree study configs/study/emoji_settings.yaml
+	$(BIN)/memfree study configs/study/emoji_baselines.yaml
+	$(BIN)/memfree study configs/study/emoji_ablation.yaml
 
 clean: ## Remove the environment and everything that was made, data sets excepted
 	rm -rf $(VENV) runs build dist

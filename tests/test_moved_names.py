@@ -11,7 +11,7 @@ import pytest
         ("memfree.data", "prepare", "memfree.commands.prepare"),
         ("memfree.models", "SampleGrid", "memfree.training"),
         ("memfree.evaluation", "audit", "memfree.commands.audit"),
-        ("memfree.study", "text_study", "memfree.commands.text_study"),
+        ("memfree.study", "text_study", "memfree.commands.study"),
         ("memfree.slurm", "Submission", "memfree.commands.submit"),
     ],
 )

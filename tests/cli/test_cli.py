@@ -338,25 +338,34 @@ def test_output_into_a_closed_pipe_is_no_error():
 
 
 @pytest.mark.parametrize("verb", ["study", "text-study"])
-def test_a_file_of_the_other_kind_of_study_names_its_command(verb, capsys):
-    own = {"study": "oracle", "text-study": "emoji_baselines"}
-    (other,) = own.keys() - {verb}
-    file = ROOT / "configs" / "study" / f"{own[other]}.yaml"
-    for words in ([str(file)], ["--dry_run=true", str(file)], ["--config", str(file)]):
+@pytest.mark.parametrize(("file", "own"), [("oracle", "grids:"), ("emoji_baselines", "counts:")])
+def test_study_runs_plans_of_both_kinds(verb, file, own, capsys):
+    path = str(ROOT / "configs" / "study" / f"{file}.yaml")
+    for words in ([path], ["--name=x", path], ["--config", path]):
         with pytest.raises(SystemExit) as exit_:
-            entry.main([verb, *words])
-        assert exit_.value.code == 2
-        assert f"study: memfree {other} --config {file}" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as exit_:
-        entry.main([verb, str(ROOT / "configs" / "study" / f"{own[verb]}.yaml"), "--print_config"])
-    assert exit_.value.code == 0
+            entry.main([verb, "--print_config=", *words])
+        assert exit_.value.code == 0
+        said = capsys.readouterr()
+        assert own in said.out
+        assert said.err.count("\n") == ("memfree study PLAN.yaml" in said.err) == (verb != "study")
+
+
+def test_a_plan_may_stand_on_the_line(capsys):
+    for words, own in (
+        (["--grids=[{factor: [2]}]"], "grids:"),
+        (["--subjects={}", "--training.seed=3"], "counts:"),
+        (["--subjects={}", "--noise_seed", "3"], "counts:"),
+    ):
+        with pytest.raises(SystemExit):
+            entry.main(["study", "--name=x", *words, "--print_config"])
+        assert own in capsys.readouterr().out
 
 
 def test_an_option_wins_over_a_file_before_or_behind_it(capsys):
     file = str(ROOT / "configs" / "study" / "emoji_baselines.yaml")
     for words in ([file, "--noise_seed=7"], ["--noise_seed=7", file]):
         with pytest.raises(SystemExit):
-            entry.main(["text-study", *words[:1], "--print_config=", *words[1:]])
+            entry.main(["study", *words[:1], "--print_config=", *words[1:]])
         assert "noise_seed: 7" in capsys.readouterr().out
 
 

@@ -26,7 +26,7 @@ def test_batches_are_the_images_in_order(digits_folder):
 
 def test_unknown_and_empty_parts(folder, tmp_path):
     opened = DatasetFolder(folder)
-    with pytest.raises(ValueError, match="'validation' is no part of a dataset"):
+    with pytest.raises(ValueError, match="'validation' is not a part of a dataset"):
         opened.part("validation")
     opened.items = opened.items.filter(pa.compute.field("part") != "fit")
     with pytest.raises(ValueError, match="has no fit images; prepare it again with --parts.fit"):
@@ -114,5 +114,5 @@ def test_hostile_shard_name_in_the_manifest(folder):
     value = json.loads(manifest.read_text())
     value["shards"]["../other.tar"] = {"records": 1, "bytes": 1, "sha256": "0"}
     manifest.write_text(json.dumps(value))
-    with pytest.raises(ValueError, match="'../other.tar' is no shard name"):
+    with pytest.raises(ValueError, match="'../other.tar', not a shard"):
         DatasetFolder(folder)

@@ -218,7 +218,7 @@ def test_metadata_and_pictures_that_do_not_fit(put, metadata, message):
             "line 3: another caption",
         ),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "x", "text": "y"}', "line 1: its capt"),
-        ("metadata.jsonl", '{"file_name": "a.png", "file_name": "b.png"}', "line 1: no object"),
+        ("metadata.jsonl", '{"file_name": "a.png", "file_name": "b.png"}', "line 1: not an object"),
         ("metadata.csv", "file_name,text,text\na.png,x,y\n", "2 columns text"),
         ("metadata.csv", "file_name,file_name,text\na.png,b.png,x\n", "2 columns file_name"),
         ("metadata.csv", "file_name,text\na.png\n", "line 2"),

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from memfree.cli import entry
 from memfree.commands.prepare import prepare
 from memfree.data import DatasetFolder, DuplicationPlan, PartSizes
-from memfree.data.records import Items
+from memfree.data.build import Items
 from memfree.data.shard_writer import ShardWriter
 from memfree.data.skipped import INCOMPLETE
 from memfree.folders import atomic

@@ -3,7 +3,7 @@
 import pytest
 
 from memfree.data.batches import batches_per_epoch, global_slice
-from memfree.data.datamodule import epoch_order, go_on
+from memfree.data.datamodule import check_resumable, epoch_order
 
 
 def order(records, ranks, size, workers=None):
@@ -22,16 +22,16 @@ def test_the_same_product_is_not_always_the_same_epoch():
     seen = [global_slice(101, 12, 6)[1], global_slice(101, 13, 7)[0]]
     assert seen[0] > seen[1], "records would come twice"
     with pytest.raises(ValueError, match="epoch of 12 batches of at most 8 records, now .* 13 bat"):
-        go_on(progress(7), eight, one)
+        check_resumable(progress(7), eight, one)
 
 
 @pytest.mark.parametrize("trained", [1, 2, 11])
 def test_the_same_batches_go_on_where_they_were(trained):
     counts = progress(trained)
-    go_on(counts, order(88, 2, 4), order(88, 1, 8))
+    check_resumable(counts, order(88, 2, 4), order(88, 1, 8))
     assert counts == progress(trained)
     with pytest.raises(ValueError, match="--data.batch_size and --trainer.devices") as refused:
-        go_on(counts, order(96, 2, 4), order(96, 1, 7))
+        check_resumable(counts, order(96, 2, 4), order(96, 1, 7))
     assert "\n" not in str(refused.value)
 
 
@@ -42,14 +42,14 @@ def test_other_readers_of_foreign_shards(ranks, workers):
     with pytest.raises(
         ValueError, match="2 ranks with 1 worker each read, now .* would"
     ) as refused:
-        go_on(progress(1), stopped, now)
+        check_resumable(progress(1), stopped, now)
     assert "--data.num_workers" in str(refused.value) and "\n" not in str(refused.value)
-    go_on(progress(3), stopped, now)
-    go_on(progress(1), stopped, order(24, 2, 4, 0))  # without a worker it reads itself
+    check_resumable(progress(3), stopped, now)
+    check_resumable(progress(1), stopped, order(24, 2, 4, 0))  # without a worker it reads itself
 
 
 def test_at_the_end_of_an_epoch_anything_goes_on():
     """Lightning's counts become those of an epoch of the new length at its end."""
     counts = progress(12)
-    go_on(counts, order(101, 8, 1), order(101, 1, 4))
+    check_resumable(counts, order(101, 8, 1), order(101, 1, 4))
     assert counts == progress(26)

@@ -7,11 +7,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from epochs import epoch_of, keys
 
 from memfree.data import DatasetFolder, ShardDataModule
 from memfree.data.batches import (
     EpochBatches,
+    EpochLoader,
     batches_per_epoch,
     global_slice,
     permutation,
@@ -65,10 +66,6 @@ def test_permutation_depends_on_seed_and_epoch():
     assert (first != permutation(100, 1, 3)).any() and (first != permutation(100, 2, 2)).any()
 
 
-def keys(batches):
-    return [key for batch in batches for key in batch["key"]]
-
-
 def records_in_order(folder, epoch, seed=0):
     """Image keys of the epoch, independently: the index file by the permutation."""
     items = pq.read_table(folder / "items.parquet")["image_key"].to_pylist()
@@ -83,15 +80,16 @@ def records_in_order(folder, epoch, seed=0):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_workers_change_nothing(digits_folder, workers):
     dataset = EpochBatches(DatasetFolder(digits_folder), 16)
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, persistent_workers=workers > 0
-    )
+    at = [0, 0]
+    loader = EpochLoader(dataset, workers, lambda: tuple(at), lambda batch: None)
     for epoch in (0, 5):
-        dataset.epoch = epoch
+        at[0] = epoch
         batches = list(loader)
         assert keys(batches) == records_in_order(digits_folder, epoch)
         assert [len(batch["key"]) for batch in batches] == [14, 15, 15, 14, 15, 15]
-    dataset.start = 4
+    at[1] = 4
+    assert keys(loader) == records_in_order(digits_folder, 5)[58:]
+    loader.close()
     assert keys(loader) == records_in_order(digits_folder, 5)[58:]
 
 
@@ -99,7 +97,7 @@ def test_workers_change_nothing(digits_folder, workers):
 def test_ranks_share_the_epoch(digits_folder, world_size):
     folder = DatasetFolder(digits_folder)
     ranks = [
-        list(EpochBatches(folder, 6, rank=rank, world_size=world_size))
+        epoch_of(EpochBatches(folder, 6, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     merged = [key for step in zip(*ranks, strict=True) for key in keys(step)]
@@ -118,7 +116,7 @@ def test_more_workers_than_shards_and_batches(digits_folder):
     for rank in range(4):
         dataset = EpochBatches(folder, 11, rank=rank, world_size=4)
         assert dataset.batches == 2
-        found.update(keys(DataLoader(dataset, batch_size=None, num_workers=3)))
+        found.update(keys(epoch_of(dataset, workers=3)))
     train = folder.part("train")
     assert found == dict(zip(train.keys, train.copies.tolist(), strict=True))
 
@@ -130,7 +128,7 @@ def test_batches_hold_the_right_images(digits_folder, cache_bytes):
     images = train.images()
     dataset = EpochBatches(folder, 16, cache_bytes=cache_bytes)
     for _ in range(2):
-        for batch in dataset:
+        for batch in epoch_of(dataset):
             assert set(batch) == {"image", "key", "row", "weight", "label"}
             assert batch["image"].dtype == torch.float32 and batch["weight"] == 1.0
             assert torch.equal(batch["image"], images[batch["row"]])
@@ -155,9 +153,8 @@ def test_random_flip_depends_on_seed_and_epoch(digits_folder):
             dataset = EpochBatches(
                 folder, 16 // world_size, rank=rank, world_size=world_size, random_flip=True
             )
-            dataset.epoch = epoch
             position = [0] * dataset.batches
-            for step, batch in enumerate(dataset):
+            for step, batch in enumerate(epoch_of(dataset, epoch)):
                 for image, row in zip(batch["image"], batch["row"], strict=True):
                     is_flipped = torch.equal(image, images[row].flip(-1))
                     assert is_flipped or torch.equal(image, images[row])
@@ -190,14 +187,14 @@ def test_broken_record_stops(broken, cache_bytes):
     folder, row = broken
     message = f"{row['shard']}, record {row['record']}: damaged, its checksum differs"
     with pytest.raises(ValueError, match=message):
-        list(EpochBatches(DatasetFolder(folder), 16, cache_bytes=cache_bytes))
+        epoch_of(EpochBatches(DatasetFolder(folder), 16, cache_bytes=cache_bytes))
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
 def test_broken_record_is_skipped_and_counted(broken, cache_bytes):
     folder, row = broken
     dataset = EpochBatches(DatasetFolder(folder), 16, cache_bytes=cache_bytes, on_error="skip")
-    batches = list(dataset)
+    batches = epoch_of(dataset)
     assert sum(len(batch["key"]) for batch in batches) == 87
     assert sum(batch["skipped"].kept for batch in batches) == 87
     (message,) = [message for batch in batches for message in batch["skipped"].messages]
@@ -208,7 +205,7 @@ def test_broken_record_is_skipped_and_counted(broken, cache_bytes):
 
 def test_batch_without_a_readable_record_has_no_weight(broken):
     folder, row = broken
-    batches = list(EpochBatches(DatasetFolder(folder), 1, on_error="skip"))
+    batches = epoch_of(EpochBatches(DatasetFolder(folder), 1, on_error="skip"))
     assert sum(batch["skipped"].kept for batch in batches) == 87
     assert len(batches) == 88
     assert [batch["weight"] for batch in batches].count(0.0) == 1
@@ -237,7 +234,7 @@ def test_captions(tmp_path, make_shard):
 
     make_shard(tmp_path, 0, 20)
     prepare(tmp_path / "out", "shards", str(tmp_path), image_size=8)
-    batches = list(EpochBatches(DatasetFolder(tmp_path / "out"), 5))
+    batches = epoch_of(EpochBatches(DatasetFolder(tmp_path / "out"), 5))
     assert len(batches) == 3 and "label" not in batches[0]
     for batch in batches:
         assert batch["caption"] == [f"picture {key.split('/')[1]}" for key in batch["key"]]

@@ -80,7 +80,7 @@ def test_shard_patterns(tmp_path, make_shard):
 
 @pytest.mark.parametrize("address", ["pipe:rm -rf x", "https://host/a b.tar", "file:///a.tar"])
 def test_addresses_run_nothing(address):
-    with pytest.raises(ValueError, match="is no shard address"):
+    with pytest.raises(ValueError, match="is not a shard address"):
         expand_shards(address)
 
 

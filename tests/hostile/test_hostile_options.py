@@ -6,7 +6,7 @@ import pytest
 from hostile_guard import bounded, one_line, refused
 
 from memfree.cli import entry
-from memfree.cli.entry import refuse_other_study
+from memfree.cli.entry import command_of
 from memfree.folders.untrusted import check_yaml
 
 
@@ -55,7 +55,7 @@ def test_studies_of_aliases(tmp_path, name):
     path = tmp_path / "bomb.yaml"
     path.write_text(BOMBS[name])
     with bounded():
-        refuse_other_study("study", ["--config", str(path)])  # the parser refuses it
+        command_of("study", ["--config", str(path)])  # the parser refuses it
 
 
 def test_ordinary_aliases_are_read(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Expansion of grids against brute force, and the commands of cells."""
 
-import importlib
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from memfree.cli import entry
 from memfree.cli.errors import options_of
 from memfree.commands.study import study
 from memfree.study.grid import Cell, Grid, expand
-from memfree.study.plan import INPUTS, CommandOptions, Plan, claim
+from memfree.study.plan import INPUTS, CommandOptions, GridPlan
 
 SUBJECTS = {
     "unguided": {"mitigation": "none"},
@@ -32,7 +31,7 @@ GRIDS = [
 
 def plan(**changes):
     given = {"name": "trial", "out": Path("runs"), "subjects": SUBJECTS, "models": {"wide": {}}}
-    return Plan(**{**given, **changes})
+    return GridPlan(**{**given, **changes})
 
 
 def options(stages, command):
@@ -143,36 +142,36 @@ def test_the_oracle_needs_a_number_of_training_images():
 
 
 def test_a_study_of_another_size_is_refused(tmp_path):
-    claim(plan(out=tmp_path, models={}))
-    claim(plan(out=tmp_path, name="other", subjects={"amg": {"mitigation": "amg"}}))
+    plan(out=tmp_path, models={}).claim()
+    plan(out=tmp_path, name="other", subjects={"amg": {"mitigation": "amg"}}).claim()
     with pytest.raises(ValueError, match="--out .* count is 1000 there and 200 here"):
-        claim(plan(out=tmp_path, count=200))
+        plan(out=tmp_path, count=200).claim()
     with pytest.raises(ValueError, match="options.train"):
-        claim(plan(out=tmp_path, options=CommandOptions(train={"data.batch_size": 5})))
+        plan(out=tmp_path, options=CommandOptions(train={"data.batch_size": 5})).claim()
     for damaged in ("3", '{"models": 3}', "{"):
         (tmp_path / "study.json").write_text(damaged)
         with pytest.raises(ValueError, match="study.json is n"):
-            claim(plan(out=tmp_path))
+            plan(out=tmp_path).claim()
 
 
 def test_models_may_be_added_and_the_way_to_run_may_change(tmp_path):
     begun = {"wide": {"model.network.layers_per_block": 2}}
-    claim(plan(out=tmp_path, models=begun))
-    claim(plan(out=tmp_path, models={"deep": {"model.network.layers_per_block": 9}}))
-    claim(plan(out=tmp_path, models={**begun, "other": {}}))
+    plan(out=tmp_path, models=begun).claim()
+    plan(out=tmp_path, models={"deep": {"model.network.layers_per_block": 9}}).claim()
+    plan(out=tmp_path, models={**begun, "other": {}}).claim()
     for changed in ("wide", "deep"):
         with pytest.raises(ValueError, match=f"--out .* models.{changed}"):
-            claim(plan(out=tmp_path, models={changed: {"model.network.layers_per_block": 3}}))
+            plan(out=tmp_path, models={changed: {"model.network.layers_per_block": 3}}).claim()
     how = CommandOptions(
         train={"trainer.logger": True, "trainer.devices": 2, "trainer.enable_progress_bar": True},
         sample={"batch_size": 7, "trainer.devices": 2},
         evaluate={"batch_size": 7},
     )
-    claim(plan(out=tmp_path, models={}, options=how))
-    claim(plan(out=tmp_path, models={"wide": {**begun["wide"], "trainer.logger.name": "x"}}))
-    claim(plan(out=tmp_path, models={}))
+    plan(out=tmp_path, models={}, options=how).claim()
+    plan(out=tmp_path, models={"wide": {**begun["wide"], "trainer.logger.name": "x"}}).claim()
+    plan(out=tmp_path, models={}).claim()
     with pytest.raises(ValueError, match="options.sample"):
-        claim(plan(out=tmp_path, models={}, options=CommandOptions(sample={"steps": 7})))
+        plan(out=tmp_path, models={}, options=CommandOptions(sample={"steps": 7})).claim()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +186,7 @@ def test_models_may_be_added_and_the_way_to_run_may_change(tmp_path):
 )
 def test_what_the_last_commands_need_is_looked_for_first(tmp_path, monkeypatch, command, given):
     monkeypatch.setattr("memfree.study.running.run_stages", None)
-    monkeypatch.setattr(importlib.import_module("memfree.commands.study"), "check_commands", print)
+    monkeypatch.setattr(GridPlan, "check", lambda plan: None)
     with pytest.raises(FileNotFoundError, match=f"--options.{command}.*missing"):
         study(
             "trial",

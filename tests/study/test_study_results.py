@@ -4,6 +4,7 @@ import html
 import itertools
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ from memfree.evaluation.metrics import metric, write_metrics
 from memfree.folders.manifest import write_manifest
 from memfree.study import curves
 from memfree.study.curves import write_curves
-from memfree.study.grid import Cell, Grid, expand
+from memfree.study.grid import Grid
 from memfree.study.metrics_shown import (
     SHOWN,
     Measured,
@@ -38,7 +39,7 @@ from memfree.study.page import (
     printed,
     write_report,
 )
-from memfree.study.plan import Plan
+from memfree.study.plan import GridPlan
 from memfree.study.results import by_key, gather, ladder_metrics
 from memfree.study.summary import Summary
 
@@ -122,11 +123,10 @@ def finished(tmp_path):
 
 
 def test_finished_cells_are_gathered_and_compared(finished):
-    plan = Plan("oracle", finished, {"both": {}})
-    cells = [Cell("class", (64,), seed) for seed in (1, 2, 3)]
-    rows = gather(plan, [*cells, Cell("class", (64,), 9)])
+    plan = GridPlan("oracle", finished, {"both": {}}, [Grid(["class"], [64])], [1, 2, 3, 9])
+    rows = gather(plan)
     assert len(rows) == 12 and {row["training_seed"] for row in rows} == {1, 2, 3}
-    assert len(gather(plan, cells[1:2])) == 4
+    assert len(gather(replace(plan, training_seeds=[2]))) == 4
     folders = {(row["subject"], row["training_seed"]): row["folder"] for row in rows}
     assert folders["both", 2] == "class-x64-seed2/samples/both"
     assert folders["oracle_steps", 2] == "class-x64-seed2/evaluation-oracle"
@@ -152,8 +152,8 @@ def test_two_ladders_and_a_model_named_like_one_keep_their_figures(tmp_path):
         Grid(["class"], factor=[1, 4], model=["my-ladder"]),
     ]
     models = {"my-ladder": {}}
-    plan = Plan("trial", tmp_path, {"unguided": {}}, models=models)
-    cells = expand(grids, [1, 2])
+    plan = GridPlan("trial", tmp_path, {"unguided": {}}, grids, [1, 2], models=models)
+    cells = plan.cells()
     for number, cell in enumerate(cells):
         folder = plan.evaluation(cell)
         folder.mkdir(parents=True)
@@ -170,7 +170,7 @@ def test_two_ladders_and_a_model_named_like_one_keep_their_figures(tmp_path):
             table = {"subject": ["unguided"] * 20, **near}
             pq.write_table(pa.table(table), folder / "per_sample.parquet")
         write_manifest(folder, "evaluation")
-    rows = gather(plan, cells)
+    rows = gather(plan)
     values = by_key(rows)
     copies = [len(seeds) for key, seeds in values.items() if key[3] == "copies"]
     assert copies == [2] * 6, "no model's figures hide another's"
@@ -188,7 +188,7 @@ def test_two_ladders_and_a_model_named_like_one_keep_their_figures(tmp_path):
     fitted = {row[0] for row in tables["Logistic fit in log2 of the factor"].rows}
     assert "class, my-ladder" in fitted and len(fitted) == 5
     assert write_curves(tmp_path / "trial.png", summary)
-    alone = gather(plan, cells[:1])
+    alone = gather(replace(plan, grids=[Grid(ladder=[[1, 4]])], training_seeds=[1]))
     assert {row["label"] for row in alone} == {"unconditional, ladder"}
 
 

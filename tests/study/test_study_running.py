@@ -20,7 +20,7 @@ from memfree.evaluation.metrics import metric, write_metrics
 from memfree.folders.atomic import write_json
 from memfree.folders.manifest import read_manifest
 from memfree.study.grid import Cell
-from memfree.study.plan import Plan
+from memfree.study.plan import GridPlan
 from memfree.study.running import CellRun, plan_size
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "study"
@@ -136,6 +136,15 @@ def test_a_subject_that_is_added_makes_cells_run_again(pretending, config, tmp_p
     assert sum("samples/both" in line and "sample.py" in line for line in pretending.ran) == 10
 
 
+def test_a_cell_with_oracles_that_share_commands_is_finished(pretending, config, tmp_path):
+    for part in ("1/2", "2/2"):
+        run(config, "--oracle=true", f"--part={part}")
+    assert (tmp_path / "out" / "trial.csv").exists()
+    pretending.ran = []
+    run(config, "--oracle=true")
+    assert pretending.ran == []
+
+
 def test_the_part_that_comes_last_writes_the_tables(pretending, config, tmp_path, capsys):
     out = tmp_path / "out"
     run(config, "--part", "1/2")
@@ -176,7 +185,7 @@ def test_results_are_one_row_a_figure_with_the_grid_and_a_folder(pretending, con
 
 
 def test_the_plan_estimates_what_is_left_from_what_is_finished(pretending, tmp_path):
-    plan = Plan("trial", tmp_path, {"unguided": {}, "amg": {}}, steps=100, count=50)
+    plan = GridPlan("trial", tmp_path, {"unguided": {}, "amg": {}}, steps=100, count=50)
     runs = [CellRun(plan, Cell("unconditional", (1,), seed)) for seed in (1, 2, 3)]
     assert "3 trainings (300 steps), 0 finished" in plan_size(runs)
     assert "6 samplings (300 samples)" in plan_size(runs)
@@ -212,7 +221,7 @@ def test_two_processes_do_not_run_one_command_at_once(monkeypatch, tmp_path, cap
     monkeypatch.setattr(Stage, "run", slowly)
     monkeypatch.chdir(tmp_path)
     runs = [
-        CellRun(Plan("trial", out, {"unguided": {}}), Cell(kind, (1,), 1))
+        CellRun(GridPlan("trial", out, {"unguided": {}}), Cell(kind, (1,), 1))
         for out, kind in ((tmp_path / "out", "unconditional"), (Path("out"), "class"))
     ]
     threads = [threading.Thread(target=run.run, args=(Console(),)) for run in runs]
@@ -233,7 +242,7 @@ def test_two_processes_do_not_run_one_command_at_once(monkeypatch, tmp_path, cap
         ({"grids": [{"factor": [1], "model": ["wide"]}]}, "no model 'wide' below --models"),
         ({"grids": []}, "the study has no cell"),
         ({"grids": [{"factor": [0]}]}, "factor"),
-        ({"oracle": True, "subjects": {"oracle_steps": {}}}, "are the models of --oracle"),
+        ({"oracle": True, "subjects": {"oracle_steps": {}}}, "are models of --oracle"),
         ({"part": "9/8"}, "--part 9/8"),
         ({"subjects": {"heldout": {}}}, "--subjects: heldout"),
         ({"subjects": {"a": {"mitigation": "amgg"}}}, "--options.sample or --subjects: "),

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import inspect
 import os
+import re
 import signal
 import sys
 import threading
@@ -60,29 +61,23 @@ def as_options(words: Sequence[str], option: str | None) -> list[str]:
     return [f"--{option}={given[-1]}", *given[:-1]]
 
 
-OWN = {"study": {"grids"}, "text-study": {"training", "counts", "prompt_sets"}}
-"""Options that one command has and the other has not."""
+TEXT_PLAN = {"training", "counts", "prompt_sets", "noise_seed"}
+"""Options that a study's plan of a text-to-image model has, and a grid has not."""
 
 
-def refuse_other_study(command: str, words: Sequence[str]) -> None:
-    """Name the command of a file that is of the other kind of study.
+def command_of(name: str, words: Sequence[str]) -> Command:
+    """The command of a verb; ``study`` runs plans of two kinds, each with options of its own.
 
     Args:
-        command: the verb; nothing is refused where it is no study's.
+        name: the verb; ``text-study`` is the former name of ``study`` for text-to-image plans.
         words: its options, ``--config FILE`` among them.
-
-    Raises:
-        ValueError: a file has options of the other command alone.
     """
-    if command not in OWN:
-        return
-    (other,) = OWN.keys() - {command}
-    for file in config_files(words):
-        keys = _keys(Path(file))
-        if keys & OWN[other] and not keys & OWN[command]:
-            raise ValueError(
-                f"{file} is of the other kind of study: memfree {other} --config {file}"
-            )
+    if name not in ("study", "text-study"):
+        return COMMANDS[name]
+    keys = {re.split(r"[=.+]", word.removeprefix("--"))[0] for word in words if word[:2] == "--"}
+    keys.update(*(_keys(Path(file)) for file in config_files(words)))
+    text = (name == "text-study" or keys & TEXT_PLAN) and "grids" not in keys
+    return COMMANDS["text-study" if text else "study"]
 
 
 def _keys(path: Path) -> set[str]:
@@ -156,14 +151,14 @@ COMMANDS = {
     ),
     "study": Command(
         "memfree.commands.study:study",
-        "run a grid of configurations and tabulate it",
+        "run a plan of many configurations and tabulate it",
         positional="config",
         one_writer=False,
         libraries=(),
     ),
     "text-study": Command(
-        "memfree.commands.text_study:text_study",
-        "compare all mitigations on a text-to-image model",
+        "memfree.commands.study:text_study",
+        "the former name of study for plans of text-to-image models",
         positional="config",
         one_writer=False,
         libraries=(),
@@ -218,17 +213,18 @@ def run_command(name: str, args: Sequence[str] | None = None, prog: str | None =
     What it works with is imported once its options are right, which takes seconds; Ctrl-C ends
     that too in one line.
     """
-    command = COMMANDS[name]
-    given = as_options(sys.argv[1:] if args is None else args, command.positional)
+    given = as_options(sys.argv[1:] if args is None else args, COMMANDS[name].positional)
+    if name == "text-study":
+        print("memfree: text-study is now memfree study PLAN.yaml", file=sys.stderr)
 
     def call() -> Any:
         check_config_files(given)
-        refuse_other_study(name, given)
+        command = command_of(name, given)
         with _interrupt_leaves():
             function = load(command)
         return _run(function, given, prog, command.one_writer, command.libraries)
 
-    return guarded(call, command.goes_on)
+    return guarded(call, COMMANDS[name].goes_on)
 
 
 def main(args: Sequence[str] | None = None) -> Any:

@@ -1,30 +1,22 @@
-"""``memfree study``: run a grid of configurations and tabulate it."""
+"""``memfree study``: run a plan, a grid of configurations or a text-to-image one; tabulate it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.text import Text
 
 from memfree.console import plain_console
+from memfree.data.options import PromptSet
 from memfree.folders.lock import ALL, WHOLE, one_at_a_time, part_of
-from memfree.folders.manifest import save_config, write_manifest
-from memfree.study.grid import Cell, Grid, expand
-from memfree.study.plan import (
-    CommandOptions,
-    Options,
-    Plan,
-    StudySource,
-    Subjects,
-    check_commands,
-    check_inputs,
-    check_names,
-    check_options,
-    claim,
-)
+from memfree.study.grid import Grid
+from memfree.study.plan import CommandOptions, GridPlan, Options, Plan, StudySource, Subjects
 from memfree.study.running import CellRun, plan_size
+from memfree.study.text_plan import Counts, TextPlan, Training
 
 NONE = "none"
 UNGUIDED: Subjects = {"unguided": {"mitigation": "none"}}
@@ -50,11 +42,13 @@ def study(
 ) -> None:
     """Train models on repeated images, sample them in many ways, and compare.
 
-    Every cell of the grids is one trained model: it is prepared, indexed, trained, sampled once for
-    each subject from the same noise, and evaluated. What cells have in common, a data set for
-    instance, is made once. Folders have fixed names, and what is finished is not done again, so
-    that a study goes on where it stopped. Several processes may each take a part of the cells;
-    the one that finds all of them finished writes the tables.
+    Each cell of the grids is one trained model: it is prepared, indexed, trained, sampled once for
+    each subject from the same noise, and evaluated. What cells have in common, such as a data set,
+    is made once. Folders have fixed names, and what is finished is not done again, so a study
+    resumes where it stopped. Several processes may each take a part of the cells; the one that
+    finds all of them finished writes the tables. A plan with training, counts, prompt_sets or
+    noise_seed studies a text-to-image model instead: memfree study PLAN.yaml --help shows its
+    options.
 
     Args:
         name: of the study; its results are NAME.csv, .parquet, .md, .png and .html in out, and
@@ -71,25 +65,26 @@ def study(
         guidance_scale: classifier-free guidance scale of models that are told a label.
         oracle: compare with the same network trained on the deduplicated images, at equal steps and
             at equal epochs.
-        models: networks of the grid, by name: options of train.py. More may be added to a study
-            that is there.
-        options: further options of the commands, but those that the study sets itself.
+        models: networks of the grid, by name: options of train.py. More may be added to an existing
+            study.
+        options: further options of the commands, except those that the study sets itself.
         shared_data: whether conditionings that change no label share a data set; false: each
             prepares its own.
         part: all; a part of the cells as 3/8 (the third of eight), for processes or jobs that do
             a study together; or none, to tabulate what is finished.
-        dry_run: check and print the commands, how many they are and how long they may take, and
-            stop.
+        dry_run: check and print the commands, their number and how long they may take, and stop.
 
     Raises:
         ValueError: an option is wrong, or out holds a study of other numbers.
     """
     from memfree.study.results import summarise
 
-    plan = Plan(
+    plan = GridPlan(
         name,
         out,
         subjects,
+        grids,
+        training_seeds,
         source,
         duplicated,
         steps,
@@ -100,41 +95,109 @@ def study(
         models,
         options,
     )
-    check_names(plan, grids)
-    check_options(plan)
-    every = expand(grids, training_seeds)
+    _run(plan, part, dry_run, lambda console: summarise(plan, console))
+
+
+def text_study(
+    name: str,
+    subjects: Subjects,
+    out: Path = Path("runs/emoji_study"),
+    training: Training = Training(),  # noqa: B008 - read only; --help shows it
+    counts: Counts = Counts(),  # noqa: B008
+    prompt_sets: list[PromptSet] = ["duplicated", "other", "unseen"],  # noqa: B006
+    oracle: bool = True,
+    steps: PositiveInt = 25,
+    guidance_scale: float = 3.0,
+    batch_size: PositiveInt = 50,
+    noise_seed: NonNegativeInt = 2000,
+    part: str = ALL,
+    dry_run: bool = False,
+) -> None:
+    """Train a small text-to-image model with repeated images, sample it in many ways, and compare.
+
+    Captioned emoji, a Stable Diffusion from scratch, an embedding that guides and another that
+    judges, a CLIP: all are trained here, without a download. Every subject draws its samples from
+    the same noise. Copies are judged by the measure that guides, by pixels, and by the second
+    embedding. Folders have fixed names and what is finished is not done again, so a study resumes
+    where it stopped. Several processes may each take a part of the prompt sets.
+
+    Args:
+        name: of the study; its results are NAME.csv, .parquet, .md, .png, -rows.png, and, if a
+            subject is called none, -detection.png.
+        subjects: ways to sample, by name: a mitigation and its options; and at_most, for
+            subjects that are too slow, or matter too little, for all samples of a prompt set.
+        out: folder for everything; studies of the same data share it.
+        training: the model.
+        counts: samples by prompt set.
+        prompt_sets: which of them.
+        oracle: also the same network trained on the images without repetitions.
+        steps: denoising steps (DDIM).
+        guidance_scale: of classifier-free guidance.
+        batch_size: samples drawn together.
+        noise_seed: of the samples; use others for studies that choose settings.
+        part: all; a part of the prompt sets, such as 1/3; or none, to tabulate what is finished.
+        dry_run: check and print the commands, their number and how long they may take, and stop.
+
+    Raises:
+        ValueError: an option is wrong; before anything runs.
+        FileNotFoundError: the working directory is not the repository's.
+    """
+    from memfree.study.text_results import summarise
+
+    plan = TextPlan(
+        name,
+        out,
+        subjects,
+        training,
+        counts,
+        prompt_sets,
+        oracle,
+        steps,
+        guidance_scale,
+        batch_size,
+        noise_seed,
+    )
+    _run(plan, part, dry_run, lambda console: summarise(plan, console))
+
+
+def _run(plan: Plan, part: str, dry_run: bool, summarise: Callable[[Console], object]) -> None:
+    plan.check()
+    cells = plan.cells()
     work = WHOLE if part == NONE else part_of(part)
-    chosen = [] if part == NONE else work.share(every)
-    check_commands(plan, every)
+    chosen = [] if part == NONE else work.share(cells)
     console = plain_console()
     if dry_run:
         _print(plan, chosen, console)
         return
     if chosen:
-        check_inputs(plan)
-    claim(plan)
+        plan.check_inputs()
+    plan.claim()
+    taken: dict[str, float] = {}
     for number, cell in enumerate(chosen, 1):
-        console.rule(Text(f"cell {number} of {len(chosen)}: {cell.name}", style="bold"))
+        _title(number, chosen, console)
         run = CellRun(plan, cell)
         if not run.finished:
-            run.run(console)
-    if not work.whole and (left := [one for one in every if not CellRun(plan, one).finished]):
+            run.run(console, taken)
+    if not work.whole and (left := [cell for cell in cells if not CellRun(plan, cell).finished]):
         console.print(f"part {part} is done; {len(left)} cells of others are not")
         return
-    with one_at_a_time(out, work):
-        summarise(plan, every, console)
-        save_config(out)
-        write_manifest(out, "study", name=name, cells=[cell.name for cell in every])
+    with one_at_a_time(plan.out, work):
+        summarise(console)
 
 
-def _print(plan: Plan, cells: list[Cell], console: Console) -> None:
+def _title(number: int, cells: Sequence[Any], console: Console) -> None:
+    text = f"cell {number} of {len(cells)}: {cells[number - 1]}"
+    console.rule(Text(text, style="bold"))
+
+
+def _print(plan: Plan, cells: Sequence[Any], console: Console) -> None:
     """The plan: each command where it is run first, and the size of it all."""
     printed: set[str] = set()
     for number, cell in enumerate(cells, 1):
-        console.rule(Text(f"cell {number} of {len(cells)}: {cell.name}", style="bold"))
-        lines = [stage.line() for stage in plan.stages(cell)]
-        new = [line for line in dict.fromkeys(lines) if line not in printed]
+        _title(number, cells, console)
+        lines = dict.fromkeys(stage.line() for stage in plan.stages(cell))
+        new = [line for line in lines if line not in printed]
         printed.update(new)
-        console.print("\n".join(new), markup=False, highlight=False, soft_wrap=True)
+        console.print("\n".join(new), markup=False, emoji=False, highlight=False, soft_wrap=True)
     console.rule()
     console.print(plan_size([CellRun(plan, cell) for cell in cells]), markup=False, soft_wrap=True)

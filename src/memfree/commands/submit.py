@@ -17,7 +17,7 @@ from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
 
-from memfree.cli.entry import COMMANDS, as_options, load, parser_of, refuse_other_study
+from memfree.cli.entry import COMMANDS, as_options, command_of, load, parser_of
 from memfree.cli.errors import did_you_mean, option_message, options_of
 from memfree.cli.stages import Stage
 from memfree.folders.atomic import write_text
@@ -338,11 +338,9 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
     Raises:
         ValueError: an option is wrong, or options contradict each other.
     """
-    known = COMMANDS[command]
-    function = load(known)
-    given = as_options(arguments, known.positional)
+    given = as_options(arguments, COMMANDS[command].positional)
     check_config_files(given)
-    refuse_other_study(command, given)
+    function = load(command_of(command, given))
     parser = parser_of(function, f"memfree submit {command}")
     parser.add_argument("--slurm", type=SlurmOptions, default=SlurmOptions())
     own_dry_run = "--dry_run" in options_of(parser)  # a study's, which here means the job's

@@ -9,45 +9,36 @@ from itertools import count
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.filters import _shuffle
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from webdataset.filters import shuffle
 
 from memfree.console import counted
-from memfree.data.dataset_folder import DatasetFolder, DatasetPart
+from memfree.data.dataset_folder import DatasetFolder, DatasetPart, RecordReader
 from memfree.data.file_names import shard_labels
 from memfree.data.ingest import Framing
 from memfree.data.options import OnError, StreamOptions
 from memfree.data.random_streams import Stream, buffer_random, generator_of
-from memfree.data.record_reader import RecordReader
 from memfree.data.shard_reader import expand_shards, read_shard
 from memfree.data.skipped import LeftOut, Skipped
 from memfree.data.tar_record import TarRecord
 from memfree.images import from_bytes, further_frames, open_image
 
+Batch = dict[str, Any]
+_log = logging.getLogger(__name__)
+
 
 def permutation(records: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of all records in one epoch; ranks, workers and batch size play no part.
-
-    Args:
-        records: how many there are.
-        seed: of the training run.
-        epoch: from 0.
-
-    Returns:
-        (records,) int64.
-    """
+    """(records,) int64: order of an epoch; ranks, workers and batch size play no part."""
     return generator_of(seed, epoch, Stream.EPOCH).permutation(records)
 
 
 def batches_per_epoch(records: int, batch_size: int, world_size: int) -> int:
-    """Batches that every rank gets in an epoch.
+    """Batches of every rank in an epoch, of nearly equal size and at most ``batch_size``.
 
-    Batches are of nearly equal size and at most ``batch_size``; only with ``batch_size`` 1 on
-    several ranks some may hold two, since no rank may be left without a record.
-
-    Raises:
-        ValueError: fewer records than ranks.
+    Only with ``batch_size`` 1 on several ranks some may hold two, since no rank may be left
+    without a record.
     """
     if batch_size < 1:
         raise ValueError(f"--data.batch_size {batch_size}: use 1 or more")
@@ -70,15 +61,8 @@ def rank_slice(start: int, end: int, rank: int, world_size: int) -> tuple[int, i
     return start + rank * count // world_size, start + (rank + 1) * count // world_size
 
 
-Batch = dict[str, Any]
-_log = logging.getLogger(__name__)
-
-
-class RankBatches(IterableDataset[Batch]):
-    """Batches of one rank, for one epoch after another.
-
-    Set :attr:`epoch` and :attr:`start` before each iteration. They live in shared memory, so
-    workers that stay between epochs see them.
+class RankBatches(Dataset[Batch | Exception]):
+    """Batches of one rank; ``batches[epoch, number]`` depends on nothing else.
 
     Args:
         records: of an epoch, all ranks together.
@@ -106,59 +90,67 @@ class RankBatches(IterableDataset[Batch]):
         self._seed = seed
         self._rank, self._world_size = rank, world_size
         self._random_flip, self._on_error = random_flip, on_error
-        self._position = torch.zeros(2, dtype=torch.int64).share_memory_()
-
-    @property
-    def epoch(self) -> int:
-        """Which order of the records, from 0."""
-        return int(self._position[0])
-
-    @epoch.setter
-    def epoch(self, value: int) -> None:
-        self._position[0] = value
-
-    @property
-    def start(self) -> int:
-        """Batches of the epoch that were trained on already."""
-        return int(self._position[1])
-
-    @start.setter
-    def start(self, value: int) -> None:
-        self._position[1] = value
 
     def __len__(self) -> int:
         return self.batches
 
+    def __getitem__(self, place: tuple[int, int]) -> Batch | Exception:
+        """Batch ``number`` of ``epoch``, or its error: raised in a worker, it fills a screen."""
+        try:
+            return self.batch(*place)
+        except (ValueError, OSError) as error:
+            return error
 
-class EpochLoader:
-    """A loader that asks which epoch it is, and where in it training stands.
+    def batch(self, epoch: int, number: int) -> Batch:
+        """Batch ``number`` of ``epoch``, both from 0."""
+        raise NotImplementedError
+
+    def _slice(self, number: int) -> tuple[int, int, float]:
+        """Positions [start, end) of a batch in the epoch's order, and the weight of its loss."""
+        first, last = global_slice(self.records, self.batches, number)
+        start, end = rank_slice(first, last, self._rank, self._world_size)
+        return start, end, (end - start) * self._world_size / (last - first)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """(epoch, number) of the batches that are left of the present epoch.
 
     Args:
-        epochs: the batches of this rank.
-        num_workers: processes that decode; 0 decodes in this one.
+        batches: of an epoch.
         position: gives (epoch, batches of it that were trained on).
+    """
+
+    def __init__(self, batches: int, position: Callable[[], tuple[int, int]]) -> None:
+        self._batches, self._position = batches, position
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, start = self._position()
+        return ((epoch, number) for number in range(start, self._batches))
+
+
+class EpochLoader:
+    """A loader that resumes within an epoch; Lightning leaves it as it is.
+
+    Args:
+        batches: of this rank.
+        num_workers: processes that decode; 0 decodes in this one.
+        position: see :class:`EpochSampler`.
         count: takes each batch before it is handed out.
     """
 
     def __init__(
         self,
-        epochs: RankBatches,
+        batches: RankBatches,
         num_workers: int,
         position: Callable[[], tuple[int, int]],
         count: Callable[[Batch], None],
     ) -> None:
-        self.epochs = epochs
-        self._position, self._count = position, count
-        self._loader: DataLoader[Batch | Exception] = DataLoader(
-            _WithErrors(epochs),
-            batch_size=None,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        self._batches, self._num_workers, self._count = batches, num_workers, count
+        self._sampler = EpochSampler(len(batches), position)
+        self._loader: DataLoader[Batch | Exception] | None = None
 
     def __len__(self) -> int:
-        return self.epochs.batches
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the present epoch.
@@ -166,21 +158,24 @@ class EpochLoader:
         Lightning asks for an iterator long before it asks for its first batch, so the position is
         looked up with that one.
         """
-        self.epochs.epoch, self.epochs.start = self._position()
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._batches,
+                batch_size=None,
+                sampler=self._sampler,
+                num_workers=self._num_workers,
+                persistent_workers=self._num_workers > 0,
+                pin_memory=torch.cuda.is_available(),
+            )
         for batch in self._loader:
             if isinstance(batch, Exception):
                 raise batch
             self._count(batch)
             yield batch
 
-    @property
-    def _iterator(self) -> Any:
-        """The workers, under the name by which Lightning finds and ends them after training."""
-        return self._loader._iterator
-
-    @_iterator.setter
-    def _iterator(self, value: Any) -> None:
-        self._loader._iterator = value
+    def close(self) -> None:
+        """End the workers, which otherwise wait for the next epoch."""
+        self._loader = None
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the position is the trainer's. Tells Lightning that this loader can resume."""
@@ -190,34 +185,13 @@ class EpochLoader:
         """Nothing to load."""
 
 
-class _WithErrors(IterableDataset["Batch | Exception"]):
-    """Batches, and the error that ends them: raised in a worker, it would be text of many lines."""
-
-    def __init__(self, epochs: RankBatches) -> None:
-        self._epochs = epochs
-
-    def __iter__(self) -> Iterator[Batch | Exception]:
-        try:
-            yield from self._epochs
-        except (ValueError, OSError) as error:
-            yield error
-
-
 class EpochBatches(RankBatches):
-    """Batches of one rank, whole and in order, for one epoch after another.
-
-    Worker w of W makes every W-th batch, and a DataLoader hands them out in turn, so workers
-    change nothing.
+    """Batches of one rank of a dataset folder: each epoch is one permutation of its records.
 
     Args:
         folder: the dataset.
-        batch_size: largest number of records of a batch on this rank.
-        seed: of the order.
-        rank: of this process.
-        world_size: number of processes.
-        cache_bytes: keep decoded images in memory if all take at most so much.
-        random_flip: mirror each record with probability 1/2, by (seed, epoch, record).
-        on_error: stop at a broken record, or leave it out.
+        cache_bytes: keep decoded images in memory if all take at most this many bytes.
+        others: see :class:`RankBatches`. Flips depend on (seed, epoch, record).
     """
 
     def __init__(
@@ -235,77 +209,84 @@ class EpochBatches(RankBatches):
         super().__init__(len(records), batch_size, seed, rank, world_size, random_flip, on_error)
         self._reader = RecordReader(folder.path, records, folder.image_shape, cache_bytes)
         self._rows = torch.from_numpy(records["row"].to_numpy().copy())
-        self._keys: list[str] = folder.items["image_key"].to_pylist()
+        keys: list[str] = folder.items["image_key"].to_pylist()
+        self._keys = [keys[row] for row in self._rows.tolist()]
         self._labels: torch.Tensor | None = None
         if folder.num_classes is not None:
             self._labels = torch.from_numpy(records["label"].to_numpy().copy())
         captions = records["caption"]
         self._captions = captions.combine_chunks() if captions.null_count == 0 else None
+        self._epoch = -1
 
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        offset, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        epoch, start = self.epoch, self.start
-        order = permutation(self.records, self._seed, epoch)
-        flips = None
-        if self._random_flip:
+    def batch(self, epoch: int, number: int) -> Batch:
+        """See :class:`RankBatches`."""
+        if epoch != self._epoch:
+            self._order = permutation(self.records, self._seed, epoch)
             generator = generator_of(self._seed, epoch, Stream.FLIPS)
-            flips = torch.from_numpy(generator.random(self.records) < 0.5)
-        for batch in range(start + offset, self.batches, step):
-            first, last = global_slice(self.records, self.batches, batch)
-            mine = rank_slice(first, last, self._rank, self._world_size)
-            yield self._batch(order, mine, last - first, flips)
-
-    def _batch(
-        self,
-        order: np.ndarray,
-        mine: tuple[int, int],
-        total: int,
-        flips: torch.Tensor | None,
-    ) -> Batch:
-        lost: list[int] = []
-        skipped = Skipped()
-
-        def broken(number: int, message: str) -> None:
-            lost.append(number)
-            skipped.record(message)
-
-        numbers = order[mine[0] : mine[1]]
-        skip = self._on_error == "skip"
-        pixels = self._reader.read(numbers.tolist(), broken if skip else None)
-        weight = len(numbers) * self._world_size / total
-        if lost:
-            numbers = numbers[~np.isin(numbers, lost)]
-        skipped.kept = len(numbers)
+            self._flips = torch.from_numpy(generator.random(self.records) < 0.5)
+            self._epoch = epoch
+        start, end, weight = self._slice(number)
+        skipped = Skipped() if self._on_error == "skip" else None
+        broken = None if skipped is None else lambda number, message: skipped.record(message)
+        numbers, pixels = _read(self._reader, self._order[start:end], broken)
+        if skipped is not None:
+            skipped.kept = len(numbers)
         if len(numbers) == 0:  # other ranks wait for this one: fill in a record without weight
-            numbers, pixels = self._readable(order, mine[1])
-            weight = 0.0
-        images = from_bytes(pixels)
-        index = torch.from_numpy(numbers)
-        if flips is not None:
-            images = torch.where(flips[index][:, None, None, None], images.flip(-1), images)
-        rows = self._rows[index]
-        batch: Batch = {
-            "image": images,
-            "key": [self._keys[row] for row in rows.tolist()],
-            "row": rows,
-            "weight": weight,
-        }
-        if self._labels is not None:
-            batch["label"] = self._labels[index]
-        if self._captions is not None:
-            batch["caption"] = self._captions.take(numbers).to_pylist()
-        if skip:
+            (numbers, pixels), weight = self._readable(end), 0.0
+        batch = _batch(numbers, pixels, self._keys, self._rows, self._labels, self._captions)
+        if self._random_flip:
+            flips = self._flips[torch.from_numpy(numbers)][:, None, None, None]
+            batch["image"] = torch.where(flips, batch["image"].flip(-1), batch["image"])
+        batch["weight"] = weight
+        if skipped is not None:
             batch["skipped"] = skipped
         return batch
 
-    def _readable(self, order: np.ndarray, position: int) -> tuple[np.ndarray, torch.Tensor]:
+    def _readable(self, position: int) -> tuple[np.ndarray, torch.Tensor]:
         """The first record from ``position`` on, around the end, that can be read."""
-        for number in np.roll(order, -position):
-            pixels = self._reader.read([int(number)], lambda number, message: None)
-            if len(pixels):
-                return np.array([number]), pixels
+        for number in np.roll(self._order, -position):
+            numbers, pixels = _read(self._reader, np.array([number]), lambda number, message: None)
+            if len(numbers):
+                return numbers, pixels
         raise ValueError("no training record can be read; prepare the dataset again")
+
+
+def _read(
+    reader: RecordReader, numbers: np.ndarray, broken: Callable[[int, str], None] | None
+) -> tuple[np.ndarray, torch.Tensor]:
+    """The records of ``numbers`` that can be read, and their images; ``broken`` takes the rest."""
+    if broken is None:
+        return numbers, reader.read(numbers.tolist())
+    lost: list[int] = []
+
+    def leave_out(number: int, message: str) -> None:
+        lost.append(number)
+        broken(number, message)
+
+    pixels = reader.read(numbers.tolist(), leave_out)
+    return numbers[~np.isin(numbers, lost)], pixels
+
+
+def _batch(
+    numbers: np.ndarray,
+    pixels: torch.Tensor,
+    keys: list[str],
+    rows: torch.Tensor,
+    labels: torch.Tensor | None,
+    captions: pa.Array | None,
+) -> Batch:
+    """The images of these records, with what the columns say of them."""
+    index = torch.from_numpy(numbers)
+    batch: Batch = {
+        "image": from_bytes(pixels),
+        "key": [keys[number] for number in numbers.tolist()],
+        "row": rows[index],
+    }
+    if labels is not None:
+        batch["label"] = labels[index]
+    if captions is not None:
+        batch["caption"] = captions.take(numbers).to_pylist()
+    return batch
 
 
 class PartLoader:
@@ -331,7 +312,8 @@ class PartLoader:
                 "fewer devices, or no validation"
             )
         self._part, self._batch_size, self._on_error = part, batch_size, on_error
-        self._numbers = range(rank, len(part), world_size)
+        self._captions = None if part.captions is None else pa.array(part.captions, pa.string())
+        self._numbers = np.arange(rank, len(part), world_size)
         self._named: set[int] = set()
 
     def __len__(self) -> int:
@@ -340,51 +322,33 @@ class PartLoader:
     def __iter__(self) -> Iterator[Batch]:
         """``image``, ``key``, ``row``; ``label`` and ``caption`` where the part has them."""
         part = self._part
+        broken = self._name if self._on_error == "skip" else None
         for start in range(0, len(self._numbers), self._batch_size):
-            lost: list[int] = []
-
-            def broken(number: int, message: str, lost: list[int] = lost) -> None:
-                lost.append(number)
-                if number not in self._named:
-                    self._named.add(number)
-                    _log.warning("skipped %s", message)
-
             numbers = self._numbers[start : start + self._batch_size]
-            pixels = part.reader.read(numbers, broken if self._on_error == "skip" else None)
-            index = torch.tensor([number for number in numbers if number not in lost])
-            if not len(index):
-                continue
-            batch: Batch = {
-                "image": from_bytes(pixels),
-                "key": [part.keys[number] for number in index.tolist()],
-                "row": part.rows[index],
-            }
-            if part.labels is not None:
-                batch["label"] = part.labels[index]
-            if part.captions is not None:
-                batch["caption"] = [part.captions[number] for number in index.tolist()]
-            yield batch
+            numbers, pixels = _read(part.reader, numbers, broken)
+            if len(numbers):
+                yield _batch(numbers, pixels, part.keys, part.rows, part.labels, self._captions)
+
+    def _name(self, number: int, message: str) -> None:
+        if number not in self._named:
+            self._named.add(number)
+            _log.warning("skipped %s", message)
 
 
 class ForeignBatches(RankBatches):
     """Batches of one rank, drawn from shards in an order of their own each epoch.
 
     The shards are shuffled by (seed, epoch) and dealt out to all workers of all ranks; where there
-    are fewer shards than these, everyone reads all shards and takes every so-many-th record. A
-    worker whose shards end before its share of the epoch begins them again in another order. All
-    ranks get the same number of batches. Order depends on the number of ranks and workers, but not
-    on time: with the same ranks and workers a resumed epoch continues with the batches that were
+    are fewer shards than these, everyone reads all shards and takes every N-th record. A worker
+    whose shards end before its share of the epoch begins them again in another order. All ranks
+    get the same number of batches. Order depends on the number of ranks and workers, but not on
+    time: with the same ranks and workers a resumed epoch continues with the batches that were
     left. Those before are read again, and decoded too where broken records are left out.
 
     Args:
         shards: see :func:`memfree.data.shard_reader.expand_shards`.
         options: epoch length, framing, conditions.
-        batch_size: largest number of records of a batch on this rank.
-        seed: of the order.
-        rank: of this process.
-        world_size: number of processes.
-        random_flip: mirror each record with probability 1/2.
-        on_error: stop at a broken or missing record or shard, or leave it out.
+        others: see :class:`RankBatches`.
 
     Attributes:
         missing: takes local shards that are not there.
@@ -415,11 +379,9 @@ class ForeignBatches(RankBatches):
         super().__init__(
             options.epoch_records, batch_size, seed, rank, world_size, random_flip, on_error
         )
-        self.missing = Skipped()
-        self.left_out = LeftOut()
-        self._shards = expand_shards(
-            shards, self.missing if on_error == "skip" else None, self.left_out
-        )
+        self.missing, self.left_out = Skipped(), LeftOut()
+        missing = self.missing if on_error == "skip" else None
+        self._shards = expand_shards(shards, missing, self.left_out)
         self._labels = shard_labels(self._shards)
         self._options = options
         self._records_as = options.records
@@ -427,30 +389,46 @@ class ForeignBatches(RankBatches):
             self._records_as = replace(options.records, caption_source="none")
         self._framing = Framing(height, width, options.channels, options.resize)
         self.image_shape = (int(options.channels), height, width)
+        self._next = (-1, -1)
+        self._stream: Iterator[Batch] = iter(())
 
-    def __iter__(self) -> Iterator[Batch]:
+    def batch(self, epoch: int, number: int) -> Batch:
+        """See :class:`RankBatches`; quick for the batches that this worker gets in turn."""
         worker = get_worker_info()
-        number, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        epoch, start = self.epoch, self.start
-        offset = (start + number) % step  # the loader asks worker 0 first, also after a resume
-        skipped = Skipped()
-        unit = self._rank * step + offset
-        left_out = LeftOut()
-        records = self._records(epoch, unit, self._world_size * step, skipped, left_out)
+        workers = worker.num_workers if worker is not None else 1
+        if (epoch, number) != self._next:
+            self._stream = self._batches(epoch, number, workers)
+        self._next = (-1, -1)  # an error ends the stream
+        batch = next(self._stream)
+        self._next = (epoch, number + workers)
+        return batch
+
+    def _batches(self, epoch: int, start: int, workers: int) -> Iterator[Batch]:
+        """Every ``workers``-th batch from ``start`` on; those before are passed over."""
+        first = start % workers
+        unit = self._rank * workers + first
+        skipped, left_out = Skipped(), LeftOut()
+        records = self._records(epoch, unit, self._world_size * workers, skipped, left_out)
         generator = generator_of(self._seed, epoch, unit, Stream.STREAMED_FLIPS)
-        for batch in range(offset, self.batches, step):
-            first, last = global_slice(self.records, self.batches, batch)
-            low, high = rank_slice(first, last, self._rank, self._world_size)
+        for number in range(first, self.batches, workers):
+            low, high, weight = self._slice(number)
             flips = generator.random(high - low) < 0.5
-            if batch < start:  # trained on before the run was stopped
-                self._pass_over(records, high - low, skipped, left_out)
+            if number < start:  # trained on before the run was stopped
+                for _ in flips:
+                    if self._on_error == "stop":  # none was broken, and nothing need be decoded
+                        next(records)
+                    else:
+                        self._next_whole(records, skipped, left_out)
+                skipped.take()
                 continue
-            made = self._batch(records, high - low, flips, skipped, left_out)
-            made["weight"] = (high - low) * self._world_size / (last - first)
+            whole = [self._next_whole(records, skipped, left_out) for _ in flips]
+            skipped.kept += len(whole)
+            batch = self._batch_of(whole, flips)
+            batch["weight"] = weight
             if self._on_error == "skip":
-                made["skipped"] = skipped.take()
-            made["left_out"] = left_out.take()
-            yield made
+                batch["skipped"] = skipped.take()
+            batch["left_out"] = left_out.take()
+            yield batch
 
     def _records(
         self, epoch: int, unit: int, units: int, skipped: Skipped, left_out: LeftOut
@@ -462,12 +440,13 @@ class ForeignBatches(RankBatches):
         handler = counter if self._on_error == "skip" else None
 
         def one_pass(turn: int) -> Iterator[TarRecord]:
-            generator = generator_of(self._seed, epoch, turn, Stream.SHARDS)
-            order = generator.permutation(len(self._shards))
-            mine = order if shared else order[unit::units]
-            found = 0
-            for shard in mine.tolist():
-                read = read_shard(
+            order = generator_of(self._seed, epoch, turn, Stream.SHARDS).permutation(
+                len(self._shards)
+            )
+            shards = (order if shared else order[unit::units]).tolist()
+            read = 0
+            for shard in shards:
+                records = read_shard(
                     self._shards[shard],
                     handler,
                     left_out,
@@ -475,31 +454,21 @@ class ForeignBatches(RankBatches):
                     "--data.stream.records.",
                     self._labels[shard],
                 )
-                for number, record in enumerate(read):
-                    found += 1
+                for number, record in enumerate(records):
+                    read += 1
                     if not shared or (number + turn) % units == unit:
                         yield record
-            if not found:
+            if not read:
                 first = f"; first {counter.messages[0]}" if counter.messages else ""
                 other = f"; {left_out.text()}" if left_out else ""
-                shards = counted(len(mine), "shard")
-                raise ValueError(f"no readable record in {shards}{first}{other}")
+                raise ValueError(
+                    f"no readable record in {counted(len(shards), 'shard')}{first}{other}"
+                )
 
         buffer = max(self._options.shuffle_buffer, 1)
         for turn in count():
             rng = buffer_random(self._seed, epoch, turn, unit)
-            yield from _shuffle(one_pass(turn), buffer, buffer, rng)
-
-    def _pass_over(
-        self, records: Iterator[TarRecord], size: int, skipped: Skipped, left_out: LeftOut
-    ) -> None:
-        """Leave out the records of a batch; broken ones, which others replaced in it, as well."""
-        for _ in range(size):
-            if self._on_error == "stop":  # then there were none, and nothing need be decoded
-                next(records)
-            else:
-                self._next_whole(records, skipped, left_out)
-        skipped.take()
+            yield from shuffle(buffer, initial=buffer, rng=rng)(one_pass(turn))
 
     def _next_whole(
         self, records: Iterator[TarRecord], skipped: Skipped, left_out: LeftOut
@@ -514,31 +483,20 @@ class ForeignBatches(RankBatches):
                     raise
                 skipped.record(str(error))
 
-    def _batch(
-        self,
-        records: Iterator[TarRecord],
-        size: int,
-        flips: np.ndarray,
-        skipped: Skipped,
-        left_out: LeftOut,
-    ) -> Batch:
-        images: list[np.ndarray] = []
-        taken: list[TarRecord] = []
-        while len(taken) < size:
-            record, pixels = self._next_whole(records, skipped, left_out)
-            flip = self._random_flip and flips[len(taken)]
-            images.append(pixels[:, :, ::-1] if flip else pixels)
-            taken.append(record)
-        skipped.kept += size
+    def _batch_of(self, whole: list[tuple[TarRecord, np.ndarray]], flips: np.ndarray) -> Batch:
+        images = [
+            pixels[:, :, ::-1] if self._random_flip and flip else pixels
+            for (_, pixels), flip in zip(whole, flips, strict=True)
+        ]
         batch: Batch = {
             "image": from_bytes(torch.from_numpy(np.stack(images))),
-            "key": [record.image_key or record.name for record in taken],
-            "row": torch.full((size,), -1),
+            "key": [record.image_key or record.name for record, _ in whole],
+            "row": torch.full((len(whole),), -1),
         }
         if self._options.num_classes:
-            batch["label"] = torch.tensor([record.label for record in taken])
+            batch["label"] = torch.tensor([record.label for record, _ in whole])
         if self._options.captions:
-            batch["caption"] = [record.caption for record in taken]
+            batch["caption"] = [record.caption for record, _ in whole]
         return batch
 
     def _decode(self, record: TarRecord, left_out: LeftOut) -> np.ndarray:
@@ -549,6 +507,5 @@ class ForeignBatches(RankBatches):
             raise ValueError(f"{record.name}: record without a caption")
         image = open_image(record.image, record.name)
         if frames := further_frames(image):
-            note = left_out.at(record.name)
-            note(f"{record.name}: {counted(frames, 'further frame')}")
+            left_out.at(record.name)(f"{record.name}: {counted(frames, 'further frame')}")
         return self._framing.apply(image, record.name, self._framing)

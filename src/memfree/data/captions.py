@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from memfree.data.file_names import read_bytes
 from memfree.data.options import RecordOptions
-from memfree.data.tar_record import MAX_TEXT_BYTES, checked_text, chosen_caption, decode_text
+from memfree.data.tar_record import MAX_TEXT_BYTES, caption_of, chosen_caption, decode_text
 from memfree.folders.untrusted import MAX_JSON_BYTES, parse_json, short
 
-_TEXTS = (".txt", ".caption")
-_METADATA = ("metadata.jsonl", "metadata.csv")
 _COLUMNS = ("text", "caption")
 READ = "captions are read from NAME.txt, NAME.caption, metadata.jsonl or metadata.csv"
 
@@ -35,49 +31,46 @@ class FolderCaptions:
         images: its pictures.
         others: the other files in it.
         options: which captions are meant where there is a choice.
-        prefix: of these options on the command line.
         note: takes files that hold no caption of a picture.
         foreign: pictures that are not read, and named elsewhere.
 
     Attributes:
         present: whether any picture has a caption.
-
-    Raises:
-        ValueError: metadata cannot be read, or is in a format that is not.
+        lost: what is wrong with rows of metadata that belong to no picture.
     """
 
     def __init__(
         self,
         folder: Path,
         images: Sequence[Path],
-        others: Iterable[Path],
+        others: Sequence[Path],
         options: RecordOptions,
-        prefix: str,
         note: Callable[[str], None],
         foreign: Iterable[Path] = (),
     ) -> None:
         self._folder, self._source = folder, options.caption_source
-        self._prefix = prefix
         self._stems = Counter(image.with_suffix("") for image in images)
-        self._names = {image.relative_to(folder).as_posix() for image in images}
+        self._names = {self._name(image) for image in images}
         self._beside: defaultdict[Path, dict[str, list[Path]]] = defaultdict(dict)
         self._listed: dict[str, str | None] = {}
-        self._lost: list[str] = []
-        others = list(others)
-        known = {file.relative_to(folder).as_posix() for file in (*others, *foreign)}
+        self.lost: list[str] = []
+        known = {self._name(file) for file in (*others, *foreign)}
         for file in others:
-            name, kind = file.relative_to(folder).as_posix(), file.suffix.lower()
-            if self._is_meant(kind[1:]) and kind in _TEXTS and file.with_suffix("") in self._stems:
-                self._beside[file.with_suffix("")].setdefault(kind[1:], []).append(file)
-            elif self._is_meant("metadata") and file.name.lower() in _METADATA:
+            kind, name = file.suffix.lower()[1:], file.name.lower()
+            stem = file.with_suffix("")
+            if kind in ("txt", "caption") and self._is_meant(kind) and stem in self._stems:
+                self._beside[stem].setdefault(kind, []).append(file)
+            elif not name.startswith("metadata.") or not self._is_meant("metadata"):
+                note(self._name(file))
+            elif kind in ("jsonl", "csv"):
                 self._read_metadata(file, known, note)
-            elif self._is_meant("metadata") and file.name.lower() == "metadata.parquet":
+            elif kind == "parquet":
                 raise ValueError(
                     f"{short(file, 1000)} is not read: {READ}; convert it, or pass "
-                    f"{prefix}caption_source"
+                    "--records.caption_source"
                 )
             else:
-                note(name)
+                note(self._name(file))
         self.present = bool(self._beside or self._listed)
 
     def of(self, image: Path) -> str | None:
@@ -89,33 +82,31 @@ class FolderCaptions:
         """
         if not self.present:
             return None
-        name = image.relative_to(self._folder).as_posix()
-        shown = short(image, 1000)
-        beside = self._beside.get(image.with_suffix(""), {})
-        if beside and self._stems[image.with_suffix("")] > 1:
+        shown, stem = short(image, 1000), image.with_suffix("")
+        beside = self._beside.get(stem, {})
+        if beside and self._stems[stem] > 1:
             raise ValueError(
                 f"{shown} shares its caption with a picture of another format; pass "
-                f"{self._prefix}image_suffix to choose one"
+                "--records.image_suffix to choose one"
             )
         captions: dict[str, str] = {}
         for kind, files in beside.items():
             if len(files) > 1:
                 raise ValueError(f"{shown} has {' and '.join(file.name for file in files)}")
-            captions[kind] = read_text(files[0]).strip()
-        if self._listed.get(name) is not None:
-            captions["metadata"] = str(self._listed[name]).strip()
-        option = f"{self._prefix}caption_source"
-        caption = chosen_caption(shown, captions, self._source, option)
+            captions[kind] = _read_text(files[0]).strip()
+        listed = self._listed.get(self._name(image))
+        if listed is not None:
+            captions["metadata"] = listed.strip()
+        caption = chosen_caption(shown, captions, self._source, "--records.caption_source")
         if caption is None:
             raise FileNotFoundError(
-                f"{shown}: other images have a caption, {image.with_suffix('.txt').name} does not "
-                "exist and no metadata gives one"
+                f"{shown}: other images have a caption, {stem.name}.txt does not exist and no "
+                "metadata gives one"
             )
         return caption
 
-    def lost_rows(self) -> Iterator[str]:
-        """What is wrong with rows of metadata that belong to no picture."""
-        yield from self._lost
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self._folder).as_posix()
 
     def _is_meant(self, kind: str) -> bool:
         return self._source in ("any", kind)
@@ -123,54 +114,41 @@ class FolderCaptions:
     def _read_metadata(self, file: Path, others: set[str], note: Callable[[str], None]) -> None:
         shown = short(file, 1000)
         rows, columns = _rows(file)
-        if not rows:
-            note(f"{file.relative_to(self._folder).as_posix()}: no rows")
-            return
-        if "file_name" not in columns:
-            note(f"{file.relative_to(self._folder).as_posix()}: no column file_name")
+        if not rows or "file_name" not in columns:
+            note(f"{self._name(file)}: no {'column file_name' if rows else 'rows'}")
             return
         captions = [column for column in _COLUMNS if column in columns]
         if len(captions) > 1:
             raise ValueError(f"{shown} has columns text and caption; leave the one that is meant")
-        rest = sorted(columns - {"file_name", *captions})
-        if rest or not captions:
-            without = "" if captions else "no column text or caption; "
-            note(
-                f"{file.relative_to(self._folder).as_posix()}: {without}"
-                f"not read: {', '.join(rest) or 'file_name'}"
-            )
+        rest = ", ".join(sorted(columns - {"file_name", *captions}))
         if not captions:
+            note(f"{self._name(file)}: no column text or caption; not read: {rest or 'file_name'}")
             return
-        place = file.parent.relative_to(self._folder).as_posix()
+        if rest:
+            note(f"{self._name(file)}: not read: {rest}")
+        place = posixpath.dirname(self._name(file))
         for number, row in rows:
             name = posixpath.normpath(posixpath.join(place, str(row.get("file_name"))))
             if name in others:
                 continue  # named where other files are left out
+            where = f"{shown}, line {number}"
             if name not in self._names:
-                self._lost.append(
-                    f"{shown}, line {number}: there is no picture {short(name, 1000)}"
-                )
+                self.lost.append(f"{where}: there is no picture {short(name, 1000)}")
                 continue
-            caption = _caption(row.get(captions[0]), f"{shown}, line {number}")
-            if self._listed.get(name, caption) != caption:
-                raise ValueError(f"{shown}, line {number}: another caption of {short(name, 1000)}")
-            self._listed[name] = caption
+            caption = caption_of(row.get(captions[0]), f"{where}: its caption")
+            if self._listed.setdefault(name, caption) != caption:
+                raise ValueError(f"{where}: another caption of {short(name, 1000)}")
 
 
-def read_text(file: Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """The text of a file.
-
-    Raises:
-        ValueError: it is not a plain file, is too large, or in an unknown encoding.
-        OSError: it cannot be read.
-    """
+def _read_text(file: Path, limit: int = MAX_TEXT_BYTES) -> str:
     return decode_text(read_bytes(file, limit), short(file, 1000))
 
 
 def _rows(file: Path) -> tuple[list[tuple[int, dict[str, Any]]], set[str]]:
     """(line number, row) of a metadata file, and its columns."""
-    text, shown = read_text(file, MAX_JSON_BYTES), short(file, 1000)
+    text, shown = _read_text(file, MAX_JSON_BYTES), short(file, 1000)
     rows: list[tuple[int, dict[str, Any]]] = []
+    columns: set[str] = set()
     if file.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
@@ -184,8 +162,7 @@ def _rows(file: Path) -> tuple[list[tuple[int, dict[str, Any]]], set[str]]:
                 rows.append((reader.line_num, row))
         except csv.Error as error:
             raise ValueError(f"{shown}, line {reader.line_num}: {short(error)}") from error
-        return rows, set(reader.fieldnames or ())
-    columns: set[str] = set()
+        return rows, set(header)
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -194,16 +171,7 @@ def _rows(file: Path) -> tuple[list[tuple[int, dict[str, Any]]], set[str]]:
         except ValueError as error:
             raise ValueError(f"{shown}, line {number}: not valid JSON") from error
         if not isinstance(row, dict) or not isinstance(row.get("file_name", ""), str):
-            raise ValueError(f"{shown}, line {number}: no object with a file_name")
+            raise ValueError(f"{shown}, line {number}: not an object with a file_name")
         rows.append((number, row))
         columns |= row.keys()
     return rows, columns
-
-
-def _caption(value: Any, name: str) -> str | None:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    endless = isinstance(value, float) and math.isinf(value)
-    if isinstance(value, (bool, list, dict)) or endless:
-        raise ValueError(f"{name}: its caption is {short(json.dumps(value))}, not text")
-    return checked_text(str(value), f"{name}: its caption")

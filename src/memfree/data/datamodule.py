@@ -37,26 +37,36 @@ def epoch_order(
         batches: of an epoch on each rank.
         global_batch_size: records of a batch on all ranks, at most.
         ranks: number of processes.
-        workers: processes that read for each of them, where these deal the shards out among
-            themselves; None where batches do not depend on who reads.
+        workers: of each rank, where these deal the shards out among themselves; None where
+            batches do not depend on who reads.
     """
     readers = None if workers is None else {"ranks": ranks, "workers": max(workers, 1)}
     return {"batches": batches, "global_batch_size": global_batch_size, "readers": readers}
 
 
-def go_on(progress: dict[str, int], stopped: dict[str, Any], now: dict[str, Any]) -> None:
-    """Check that a run may go on from a checkpoint, and begin an epoch anew where one had ended.
+def check_resumable(progress: dict[str, int], stopped: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check that a run may resume from a checkpoint, and begin an epoch anew where one had ended.
 
     Args:
         progress: Lightning's counts of the batches of the present epoch, from the checkpoint.
             Where that stopped at the end of an epoch, they are set to those of an epoch with as
-            many batches as one has now: Lightning would go on behind the batches of the old one.
+            many batches as one has now: Lightning would resume behind the batches of the old one.
         stopped: ``epoch_order`` of the run that was stopped.
-        now: ``epoch_order`` of the run that goes on.
+        now: ``epoch_order`` of the run that resumes.
 
     Raises:
         ValueError: it was stopped within an epoch and other batches would follow.
     """
+
+    def readers(order: dict[str, Any]) -> str:
+        readers = order["readers"] or {"ranks": 1, "workers": 1}
+        ranks, workers = counted(readers["ranks"], "rank"), counted(readers["workers"], "worker")
+        return f"{ranks} with {workers} each"
+
+    def batches(order: dict[str, Any]) -> str:
+        batches = counted(order["batches"], "batch", "batches")
+        return f"{batches} of at most {counted(order['global_batch_size'], 'record')}"
+
     trained = progress["ready"]
     if trained >= stopped["batches"]:
         for name in progress:
@@ -64,36 +74,26 @@ def go_on(progress: dict[str, int], stopped: dict[str, Any], now: dict[str, Any]
         return
     if stopped["readers"] != now["readers"]:
         raise ValueError(
-            f"the checkpoint stopped within an epoch that {_readers(stopped)} read, now "
-            f"{_readers(now)} would: shards without a manifest go on with the same "
+            f"the checkpoint stopped within an epoch that {readers(stopped)} read, now "
+            f"{readers(now)} would: shards without a manifest resume with the same "
             "--trainer.devices and --data.num_workers only"
         )
     if stopped["batches"] != now["batches"]:
         raise ValueError(
-            f"the checkpoint stopped within an epoch of {_batches(stopped)}, now it would have "
-            f"{_batches(now)}; give the --data.batch_size and --trainer.devices of before, or "
+            f"the checkpoint stopped within an epoch of {batches(stopped)}, now it would have "
+            f"{batches(now)}; give the --data.batch_size and --trainer.devices of before, or "
             "others that make as many batches"
         )
-
-
-def _batches(order: dict[str, Any]) -> str:
-    batches = "1 batch" if order["batches"] == 1 else f"{order['batches']} batches"
-    return f"{batches} of at most {counted(order['global_batch_size'], 'record')}"
-
-
-def _readers(order: dict[str, Any]) -> str:
-    readers = order["readers"] or {"ranks": 1, "workers": 1}
-    return f"{counted(readers['ranks'], 'rank')} with {counted(readers['workers'], 'worker')} each"
 
 
 _NO_STREAM = StreamOptions()
 _NAMED = 3  # things skipped that are named; the others are counted
 _log = logging.getLogger(__name__)
-Taker = TypeVar("Taker", Skipped, LeftOut)
+Report = TypeVar("Report", Skipped, LeftOut)
 
 
 class ShardDataModule(LightningDataModule):
-    """Batches of the training part of a dataset folder, or of WebDataset shards of any origin.
+    """Batches of the training part of a dataset folder, or of third-party WebDataset shards.
 
     A batch is a dictionary: ``image`` (B, C, H, W) float32 in [-1, 1]; ``key``, a list of image
     keys; ``row`` (B,) int64, rows of the dataset's items (-1 for foreign shards); ``label`` (B,)
@@ -114,11 +114,11 @@ class ShardDataModule(LightningDataModule):
         batch_size: records a batch on each rank, at most; batches of an epoch are nearly equal.
         seed: of the order.
         num_workers: processes that decode; 0 decodes in the training process.
-        cache_bytes: keep decoded images in memory if all of them take at most so many bytes
+        cache_bytes: keep decoded images in memory if all of them take at most this many bytes
             (without workers only).
         random_flip: mirror each record with probability 1/2.
         on_error: stop at a broken record or shard, or skip and count it; the first few are named,
-            and how many there were is said after training.
+            and the number is reported after training.
         verify: compare the SHA-256 of every shard at the start, not only its size.
         stream: how shards without a manifest are read.
 
@@ -149,6 +149,7 @@ class ShardDataModule(LightningDataModule):
         self.skipped = Skipped()
         self.left_out = LeftOut()
         self._folder: DatasetFolder | None = None
+        self._loader: EpochLoader | None = None
 
     @property
     def folder(self) -> DatasetFolder | None:
@@ -171,12 +172,7 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of all images.
-
-        Raises:
-            ValueError: an option of foreign shards is missing.
-            FileNotFoundError: some of them are.
-        """
+        """(C, H, W) of all images."""
         if self.folder is not None:
             return self.folder.image_shape
         stream = self.dataset()
@@ -214,33 +210,26 @@ class ShardDataModule(LightningDataModule):
 
     def dataset(self, rank: int = 0, world_size: int = 1) -> EpochBatches | ForeignBatches:
         """The batches of one rank."""
-        folder = self.folder
-        if folder is None:
-            return ForeignBatches(
-                self.path,
-                self.stream,
-                self.batch_size,
-                self.seed,
-                rank,
-                world_size,
-                self.random_flip,
-                self.on_error,
-            )
-        return EpochBatches(
-            folder,
-            self.batch_size,
-            self.seed,
-            rank,
-            world_size,
-            cache_bytes=self.cache_bytes if self.num_workers == 0 else 0,
-            random_flip=self.random_flip,
-            on_error=self.on_error,
-        )
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "rank": rank,
+            "world_size": world_size,
+            "random_flip": self.random_flip,
+            "on_error": self.on_error,
+        }
+        if self.folder is None:
+            return ForeignBatches(self.path, self.stream, **options)
+        cache_bytes = self.cache_bytes if self.num_workers == 0 else 0
+        return EpochBatches(self.folder, cache_bytes=cache_bytes, **options)
+
+    def _place(self) -> tuple[int, int]:
+        """(rank, number of processes)."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def train_dataloader(self) -> EpochLoader:
         """Batches of this rank, one epoch an iteration."""
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        rank, world_size = self._place()
         dataset = self.dataset(rank, world_size)
         if isinstance(dataset, ForeignBatches):
             self.skipped.shards |= dataset.missing.shards
@@ -248,7 +237,8 @@ class ShardDataModule(LightningDataModule):
             if dataset.missing and rank == 0:
                 count = counted(len(dataset.missing.shards), "shard")
                 _log.warning("skipped %s; first: %s", count, dataset.missing.messages[0])
-        return EpochLoader(dataset, self.num_workers, self._position, self.count)
+        self._loader = EpochLoader(dataset, self.num_workers, self._position, self.count)
+        return self._loader
 
     def val_dataloader(self) -> PartLoader | list[PartLoader]:
         """Batches of this rank of the test part; in training an empty list where there is none.
@@ -257,17 +247,15 @@ class ShardDataModule(LightningDataModule):
             ValueError: ``trainer.validate`` of data without a test part, or of a part with fewer
                 images than ranks.
         """
-        trainer = self.trainer
         folder = self.folder
         if folder is None or not len(folder.part_records("test")):
-            if trainer is None or trainer.state.fn == TrainerFn.VALIDATING:
+            if self.trainer is None or self.trainer.state.fn == TrainerFn.VALIDATING:
                 raise ValueError(
                     f"{self.path} has no test part to validate on: give a dataset folder prepared "
                     "with --parts.test"
                 )
             return []
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        return PartLoader(folder.part("test"), self.batch_size, rank, world_size, self.on_error)
+        return PartLoader(folder.part("test"), self.batch_size, *self._place(), self.on_error)
 
     def count(self, batch: Batch) -> None:
         """Count what was left out for a batch, and name it if it is among the first."""
@@ -280,48 +268,47 @@ class ShardDataModule(LightningDataModule):
             _log.warning("what else is broken is counted, not named")
 
     def skipped_on_all_ranks(self) -> Skipped:
-        """What all ranks together left out; all of them must ask."""
+        """What all ranks together left out; a collective call."""
         return self.skipped if self.on_error == "stop" else self._gathered(self.skipped)
 
     def left_out_on_all_ranks(self) -> LeftOut:
-        """What all ranks together met and did not use; all of them must ask."""
+        """What all ranks together met and did not use; a collective call."""
         return self._gathered(self.left_out) if self.folder is None else self.left_out
 
     @staticmethod
-    def _gathered(mine: Taker) -> Taker:
-        """The sum of what all ranks took."""
+    def _gathered(report: Report) -> Report:
+        """The sum of the reports of all ranks."""
         if not (distributed.is_available() and distributed.is_initialized()):
-            return mine
+            return report
         gathered: list[Any] = [None] * distributed.get_world_size()
-        distributed.all_gather_object(gathered, mine)
-        total = type(mine)()
+        distributed.all_gather_object(gathered, report)
+        total = type(report)()
         for part in gathered:
             total.add(part)
         return total
 
     def teardown(self, stage: str) -> None:
-        """Say how much was left out in training."""
-        if stage == "fit":
-            total = self.skipped_on_all_ranks()
-            other = self.left_out_on_all_ranks()
-            if self.trainer is None or self.trainer.is_global_zero:
-                for text in filter(None, (total.text(), other.text())):
-                    _log.warning("%s", text)
+        """End the workers, and say how much was left out in training."""
+        if stage != "fit":
+            return
+        if self._loader is not None:
+            self._loader.close()
+        total, other = self.skipped_on_all_ranks(), self.left_out_on_all_ranks()
+        if self.trainer is None or self.trainer.is_global_zero:
+            for text in filter(None, (total.text(), other.text())):
+                _log.warning("%s", text)
 
     def batches(self, world_size: int) -> int:
         """Batches of an epoch on each rank."""
-        return batches_per_epoch(self._records(), self.batch_size, world_size)
+        folder = self.folder
+        records = len(folder.part_records("train")) if folder else self.stream.epoch_records
+        return batches_per_epoch(records, self.batch_size, world_size)
 
     def _order(self) -> dict[str, Any]:
-        world_size = self.trainer.world_size if self.trainer else 1
-        dealt_out = self.num_workers if self.folder is None else None
+        _, world_size = self._place()
+        workers = self.num_workers if self.folder is None else None
         batches = self.batches(world_size)
-        return epoch_order(batches, self.batch_size * world_size, world_size, dealt_out)
-
-    def _records(self) -> int:
-        if self.folder is None:
-            return self.stream.epoch_records
-        return len(self.folder.part_records("train"))
+        return epoch_order(batches, self.batch_size * world_size, world_size, workers)
 
     def state_dict(self) -> dict[str, Any]:
         """What must be the same for a run that resumes; Lightning itself keeps the position."""
@@ -332,7 +319,7 @@ class ShardDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a stopped run.
+        """Resume a stopped run.
 
         Raises:
             ValueError: it was trained on another dataset, or it was stopped within an epoch whose
@@ -352,7 +339,7 @@ class ShardDataModule(LightningDataModule):
             # Lightning takes its loops from the same checkpoint, after this.
             loops = trainer._checkpoint_connector._loaded_checkpoint["loops"]["fit_loop"]
             progress = loops["epoch_loop.batch_progress"]["current"]
-            go_on(progress, state_dict["order"], self._order())
+            check_resumable(progress, state_dict["order"], self._order())
 
     def _position(self) -> tuple[int, int]:
         """(epoch, batches of it that were trained on), from the trainer."""

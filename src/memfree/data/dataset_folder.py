@@ -1,4 +1,4 @@
-"""Dataset folder: its manifest, tables and fingerprint."""
+"""Dataset folder: its manifest, tables and fingerprint, and the reader of its records."""
 
 from __future__ import annotations
 
@@ -6,54 +6,49 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from memfree.console import counted
 from memfree.data.skipped import Skipped
 from memfree.data.split import PARTS, PartName
 from memfree.folders.manifest import read_manifest, sha256
 from memfree.folders.untrusted import read_table, short
-from memfree.images import MAX_PIXELS, from_bytes
+from memfree.images import MAX_IMAGE_BYTES, MAX_PIXELS, decode_record, from_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from torch import Tensor
 
-    from memfree.data.record_reader import RecordReader
     from memfree.data.sources import SourceImage
 
 
 def dataset_hash(
     shards: dict[str, str], keys: list[str], groups: list[str], copies: list[int]
 ) -> str:
-    """SHA-256 over the shards' hashes and the items.
-
-    Args:
-        shards: SHA-256 of each shard by its name.
-        keys: of the items.
-        groups: of the items.
-        copies: of the items.
-    """
+    """SHA-256 over the items and the shards' hashes by name."""
     value = [sorted(shards.items()), keys, groups, copies]
     return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()
 
 
 class SourceHash:
-    """SHA-256 over all that a dataset takes from its source: pictures, keys, classes, captions.
+    """SHA-256 over all images of a source in order: pictures, keys, classes, captions.
 
-    Feed it every image in the order of the source. Files that are packed or dated otherwise give
-    the same hash, if the images in them are the same.
+    Files that are packed or dated otherwise give the same hash, if their images are the same.
     """
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
     def add(self, image: SourceImage) -> None:
-        """Take the next image, undecoded."""
+        """Add the next image, undecoded."""
         data = image.pixels
         shape = None if isinstance(data, bytes) else list(data.shape)
         content = hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
@@ -74,34 +69,34 @@ def files_hash(files: Sequence[Path]) -> str:
     """
     value: list[list[str | int]] = []
     for file in files:
+        value.append([os.fspath(file)])
         try:
-            found = os.stat(file)
+            stat = os.stat(file)
         except OSError:
-            value.append([os.fspath(file)])
             continue
-        times = [found.st_mtime_ns, found.st_ctime_ns]
-        value.append([os.fspath(file), found.st_size, found.st_ino, *times])
+        value[-1] += [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 _SIZES = range(1 << 62)  # of shards and their members, bytes
 _MAX_CLASSES = 1 << 24  # more than the classes of any source, one for each of their copies too
 _BLOCK = 1024  # images decoded at a time
+_OPEN_SHARDS = 64
 _log = logging.getLogger(__name__)
 
 
 class DatasetFolder:
-    """Opens a dataset folder that ``memfree prepare`` finished.
+    """A dataset folder of ``memfree prepare``.
 
     Args:
         path: the folder.
         verify: read every shard and compare its SHA-256, instead of comparing sizes only.
-        on_error: stop at a missing or damaged shard, or say so and go on without it.
+        on_error: stop at a missing or damaged shard, or warn and continue without it.
 
     Attributes:
         path: the folder.
         manifest: its ``manifest.json``.
-        hash: SHA-256 over the shards' hashes and the items: the identity of the dataset.
+        hash: identity of the dataset, see :func:`dataset_hash`.
         image_shape: (C, H, W) of all images.
         num_classes: number of labels, None without labels.
         items: table ``image_key, group, copies, part``; its row numbers are the ``row`` of
@@ -123,76 +118,63 @@ class DatasetFolder:
             self.image_shape = _shape(self.manifest["image_shape"])
             self.num_classes = _classes(self.manifest["num_classes"])
             self.hash: str = self.manifest["hash"]
-            shards = {name: (v["bytes"], v["sha256"]) for name, v in self._shards().items()}
+            self._shards = {
+                name: (shard["bytes"], shard["sha256"])
+                for name, shard in self.manifest["shards"].items()
+            }
             self._count = sum(part["records"] for part in self.manifest["parts"].values())
         except KeyError as error:
-            raise ValueError(
-                f"{self.path}/manifest.json lacks {error}; prepare it again"
-            ) from error
+            raise self._error("manifest.json", f"lacks {error}") from error
         except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{self.path}/manifest.json is damaged ({short(error)}); prepare it again"
-            ) from error
+            raise self._error("manifest.json", f"is damaged ({short(error)})") from error
         self.items = self._table("items.parquet", ITEMS_SCHEMA)
         skipped = Skipped()
-        for name, problem in self._problems(shards, verify):
+        for name, problem in self._problems(verify):
             if on_error == "stop":
                 raise ValueError(f"{problem}; prepare the dataset again")
             skipped.shard(name, problem)
         if skipped:
             _log.warning("%s; first: %s", skipped.text(), skipped.messages[0])
         columns = (self.items[name].to_pylist() for name in ("image_key", "group", "copies"))
-        if dataset_hash({name: digest for name, (_, digest) in shards.items()}, *columns) != (
-            self.hash
-        ):
+        digests = {name: digest for name, (_, digest) in self._shards.items()}
+        if dataset_hash(digests, *columns) != self.hash:
             raise ValueError(
                 f"{self.path} was changed after it was prepared: items and shards do not have the "
                 "hash of its manifest; prepare it again"
             )
 
-    def _shards(self) -> dict[str, dict[str, Any]]:
-        return self.manifest["shards"]
+    def _error(self, file: str, problem: str) -> ValueError:
+        return ValueError(f"{self.path}/{file} {problem}; prepare the dataset again")
 
     def _table(self, name: str, schema: pa.Schema) -> pa.Table:
-        path = self.path / name
         try:
-            return read_table(path, schema, nullable=("label", "caption"))
+            return read_table(self.path / name, schema, nullable=("label", "caption"))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}; prepare the dataset again") from error
         except ValueError as error:
-            raise ValueError(f"{path} is damaged; prepare the dataset again: {error}") from error
+            raise self._error(name, f"is damaged ({error})") from error
 
-    def _check(self, name: str, table: pa.Table, sound: dict[str, range]) -> None:
+    def _check(self, name: str, table: pa.Table, ranges: dict[str, range]) -> None:
         """Refuse a table with a number out of its range, or labels that are no classes."""
         import pyarrow.compute as pc
 
-        ranges = {**sound, "label": range(self.num_classes or 0)}
-        for column in ranges.keys() & set(table.column_names):
-            found = pc.min_max(table[column]).as_py()
-            low, high = found["min"], found["max"]
-            if low is not None and (low not in ranges[column] or high not in ranges[column]):
-                raise ValueError(
-                    f"{self.path}/{name} does not belong to its manifest: {column} of "
-                    f"{low} to {high}; prepare the dataset again"
-                )
+        for column, allowed in {**ranges, "label": range(self.num_classes or 0)}.items():
+            low, high = pc.min_max(table[column]).as_py().values()
+            if low is not None and (low not in allowed or high not in allowed):
+                problem = f"does not belong to its manifest: {column} of {low} to {high}"
+                raise self._error(name, problem)
 
-    def _problems(
-        self, shards: dict[str, tuple[int, str]], verify: bool
-    ) -> Iterator[tuple[str, str]]:
+    def _problems(self, verify: bool) -> Iterator[tuple[str, str]]:
         """(shard, what is wrong with it)."""
-        for name, (size, digest) in shards.items():
+        for name, (size, digest) in self._shards.items():
             path = self.path / name
             if Path(name).name != name or name in ("", "..") or not name.isprintable():
-                raise ValueError(f"{self.path}/manifest.json: {short(repr(name))} is no shard name")
+                raise self._error("manifest.json", f"names {short(repr(name))}, not a shard")
             if not path.is_file():
                 yield name, f"shard {path} is missing"
-                continue
-            found = path.stat().st_size
-            if found != size:
-                yield (
-                    name,
-                    f"shard {path} has {counted(found, 'byte')}, its manifest says {short(size)}",
-                )
+            elif (actual := path.stat().st_size) != size:
+                stated = f"its manifest says {short(size)}"
+                yield name, f"shard {path} has {counted(actual, 'byte')}, {stated}"
             elif verify and sha256(path) != digest:
                 yield name, f"shard {path} does not have the SHA-256 of its manifest"
 
@@ -207,19 +189,17 @@ class DatasetFolder:
         names, rows = pc.unique(table["shard"]).to_pylist(), pc.unique(table["row"])
         trained = table.filter(pc.field("part") == "train")  # held-out images may have no label
         if (
-            not self._shards().keys() >= set(names)  # a name from a file opens no other file
+            not self._shards.keys() >= set(names)  # a name from a file opens no other file
             or len(table) != self._count
             or len(rows) != len(self.items)  # every image has a record
             or (self.num_classes is not None and trained["label"].null_count)
         ):
-            raise ValueError(f"{self.path}/records.parquet does not belong to its manifest")
+            raise self._error("records.parquet", "does not belong to its manifest")
         ranges = {"row": range(len(self.items)), "offset": _SIZES, "size": _SIZES}
         self._check("records.parquet", table, ranges)
         if not pc.all(pc.equal(table["part"], self.items["part"].take(table["row"]))).as_py():
-            raise ValueError(
-                f"{self.path}/records.parquet is damaged: a record is of another part than its "
-                "image; prepare the dataset again"
-            )
+            problem = "is damaged: a record is of another part than its image"
+            raise self._error("records.parquet", problem)
         return table
 
     @cached_property
@@ -232,7 +212,7 @@ class DatasetFolder:
         table = self._table("conditions.parquet", CONDITIONS_SCHEMA)
         self._check("conditions.parquet", table, {"count": range(1, self._count + 1)})
         if pc.any(pc.invert(pc.is_in(table["image_key"], self.items["image_key"]))).as_py():
-            raise ValueError(f"{self.path}/conditions.parquet names an image that is no item")
+            raise self._error("conditions.parquet", "names an image that is not an item")
         return table
 
     def part_records(self, part: PartName) -> pa.Table:
@@ -250,25 +230,20 @@ class DatasetFolder:
         import pyarrow.compute as pc
         import torch
 
-        from memfree.data.record_reader import RecordReader
-
         if name not in PARTS:
-            raise ValueError(f"{name!r} is no part of a dataset; use one of {', '.join(PARTS)}")
+            raise ValueError(f"{name!r} is not a part of a dataset; use one of {', '.join(PARTS)}")
         rows = pc.indices_nonzero(pc.equal(self.items["part"], name)).to_numpy().astype("int64")
         if len(rows) == 0:
             raise ValueError(
                 f"{self.path} has no {name} images; prepare it again with --parts.{name}"
             )
         records = self.part_records(name)
-        first: dict[int, int] = {}
-        for position, row in enumerate(records["row"].to_pylist()):
-            first.setdefault(row, position)
-        firsts = records.take([first[row] for row in rows.tolist()])
-        items = self.items.take(rows)
-        labels = firsts["label"]
+        present, first = np.unique(records["row"].to_numpy(), return_index=True)
+        assert np.array_equal(present, rows)  # every image has a record
+        firsts, items = records.take(first), self.items.take(rows)
+        labels, captions = firsts["label"], firsts["caption"]
         # Held-out images have none where training labels say nothing of the image.
         labelled = self.num_classes is not None and labels.null_count == 0
-        captions = firsts["caption"]
         return DatasetPart(
             name=name,
             keys=items["image_key"].to_pylist(),
@@ -324,6 +299,113 @@ class DatasetPart:
         """The images in order, (batch_size, C, H, W) float32 in [-1, 1]; the last may be fewer."""
         for start in range(0, len(self), batch_size):
             yield from_bytes(self.reader.read(range(start, min(start + batch_size, len(self)))))
+
+
+class RecordReader:
+    """Images of a dataset folder in any order and in any process, checked and decoded.
+
+    Args:
+        folder: where the shards are.
+        records: index rows, with ``shard, offset, size, crc32, row``.
+        image_shape: (C, H, W) that every image must have.
+        cache_bytes: keep decoded images, one for all exact copies of it, if all of them take at
+            most this much memory.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        records: pa.Table,
+        image_shape: tuple[int, int, int],
+        cache_bytes: int = 0,
+    ) -> None:
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._process = os.getpid()
+        self._folder = folder
+        self.image_shape = image_shape
+        self._names: list[str] = records["shard"].unique().to_pylist()
+        number = {name: position for position, name in enumerate(self._names)}
+        self._shard = np.array([number[name] for name in records["shard"].to_pylist()], np.int64)
+        self._offset, self._size, self._crc32, row = (
+            records[name].to_numpy() for name in ("offset", "size", "crc32", "row")
+        )
+        distinct, self._slot = np.unique(row, return_inverse=True)
+        self._cached: np.ndarray | None = None
+        if 0 < len(distinct) * int(np.prod(image_shape)) <= cache_bytes:
+            self._cached = np.empty((len(distinct), *image_shape), np.uint8)
+            self._filled = np.zeros(len(distinct), bool)
+
+    def __len__(self) -> int:
+        return len(self._slot)
+
+    def read(
+        self, numbers: Iterable[int], broken: Callable[[int, str], None] | None = None
+    ) -> Tensor:
+        """Images of these records, (n, C, H, W) uint8.
+
+        Args:
+            numbers: positions in the index.
+            broken: called with the position and a message for a record that cannot be read, which
+                is then left out, instead of raising it.
+
+        Raises:
+            ValueError: a record's bytes are not those that were written, or it does not decode.
+            OSError: a shard cannot be read.
+        """
+        import torch
+
+        images = []
+        for number in numbers:
+            try:
+                images.append(self._image(number))
+            except (ValueError, OSError) as error:
+                if broken is None:
+                    raise
+                broken(number, str(error))
+        if not images:
+            return torch.empty((0, *self.image_shape), dtype=torch.uint8)
+        return torch.from_numpy(np.stack(images))
+
+    def _image(self, number: int) -> np.ndarray:
+        """(C, H, W) uint8."""
+        if self._cached is None:
+            return self._decode(number)
+        slot = self._slot[number]
+        if not self._filled[slot]:
+            self._cached[slot] = self._decode(number)
+            self._filled[slot] = True
+        image: np.ndarray = self._cached[slot]
+        return image
+
+    def _decode(self, number: int) -> np.ndarray:
+        shard, offset, size = (int(of[number]) for of in (self._shard, self._offset, self._size))
+        name = f"{self._folder / self._names[shard]}, record {number}"
+        if not 0 < size <= MAX_IMAGE_BYTES:
+            raise ValueError(f"{name}: {size} bytes is not an image; prepare the dataset again")
+        data = os.pread(self._file(shard), size, offset)
+        if zlib.crc32(data) != self._crc32[number]:
+            raise ValueError(f"{name}: damaged, its checksum differs; prepare the dataset again")
+        return decode_record(data, name, self.image_shape)
+
+    def _file(self, shard: int) -> int:
+        """An open file of this process; the one not used for longest is closed first."""
+        if self._process != os.getpid():  # the parent's descriptors are shared with it: reopen
+            self._files, self._process = OrderedDict(), os.getpid()
+        if shard not in self._files:
+            if len(self._files) >= _OPEN_SHARDS:
+                os.close(self._files.popitem(last=False)[1])
+            path = self._folder / self._names[shard]
+            try:
+                self._files[shard] = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise OSError(f"shard {path} cannot be read: {error.strerror}") from error
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def __del__(self) -> None:
+        if self._process == os.getpid():
+            for file in self._files.values():
+                os.close(file)
 
 
 def _shape(value: Any) -> tuple[int, int, int]:

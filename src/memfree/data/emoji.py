@@ -13,7 +13,7 @@ import numpy as np
 from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image
 
-from memfree.data.skipped import LeftOut, Skipped
+from memfree.data.skipped import LeftOut, Skipped, skipping
 from memfree.data.sources import SHARES, SourceImage
 from memfree.images import open_image, to_array
 
@@ -80,7 +80,7 @@ _PATTERNS = {family: re.compile(pattern) for family, pattern in FAMILIES.items()
 
 def family_of(name: str) -> str | None:
     """The family of an emoji with this Unicode name in lower case, None if it stands alone."""
-    return next((family for family, one in _PATTERNS.items() if one.fullmatch(name)), None)
+    return next((family for family, names in _PATTERNS.items() if names.fullmatch(name)), None)
 
 
 FONT_NAME = "NotoColorEmoji.ttf"
@@ -115,13 +115,6 @@ class Emoji:
         font: the font's file; None looks for Noto Color Emoji in the usual font folders.
         variants: also the sequences of an emoji with a skin tone, a gender sign or both, captioned
             "runner, dark skin tone, female", in the group of that emoji.
-
-    Attributes:
-        font: the file that is read.
-
-    Raises:
-        FileNotFoundError: there is no such font.
-        ValueError: it is damaged, or has no colour bitmaps or none with a name.
     """
 
     class_names: list[str] | None = None
@@ -165,16 +158,11 @@ class Emoji:
             name = "-".join([key, *(f"{code:x}" for code in codes[1:])])
             base = unicodedata.name(chr(codes[0])).lower()
             words = [base, *(_MODIFIERS[code] for code in codes[1:])]
-            try:
-                pixels = _on_white(_png(self._bitmaps[glyph], name), name)
-            except ValueError as error:
-                if skipped is None:
-                    raise
-                skipped.record(str(error))
-                continue
             group = key if self._variants else None
             caption, family = ", ".join(words), family_of(base)
-            yield SourceImage(name, pixels, caption=caption, group=group, family=family)
+            with skipping(skipped, ValueError):
+                pixels = _on_white(_png(self._bitmaps[glyph], name), name)
+                yield SourceImage(name, pixels, caption=caption, group=group, family=family)
 
 
 def _sizes(count: int, variants: bool) -> tuple[float, float, float, float]:
@@ -196,20 +184,20 @@ def _find(font: Path | None) -> Path:
             raise FileNotFoundError(f"--path: no font at {font}; {_INSTALL}")
         return font
     for folder in _FOLDERS:
-        for found in sorted(Path(folder).expanduser().rglob(FONT_NAME)):
-            return found
+        for file in sorted(Path(folder).expanduser().rglob(FONT_NAME)):
+            return file
     raise FileNotFoundError(f"--source emoji: no {FONT_NAME} in {', '.join(_FOLDERS)}; {_INSTALL}")
 
 
 def _is_emoji(code: int) -> bool:
-    """Whether a code point is a picture by itself and has a name, not a part of sequences."""
+    """Whether a code point is a picture on its own and has a name, not a part of sequences."""
     if code < 0x80 or code in _REGIONAL or not unicodedata.name(chr(code), ""):
         return False
     return unicodedata.category(chr(code)) not in ("Me", "Sk")  # keycap, skin tones
 
 
 def _largest_strike(table: TTFont) -> Mapping[str, Any]:
-    """Bitmap of each glyph at the largest size that the font has; empty without colour bitmaps."""
+    """Bitmap of each glyph at the font's largest size; empty without colour bitmaps."""
     if "CBDT" not in table or "CBLC" not in table:
         return {}
     sizes = [strike.bitmapSizeTable.ppemY for strike in table["CBLC"].strikes]
@@ -225,9 +213,9 @@ def _sequences(
     Fonts also carry the sequences backwards, for text that runs to the left; they begin with a
     modifier and are passed over.
     """
-    found: dict[int, list[tuple[tuple[int, ...], str]]] = {}
+    sequences: dict[int, list[tuple[tuple[int, ...], str]]] = {}
     if "GSUB" not in table or table["GSUB"].table.LookupList is None:
-        return found
+        return sequences
     code_of = {glyph: code for code, glyph in codes.items()}
     for lookup in table["GSUB"].table.LookupList.Lookup:
         for subtable in lookup.SubTable:
@@ -240,8 +228,8 @@ def _sequences(
                     after = [code_of.get(glyph) for glyph in ligature.Component]
                     modifiers = tuple(code for code in after if code in _MODIFIERS)
                     if modifiers and all(code in _MODIFIERS or code == _JOINER for code in after):
-                        found.setdefault(base, []).append((modifiers, ligature.LigGlyph))
-    return {base: sorted(variants) for base, variants in found.items()}
+                        sequences.setdefault(base, []).append((modifiers, ligature.LigGlyph))
+    return {base: sorted(variants) for base, variants in sequences.items()}
 
 
 def _png(bitmap: Any, name: str) -> bytes:
@@ -249,7 +237,7 @@ def _png(bitmap: Any, name: str) -> bytes:
     try:
         data = bitmap.imageData
     except (AttributeError, *_DAMAGE) as error:
-        raise ValueError(f"{name}: its bitmap in the font is no PNG, or damaged") from error
+        raise ValueError(f"{name}: its bitmap in the font is not a PNG, or damaged") from error
     return bytes(data)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from memfree.console import counted
 from memfree.data.dataset_folder import SourceHash
 from memfree.data.emoji import Emoji
 from memfree.data.options import Filter, RecordOptions, Resize, SourceName
-from memfree.data.skipped import Skipped
+from memfree.data.skipped import Skipped, skipping
 from memfree.data.sources import Cifar10, Digits, ImageFolder, Shards, Source, SourceImage
 from memfree.images import (
     channels_of,
@@ -26,12 +26,6 @@ from memfree.images import (
 )
 
 _DEFAULT_OPTIONS = RecordOptions()
-_FILTERS = {
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 @dataclass(frozen=True)
@@ -55,30 +49,22 @@ class Framing:
 
     def fixed_by(self, image: Image.Image, name: str) -> Framing:
         """This framing with everything unset taken from the first image."""
-        height, width, channels = self.height, self.width, self.channels
-        if height is None or width is None:
+        width, height = self.width, self.height
+        if width is None or height is None:
             width, height = upright(image).size
-        if channels is None:
-            channels = channels_of(image, name)
-        return Framing(height, width, channels, self.resize, self.filter)
+        channels = self.channels or channels_of(image, name)
+        return replace(self, height=height, width=width, channels=channels)
 
     def apply(self, image: Image.Image, name: str, requested: Framing) -> np.ndarray:
-        """Pixels (C, H, W) uint8 of one image.
+        """Pixels (C, H, W) uint8 of one image, which is ``name`` in errors.
 
-        Args:
-            image: any decoded image.
-            name: what to call it in an error.
-            requested: the framing as the user gave it, which says what may be converted.
-
-        Raises:
-            ValueError: size or channel count differ from the first image's, and the user did not
-                ask for a conversion.
+        ``requested`` is the framing as the user gave it: what it leaves unset is not converted.
         """
         assert self.height is not None and self.width is not None and self.channels is not None
-        found = channels_of(image, name)
-        if requested.channels is None and found != self.channels:
+        channels = channels_of(image, name)
+        if requested.channels is None and channels != self.channels:
             raise ValueError(
-                f"{name}: {counted(found, 'channel')}, but the first image has {self.channels}; "
+                f"{name}: {counted(channels, 'channel')}, but the first image has {self.channels}; "
                 f"convert all with --channels {self.channels}"
             )
         image = with_channels(upright(image), self.channels)
@@ -89,23 +75,21 @@ class Framing:
                 f"{name}: {image.width} x {image.height} pixels, but the first image has "
                 f"{self.width} x {self.height}; bring all to one size with --image_size"
             )
-        return to_array(self._scaled(image))
+        return to_array(self._scaled(image, self.width, self.height))
 
-    def _scaled(self, image: Image.Image) -> Image.Image:
-        assert self.height is not None and self.width is not None
-        kernel = _FILTERS[self.filter]
-        size = (self.width, self.height)
+    def _scaled(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        kernel = Image.Resampling[self.filter.upper()]
         if self.resize == "squash":
-            return image.resize(size, kernel)
-        ratios = (self.width / image.width, self.height / image.height)
+            return image.resize((width, height), kernel)
+        ratios = (width / image.width, height / image.height)
         scale = max(ratios) if self.resize == "crop" else min(ratios)
         scaled = image.resize(
             (max(round(image.width * scale), 1), max(round(image.height * scale), 1)), kernel
         )
-        left, top = (self.width - scaled.width) // 2, (self.height - scaled.height) // 2
+        left, top = (width - scaled.width) // 2, (height - scaled.height) // 2
         if self.resize == "crop":
-            return scaled.crop((-left, -top, self.width - left, self.height - top))
-        padded = Image.new(image.mode, size, 0)
+            return scaled.crop((-left, -top, width - left, height - top))
+        padded = Image.new(image.mode, (width, height), 0)
         padded.paste(scaled, (left, top))
         return padded
 
@@ -160,7 +144,7 @@ def ingest(
     with open(file, "xb") as out:
         for item in source.images(skipped):
             digest.add(item)
-            try:
+            with skipping(skipped, ValueError):
                 if isinstance(item.pixels, bytes):
                     image = open_image(item.pixels, item.name)
                 else:
@@ -171,20 +155,16 @@ def ingest(
                 if fixed is None:
                     fixed = framing.fixed_by(image, item.name)
                 array = fixed.apply(image, item.name, framing)
-            except ValueError as error:
-                if skipped is None:
-                    raise
-                skipped.record(str(error))
-                continue
-            if frames := further_frames(image):
-                source.left_out.at(item.name)(f"{item.name}: {counted(frames, 'further frame')}")
-            out.write(array.tobytes())
-            shape = array.shape
-            item.pixels = b""
-            item.name = _unused(item.name, names)
-            items.append(item)
-            if progress is not None:
-                progress(item.name)
+                if frames := further_frames(image):
+                    note = source.left_out.at(item.name)
+                    note(f"{item.name}: {counted(frames, 'further frame')}")
+                out.write(array.tobytes())
+                shape = array.shape
+                item.pixels = b""
+                item.name = _unused(item.name, names)
+                items.append(item)
+                if progress is not None:
+                    progress(item.name)
     if skipped is not None:
         skipped.kept += len(items)
     if not items:
@@ -215,10 +195,17 @@ def _unused(name: str, names: set[str]) -> str:
 def _same_conditions(item: SourceImage, first: SourceImage) -> None:
     """Refuse a mixture of images with and without labels or captions."""
     for what in ("label", "caption"):
-        has, expected = (getattr(one, what) is not None for one in (item, first))
+        has, expected = (getattr(image, what) is not None for image in (item, first))
         if has != expected:
-            found, wanted = ("has a", "has none") if has else ("has no", "has one")
-            raise ValueError(f"{item.name} {found} {what}, but {first.name} {wanted}")
+            actual, wanted = ("has a", "has none") if has else ("has no", "has one")
+            raise ValueError(f"{item.name} {actual} {what}, but {first.name} {wanted}")
+
+
+_MEANT = {
+    "folder": ("image_suffix", "caption_source"),
+    "shards": ("key_ends", "image_suffix", "caption_source"),
+}
+"""Options of records by source."""
 
 
 def open_source(
@@ -241,12 +228,21 @@ def open_source(
             bitmaps.
         OSError: there is nothing at ``path``.
     """
-    if emoji_variants and source != "emoji":
-        raise ValueError(f"--emoji_variants has no meaning with --source {source}")
-    _check_options(source, records)
+    caption_source = records.caption_source
+    for option, is_meant in {
+        "--emoji_variants": source == "emoji" or not emoji_variants,
+        **{
+            f"--records.{option.name}": option.name in _MEANT.get(source, ())
+            or getattr(records, option.name) == option.default
+            for option in fields(RecordOptions)
+        },
+        f"--records.caption_source {caption_source}": (source, caption_source)
+        not in (("folder", "json"), ("shards", "metadata")),
+        "--path": source != "digits" or path is None,
+    }.items():
+        if not is_meant:
+            raise ValueError(f"{option} has no meaning with --source {source}")
     if source == "digits":
-        if path is not None:
-            raise ValueError("--path has no meaning with --source digits")
         return Digits()
     if source == "cifar10":
         return Cifar10(Path(path or "data/downloads"))
@@ -254,19 +250,4 @@ def open_source(
         return Emoji(Path(path) if path is not None else None, emoji_variants)
     if path is None:
         raise ValueError(f"--source {source} needs --path")
-    if source == "folder":
-        return ImageFolder(Path(path), records)
-    return Shards(path, records)
-
-
-def _check_options(source: SourceName, records: RecordOptions) -> None:
-    """Refuse options that say nothing about this source."""
-    meant = {"folder": ("image_suffix", "caption_source"), "shards": ()}
-    for option in fields(RecordOptions):
-        value = getattr(records, option.name)
-        if value == option.default or source == "shards" or option.name in meant.get(source, ()):
-            continue
-        raise ValueError(f"--records.{option.name} has no meaning with --source {source}")
-    absent = {"folder": "json", "shards": "metadata"}.get(source)
-    if records.caption_source == absent:
-        raise ValueError(f"--records.caption_source {absent} has no meaning with --source {source}")
+    return ImageFolder(Path(path), records) if source == "folder" else Shards(path, records)

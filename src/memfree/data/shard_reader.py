@@ -1,4 +1,7 @@
-"""Reader of third-party WebDataset tars: limits, named errors, nothing left out silently."""
+"""Reader of third-party WebDataset tars: limits, named errors, nothing left out silently.
+
+webdataset's own reader takes a damaged header for the end of the archive, and has no limits.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from memfree.data.file_names import (
     split_name,
 )
 from memfree.data.options import RecordOptions
-from memfree.data.skipped import LeftOut, Skipped
+from memfree.data.skipped import LeftOut, Skipped, skipping
 from memfree.data.tar_record import MAX_TEXT_BYTES, TEXTS, Member, TarRecord, is_wanted, record_of
 from memfree.folders.untrusted import short
 from memfree.images import MAX_IMAGE_BYTES
@@ -33,7 +36,7 @@ from memfree.images import MAX_IMAGE_BYTES
 MAX_MEMBER_BYTES = 8 << 30
 """Largest member of any kind, bytes: what a tar without extensions can say."""
 UNPACKED_FREE, UNPACKED_RATIO = 64 << 20, 200
-"""A file may unpack to so many bytes, and so many times its own size."""
+"""A file may unpack to this many bytes, and this many times its own size."""
 
 _DEFAULT_OPTIONS = RecordOptions()
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # gzip, bzip2, xz: cannot be read in any order
@@ -48,40 +51,14 @@ _EXTENSIONS = (
     tarfile.GNUTYPE_LONGLINK,
 )
 _TAR_ERRORS = (
-    tarfile.TarError,
-    EOFError,
-    ValueError,
-    OverflowError,
-    RecursionError,
-    zlib.error,
-    lzma.LZMAError,
+    *(tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError),
+    *(zlib.error, lzma.LZMAError),
 )
 _HEADER_ERRORS = (
     tarfile.EmptyHeaderError,  # type: ignore[attr-defined]
     tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
     tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
 )
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """Header whose damage is an error: tarfile itself takes it for the archive's end."""
-
-    @classmethod
-    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
-        header = super().frombuf(buf, encoding, errors)
-        if header.type in _EXTENSIONS and header.size > MAX_TEXT_BYTES:  # tarfile would read it all
-            raise OSError(f"extended header of {header.size} bytes")
-        return header
-
-    @classmethod
-    def fromtarfile(cls, tarfile: Any) -> Any:
-        try:
-            header = super().fromtarfile(tarfile)
-        except _HEADER_ERRORS as error:
-            raise OSError("truncated or damaged archive") from error
-        if not 0 <= header.size <= MAX_MEMBER_BYTES:  # tarfile would skip it in tiny steps
-            raise OSError(f"damaged archive: member of {header.size} bytes")
-        return header
 
 
 def expand_shards(
@@ -94,43 +71,44 @@ def expand_shards(
             (``https://host/{00000..00099}.tar``; also s3, gs, hf), braces expanded.
         skipped: takes what braces name and is not there, instead of an error. Addresses are not
             looked up.
-        left_out: takes what lies beside the tars in a folder, or matches a glob, and is no tar.
+        left_out: takes what lies beside the tars in a folder, or matches a glob, and is not a tar.
 
     Raises:
         FileNotFoundError: nothing matches, or some of what the braces name is not there.
         ValueError: an address that would run a command or is of an unknown kind.
     """
-    found: list[str] = []
+    shards: list[str] = []
     absent: list[str] = []
     others: list[str] = []
-    items = list(braceexpand.braceexpand(pattern))
-    for item in items:
+    for item in braceexpand.braceexpand(pattern):
         if _is_address(item):
-            found.append(item)
+            shards.append(item)
             continue
         if re.match(_SCHEME, item):
-            raise ValueError(f"{item!r} is no shard address; use a path or {', '.join(_SCHEMES)}")
+            raise ValueError(
+                f"{item!r} is not a shard address; use a path or {', '.join(_SCHEMES)}"
+            )
         tars, broken, rest = _local_shards(item)
-        found += tars
+        shards += tars
         others += rest
         absent += broken or ([] if tars else [item])
-    if not found:
+    if not shards:
         beside = f"; beside others, {short(others[0])}" if others else ""
         raise FileNotFoundError(f"no tar shards at {pattern}{beside}")
     if absent and skipped is None:
         are = "is" if len(absent) == 1 else "are"
         raise FileNotFoundError(
-            f"{len(absent)} of {len(found) + len(absent)} shards {are} missing, the first is "
-            f"{_why_absent(absent[0])}; on_error skip goes on without"
+            f"{len(absent)} of {len(shards) + len(absent)} shards {are} missing, the first is "
+            f"{_why_absent(absent[0])}; on_error skip continues without"
         )
-    if skipped is not None:
-        for item in absent:
-            skipped.shard(item, f"shard {_why_absent(item)} is missing")
+    for item in absent:
+        assert skipped is not None
+        skipped.shard(item, f"shard {_why_absent(item)} is missing")
     if left_out is not None:
         note = left_out.at(pattern)
         for item in dict.fromkeys(others):
             note(item)
-    return found
+    return shards
 
 
 def _why_absent(item: str) -> str:
@@ -155,17 +133,15 @@ def _local_shards(item: str) -> tuple[list[str], list[str], list[str]]:
     if path.is_dir():
         matches = sorted(path.iterdir())
     else:
-        anchor = Path(path.anchor) if path.is_absolute() else Path()
-        relative = item[len(path.anchor) :] if path.is_absolute() else item
-        matches = sorted(anchor.glob(relative))
-    tars, broken, others = [], [], []
+        matches = sorted(Path(path.anchor).glob(item[len(path.anchor) :]))
+    tars: list[str] = []
+    broken: list[str] = []
+    others: list[str] = []
     for file in matches:
         if not is_tar(file.name) or is_hidden(file.name) or file.is_dir():
             others.append(f"{file}/" if file.is_dir() else str(file))
-        elif problem_with_file(file):
-            broken.append(str(file))
         else:
-            tars.append(str(file))
+            (broken if problem_with_file(file) else tars).append(str(file))
     if not tars and not path.is_dir():  # a glob of the user's own, for files of other names
         tars = [str(file) for file in matches if problem_with_file(file) is None]
         others = [name for name in others if name not in tars]
@@ -189,7 +165,7 @@ def read_shard(
         shard: path or address.
         skipped: takes what is wrong, instead of an error; a damaged archive is then left at that
             point.
-        left_out: takes members that are no part of any record, and further parts of samples.
+        left_out: takes members that are not part of any record, and further parts of samples.
         options: how a record is read where there is a choice.
         prefix: of ``options`` on the command line.
         label: what its records are called by, before their keys; default: the shard's name.
@@ -202,36 +178,19 @@ def read_shard(
     """
     label = shard_labels([shard])[0] if label is None else label
     note = _note(left_out, shard, label)
-    ends: Any = "last_dot" if options.key_ends == "last_dot" else "first_dot"
-
-    def split(name: str) -> tuple[str, str]:
-        return split_name(name, ends)
-
-    try:
+    samples = 0
+    with _named(shard, skipped):
         if skipped is not None and not _is_address(shard):
-            _refuse_scattered(shard, split, options)
-        with _opened(shard) as (archive, in_any_order):
-            read = _gathered if in_any_order else _runs
-            samples = read(archive, split, options, note)
-            key = None
-            for key, members in samples:
-                try:
-                    record = record_of(f"{label}/{key}", members, options, prefix, note)
-                except ValueError as error:
-                    if skipped is None:
-                        raise
-                    skipped.record(str(error))
-                    continue
-                yield record
-            if key is None:
-                note("no record in it")
-    except OSError as error:
-        message = f"shard {shard}: {short(error)}"
-        # Of a remote shard that is scattered, pictures were used without what stands behind them.
-        scattered = isinstance(error, _ScatteredError) and _is_address(shard)
-        if skipped is None or scattered:
-            raise OSError(message) from error
-        skipped.shard(shard, message)
+            _refuse_scattered(shard, options)
+        with _opened(shard) as archive:
+            members = _members(archive, options, note)
+            read = _gathered(members) if archive.plain else _runs(members, options)
+            for key, parts in read:
+                samples += 1
+                with skipping(skipped, ValueError):
+                    yield record_of(f"{label}/{key}", parts, options, prefix, note)
+        if not samples:
+            note("no record in it")
 
 
 def read_members(
@@ -257,34 +216,24 @@ def read_members(
         member was called so before.
 
     Raises:
-        ValueError: a member is too large, or no file.
+        ValueError: a member is too large, or not a file.
         OSError: the archive cannot be opened, is truncated or damaged.
     """
     label = shard_labels([shard])[0] if label is None else label
     note = _note(left_out, shard, label)
     names: set[str] = set()
-    try:
-        with _opened(shard) as (archive, _):
-            for info in archive:
-                if not wanted(info.name):
-                    note(info.name)
-                    continue
-                problem = _problem(info, limit)
-                if problem is not None:
-                    message = f"{label}/{short(info.name)}: {problem}"
-                    if skipped is None:
-                        raise ValueError(message)
-                    skipped.record(message)
-                    continue
+    with _named(shard, skipped), _opened(shard) as archive:
+        for info in archive:
+            if not wanted(info.name):
+                note(info.name)
+                continue
+            with skipping(skipped, ValueError):
+                if problem := _problem(info, limit):
+                    raise ValueError(f"{label}/{short(info.name)}: {problem}")
                 name = split_name(info.name, "last_dot")[0]
                 name = info.name if name in names else name
                 names.add(name)
                 yield f"{label}/{name}", archive.read(info)
-    except OSError as error:
-        message = f"shard {shard}: {short(error)}"
-        if skipped is None:
-            raise OSError(message) from error
-        skipped.shard(shard, message)
 
 
 def _note(left_out: LeftOut | None, shard: str, label: str) -> Callable[[str], None]:
@@ -297,17 +246,30 @@ class _ScatteredError(OSError):
     """Files of a sample do not stand together."""
 
 
-def _refuse_scattered(
-    shard: str, split: Callable[[str], tuple[str, str]], options: RecordOptions
-) -> None:
+@contextmanager
+def _named(shard: str, skipped: Skipped | None) -> Iterator[None]:
+    """Damage of a shard, with its name; ``skipped`` takes it."""
+    try:
+        yield
+    except OSError as error:
+        message = f"shard {shard}: {short(error)}"
+        # Of a remote shard that is scattered, pictures were used without what stands behind them.
+        scattered = isinstance(error, _ScatteredError) and _is_address(shard)
+        if skipped is None or scattered:
+            raise OSError(message) from error
+        skipped.shard(shard, message)
+
+
+def _refuse_scattered(shard: str, options: RecordOptions) -> None:
     """Refuse a packed shard whose samples are scattered before any of it is used.
 
     Where the first error does not stop all, pictures would lose captions that stand behind them.
     """
     try:
-        with _opened(shard) as (archive, in_any_order):
-            if not in_any_order:
-                for _ in _runs(archive, split, options, lambda name: None, contents=False):
+        with _opened(shard) as archive:
+            if not archive.plain:
+                members = _members(archive, options, lambda name: None)
+                for _ in _runs(members, options, contents=False):
                     pass
     except _ScatteredError:
         raise
@@ -315,87 +277,75 @@ def _refuse_scattered(
         return
 
 
+def _members(
+    archive: _Archive, options: RecordOptions, note: Callable[[str], None]
+) -> Iterator[tuple[str, Member | None]]:
+    """(key, member) of each file in an archive; None for those that are not part of a record."""
+    ends: Any = "last_dot" if options.key_ends == "last_dot" else "first_dot"
+    for info in archive:
+        key, suffix = split_name(info.name, ends)
+        if is_hidden(info.name):
+            note(f"{info.name}: hidden")
+            yield key, None
+        elif is_wanted(suffix) or suffix == options.suffix():
+            problem = _problem(info, MAX_TEXT_BYTES if suffix in TEXTS else MAX_IMAGE_BYTES)
+            problem = f".{short(suffix, 40)} {problem}" if problem else None
+            yield key, Member(info.name, suffix, partial(archive.read, info), problem)
+        else:
+            note(info.name)
+            yield key, None
+
+
 def _gathered(
-    archive: _Archive,
-    split: Callable[[str], tuple[str, str]],
-    options: RecordOptions,
-    note: Callable[[str], None],
+    members: Iterator[tuple[str, Member | None]],
 ) -> Iterator[tuple[str, list[Member]]]:
     """(key, members) of each sample of an archive that is read in any order.
 
-    Its headers are read first, so that members which do not stand together find each other.
+    All headers are read first, so that members which do not stand together find each other.
     """
-    samples: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
+    samples: dict[str, list[Member]] = {}
     damage: OSError | None = None
     last = None
     try:
-        for info in archive:
-            last, suffix = split(info.name)
-            if _is_part(info.name, suffix, options, note):
-                samples.setdefault(last, []).append((suffix, info))
+        for last, member in members:
+            if member is not None:
+                samples.setdefault(last, []).append(member)
     except OSError as error:
         damage = error
-    for key, infos in samples.items():
+    for key, parts in samples.items():
         if damage is not None and key == last:  # the rest of it may be lost
             break
-        yield key, [_member(info, suffix, partial(archive.read, info)) for suffix, info in infos]
+        yield key, parts
     if damage is not None:
         raise damage
 
 
 def _runs(
-    archive: _Archive,
-    split: Callable[[str], tuple[str, str]],
-    options: RecordOptions,
-    note: Callable[[str], None],
-    contents: bool = True,
+    members: Iterator[tuple[str, Member | None]], options: RecordOptions, contents: bool = True
 ) -> Iterator[tuple[str, list[Member]]]:
     """(key, members) of each sample of an archive that is read from front to back."""
-    key, members = None, []  # type: str | None, list[Member]
+    run_key: str | None = None
+    run: list[Member] = []
     ended: set[str] = set()
-    for info in archive:
-        found, suffix = split(info.name)
-        if not _is_part(info.name, suffix, options, note):
+    for key, member in members:
+        if member is None:
             continue
-        if found != key:
-            if key is not None:
-                yield key, members
-                ended.add(key)
-            if found in ended:
+        if key != run_key:
+            if run_key is not None:
+                yield run_key, run
+                ended.add(run_key)
+            if key in ended:
                 raise _ScatteredError(
-                    f"the files of sample {short(found)} do not stand together; sort the tar by "
+                    f"the files of sample {short(key)} do not stand together; sort the tar by "
                     "name, or keep it unpacked on a disk"
                 )
-            key, members = found, []
-        member = _member(info, suffix, bytes)
-        if (
-            contents
-            and member.problem is None
-            and ("." not in suffix or suffix == options.suffix())
-        ):
-            content = archive.read(info)
-            member.read = partial(bytes, content)
-        members.append(member)
-    if key is not None:
-        yield key, members
-
-
-def _is_part(name: str, suffix: str, options: RecordOptions, note: Callable[[str], None]) -> bool:
-    """Whether a member may be a part of a record; notes it if it is not."""
-    if is_hidden(name):
-        note(f"{name}: hidden")
-        return False
-    if is_wanted(suffix) or suffix == options.suffix():
-        return True
-    note(name)
-    return False
-
-
-def _member(info: tarfile.TarInfo, suffix: str, read: Callable[[], bytes]) -> Member:
-    limit = MAX_TEXT_BYTES if suffix in TEXTS else MAX_IMAGE_BYTES
-    problem = _problem(info, limit)
-    shown = f".{short(suffix, 40)} {problem}" if problem else None
-    return Member(info.name, suffix, read, shown)
+            run_key, run = key, []
+        is_used = "." not in member.suffix or member.suffix == options.suffix()
+        if contents and member.problem is None and is_used:
+            member.read = partial(bytes, member.read())
+        run.append(member)
+    if run_key is not None:
+        yield run_key, run
 
 
 def _problem(info: tarfile.TarInfo, limit: int) -> str | None:
@@ -408,55 +358,86 @@ def _problem(info: tarfile.TarInfo, limit: int) -> str | None:
     return f"cannot be used: its name {name}" if name else None
 
 
-class _Archive:
-    """The members of an opened tar; all damage is an OSError."""
+class _StrictTarInfo(tarfile.TarInfo):
+    """Header whose damage is an error: tarfile itself takes it for the archive's end."""
 
-    def __init__(self, tar: tarfile.TarFile, limit: int | None) -> None:
-        self._tar, self._limit = tar, limit
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENSIONS and header.size > MAX_TEXT_BYTES:  # tarfile would read it all
+            raise OSError(f"extended header of {header.size} bytes")
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        try:
+            header = super().fromtarfile(tarfile)
+        except _HEADER_ERRORS as error:
+            raise OSError("truncated or damaged archive") from error
+        if not 0 <= header.size <= MAX_MEMBER_BYTES:  # tarfile would skip it in tiny steps
+            raise OSError(f"damaged archive: member of {header.size} bytes")
+        return header
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """Errors of tarfile and of the decompressors, as OSError."""
+    try:
+        yield
+    except _TAR_ERRORS as error:
+        raise OSError(f"damaged archive ({error or type(error).__name__})") from error
+
+
+class _Archive:
+    """The members of an opened tar; all damage is an OSError.
+
+    Args:
+        tar: the opened archive.
+        limit: bytes that it may unpack to.
+        plain: it can be read in any order.
+    """
+
+    def __init__(self, tar: tarfile.TarFile, limit: float, plain: bool) -> None:
+        self._tar, self._limit, self.plain = tar, limit, plain
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
         """The header of each member but folders."""
-        try:
+        with _damage():
             while (member := self._tar.next()) is not None:
                 self._tar.members = []  # type: ignore[attr-defined]  # would collect all headers
-                if self._limit is not None and member.offset_data + member.size > self._limit:
+                if member.offset_data + member.size > self._limit:
                     raise OSError(f"it unpacks to more than {UNPACKED_RATIO} times its size")
                 if not member.isdir():
                     yield member
             rest = self._tar.fileobj.read(_PADDING)  # type: ignore[union-attr]
-        except _TAR_ERRORS as error:
-            raise OSError(f"damaged archive ({error or type(error).__name__})") from error
         if rest.strip(b"\0"):
-            raise OSError("goes on after its end; unpack tars that were joined, and pack them anew")
+            raise OSError(
+                "continues after its end; unpack tars that were joined, and pack them anew"
+            )
 
     def read(self, member: tarfile.TarInfo) -> bytes:
         """The content of a member; in a stream that of the last header alone."""
-        try:
+        with _damage():
             file = self._tar.extractfile(member)
             assert file is not None
             return file.read()
-        except _TAR_ERRORS as error:
-            raise OSError(f"damaged archive ({error or type(error).__name__})") from error
 
 
 @contextmanager
-def _opened(shard: str) -> Iterator[tuple[_Archive, bool]]:
-    """The archive, and whether it can be read in any order."""
+def _opened(shard: str) -> Iterator[_Archive]:
     # webdataset would run what a file named "pipe:…" says: plain files are opened as files.
     remote = _is_address(shard)
     if not remote and (problem := problem_with_file(Path(shard))):
         raise OSError(problem)
     with gopen(shard, "rb") if remote else open(shard, "rb") as stream:
-        limit, plain = None, False
+        limit, plain = float("inf"), False
         if not remote:
             limit = UNPACKED_FREE + UNPACKED_RATIO * os.fstat(stream.fileno()).st_size
             plain = not stream.peek(8).startswith(_PACKED)
         mode: Any = "r:" if plain else "r|*"
-        try:
+        with _damage():
             tar = tarfile.open(  # noqa: SIM115 - closed below
                 fileobj=stream, mode=mode, tarinfo=_StrictTarInfo, encoding="utf-8"
             )
-        except _TAR_ERRORS as error:
-            raise OSError(f"damaged archive ({error or type(error).__name__})") from error
         with tar:
-            yield _Archive(tar, limit), plain
+            yield _Archive(tar, limit, plain)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +13,19 @@ from memfree.folders.untrusted import short
 INCOMPLETE = 3
 """Exit status of a command that is done, but has skipped pictures or shards."""
 _MESSAGES = 20
-_NAMED = 3  # of them stand in a summary
+_NAMED = 3  # of them are in a summary
+
+
+def _append(messages: list[str], message: str) -> None:
+    if len(messages) < _MESSAGES and message not in messages:
+        messages.append(message)
 
 
 @dataclass
 class Skipped:
-    """Takes what cannot be read; where there is none, the first such thing is an error.
+    """Broken records and shards that were left out; without it, the first is an error.
 
-    Shards and records are told apart: how many records a damaged shard has lost, nobody knows.
+    They are told apart: how many records a damaged shard has lost, nobody knows.
     """
 
     records: int = 0
@@ -32,25 +38,25 @@ class Skipped:
     """The first 20 different ones."""
 
     def record(self, message: str) -> None:
-        """Take one broken record."""
+        """Count one broken record."""
         self.records += 1
-        self._say(message)
+        _append(self.messages, shown(message))  # names of files are in it
 
     def shard(self, name: str, message: str) -> None:
-        """Take a shard that is missing or damaged, however often it is met."""
+        """Add a shard that is missing or damaged, however often it is met."""
         self.shards.add(name)
-        self._say(message)
+        _append(self.messages, shown(message))
 
     def add(self, other: Skipped) -> None:
-        """Take all that another one took."""
+        """Add all of another report."""
         self.records += other.records
         self.kept += other.kept
         self.shards |= other.shards
         for message in other.messages:
-            self._say(message)
+            _append(self.messages, message)
 
     def take(self) -> Skipped:
-        """What came since this was last called."""
+        """What was added since this was last called."""
         taken = Skipped(self.records, self.kept, self.shards, self.messages)
         self.records, self.kept, self.shards, self.messages = 0, 0, set(), []
         return taken
@@ -63,11 +69,6 @@ class Skipped:
     def from_counts(cls, counts: dict[str, Any]) -> Skipped:
         """The inverse of :meth:`counts`."""
         return cls(counts["records"], counts["kept"], set(counts["shards"]))
-
-    def _say(self, message: str) -> None:
-        message = shown(message)  # names of files are in it
-        if len(self.messages) < _MESSAGES and message not in self.messages:
-            self.messages.append(message)
 
     def __bool__(self) -> bool:
         return bool(self.records or self.shards)
@@ -87,9 +88,20 @@ class Skipped:
         return ", ".join(parts)
 
 
+@contextmanager
+def skipping(skipped: Skipped | None, *errors: type[Exception]) -> Iterator[None]:
+    """Count one of these errors as a broken record; without ``skipped`` it is raised."""
+    try:
+        yield
+    except errors as error:
+        if skipped is None:
+            raise
+        skipped.record(str(error))
+
+
 @dataclass
 class LeftOut:
-    """Takes what is met and is not broken, but is not used: other files, further parts of samples.
+    """What is not broken, but not used: other files, further parts of samples.
 
     Counted by place (a folder, a shard), where a place that is read again counts once.
     """
@@ -107,7 +119,7 @@ class LeftOut:
             nonlocal number
             number += 1
             self.places[place] = max(self.places.get(place, 0), number)
-            self._say(short(what))
+            _append(self.first, short(what))
 
         return note
 
@@ -117,14 +129,14 @@ class LeftOut:
         return sum(self.places.values())
 
     def add(self, other: LeftOut) -> None:
-        """Take all that another one took; what both met counts once."""
+        """Add all of another report; what both met counts once."""
         for place, number in other.places.items():
             self.places[place] = max(self.places.get(place, 0), number)
         for what in other.first:
-            self._say(what)
+            _append(self.first, what)
 
     def take(self) -> LeftOut:
-        """What came, or came to more, since this was last called."""
+        """What was added, or came to more, since this was last called."""
         taken = LeftOut(self.places, self.first)
         self.places, self.first = {}, []
         return taken
@@ -137,13 +149,8 @@ class LeftOut:
         """Such as ``left out: 12 (notes.md; a.gif; b.gif; ...)``; empty for none."""
         if not self.places:
             return ""
-        named = "; ".join(self.first[:_NAMED])
         more = "; ..." if self.count > min(_NAMED, len(self.first)) else ""
-        return f"left out: {self.count} ({named}{more})"
-
-    def _say(self, what: str) -> None:
-        if len(self.first) < _MESSAGES and what not in self.first:
-            self.first.append(what)
+        return f"left out: {self.count} ({'; '.join(self.first[:_NAMED])}{more})"
 
     def __bool__(self) -> bool:
         return bool(self.places)

@@ -21,10 +21,12 @@ from memfree.data.file_names import (
 )
 from memfree.data.options import RecordOptions
 from memfree.data.shard_reader import expand_shards, read_shard
-from memfree.data.skipped import LeftOut, Skipped
+from memfree.data.skipped import LeftOut, Skipped, skipping
 from memfree.folders.untrusted import short
 from memfree.images import MAX_IMAGE_BYTES
 
+SHARES = (0.7, 0.1, 0.1, 0.1)
+"""Default sizes of a source whose number of images is unknown beforehand."""
 _DEFAULT_OPTIONS = RecordOptions()
 
 
@@ -42,8 +44,8 @@ class SourceImage:
     group: str | None = None
     """Group that the source declares, None: found by content."""
     family: str | None = None
-    """Pictures of one design that are no copies of each other: they stay in one part, as groups do,
-    because a held-out one would say how alike the design is, not how alike strangers are."""
+    """Pictures of one design that are not copies of each other: they stay in one part, as groups
+    do, because a held-out one would say how alike the design is, not how alike strangers are."""
 
 
 class Source(Protocol):
@@ -64,10 +66,6 @@ class Source(Protocol):
 
     def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
         """All images in a fixed order; ``skipped`` takes what is broken instead of an error."""
-
-
-SHARES = (0.7, 0.1, 0.1, 0.1)
-"""Default sizes of a source whose number of images nobody knows beforehand."""
 
 
 class Digits:
@@ -104,7 +102,6 @@ class Cifar10:
         from torchvision.datasets import CIFAR10
 
         self.left_out = LeftOut()
-
         path.mkdir(parents=True, exist_ok=True)
         try:
             self._parts = [CIFAR10(str(path), train=part, download=True) for part in (True, False)]
@@ -129,11 +126,6 @@ class ImageFolder:
     caption or none (see :class:`memfree.data.captions.FolderCaptions`). Pictures in other formats
     are refused, unless they stand beside one of the same name that is read.
 
-    Args:
-        path: the folder.
-        options: which files are meant where there is a choice.
-        prefix: of these options on the command line.
-
     Raises:
         FileNotFoundError: there is no folder, or no image in it.
         ValueError: some images are in class folders and some are not, or metadata is damaged.
@@ -142,9 +134,7 @@ class ImageFolder:
     licence = "not stated"
     default_sizes = SHARES
 
-    def __init__(
-        self, path: Path, options: RecordOptions = _DEFAULT_OPTIONS, prefix: str = "--records."
-    ) -> None:
+    def __init__(self, path: Path, options: RecordOptions = _DEFAULT_OPTIONS) -> None:
         if not path.is_dir():
             raise FileNotFoundError(f"--path: no image folder at {path}")
         self._path = path
@@ -161,19 +151,15 @@ class ImageFolder:
                 note(file.relative_to(path).as_posix())
             beside = f"; {self.left_out.text()}" if self.left_out else ""
             raise FileNotFoundError(f"--path: no {which} images under {path}{beside}")
-        read = set(self._images)
         stems = {file.with_suffix("") for file in self._images}
         self._foreign = [
             file
-            for file in self.files
-            if file.suffix.lower() in OTHER_PICTURES
-            and file.with_suffix("") not in stems
-            and suffix is None
+            for file in (self.files if suffix is None else ())
+            if file.suffix.lower() in OTHER_PICTURES and file.with_suffix("") not in stems
         ]
-        others = [file for file in self.files if file not in read | set(self._foreign)]
-        self._captions = FolderCaptions(
-            path, self._images, others, options, prefix, note, self._foreign
-        )
+        pictures = {*self._images, *self._foreign}
+        others = [file for file in self.files if file not in pictures]
+        self._captions = FolderCaptions(path, self._images, others, options, note, self._foreign)
         tops = [file.relative_to(path).parts for file in self._images]
         loose = sum(len(parts) == 1 for parts in tops)
         if 0 < loose < len(tops):
@@ -192,66 +178,51 @@ class ImageFolder:
             skipped.add(self._unlisted)
         elif self._unlisted:
             raise OSError(self._unlisted.messages[0])
-        for problem in self._problems():
-            if skipped is None:
+        foreign = [
+            f"{short(file, 1000)}: only PNG, JPEG and WEBP are read; convert it, or leave it out "
+            "with --on_error skip"
+            for file in self._foreign
+        ]
+        for problem in foreign + self._captions.lost:
+            with skipping(skipped, ValueError):
                 raise ValueError(problem)
-            skipped.record(problem)
         for file in self._images:
-            relative = file.relative_to(self._path).as_posix()
-            try:
-                yield self._image(file, relative)
-            except (OSError, ValueError) as error:
-                if skipped is None:
-                    raise
-                skipped.record(str(error))
+            with skipping(skipped, ValueError, OSError):
+                yield self._image(file)
 
-    def _problems(self) -> Iterator[str]:
-        """What is wrong with the folder beside its images."""
-        for file in self._foreign:
-            yield (
-                f"{short(file, 1000)}: only PNG, JPEG and WEBP are read; convert it, or leave it "
-                "out with --on_error skip"
-            )
-        yield from self._captions.lost_rows()
-
-    def _image(self, file: Path, relative: str) -> SourceImage:
-        if problem := problem_with(relative):  # it becomes a key, which is stored and shown
+    def _image(self, file: Path) -> SourceImage:
+        name = file.relative_to(self._path).as_posix()
+        if problem := problem_with(name):  # it becomes a key, which is stored and shown
             raise ValueError(f"{short(file, 1000)}: its name {problem}; rename it")
         content = read_bytes(file, MAX_IMAGE_BYTES)
         caption = self._captions.of(file)
-        label = self.class_names.index(relative.split("/")[0]) if self.class_names else None
-        return SourceImage(relative, content, label, caption)
+        label = self.class_names.index(name.split("/")[0]) if self.class_names else None
+        return SourceImage(name, content, label, caption)
 
 
 class Shards:
     """WebDataset tars: ``KEY.png|jpg|webp`` with ``KEY.txt``, ``.caption``, ``.cls``, ``.json``.
 
     Shards of img2dataset are read as they are. Images that declare ``image_key`` and ``group`` in
-    their JSON, as shards of memfree do, keep their groups.
-
-    Args:
-        pattern: see :func:`memfree.data.shard_reader.expand_shards`.
-        options: how a record is read where there is a choice.
-        prefix: of these options on the command line.
+    their JSON, as shards of memfree do, keep their groups. For the pattern see
+    :func:`memfree.data.shard_reader.expand_shards`.
     """
 
     licence = "not stated"
     class_names: list[str] | None = None
     default_sizes = SHARES
 
-    def __init__(
-        self, pattern: str, options: RecordOptions = _DEFAULT_OPTIONS, prefix: str = "--records."
-    ) -> None:
-        self._pattern, self._options, self._prefix = pattern, options, prefix
+    def __init__(self, pattern: str, options: RecordOptions = _DEFAULT_OPTIONS) -> None:
+        self._pattern, self._options = pattern, options
         self.left_out = LeftOut()
-        found = [Path(shard) for shard in expand_shards(pattern, Skipped(), self.left_out)]
-        self.files: Sequence[Path] = [file for file in found if file.is_file()]
+        shards = [Path(shard) for shard in expand_shards(pattern, Skipped(), self.left_out)]
+        self.files: Sequence[Path] = [shard for shard in shards if shard.is_file()]
         self.size = (0, sum(file.stat().st_size for file in self.files))
 
     def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
         """See :class:`Source`."""
         for shard in expand_shards(self._pattern, skipped):
-            for record in read_shard(shard, skipped, self.left_out, self._options, self._prefix):
+            for record in read_shard(shard, skipped, self.left_out, self._options):
                 yield SourceImage(
                     record.name, record.image, record.label, record.caption, record.group
                 )

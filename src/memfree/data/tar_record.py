@@ -22,15 +22,7 @@ _MARKS = (
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """A text in UTF-8, or in what its byte-order mark says (UTF-8, UTF-16, UTF-32).
-
-    Args:
-        data: the encoded text.
-        name: what to call it in an error.
-
-    Raises:
-        ValueError: it is in another encoding, or has characters that no caption has.
-    """
+    """A text in UTF-8, or in what its byte-order mark says; ``name`` is its name in errors."""
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
@@ -42,11 +34,7 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def checked_text(text: str, name: str) -> str:
-    """The text itself, unless a wrong encoding has spoilt it.
-
-    Raises:
-        ValueError: it has NUL or replacement characters, or is not text that UTF-8 can hold.
-    """
+    """The text itself; ValueError if a wrong encoding has spoilt it."""
     if "\0" in text:
         raise ValueError(f"{name} has NUL characters; save it as UTF-8")
     if "\N{REPLACEMENT CHARACTER}" in text:
@@ -58,19 +46,22 @@ def checked_text(text: str, name: str) -> str:
     return text
 
 
+def caption_of(value: Any, name: str) -> str | None:
+    """A caption that stands in JSON or in a table, None where it is missing."""
+    if _is_missing(value):
+        return None
+    endless = isinstance(value, float) and math.isinf(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or endless:
+        raise ValueError(f"{name} is {short(repr(value))}, not text")
+    return checked_text(str(value), name)
+
+
 def chosen_caption(
     name: str, captions: Mapping[str, str], source: CaptionSource, option: str
 ) -> str | None:
-    """The caption of a picture.
+    """The caption of a picture out of its ``captions`` by where they stand.
 
-    Args:
-        name: what to call the picture in an error.
-        captions: its captions by where they stand (see :data:`CaptionSource`).
-        source: which is meant; ``any``: whichever there is.
-        option: the option that gives ``source``, for the error.
-
-    Raises:
-        ValueError: there are several different ones and ``source`` does not say which.
+    ``source`` says which is meant (``any``: whichever there is), and ``option`` gives it.
     """
     if source != "any":
         return captions.get(source)
@@ -103,11 +94,6 @@ class Member:
     problem: str | None = None
     """Why it is not read, as the end of a sentence that begins with its name."""
 
-    @property
-    def ending(self) -> str:
-        """What follows the last dot."""
-        return self.suffix.rpartition(".")[2]
-
 
 @dataclass
 class TarRecord:
@@ -124,10 +110,14 @@ class TarRecord:
     """Declared by our own shards."""
 
 
+def _ending(suffix: str) -> str:
+    """What follows the last dot."""
+    return suffix.rpartition(".")[2]
+
+
 def is_wanted(suffix: str) -> bool:
-    """Whether a member with this suffix may be a record's picture or say something of it."""
-    ending = suffix.rpartition(".")[2]
-    return ending in IMAGES or ending in _OTHER_IMAGES or ending in TEXTS
+    """Whether a member with this suffix may be a record's picture or describe it."""
+    return _ending(suffix) in (*IMAGES, *_OTHER_IMAGES, *TEXTS)
 
 
 def record_of(
@@ -150,70 +140,67 @@ def record_of(
         ValueError: there is no image or more than one, or a member is not what its suffix says.
     """
     shown = short(name)
-    found: dict[str, Member] = {}
+    by_suffix: dict[str, Member] = {}
     for member in members:
-        if member.suffix in found:
+        if member.suffix in by_suffix:
             raise ValueError(f"{shown}: two members have the suffix .{short(member.suffix, 40)}")
-        found[member.suffix] = member
-    image = _image(shown, found, options, prefix)
+        by_suffix[member.suffix] = member
+    image = _image(shown, by_suffix, options, prefix)
     source = options.caption_source
-    meant = {"cls", "json", source} if source != "any" else set(TEXTS)
-    texts = {suffix: found[suffix] for suffix in TEXTS if suffix in found and suffix in meant}
+    meant = TEXTS if source == "any" else ("cls", "json", source)
+    texts = {suffix: by_suffix[suffix] for suffix in TEXTS if suffix in by_suffix}
+    texts = {suffix: member for suffix, member in texts.items() if suffix in meant}
     for member in (image, *texts.values()):
         if member.problem:
             raise ValueError(f"{shown}: {member.problem}")
-    meta = _json(shown, texts["json"].read()) if "json" in texts else {}
-    said = {
-        suffix: decode_text(texts[suffix].read(), f"{shown}: its .{suffix}")
-        for suffix in texts
-        if suffix != "json"
+    meta = _json(shown, texts.pop("json").read()) if "json" in texts else {}
+    captions = {
+        suffix: decode_text(member.read(), f"{shown}: its .{suffix}")
+        for suffix, member in texts.items()
     }
-    label = _one_label(shown, said.pop("cls", None), meta.get("label"))
-    captions = dict(said)
+    label = _one_label(shown, captions.pop("cls", None), meta.get("label"))
     if source in ("any", "json"):
-        caption = _json_caption(shown, meta.get("caption"))
+        caption = caption_of(meta.get("caption"), f"{shown}: its caption in .json")
         captions |= {"json": caption} if caption is not None else {}
-    option = f"{prefix}caption_source"
     record = TarRecord(
         name,
         image.read(),
-        chosen_caption(shown, captions, source, option),
+        chosen_caption(shown, captions, source, f"{prefix}caption_source"),
         label,
         _declared(shown, meta, "image_key"),
         _declared(shown, meta, "group"),
     )
-    for suffix, member in found.items():
-        if suffix not in texts and member is not image:
+    for suffix, member in by_suffix.items():
+        if member is not image and (suffix not in TEXTS or suffix not in meant):
             note(f"{member.name}: a further part of {shown}")
     return record
 
 
-def _image(name: str, found: dict[str, Member], options: RecordOptions, prefix: str) -> Member:
+def _image(name: str, members: dict[str, Member], options: RecordOptions, prefix: str) -> Member:
     """The one member that is the picture."""
     wanted = options.suffix()
     if wanted is not None:
-        if wanted not in found:
+        if wanted not in members:
             raise ValueError(f"{name}: record without .{short(wanted, 40)}, the image_suffix")
-        return found[wanted]
-    images = [suffix for suffix in found if suffix in IMAGES]
+        return members[wanted]
+    images = sorted(suffix for suffix in members if suffix in IMAGES)
     if len(images) > 1:
         raise ValueError(
             f"{name} has {len(images)} pictures; pass {prefix}image_suffix to choose one: "
-            f"{' or '.join(sorted(images))}"
+            f"{' or '.join(images)}"
         )
     if images:
-        return found[images[0]]
-    parts = [member for member in found.values() if member.ending in IMAGES]
+        return members[images[0]]
+    parts = [suffix for suffix in members if _ending(suffix) in IMAGES]
     if parts:
-        suffixes = sorted(member.suffix for member in parts)
-        which = f"{prefix}image_suffix {short(suffixes[0], 40)}"
+        which = f"{prefix}image_suffix {short(min(parts), 40)}"
         if options.key_ends == "ask":
             raise ValueError(
-                f"{name}: is {short(parts[0].name)} a record of its own "
+                f"{name}: is {short(members[parts[0]].name)} a record of its own "
                 f"({prefix}key_ends last_dot) or the picture of this one ({which})?"
             )
         raise ValueError(f"{name}: record without a picture of its own; pass {which}")
-    others = [member.suffix for member in found.values() if member.ending in _OTHER_IMAGES]
+    others = [suffix for suffix in members if _ending(suffix) in _OTHER_IMAGES]
     is_of = f"; its .{short(others[0], 40)} is not read" if others else ""
     raise ValueError(f"{name}: record without a PNG, JPEG or WEBP image{is_of}")
 
@@ -224,7 +211,7 @@ def _json(name: str, data: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{name}: its .json is not valid JSON") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{name}: its .json is no object but {short(repr(value), 40)}")
+        raise ValueError(f"{name}: its .json is not an object but {short(repr(value), 40)}")
     return value
 
 
@@ -233,20 +220,10 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _json_caption(name: str, value: Any) -> str | None:
-    """A caption in JSON."""
-    if _is_missing(value):
-        return None
-    endless = isinstance(value, float) and math.isinf(value)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or endless:
-        raise ValueError(f"{name}: its caption is {short(repr(value))}, not text")
-    return checked_text(str(value), f"{name}: its caption in .json")
-
-
 def _one_label(name: str, stated: str | None, in_json: Any) -> int | None:
     """The class that .cls states, or else the JSON; both may, if they agree.
 
-    What is no number in the JSON, such as the name of a class, does not matter beside .cls.
+    What is not a number in the JSON, such as the name of a class, does not matter beside .cls.
     """
     if stated is None:
         return None if _is_missing(in_json) else _label(name, in_json)

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from memfree.console import quiet
-from memfree.data.dataset_folder import DatasetFolder
+from memfree.data.dataset_folder import DatasetFolder, RecordReader
 from memfree.data.random_streams import Stream, generator_of
-from memfree.data.record_reader import RecordReader
 from memfree.data.split import PartName
 from memfree.folders.atomic import put_in_place, unfinished
 from memfree.folders.manifest import save_config

@@ -7,6 +7,6 @@ __getattr__ = with_moved_names(
     None,
     {
         "study": "memfree.commands.study",
-        "text_study": "memfree.commands.text_study",
+        "text_study": "memfree.commands.study",
     },
 )

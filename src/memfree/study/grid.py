@@ -1,4 +1,4 @@
-"""Grid of a study: its cells and their names."""
+"""Grids of studies: the cells of a grid and their names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 Conditioning = Literal["unconditional", "class", "random_labels", "unique_labels"]
 DEFAULT_MODEL = "default"
-"""The network that ``--train`` describes, without further options."""
-WHOLE = 0
-"""Data size: all training images of the source."""
+"""The network that ``--options.train`` describes, without further options."""
+LADDER = 0
+"""Duplication factor of a model whose data have several."""
+LADDER_LABEL = "ladder"
+"""Ends the names of such models: no other model may be called so."""
+ORACLES = {"oracle_steps": "steps", "oracle_epochs": "epochs"}
+"""Subjects that were trained on the deduplicated data, and what they have equal."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,13 @@ class Grid:
 
     conditioning: list[Conditioning] = field(default_factory=lambda: ["unconditional"])
     """What the network is told: nothing, the class, a label drawn at random for each training
-    image, or a label of each image's own (Gu et al., 2023)."""
+    image, or a unique label for each image (Gu et al., 2023)."""
     factor: list[PositiveInt] = field(default_factory=list)
-    """Records of a repeated image, one data set each; 1: nothing is repeated."""
+    """Copies of a repeated image in the training set, one data set each; 1: no repetition."""
     ladder: list[list[PositiveInt]] = field(default_factory=list)
     """Data sets that repeat different images differently: [[1, 2, 4, 8]] is one data set."""
-    size: list[NonNegativeInt] = field(default_factory=lambda: [WHOLE])
-    """Training images before repetition; 0: all that the source deals out."""
+    size: list[NonNegativeInt] = field(default_factory=lambda: [0])
+    """Training images before repetition; 0: all that the source has for training."""
     model: list[str] = field(default_factory=lambda: [DEFAULT_MODEL])
     """Names below --models."""
     steps: list[NonNegativeInt] = field(default_factory=lambda: [0])
@@ -41,9 +45,9 @@ class Cell:
 
     conditioning: Conditioning
     factors: tuple[int, ...]
-    """Records of a repeated image; several: a ladder, each for images of its own."""
+    """Copies of a repeated image; several: a ladder, each for images of its own."""
     seed: int
-    size: int = WHOLE
+    size: int = 0
     model: str = DEFAULT_MODEL
     steps: int = 0
 
@@ -55,10 +59,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its folder's name, the same in every run."""
+        """Name of its folder, the same in every run."""
         network = "" if self.model == DEFAULT_MODEL else f"-{self.model}"
         steps = f"-{self.steps}-steps" if self.steps else ""
         return f"{self.conditioning}-{self._data}{network}{steps}"
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def _data(self) -> str:
@@ -67,58 +74,42 @@ class Cell:
 
 
 def expand(grids: Sequence[Grid], seeds: Sequence[int]) -> list[Cell]:
-    """All cells, without repetitions: by seed, then grid, then in the order of its values.
-
-    Args:
-        grids: their union is the study.
-        seeds: training seeds.
+    """All cells, without repetitions: by training seed, then grid, then in the order of its values.
 
     Raises:
-        ValueError: there is none, a ladder has no step, or two cells would share a folder.
+        ValueError: there are no cells, a ladder is empty, or two cells would share a folder.
     """
     if any(not ladder for grid in grids for ladder in grid.ladder):
         raise ValueError("--grids: a ladder is empty; write one data set as [[1, 2, 4, 8]]")
-    cells = [
-        Cell(conditioning, factors, seed, size, model, steps)
-        for seed in seeds
-        for grid in grids
-        for conditioning, factors, size, model, steps in itertools.product(
-            grid.conditioning,
-            [*((factor,) for factor in grid.factor), *(tuple(sorted(one)) for one in grid.ladder)],
-            grid.size,
-            grid.model,
-            grid.steps,
-        )
-    ]
+    cells: dict[Cell, None] = {}
+    for seed, grid in itertools.product(seeds, grids):
+        factors = [(factor,) for factor in grid.factor]
+        ladders = [tuple(sorted(ladder)) for ladder in grid.ladder]
+        for conditioning, *data_and_model in itertools.product(
+            grid.conditioning, [*factors, *ladders], grid.size, grid.model, grid.steps
+        ):
+            copies, size, model, steps = data_and_model
+            cells[Cell(conditioning, copies, seed, size, model, steps)] = None
     if not cells:
         raise ValueError(
             "the study has no cell: give --grids, each with factor or ladder, and --training_seeds"
         )
-    cells = list(dict.fromkeys(cells))
     by_name: dict[str, Cell] = {}
     for cell in cells:
-        # Some file systems take upper and lower case for one.
+        # Some file systems do not tell upper and lower case apart.
         other = by_name.setdefault(cell.name.casefold(), cell)
         if other != cell:
             raise ValueError(
                 f"--grids: two models would share the folder {cell.name} (model {other.model!r} "
                 f"and model {cell.model!r}): rename one below --models"
             )
-    return cells
-
-
-LADDER = 0
-"""Duplication factor of a model whose data have several."""
-LADDER_LABEL = "ladder"
-"""How the names of such models end: no other model may be called so."""
+    return [*cells]
 
 
 def model_label(cell: Cell, several_ladders: bool = False) -> str:
-    """A cell's conditioning and what else it has of its own, but its factor and training seed.
+    """What a cell has of its own, except its factor and training seed.
 
-    Args:
-        cell: one of the study's.
-        several_ladders: whether the study has others, so that the name must say which this is.
+    ``several_ladders``: the study has others, so the label says which ladder this is.
     """
     parts = [cell.conditioning.replace("_", " ")]
     parts += [f"{cell.size} images"] if cell.size else []
@@ -131,10 +122,10 @@ def model_label(cell: Cell, several_ladders: bool = False) -> str:
 
 
 def without_size(label: str, size: int) -> str:
-    """The label that models of all sizes have in common; names of models have no comma."""
+    """The label that models of all sizes share; names of models contain no comma."""
     return label.replace(f", {size} images", "")
 
 
 def cell_title(label: str, factor: int) -> str:
-    """A cell as it stands in tables: its label, which of a ladder says all, and its factor."""
+    """Label and factor of a cell, as tables show it."""
     return label if factor == LADDER else f"{label} × {factor}"

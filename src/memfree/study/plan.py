@@ -1,10 +1,11 @@
-"""Plan of a study: the commands of every cell, checked before the first one runs."""
+"""Plans of studies: the commands of every cell, checked before the first one runs."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from memfree.folders.atomic import write_json
 from memfree.folders.claim import check_kind, first_difference, or_another, refuse_other
 from memfree.folders.untrusted import read_json
 from memfree.guidance.options import sampling_options
-from memfree.study.grid import DEFAULT_MODEL, LADDER_LABEL, Cell, Grid
+from memfree.study.grid import DEFAULT_MODEL, LADDER_LABEL, ORACLES, Cell, Grid, expand
 
 Options = dict[str, Any]
 """Options of a command by dotted name, without the dashes."""
@@ -27,6 +28,76 @@ TRAINING_IMAGES = {"digits": 500, "cifar10": 50_000}
 NOISE_SEED = 1000
 """Noise seeds of studies are this plus the training seed: no other run uses them."""
 CONFIG = "config"
+_NAME = re.compile(r"[\w-]+")
+
+
+@dataclass(frozen=True)
+class Plan(ABC):
+    """What ``memfree study`` runs: commands, in cells that several processes may share."""
+
+    name: str
+    out: Path
+    subjects: Subjects
+
+    def check(self) -> None:
+        """Refuse what would fail after hours; nothing is written.
+
+        Raises:
+            ValueError: names the option.
+        """
+        check_names("name", [self.name])
+        check_names("subjects", self.subjects)
+        if not self.subjects:
+            raise ValueError("--subjects is empty: name at least one way to sample")
+
+    @abstractmethod
+    def check_inputs(self) -> None:
+        """Refuse missing files that the commands read.
+
+        Raises:
+            FileNotFoundError: names the option, or the file.
+        """
+
+    def claim(self) -> None:  # noqa: B027 - not every kind of plan has numbers to compare
+        """Refuse a folder that holds something else."""
+
+    @abstractmethod
+    def cells(self) -> Sequence[Any]:
+        """The cells; ``str(cell)`` is the name of one."""
+
+    @abstractmethod
+    def stages(self, cell: Any) -> list[Stage]:
+        """The commands of one cell, in order: it needs no other cell.
+
+        Cells may have commands in common; whoever comes second finds them done.
+        """
+
+    @abstractmethod
+    def record(self, cell: Any) -> Path:
+        """The file that lists the finished commands of a cell."""
+
+    @abstractmethod
+    def evaluations(self, cell: Any) -> list[Path]:
+        """Evaluation folders of a cell."""
+
+    def evaluated(self, cell: Any) -> bool:
+        """Whether all metrics of a cell are there."""
+        return all((folder / "manifest.json").is_file() for folder in self.evaluations(cell))
+
+
+def check_names(option: str, names: Iterable[str]) -> None:
+    """Refuse names that cannot be folders."""
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"--{option}: use letters, digits, - and _ for the name {name!r}")
+
+
+def check_stage(stage: Stage, where: str) -> None:
+    """Parse a command with its own parser; ``where`` its options come from, as --subjects."""
+    try:
+        stage.check()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -46,12 +117,11 @@ class CommandOptions:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The commands of a study; see :func:`memfree.commands.study`."""
+class GridPlan(Plan):
+    """Models of a grid, a cell each; see :func:`memfree.commands.study.study`."""
 
-    name: str
-    out: Path
-    subjects: Subjects
+    grids: Sequence[Grid] = ()
+    training_seeds: Sequence[int] = (1, 2, 3)
     source: StudySource = "digits"
     duplicated: int = 16
     steps: int = 1500
@@ -62,34 +132,44 @@ class Plan:
     models: dict[str, Options] = field(default_factory=dict)
     options: CommandOptions = CommandOptions()
 
-    def cell(self, cell: Cell) -> Path:
-        """Folder of a cell's model, samples and figures."""
+    def cells(self) -> list[Cell]:
+        """One for each model and training seed."""
+        return expand(self.grids, self.training_seeds)
+
+    def folder(self, cell: Cell) -> Path:
+        """Folder of a cell's model, samples and evaluation."""
         return self.out / cell.name
+
+    def record(self, cell: Cell) -> Path:
+        """``CELL/study-NAME.json``."""
+        return self.folder(cell) / f"study-{self.name}.json"
+
+    def evaluation(self, cell: Cell) -> Path:
+        """Folder of the cell's metrics."""
+        return self.folder(cell) / f"evaluation-{self.name}"
+
+    def evaluations(self, cell: Cell) -> list[Path]:
+        """Its only one."""
+        return [self.evaluation(cell)]
 
     def data(self, cell: Cell) -> Path:
         """Folder of a cell's data set and of its index, which cells may share."""
         if self.shared_data:
             return self.out / "data" / cell.data
-        return self.cell(replace(cell, model=DEFAULT_MODEL, steps=0))
-
-    def evaluation(self, cell: Cell) -> Path:
-        """Folder of the cell's figures."""
-        return self.cell(cell) / f"evaluation-{self.name}"
+        return self.folder(replace(cell, model=DEFAULT_MODEL, steps=0))
 
     def samples(self, cell: Cell) -> dict[str, Path]:
         """Sample folders of the cell's subjects and of the models that it is compared with."""
-        drawn = {one: self.cell(cell) / "samples" / one for one in self.subjects}
+        drawn = {subject: self.folder(cell) / "samples" / subject for subject in self.subjects}
         for label, steps in self._oracles(cell).items():
             model = self._oracle_model(cell, steps)
             drawn[label] = model.with_name(f"samples-of-{model.name}")
         return drawn
 
     def stages(self, cell: Cell) -> list[Stage]:
-        """The commands of one cell, in order: it needs no other cell.
-
-        Cells may have commands in common; who comes second finds them done.
-        """
-        data, model = self.data(cell), self.cell(cell) / "model"
+        """Prepare, index, train, sample each subject, evaluate; the same for its oracles."""
+        data, model = self.data(cell), self.folder(cell) / "model"
+        inputs = {"dataset": data / "data", "index": data / "index"}
         drawn, oracles = self.samples(cell), self._oracles(cell)
         stages = [
             self._prepare(cell),
@@ -110,7 +190,6 @@ class Plan:
         named = {f"samples.{subject}": path for subject, path in drawn.items()}
         other_data = {"other_data": list(oracles)} if oracles else {}
         to = {"out": self.evaluation(cell), **self.options.evaluate}
-        inputs = {"dataset": data / "data", "index": data / "index"}
         return [*stages, Stage("evaluate", {**inputs, **named, **other_data, **to})]
 
     def _steps(self, cell: Cell) -> int:
@@ -123,7 +202,7 @@ class Plan:
         return {"oracle_steps": self._steps(cell), "oracle_epochs": self.equal_epochs(cell)}
 
     def _oracle_model(self, cell: Cell, steps: int) -> Path:
-        folder = self.cell(replace(cell, factors=(1,)))
+        folder = self.folder(replace(cell, factors=(1,)))
         return folder / ("model" if steps == self._steps(cell) else f"model-{steps}-steps")
 
     def equal_epochs(self, cell: Cell) -> int:
@@ -166,7 +245,7 @@ class Plan:
         return Stage(
             "train",
             {
-                **first,  # options that stand behind a file win over it
+                **first,  # later options win over the file
                 "data.path": self.data(cell) / "data",
                 "out": model,
                 "model.class_conditional": cell.conditioning != "unconditional",
@@ -197,64 +276,91 @@ class Plan:
             },
         )
 
+    def check(self) -> None:
+        """Refuse names with another meaning, options that the study sets, and wrong options."""
+        from memfree.evaluation.metrics import HELDOUT
+
+        super().check()
+        check_names("models", self.models)
+        if HELDOUT in self.subjects:
+            raise ValueError(f"--subjects: {HELDOUT} are the images that every study also measures")
+        if self.oracle and ORACLES.keys() & self.subjects.keys():
+            raise ValueError("--subjects: oracle_steps and oracle_epochs are models of --oracle")
+        if LADDER_LABEL in self.models:
+            raise ValueError(f"--models: {LADDER_LABEL!r} is what tables call data of many factors")
+        for model in (name for grid in self.grids for name in grid.model):
+            if model != DEFAULT_MODEL and model not in self.models:
+                raise ValueError(f"--grids: there is no model {model!r} below --models")
+        for command, own in OWN.items():
+            _check_own(f"--options.{command}", getattr(self.options, command), own)
+        for model, options in self.models.items():
+            _check_own(f"--models.{model}", options, OWN["train"])
+        different: dict[str, Stage] = {}  # but for their paths, which the study sets
+        for stage in (stage for cell in self.cells() for stage in self.stages(cell)):
+            kept = {key: "" if isinstance(v, Path) else v for key, v in stage.options.items()}
+            different.setdefault(f"{stage.command} {kept}", stage)
+        for stage in different.values():
+            check_stage(stage, f"--options.{stage.command}{_ALSO.get(stage.command, '')}")
+
+    def check_inputs(self) -> None:
+        """Look for the files of ``INPUTS``."""
+        for command, names in INPUTS.items():
+            for name, value in _flat(getattr(self.options, command)):
+                if name in names and value is not None and not Path(value).exists():
+                    raise FileNotFoundError(f"--options.{command}: there is no {name} {value}")
+
+    def claim(self) -> None:
+        """Refuse a folder that holds a study of other numbers, and note those of this one.
+
+        Models are compared by name: further ones may join those of the folder.
+
+        Raises:
+            ValueError: ``out`` was begun with other numbers, or holds something else.
+        """
+        check_kind(self.out, "study")
+        wanted = self._numbers()
+        path = self.out / "study.json"
+        with or_another():
+            begun = read_json(path) if path.is_file() else {}
+            if not isinstance(begun, dict) or not isinstance(begun.get("models", {}), dict):
+                raise ValueError(f"{path} is not a study's file")
+        models = begun.get("models", {})
+        # Studies that were begun before an option existed had its only value.
+        found = {option: _what(begun.get(option, value)) for option, value in wanted.items()}
+        found["models"] = {
+            name: _what(models.get(name, options)) for name, options in wanted["models"].items()
+        }
+        refuse_other(self.out, first_difference(found, wanted))
+        both = {**begun, **wanted, "models": {**models, **wanted["models"]}}
+        if both != begun:
+            write_json(path, both)
+
+    def _numbers(self) -> dict[str, Any]:
+        numbers = {name: getattr(self, name) for name in NUMBERS}
+        numbers["models"] = {name: _what(options) for name, options in self.models.items()}
+        for command, options in asdict(self.options).items():
+            numbers[f"options.{command}"] = _what(options)
+        return dict(json.loads(json.dumps(numbers, default=str)))
+
 
 NUMBERS = ("source", "duplicated", "steps", "count", "guidance_scale", "shared_data")
-"""Options of a study that all models and figures of its folder have in common."""
+"""Options that all models and metrics of a study's folder have in common."""
 _HOW = ("batch_size", "trainer.devices", "trainer.enable_progress_bar", "trainer.logger")
-"""Options of commands, and what is below them, that change how something is made, not what: the
-commands decide whether they take what is there. The batch size of training is data.batch_size."""
-
-
-def claim(plan: Plan) -> None:
-    """Refuse a folder that holds a study of another size; its figures would be taken for ours.
-
-    Models are compared by name: further ones may join those that are there.
-
-    Raises:
-        ValueError: ``out`` was begun with other numbers, or holds something else.
-    """
-    check_kind(plan.out, "study")
-    asked = _asked(plan)
-    path = plan.out / "study.json"
-    with or_another():
-        begun = read_json(path) if path.is_file() else {}
-        if not isinstance(begun, dict) or not isinstance(begun.get("models", {}), dict):
-            raise ValueError(f"{path} is no study's file")
-    models = begun.get("models", {})
-    # Studies that were begun before an option existed had its only value.
-    found = {option: _what(begun.get(option, value)) for option, value in asked.items()}
-    found["models"] = {
-        name: _what(models.get(name, options)) for name, options in asked["models"].items()
-    }
-    refuse_other(plan.out, first_difference(found, asked))
-    both = {**begun, **asked, "models": {**models, **asked["models"]}}
-    if both != begun:
-        write_json(path, both)
-
-
-def _asked(plan: Plan) -> dict[str, Any]:
-    asked = {name: getattr(plan, name) for name in NUMBERS}
-    asked["models"] = {name: _what(options) for name, options in plan.models.items()}
-    for command, options in asdict(plan.options).items():
-        asked[f"options.{command}"] = _what(options)
-    asked = json.loads(json.dumps(asked, default=str))
-    assert isinstance(asked, dict)
-    return asked
+"""Options, and what is below them, that change how something is made, not what: the commands
+decide whether they accept what exists. The batch size of training is data.batch_size."""
 
 
 def _what(options: Any) -> Any:
     """Options of a command without those of ``_HOW``, any other value as it is."""
     if not isinstance(options, dict):
         return options
-    kept: Options = {
+    return {
         name: value
         for name, value in options.items()
         if not any(name == how or name.startswith(f"{how}.") for how in _HOW)
     }
-    return kept
 
 
-_NAME = re.compile(r"[\w-]+")
 _REPEATED = "factor and ladder of --grids and --duplicated"
 OWN = {
     "prepare": {
@@ -295,56 +401,14 @@ OWN = {
         "out": "--out",
     },
 }
-"""Options of the commands that the study gives a value of its own, and what it takes that from."""
+"""Options of the commands that the study sets itself, and the study's option to use instead."""
 INPUTS = {
     "index": ("extractor.path",),
     "sample": ("latents", "decoder", "prompts.file", "prompts.dataset"),
     "evaluate": ("clip", "second_embedding"),
 }
-"""Options of the commands that name something that must be there before a study begins."""
+"""Options of the commands that name something that must exist before a study begins."""
 _ALSO = {"train": " or --models", "sample": " or --subjects"}
-
-
-def check_names(plan: Plan, grids: Sequence[Grid]) -> None:
-    """Refuse names that cannot be folders or mean something else, and models not described.
-
-    Raises:
-        ValueError: names the option.
-    """
-    from memfree.evaluation.metrics import HELDOUT
-    from memfree.study.metrics_shown import ORACLES
-
-    for option, names in (
-        ("name", [plan.name]),
-        ("subjects", [*plan.subjects]),
-        ("models", [*plan.models]),
-    ):
-        for one in names:
-            if not _NAME.fullmatch(one):
-                raise ValueError(f"--{option}: use letters, digits, - and _ for the name {one!r}")
-    if not plan.subjects:
-        raise ValueError("--subjects is empty: name at least one way to sample")
-    if HELDOUT in plan.subjects:
-        raise ValueError(f"--subjects: {HELDOUT} are the images that every study measures as well")
-    if plan.oracle and ORACLES.keys() & plan.subjects.keys():
-        raise ValueError("--subjects: oracle_steps and oracle_epochs are the models of --oracle")
-    if LADDER_LABEL in plan.models:
-        raise ValueError(f"--models: {LADDER_LABEL!r} is what tables call data of several factors")
-    for model in (one for grid in grids for one in grid.model):
-        if model != DEFAULT_MODEL and model not in plan.models:
-            raise ValueError(f"--grids: there is no model {model!r} below --models")
-
-
-def check_options(plan: Plan) -> None:
-    """Refuse options of commands that would undo what the study gives them.
-
-    Raises:
-        ValueError: names the option, and what to use.
-    """
-    for command, own in OWN.items():
-        _check_own(f"--options.{command}", getattr(plan.options, command), own)
-    for model, options in plan.models.items():
-        _check_own(f"--models.{model}", options, OWN["train"])
 
 
 def _check_own(where: str, options: Options, own: dict[str, str]) -> None:
@@ -355,18 +419,6 @@ def _check_own(where: str, options: Options, own: dict[str, str]) -> None:
                 raise ValueError(f"{where}: the study sets {name} itself; use {instead}")
 
 
-def check_inputs(plan: Plan) -> None:
-    """Refuse files and folders that are missing, which the last commands would find after hours.
-
-    Raises:
-        FileNotFoundError: names the option.
-    """
-    for command, names in INPUTS.items():
-        for name, value in _flat(getattr(plan.options, command)):
-            if name in names and value is not None and not Path(value).exists():
-                raise FileNotFoundError(f"--options.{command}: there is no {name} {value}")
-
-
 def _flat(options: Options, before: str = "") -> Iterator[tuple[str, Any]]:
     """Options by dotted names, however they are nested."""
     for name, value in options.items():
@@ -374,29 +426,3 @@ def _flat(options: Options, before: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{before}{name}.")
         else:
             yield f"{before}{name}", value
-
-
-def check_commands(plan: Plan, cells: Sequence[Cell]) -> None:
-    """Parse every command with its own parser, so that no option is refused after hours.
-
-    Raises:
-        ValueError: names the options of the study that the command's are from.
-    """
-    checked = set()
-    for stage in (stage for cell in cells for stage in plan.stages(cell)):
-        if (kind := _without_paths(stage)) in checked:
-            continue
-        checked.add(kind)
-        try:
-            stage.check()
-        except ValueError as error:
-            where = f"--options.{stage.command}{_ALSO.get(stage.command, '')}"
-            raise ValueError(f"{where}: {error}") from error
-
-
-def _without_paths(stage: Stage) -> tuple[str, str]:
-    """What a parser can tell commands apart by: the folders that the study sets are all alike."""
-    options = {
-        name: "" if isinstance(value, Path) else value for name, value in stage.options.items()
-    }
-    return stage.command, str(options)

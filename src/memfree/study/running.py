@@ -1,4 +1,4 @@
-"""Running a study's commands, with an estimate of the time left."""
+"""Running the commands of a study, with an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -17,34 +17,26 @@ from memfree.cli.stages import Stage, run_stages
 from memfree.folders.atomic import write_json
 from memfree.folders.lock import FolderLock
 from memfree.folders.untrusted import read_json, short
-from memfree.study.grid import Cell
 from memfree.study.plan import Plan
 
 
 class CellRun:
-    """One cell of a study, and what is known of its commands.
+    """One cell of a plan, and what is known of its commands.
 
-    ``CELL/study-NAME.json`` lists each command with the seconds that it has taken. The cell is
-    finished where the list has all commands of the plan and its figures are there: a subject that
-    was added since, or an option that was changed, makes the cell run again, and each command that
-    is done says so.
-
-    Args:
-        plan: the study.
-        cell: one of its cells.
+    Its record lists each command with the seconds that it has taken. The cell is finished when the
+    list has all commands of the plan and the metrics exist: a subject that was added since, or an
+    option that was changed, makes the cell run again, and each command that is done says so.
     """
 
-    def __init__(self, plan: Plan, cell: Cell) -> None:
+    def __init__(self, plan: Plan, cell: Any) -> None:
         self.stages = plan.stages(cell)
-        self._path = plan.cell(cell) / f"study-{plan.name}.json"
-        self._figures = plan.evaluation(cell) / "manifest.json"
-        self._turns = plan.out / ".turns"
+        self._plan, self._cell, self._record = plan, cell, plan.record(cell)
 
     @property
     def finished(self) -> bool:
         """Whether all its commands, as they are planned now, were run to the end."""
-        known = self.known()
-        return self._figures.is_file() and [*known] == [stage.line() for stage in self.stages]
+        lines = dict.fromkeys(stage.line() for stage in self.stages)  # oracles may share some
+        return [*self.known()] == [*lines] and self._plan.evaluated(self._cell)
 
     def known(self) -> dict[str, float]:
         """Seconds of each command that was run to its end, by its line.
@@ -52,36 +44,39 @@ class CellRun:
         Raises:
             ValueError: the record is damaged.
         """
-        if not self._path.is_file():
+        if not self._record.is_file():
             return {}
         try:
-            rows = read_json(self._path)
+            rows = read_json(self._record)
             return {str(row["command"]): float(row["seconds"]) for row in rows}
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self._path} is damaged ({short(error)}): delete it") from error
+            raise ValueError(f"{self._record} is damaged ({short(error)}): delete it") from error
 
-    def run(self, console: Console) -> None:
-        """Run what is missing; another process that runs the same command is waited for."""
-        before, now = self.known(), dict[str, float]()
+    def run(self, console: Console, taken: dict[str, float] | None = None) -> None:
+        """Run what is missing; another process that runs the same command is waited for.
+
+        ``taken``: seconds of commands that this process has run, by line; new ones are added.
+        """
+        before, now, taken = self.known(), dict[str, float](), {} if taken is None else taken
         for number, stage in enumerate(self.stages, 1):
             line = stage.line()
-            console.rule(f"{number} of {len(self.stages)}: {stage.command}", align="left")
-            with _turn(self._turns, stage, console):
-                start = time.perf_counter()
-                run_stages([stage], console)
-            now[line] = before.get(line, 0.0) + time.perf_counter() - start
-            self._write({**before, **now} if number < len(self.stages) else now)
-
-    def _write(self, seconds: dict[str, float]) -> None:
-        rows: list[dict[str, Any]] = [
-            {"command": line, "seconds": round(value, 2)} for line, value in seconds.items()
-        ]
-        write_json(self._path, rows)
+            if line not in taken:
+                console.rule(f"{number} of {len(self.stages)}: {stage.command}", align="left")
+                with _turn(self._plan.out / ".turns", stage, console):
+                    start = time.perf_counter()
+                    run_stages([stage], console)
+                taken[line] = time.perf_counter() - start
+            now[line] = before.get(line, 0.0) + taken[line]
+            rows = {**before, **now} if number < len(self.stages) else now
+            write_json(
+                self._record,
+                [{"command": key, "seconds": round(value, 2)} for key, value in rows.items()],
+            )
 
 
 @contextmanager
 def _turn(folder: Path, stage: Stage, console: Console) -> Iterator[None]:
-    """Keep two processes from running one command at once; who comes second finds it done.
+    """Keep two processes from running one command at once; whoever comes second finds it done.
 
     Unlike the command's own lock, which refuses a second writer, this one waits. It lies in the
     study's folder, and is the same however ``--out`` is written.
@@ -110,43 +105,37 @@ def plan_size(runs: Sequence[CellRun]) -> str:
     """Lines for the terminal: trainings, samples, what is finished, and an estimate of the rest.
 
     The estimate takes the seconds a training step, a sample, or a run of another command from those
-    that are finished.
-
-    Args:
-        runs: cells; a command that several have counts once.
+    that are finished. A command that several cells share counts once.
     """
     stages = {stage.line(): stage for run in runs for stage in run.stages}
     seconds = {line: value for run in runs for line, value in run.known().items() if line in stages}
-    done = {line for line, stage in stages.items() if _is_done(stage)}
+    done = {
+        line
+        for line, stage in stages.items()
+        if (Path(stage.options["out"]) / "manifest.json").is_file()
+    }
     parts = [f"{len(runs)} cells", f"{len(stages)} commands, {len(done)} of them finished"]
-    for command, noun in (("train", "trainings"), ("sample", "samplings")):
-        of = [line for line, stage in stages.items() if stage.command == command]
-        units = sum(_units(stages[line]) for line in of)
-        what = "steps" if command == "train" else "samples"
-        finished = sum(line in done for line in of)
-        parts.append(f"{len(of)} {noun} ({units} {what}), {finished} finished")
-    left = estimate([stages[line] for line in stages if line not in done], stages, seconds)
-    parts.append(
-        "no command is finished that the rest could be estimated from"
-        if left is None
-        else f"the rest may take about {_duration(left)}, one command after another"
-    )
+    for command, noun, what in (
+        ("train", "trainings", "steps"),
+        ("sample", "samplings", "samples"),
+    ):
+        lines = [line for line, stage in stages.items() if stage.command == command]
+        units = sum(_units(stages[line]) for line in lines)
+        finished = sum(line in done for line in lines)
+        parts.append(f"{len(lines)} {noun} ({units} {what}), {finished} finished")
+    left = _estimate([stages[line] for line in stages if line not in done], stages, seconds)
+    if left is None:
+        parts.append("no command is finished that the rest could be estimated from")
+    else:
+        length = f"{left / 3600:.1f} hours" if left >= 5400 else f"{left / 60:.0f} minutes"
+        parts.append(f"the rest may take about {length}, one command after another")
     return "\n".join(parts)
 
 
-def estimate(
+def _estimate(
     left: Sequence[Stage], known: dict[str, Stage], seconds: dict[str, float]
 ) -> float | None:
-    """Seconds that commands may take.
-
-    Args:
-        left: the commands to estimate.
-        known: commands by line.
-        seconds: what some of those took.
-
-    Returns:
-        None if none of a command's kind is known.
-    """
+    """Seconds that commands may take, from those of others by line; None if a kind is unknown."""
     total: dict[str, float] = defaultdict(float)
     units: dict[str, int] = defaultdict(int)
     for line, taken in seconds.items():
@@ -159,11 +148,3 @@ def estimate(
 
 def _units(stage: Stage) -> int:
     return int(stage.options[UNITS[stage.command]]) if stage.command in UNITS else 1
-
-
-def _is_done(stage: Stage) -> bool:
-    return (Path(stage.options["out"]) / "manifest.json").is_file()
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"

@@ -13,30 +13,25 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from memfree.commands.text_study import Counts, TextStudy, Training, text_study
+from memfree.cli import entry
+from memfree.cli.stages import Stage
+from memfree.commands.study import text_study
 from memfree.evaluation.detectors import detector
 from memfree.evaluation.metrics import Metric, write_metrics
+from memfree.folders.atomic import write_json
+from memfree.folders.manifest import read_manifest, write_manifest
 from memfree.images import from_bytes
-from memfree.offline import text_study_results
-from memfree.offline.text_study_results import PROMPTS, as_markdown, summarise_text
+from memfree.study import text_results
+from memfree.study.text_plan import TextPlan, Training
+from memfree.study.text_results import PROMPTS, as_markdown, summarise
 
 SUBJECTS = {"none": {"mitigation": "none", "wen_norm_steps": 1}, "amg": {"mitigation": "amg"}}
 CONFIGS = Path(__file__).parents[2] / "configs" / "study"
 
 
 def study(subjects=SUBJECTS, **changes):
-    given = {
-        "name": "trial",
-        "out": Path("runs/x"),
-        "training": Training(plan_seed=3, seed=4),
-        "counts": Counts(),
-        "oracle": True,
-        "steps": 25,
-        "guidance_scale": 3.0,
-        "batch_size": 50,
-        "noise_seed": 9,
-    }
-    return TextStudy(subjects=subjects, **{**given, **changes})
+    given = {"out": Path("runs/x"), "training": Training(plan_seed=3, seed=4), "noise_seed": 9}
+    return TextPlan("trial", subjects=subjects, **{**given, **changes})
 
 
 def test_everyone_draws_from_the_same_noise_and_prompts():
@@ -66,21 +61,20 @@ def test_what_guides_and_judges_never_sees_which_images_are_repeated():
 
 
 def test_every_judge_has_all_samples():
-    pixels, embedding = study().evaluated("other")
+    pixels, embedding = study().judged("other")
     for stage in (pixels, embedding):
         named = {key for key in stage.options if key.startswith("samples.")}
         assert named == {"samples.none", "samples.amg", "samples.oracle"}
         assert stage.options["other_data"] == ["oracle"]
     assert "second_embedding" not in pixels.options
     assert embedding.options["second_embedding"] != "embedding"
-    assert "other_data" not in study(oracle=False).evaluated("other")[0].options
+    assert "other_data" not in study(oracle=False).judged("other")[0].options
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("emoji_*.yaml")), ids=lambda path: path.stem)
 def test_every_subject_of_the_configurations_is_an_option_of_sampling(path):
     config = yaml.safe_load(path.read_text())
-    for stage in study(config["subjects"]).sampled("other"):
-        stage.check()
+    study(config["subjects"]).check()
 
 
 def test_studies_that_choose_settings_share_no_noise_and_no_repeats_with_those_reported():
@@ -135,9 +129,7 @@ def test_options_of_subjects_are_checked_before_anything_runs(options, message, 
 def test_it_is_started_where_its_configuration_is(tmp_path, monkeypatch):
     assert (CONFIGS.parents[1] / study().trained()[-1].options["config"]).is_file()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "memfree.commands.text_study.run_stages", lambda *_: pytest.fail("it began")
-    )
+    monkeypatch.setattr("memfree.study.running.run_stages", lambda *_: pytest.fail("it began"))
     with pytest.raises(FileNotFoundError, match=r"no configs/emoji_scratch.yaml here: run memfree"):
         text_study("trial", SUBJECTS, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -153,17 +145,17 @@ def test_tables_name_whom_the_others_are_compared_with(order, reference):
         for one in order
     }
     assert f"| … less that of {reference} |" in as_markdown(found, order, [])
-    assert study(subjects).evaluated("other")[0].options["reference"] == reference
+    assert study(subjects).judged("other")[0].options["reference"] == reference
 
 
-def write_evaluations(cell, generator):
+def write_evaluations(plan, generator):
     """Finished evaluations of two subjects, and the traces of the unguided one."""
     truth, norms = [], []
     for number, prompts in enumerate(PROMPTS):
         copies = generator.random(40) < 0.5
-        for judge, rate in (("pixels", 0.25), ("embedding", 0.5)):
-            folder = cell / "evaluation-trial" / prompts / judge
+        for folder, rate in zip(plan.evaluations(prompts), (0.25, 0.5), strict=True):
             folder.mkdir(parents=True)
+            write_manifest(folder, "evaluation")
             write_metrics(
                 folder / "metrics.json",
                 [
@@ -181,7 +173,7 @@ def write_evaluations(cell, generator):
             }
             pq.write_table(pa.table(table), folder / "per_sample.parquet")
         norm = generator.random(40) + copies
-        samples = cell / "samples-9" / prompts / "none"
+        samples = plan.samples(prompts, "none")
         samples.mkdir(parents=True)
         order = generator.permutation(40)
         trace = {
@@ -196,17 +188,23 @@ def write_evaluations(cell, generator):
     return np.concatenate(truth), np.concatenate(norms)
 
 
-def test_a_prompt_set_of_one_caption_says_so(tmp_path):
-    write_evaluations(tmp_path, np.random.default_rng(0))
-    for judge in ("pixels", "embedding"):
-        folder = tmp_path / "evaluation-trial" / "other" / judge
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A study whose evaluations are finished, and draws no rows of samples."""
+    monkeypatch.setattr(text_results, "write_pictures", lambda *_: None)
+    plan = study(out=tmp_path / "[/o]", oracle=False)  # no markup
+    return plan, *write_evaluations(plan, np.random.default_rng(0))
+
+
+def test_a_prompt_set_of_one_caption_says_so(finished):
+    plan, *_ = finished
+    for folder in plan.evaluations("other"):
         write_metrics(folder / "metrics.json", [Metric("copies", "none", 0.7, 0.6, 0.8, 40)])
         table = pq.read_table(folder / "per_sample.parquet").drop_columns("caption")
         alone = table.append_column("caption", pa.array(["a cat"] * len(table)))
         pq.write_table(alone, folder / "per_sample.parquet")
-    samples = tmp_path / "samples-9"
-    summarise_text(tmp_path, "trial", samples, list(PROMPTS), ["none", "amg"], Console())
-    text = (tmp_path / "trial.md").read_text()
+    summarise(plan, Console())
+    text = (plan.folder / "trial.md").read_text()
     assert text.count("One caption: 95 % intervals over its samples.") == 1
     assert "a caption of its own" not in text
 
@@ -222,10 +220,8 @@ def test_rows_show_the_first_samples_of_everyone(tmp_path, monkeypatch):
             assert size == 10
             yield torch.full((4, 3, 8, 8), self.value)
 
-    monkeypatch.setattr(text_study_results, "SampleFolder", Folder)
-    text_study_results.write_rows(
-        tmp_path / "rows.png", {"dark": Path("-1.0"), "grey": Path("0.0")}
-    )
+    monkeypatch.setattr(text_results, "SampleFolder", Folder)
+    text_results.write_pictures(tmp_path / "rows.png", {"dark": Path("-1.0"), "grey": Path("0.0")})
     picture = np.asarray(Image.open(tmp_path / "rows.png").convert("L"), dtype=float)
     middle, right = picture.shape[0] // 2, picture[:, picture.shape[1] // 4]
     assert right[:middle].min() == 0
@@ -243,20 +239,21 @@ def test_rows_show_the_very_pixels_that_were_judged(tmp_path, monkeypatch):
         def batches(self, size):
             yield from_bytes(torch.full((4, 3, 8, 8), self.level, dtype=torch.uint8))
 
-    monkeypatch.setattr(text_study_results, "SampleFolder", Folder)
+    monkeypatch.setattr(text_results, "SampleFolder", Folder)
     rows = {str(level): Path(str(level)) for level in levels}
-    text_study_results.write_rows(tmp_path / "rows.png", rows)
+    text_results.write_pictures(tmp_path / "rows.png", rows)
     picture = np.asarray(Image.open(tmp_path / "rows.png").convert("L"))
     assert set(levels) <= set(picture[:, picture.shape[1] // 4].tolist())
 
 
-def test_results_are_gathered_from_both_judges(tmp_path, capsys):
-    tmp_path = tmp_path / "[/o]"  # no markup
-    truth, norms = write_evaluations(tmp_path, np.random.default_rng(0))
+def test_results_are_gathered_from_both_judges(finished, capsys):
+    plan, truth, norms = finished
     for prompts in PROMPTS:  # of a study of other noise on the same model, with fewer samples
-        (tmp_path / "samples-1" / prompts / "none").mkdir(parents=True)
-    samples = tmp_path / "samples-9"
-    summarise_text(tmp_path, "trial", samples, list(PROMPTS), ["none", "amg"], Console())
+        (plan.folder / "samples-1" / prompts / "none").mkdir(parents=True)
+    summarise(plan, Console())
+    manifest = read_manifest(plan.evaluation, "study")
+    assert manifest["name"] == "trial" and manifest["subjects"] == SUBJECTS
+    tmp_path = plan.folder
     rows = pa_csv.read_csv(tmp_path / "trial.csv").to_pylist()
     values = {(row["prompts"], row["subject"], row["metric"]): row["value"] for row in rows}
     assert values["other", "none", "copies"] == 0.75
@@ -277,3 +274,42 @@ def test_results_are_gathered_from_both_judges(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "captions of the repeated images" in printed
     assert f"Written: {tmp_path / 'trial'}.parquet, .csv, .md, .png, -detection.png" in printed
+
+
+def test_an_unfinished_prompt_set_is_left_out_and_none_is_refused(finished):
+    plan, *_ = finished
+    (plan.evaluations("unseen")[1] / "manifest.json").unlink()
+    summarise(plan, Console())
+    text = (plan.folder / "trial.md").read_text()
+    assert "### Other" in text and "### Unseen" not in text
+    for prompts in ("duplicated", "other"):
+        (plan.evaluations(prompts)[0] / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="has no finished evaluation of the study trial"):
+        summarise(plan, Console())
+
+
+def test_parts_share_the_prompt_sets_and_what_they_have_in_common_is_made_once(
+    tmp_path, monkeypatch, capsys
+):
+    ran, tabulated = [], []
+
+    def pretend(stage):
+        ran.append(stage.line())
+        write_json(Path(stage.options["out"]) / "manifest.json", {"format": 1})
+
+    monkeypatch.chdir(CONFIGS.parents[1])
+    monkeypatch.setattr(Stage, "run", pretend)
+    monkeypatch.setattr(text_results, "summarise", lambda plan, _: tabulated.append(plan.cells()))
+    file = [str(CONFIGS / "emoji_baselines.yaml"), f"--out={tmp_path / 'out'}"]
+    entry.main(["study", *file, "--part=1/2"])
+    assert len(ran) == len(set(ran)), "no command of the first part ran twice"
+    assert not tabulated and "1 cells of others are not" in capsys.readouterr().out
+    entry.main(["text-study", *file, "--part=2/2"])
+    assert tabulated == [["duplicated", "other", "unseen"]]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "memfree study PLAN.yaml" in error
+    ran.clear()
+    entry.main(["study", *file, "--dry_run=true"])
+    assert "0 of them" not in capsys.readouterr().out
+    entry.main(["study", *file])
+    assert not ran and len(tabulated) == 2, "everything is finished"
