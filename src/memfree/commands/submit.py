@@ -340,6 +340,8 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
     """
     given = as_options(arguments, COMMANDS[command].positional)
     check_config_files(given)
+    if any(word.partition("=")[0] == "--allow_code" for word in given):
+        raise ValueError("--allow_code is for the command line: a job has its options in a file")
     function = load(command_of(command, given))
     parser = parser_of(function, f"memfree submit {command}")
     parser.add_argument("--slurm", type=SlurmOptions, default=SlurmOptions())
