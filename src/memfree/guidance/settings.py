@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from memfree import guidance
 from memfree.guidance import baselines
 from memfree.guidance.options import (
     MITIGATIONS,
@@ -17,11 +18,15 @@ from memfree.guidance.options import (
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
-    from memfree.guidance.amg_extensions import SteadyAMG
-    from memfree.guidance.equations import ConstantThreshold, ThresholdSchedule
-    from memfree.guidance.mitigation import Mitigation
-    from memfree.guidance.observer import Cadence, Observer
-    from memfree.guidance.prediction import Guidance
+    from memfree.guidance import (
+        Cadence,
+        ConstantThreshold,
+        Guidance,
+        Mitigation,
+        Observer,
+        SteadyAMG,
+        ThresholdSchedule,
+    )
     from memfree.retrieval import ReferenceIndex
 
 PIXELS: dict[str, float | bool] = {
@@ -111,13 +116,11 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         ``index`` is calibrated: what AMG compares with. ``latents`` are the references of
         multiplicity guidance where the denoiser does not work on the pixels of ``index``.
         """
-        from memfree.guidance.multiplicity import MultiplicityGuidance
-
         detector = self.anti_memorization if self.mitigation in WITH_AMG else self.observer
         if self.mitigation not in ("multiplicity", "both"):
             return [detector(index)]
         references = latents or index
-        multiplicity = MultiplicityGuidance(
+        multiplicity = guidance.MultiplicityGuidance(
             references, self.strength, self.caption_bandwidth, self.damp_captions
         )
         return [multiplicity, detector(index)]
@@ -139,33 +142,26 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         Raises:
             ValueError: the mitigation needs an index or the text side, and it is missing.
         """
-        from memfree.guidance.baselines.wen_norm import WenNorm
-        from memfree.guidance.mitigation import Guided, Sequential
-
         if self.mitigation in WITH_INDEX and index is None:
             raise ValueError(f"--mitigation {self.mitigation} needs --index")
         steps = int(self.wen_norm_steps)
-        norm = [Guided([WenNorm(steps)])] if steps else []
+        norm = [guidance.Guided([baselines.WenNorm(steps)])] if steps else []
         parts = [*norm, *self._named(text), *self._compared(index, latents)]
-        return parts[0] if len(parts) == 1 else Sequential(parts)
+        return parts[0] if len(parts) == 1 else guidance.Sequential(parts)
 
     def for_pixels(self, index: ReferenceIndex | None) -> Mitigation:
         """The mitigation with its stages, for a model without text.
 
         Without an index, a mitigation of your own runs without a trace.
         """
-        from memfree.guidance.mitigation import Sequential
-
         own = [] if self.mitigation in MITIGATIONS else self._named(None)
-        return Sequential([*own, *self._compared(index, None)])
+        return guidance.Sequential([*own, *self._compared(index, None)])
 
     def _named(self, text: baselines.TextTools | None) -> list[Mitigation]:
         """The baseline or the class of the user's own that is named; else nothing."""
-        from memfree.guidance.mitigation import mitigation_at
-
         name = self.mitigation
         if name not in MITIGATIONS:
-            return [mitigation_at(name)]
+            return [guidance.mitigation_at(name)]
         entry = MITIGATIONS[name]
         if not entry.baseline:
             return []
@@ -179,15 +175,12 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         self, index: ReferenceIndex | None, latents: ReferenceIndex | None
     ) -> list[Mitigation]:
         """What compares samples with an index: while they are drawn, and when they are finished."""
-        from memfree.guidance.calibration import default_similarity
-        from memfree.guidance.mitigation import Guided, RejectAndResample
-
         if index is None:
             return []
-        guided: list[Mitigation] = [Guided(self.build(index, latents))]
+        guided: list[Mitigation] = [guidance.Guided(self.build(index, latents))]
         if self.mitigation == "reject":
-            end = self.end_threshold(index)
-            guided.append(RejectAndResample(index, default_similarity(index), end))
+            similarity, end = guidance.default_similarity(index), self.end_threshold(index)
+            guided.append(guidance.RejectAndResample(index, similarity, end))
         return guided
 
     def check(self, index: ReferenceIndex | None, text: baselines.TextTools | None) -> None:
@@ -203,30 +196,22 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
 
     def end_threshold(self, index: ReferenceIndex) -> float:
         """λ at t = 0: the index's calibrated threshold."""
-        from memfree.guidance.calibration import calibration_of, default_similarity
-
-        similarity = default_similarity(index)
-        return calibration_of(index, similarity).threshold(self.false_positive_rate)
+        similarity = guidance.default_similarity(index)
+        return guidance.calibration_of(index, similarity).threshold(self.false_positive_rate)
 
     def observer(self, index: ReferenceIndex) -> Observer:
         """What records σ_t against λ_t and changes nothing."""
-        from memfree.guidance.calibration import default_similarity
-        from memfree.guidance.observer import Observer
-
-        similarity, threshold = default_similarity(index), self._threshold(index)
-        return Observer(index, similarity, threshold, self._cadence)
+        similarity, threshold = guidance.default_similarity(index), self._threshold(index)
+        return guidance.Observer(index, similarity, threshold, self._cadence)
 
     def anti_memorization(self, index: ReferenceIndex) -> SteadyAMG:
         """AMG with these settings on the index's calibrated threshold."""
-        from memfree.guidance.amg_extensions import SteadyAMG
-        from memfree.guidance.calibration import default_similarity
-
         this, end = self.resolved(index), self.end_threshold(index)
         assert this.gate_margin is not None
         same = "c1 c2 c3 gate_margin gradient gated margin_per_doubling least_scale latched"
-        return SteadyAMG(
+        return guidance.SteadyAMG(
             index,
-            default_similarity(index),
+            guidance.default_similarity(index),
             self._threshold(index),
             max_displacement=this.max_displacement or None,
             final_correction=end - this.gate_margin / 4 if self.final_correction else None,
@@ -240,18 +225,14 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
 
     @property
     def _cadence(self) -> Cadence:
-        from memfree.guidance.observer import Cadence
-
-        return Cadence(int(self.cadence), float(self.cadence_always_below))
+        return guidance.Cadence(int(self.cadence), float(self.cadence_always_below))
 
     def _threshold(self, index: ReferenceIndex) -> ThresholdSchedule | ConstantThreshold:
-        from memfree.guidance.equations import ConstantThreshold, ThresholdSchedule
-
         end, ratio = self.end_threshold(index), self.resolved(index).start_ratio
         assert ratio is not None
         if ratio <= 0:
             raise ValueError(f"--mitigation.start_ratio must be above 0, not {ratio:g}")
         if self.schedule == "constant":
-            return ConstantThreshold(end)
+            return guidance.ConstantThreshold(end)
         # A distance's σ is negative: a multiple above 1 is lower. A cosine's is positive.
-        return ThresholdSchedule(end * ratio if end < 0 else end / ratio, end, self.rate)
+        return guidance.ThresholdSchedule(end * ratio if end < 0 else end / ratio, end, self.rate)
