@@ -16,9 +16,6 @@ USED = {
     "_average_model": f"{LIGHTNING}: the averaged weights of its EMA callback",
     "_checkpoint_connector": f"{LIGHTNING}: the checkpoint that a training resumes from",
     "_loaded_checkpoint": f"{LIGHTNING}: as above",
-    "_monitor_candidates": f"{LIGHTNING}: ModelCheckpoint at the end of a training",
-    "_save_topk_checkpoint": f"{LIGHTNING}: as above",
-    "_should_skip_saving_checkpoint": f"{LIGHTNING}: as above",
     "_diffusers_hook": f"{DIFFUSERS}: hooks of a module, among them caches that guidance spoils",
     "_is_stateful": f"{DIFFUSERS}: whether such a hook is a cache",
     "_execution_device": f"{DIFFUSERS}: where an offloaded pipeline computes",
@@ -37,7 +34,6 @@ NOT_OF_LIBRARIES = {
     "_name_or_path": "a key of transformers' configuration files",
     "_memfree_guarded": "ours, on a pipeline's class",
     "_copies": "ours, the end of a metric's name",
-    "_of_": "ours, the middle of a metric's name",
     "_sha256": "ours, the end of a field's name",
 }
 

@@ -27,12 +27,12 @@ def __getattr__(name: str) -> Any:
 def with_moved_names(
     package: str, attribute: Callable[[str], Any] | None, moved: Mapping[str, str]
 ) -> Callable[[str], Any]:
-    """A package's ``__getattr__`` that finds names where they are now, with a warning.
+    """A package's ``__getattr__`` that finds moved names, with a warning, until the next release.
 
     Args:
         package: its name.
         attribute: its own ``__getattr__``; None: it has none.
-        moved: by name, the module that has it now; they go with the next release.
+        moved: by name, the module that has it now.
     """
 
     def get(name: str) -> Any:

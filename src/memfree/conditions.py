@@ -1,4 +1,4 @@
-"""What a sample is asked for: class labels, or what text encoders made of prompts."""
+"""Conditions of a sample: class labels, or encoded prompts."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class TextConditions:
         return self._each(lambda value: value[rows])
 
     def shapes(self) -> list[torch.Size | None]:
-        """The shape of each part; of equal shapes can be one batch."""
+        """The shape of each part; conditions of equal shapes fit into one batch."""
         parts = (self.embeddings, self.pooled, self.mask)
         return [None if part is None else part.shape for part in parts]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextConditions:
-        """The same on another device, and of another floating type if given."""
+        """The same on another device, and of another floating type if ``dtype`` is given."""
         return self._each(
             lambda value: value.to(device, dtype if value.is_floating_point() else None)
         )
@@ -42,10 +42,7 @@ class TextConditions:
         return self._each(lambda value: value.expand(count, *value.shape[1:]))
 
     def sentence(self) -> Tensor:
-        """(B, D) float32 of length 1: the mean of the token vectors, to compare prompts by.
-
-        With a mask of the tokens that count, else of all: CLIP's begin and padding tokens included.
-        """
+        """(B, D) float32 of length 1: the mean of the token vectors (of the mask's, or of all)."""
         tokens = self.embeddings.float()
         if self.mask is not None:
             tokens = tokens * self.mask.to(tokens)[..., None]  # its length is normalised away
@@ -77,16 +74,10 @@ Encode = Callable[[Sequence[str]], TextConditions]
 """A text encoder: texts → conditions, one each."""
 
 ENCODED_AT_ONCE = 64
-"""Texts that are encoded together."""
 
 
 def sentences(encode: Encode, texts: Sequence[str]) -> Tensor:
-    """Sentence vectors (len(texts), D) of many texts, encoded in parts.
-
-    Args:
-        encode: the text encoder.
-        texts: at least one.
-    """
+    """Sentence vectors (len(texts), D) of one text or more, encoded in parts."""
     starts = range(0, len(texts), ENCODED_AT_ONCE)
     return torch.cat([encode(texts[i : i + ENCODED_AT_ONCE]).sentence() for i in starts])
 
@@ -97,17 +88,15 @@ text stays within 3e-7 of itself; of 1361 captions of emoji, the nearest two are
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
-    """Cosines (B, C) float32 of sentence vectors (B, D) and (C, D).
-
-    In float64, which neither autocast nor TF32 rounds; MPS has neither float64 nor TF32.
-    """
+    """Cosines (B, C) float32 of sentence vectors (B, D) and (C, D)."""
+    # Neither autocast nor TF32 rounds float64; MPS has neither float64 nor TF32.
     exact = torch.float32 if first.device.type == "mps" else torch.float64
     with torch.autocast(first.device.type, enabled=False):
         return (first.to(exact) @ second.to(exact).T).float()
 
 
 def differ(first: Conditions, second: Conditions) -> Tensor:
-    """(B,) bool: which rows are asked for different things."""
+    """(B,) bool: which rows have different conditions."""
     if isinstance(first, Tensor):
         assert isinstance(second, Tensor)
         return first != second

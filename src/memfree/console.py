@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,18 +20,17 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from rich.segment import Segment
+from rich.text import Text
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """``1 image``, ``2 images``: a number and what it counts; most nouns take an s."""
+    """``1 image``, ``2 images``: a number and what it counts."""
     return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"
 
 
 SRUN_UNUSED = "The .srun. command is available.*"
-"""What Lightning says wherever SLURM is installed and not used."""
+"""Lightning's warning wherever SLURM is installed and not used."""
 
 
 @contextmanager
@@ -48,8 +48,8 @@ def quiet(*patterns: str) -> Iterator[None]:
             log.setLevel(level)
 
 
-def counting_bar(console: Console, *columns: ProgressColumn) -> Progress:
-    """A bar for each task: its description, how many of how many, the time left, more columns."""
+def counting_bar(console: Console, *columns: ProgressColumn, **options: Any) -> Progress:
+    """Bars, one a task: description, n of N, time left, and more columns."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -57,7 +57,49 @@ def counting_bar(console: Console, *columns: ProgressColumn) -> Progress:
         TimeRemainingColumn(),
         *columns,
         console=console,
+        **options,
     )
+
+
+PLAIN_INTERVAL = 10.0
+"""Seconds between two lines of ``ProgressLine`` where the output is not a terminal."""
+
+
+class ProgressLine:
+    """Progress of one task: a bar in a terminal, elsewhere a line now and then.
+
+    The bar is called ``doing``; a ``line`` is as "step {} of {}", for what is done and the total,
+    which may be unknown.
+    """
+
+    def __init__(
+        self, console: Console, doing: str, line: str, total: int | None, done: int = 0
+    ) -> None:
+        self._console, self._total = console, total
+        self._line = line if total is not None else line.split(" of")[0]
+        self._last = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            text = TextColumn("{task.fields[text]}")
+            # Each refresh takes the interpreter from the work.
+            self._bar = counting_bar(console, text, refresh_per_second=2)
+            self._bar.add_task(doing, total=total, completed=done, text="")
+            self._bar.start()
+
+    def show(self, done: int, text: str, now: bool = False) -> None:
+        """Move the bar, or print a line if it is time or ``now``."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, text=text)
+        elif now or time.monotonic() - self._last >= PLAIN_INTERVAL:
+            self._last = time.monotonic()
+            line = self._line.format(done, self._total)
+            self._console.print(f"{line}, {text}" if text else line)
+
+    def close(self) -> None:
+        """Leave the bar as it is, so that what follows has a line of its own."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 _HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of characters, ends of lines
@@ -70,12 +112,12 @@ def shown(text: str, encoding: str = "utf-8", keep: str = "") -> str:
 
     Args:
         text: untrusted, such as a file's name. Spaces, joiners and letters of any kind stay.
-        encoding: of the stream; what it cannot show is written as ``\u03c3`` as well.
+        encoding: of the stream; characters outside it are escaped, as ``\u03c3``.
         keep: control characters that stay.
     """
     if not (text.isascii() and text.isprintable()):
         text = "".join(
-            _escaped(one) if one not in keep and _is_active(one) else one for one in text
+            _escaped(char) if char not in keep and _is_active(char) else char for char in text
         )
     try:
         return text.encode(encoding, "backslashreplace").decode(encoding)
@@ -94,42 +136,29 @@ def _escaped(character: str) -> str:
 
 
 def say(line: str, stderr: bool = False) -> None:
-    """Print one line with untrusted names in it.
-
-    Args:
-        line: what to say.
-        stderr: write to standard error.
-    """
+    """Print one line that may hold untrusted names."""
     stream = sys.stderr if stderr else sys.stdout
     print(shown(line, getattr(stream, "encoding", None) or "utf-8"), file=stream)
 
 
+class _PlainConsole(Console):
+    def render_str(self, text: str, **given: Any) -> Text:  # type: ignore[override]
+        return super().render_str(shown(text, self.encoding, keep="\n\t"), **given)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isascii() and segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(shown(segment.text, self.encoding, keep="\n"), segment.style)
+
+
 def plain_console(stderr: bool = False, **options: Any) -> Console:
-    """A console that shows text as it is: ``[bold]`` is no style and ``:cat:`` no picture.
+    """A console that shows text as it is: ``[bold]`` is not a style, nor ``:cat:`` a picture.
 
-    Whatever is printed on it passes ``shown``; rich's ``Text`` in a table should do so before,
-    since its width is measured.
-
-    Args:
-        stderr: write to standard error.
-        options: further ones of rich's ``Console``.
+    What is printed passes through ``shown``; rich's ``Text`` in a table should do so before,
+    since its width is measured. ``options`` are those of rich's ``Console``.
     """
-    from rich.console import Console, ConsoleOptions, RenderableType
-    from rich.segment import Segment
-    from rich.text import Text
-
-    class PlainConsole(Console):
-        def render_str(self, text: str, **given: Any) -> Text:  # type: ignore[override]
-            return super().render_str(shown(text, self.encoding, keep="\n\t"), **given)
-
-        def render(
-            self, renderable: RenderableType, options: ConsoleOptions | None = None
-        ) -> Iterable[Segment]:
-            for segment in super().render(renderable, options):
-                if segment.control or segment.text.isascii() and segment.text.isprintable():
-                    yield segment
-                else:
-                    text = shown(segment.text, self.encoding, keep="\n")
-                    yield Segment(text, segment.style)
-
-    return PlainConsole(stderr=stderr, markup=False, emoji=False, **options)
+    return _PlainConsole(stderr=stderr, markup=False, emoji=False, **options)

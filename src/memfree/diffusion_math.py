@@ -32,7 +32,7 @@ def predicted_x_0(
 
     Args:
         x_t: noisy samples (B, ...), variance preserving: √ᾱ·x_0 + √(1−ᾱ)·ε.
-        output: what the denoiser predicts, same shape.
+        output: the denoiser's prediction, same shape.
         alpha_bar: ᾱ_t in (0, 1], 0-d or (B,).
         prediction_type: the scheduler's ``config.prediction_type``.
     """
@@ -81,7 +81,7 @@ def output_change_from_x_0(
 def training_target(
     x_0: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
 ) -> Tensor:
-    """What the denoiser should have said: ε, or v = √ᾱ·ε − √(1−ᾱ)·x_0, or x_0."""
+    """What the denoiser should predict: ε, or v = √ᾱ·ε − √(1−ᾱ)·x_0, or x_0."""
     a = per_sample(alpha_bar, x_0)
     if prediction_type == "epsilon":
         return noise
@@ -93,11 +93,10 @@ def training_target(
 def alpha_bar_at(scheduler, timestep: Tensor | int, step_index: int) -> Tensor:
     """ᾱ in (0, 1) that the scheduler assigns to its current step, as a 0-d float32 tensor.
 
-    Schedulers with sigmas (Euler, DPM-Solver++, UniPC; Karras or not) are asked for σ at
-    ``step_index``, because their timesteps are rounded: ᾱ = 1/(1 + σ²). Schedulers of second order,
-    which may keep the σ of their midpoints to themselves (Heun, KDPM2, DPM-Solver SDE), are asked
-    how they scale the denoiser's input. Schedulers that step on timesteps (DDPM, DDIM, PNDM) are
-    asked for ``alphas_cumprod``.
+    From σ at ``step_index`` where there are sigmas (Euler, DPM-Solver++, UniPC; Karras or not),
+    because their timesteps are rounded: ᾱ = 1/(1 + σ²). From the scale of the denoiser's input for
+    schedulers of second order, which may hide the σ of their midpoints (Heun, KDPM2, DPM-Solver
+    SDE). From ``alphas_cumprod`` for those that step on timesteps (DDPM, DDIM, PNDM).
 
     Args:
         scheduler: a diffusers scheduler after ``set_timesteps``.
@@ -114,12 +113,7 @@ def alpha_bar_at(scheduler, timestep: Tensor | int, step_index: int) -> Tensor:
 
 
 def alpha_bar_of_input(scheduler, timestep: Tensor | int) -> Tensor:
-    """ᾱ of a scheduler that divides the denoiser's input by √(1 + σ²), 0-d float32 on the CPU.
-
-    Args:
-        scheduler: a diffusers scheduler after ``set_timesteps``, at its current step or midpoint.
-        timestep: the current entry of ``scheduler.timesteps``.
-    """
+    """ᾱ of a scheduler that divides the denoiser's input by √(1 + σ²), 0-d float32 on the CPU."""
     device = timestep.device if isinstance(timestep, Tensor) else None
     one = torch.ones(1, dtype=torch.float64, device=device)
     scale = torch.as_tensor(scheduler.scale_model_input(one, timestep)).double()

@@ -11,14 +11,10 @@ import torch
 
 
 class _Setting:
-    """torch's precision of float32 products on one backend, held at ``ieee`` while anyone needs it.
+    """Precision of float32 products on one backend, ``ieee`` while anyone needs it.
 
-    The setting belongs to the process, not to a thread. So threads share one hold: the first sets
-    it, the last restores it, and none loses it because another has finished. Other threads'
-    products are exact, too, for that long.
-
-    Args:
-        matmul: ``torch.backends.cuda.matmul`` or ``torch.backends.mkldnn.matmul``.
+    The setting belongs to the process, so threads share one hold: the first sets it, the last
+    restores it. Other threads' products are exact, too, for that long.
     """
 
     def __init__(self, matmul: Any) -> None:
@@ -44,17 +40,14 @@ class _Setting:
 
 
 _BACKENDS: Any = torch.backends
-_CUDA = _Setting(_BACKENDS.cuda.matmul)
-_MKLDNN = _Setting(_BACKENDS.mkldnn.matmul)
+_CUDA, _MKLDNN = _Setting(_BACKENDS.cuda.matmul), _Setting(_BACKENDS.mkldnn.matmul)
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute float32 products on ``device`` in IEEE float32 inside this context.
+    """Compute float32 products on ``device`` in IEEE float32, whatever torch's settings say.
 
-    It overrides ``torch.set_float32_matmul_precision``, ``torch.backends…fp32_precision``,
-    ``allow_tf32`` and autocast, and restores them.
+    Overrides ``set_float32_matmul_precision``, ``fp32_precision``, ``allow_tf32`` and autocast.
     """
-    setting = _CUDA if device.type == "cuda" else _MKLDNN
-    with setting, torch.autocast(device.type, enabled=False):
+    with _CUDA if device.type == "cuda" else _MKLDNN, torch.autocast(device.type, enabled=False):
         yield

@@ -33,13 +33,8 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zli
 def open_image(data: bytes, name: str) -> Image.Image:
     """Decode one PNG, JPEG or WEBP image.
 
-    Args:
-        data: the encoded image.
-        name: what to call it in an error.
-
     Raises:
-        ValueError: it is too large, damaged, or of another format; the message starts with
-            ``name``.
+        ValueError: it is too large, damaged, or of another format; starts with ``name``.
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise ValueError(f"{name}: {len(data)} bytes are more than the limit {MAX_IMAGE_BYTES}")
@@ -60,14 +55,15 @@ def open_image(data: bytes, name: str) -> Image.Image:
     try:
         image.load()
     except _DECODER_ERRORS as error:
-        raise ValueError(f"{name}: damaged image ({_one_line(error)})") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name}: damaged image ({reason})") from error
     if image.format == "PNG":
         image.info[_BITS] = data[24]
     return image
 
 
 def further_frames(image: Image.Image) -> int:
-    """Frames after the first, the only one that is used: of animations, and of JPEGs with two."""
+    """Frames after the first, the only one used: of animations, and of JPEGs with two."""
     return int(getattr(image, "n_frames", 1)) - 1
 
 
@@ -80,12 +76,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def channels_of(image: Image.Image, name: str) -> int:
-    """Number of 8-bit channels that hold the image without loss (a palette counts as colour).
-
-    A colour that stands for transparent needs a channel as well.
+    """Number of 8-bit channels that hold the image without loss: a palette counts as colour.
 
     Raises:
-        ValueError: the image has more than 8 bits a channel.
+        ValueError: it has more than 8 bits a channel; starts with ``name``.
     """
     if image.info.get(_BITS) == 16 and image.mode in _CHANNELS:
         raise ValueError(f"{name}: 16 bits a channel, not 8; convert it first")
@@ -112,7 +106,7 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """Pixels (C, H, W) uint8 of an image in one of the modes of :func:`with_channels`."""
+    """Pixels (C, H, W) uint8 of an image in a mode of :func:`with_channels`."""
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -132,26 +126,15 @@ def pixels_to_png(pixels: np.ndarray) -> bytes:
 
 
 def decode_record(data: bytes, name: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Pixels (C, H, W) uint8 of a record that must have this ``shape``.
-
-    Raises:
-        ValueError: the image is damaged or of another shape.
-    """
+    """Pixels (C, H, W) uint8 of a record; ValueError if damaged or not of this ``shape``."""
     pixels = to_array(open_image(data, name))
     if pixels.shape != shape:
         raise ValueError(f"{name}: image has shape {pixels.shape}, the dataset says {shape}")
     return pixels
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def to_bytes(images: Tensor) -> Tensor:
-    """Quantise images (..., H, W) in [-1, 1], clamped, to uint8; the error is at most 1/255.
-
-    Halves go to the even byte.
-    """
+    """Quantise images (..., H, W) in [-1, 1], clamped, to uint8; halves go to the even byte."""
     import torch
 
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -173,7 +156,7 @@ def to_png(image: Tensor) -> bytes:
 
 
 def png_size(data: bytes) -> tuple[int, int] | None:
-    """(H, W) that a PNG's header says, before anything is unpacked; None if it is no PNG."""
+    """(H, W) in a PNG's header, before anything is unpacked; None if it is not a PNG."""
     if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n":
         return None
     width, height = struct.unpack(">II", data[16:24])  # of the chunk IHDR, which comes first
@@ -181,11 +164,8 @@ def png_size(data: bytes) -> tuple[int, int] | None:
 
 
 def from_png(data: bytes, channels: int) -> Tensor:
-    """The uint8 image (C, H, W) in a PNG; ValueError if it is none.
-
-    By Pillow: torchvision's decoder crashes the process on some damaged files.
-    """
-    import torch
+    """The uint8 image (C, H, W) in a PNG; ValueError if it is not one."""
+    import torch  # and not torchvision, whose decoder crashes on some damaged files
 
     image = with_channels(open_image(data, "sample"), channels)
     return torch.from_numpy(to_array(image).copy())

@@ -1,4 +1,4 @@
-"""Where memory runs out: one line that says which option lowers it."""
+"""Out of memory: one line that says which options lower the memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ class ExplainedOutOfMemoryError(torch.OutOfMemoryError):
 
 @contextmanager
 def explained_memory(doing: str, ways: Sequence[str]) -> Iterator[None]:
-    """Say which options lower the memory where it runs out; a line said within stays.
+    """Raise ExplainedOutOfMemoryError where memory runs out within.
 
     Args:
-        doing: what is done inside, as "training".
+        doing: what is done, as "training".
         ways: what lowers the memory, the best first, as "a smaller --batch_size (now 64)".
-
-    Raises:
-        ExplainedOutOfMemoryError: instead of what torch or Python raises.
     """
     try:
         yield
@@ -33,13 +30,9 @@ def explained_memory(doing: str, ways: Sequence[str]) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        raise ExplainedOutOfMemoryError(f"out of memory while {doing}: {_advice(ways)}") from error
-
-
-def _advice(ways: Sequence[str]) -> str:
-    if not ways:
-        return "no option lowers it further: use smaller images or a device with more memory"
-    return f"give {', or '.join(ways)}"
+        none_left = "no option lowers it further: use smaller images or a device with more memory"
+        advice = f"give {', or '.join(ways)}" if ways else none_left
+        raise ExplainedOutOfMemoryError(f"out of memory while {doing}: {advice}") from error
 
 
 def ran_out(error: Exception) -> bool:

@@ -193,13 +193,13 @@ SSCD = {"features": "sscd", "extractor.trust_file": "true"}
     ("changes", "message"),
     [
         ({**SSCD, "extractor.path": "prompts.txt"}, "error: --extractor.path: "),
-        ({**SSCD, "extractor.path": "prompts.txt"}, "prompts.txt is no TorchScript model"),
-        ({**SSCD, "extractor.path": "state.pt"}, "state.pt is no TorchScript model"),
+        ({**SSCD, "extractor.path": "prompts.txt"}, "prompts.txt is not a TorchScript model"),
+        ({**SSCD, "extractor.path": "state.pt"}, "state.pt is not a TorchScript model"),
         ({**SSCD, "extractor.path": "grey.pt"}, "grey.pt does not map images to embeddings"),
         ({**SSCD, "extractor.path": "pipe"}, "pipe: Is a directory"),
         (
             {**SSCD, "extractor.path": "grey.pt", "extractor.trust_file": "false"},
-            "say trust_file=True (--extractor.trust_file true)",
+            "pass trust_file=True (--extractor.trust_file true)",
         ),
         (
             {"features": "efficientnet", "out": "captioned_index"},

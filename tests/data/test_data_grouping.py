@@ -66,6 +66,9 @@ def test_digits_hardly_meet_by_chance():
     assert len(distinct(pixels)[1]) == 1797
     assert len(near_pairs(pixels)) == 9
     assert len(near_pairs(pixels, 0)) == 0
+    pairs = near_pairs(pixels, 0.3)
+    later = near_pairs(pixels, 0.3, since=1000)
+    assert len(later) and (later == pairs[pairs[:, 1] >= 1000]).all()
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_the_page_shows_pairs(index, folder, tmp_path):
     verdicts = [
         "called a copy"
         if row["discovery"]
-        else "copy by itself, not among so many"
+        else "a copy on its own, not among 50 images"
         if row["copy"]
         else "not called a copy"
         for row in rows
@@ -270,7 +270,7 @@ def test_what_is_no_image_and_no_shard_is_refused(index, tmp_path, capsys):
     with pytest.raises(SystemExit):
         entry.main(["audit", f"--index={index}", str(tmp_path / "prompts.txt")])
     said = capsys.readouterr().err
-    assert "prompts.txt is no image (PNG, JPEG, WEBP), no folder and no tar shard" in said
+    assert "prompts.txt is not an image (PNG, JPEG, WEBP), a folder or a tar shard" in said
 
 
 @pytest.mark.parametrize("separate", [True, False])

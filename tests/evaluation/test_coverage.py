@@ -22,6 +22,7 @@ from memfree.evaluation.intervals import (
 )
 from memfree.evaluation.quality import (
     FrechetDistance,
+    Sides,
     frechet_metrics,
     kid_metrics,
     pairwise_diversity,
@@ -241,10 +242,10 @@ def test_distances_cover_other_samples_and_are_no_wider_than_they_vary(count, sh
     target = generator.normal(size=(160, 8))
 
     def distance(samples, seed):
-        return frechet_metrics("x", {"x": samples}, target, target, seed, draws=60)[0]
+        return frechet_metrics(Sides("x", {"x": samples}, target, target, seed), draws=60)[0]
 
     def kernel(samples, seed):
-        return kid_metrics("x", {"x": samples}, target, target, seed)[0]
+        return kid_metrics(Sides("x", {"x": samples}, target, target, seed))[0]
 
     for measure, times in ((distance, 30), (kernel, 80)):
         found = [measure(generator.normal(size=(count, 8)) + shift, seed) for seed in range(times)]
@@ -263,7 +264,7 @@ def test_distances_cover_samples_of_other_captions():
         x = 0.6 * generator.normal(size=(20, 4))[clusters] + 0.5
         x = x + 0.8 * generator.normal(size=(160, 4))
         found.append(
-            frechet_metrics("x", {"x": x}, target, target, seed, draws=60, conditions=shared)[0]
+            frechet_metrics(Sides("x", {"x": x}, target, target, seed, shared), draws=60)[0]
         )
     middle = np.mean([one.value for one in found])
     assert np.mean([one.low <= middle <= one.high for one in found]) >= 0.9

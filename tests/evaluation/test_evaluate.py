@@ -178,7 +178,7 @@ def test_an_index_of_another_data_set_is_refused(dataset, index, samples, tmp_pa
         tmp_path / "e",
         f"--samples.unguided={samples['unguided']}",
     )
-    assert "is of another data set" in line
+    assert "--index" in line and "different dataset" in line
     assert not (tmp_path / "e").exists()
 
 
@@ -323,8 +323,7 @@ def test_an_evaluation_whose_manifest_lacks_something_is_one_line(
 
 
 def test_an_index_of_embeddings_is_judged_by_pixels_as_well(dataset, samples, tmp_path):
-    from memfree.evaluation.inputs import open_inputs
-    from memfree.evaluation.measuring import measure_subjects
+    from memfree.evaluation.inputs import measure_subjects, open_inputs
     from memfree.guidance import EmbeddingSimilarity
     from memfree.retrieval import EfficientNetFeatures, Whitened
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import linalg
 
 from memfree.evaluation.metrics import HELDOUT, MetricTable
-from memfree.evaluation.quality import FrechetDistance, frechet_metrics, kid_metrics
+from memfree.evaluation.quality import FrechetDistance, Sides, frechet_metrics, kid_metrics
 
 
 def by_definition(a, b):
@@ -42,9 +42,8 @@ def test_frechet_distance_of_singular_features():
 
 def test_equal_counts_floor_and_pairs(clouds):
     subjects = {"unguided": clouds["far"], "amg": clouds["near"]}
-    metrics = frechet_metrics(
-        "x", subjects, clouds["train"], clouds["test"], 0, {"amg": "unguided"}, draws=40
-    )
+    sides = Sides("x", subjects, clouds["train"], clouds["test"], 0)
+    metrics = frechet_metrics(sides, {"amg": "unguided"}, draws=40)
     table = MetricTable(metrics)
     assert {one.count for one in metrics} == {100}
     far, near = table.get("frechet_x", "unguided"), table.get("frechet_x", "amg")
@@ -60,7 +59,8 @@ def test_equal_counts_floor_and_pairs(clouds):
 def test_a_pair_that_differs_in_nothing_has_no_difference(clouds):
     subjects = {"unguided": clouds["near"], "amg": clouds["near"].copy()}
     pairs = {"amg": "unguided"}
-    metrics = frechet_metrics("x", subjects, clouds["train"], clouds["test"], 0, pairs, draws=5)
+    sides = Sides("x", subjects, clouds["train"], clouds["test"], 0)
+    metrics = frechet_metrics(sides, pairs, draws=5)
     difference = MetricTable(metrics).get("frechet_x_difference", "amg")
     assert (difference.value, difference.low, difference.high) == (0, 0, 0)
 
@@ -71,7 +71,7 @@ def test_frechet_interval_covers_other_samples_of_the_same_size():
     inside = 0
     for seed in range(12):
         subject = {"x": generator.normal(size=(400, 5)) + 0.3}
-        found = frechet_metrics("f", subject, target, target, seed, draws=40)[0]
+        found = frechet_metrics(Sides("f", subject, target, target, seed), draws=40)[0]
         other = FrechetDistance(target)(generator.normal(size=(200, 5)) + 0.3)
         inside += found.low <= other <= found.high
     assert inside >= 9
@@ -80,7 +80,8 @@ def test_frechet_interval_covers_other_samples_of_the_same_size():
 def test_frechet_metrics_repeat_with_their_seed(clouds):
     def once():
         subjects = {"x": clouds["near"]}
-        return frechet_metrics("f", subjects, clouds["train"], clouds["test"], 5, draws=10)
+        sides = Sides("f", subjects, clouds["train"], clouds["test"], 5)
+        return frechet_metrics(sides, draws=10)
 
     assert once() == once()
 
@@ -96,7 +97,8 @@ def kernel_distance(a, b):
 
 def test_kid_is_its_definition(clouds):
     subjects = {"far": clouds["far"], "near": clouds["near"]}
-    table = MetricTable(kid_metrics("x", subjects, clouds["train"], clouds["test"], 0, subsets=100))
+    sides = Sides("x", subjects, clouds["train"], clouds["test"], 0)
+    table = MetricTable(kid_metrics(sides, subsets=100))
     far = table.get("kid_x", "far")
     expected = kernel_distance(clouds["far"], clouds["test"])
     assert far.value == pytest.approx(expected, rel=0.15)
@@ -108,5 +110,5 @@ def test_kid_leaves_the_global_generator_alone(clouds):
     import torch
 
     before = torch.get_rng_state()
-    kid_metrics("x", {"near": clouds["near"]}, clouds["train"], clouds["test"], 0, subsets=2)
+    kid_metrics(Sides("x", {"near": clouds["near"]}, clouds["train"], clouds["test"], 0), 2)
     assert torch.equal(before, torch.get_rng_state())

@@ -6,7 +6,6 @@ by others, chosen by a seed.
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +13,11 @@ import pytest
 from pyarrow import parquet
 
 from memfree.cli.errors import message_of
-from memfree.commands.evaluate import _cost_metrics
 from memfree.commands.report import report
 from memfree.evaluation.folder import EvaluationFolder
 from memfree.evaluation.inputs import open_inputs
-from memfree.evaluation.writer import _model_manifest
+from memfree.evaluation.page import report_page
+from memfree.evaluation.writer import _model_manifest, cost_metrics
 
 REMOVED = object()
 VALUES = {
@@ -106,14 +105,14 @@ def text_of(folder):
     found = EvaluationFolder(folder)
     found.check_figures()
     found.distances()
-    sys.modules[report.__module__].render(found)
+    report_page(found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["manifest.json", "metrics.json"])
 def test_values_of_an_evaluation(copy, monkeypatch, name):
-    # By name the function `report`, not its module, would be found.
-    monkeypatch.setattr(sys.modules[report.__module__], "_charts", lambda folder: charts())
+    charts = dict.fromkeys(["trajectory", "dose", "distance"], "")
+    monkeypatch.setattr("memfree.evaluation.page._charts", lambda folder: charts)
     if name == "metrics.json":  # one metric of each kind: all are read alike
         metrics = json.loads((copy / name).read_text())
         kept = [one for one in metrics if one["metric"] == "copies"]
@@ -124,10 +123,6 @@ def test_values_of_an_evaluation(copy, monkeypatch, name):
         assert text_of(copy) is None
     refused, count = every(copy / name, lambda: text_of(copy), copy, some=700)
     assert 0 < refused < count
-
-
-def charts():
-    return dict.fromkeys(["trajectory", "dose", "distance", "distance_caption"], "")
 
 
 @pytest.mark.slow
@@ -204,7 +199,7 @@ def test_values_of_what_is_evaluated(inputs, tmp_path, kind):
         found = open_inputs(
             inputs["dataset"], inputs["index"], {"a": inputs["samples"]}, "unguided", ()
         )
-        _cost_metrics(found)
+        cost_metrics(found)
         _model_manifest(found.samples["a"].manifest.get("model"))
 
     refused, count = every(inputs[kind] / "manifest.json", read, tmp_path, some=300)

@@ -6,6 +6,7 @@ from scipy.linalg import eigh
 
 from memfree.evaluation.metrics import HELDOUT, MetricTable
 from memfree.evaluation.quality import (
+    Sides,
     diversity_metrics,
     manifold_metrics,
     on_manifold,
@@ -48,7 +49,8 @@ def test_precision_and_recall_of_lost_modes_and_of_noise():
     real = centres[np.arange(100) % 2] + generator.normal(size=(100, 2))
     one_mode = generator.normal(size=(100, 2))
     far = generator.normal(size=(100, 2)) + 500
-    metrics = manifold_metrics("x", {"mode": one_mode, "far": far}, real[::-1], real, seed=0)
+    sides = Sides("x", {"mode": one_mode, "far": far}, real[::-1], real, seed=0)
+    metrics = manifold_metrics(sides)
     table = MetricTable(metrics)
     assert table.get("precision_x", "mode").value > 0.9
     assert 0.4 < table.get("recall_x", "mode").value <= 0.5

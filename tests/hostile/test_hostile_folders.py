@@ -24,7 +24,7 @@ from memfree.data import DatasetFolder
 from memfree.data.prompts import prompt_set
 from memfree.evaluation.folder import EvaluationFolder
 from memfree.evaluation.metrics import read_metrics
-from memfree.evaluation.pictures import _draw
+from memfree.evaluation.plots import _draw
 from memfree.folders.manifest import read_manifest
 from memfree.guidance.calibration import Calibration, calibration_of, default_similarity
 from memfree.retrieval import ReferenceIndex

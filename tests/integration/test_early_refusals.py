@@ -1,6 +1,5 @@
 """What would stop a command at its end is found out before its work."""
 
-import importlib
 import json
 import shutil
 
@@ -68,8 +67,7 @@ def no_work(monkeypatch):
         "memfree.retrieval.ReferenceIndex",
     ):
         monkeypatch.setattr(name, work)
-    evaluate = importlib.import_module("memfree.commands.evaluate")
-    monkeypatch.setattr(evaluate, "open_inputs", work)
+    monkeypatch.setattr("memfree.evaluation.inputs.open_inputs", work)
 
 
 COMMANDS = {

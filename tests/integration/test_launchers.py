@@ -131,7 +131,7 @@ def test_two_processes_of_a_launch_are_refused_a_folder(
 def test_a_report_without_out_has_one_writer(monkeypatch, tmp_path):
     module = importlib.import_module("memfree.commands.report")
     monkeypatch.setattr("memfree.evaluation.folder.EvaluationFolder", lambda folder: Mock())
-    monkeypatch.setattr(module, "render", lambda folder: "")
+    monkeypatch.setattr("memfree.evaluation.page.report_page", lambda folder: "")
     with one_writer(tmp_path / "report"), pytest.raises(ValueError, match="another process"):
         module.report(tmp_path)
     assert list(tmp_path.iterdir()) == []

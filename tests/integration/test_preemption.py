@@ -109,8 +109,8 @@ def test_a_training_that_is_told_to_end_goes_on_to_the_same_model(
                 entry.run(train, options(folder, out, 4, *more))
             assert exit_.value.code == 128 + number
             steps = step_of(latest_checkpoint(out / "checkpoints"))
-            what = "interrupted" if number == signal.SIGINT else f"{number.name} came"
-            line = f"memfree: {what}: saved step {steps}; the same command goes on from there"
+            what = "interrupted" if number == signal.SIGINT else f"received {number.name}"
+            line = f"memfree: {what}: saved step {steps}; the same command resumes from there"
             assert line in capsys.readouterr().err
             assert steps < 4 and not (out / "manifest.json").exists()
             signalled(0)
@@ -154,7 +154,7 @@ def test_two_processes_end_together(folder, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 143, error
-    assert error.count("SIGTERM came: saved step") == 1 and "Traceback" not in error
+    assert error.count("received SIGTERM: saved step") == 1 and "Traceback" not in error
     steps = step_of(latest_checkpoint(out / "checkpoints"))
     assert f"saved step {steps};" in error
 

@@ -118,7 +118,7 @@ def test_unconditional(folders):
         ({"model": "nowhere"}, "no model folder at nowhere"),
         ({"index": "nowhere"}, "no index folder at nowhere"),
         ({"index": None, "mitigation": "amg"}, "--mitigation amg needs --index"),
-        ({"index": "other_index"}, "another data set than the model"),
+        ({"index": "other_index"}, "different dataset than the model"),
         ({"index": "small_index"}, "the model makes (1, 8, 8)"),
         ({"index": "uncalibrated"}, "calibrat"),
         ({"classes": "[3]"}, "0 to 2"),

@@ -257,7 +257,7 @@ def test_interrupt_is_one_line_and_the_same_command_resumes(folder, tmp_path, ca
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     saved = step_of(latest_checkpoint(out / "checkpoints"))
-    line = f"memfree: interrupted: saved step {saved}; the same command goes on from there"
+    line = f"memfree: interrupted: saved step {saved}; the same command resumes from there"
     assert error.splitlines()[-1] == line
     assert error.count("interrupt") == 1 and "Traceback" not in error
     steps = saved + 1
@@ -332,7 +332,7 @@ def test_help_explains_every_option(capsys):
         "--out OUT Model folder to write: checkpoints, logs, sample grids",
         "--model.learning_rate LEARNING_RATE Highest learning rate of AdamW",
         "--model.noise.prediction_type {epsilon,v_prediction} Whether the network predicts",
-        "--trainer.max_steps MAX_STEPS Optimizer steps in all; -1: as many as max_epochs needs.",
+        "--trainer.max_steps MAX_STEPS Total optimizer steps; -1: as many as max_epochs needs.",
         "Records in a batch on each rank, at most",
     ):
         assert words in text

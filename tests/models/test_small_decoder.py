@@ -74,22 +74,22 @@ def test_far_latents_have_next_to_no_gradient():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"latent_channels": 16}, "takes latents of 16 channels, the pipeline's have 4"),
-        ({"levels": 3}, "makes 4x4 pixels of 3 channels of each latent, the pipeline's .* 2x2"),
+        ({"latent_channels": 16}, "takes latents of 16 channels .* pipeline's .* 4 channels"),
+        ({"levels": 3}, "makes 4x4 pixels of 3 channels of each, the pipeline's .* 2x2"),
         ({"upsampling_scaling_factor": 4}, "makes 4x4 pixels"),
         ({"out_channels": 1, "in_channels": 1}, "makes 2x2 pixels of 1 channels"),
     ],
 )
 def test_a_decoder_of_other_latents_is_refused_in_one_line(config, message, model_folder, tmp_path):
     tiny_decoder(**config).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=f"^--decoder .*other {message}") as error:
+    with pytest.raises(ValueError, match=f"^--decoder .*other .*{message}") as error:
         load_model(model_folder, tmp_path / "other")
     assert "\n" not in str(error.value)
 
 
 def test_what_is_no_decoder_is_refused(model_folder, tmp_path):
     for folder in (tmp_path / "nowhere", model_folder, model_folder / "vae"):
-        with pytest.raises(ValueError, match="is no folder of a diffusers AutoencoderTiny"):
+        with pytest.raises(ValueError, match="is not a folder of a diffusers AutoencoderTiny"):
             load_decoder(folder, tiny_vae())
     tiny_decoder().save_pretrained(tmp_path / "mixed")
     weights = "diffusion_pytorch_model.safetensors"

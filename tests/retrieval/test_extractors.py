@@ -104,7 +104,7 @@ def test_what_is_no_sscd_model_is_refused(tmp_path, folder, tiny):
     (tmp_path / "text.pt").write_text("not a model")
     torch.save(tiny.state_dict(), tmp_path / "state.pt")
     for name in ("text.pt", "state.pt"):
-        with pytest.raises(ValueError, match="no TorchScript model"):
+        with pytest.raises(ValueError, match="not a TorchScript model"):
             SSCDFeatures(tmp_path / name, trust_file=True)
     short = torchscript(tmp_path / "short.pt", Tiny(dimension=7))
     with pytest.raises(ValueError, match=r"gives \(1, 7\) .* SSCD disc_mixup gives \(1, 512\)"):

@@ -30,8 +30,8 @@ def test_adding_is_building_from_scratch(cut):
 
 
 def test_a_near_copy_joins_two_groups_that_it_links():
-    image = images_of(1)
-    steps = torch.cat([image * (1 - 0.04 * i) for i in range(3)])
+    image, change = 0.8 * images_of(1), images_of(1, seed=2)
+    steps = torch.cat([image + 0.1 * i * change for i in range(3)])
     built = ReferenceIndex.build(steps)
     ends = ReferenceIndex.build(steps[[0, 2]])
     assert ends.group.tolist() == [0, 1]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from memfree.retrieval import Hits, ReferenceIndex
-from memfree.retrieval import rows as searched
+from memfree.retrieval import index as index_module
 from memfree.retrieval import search as search_module
 from memfree.retrieval.search import FaissReferences, Groups, References
 
@@ -295,7 +295,7 @@ def test_the_search_that_does_not_wait_finds_the_same(name, metric, k):
 def test_large_sets_are_searched_by_torch_without_a_second_copy(monkeypatch):
     _, index = random_index(groups=[i % 13 for i in range(40)])
     expected = index.search(torch.zeros(2, 16), 5)
-    monkeypatch.setattr(searched, "_SMALL", 1)
+    monkeypatch.setattr(index_module, "_SMALL", 1)
     _, large = random_index(groups=[i % 13 for i in range(40)])
     found = large.search(torch.zeros(2, 16), 5)
     assert torch.equal(found.rows, expected.rows) and torch.equal(found.scores, expected.scores)

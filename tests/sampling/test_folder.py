@@ -112,7 +112,7 @@ def test_a_manifest_that_lacks_something_is_named(tmp_path, batches, field):
         ({"index": "1", "seed": 5, "condition": 1}, "00000001.json has no valid index"),
         ({"index": 1, "condition": 1}, "00000001.json has no valid seed"),
         ({"index": 1, "seed": 5}, "00000001.json has no valid condition"),
-        ([], "00000001.json is no record of a sample"),
+        ([], "00000001.json is not a record of a sample"),
     ],
 )
 def test_a_record_that_lacks_something_is_named(tmp_path, batches, record, message):

@@ -31,7 +31,7 @@ from guard_parts import amg, copies, drawn, make_index
 import memfree
 from memfree.diffusion_math import alpha_bar_at, predicted_x_0
 from memfree.pipeline_guard.noise_level import NoiseLevels
-from memfree.sampling.last_step import LastStep, returned
+from memfree.sampling.last_step import LastStep
 
 SCHEDULES = {
     "ddim": (DDIMScheduler, {}),
@@ -103,9 +103,9 @@ def test_every_scheduler_is_asked_what_it_will_return(name, prediction_type):
     outputs = [last.normal(), last.normal()]
     before, state = str(last.scheduler.__dict__), torch.get_rng_state()
     generator = torch.Generator().manual_seed(5)
-    found = returned(
+    found = LastStep(
         last.scheduler, last.t, last.x_t, outputs[0], last.alpha_bar, generator=generator
-    )
+    ).linear()
     assert str(last.scheduler.__dict__) == before and torch.equal(torch.get_rng_state(), state)
     assert torch.equal(generator.get_state(), torch.Generator().manual_seed(5).get_state())
     assert (found is None) == (name in CLEAN)
@@ -119,10 +119,10 @@ def test_every_scheduler_is_asked_what_it_will_return(name, prediction_type):
 def test_a_broken_sample_leaves_the_others_of_its_batch_theirs(name):
     last = AtLastStep(schedule(name))
     output = last.normal()
-    offset, gain = returned(last.scheduler, last.t, last.x_t, output, last.alpha_bar)
+    offset, gain = LastStep(last.scheduler, last.t, last.x_t, output, last.alpha_bar).linear()
     broken = output.clone()
     broken[0] = torch.nan
-    found = returned(last.scheduler, last.t, last.x_t, broken, last.alpha_bar)
+    found = LastStep(last.scheduler, last.t, last.x_t, broken, last.alpha_bar).linear()
     assert found[1] == pytest.approx(gain, rel=1e-4)
     torch.testing.assert_close(found[0][1], offset[1], atol=1e-4, rtol=1e-4)
 
@@ -131,7 +131,7 @@ def test_a_broken_sample_leaves_an_exact_last_step_exact():
     last = AtLastStep(schedule("euler"))
     output = last.normal()
     output[0] = torch.nan
-    assert returned(last.scheduler, last.t, last.x_t, output, last.alpha_bar) is None
+    assert LastStep(last.scheduler, last.t, last.x_t, output, last.alpha_bar).linear() is None
 
 
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
@@ -157,14 +157,14 @@ def test_torchs_generators_stay_with_other_threads_where_a_step_cannot_draw(
     monkeypatch.setattr(torch, "set_rng_state", moved.append)
     generator = torch.Generator().manual_seed(5) if seeded else None
     said = last.normal()
-    returned(last.scheduler, last.t, last.x_t, said, last.alpha_bar, generator=generator)
+    LastStep(last.scheduler, last.t, last.x_t, said, last.alpha_bar, generator=generator).linear()
     assert bool(moved) == (not seeded and name not in ("ddim", "pndm"))
 
 
 def test_a_step_that_goes_nowhere_has_no_gain():
     last = AtLastStep(schedule("euler", final_sigmas_type="sigma_min", timestep_spacing="linspace"))
     output = last.normal()
-    offset, gain = returned(last.scheduler, last.t, last.x_t, output, last.alpha_bar)
+    offset, gain = LastStep(last.scheduler, last.t, last.x_t, output, last.alpha_bar).linear()
     assert gain == 0
     torch.testing.assert_close(offset, last.step(output, None), atol=1e-4, rtol=1e-4)
 
@@ -174,13 +174,13 @@ def test_a_step_that_goes_nowhere_has_no_gain():
 def test_what_is_returned_is_known_in_half_precision(name, dtype):
     last = AtLastStep(schedule(name), dtype)
     output = last.normal().to(dtype)
-    found = returned(last.scheduler, last.t, last.x_t, output, last.alpha_bar)
+    found = LastStep(last.scheduler, last.t, last.x_t, output, last.alpha_bar).linear()
     assert (found is None) == (name in CLEAN)
     if found is not None:
         offset, gain = found
         exact = AtLastStep(schedule(name))
         said = exact.normal()
-        *_, wanted = returned(exact.scheduler, exact.t, exact.x_t, said, exact.alpha_bar)
+        *_, wanted = LastStep(exact.scheduler, exact.t, exact.x_t, said, exact.alpha_bar).linear()
         assert gain == pytest.approx(wanted, abs=2e-3) and offset.dtype == torch.float32
 
 
@@ -195,7 +195,7 @@ def test_a_step_with_eta_and_no_given_noise_is_followed(eta):
     scheduler.step(output, scheduler.timesteps[0], x, eta=eta)
     scheduler._step_index = 3
     alpha_bar = alpha_bar_at(scheduler, t, 3)
-    offset, gain = returned(scheduler, t, x, output, alpha_bar, eta)
+    offset, gain = LastStep(scheduler, t, x, output, alpha_bar, eta).linear()
     expected = copy.deepcopy(scheduler).step(output, t, x, eta=eta).prev_sample
     x_0 = predicted_x_0(x, output, alpha_bar, "epsilon")
     torch.testing.assert_close(offset + gain * x_0, expected, atol=1e-4, rtol=1e-4)
@@ -213,7 +213,7 @@ def test_offset_and_gain_are_those_of_the_schedulers_own_step(name, prediction_t
     t, output, other = scheduler.timesteps[-1], *outputs[-2:]
     alpha_bar = alpha_bar_at(scheduler, t, len(scheduler.timesteps) - 1)
     before = copy.deepcopy(scheduler.__dict__)
-    offset, gain = returned(scheduler, t, x, output, alpha_bar)
+    offset, gain = LastStep(scheduler, t, x, output, alpha_bar).linear()
     assert str(scheduler.__dict__) == str(before)
     for said in (output, other):
         x_0 = predicted_x_0(x, said, alpha_bar, prediction_type)
@@ -232,7 +232,7 @@ def test_the_noise_that_ddim_adds_is_known_before_it_is_drawn(prediction_type, d
     t, alpha_bar = scheduler.timesteps[-1], alpha_bar_at(scheduler, scheduler.timesteps[-1], 5)
     generator = [torch.Generator().manual_seed(i) for i in range(2)] if seeded else None
     before = torch.get_rng_state()
-    offset, gain = returned(scheduler, t, x, outputs[0], alpha_bar, 0.8, generator)
+    offset, gain = LastStep(scheduler, t, x, outputs[0], alpha_bar, 0.8, generator).linear()
     assert torch.equal(torch.get_rng_state(), before)
     exact = []
     for said in outputs:
@@ -257,7 +257,7 @@ def test_options_of_another_class_are_not_the_schedulers_own(kind):
     scheduler.set_timesteps(6)
     x, output = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     before, t = torch.get_rng_state(), scheduler.timesteps[-1]
-    assert returned(scheduler, t, x, output, alpha_bar_at(scheduler, t, 5)) is None
+    assert LastStep(scheduler, t, x, output, alpha_bar_at(scheduler, t, 5)).linear() is None
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from memfree.sampling import SampleBatch, SampleIndices
-from memfree.sampling.progress import SampleProgress, active_samples
+from memfree.sampling.writer import SampleProgress, active_samples
 
 
 def batch(active):

@@ -96,7 +96,7 @@ def test_two_nodes_are_requeued_by_a_signal(slurm, training, plain, tmp_path):
     slurm.run("scancel", "--signal=USR1", job)
     assert slurm.wait_to_end(job) == ("COMPLETED", 1), log.read_text()
     text = log.read_text()
-    assert text.count("SIGUSR1 came: saved step") == 1 and "the job is requeued" in text
+    assert text.count("received SIGUSR1: saved step") == 1 and "the job is requeued" in text
     assert text.count("resuming from") == 1 and "Traceback" not in text
     assert_same_model(out, plain(2, 200))
 
@@ -140,7 +140,7 @@ def test_a_cancelled_training_is_saved_and_stays_cancelled(slurm, training, tmp_
     wait_for_step(out, 30)
     slurm.run("scancel", job)
     assert slurm.wait_to_end(job) == ("CANCELLED", 0)
-    assert "SIGTERM came: saved step" in log.read_text()
+    assert "received SIGTERM: saved step" in log.read_text()
     assert f"not requeued: SLURM says that job {job} is C" in log.read_text()
 
 
@@ -153,7 +153,7 @@ def test_a_training_goes_on_behind_its_time_limit(slurm, training, plain, tmp_pa
     job = slurm.sbatch(f"--export=ALL,PYTHON={sys.executable}", script, ROOT / "train.py", *options)
     state, restarts = slurm.wait_to_end(job, 850)
     assert state == "COMPLETED" and restarts > 0, log.read_text()
-    assert log.read_text().count("SIGUSR1 came: saved step") == restarts
+    assert log.read_text().count("received SIGUSR1: saved step") == restarts
     assert_same_model(out, plain(1, 12000))
 
 

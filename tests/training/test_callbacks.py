@@ -11,9 +11,9 @@ from rich.console import Console
 
 from memfree.models import DDPMModule
 from memfree.training import ExponentialMovingAverage, FiniteTraining, SampleGrid
+from memfree.training.callbacks import StepProgress
 from memfree.training.checkpoints import Checkpoints, latest_checkpoint, read_identity, step_of
 from memfree.training.loggers import LossRecord
-from memfree.training.progress import StepProgress
 
 
 class Recorder(pl.Callback):
@@ -228,12 +228,12 @@ def test_the_recorded_loss_is_the_mean_since_the_last_record(
 def test_progress_counts_steps_over_all_epochs(
     make_module, make_trainer, data, tmp_path, terminal, monkeypatch
 ):
-    monkeypatch.setattr("memfree.training.progress.PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr("memfree.console.PLAIN_INTERVAL", 0.0)
     with open(tmp_path / "screen", "w+") as file:
         console = Console(file=file, force_terminal=terminal, width=100)
         callbacks = [LossRecord(5), StepProgress(console)]
         options = {"max_steps": 20, "enable_checkpointing": False, "log_every_n_steps": 5}
-        trainer = make_trainer(callbacks, enable_progress_bar=True, **options)
+        trainer = make_trainer(callbacks, **options)
         trainer.fit(make_module(), datamodule=data)
         file.seek(0)
         text = file.read()

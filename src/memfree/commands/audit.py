@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Audit:
-    """What was found, most suspicious first."""
+    """The result, most suspicious images first."""
 
     table: pa.Table
-    """One row an image; columns as in ``audit.parquet``."""
+    """One row per image; columns as in ``audit.parquet``."""
     pictures: Tensor
     """(≤ pairs, C, H, W) in [−1, 1]: the first images of the table."""
     facts: dict[str, str]
@@ -44,7 +44,7 @@ class Audit:
     skipped: Skipped
     """Pictures and shards that could not be judged."""
     left_out: LeftOut
-    """What lay beside the pictures."""
+    """Other files beside the pictures."""
 
 
 def audit(
@@ -62,8 +62,8 @@ def audit(
     Every image gets the nearest indexed image, its similarity, and a p-value: the share of held-out
     real images that are as near. Over all images, discoveries are those that Benjamini and
     Hochberg's procedure calls copies at the false discovery rate; the verdict `copy` is that of one
-    image by itself at the false-positive rate. Images of another size are scaled and cropped to the
-    index's, as `memfree prepare` does by default.
+    image on its own at the false-positive rate. Images of another size are scaled and cropped to
+    the index's, as `memfree prepare` does by default.
 
     Args:
         images: folder, image file, tar shards or sample folder; `memfree audit IMAGES` is enough.
@@ -85,71 +85,44 @@ def audit(
         ValueError: the index is not calibrated or not for that rate, or ``out`` holds something
             else.
     """
-    from memfree.retrieval import ReferenceIndex
+    from pyarrow import parquet
+
+    from memfree.evaluation.inputs import open_index
+    from memfree.evaluation.page import audit_page
 
     console = plain_console()
     if out is not None:
         claim(out, "audit")
-    references = ReferenceIndex.load(index)
-    if dataset is not None:
-        _open_dataset(references, dataset)  # refuses another one before the work
+    references, data = open_index(index, dataset)
     result = measure(
         references, images, false_discovery_rate, false_positive_rate, pairs, batch_size
     )
     # Written before it is printed: what a terminal cannot show must not lose the audit.
     if out is not None:
-        _write(
-            result,
-            out,
-            references,
-            images,
-            index,
-            dataset,
-            pairs,
-            false_discovery_rate,
-            false_positive_rate,
-        )
+        keys = result.table["nearest_key"].to_pylist()[:pairs]
+        nearest = _nearest_images(references, data, keys)
+        with unfinished(out) as partial:
+            parquet.write_table(result.table, partial / "audit.parquet")
+            page = audit_page(result.table, result.pictures, nearest, result.facts, result.warning)
+            write_text(partial / "index.html", page)
+            save_config(partial)
+            write_manifest(
+                partial,
+                "audit",
+                images=shown(str(images)),
+                index=str(index),
+                false_discovery_rate=false_discovery_rate,
+                false_positive_rate=false_positive_rate,
+                facts=result.facts,
+                skipped={**result.skipped.counts(), "first": result.skipped.messages},
+                left_out=result.left_out.counts(),
+                contains="index.html contains the images, and training images where available",
+            )
+            put_in_place(partial, out, overwrite=True)
     _print(result, max(1, pairs // 2), console)
     if out is not None:
         console.print(f"Written to {out}: audit.parquet and index.html.", soft_wrap=True)
     return INCOMPLETE if result.skipped else 0
-
-
-def _write(
-    result: Audit,
-    out: Path,
-    references: ReferenceIndex,
-    images: Path,
-    index: Path,
-    dataset: Path | None,
-    pairs: int,
-    false_discovery_rate: float,
-    false_positive_rate: float,
-) -> None:
-    """Write the folder beside ``out`` and put it in place when it is complete."""
-    from pyarrow import parquet
-
-    from memfree.evaluation.page import render
-
-    nearest = _nearest_images(references, dataset, result.table["nearest_key"].to_pylist()[:pairs])
-    with unfinished(out) as partial:
-        parquet.write_table(result.table, partial / "audit.parquet")
-        page = render(result.table, result.pictures, nearest, result.facts, result.warning)
-        write_text(partial / "index.html", page)
-        save_config(partial)
-        write_manifest(
-            partial,
-            "audit",
-            images=shown(str(images)),
-            index=str(index),
-            false_discovery_rate=false_discovery_rate,
-            false_positive_rate=false_positive_rate,
-            facts=result.facts,
-            skipped={**result.skipped.counts(), "first": result.skipped.messages},
-            left_out=result.left_out.counts(),
-            contains="index.html contains the images, and training images where they were given",
-        )
-        put_in_place(partial, out, overwrite=True)
 
 
 def measure(
@@ -164,6 +137,7 @@ def measure(
     import torch
 
     from memfree.evaluation.audited_images import AuditedImages
+    from memfree.evaluation.intervals import fewest_discoveries
     from memfree.evaluation.neighbours import Neighbours, find_neighbours
     from memfree.guidance import calibration_of, default_similarity
 
@@ -189,26 +163,17 @@ def measure(
             f"--images {shown(str(images))}: no image could be read; "
             f"{source.skipped.text('image')} ({source.skipped.named()})"
         )
+    columns = [field.name for field in fields(Neighbours)]
     found = Neighbours(
-        **{
-            one.name: np.concatenate([getattr(part, one.name) for part in parts])
-            for one in fields(Neighbours)
-        }
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in columns)
     )
     table = _table(names, found, index.keys, false_discovery_rate)
     discoveries = int(np.sum(table["discovery"].to_numpy()))
-    from memfree.evaluation.intervals import fewest_discoveries
-
     fewest = fewest_discoveries(len(names), len(calibration.sigmas), false_discovery_rate)
-    return Audit(
-        table,
-        top,
-        _facts(source, index, calibration, found, discoveries, fewest, false_discovery_rate)
-        | _rates(false_positive_rate, found, calibration),
-        _warning(found.p_value, calibration, discoveries, fewest),
-        source.skipped,
-        source.left_out,
-    )
+    rates = (false_discovery_rate, false_positive_rate)
+    facts = _facts(source, index, calibration, found, discoveries, fewest, rates)
+    warning = "" if discoveries else _warning(found.p_value, len(calibration.sigmas), fewest)
+    return Audit(table, top, facts, warning, source.skipped, source.left_out)
 
 
 def _table(names: list[str], found: Neighbours, keys: list[str], rate: float) -> pa.Table:
@@ -217,7 +182,7 @@ def _table(names: list[str], found: Neighbours, keys: list[str], rate: float) ->
     from memfree.evaluation.intervals import adjusted, are_discoveries
 
     order = np.argsort(-found.sigma, kind="stable")
-    q_value = adjusted(found.p_value)
+    q_value = adjusted(found.p_value)[order]
     return pa.table(
         {
             "image": pa.array([names[i] for i in order]),
@@ -227,9 +192,9 @@ def _table(names: list[str], found: Neighbours, keys: list[str], rate: float) ->
             "sigma": found.sigma[order],
             "distance_ratio": found.distance_ratio[order],
             "p_value": found.p_value[order],
-            "q_value": q_value[order],
+            "q_value": q_value,
             "copy": found.copy[order],
-            "discovery": are_discoveries(q_value[order], rate),
+            "discovery": are_discoveries(q_value, rate),
         }
     )
 
@@ -241,57 +206,51 @@ def _facts(
     found: Neighbours,
     discoveries: int,
     fewest: int,
-    rate: float,
+    rates: tuple[float, float],
 ) -> dict[str, str]:
+    """What was compared and how, by name."""
     shape = " × ".join(str(side) for side in index.image_shape)
+    n, (discovery_rate, rate) = len(calibration.sigmas), rates
+    skipped = [source.skipped.text("image"), *source.skipped.messages]
     facts = {
         "Images": f"{len(found)} from {shown(str(source.path))}",
         "Index": f"{len(index)} distinct images of {shape}, "
         f"{index.features.describe()['name']}, similarity {calibration.similarity}",
-        "Discoveries": f"{discoveries} at a false discovery rate of {100 * rate:g} % "
+        "Discoveries": f"{discoveries} at a false discovery rate of {100 * discovery_rate:g} % "
         "(Benjamini–Hochberg)",
-        "Smallest p-value": f"1/{len(calibration.sigmas) + 1}, with {len(calibration.sigmas)} "
-        f"calibration images; so discoveries are none or at least {fewest}",
-    }
-    if source.changed:
-        facts["Resized"] = (
-            f"{source.changed} images of another size or number of channels were scaled and "
-            f"cropped to {shape}"
-        )
-    if source.frames:
-        facts["Frames"] = f"{source.frames} images are frames of animated files, each judged alone"
-    if source.skipped:
-        facts["Left out"] = "; ".join([source.skipped.text("image"), *source.skipped.messages])
-    if source.left_out:
-        facts["Other files"] = source.left_out.text()
-    return facts
-
-
-def _rates(rate: float, found: Neighbours, calibration: Calibration) -> dict[str, str]:
-    return {
+        "Smallest p-value": f"1/{n + 1}, with {n} calibration images; so there are either no "
+        f"discoveries or at least {fewest}",
+        "Resized": f"{source.changed} images of another size or number of channels were scaled and "
+        f"cropped to {shape}"
+        if source.changed
+        else "",
+        "Frames": f"{source.frames} images are frames of animated files, each judged alone"
+        if source.frames
+        else "",
+        "Left out": "; ".join(skipped) if source.skipped else "",
+        "Other files": source.left_out.text() if source.left_out else "",
         "Verdict": f"{int(found.copy.sum())} copies: σ above {calibration.threshold(rate):.3f}, "
         f"which {calibration.rate_text(rate)} of real images are; "
-        f"{rate * len(found):.1f} such images are expected where none is a copy"
+        f"{rate * len(found):.1f} such images are expected where none is a copy",
     }
+    return {name: text for name, text in facts.items() if text}
 
 
-def _warning(p_value: np.ndarray, calibration: Calibration, discoveries: int, fewest: int) -> str:
-    if discoveries:
-        return ""
-    n = len(calibration.sigmas)
+def _warning(p_value: np.ndarray, n: int, fewest: int) -> str:
+    """Why there may be no discovery with n calibration images; empty if that says something."""
     if fewest > len(p_value):
         return (
             f"No discovery is possible: with {n} calibration images no p-value is below 1/{n + 1}. "
             "Calibrate on more images, or audit at a higher false discovery rate."
         )
     nearest = int((p_value <= 1 / (n + 1) + 1e-12).sum())
-    if nearest:
-        return (
-            f"{nearest} of the images are nearer than all {n} calibration images, but among "
-            f"{len(p_value)} it takes at least {fewest} such for a discovery: calibrate on more "
-            "images. An audit in portions would find more, and more that are no copies."
-        )
-    return ""
+    if not nearest:
+        return ""
+    return (
+        f"{nearest} of the images are nearer than all {n} calibration images, but among "
+        f"{len(p_value)} it takes at least {fewest} such for a discovery: calibrate on more "
+        "images. An audit in portions would find more, and more that are not copies."
+    )
 
 
 def _print(result: Audit, rows: int, console: Console) -> None:
@@ -299,15 +258,9 @@ def _print(result: Audit, rows: int, console: Console) -> None:
     for name in ("σ", "p", "q", "copy", "discovery"):
         table.add_column(name, justify="right")
     for row in result.table.slice(0, rows).to_pylist():
-        table.add_row(
-            row["image"],
-            row["nearest_key"],
-            f"{row['sigma']:.3f}",
-            f"{row['p_value']:.4f}",
-            f"{row['q_value']:.4f}",
-            "yes" if row["copy"] else "no",
-            "yes" if row["discovery"] else "no",
-        )
+        numbers = f"{row['sigma']:.3f}", f"{row['p_value']:.4f}", f"{row['q_value']:.4f}"
+        verdicts = ("yes" if row[name] else "no" for name in ("copy", "discovery"))
+        table.add_row(row["image"], row["nearest_key"], *numbers, *verdicts)
     console.print(table)
     for name, text in result.facts.items():
         console.print(f"{name}: {text}", highlight=False, soft_wrap=True)
@@ -316,12 +269,12 @@ def _print(result: Audit, rows: int, console: Console) -> None:
 
 
 def _nearest_images(
-    index: ReferenceIndex, dataset: Path | None, keys: list[str]
+    index: ReferenceIndex, data: DatasetFolder | None, keys: list[str]
 ) -> dict[str, Tensor]:
-    """Training images by key, as far as the index or the data set holds them."""
+    """Training images by key, as far as the index or the dataset holds them."""
     import torch
 
-    from memfree.evaluation.pictures import training_images
+    from memfree.evaluation.writer import training_images
     from memfree.retrieval import PixelFeatures
 
     if isinstance(index.features, PixelFeatures):
@@ -329,20 +282,4 @@ def _nearest_images(
         wanted = list(dict.fromkeys(keys))
         images = index.images(torch.tensor([places[key] for key in wanted]))
         return dict(zip(wanted, images.clamp(-1, 1), strict=True))
-    if dataset is None:
-        return {}
-    return training_images(_open_dataset(index, dataset), set(keys))
-
-
-def _open_dataset(index: ReferenceIndex, dataset: Path) -> DatasetFolder:
-    """The data set that the index was built from.
-
-    Raises:
-        ValueError: it is another one.
-    """
-    from memfree.data import DatasetFolder
-
-    data = DatasetFolder(dataset)
-    if index.dataset_hash is not None and data.hash != index.dataset_hash:
-        raise ValueError(f"--dataset {dataset} is not the data set that the index was built from")
-    return data
+    return {} if data is None else training_images(data, set(keys))

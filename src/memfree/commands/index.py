@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -21,7 +22,6 @@ from memfree.slurm.launcher import is_first_process
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from rich.progress import Progress
 
     from memfree.guidance.calibration import Calibration
     from memfree.retrieval import Features, ReferenceIndex
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def summary(index: ReferenceIndex) -> Table:
-    """Rows, groups, records and duplicated groups of an index, to print."""
+    """Table of the rows, groups, records and duplicated groups of an index."""
     import torch
 
     totals = torch.zeros(int(index.group.max()) + 1, dtype=torch.int64)
@@ -48,7 +48,7 @@ def summary(index: ReferenceIndex) -> Table:
 
 
 def thresholds(calibration: Calibration) -> Table:
-    """Thresholds with intervals at 5 %, 1 % and the smallest rate that n images allow."""
+    """Table of thresholds at 5 %, 1 % and the smallest rate that n images allow."""
     n = len(calibration.sigmas)
     smallest = MIN_EXPECTED / n
     distance = calibration.similarity.startswith("nl2")
@@ -68,12 +68,11 @@ def thresholds(calibration: Calibration) -> Table:
     return table
 
 
-QUIET = (
+_QUIET = (  # Lightning's warnings that do not apply: on resumption a rank may have nothing to do
     "Total length of .* across ranks is zero.*",
     ".*does not have many workers.*",
     ".*DataLoader.*only sampled.*",
 )
-"""Lightning's warnings that do not apply: on resumption a rank may have nothing left to do."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class EmbeddingDevices(Devices):
     """Where images are embedded: options of the Lightning Trainer."""
 
     devices: int | str = 1
-    """How many devices, or auto; each has a process of its own."""
+    """How many devices, or auto; each has its own process."""
     strategy: str = "auto"
     """auto or ddp: images are divided among the devices."""
 
@@ -102,29 +101,29 @@ def index(
 ) -> None:
     """Index the training images of a dataset folder and calibrate thresholds on held-out images.
 
-    Copies of an image become one row that knows how often it is in the training set. The
-    calibration part, which is never trained on, says how near a real image comes to the training
-    set by itself: thresholds at stated false-positive rates are stored with the index. The index
-    holds training images or features of them: treat it like the training set.
+    Copies of an image become one row with their number. The calibration part, which is never
+    trained on, says how near a real image comes to the training set: thresholds at stated
+    false-positive rates are stored with the index. The index holds training images or features of
+    them: treat it like the training set.
 
     Networks embed in batches that are kept on disk until the index is written: started again with
-    the same command, a run that was killed goes on where it stopped.
+    the same command, a run that was killed resumes.
 
     Args:
         dataset: folder that `memfree prepare` wrote.
         out: folder of the index; one of the same dataset and features is replaced.
-        features: what images are compared by: pixels (normalized L2 distance); efficientnet
-            (EfficientNet-Lite0, pretrained on ImageNet), sscd (copy detection), clip (open_clip) or
-            timm (any of its networks): cosine similarity; latents (of a VAE, L2 distance);
-            copy_detection (of `memfree train-embedding`, cosine similarity).
-        extractor: what the features are made of.
+        features: pixels (normalized L2 distance); efficientnet (EfficientNet-Lite0, pretrained on
+            ImageNet), sscd (copy detection), clip (open_clip) or timm (any of its networks): cosine
+            similarity; latents (of a VAE, L2 distance); copy_detection (of `memfree
+            train-embedding`, cosine similarity).
+        extractor: options of the features.
         whiten: whiten a network's features on the dataset's fit part, which spreads small or
             uniform images out.
         batch_size: images to embed at a time.
         workers: processes that read and decode images beside each process that embeds.
         hash_keys: write an index for parties who may not hold the images: keys are hashed with the
             salt, captions and shard names are left out. Not for pixels or latents.
-        salt_file: file with the salt, which you keep to yourself; made if it is not there.
+        salt_file: file with the salt, which you keep to yourself; written if it does not exist.
         part: all, or a part of the batches as 3/8 (the third of eight), for jobs that embed one
             dataset at the same time; the one that finds all embedded writes the index.
         trainer: devices of a network's features.
@@ -142,31 +141,32 @@ def index(
     from memfree.retrieval.features.make import make_features
     from memfree.retrieval.index_folder import claim_index, read_salt
 
-    if whiten and features in ("pixels", "latents"):
-        raise ValueError(
-            f"--whiten true is for a network's features, as --features efficientnet, "
-            f"not for {features}"
-        )
-    if hash_keys and features in ("pixels", "latents"):
-        raise ValueError(f"--hash_keys true needs other --features: {features} show the images")
-    if hash_keys and salt_file is None:
-        raise ValueError("--hash_keys true needs --salt_file")
-    if features == "pixels" and trainer != EmbeddingDevices():
-        raise ValueError("--trainer.* needs --features of a network: pixels are not embedded")
     work = part_of(part)
-    if features == "pixels" and not work.whole:
-        raise ValueError("--part needs --features of a network: pixels are not embedded")
-    if overwrite and not work.whole:
-        raise ValueError("--part and --overwrite true exclude each other: delete --out, or choose")
+    images_shown, pixels = features in ("pixels", "latents"), features == "pixels"
+    refusals = {
+        f"--whiten true is for a network's features, as --features efficientnet, not for "
+        f"{features}": whiten and images_shown,
+        f"--hash_keys true needs other --features: {features} show the images": hash_keys
+        and images_shown,
+        "--hash_keys true needs --salt_file": hash_keys and salt_file is None,
+        "--trainer.* needs --features of a network: pixels are not embedded": pixels
+        and trainer != EmbeddingDevices(),
+        "--part needs --features of a network: pixels are not embedded": pixels and not work.whole,
+        "--part and --overwrite true exclude each other: delete --out, or choose": overwrite
+        and not work.whole,
+    }
+    for message, applies in refusals.items():
+        if applies:
+            raise ValueError(message)
     refuse_mount_point(out)
     if salt_file is not None and salt_file.exists():
         read_salt(salt_file)  # refuses what is not a salt before the work
     folder = DatasetFolder(dataset)
     training, calibration = folder.part("train"), folder.part("calibration")
-    made = make_features(features, extractor)
-    vectors = made.embed(torch.zeros(1, *folder.image_shape)).numel() * len(training.keys) * 4
+    extract = make_features(features, extractor)
+    vectors = extract.embed(torch.zeros(1, *folder.image_shape)).numel() * len(training.keys) * 4
     # A network's vectors are on the disk twice, as parts and in the index.
-    check_free_space(out, vectors * (1 if features == "pixels" else 2) + 100 * len(training.keys))
+    check_free_space(out, vectors * (1 if pixels else 2) + 100 * len(training.keys))
 
     console = plain_console(stderr=True)
     ways = _less_memory(features, extractor, batch_size, trainer)
@@ -176,41 +176,44 @@ def index(
             on_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
             built.to("cuda" if on_gpu else "cpu")
             calibrated = _calibrate(built, folder, batch_size, console)
-            written = built
-            if hash_keys:
-                assert salt_file is not None
-                written = built.hashed(read_salt(salt_file))
-            written.save(out, overwrite)
+            kept = built.hashed(read_salt(salt_file)) if hash_keys and salt_file else built
+            kept.save(out, overwrite)
         plain_console().print(summary(built), thresholds(calibrated))
         if warning := too_few_images(len(calibration.keys)):
             console.print(f"{out}: {warning}", soft_wrap=True)
 
     with explained_memory("indexing", ways):
-        if features == "pixels":
-            claim_index(out, folder.hash, made.describe(), overwrite)
-            write(_index_pixels(folder, made, batch_size, console))
+        if pixels:
+            claim_index(out, folder.hash, extract.describe(), overwrite)
+            with counting_bar(console) as progress:
+                task = progress.add_task("index", total=len(training.keys))
+                advance = partial(progress.advance, task)
+                built = ReferenceIndex.build(
+                    folder, extract, batch_size=batch_size, advance=advance
+                )
+            write(built)
             return
-        made, parts = _embed(
-            folder, made, out, whiten, batch_size, workers, work, trainer, overwrite, console
+        extract, parts = _embed(
+            folder, extract, out, whiten, batch_size, workers, work, trainer, overwrite, console
         )
         if not is_first_process():
             return
         with one_at_a_time(out, work):
-            asked = out, folder.hash, made.describe(), overwrite
-            if not work.whole and claim_index(*asked) == "finished":  # another part wrote it
+            wanted = out, folder.hash, extract.describe(), overwrite
+            if not work.whole and claim_index(*wanted) == "finished":  # another part wrote it
                 say(f"{out} is finished")
             elif missing := parts.missing():
                 say(f"{out}: part {part} is embedded; {len(missing)} batches of others are not")
                 return
             else:
-                write(ReferenceIndex.of_embedded(folder, made, parts.read()))
+                write(ReferenceIndex.of_embedded(folder, extract, parts.read()))
             parts.forget()
 
 
 def _calibrate(
     index: ReferenceIndex, folder: DatasetFolder, batch_size: int, console: Console
 ) -> Calibration:
-    """Keep with the index how near held-out images come to it by its own similarity."""
+    """Store with the index how near held-out images come to it by its own similarity."""
     from memfree.guidance.calibration import calibration_of, default_similarity, measure
 
     images = folder.part("calibration")
@@ -226,7 +229,7 @@ def _calibrate(
 def _less_memory(
     features: FeatureName, extractor: ExtractorOptions, batch_size: int, devices: EmbeddingDevices
 ) -> list[str]:
-    """What lowers the memory of indexing, the best first."""
+    """Options that lower the memory of indexing, the best first."""
     from memfree.retrieval.features.make import HAVE_DTYPE
 
     ways = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
@@ -235,21 +238,6 @@ def _less_memory(
     if features != "pixels" and devices.accelerator != "cpu":
         ways.append("--trainer.accelerator cpu")
     return ways
-
-
-def _index_pixels(
-    folder: DatasetFolder, features: Features, batch_size: int, console: Console
-) -> ReferenceIndex:
-    from memfree.retrieval import ReferenceIndex
-
-    with counting_bar(console) as progress:
-        task = progress.add_task("index", total=len(folder.part("train").keys))
-        return ReferenceIndex.build(
-            folder,
-            features,
-            batch_size=batch_size,
-            advance=lambda count: progress.advance(task, count),
-        )
 
 
 def _embed(
@@ -264,13 +252,13 @@ def _embed(
     overwrite: bool,
     console: Console,
 ) -> tuple[Features, EmbeddedParts]:
-    """The extractor and what it made of the train part, or of this part of the work."""
+    """Embed the train part, or this part of the work; returns the extractor and the batches."""
     # Lightning takes seconds to import, which an index of pixels need not wait for.
     from memfree.retrieval.embed import EmbeddedParts, embed, parts_folder, whitened
     from memfree.retrieval.index_folder import claim_index
     from memfree.training.trainer import build_trainer
 
-    with quiet(*QUIET):
+    with quiet(*_QUIET):
         lightning: Trainer = build_trainer(
             **asdict(devices),
             use_distributed_sampler=False,
@@ -284,15 +272,16 @@ def _embed(
         with one_at_a_time(out, work):
             device = lightning.strategy.root_device
             features = whitened(folder, features, root, batch_size, device)
-    found = claim_index(out, folder.hash, features.describe(), overwrite)
+    state = claim_index(out, folder.hash, features.describe(), overwrite)
     images = folder.part("train")
     parts = EmbeddedParts(root, features, folder, len(images), batch_size)
-    if not work.whole and found == "finished":
+    if not work.whole and state == "finished":
         return features, parts
-    with quiet(*QUIET), _bar(console) as progress:
+    bar = counting_bar(console if is_first_process() else plain_console(quiet=True))
+    with quiet(*_QUIET), bar as progress:
         # The first process counts its own share; the others' are as large.
-        mine = [len(parts.rows(batch)) for batch in parts.missing(work)]
-        task = progress.add_task("embed", total=sum(mine))
+        rows = sum(len(parts.rows(batch)) for batch in parts.missing(work))
+        task = progress.add_task("embed", total=rows)
         embed(
             images,
             features,
@@ -303,7 +292,3 @@ def _embed(
             work,
         )
     return features, parts
-
-
-def _bar(console: Console) -> Progress:
-    return counting_bar(console if is_first_process() else plain_console(quiet=True))

@@ -133,8 +133,7 @@ def predict(
     from memfree.out_of_memory import explained_memory
     from memfree.sampling import checks
     from memfree.sampling.module import SampleIndices, SamplingModule
-    from memfree.sampling.progress import SampleProgress
-    from memfree.sampling.writer import SampleWriter
+    from memfree.sampling.writer import SampleProgress, SampleWriter
     from memfree.training.trainer import build_trainer
 
     if decoder is not None and index is None:

@@ -60,10 +60,9 @@ def scratch(
     from memfree.models.loading import latent_shape
     from memfree.offline.stable_diffusion import AutoencoderModule, build_pipeline
     from memfree.out_of_memory import ran_out
-    from memfree.training.callbacks import FiniteTraining
+    from memfree.training.callbacks import FiniteTraining, StepProgress
     from memfree.training.checkpoints import AtomicCheckpointIO, Checkpoints
     from memfree.training.claim import CHECKPOINTS, RECONSTRUCTIONS, begin, claim
-    from memfree.training.progress import StepProgress
     from memfree.training.trainer import build_trainer
 
     data = DatasetFolder(dataset)

@@ -1,8 +1,10 @@
-"""``train.py``: train a diffusion model on a dataset folder."""
+"""``memfree train``: train a diffusion model on a dataset folder."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from memfree.console import counted, quiet, say
 from memfree.data.options import DataOptions
 from memfree.folders.atomic import put_in_place, unfinished
 from memfree.models import FineTuneOptions, ModelOptions
-from memfree.models.options import LoggerName
+from memfree.models.options import Devices, LoggerName
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
@@ -34,12 +36,12 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """How long, on what and with which records of it; names are those of Lightning's Trainer."""
+    """Training length, hardware and logging; names are those of Lightning's Trainer arguments."""
 
     max_steps: int = 1500
-    """Optimizer steps in all; -1: as many as max_epochs needs."""
+    """Total optimizer steps; -1: as many as max_epochs needs."""
     max_epochs: int = -1
-    """Epochs in all; -1: as many as max_steps needs."""
+    """Total epochs; -1: as many as max_steps needs."""
     accelerator: str = "auto"
     """Kind of device: auto, cpu, gpu, mps, ..."""
     devices: int | str = "auto"
@@ -51,15 +53,15 @@ class TrainerOptions:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """Arithmetic of the network; auto: bf16-mixed on GPUs that have it, else 32-true."""
     accumulate_grad_batches: PositiveInt = 1
-    """Batches whose gradients are added up for one optimizer step; at most those of an epoch, and
-    the last step of an epoch takes what is left of it."""
+    """Batches whose gradients are added up for one optimizer step, at most those of an epoch; the
+    last step of an epoch takes the rest of it."""
     gradient_clip_val: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0: not clipped."""
     log_every_n_steps: PositiveInt = 50
     """Optimizer steps between two records of the loss."""
     logger: LoggerName = "csv"
-    """Where the loss is recorded, below out/logs: csv, tensorboard, wandb (Weights & Biases;
-    WANDB_MODE=offline: without a network) or none."""
+    """Where the loss is recorded, below out/logs: csv, tensorboard, wandb (Weights & Biases; set
+    WANDB_MODE=offline to run without a network) or none."""
     checkpoint_every_n_steps: PositiveInt = 500
     """Optimizer steps between two checkpoints; only the newest is kept."""
     sample_grid_every_n_steps: NonNegativeInt = 500
@@ -81,9 +83,9 @@ def train(
 ) -> None:
     """Train a diffusion model and save it as a diffusers folder.
 
-    The same command again resumes from the newest checkpoint, or does nothing where the model is
+    The same command again resumes from the newest checkpoint, or does nothing if the model is
     finished. A folder that holds another model is refused. SIGTERM saves a checkpoint and ends the
-    training after the optimizer step (of several GPUs: after every fifth); a SLURM job that is
+    training after the optimizer step (with several GPUs: after every fifth); a SLURM job that is
     warned of its end is requeued as well.
 
     Args:
@@ -91,9 +93,9 @@ def train(
         out: Model folder to write: checkpoints, logs, sample grids, and at the end diffusers/
             (averaged weights), lora/ (adapters, if those were trained) and manifest.json.
         model: The model and how its weights are found.
-        trainer: How long, on what and with which records of it.
+        trainer: Training length, hardware and logging.
         seed: Seed of the weights and of all noise in training.
-        overwrite: Whether a model of another data set or configuration in out is deleted.
+        overwrite: Whether a model of another dataset or configuration in out is deleted.
 
     Raises:
         ValueError: options that do not fit, a folder that holds another model, or a loss that is
@@ -104,21 +106,27 @@ def train(
     from memfree.models import export_model
     from memfree.models.text_to_image import TextToImageModule
     from memfree.out_of_memory import explained_memory
-    from memfree.training import FiniteTraining
-    from memfree.training.callbacks import NotFiniteError
+    from memfree.training.callbacks import FiniteTraining, NotFiniteError
     from memfree.training.checkpoints import AtomicCheckpointIO
     from memfree.training.claim import EXPOSURES, LORA, Beginning, claim
     from memfree.training.loggers import LossRecord, check_logger, finish
     from memfree.training.trainer import build_trainer
 
     records = ShardDataModule(**vars(data))
-    _check_length(trainer)
+    for name in ("max_steps", "max_epochs"):
+        value = getattr(trainer, name)
+        if value < -1 or value == 0:
+            raise ValueError(f"--trainer.{name} {value}: give 1 or more, or -1 for no such limit")
+    if trainer.max_steps == trainer.max_epochs == -1:
+        raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
     if trainer.val_check_interval:
-        _check_test_part(records)
-    # Not devices: a run may go on with another number of them.
+        with _named("--trainer.val_check_interval"):
+            records.val_dataloader()
+    # Not devices: a run may resume with another number of them.
+    accumulated, precision = trainer.accumulate_grad_batches, _precision(trainer)
     stepping = {
-        "precision": _precision(trainer),
-        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "precision": precision,
+        "accumulate_grad_batches": accumulated,
         "gradient_clip_val": trainer.gradient_clip_val,
     }
     module = _module(model, records, seed, stepping)
@@ -131,21 +139,17 @@ def train(
     check_logger(trainer.logger)
     with quiet(*ADVICE):
         fit = build_trainer(
-            accelerator=trainer.accelerator,
-            devices=trainer.devices,
-            num_nodes=trainer.num_nodes,
-            strategy=trainer.strategy,
-            precision=stepping["precision"],
+            **{option.name: getattr(trainer, option.name) for option in fields(Devices)},
+            precision=precision,
             max_steps=trainer.max_steps,
             max_epochs=trainer.max_epochs,
-            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            accumulate_grad_batches=accumulated,
             gradient_clip_val=trainer.gradient_clip_val or None,
             log_every_n_steps=trainer.log_every_n_steps,
             limit_val_batches=1.0 if trainer.val_check_interval else 0,
             val_check_interval=trainer.val_check_interval or None,
             check_val_every_n_epoch=None if trainer.val_check_interval else 1,
             num_sanity_val_steps=0,
-            logger=False,  # Beginning sets it, where the folder is this training's
             callbacks=[
                 Beginning(out, claimed, trainer.logger),
                 FiniteTraining(trainer.log_every_n_steps),
@@ -154,23 +158,22 @@ def train(
             ],
             plugins=[AtomicCheckpointIO()],
             default_root_dir=out,
-            enable_progress_bar=trainer.enable_progress_bar,
-            enable_model_summary=False,
-            # The records module shares the records out among the ranks itself.
-            use_distributed_sampler=False,
         )
         batches = records.batches(fit.world_size)
-        rest = _rest_of_epoch(trainer.accumulate_grad_batches, batches)
-        if rest and fit.is_global_zero:
-            _log.warning(
-                "the last step of an epoch adds up %d of its %d batches, not %d",
-                *(rest, batches, trainer.accumulate_grad_batches),
+        if accumulated > batches:
+            raise ValueError(
+                f"--trainer.accumulate_grad_batches {accumulated}: an epoch has only "
+                f"{counted(batches, 'batch', 'batches')}, and a step ends with it; give {batches} "
+                "or fewer, or a smaller --data.batch_size"
             )
+        if (rest := batches % accumulated) and fit.is_global_zero:
+            line = "the last step of an epoch adds up %d of its %d batches, not %d"
+            _log.warning(line, rest, batches, accumulated)
         try:
             with explained_memory("training", _less_memory(records, model, trainer)):
                 fit.fit(module, datamodule=records, ckpt_path=claimed.checkpoint, weights_only=True)
         except NotFiniteError:
-            # All ranks come to the same end: one line for the user.
+            # All ranks end alike: one line for the user.
             if fit.is_global_zero:
                 raise
             raise SystemExit(2) from None
@@ -179,6 +182,8 @@ def train(
     left_out = records.left_out_on_all_ranks()
     if fit.is_global_zero:
         averaged = module.average or module
+        # Lightning counts the epoch in which max_steps falls as whole.
+        batches_of_last = fit.fit_loop.epoch_loop.batch_progress.current.ready
         if isinstance(averaged, TextToImageModule) and model.finetune.lora_rank:
             with unfinished(out / LORA) as partial:
                 averaged.save_adapters(partial)
@@ -195,24 +200,25 @@ def train(
             devices=fit.world_size,
             **stepping,
             steps=fit.global_step,
-            epochs=_whole_epochs(fit, losses.epoch),
+            epochs=losses.epoch + int(batches_of_last >= fit.num_training_batches),
             identity=module.identity(),
             exposures=_exposure_summary(out / EXPOSURES),
             skipped=skipped,
             **({"left_out": left_out.counts()} if left_out else {}),
         )
         loss = losses.last()
-        say(
-            f"{out}: trained {counted(fit.global_step, 'step')}"
-            + ("" if loss is None else f", loss {loss:.3g}")
-        )
+        trained = f"{out}: trained {counted(fit.global_step, 'step')}"
+        say(trained if loss is None else f"{trained}, loss {loss:.3g}")
     fit.strategy.barrier()
 
 
-def _whole_epochs(fit: pl.Trainer, last: int) -> int:
-    """Epochs trained to their end; Lightning counts the one in which max_steps falls as whole."""
-    batches = fit.fit_loop.epoch_loop.batch_progress.current.ready
-    return last + (1 if batches >= fit.num_training_batches else 0)
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Put the option before what is wrong with its value."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def _module(
@@ -237,63 +243,28 @@ def _module(
             f"--data.path {data.path} has no captions, which --model.pretrained is trained with: "
             "prepare captioned images"
         )
-    try:
+    with _named("--model.pretrained"):
         pipe = load_pipeline(model.pretrained)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--model.pretrained: {error}") from error
     return TextToImageModule(model, pipe, data.image_shape, seed, read, stepping)
 
 
 def _less_memory(data: ShardDataModule, model: ModelOptions, options: TrainerOptions) -> list[str]:
     """What lowers the memory of this training, the best first."""
-    ways = []
-    if data.batch_size > 1:
-        ways.append(
-            f"a smaller --data.batch_size (now {data.batch_size}) with a larger "
-            f"--trainer.accumulate_grad_batches (now {options.accumulate_grad_batches})"
-        )
-    if model.pretrained is not None and not model.finetune.gradient_checkpointing:
-        ways.append("--model.finetune.gradient_checkpointing true")
-    if _precision(options) == "32-true":
-        ways.append("--trainer.precision bf16-mixed")
-    if model.finetune.cache:
-        ways.append("--model.finetune.cache false")
-    if model.ema_decay:
-        ways.append("--model.ema_decay 0")
-    if model.pretrained is not None and not model.finetune.lora_rank:
-        ways.append("--model.finetune.lora_rank 16")
-    return ways
-
-
-def _check_length(options: TrainerOptions) -> None:
-    for name in ("max_steps", "max_epochs"):
-        value = getattr(options, name)
-        if value < -1 or value == 0:
-            raise ValueError(f"--trainer.{name} {value}: give 1 or more, or -1 for no such limit")
-    if options.max_steps == options.max_epochs == -1:
-        raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
-
-
-def _check_test_part(data: ShardDataModule) -> None:
-    try:
-        data.val_dataloader()
-    except ValueError as error:
-        raise ValueError(f"--trainer.val_check_interval: {error}") from error
-
-
-def _rest_of_epoch(accumulated: int, batches: int) -> int:
-    """Batches of the last step of an epoch where they are fewer: Lightning ends it there.
-
-    Raises:
-        ValueError: an epoch has not even the batches of one step.
-    """
-    if accumulated > batches:
-        raise ValueError(
-            f"--trainer.accumulate_grad_batches {accumulated}: an epoch has only "
-            f"{counted(batches, 'batch', 'batches')}, and a step ends with it; give {batches} or "
-            "fewer, or a smaller --data.batch_size"
-        )
-    return batches % accumulated
+    smaller = (
+        f"a smaller --data.batch_size (now {data.batch_size}) with a larger "
+        f"--trainer.accumulate_grad_batches (now {options.accumulate_grad_batches})"
+    )
+    tuning = model.finetune if model.pretrained is not None else None
+    checkpointing = "--model.finetune.gradient_checkpointing true"
+    ways = {
+        smaller: data.batch_size > 1,
+        checkpointing: tuning is not None and not tuning.gradient_checkpointing,
+        "--trainer.precision bf16-mixed": _precision(options) == "32-true",
+        "--model.finetune.cache false": model.finetune.cache,
+        "--model.ema_decay 0": model.ema_decay > 0,
+        "--model.finetune.lora_rank 16": tuning is not None and not tuning.lora_rank,
+    }
+    return [way for way, helps in ways.items() if helps]
 
 
 def _precision(options: TrainerOptions) -> Any:
@@ -309,9 +280,9 @@ def _callbacks(
     out: Path, model: ModelOptions, options: TrainerOptions, seed: int
 ) -> list[pl.Callback]:
     from memfree.training import ExponentialMovingAverage, ExposureCounter, SampleGrid
+    from memfree.training.callbacks import StepProgress
     from memfree.training.checkpoints import Checkpoints, Preemption
     from memfree.training.claim import CHECKPOINTS, GRIDS
-    from memfree.training.progress import StepProgress
 
     callbacks: list[pl.Callback] = [
         ExposureCounter(str(out)),
@@ -323,7 +294,7 @@ def _callbacks(
         callbacks.append(SampleGrid(out / GRIDS, options.sample_grid_every_n_steps, seed=seed))
     if options.enable_progress_bar:
         callbacks.append(StepProgress())
-    # After all that a checkpoint holds, which it may save.
+    # Last: it may save what the others keep in checkpoints.
     return [*callbacks, Preemption()]
 
 

@@ -34,11 +34,11 @@ def train_embedding(
 ) -> None:
     """Train a small copy-detection embedding on the images of a dataset folder.
 
-    SSCD's recipe (Pizzi et al., CVPR 2022): two changed copies of an image shall meet, strangers
-    shall spread out. For data on which no published copy detector works, such as icons of 32
-    pixels. It sees the distinct train and fit images, never calibration or test images: `memfree
-    index --features copy_detection --extractor.path OUT` calibrates it on images that it has not
-    seen. A mitigation that it guides has to be judged by another measure. Needs minutes.
+    SSCD's recipe (Pizzi et al., CVPR 2022): embeddings of two changed copies of an image agree,
+    those of different images spread out. For data on which no published copy detector works, such
+    as icons of 32 pixels. It sees the distinct train and fit images, never calibration or test
+    images: `memfree index --features copy_detection --extractor.path OUT` calibrates it on unseen
+    images. Judge a mitigation that it guides by another measure. Takes minutes.
 
     Args:
         dataset: folder that `memfree prepare` wrote.
@@ -48,8 +48,8 @@ def train_embedding(
         widths: channels of each resolution, half the size first; multiples of 8.
         dimension: length of the embedding.
         steps: optimizer steps.
-        batch_size: images of a step; each is a stranger to the others.
-        seed: of weights, order and augmentation.
+        batch_size: images of a step, each a negative example for the others.
+        seed: seed of weights, order and augmentation.
         accelerator: device to train on.
         overwrite: replace another embedding in out.
 
@@ -64,13 +64,10 @@ def train_embedding(
     from memfree.retrieval.features.copy_detection import WEIGHTS, CopyDetectionShape
 
     folder = DatasetFolder(dataset)
-    given = {
-        "channels": folder.image_shape[0],
-        "size": size,
-        "widths": list(widths),
-        "dimension": dimension,
-    }
-    shape = CopyDetectionShape.from_json(given)
+    channels = folder.image_shape[0]
+    shape = CopyDetectionShape.from_json(
+        {"channels": channels, "size": size, "widths": list(widths), "dimension": dimension}
+    )
     identity = {
         "dataset_hash": folder.hash,
         "model": json.loads(json.dumps(asdict(model))),

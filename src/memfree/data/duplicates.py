@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,26 +20,21 @@ _BLOCK = 1024  # images a block of the pair search
 _SLACK = 1e-4  # what float32 may lose in a squared distance of unit vectors
 
 
-def distinct(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number exact duplicates alike.
+def numbered(names: Iterable[Hashable]) -> np.ndarray:
+    """Number names by first appearance, (N,) int64."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
 
-    Args:
-        pixels: (N, ...) uint8.
+
+def distinct(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number exact duplicates among images (N, ...) uint8 alike.
 
     Returns:
-        (N,) int64: number of the distinct image that each one is, in order of first appearance;
+        (N,) int64: number of the distinct image that each one is, by first appearance;
         and (M,) int64: where each distinct image appears first.
     """
-    seen: dict[bytes, int] = {}
-    of = np.empty(len(pixels), np.int64)
-    first: list[int] = []
-    for row, image in enumerate(pixels):
-        digest = hashlib.sha256(image.tobytes()).digest()
-        number = seen.setdefault(digest, len(seen))
-        if number == len(first):
-            first.append(row)
-        of[row] = number
-    return of, np.array(first, np.int64)
+    number = numbered(hashlib.sha256(image.tobytes()).digest() for image in pixels)
+    return number, np.unique(number, return_index=True)[1]
 
 
 @full_precision(torch.device("cpu"))
@@ -47,17 +42,18 @@ def near_pairs(
     pixels: np.ndarray,
     distance: float = DEFAULT_DISTANCE,
     progress: Callable[[int, int], None] | None = None,
+    since: int = 0,
 ) -> np.ndarray:
-    """Pairs of images that are the same picture but for a flip, a shift or its brightness.
+    """Pairs of images that are the same picture except for a flip, a shift or its brightness.
 
     The centre of one, without a border of a pixel (1/32 of the side in larger pictures), is
     compared with the nine windows of that size in the other, and in the other mirrored. Windows
     are shrunk to 16 x 16 pixels at most; each channel is centred, and the whole is scaled to unit
-    length. That removes brightness, contrast and a cast of colour. The distance is the smallest
+    length, which removes brightness, contrast and a cast of colour. The distance is the smallest
     Euclidean one among the 18: 0 for the same picture, sqrt(2) for unrelated ones; 0.15 is a
-    correlation of 0.989. At 0.15, of the 1.6 million pairs among the 1797 digits 9 are taken for
-    near duplicates; JPEG and a change of brightness by a fifth stay below it. Pictures without
-    features (contrast below some 4 grey levels) are near duplicates of each other.
+    correlation of 0.989. At 0.15, 9 of the 1.6 million pairs among the 1797 digits count as near
+    duplicates; JPEG and a change of brightness by a fifth stay below it. Pictures without features
+    (contrast below about 4 grey levels) are near duplicates of each other.
 
     The search is exact and in blocks: a projection to the 32 strongest directions can only shorten
     a distance, so what it leaves apart needs no further look. Work grows with the square of N
@@ -67,6 +63,7 @@ def near_pairs(
         pixels: (N, C, H, W) uint8, may be memory-mapped.
         distance: the largest distance of near duplicates; 0 finds none.
         progress: called with (images done, N).
+        since: only pairs whose later image is this or a later one.
 
     Returns:
         (P, 2) int64 pairs of row numbers, the smaller first, sorted.
@@ -75,39 +72,35 @@ def near_pairs(
         return np.empty((0, 2), np.int64)
     basis = _basis(pixels)
     projected = [
-        [_as_right(window @ basis) for window in _windows(block)] for block in _blocks(pixels)
+        [_as_right(window @ basis) for window in _windows(block)]
+        for block in _blocks(pixels[since:])
     ]
     targets = [torch.cat(windows) for windows in zip(*projected, strict=True)]
     queries = torch.cat([_as_left(_centre(block) @ basis) for block in _blocks(pixels)])
     found = []
     for start in range(0, len(pixels), _BLOCK):
-        candidates = _candidates(queries, targets, start, distance**2 + _SLACK)
+        candidates = _candidates(queries, targets, start, since, distance**2 + _SLACK)
         found.append(candidates[_exact(pixels, candidates) <= distance])
         if progress is not None:
             progress(min(start + _BLOCK, len(pixels)), len(pixels))
     return torch.cat(found).numpy()
 
 
-def group(count: int, pairs: np.ndarray, declared: Sequence[str | None]) -> np.ndarray:
-    """Connected groups.
+def group(count: int, pairs: np.ndarray, declared: Sequence[Hashable | None] = ()) -> np.ndarray:
+    """Connected groups of ``count`` images, (count,) int64 numbers by first appearance.
 
     Args:
         count: number of images.
         pairs: (P, 2) images that belong together.
-        declared: (count,) names; images with the same name belong together.
-
-    Returns:
-        (count,) int64 group numbers, in order of first appearance.
+        declared: names, or none at all; images with the same name that is not None belong together.
     """
-    leader: dict[str, int] = {}
+    leader: dict[Hashable, int] = {}
     same = [
         (leader.setdefault(name, row), row) for row, name in enumerate(declared) if name is not None
     ]
     links = np.concatenate([pairs.reshape(-1, 2), np.array(same, np.int64).reshape(-1, 2)])
     graph = coo_matrix((np.ones(len(links), bool), (links[:, 0], links[:, 1])), (count, count))
-    labels = connected_components(graph, directed=False)[1]
-    order: dict[int, int] = {}
-    return np.array([order.setdefault(label, len(order)) for label in labels.tolist()], np.int64)
+    return numbered(connected_components(graph, directed=False)[1].tolist())
 
 
 def _blocks(pixels: np.ndarray) -> Iterator[torch.Tensor]:
@@ -185,17 +178,18 @@ def _as_right(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _candidates(
-    queries: torch.Tensor, targets: Sequence[torch.Tensor], start: int, limit: float
+    queries: torch.Tensor, targets: Sequence[torch.Tensor], start: int, since: int, limit: float
 ) -> torch.Tensor:
     """Pairs (i, j > i) of one block whose projections are within sqrt(limit) of each other."""
     block = queries[start : start + _BLOCK]
-    best = block @ targets[0][start:].T
+    begin = max(start, since)
+    best = block @ targets[0][begin - since :].T
     scores = torch.empty_like(best)
     for target in targets[1:]:
-        torch.mm(block, target[start:].T, out=scores)
+        torch.mm(block, target[begin - since :].T, out=scores)
         torch.maximum(best, scores, out=best)
-    pairs = (best >= -limit / 2).nonzero()
-    return pairs[pairs[:, 1] > pairs[:, 0]] + start
+    pairs = (best >= -limit / 2).nonzero() + torch.tensor([start, begin])
+    return pairs[pairs[:, 1] > pairs[:, 0]]
 
 
 def _exact(pixels: np.ndarray, pairs: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -20,13 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from memfree.data.random_streams import EvaluationStream, generator_of
-from memfree.evaluation.intervals import (
-    conditions_detail,
-    mean_interval,
-    rate_interval,
-    shared_conditions,
-)
-from memfree.evaluation.metrics import HELDOUT, Metric, metric
+from memfree.evaluation.embedding import View
+from memfree.evaluation.inputs import Inputs, Subject
+from memfree.evaluation.intervals import conditions_detail, mean_interval, shared_conditions
+from memfree.evaluation.metrics import HELDOUT, Metric, metric, rate_metric
 from memfree.folders.untrusted import check_plain_folder
 from memfree.retrieval.features.base import state_hash
 from memfree.retrieval.features.clip import load_clip, load_tokenizer
@@ -37,13 +35,7 @@ SHUFFLES = 20
 
 
 class ClipScorer:
-    """Both towers of a CLIP in a local folder: open_clip_config.json and a checkpoint.
-
-    Args:
-        folder: of ``memfree train-clip``, or another one in open_clip's format.
-
-    Attributes:
-        describe: name, folder and hash of the weights, for the metrics' detail.
+    """Both towers of a CLIP in a local folder in open_clip's format, as of ``memfree train-clip``.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -92,10 +84,7 @@ def deranged(captions: Sequence[str], seed: int) -> np.ndarray:
     """Rows (n,) of a permutation that gives every image a caption of another text.
 
     Captions stand in a random order with equal ones together, and all move on by as many places
-    as the most frequent one has.
-
-    Raises:
-        ValueError: more than half of the captions are the same, so there is none.
+    as the most frequent one has; ValueError if that is more than half of them.
     """
     most = max(Counter(captions).values())
     if 2 * most > len(captions):
@@ -112,21 +101,24 @@ def deranged(captions: Sequence[str], seed: int) -> np.ndarray:
 def margins(
     images: np.ndarray, texts: np.ndarray, captions: Sequence[str], seed: int
 ) -> np.ndarray:
-    """Each image's score (n,) less the mean of its scores with shuffled captions.
+    """Each image's score (n,) minus the mean of its scores with shuffled captions (``deranged``).
 
-    Args:
-        images: (n, D) unit embeddings.
-        texts: (n, D) of the captions.
-        captions: n texts.
-        seed: of the shuffles; equal captions and seeds give equal shuffles.
-
-    Raises:
-        ValueError: more than half of the captions are the same.
+    Images and texts are unit embeddings (n, D).
     """
     others = [
         clip_scores(images, texts[deranged(captions, seed + number)]) for number in range(SHUFFLES)
     ]
     return clip_scores(images, texts) - np.mean(others, axis=0)
+
+
+def clip_metrics(inputs: Inputs, scorer: ClipScorer, seed: int) -> list[Metric]:
+    """CLIP scores of the samples that have captions, and of the test images."""
+    folders = {name: folder for name, folder in inputs.samples.items() if folder.captions}
+    subjects = {name: (folder.images(), folder.captions or []) for name, folder in folders.items()}
+    test = inputs.dataset.part("test")
+    if test.captions is not None:
+        subjects[HELDOUT] = (test.images(), test.captions)
+    return alignment_metrics(scorer, subjects, inputs.paired, seed)
 
 
 def alignment_metrics(
@@ -139,75 +131,54 @@ def alignment_metrics(
 
     Intervals are Student's, over captions where several images share one. A margin is left out
     where more than half of the captions are the same.
-
-    Args:
-        scorer: the CLIP.
-        subjects: name to images (n, C, H, W) in [-1, 1] and their n captions.
-        paired: subject to the reference that began with the same noise and captions.
-        seed: of the shuffles.
     """
     values: dict[str, dict[str, np.ndarray]] = {}
     shared: dict[str, np.ndarray | None] = {}
     metrics: list[Metric] = []
+
+    def add(name: str, subject: str, scores: np.ndarray, **detail: Any) -> None:
+        over = conditions_detail(shared[subject])
+        interval = mean_interval(scores, shared[subject])
+        metrics.append(metric(name, subject, interval, len(scores), **{**detail, **over}))
+
     for name, (images, captions) in subjects.items():
         embedded, texts = scorer.images(images), scorer.texts(captions)
         values[name] = {"clip_score": clip_scores(embedded, texts)}
         shared[name] = shared_conditions(captions)
         with suppress(ValueError):
             values[name]["clip_margin"] = margins(embedded, texts, captions, seed)
-        metrics += [
-            metric(
-                measured,
-                name,
-                mean_interval(each, shared[name]),
-                len(each),
-                captions=len(set(captions)),
-                **conditions_detail(shared[name]),
-                **scorer.describe,
-            )
-            for measured, each in values[name].items()
-        ]
+        for measured, scores in values[name].items():
+            over = conditions_detail(shared[name])
+            add(measured, name, scores, captions=len(set(captions)), **over, **scorer.describe)
     for name, reference in paired.items():
         for measured, own in values.get(name, {}).items():
             other = values.get(reference, {}).get(measured)
             if other is not None and len(other) == len(own):
-                interval = mean_interval(own - other, shared[name])
-                over = conditions_detail(shared[name])
-                metrics.append(
-                    metric(
-                        f"{measured}_difference",
-                        name,
-                        interval,
-                        len(own),
-                        reference=reference,
-                        **over,
-                    )
-                )
+                add(f"{measured}_difference", name, own - other, reference=reference)
     return metrics
 
 
 def pair_report(
     scorer: ClipScorer, images: Tensor, captions: Sequence[str], seed: int
 ) -> dict[str, float | int]:
-    """What a CLIP is worth on pairs that it has not seen.
+    """How good a CLIP is on pairs that it has not seen: mean cosine, margin with its 95 % interval.
 
-    Returns:
-        ``pairs``; ``score``, the mean cosine; ``margin``, ``low`` and ``high``, what it is above
-        shuffled captions with its 95 % interval; ``median_rank`` of an image's caption among all
-        distinct ones (1 is first), and ``top_tenth``, the share of those in the first tenth.
+    ``median_rank`` is that of an image's caption among all distinct ones (1 is first),
+    ``top_tenth`` the share of those in the first tenth.
     """
     embedded, texts = scorer.images(images), scorer.texts(captions)
     margin = mean_interval(margins(embedded, texts, captions, seed), shared_conditions(captions))
-    assert margin.low is not None and margin.high is not None
+    low, high = margin.bounds
     first = np.unique(list(captions), return_index=True)[1]
     cosines = embedded @ texts[first].T
-    rank = 1 + (cosines > clip_scores(embedded, texts)[:, None] + 1e-12).sum(1)
+    scores = clip_scores(embedded, texts)
+    rank = 1 + (cosines > scores[:, None] + 1e-12).sum(1)
     return {
         "pairs": len(captions),
-        "score": float(clip_scores(embedded, texts).mean()),
+        "score": float(scores.mean()),
         "margin": margin.value,
-        "low": margin.low,
-        "high": margin.high,
+        "low": low,
+        "high": high,
         "captions": len(first),
         "median_rank": float(np.median(rank)),
         "top_tenth": float((rank <= len(first) / 10).mean()),
@@ -219,20 +190,13 @@ class ClassJudge:
     """A classifier trained on the fit images, chosen by cross-validation among them alone."""
 
     classifier: Pipeline
-    features: str
-    """``pixels`` or ``efficientnet``: which features it reads."""
+    features: str  # that it reads: ``pixels`` or ``efficientnet``
     name: str
-    cross_validated: float
-    """Its accuracy in cross-validation on the fit images."""
+    cross_validated: float  # accuracy in cross-validation on the fit images
 
     @classmethod
     def fit(cls, features: dict[str, np.ndarray], labels: np.ndarray, seed: int) -> ClassJudge:
         """Try the candidates on the fit part and train the best of them on all of it.
-
-        Args:
-            features: name to (n, D) features of the fit images.
-            labels: (n,) classes.
-            seed: of the folds.
 
         Raises:
             ValueError: fewer than two classes, or a class with a single image.
@@ -241,7 +205,7 @@ class ClassJudge:
         if len(counts) < 2 or counts.min() < 2:
             raise ValueError(
                 "class agreement needs at least two classes with two fit images each; prepare the "
-                "data set with a larger fit part"
+                "dataset with a larger fit part"
             )
         folds = StratifiedKFold(min(5, int(counts.min())), shuffle=True, random_state=seed)
         judges = []
@@ -265,12 +229,11 @@ class ClassJudge:
     ) -> Metric:
         """The rate ``class_agreement``; for ``heldout`` it is the ceiling, the test accuracy."""
         notes = {"meaning": "accuracy on test images, the ceiling"} if subject == HELDOUT else {}
-        return metric(
+        return rate_metric(
             "class_agreement",
             subject,
-            rate_interval(agrees, conditions),
-            len(agrees),
-            **conditions_detail(conditions),
+            agrees,
+            conditions,
             classifier=self.name,
             features=self.features,
             cross_validated_accuracy=round(self.cross_validated, 4),
@@ -280,13 +243,39 @@ class ClassJudge:
 
 def _candidates(features: dict[str, np.ndarray]) -> list[tuple[str, str, Pipeline]]:
     """(name, features, classifier) to choose from."""
-    found = []
+    candidates = []
     for space in features:
         # Pixels share one scale; features of a network do not.
         scale = [] if space == "pixels" else [StandardScaler()]
         logistic = LogisticRegression(max_iter=2000, C=0.1)
-        found += [
+        candidates += [
             ("logistic regression", space, make_pipeline(*scale, logistic)),
             ("SVC, radial kernel", space, make_pipeline(*scale, SVC(C=10))),
         ]
-    return found
+    return candidates
+
+
+def class_metrics(
+    inputs: Inputs, subjects: dict[str, Subject], fit_view: View, seed: int, console: Console
+) -> list[Metric]:
+    """Class agreement of the class-conditional samples; sets ``agrees`` of the subjects."""
+    labels = inputs.dataset.part("fit").labels
+    if labels is None or all(subjects[name].labels is None for name in inputs.samples):
+        return []
+    try:
+        judge = ClassJudge.fit(fit_view.classifier_features(), labels.numpy(), seed)
+    except ValueError as error:
+        console.print(f"Class agreement is left out: {error}", markup=False)
+        return []
+    metrics = []
+    for name, subject in subjects.items():
+        if subject.labels is None:
+            continue
+        known = judge.knows(subject.labels)
+        if known.any():
+            features = subject.view.take(np.flatnonzero(known)).classifier_features()
+            subject.agrees = judge.agrees(features, subject.labels[known])
+            if subject.conditions is not None:
+                subject.agrees_conditions = shared_conditions(subject.conditions[known])
+            metrics.append(judge.metric(name, subject.agrees, subject.agrees_conditions))
+    return metrics

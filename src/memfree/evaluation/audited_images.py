@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -28,43 +28,38 @@ from memfree.images import MAX_IMAGE_BYTES, MAX_PIXELS, channels_of, from_bytes,
 MAX_FRAMES = 1000
 """Frames of one animated image that are judged."""
 READ = "PNG, JPEG or WEBP"
+_NOT_READ = "only PNG, JPEG and WEBP are judged; convert or unpack it"
 _HEAD = 264  # bytes that tell a tar
-_SIGNATURES = (
-    (0, b"\x89PNG", READ),
-    (0, b"\xff\xd8\xff", READ),
-    (8, b"WEBP", READ),
-    (257, b"ustar", "tar"),
-    (0, b"GIF8", "GIF"),
-    (0, b"II*\0", "TIFF"),
-    (0, b"MM\0*", "TIFF"),
-    (0, b"II+\0", "TIFF"),
-    (0, b"MM\0+", "TIFF"),
-    (4, b"ftypavi", "AVIF"),
-    (4, b"ftyphe", "HEIC"),
-    (4, b"ftypmi", "HEIC"),
-    (4, b"ftypms", "HEIC"),
-    (4, b"ftypcrx", "CR3"),
-    (4, b"jP  ", "JPEG 2000"),
-    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (4, b"JXL ", "JPEG XL"),
-    (0, b"8BPS", "Photoshop"),
-    (0, b"qoif", "QOI"),
-    (0, b"\0\0\1\0", "ICO"),
-    (0, b"\x76\x2f\x31\x01", "OpenEXR"),
-    (0, b"DDS ", "DDS"),
-    (0, b"icns", "ICNS"),
-    (0, b"II\xbc\x01", "JPEG XR"),
-    (0, b"%PDF-", "PDF"),
-    (0, b"PK\3\4", "ZIP"),
-    (0, b"7z\xbc\xaf\x27\x1c", "7z"),
-    (0, b"Rar!\x1a\7", "RAR"),
-    (0, b"\x1f\x8b\x08", "gzip"),
-    (0, b"BZh", "bzip2"),
-    (0, b"\xfd7zXZ\0", "xz"),
-    (0, b"\x28\xb5\x2f\xfd", "zstd"),
+_SIGNATURES: tuple[tuple[str, int, bytes | tuple[bytes, ...]], ...] = (
+    (READ, 0, (b"\x89PNG", b"\xff\xd8\xff")),
+    (READ, 8, b"WEBP"),
+    ("tar", 257, b"ustar"),
+    ("GIF", 0, b"GIF8"),
+    ("TIFF", 0, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    ("AVIF", 4, b"ftypavi"),
+    ("HEIC", 4, (b"ftyphe", b"ftypmi", b"ftypms")),
+    ("CR3", 4, b"ftypcrx"),
+    ("JPEG 2000", 4, b"jP  "),
+    ("JPEG 2000", 0, b"\xff\x4f\xff\x51"),
+    ("JPEG XL", 0, b"\xff\x0a"),
+    ("JPEG XL", 4, b"JXL "),
+    ("Photoshop", 0, b"8BPS"),
+    ("QOI", 0, b"qoif"),
+    ("ICO", 0, b"\0\0\1\0"),
+    ("OpenEXR", 0, b"\x76\x2f\x31\x01"),
+    ("DDS", 0, b"DDS "),
+    ("ICNS", 0, b"icns"),
+    ("JPEG XR", 0, b"II\xbc\x01"),
+    ("PDF", 0, b"%PDF-"),
+    ("ZIP", 0, b"PK\3\4"),
+    ("7z", 0, b"7z\xbc\xaf\x27\x1c"),
+    ("RAR", 0, b"Rar!\x1a\7"),
+    ("gzip", 0, b"\x1f\x8b\x08"),
+    ("bzip2", 0, b"BZh"),
+    ("xz", 0, b"\xfd7zXZ\0"),
+    ("zstd", 0, b"\x28\xb5\x2f\xfd"),
 )
-"""What a file's bytes at a place say that it is, or may hold."""
+"""Kind of a file, or of what it may hold, and the bytes at a place that tell it."""
 _ARCHIVE_KINDS = ("ZIP", "7z", "RAR")
 _PACKED = (*_ARCHIVE_KINDS, "gzip", "bzip2", "xz", "zstd")
 _ARRAYS = (".npz", ".pt", ".pth", ".ckpt", ".bin", ".whl")
@@ -73,16 +68,16 @@ _APPLE_DOUBLE = b"\0\5\x16\7"  # ._a.png, which macOS writes beside a.png
 _ARCHIVES = (".zip", ".7z", ".rar", ".tar.zst", ".tar.lz4")
 _NETPBM = tuple(b"P%d" % number for number in range(1, 8))  # followed by white space
 _TEXTS = (".txt", ".json", ".cls", ".csv", ".md", ".html", ".xml", ".yaml", ".yml", ".npy", ".npz")
-"""Endings of members of shards that are no pictures, lower case."""
+"""Endings of members of shards that are not looked at, lower case: texts and arrays."""
 
 
 @dataclass
 class AuditedImages:
     """The images at a path, in order, and what had to be done to them.
 
-    What a file is, its first bytes say, whatever it is called. Every frame of an animated image is
-    an image of its own. Pictures that cannot be judged (other formats, damaged ones) are in
-    ``skipped``, everything else that is there in ``left_out``: nothing is passed over in silence.
+    The first bytes of a file say what it is, whatever it is called. Every frame of an animated
+    image is an image of its own. Pictures that cannot be judged (other formats, damaged ones) are
+    in ``skipped``, all other files in ``left_out``: nothing is passed over in silence.
 
     Args:
         path: a folder (searched with its sub-folders, links followed) or one file, of PNG, JPEG or
@@ -96,11 +91,15 @@ class AuditedImages:
     skipped: Skipped = field(default_factory=Skipped)
     """Pictures and shards that could not be judged."""
     left_out: LeftOut = field(default_factory=LeftOut)
-    """What is there beside pictures and shards."""
+    """Other files beside pictures and shards."""
     changed: int = 0
     """Images of another size or number of channels."""
     frames: int = 0
     """Images that are a frame of a file with several."""
+
+    @property
+    def _option(self) -> str:
+        return f"--images {shown(str(self.path))}"
 
     def batches(self, batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
         """Names, and images (b, C, H, W) float32 in [−1, 1].
@@ -115,14 +114,14 @@ class AuditedImages:
         pixels: list[np.ndarray] = []
         for name, image in self._images():
             try:
-                found = (channels_of(image, name), *upright(image).size[::-1])
+                shape = (channels_of(image, name), *upright(image).size[::-1])
                 pixels.append(framing.apply(image, name, framing))
             except ValueError as error:
                 self.skipped.record(str(error))
                 continue
             names.append(name)
             self.skipped.kept += 1
-            self.changed += found != self.shape
+            self.changed += shape != self.shape
             if len(names) == batch_size:
                 yield names, from_bytes(torch.from_numpy(np.stack(pixels)))
                 names, pixels = [], []
@@ -131,8 +130,7 @@ class AuditedImages:
         if not self.skipped.kept and not self.skipped:
             beside = f"; {self.left_out.text()}" if self.left_out else ""
             raise FileNotFoundError(
-                f"--images {shown(str(self.path))}: no {READ} images and no tar shards in it"
-                f"{beside}"
+                f"{self._option}: no {READ} images and no tar shards in it{beside}"
             )
 
     def _images(self) -> Iterator[tuple[str, Image.Image]]:
@@ -174,54 +172,49 @@ class AuditedImages:
                 shards = expand_shards(str(self.path), self.skipped, self.left_out)
             except FileNotFoundError as error:
                 raise FileNotFoundError(
-                    f"--images {shown(str(self.path))}: no such file or folder ({error})"
+                    f"{self._option}: no such file or folder ({error})"
                 ) from error
             yield from self._of_shards(shards)
 
     def _of_folder(self) -> Iterator[tuple[str, bytes]]:
         note = self.left_out.at(f"{self.path}/")
         shards: list[str] = []
-        pictures: list[Path] = []
+        pictures: list[tuple[str, Path]] = []
         for file in files_below(self.path, self.left_out, self.skipped, hidden=True):
             name = shown(str(file.relative_to(self.path)))
             try:
-                if problem := problem_with_file(file):
-                    raise ValueError(problem)
-                kind = _kind(_head(file), file.name)
+                kind = _kind_of(file)
             except (OSError, ValueError) as error:
                 self.skipped.record(f"{name}: {_reason(error)}")
                 continue
             if kind == "tar":
                 shards.append(str(file))
-            elif kind == READ:
-                pictures.append(file)
-            elif kind is None:
-                note(name)
-            else:
-                self.skipped.record(f"{name}: {_not_read(kind)}")
-        for file in pictures:
-            name = shown(str(file.relative_to(self.path)))
+            elif self._is_read(name, kind, note):
+                pictures.append((name, file))
+        for name, file in pictures:
             try:
-                with open(file, "rb") as opened:  # one byte more than open_image takes
-                    yield name, opened.read(MAX_IMAGE_BYTES + 1)
+                data = _content(file)
             except OSError as error:
                 self.skipped.record(f"{name}: {_reason(error)}")
+            else:
+                yield name, data
         yield from self._of_shards(shards)
 
     def _of_file(self) -> Iterator[tuple[str, bytes]]:
-        option = f"--images {shown(str(self.path))}"
-        if problem := problem_with_file(self.path):
-            raise ValueError(f"{option}: {problem}")
-        kind = _kind(_head(self.path), self.path.name)
+        try:
+            kind = _kind_of(self.path)
+        except ValueError as error:
+            raise ValueError(f"{self._option}: {error}") from error
+        if kind is None:
+            raise ValueError(
+                f"{self._option} is not an image (PNG, JPEG, WEBP), a folder or a tar shard"
+            )
         if kind == "tar":
             yield from self._of_shards([str(self.path)])
         elif kind == READ:
-            with open(self.path, "rb") as opened:
-                yield shown(self.path.name), opened.read(MAX_IMAGE_BYTES + 1)
-        elif kind is None:
-            raise ValueError(f"{option} is no image (PNG, JPEG, WEBP), no folder and no tar shard")
+            yield shown(self.path.name), _content(self.path)
         else:
-            raise ValueError(f"{option}: {_not_read(kind)}")
+            raise ValueError(f"{self._option}: {kind}: {_NOT_READ}")
 
     def _of_shards(self, shards: list[str]) -> Iterator[tuple[str, bytes]]:
         for shard, label in zip(shards, shard_labels(shards), strict=True):
@@ -231,29 +224,36 @@ class AuditedImages:
             def wanted(name: str) -> bool:
                 nonlocal called
                 called = name
-                return _may_be_picture(name)
+                return PurePosixPath(name).suffix.lower() not in _TEXTS
 
             members = read_members(
                 shard, wanted, MAX_IMAGE_BYTES, self.skipped, self.left_out, shown(label)
             )
             for name, data in members:
-                kind = _kind(data[:_HEAD], called)  # which still has its ending
-                if kind == READ:
+                # ``called`` still has its ending
+                if self._is_read(name, _kind(data[:_HEAD], called), note):
                     yield name, data
-                elif kind is None:
-                    note(name)
-                else:
-                    self.skipped.record(f"{name}: {_not_read(kind)}")
+
+    def _is_read(self, name: str, kind: str | None, note: Callable[[str], None]) -> bool:
+        """Whether a file is a picture that can be judged; any other is recorded."""
+        if kind is None:
+            note(name)
+        elif kind != READ:
+            self.skipped.record(f"{name}: {kind}: {_NOT_READ}")
+        return kind == READ
 
 
-def _may_be_picture(name: str) -> bool:
-    """Whether a member of a shard is looked at: all but texts and arrays."""
-    return PurePosixPath(name).suffix.lower() not in _TEXTS
-
-
-def _head(file: Path) -> bytes:
+def _kind_of(file: Path) -> str | None:
+    """``_kind`` of a file; ValueError if it is not a plain one."""
+    if problem := problem_with_file(file):
+        raise ValueError(problem)
     with open(file, "rb") as opened:
-        return opened.read(_HEAD)
+        return _kind(opened.read(_HEAD), file.name)
+
+
+def _content(file: Path) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read(MAX_IMAGE_BYTES + 1)  # one byte more than open_image takes
 
 
 def _kind(head: bytes, name: str) -> str | None:
@@ -262,8 +262,8 @@ def _kind(head: bytes, name: str) -> str | None:
         return "tar"
     path = PurePosixPath(name.lower())
     suffix = path.suffix
-    for place, signature, kind in _SIGNATURES:
-        if head[place : place + len(signature)] == signature:
+    for kind, place, signature in _SIGNATURES:
+        if head.startswith(signature, place):
             if kind not in _PACKED:
                 return kind
             inner = PurePosixPath(path.stem).suffix  # of labels.json.gz
@@ -278,12 +278,8 @@ def _kind(head: bytes, name: str) -> str | None:
     if path.name.endswith(_ARCHIVES):
         return f"a {suffix} archive"
     if suffix in SUFFIXES:
-        return READ  # which it is not, as whoever opens it will say
+        return READ  # although it is not, as open_image will say
     return suffix[1:].upper() if suffix in OTHER_PICTURES else None
-
-
-def _not_read(kind: str) -> str:
-    return f"{kind}: only PNG, JPEG and WEBP are judged; convert or unpack it"
 
 
 def _reason(error: Exception) -> str:

@@ -19,10 +19,8 @@ from memfree.evaluation.intervals import (
     wilson,
 )
 
-MIN_EACH = 10
-"""Samples of each kind below which no interval is given: resamples would lack a kind."""
-MIN_CONDITIONS = 5
-"""Conditions with samples of each kind below which no interval is given."""
+MIN_EACH = 10  # samples of each kind that an interval needs: resamples would lack a kind
+MIN_CONDITIONS = 5  # conditions with samples of each kind that it needs
 
 
 @dataclass(frozen=True)
@@ -35,15 +33,13 @@ class Detector:
     auc: Interval
     """Area under the curve: the chance that a copy scores higher than another sample (ties count
     half). 0.5 says nothing, below 0.5 points the other way."""
-    copies: int
-    """Samples that are copies in truth."""
-    others: int
-    """Samples that are not."""
+    copies: int  # samples that are copies in truth
+    others: int  # samples that are not
 
     def true_positive_rate(self, false_positive_rate: float) -> float:
         """Share of the copies found where at most this share of the others is called a copy."""
-        found = self.roc["true_positive_rate"].to_numpy()
-        return float(found[self.roc["false_positive_rate"].to_numpy() <= false_positive_rate].max())
+        rates = self.roc["true_positive_rate"].to_numpy()
+        return float(rates[self.roc["false_positive_rate"].to_numpy() <= false_positive_rate].max())
 
 
 def detector(
@@ -58,8 +54,8 @@ def detector(
     Args:
         scores: (n,) finite; σ of ours, or Wen's norm.
         copies: (n,) bool, the truth: by a measure that no compared score is made of.
-        seed: of the bootstrap.
-        draws: of the bootstrap.
+        seed: for the bootstrap.
+        draws: resamples of the bootstrap.
         clusters: (n,) of ``shared_conditions``, the caption of each sample; None for independent
             samples.
 
@@ -71,13 +67,12 @@ def detector(
     roc = pa.table(
         {"threshold": thresholds, "false_positive_rate": false, "true_positive_rate": true}
     )
-    count = int(truth.sum())
     auc = Interval(float(roc_auc_score(truth, scores)))
-    if _missing(truth, clusters) is None:
+    if not _missing(truth, clusters):
         ranks = np.unique(scores, return_inverse=True)[1]
         values = resampled(len(truth), lambda rows: _auc(ranks, truth, rows), seed, draws, clusters)
         auc = _auc_interval(auc.value, values, _effective_units(truth, clusters))
-    return Detector(roc, auc, count, len(truth) - count)
+    return Detector(roc, auc, int(truth.sum()), int((~truth).sum()))
 
 
 def _auc_interval(auc: float, values: np.ndarray, units: float) -> Interval:
@@ -101,13 +96,7 @@ def auc_difference(
 ) -> Interval:
     """AUC of the first score minus that of the second, on the same samples, resampled together.
 
-    Args:
-        first: (n,) finite.
-        second: (n,) finite, of the same samples.
-        copies: (n,) bool, the truth.
-        seed: of the bootstrap.
-        draws: of the bootstrap.
-        clusters: (n,) of ``shared_conditions``; None for independent samples.
+    Arguments are those of ``detector``.
 
     Raises:
         ValueError: as ``detector``; or fewer than 10 samples, or 5 conditions, of a kind.
@@ -122,10 +111,10 @@ def auc_difference(
         return _auc(ranks[0], truth, rows) - _auc(ranks[1], truth, rows)
 
     units = _effective_units(truth, clusters)
-    found = bootstrap(len(truth), difference, seed, draws, clusters=clusters, units=units)
-    if found.low == found.high and not np.array_equal(ranks[0], ranks[1]):
-        return Interval(found.value)  # two scores that never err here may do so elsewhere
-    return found
+    interval = bootstrap(len(truth), difference, seed, draws, clusters=clusters, units=units)
+    if interval.low == interval.high and not np.array_equal(ranks[0], ranks[1]):
+        return Interval(interval.value)  # two scores that never err here may do so elsewhere
+    return interval
 
 
 def _auc(ranks: np.ndarray, truth: np.ndarray, rows: np.ndarray) -> float:
@@ -136,21 +125,19 @@ def _auc(ranks: np.ndarray, truth: np.ndarray, rows: np.ndarray) -> float:
     return float(copies @ below / pairs) if pairs else float("nan")
 
 
-def _missing(truth: np.ndarray, clusters: np.ndarray | None) -> str | None:
-    """What an interval needs and the samples have not; None where they have it."""
-    count = int(truth.sum())
-    if min(count, len(truth) - count) < MIN_EACH:
-        return (
-            f"{MIN_EACH} copies and {MIN_EACH} other samples, not {count} and {len(truth) - count}"
-        )
+def _missing(truth: np.ndarray, clusters: np.ndarray | None) -> str:
+    """What an interval needs and the samples do not have; empty where they have it."""
+    copies, others = int(truth.sum()), int((~truth).sum())
+    if min(copies, others) < MIN_EACH:
+        return f"{MIN_EACH} copies and {MIN_EACH} other samples, not {copies} and {others}"
     if clusters is not None:
-        found = [len(np.unique(clusters[kind])) for kind in (truth, ~truth)]
-        if min(found) < MIN_CONDITIONS:
+        copies, others = (len(np.unique(clusters[kind])) for kind in (truth, ~truth))
+        if min(copies, others) < MIN_CONDITIONS:
             return (
                 f"{MIN_CONDITIONS} conditions with copies and {MIN_CONDITIONS} with other samples, "
-                f"not {found[0]} and {found[1]}"
+                f"not {copies} and {others}"
             )
-    return None
+    return ""
 
 
 def _effective_units(truth: np.ndarray, clusters: np.ndarray | None) -> float:

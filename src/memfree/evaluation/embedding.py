@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from memfree.retrieval import EfficientNetFeatures
 MAX_COMPONENTS = 64
 """Principal components kept: 1280 dimensions on some hundred images are singular."""
 MAX_PIXELS = 4096
-"""Above this many values an image, raw pixels are not kept for the classifiers."""
+"""Above this many values per image, raw pixels are not kept for the classifiers."""
 EMBEDDED_TOGETHER = 32
 """Images in one pass of the network: their activations stay in a CPU's cache, which is three times
 faster there than 256 at once."""
@@ -30,69 +31,59 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 class View:
     """A set of n images as the metrics see it; float32 numpy arrays."""
 
-    pixels: np.ndarray
-    """(n, ≤ 64): the pixels, or their principal components where there are more than 64."""
-    raw: np.ndarray | None
-    """(n, C·H·W): the pixels; None where an image has more than 4096."""
-    pooled: np.ndarray
-    """(n, 1280): pooled EfficientNet-Lite0 features."""
-    inception: np.ndarray | None
-    """(n, 2048): Inception features; None where the weights are not at hand."""
+    pixels: np.ndarray  # (n, ≤ 64): pixels, or their principal components if there are more
+    raw: np.ndarray | None  # (n, C·H·W): the pixels; None where an image has more than 4096
+    pooled: np.ndarray  # (n, 1280): pooled EfficientNet-Lite0 features
+    inception: np.ndarray | None  # (n, 2048); None where the weights are not at hand
 
     def __len__(self) -> int:
         return len(self.pooled)
 
+    @classmethod
+    def of(cls, views: list[View], rows: np.ndarray | slice = slice(None)) -> View:
+        """Some rows of several views as one."""
+        parts: dict[str, Any] = {
+            name: None if first is None else np.concatenate([getattr(v, name) for v in views])[rows]
+            for name, first in vars(views[0]).items()
+        }
+        return cls(**parts)
+
     def take(self, rows: np.ndarray) -> View:
         """The view of some of the images."""
-        return View(
-            self.pixels[rows],
-            None if self.raw is None else self.raw[rows],
-            self.pooled[rows],
-            None if self.inception is None else self.inception[rows],
-        )
+        return View.of([self], rows)
 
     def classifier_features(self) -> dict[str, np.ndarray]:
         """What a classifier may read, by name."""
-        found = {} if self.raw is None else {"pixels": self.raw}
-        return {**found, "efficientnet": self.pooled}
+        pixels = {} if self.raw is None else {"pixels": self.raw}
+        return {**pixels, "efficientnet": self.pooled}
 
 
 class Viewer:
-    """Turns images into views; the pixels' principal components come from the fit images.
-
-    Args:
-        fit_images: (n, C, H, W) in [-1, 1], neither trained on nor judged.
-        batch_size: images that are held together.
-    """
+    """Turns images into views; principal components of pixels are those of the fit images."""
 
     def __init__(self, fit_images: Tensor, batch_size: int = 256):
         self.batch_size = batch_size
         self.network = EfficientNetFeatures()
         size = fit_images[0].numel()
         self.keeps_raw = size <= MAX_PIXELS
-        self.components = (
-            None if size <= MAX_COMPONENTS else fit_components(flat_pixels(fit_images))
-        )
+        self.components = None if size <= MAX_COMPONENTS else fit_components(_flat(fit_images))
         self.inception = _inception_network() if find_inception_weights() else None
 
     def __call__(self, images: Tensor | Iterable[Tensor]) -> View:
         """See images (n, C, H, W) in [-1, 1], or batches of them."""
         batches = images.split(self.batch_size) if isinstance(images, Tensor) else images
         with torch.no_grad():
-            return _concatenated([self._see(batch) for batch in batches])
+            views = [self._see(batch) for batch in batches]
+        return View.of(views)
 
     def _see(self, images: Tensor) -> View:
-        raw = flat_pixels(images)
+        raw = _flat(images)
         pixels = raw if self.components is None else self.components.transform(raw)
+        pooled = [self.network.pooled(part).cpu() for part in images.split(EMBEDDED_TOGETHER)]
         return View(
             pixels=pixels.astype(np.float32),
             raw=raw if self.keeps_raw else None,
-            pooled=np.concatenate(
-                [
-                    self.network.pooled(part).cpu().numpy()
-                    for part in images.split(EMBEDDED_TOGETHER)
-                ]
-            ),
+            pooled=torch.cat(pooled).numpy(),
             inception=None if self.inception is None else _inception(self.inception, images),
         )
 
@@ -108,42 +99,23 @@ class Viewer:
         return {"extractor": {name: described[name] for name in names if name in described}}
 
 
-def _concatenated(views: list[View]) -> View:
-    def joined(name: str) -> np.ndarray | None:
-        parts = [getattr(view, name) for view in views]
-        return None if parts[0] is None else np.concatenate(parts)
-
-    pixels, pooled = joined("pixels"), joined("pooled")
-    assert pixels is not None and pooled is not None
-    return View(pixels, joined("raw"), pooled, joined("inception"))
-
-
 def fit_components(features: np.ndarray, limit: int = MAX_COMPONENTS, whiten: bool = False) -> PCA:
-    """Principal components of fit features, at most ``limit`` and at most a third of the images.
+    """Principal components of fit features (n, D), at most ``limit`` and at most n/3.
 
     A component needs several images to have a direction of its own; the third keeps whitening
     from blowing up directions that are noise.
-
-    Args:
-        features: (n, D) of the fit part.
-        limit: the most components.
-        whiten: scale every component to unit variance.
-
-    Raises:
-        ValueError: fewer than 6 fit images.
     """
     if len(features) < 6:
         raise ValueError(
             f"the fit part has {len(features)} images, and the embedding needs at least 6; "
-            "prepare the data set with a larger fit part"
+            "prepare the dataset with a larger fit part"
         )
     components = min(limit, len(features) // 3, features.shape[1])
     decomposition = PCA(components, whiten=whiten, svd_solver="full")
     return decomposition.fit(features.astype(np.float64))
 
 
-def flat_pixels(images: Tensor) -> np.ndarray:
-    """Images (n, C, H, W) as float32 rows (n, C·H·W)."""
+def _flat(images: Tensor) -> np.ndarray:
     return images.flatten(1).float().cpu().numpy()
 
 

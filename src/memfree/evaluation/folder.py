@@ -1,4 +1,4 @@
-"""Evaluation folder: read and checked."""
+"""Evaluation folder: read and checked; fields of the manifests that an evaluation rests on."""
 
 from __future__ import annotations
 
@@ -6,18 +6,76 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from memfree.evaluation.inputs import EVALUATION
+from memfree.evaluation.metrics import (
+    COPIES_AT,
+    COPIES_OF_FACTOR,
+    HELDOUT,
+    Metric,
+    MetricTable,
+    read_metrics,
+)
 from memfree.folders.manifest import read_manifest
-from memfree.folders.untrusted import Number, check_fields, read_table, short
+from memfree.folders.untrusted import Maybe, Number, check_fields, read_table, short
 
-if TYPE_CHECKING:
-    from memfree.evaluation.metrics import Metric, MetricTable
-
+_SIDE = Number(1, 1 << 20, whole=True)
+_COUNT = Number(0, 1 << 53, whole=True)
+_COMMAND = {"command": [str]}
+_MADE_BY = {
+    **_COMMAND,
+    "packages": {str: (str, NoneType)},
+    "python": str,
+    "device": str,
+    "created": str,
+    "seed": (int, NoneType),
+    "git_commit": Maybe(str),
+}
+# Fields of the manifests of a dataset folder, a reference index, a sample folder, the model that
+# drew samples, and an evaluation, which holds those of what it was made from.
+DATASET: dict[Any, Any] = {
+    "made_by": _COMMAND,
+    "image_shape": [_SIDE],
+    "source": Maybe({"name": Maybe(str), "licence": Maybe(str)}),
+    "parts": Maybe({str: {"images": Maybe(_COUNT), "records": Maybe(_COUNT)}}),
+    "plan": Maybe({"ladder": Maybe([Number()]), "factor": Maybe(Number()), "kinds": Maybe([str])}),
+    "repeated_images": Maybe(_COUNT),
+}
+INDEX: dict[Any, Any] = {
+    "made_by": _COMMAND,
+    "rows": Maybe(_COUNT),
+    "metric": Maybe(str),
+    "features": Maybe({"name": Maybe(str)}),
+}
+SAMPLES: dict[Any, Any] = {
+    "made_by": {**_COMMAND, "device": Maybe(str)},
+    "count": _COUNT,
+    "mitigation": Maybe(str),
+    "index_features": Maybe(str),
+    "model": Maybe(str),
+    "dataset_hash": Maybe(str),
+    "seconds_per_sample": Maybe(Number(0)),
+    "peak_memory_bytes": Maybe(Number(0)),
+}
+MODEL: dict[Any, Any] = {
+    "made_by": _COMMAND,
+    "parameters": Maybe(Number(0)),
+    "exposures": Maybe({"largest": Maybe(Number(0))}),
+}
+EVALUATION: dict[Any, Any] = {
+    "made_by": _MADE_BY,
+    "reference": str,
+    "paired": {str: str},
+    "false_positive_rate": Number(0, 1),
+    "dataset": {"manifest": DATASET, "hash": str},
+    "index": {"manifest": INDEX},
+    "samples": {str: {"manifest": SAMPLES, "model": Maybe(MODEL)}},
+}
 _COPIES = {"threshold": Number(), "false_positive_rate": Number(0, 1)}
 _PICTURES = {
     "column": pa.int64(),
@@ -32,9 +90,7 @@ _PICTURES = {
 _TRAJECTORIES = {
     "subject": pa.string(),
     "group": pa.string(),
-    "t": pa.float64(),
-    "lambda": pa.float64(),
-    **{name: pa.float64() for name in ("q10", "q25", "q50", "q75", "q90")},
+    **{name: pa.float64() for name in ("t", "lambda", "q10", "q25", "q50", "q75", "q90")},
 }
 
 
@@ -59,8 +115,6 @@ class EvaluationFolder:
     """
 
     def __init__(self, path: Path):
-        from memfree.evaluation.metrics import read_metrics
-
         self.path = Path(path)
         self.manifest: dict[str, Any] = read_manifest(self.path, "evaluation")
         self.metrics: MetricTable = read_metrics(self.path / "metrics.json")
@@ -71,26 +125,26 @@ class EvaluationFolder:
             self.subjects = sorted(names, key=lambda name: name != self.reference)
             self.paired = [name for name in self.subjects if name in self.manifest["paired"]]
             if self.reference not in names:
-                raise ValueError(f"the reference {short(repr(self.reference), 40)} is no subject")
+                raise ValueError(
+                    f"the reference {short(repr(self.reference), 40)} is not one of its samples"
+                )
             if len(self.manifest["dataset"]["manifest"]["image_shape"]) != 3:
                 raise ValueError("manifest.dataset.manifest.image_shape is not (C, H, W)")
         self.pictures = self._rows("pictures.parquet", _PICTURES, ("subject", "sigma", "copy"))
         self.trajectories = self._rows("trajectories.parquet", _TRAJECTORIES, ("lambda",))
 
     def check_figures(self) -> None:
-        """Refuse figures from which no page can be drawn.
+        """Refuse metrics and pictures from which no page can be drawn.
 
         Raises:
             ValueError: a subject has no rate of copies, or a metric lacks what the page says of it.
         """
-        from memfree.evaluation.metrics import HELDOUT
-
         with self._named("metrics.json"):
             for name in [*self.subjects, HELDOUT]:
                 if self.metrics.get("copies", name) is None:
                     raise ValueError(f"copies of {short(name, 40)} are missing")
-            for one in self.metrics.metrics:
-                _check_metric(one)
+            for found in self.metrics.metrics:
+                _check_metric(found)
         with self._named("pictures.parquet"):
             cells = {(row["subject"], row["column"]) for row in self.pictures}
             for column in {column for _, column in cells}:
@@ -103,32 +157,26 @@ class EvaluationFolder:
 
     def distances(self) -> dict[str, np.ndarray]:
         """Per subject and for the test images: nL2 of every image, or −σ of another measure."""
-        from memfree.evaluation.metrics import HELDOUT
-
-        columns = {"subject": pa.string(), "sigma": pa.float64()}
         with self._named("per_sample.parquet"):
+            columns = {"subject": pa.string(), "sigma": pa.float64()}
             table = read_table(self.path / "per_sample.parquet", columns)
             subject = np.array(table["subject"].to_pylist(), dtype=object)
             values = -table["sigma"].to_numpy()
-            found = {name: values[subject == name] for name in [*self.subjects, HELDOUT]}
-            for name, own in found.items():
+            distances = {name: values[subject == name] for name in [*self.subjects, HELDOUT]}
+            for name, own in distances.items():
                 if not len(own):
                     raise ValueError(f"it has no images of {short(name, 40)}")
                 if not np.isfinite(own).all():
                     raise ValueError(f"sigma of {short(name, 40)} is not finite")
-        return found
+        return distances
 
     def _rows(
         self, name: str, columns: dict[str, pa.DataType], nullable: tuple[str, ...]
     ) -> list[dict[str, Any]]:
         """Rows of a table that may be empty, and then has no columns."""
-        import pyarrow.compute as pc
-
         with self._named(name):
             table = read_table(self.path / name)
-            if not table.num_rows:
-                return []
-            for column, kind in columns.items():
+            for column, kind in columns.items() if table.num_rows else ():
                 if column not in table.column_names:
                     raise ValueError(f"it has no column {column}")
                 found = table[column]
@@ -144,7 +192,7 @@ class EvaluationFolder:
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
-        """Name the file that is being looked at in what is wrong with it."""
+        """Name the file in what is wrong with it."""
         path = self.path / name
         try:
             yield
@@ -156,26 +204,20 @@ class EvaluationFolder:
 
 
 def _check_metric(found: Metric) -> None:
-    """Refuse a metric from which the page cannot say what it says.
-
-    Raises:
-        ValueError: names the metric.
-    """
-    from memfree.evaluation.metrics import COPIES_AT, COPIES_OF_FACTOR
-
+    """Refuse a metric from which the page cannot say what it says."""
     name = f"{short(found.metric, 40)} of {short(found.subject, 40)}"
     if found.metric == "copies":
         check_fields(found.detail, _COPIES, f"{name}: detail")
         ends = (found.low, found.value, found.high)
         if not all(end is not None and 0 <= end <= 1 for end in ends) or found.count < 1:
-            raise ValueError(f"{name} is no rate with an interval")
+            raise ValueError(f"{name} is not a rate with an interval")
     if found.metric == "second_copies":
         check_fields(found.detail, {"similarity": str}, f"{name}: detail")
-    for prefix, whole in ((COPIES_AT, False), (COPIES_OF_FACTOR, True)):
+    for prefix, is_valid in ((COPIES_AT, _is_number), (COPIES_OF_FACTOR, str.isdecimal)):
         if found.metric.startswith(prefix):
             text = found.metric.removeprefix(prefix)
-            if len(text) > 20 or not (text.isdecimal() if whole else _is_number(text)):
-                raise ValueError(f"{name} is no rate or factor")
+            if len(text) > 20 or not is_valid(text):
+                raise ValueError(f"{name} is not a rate or factor")
             if found.count < 1:
                 raise ValueError(f"{name} was measured on no image")
 

@@ -1,4 +1,8 @@
-"""Confidence intervals: Wilson, Newcombe, bootstrap over clusters, false discovery rates."""
+"""Confidence intervals: Wilson, Newcombe, bootstrap over clusters, false discovery rates.
+
+Intervals are two-sided, over independent samples, or over conditions where ``clusters`` (n,) of
+``shared_conditions`` are given.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +29,18 @@ class Interval:
     low: float | None = None
     high: float | None = None
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Both ends of an interval that has them."""
+        assert self.low is not None and self.high is not None
+        return self.low, self.high
+
 
 def shared_conditions(conditions: Sequence[Hashable] | np.ndarray | None) -> np.ndarray | None:
-    """Number of the condition of each sample, where several samples share one.
+    """Number of each sample's condition (a caption or class), (n,) int64.
 
-    Args:
-        conditions: n captions or classes; None for unconditional samples.
-
-    Returns:
-        (n,) int64; None where no two samples share a condition, and where all share one, so that
-        nothing can be said of others.
+    None where no two samples share a condition, and where all share one, which says nothing about
+    other conditions.
     """
     if conditions is None:
         return None
@@ -47,36 +53,34 @@ def conditions_detail(clusters: np.ndarray | None) -> dict[str, int]:
     return {} if clusters is None else {"conditions": int(clusters.max()) + 1}
 
 
+def _kish(weights: np.ndarray) -> float:
+    """Kish's effective number (Σ w)²/Σ w²."""
+    return float(weights.sum()) ** 2 / float((weights**2).sum())
+
+
 def effective_conditions(clusters: np.ndarray) -> float:
-    """Kish's effective number (Σ m)²/Σ m² of conditions with m samples each."""
-    counts = np.bincount(clusters).astype(float)
-    return float(counts.sum() ** 2 / (counts**2).sum())
+    """Kish's effective number of conditions of unequal size."""
+    return _kish(np.bincount(clusters).astype(float))
 
 
 def rate_interval(
     flags: np.ndarray, clusters: np.ndarray | None = None, confidence: float = CONFIDENCE
 ) -> Interval:
-    """Share of samples that have a flag, with its interval.
+    """Share of samples whose flag (n,) bool is set; of independent samples with Wilson's interval.
 
-    Independent samples have Wilson's. With ``clusters`` the rates of the conditions are draws from
-    a beta distribution, the number of flags of a condition is beta-binomial, and the interval is
-    that of the distribution's mean in the posterior: Jeffreys's prior of the mean, a uniform prior
-    of the correlation within a condition, which then need not be known where no sample has a flag.
-
-    Args:
-        flags: (n,) bool, n > 0.
-        clusters: (n,) of ``shared_conditions``; None for independent samples.
-        confidence: two-sided, in (0, 1).
+    Rates of conditions are draws from a beta distribution; the interval is that of its mean in the
+    posterior of the beta-binomial flags: Jeffreys's prior of the mean, a uniform prior of the
+    correlation within a condition, which then need not be known where no flag is set.
     """
-    found, n = int(np.count_nonzero(flags)), len(flags)
+    hits, n = int(np.count_nonzero(flags)), len(flags)
     if clusters is None:
-        return wilson(found, n, confidence)
+        return wilson(hits, n, confidence)
     cumulative, grid = _posterior(flags, clusters)
     low, high = np.interp(tail_quantiles(confidence), cumulative, grid)
-    value = found / n
+    value = hits / n
     # Conditions of unequal size may weigh otherwise than the posterior does.
     low, high = min(float(low), value), max(float(high), value)
-    return Interval(value, 0.0 if found == 0 else low, 1.0 if found == n else high)
+    return Interval(value, 0.0 if hits == 0 else low, 1.0 if hits == n else high)
 
 
 def _posterior(flags: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -97,19 +101,10 @@ def _posterior(flags: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> Interval:
-    """Wilson's score interval of a rate; still honest at 0 and n successes, unlike ±z·se.
-
-    Args:
-        successes: how many of ``n``; need not be whole (weighted rates have an effective n).
-        n: trials, > 0.
-        confidence: two-sided, in (0, 1).
-
-    Raises:
-        ValueError: ``n`` is not positive, or ``successes`` is outside [0, n].
-    """
+    """Wilson's score interval, which has a width at 0 and n successes too; n may be fractional."""
     if n <= 0 or not 0 <= successes <= n:
         raise ValueError(f"a rate needs 0 <= successes <= n and n > 0, got {successes} of {n}")
-    z = _normal_quantile(confidence)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
     rate = successes / n
     middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
@@ -120,15 +115,9 @@ def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> Interv
 
 
 def weighted_rate(flags: np.ndarray, weights: np.ndarray) -> Interval:
-    """Rate Σ w·flag / Σ w with Wilson's interval at Kish's effective size (Σ w)²/Σ w².
-
-    Args:
-        flags: (n,) bool.
-        weights: (n,) non-negative, not all zero.
-    """
-    total = float(weights.sum())
-    effective = total**2 / float((weights**2).sum())
-    rate = float((weights * flags).sum()) / total
+    """Rate Σ w·flag / Σ w with Wilson's interval at Kish's effective size; not all weights 0."""
+    effective = _kish(weights)
+    rate = float((weights * flags).sum()) / float(weights.sum())
     return wilson(min(rate, 1.0) * effective, effective)
 
 
@@ -138,67 +127,48 @@ def paired_rate_difference(
     confidence: float = CONFIDENCE,
     clusters: np.ndarray | None = None,
 ) -> Interval:
-    """Difference of two rates over the same units (Newcombe 1998, paired data, method 10).
+    """``flags.mean() - reference.mean()`` of the same units (Newcombe 1998, paired, method 10).
 
     Two intervals of rates, squared and added with the correlation of the pairs: unlike a bootstrap
-    it has a width where both rates are 0, which is where mitigations end up. With ``clusters`` the
-    intervals and the correlation are those over conditions.
-
-    Args:
-        flags: (n,) bool; ``flags.mean() - reference.mean()`` is the value.
-        reference: (n,) bool, the same units in the same order.
-        confidence: two-sided.
-        clusters: (n,) of ``shared_conditions``; None for independent units.
+    it has a width where both rates are 0, which is where mitigations end up.
     """
     if len(flags) != len(reference) or len(flags) == 0:
         raise ValueError(f"pairs need equal counts, got {len(flags)} and {len(reference)}")
     a, b = flags.astype(bool), reference.astype(bool)
-    first = rate_interval(a, clusters, confidence)
-    second = rate_interval(b, clusters, confidence)
-    if clusters is None:
-        phi = _newcombe_phi(
-            float((a & b).sum()),
-            float((a & ~b).sum()),
-            float((~a & b).sum()),
-            float((~a & ~b).sum()),
-        )
-    else:
-        phi = _condition_correlation(a, b, clusters)
-    assert first.low is not None and first.high is not None
-    assert second.low is not None and second.high is not None
-    down = (first.value - first.low, second.high - second.value)
-    up = (second.value - second.low, first.high - first.value)
+    first, second = (rate_interval(each, clusters, confidence) for each in (a, b))
+    (low, high), (low2, high2) = first.bounds, second.bounds
+    phi = _newcombe_phi(a, b) if clusters is None else _condition_correlation(a, b, clusters)
+
+    def joined(x: float, y: float) -> float:
+        return sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
+
     value = first.value - second.value
-    return Interval(value, value - _joined(*down, phi), value + _joined(*up, phi))
+    down = joined(first.value - low, high2 - second.value)
+    up = joined(second.value - low2, high - first.value)
+    return Interval(value, value - down, value + up)
 
 
 def _condition_correlation(a: np.ndarray, b: np.ndarray, clusters: np.ndarray) -> float:
-    """Correlation of two rates over conditions; 0 where one of them is the same in all.
-
-    Two conditions always correlate fully, and fewer than five hardly tell: they are not taken at
-    their word where that would make a difference look surer.
-    """
+    """Correlation of two rates over conditions; 0 where one of them is the same in all."""
     first, second = (np.bincount(clusters, each - each.mean()) for each in (a, b))
     scale = sqrt(float((first**2).sum() * (second**2).sum()))
-    found = float((first * second).sum()) / scale if scale > 1e-12 else 0.0
+    correlation = float((first * second).sum()) / scale if scale > 1e-12 else 0.0
+    # Two conditions always correlate fully, and fewer than five hardly tell: they are not taken at
+    # their word where that would make a difference look surer.
     known = min(max(effective_conditions(clusters) - 2, 0.0) / 3, 1.0)
-    return found * known if found > 0 else found
+    return correlation * known if correlation > 0 else correlation
 
 
-def _newcombe_phi(both: float, only_a: float, only_b: float, neither: float) -> float:
+def _newcombe_phi(a: np.ndarray, b: np.ndarray) -> float:
     """Correlation of the 2×2 table, with Newcombe's continuity correction."""
+    both, only_a, only_b, neither = (float(cell.sum()) for cell in (a & b, a & ~b, ~a & b, ~a & ~b))
     margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     if margins == 0:
         return 0.0
-    n = both + only_a + only_b + neither
     cross = both * neither - only_a * only_b
     if cross > 0:
-        cross = max(cross - n / 2, 0.0)
+        cross = max(cross - len(a) / 2, 0.0)
     return cross / sqrt(margins)
-
-
-def _joined(x: float, y: float, phi: float) -> float:
-    return sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
 
 
 def rate_ratio(
@@ -209,44 +179,29 @@ def rate_ratio(
     clusters: np.ndarray | None = None,
     draws: int = 4000,
 ) -> Interval:
-    """Ratio of a rate to a weighted rate of other units, from the posteriors of both.
+    """Ratio of the rate of ``flags`` (n,) to the weighted rate of ``base`` (m,), which is not 0.
 
-    Draws of Jeffreys's posteriors have a width where a rate is 0, and none of them is 0 itself:
-    none need be left out.
-
-    Args:
-        flags: (n,) bool, of the numerator.
-        base: (m,) bool, of independent units, at least one of weight set.
-        weights: (m,) non-negative, of ``base``.
-        seed: of the draws.
-        clusters: (n,) of ``shared_conditions``, of ``flags``; None for independent units.
-        draws: how many.
+    Draws of Jeffreys's posteriors have a width where a rate is 0, and none of them is 0 itself.
     """
     generator = generator_of(seed)
     below = weighted_rate(base, weights)
-    units = float(weights.sum()) ** 2 / float((weights**2).sum())
-    hits = below.value * units
-    floor = generator.beta(hits + 0.5, max(units - hits, 0.0) + 0.5, draws)
-    found, n = int(np.count_nonzero(flags)), len(flags)
+    units = _kish(weights)
+    base_hits = below.value * units
+    floor = generator.beta(base_hits + 0.5, max(units - base_hits, 0.0) + 0.5, draws)
+    hits, n = int(np.count_nonzero(flags)), len(flags)
     if clusters is None:
-        rates = generator.beta(found + 0.5, n - found + 0.5, draws)
+        rates = generator.beta(hits + 0.5, n - hits + 0.5, draws)
     else:
         rates = np.interp(generator.random(draws), *_posterior(flags, clusters))
-    value = found / n / below.value
+    value = hits / n / below.value
     low, high = (float(end) for end in np.quantile(rates / floor, tail_quantiles()))
-    return Interval(value, 0.0 if found == 0 else min(low, value), max(high, value))
+    return Interval(value, 0.0 if hits == 0 else min(low, value), max(high, value))
 
 
 def mean_interval(
     values: np.ndarray, clusters: np.ndarray | None = None, confidence: float = CONFIDENCE
 ) -> Interval:
-    """Mean with Student's interval; over conditions with ``clusters``, their sums of residuals.
-
-    Args:
-        values: (n,) finite; no interval where n is 1.
-        clusters: (n,) of ``shared_conditions``; None for independent units.
-        confidence: two-sided.
-    """
+    """Mean of (n,) finite values with Student's interval, over conditions by sums of residuals."""
     n, mean = len(values), float(np.mean(values))
     codes = np.arange(n) if clusters is None else clusters
     sums = np.bincount(codes, values - mean)
@@ -265,36 +220,23 @@ def quantile_interval(
     at_least: float = -inf,
     at_most: float = inf,
 ) -> Interval:
-    """Quantile with the limits between which its share is compatible with what lies below.
+    """Quantile of (n,) values; inside are values v for which the rate of "≤ v" may be ``share``.
 
-    A value is inside where ``rate_interval`` of "at most this value" holds ``share``: the interval
-    covers as that of rates does, and needs no density. Few values do not bound a quantile near an
-    end: where the population's may lie beyond all of them, the interval ends at ``at_least`` or
-    ``at_most``.
-
-    Args:
-        values: (n,) finite.
-        share: of the values below the quantile, in (0, 1).
-        clusters: (n,) of ``shared_conditions``; None for independent units.
-        confidence: two-sided.
-        at_least: smallest value that is possible.
-        at_most: largest value that is possible.
+    The interval covers as that of rates does, and needs no density. Where the population's quantile
+    may lie beyond all values, it ends at ``at_least`` or ``at_most``, the possible range.
     """
     quantile, ordered = float(np.quantile(values, share)), np.sort(values)
-
-    def below(place: int) -> Interval:
-        return rate_interval(values <= ordered[place], clusters, confidence)
-
     nothing = np.zeros(len(values), dtype=bool)
-    less = (rate_interval(nothing, clusters, confidence).high or 0.0) >= share
-    more = (rate_interval(~nothing, clusters, confidence).low or 0.0) <= share
+
+    def bounds(flags: np.ndarray) -> tuple[float, float]:
+        return rate_interval(flags, clusters, confidence).bounds
 
     last = len(values) - 1
     places = range(last + 1)
-    first = bisect_left(places, True, key=lambda place: (below(place).high or 0.0) >= share)
-    beyond = bisect_left(places, True, key=lambda place: (below(place).low or 0.0) > share)
-    low = at_least if less else float(ordered[min(first, last)])
-    high = at_most if more else float(ordered[min(beyond, last)])
+    first = bisect_left(places, True, key=lambda i: bounds(values <= ordered[i])[1] >= share)
+    beyond = bisect_left(places, True, key=lambda i: bounds(values <= ordered[i])[0] > share)
+    low = at_least if bounds(nothing)[1] >= share else float(ordered[min(first, last)])
+    high = at_most if bounds(~nothing)[0] <= share else float(ordered[min(beyond, last)])
     return Interval(quantile, min(low, quantile), max(high, quantile))
 
 
@@ -307,22 +249,11 @@ def bootstrap(
     clusters: np.ndarray | None = None,
     units: float | None = None,
 ) -> Interval:
-    """Expanded percentile bootstrap over ``n`` units, or over whole conditions.
+    """Expanded percentile bootstrap of a function of row numbers, over units or whole conditions.
 
     Percentiles are those of Student's t with the units' spread (Hesterberg 2015, section 5.3),
-    which ten conditions need and a thousand samples do not notice. There is no interval where the
-    statistic of most resamples is NaN.
-
-    Args:
-        n: how many units there are.
-        statistic: takes row numbers int64, with repetitions, and returns a number: (n,) of them,
-            with ``clusters`` about n.
-        seed: of the resampling.
-        draws: resamplings.
-        confidence: two-sided.
-        clusters: (n,) of ``shared_conditions``; None for independent units.
-        units: effective number of units that the statistic rests on, where it is below n, or
-            below the effective number of conditions.
+    which ten conditions need and a thousand samples do not notice. ``units`` is the effective
+    number that the statistic rests on, where it is smaller.
     """
     value = float(statistic(np.arange(n)))
     codes = np.arange(n) if clusters is None else clusters
@@ -342,11 +273,7 @@ def resampled(
     draws: int,
     clusters: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Values (draws,) of a statistic on resamples of units, or of whole conditions.
-
-    A resample whose statistic is NaN is drawn again; none are returned where most are NaN. See
-    ``bootstrap`` for the arguments.
-    """
+    """Values (draws,) of a statistic on resamples, drawn again if NaN; none where most are NaN."""
     generator = generator_of(seed)
     codes = np.arange(n) if clusters is None else clusters
     order = np.argsort(codes, kind="stable")
@@ -355,7 +282,7 @@ def resampled(
     missing = 0
     while len(values) < draws:
         chosen = generator.integers(0, len(members), len(members))
-        rows = chosen if clusters is None else np.concatenate([members[one] for one in chosen])
+        rows = chosen if clusters is None else np.concatenate([members[unit] for unit in chosen])
         drawn = float(statistic(rows))
         if not isnan(drawn):
             values.append(drawn)
@@ -369,55 +296,37 @@ def tail_quantiles(confidence: float = CONFIDENCE) -> tuple[float, float]:
     return (1 - confidence) / 2, (1 + confidence) / 2
 
 
-def _normal_quantile(confidence: float) -> float:
-    return NormalDist().inv_cdf((1 + confidence) / 2)
-
-
 def student_quantile(units: float, confidence: float = CONFIDENCE) -> float:
-    """Of Student's t over so many units, which need not be whole."""
+    """Quantile of Student's t over ``units``, which need not be a whole number."""
     return float(stdtrit(max(units - 1, 1e-9), (1 + confidence) / 2))
 
 
 def adjusted(p_values: np.ndarray) -> np.ndarray:
     """Benjamini and Hochberg's (1995) adjusted p-values, in the order given.
 
-    The i-th smallest of m is min over j ≥ i of p_(j)·m/j, at most 1. Those that are at most q are
-    the discoveries at false discovery rate q (``are_discoveries``). p-values against one shared set
-    of calibration images depend on each other, but positively, so that the rate holds (Bates et
-    al., 2023, theorem 2).
-
-    Args:
-        p_values: (m,) in (0, 1].
+    The i-th smallest of m is min over j ≥ i of p_(j)·m/j, at most 1. p-values against one shared
+    set of calibration images depend on each other, but positively, so that the false discovery
+    rate holds (Bates et al., 2023, theorem 2).
     """
     # Not scipy.stats.false_discovery_control: it multiplies by m/j, and so differs in the last
     # bits, at exact ties too, from the values that earlier audits have on disk.
     m = len(p_values)
     order = np.argsort(p_values, kind="stable")
     scaled = np.asarray(p_values, dtype=np.float64)[order] * m / np.arange(1, m + 1)
-    smallest = np.minimum.accumulate(scaled[::-1])[::-1].clip(max=1)
     result = np.empty(m)
-    result[order] = smallest
+    result[order] = np.minimum.accumulate(scaled[::-1])[::-1].clip(max=1)
     return result
 
 
 def are_discoveries(q_values: np.ndarray, rate: float) -> np.ndarray:
-    """Which adjusted p-values (m,) are discoveries at the false discovery rate, (m,) bool.
-
-    p-values are multiples of 1/(n + 1), so that p_(j)·m/j is often exactly the rate, which
-    ``adjusted`` misses by the rounding of its last bits: what is equal but for those is equal.
-
-    Args:
-        q_values: what ``adjusted`` returns.
-        rate: q, in (0, 1).
-    """
+    """Which of ``adjusted`` (m,) are discoveries at the false discovery rate, (m,) bool."""
+    # p-values are multiples of 1/(n + 1), so that p_(j)·m/j is often exactly the rate, which
+    # ``adjusted`` misses by the rounding of its last bits.
     return np.asarray(q_values) <= rate * (1 + 1e-9)
 
 
 def fewest_discoveries(images: int, calibration_images: int, rate: float) -> int:
-    """The smallest number of discoveries that there can be, above none.
-
-    No p-value is below 1/(n + 1) with n calibration images, and k of m images are discoveries only
-    if the largest of their p-values is at most q·k/m. More than ``images``: no discovery is
-    possible at all.
-    """
+    """The smallest possible number of discoveries above 0; none is possible above ``images``."""
+    # No p-value is below 1/(n + 1) with n calibration images, and k of m images are discoveries
+    # only if the largest of their p-values is at most q·k/m.
     return math.ceil(images / (rate * (calibration_images + 1)) - 1e-9)

@@ -1,4 +1,7 @@
-"""Memorization metrics: copies, duplicated images, and what the measures can see."""
+"""Memorization metrics: copies, duplicated images, and what the measures can see.
+
+``conditions`` are numbers of ``shared_conditions``, one a sample: intervals are then over them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.transforms.functional import gaussian_blur
 
 from memfree.data.split import MIN_EXPECTED
+from memfree.evaluation.inputs import Inputs, Second, Subject
 from memfree.evaluation.intervals import (
     Interval,
     conditions_detail,
@@ -22,14 +26,66 @@ from memfree.evaluation.intervals import (
     shared_conditions,
     weighted_rate,
 )
-from memfree.evaluation.metrics import Metric, metric
-from memfree.evaluation.neighbours import Neighbours
+from memfree.evaluation.metrics import (
+    CHANGED,
+    COPIES_AT,
+    COPIES_OF_FACTOR,
+    HELDOUT,
+    Metric,
+    metric,
+    rate_metric,
+)
+from memfree.evaluation.neighbours import Neighbours, second_metric
+from memfree.guidance import NormalizedL2
 from memfree.images import from_bytes, to_bytes
 
 PAPER_THRESHOLDS = (1.4, 1.6)
 """Fixed thresholds on nL2 that the AMG paper reports for CIFAR-10."""
-GU_RATIO = 1 / 3
-"""Gu et al. call a sample memorized where d_1/d_2 is below this."""
+GU_RATIO = 1 / 3  # Gu et al. call a sample memorized where d_1/d_2 is below this
+
+
+def memorization_metrics(
+    inputs: Inputs,
+    subjects: dict[str, Subject],
+    second: Second,
+    rates: tuple[float, ...],
+    seed: int,
+) -> list[Metric]:
+    """Copies by both measures, distances, dose-response, and the share of duplicated images.
+
+    The first of the false-positive rates is that of the verdicts; others that are too small for the
+    calibration images are left out.
+    """
+    calibration, index, rate = inputs.calibration, inputs.index, rates[0]
+    supported = allowed_rates(rates[1:], len(calibration.sigmas))
+    thresholds = {each: calibration.threshold(each) for each in (rate, *supported)}
+    per_factor = images_per_factor(
+        index.group.cpu().numpy(), index.group_multiplicity.cpu().numpy()
+    )
+    nl2 = isinstance(inputs.similarity, NormalizedL2)
+    heldout = subjects[HELDOUT]
+    metrics: list[Metric] = []
+    for name, subject in subjects.items():
+        found, shared = subject.found, subject.conditions
+        weights = class_weights(heldout.labels, subject.labels, len(heldout.found))
+        metrics += [
+            *copy_metrics(
+                name,
+                found,
+                thresholds,
+                rate,
+                inputs.similarity.name,
+                shared,
+                calibration.rate_limits,
+            ),
+            second_metric(second.similarity, name, subject.second_copy, rate, shared),
+            *distance_metrics(name, found, nl2, shared),
+            *factor_metrics(name, found, per_factor, shared),
+            *duplicated_share_metrics(
+                name, found.multiplicity > 1, heldout.found.multiplicity > 1, weights, seed, shared
+            ),
+        ]
+    return metrics
 
 
 def copy_metrics(
@@ -41,35 +97,22 @@ def copy_metrics(
     conditions: np.ndarray | None = None,
     rate_limits: Callable[[float], tuple[float, float]] | None = None,
 ) -> list[Metric]:
-    """Rates of copies under the calibrated thresholds, each with its interval.
-
-    Args:
-        subject: name in the metrics.
-        found: the images' neighbours.
-        thresholds: false-positive rate to threshold in σ; copies lie above it.
-        main_rate: the false-positive rate whose metric is called plainly ``copies``.
-        similarity: name of the measure, for the detail.
-        conditions: (n,) of ``shared_conditions``.
-        rate_limits: between which limits the share of real images above the threshold of a
-            false-positive rate lies; for the detail.
-    """
+    """Rates of copies, above the threshold in σ of each false-positive rate."""
     metrics = []
     for rate, threshold in thresholds.items():
-        name = "copies" if rate == main_rate else f"copies_at_{rate:g}"
         copies = found.sigma > threshold
-        limits = None if rate_limits is None else rate_limits(rate)
+        limits = {} if rate_limits is None else {"false_positive_rate_limits": [*rate_limits(rate)]}
         metrics.append(
-            metric(
-                name,
+            rate_metric(
+                "copies" if rate == main_rate else f"{COPIES_AT}{rate:g}",
                 subject,
-                rate_interval(copies, conditions),
-                len(found),
+                copies,
+                conditions,
                 similarity=similarity,
                 threshold=threshold,
                 false_positive_rate=rate,
-                **({} if limits is None else {"false_positive_rate_limits": [*limits]}),
+                **limits,
                 copies=int(copies.sum()),
-                **conditions_detail(conditions),
             )
         )
     return metrics
@@ -78,14 +121,7 @@ def copy_metrics(
 def distance_metrics(
     subject: str, found: Neighbours, nl2: bool, conditions: np.ndarray | None = None
 ) -> list[Metric]:
-    """The paper's nL2 figures, and d_1/d_2 < 1/3.
-
-    Args:
-        subject: name in the metrics.
-        found: the images' neighbours.
-        nl2: whether σ is −nL2; without it only the distance ratio is reported.
-        conditions: (n,) of ``shared_conditions``.
-    """
+    """The paper's metrics of nL2 = −σ, only with ``nl2``; and d_1/d_2 < 1/3."""
     n, metrics, over = len(found), [], conditions_detail(conditions)
     if nl2:
         distances = -found.sigma
@@ -95,14 +131,10 @@ def distance_metrics(
             metric("nl2_minimum", subject, float(distances.min()), n),
         ]
         for limit in PAPER_THRESHOLDS:
-            below = rate_interval(distances < limit, conditions)
-            metrics.append(
-                metric(f"nl2_below_{limit:g}", subject, below, n, threshold=limit, **over)
-            )
-    close = rate_interval(found.distance_ratio < GU_RATIO, conditions)
-    name = "distance_ratio_below_third"
-    metrics.append(metric(name, subject, close, n, threshold=GU_RATIO, **over))
-    return metrics
+            name, below = f"nl2_below_{limit:g}", distances < limit
+            metrics.append(rate_metric(name, subject, below, conditions, threshold=limit))
+    name, close = "distance_ratio_below_third", found.distance_ratio < GU_RATIO
+    return [*metrics, rate_metric(name, subject, close, conditions, threshold=GU_RATIO)]
 
 
 def factor_metrics(
@@ -113,57 +145,34 @@ def factor_metrics(
 ) -> list[Metric]:
     """Copies per duplication factor: the dose-response curve.
 
-    For each factor f two metrics: ``copies_of_factor_f``, the rate of samples that are copies and
-    whose nearest group has f records; and ``copies_per_image_of_factor_f``, how many copies an
-    image of that factor got on average.
-
-    Args:
-        subject: name in the metrics.
-        found: the images' neighbours.
-        images_per_factor: factor to the number of groups of the training set that have it.
-        conditions: (n,) of ``shared_conditions``.
+    ``copies_of_factor_f`` is the rate of samples that are copies and whose nearest group has f
+    records; ``copies_per_image_of_factor_f`` is how many copies an image of that factor has.
     """
     n, metrics = len(found), []
     for factor, images in sorted(images_per_factor.items()):
         copies = found.copy & (found.multiplicity == factor)
+        detail = {"factor": factor, "images": images, "copies": int(copies.sum())}
         rate = rate_interval(copies, conditions)
         scale = n / images
-        assert rate.low is not None and rate.high is not None
-        each = Interval(rate.value * scale, rate.low * scale, rate.high * scale)
-        detail = {"factor": factor, "images": images, "copies": int(copies.sum())}
-        detail |= conditions_detail(conditions)
-        metrics += [
-            metric(f"copies_of_factor_{factor}", subject, rate, n, **detail),
-            metric(f"copies_per_image_of_factor_{factor}", subject, each, n, **detail),
-        ]
+        each = Interval(rate.value * scale, *(end * scale for end in rate.bounds))
+        for name, interval in (("copies_of_factor_", rate), (COPIES_OF_FACTOR, each)):
+            over = {**detail, **conditions_detail(conditions)}
+            metrics.append(metric(f"{name}{factor}", subject, interval, n, **over))
     return metrics
 
 
 def images_per_factor(groups: np.ndarray, group_multiplicity: np.ndarray) -> dict[int, int]:
-    """How many groups of the training set have each multiplicity.
-
-    Args:
-        groups: (rows,) group number of each reference.
-        group_multiplicity: (rows,) records of its group.
-    """
-    _, first = np.unique(groups, return_index=True)
+    """How many groups of the training set have each multiplicity, from both of each reference."""
+    first = np.unique(groups, return_index=True)[1]
     factors, counts = np.unique(group_multiplicity[first], return_counts=True)
-    return {int(f): int(c) for f, c in zip(factors, counts, strict=True)}
+    return dict(zip(factors.tolist(), counts.tolist(), strict=True))
 
 
 def class_weights(own: np.ndarray | None, wanted: np.ndarray | None, n: int) -> np.ndarray:
-    """Weights that give held-out images the class mix of the samples.
+    """Weights (n,) that give held-out images with labels ``own`` the class mix ``wanted``.
 
-    Classes of the samples without a held-out image (those that a duplication plan made up for its
-    copies, for instance) are left out of the mix.
-
-    Args:
-        own: (n,) labels of the held-out images, None without labels.
-        wanted: labels of the samples, None where they are unconditional.
-        n: number of held-out images.
-
-    Returns:
-        (n,) non-negative weights; all ones where either side has no labels, or none in common.
+    Classes without a held-out image (as a duplication plan may make up for its copies) are left out
+    of the mix. Without labels of either, or none in common, all weights are 1.
     """
     if own is None or wanted is None or not np.isin(own, wanted).any():
         return np.ones(n)
@@ -183,29 +192,49 @@ def duplicated_share_metrics(
     seed: int,
     conditions: np.ndarray | None = None,
 ) -> list[Metric]:
-    """Share of samples whose nearest image is of a duplicated group, beside its fair share.
+    """Share of samples whose nearest image is of a duplicated group, beside its expected share.
 
-    The fair share is what real images that were never trained on have, at the samples' class mix;
-    a model that has not learnt the duplication has it too.
-
-    Args:
-        subject: name in the metrics.
-        duplicated: (n,) bool per sample: the nearest group has more than one record.
-        heldout: (m,) bool per test image, likewise.
-        weights: (m,) of the test images, from ``class_weights``.
-        seed: of the ratio's posterior draws.
-        conditions: (n,) of ``shared_conditions``, of the samples.
+    The expected share (``duplicated_fair_share`` in files) is that of real images that were never
+    trained on, at the samples' class mix (``weights`` of ``class_weights``); a model that has not
+    learnt the duplication has it too.
     """
-    n, over = len(duplicated), conditions_detail(conditions)
-    share = rate_interval(duplicated, conditions)
-    fair = weighted_rate(heldout, weights)
+    expected = weighted_rate(heldout, weights)
     metrics = [
-        metric("duplicated_share", subject, share, n, **over),
-        metric("duplicated_fair_share", subject, fair, len(heldout)),
+        rate_metric("duplicated_share", subject, duplicated, conditions),
+        metric("duplicated_fair_share", subject, expected, len(heldout)),
     ]
-    if fair.value > 0:
+    if expected.value > 0:
         ratio = rate_ratio(duplicated, heldout, weights, seed, conditions)
-        metrics.append(metric("duplicated_share_ratio", subject, ratio, n, **over))
+        over = conditions_detail(conditions)
+        metrics.append(metric("duplicated_share_ratio", subject, ratio, len(duplicated), **over))
+    return metrics
+
+
+def comparison_metrics(inputs: Inputs, subjects: dict[str, Subject]) -> list[Metric]:
+    """Differences to the reference over samples that began with the same noise."""
+    metrics: list[Metric] = []
+    group = inputs.index.group.cpu().numpy()
+    for name, reference in inputs.paired.items():
+        own, other = subjects[name], subjects[reference]
+        flags = {
+            "copies": (own.found.copy, other.found.copy),
+            "second_copies": (own.second_copy, other.second_copy),
+            "duplicated_share": (own.found.multiplicity > 1, other.found.multiplicity > 1),
+        }
+        shared: dict[str, np.ndarray | None] = dict.fromkeys(flags, own.conditions)
+        if own.agrees is not None and other.agrees is not None:
+            flags["class_agreement"] = (own.agrees, other.agrees)
+            shared["class_agreement"] = own.agrees_conditions
+        metrics += paired_metrics(name, reference, flags, shared)
+        metrics += same_image_metrics(
+            name,
+            reference,
+            group[own.found.row],
+            group[other.found.row],
+            other.found.copy,
+            own.labels,
+            own.conditions,
+        )
     return metrics
 
 
@@ -215,27 +244,14 @@ def paired_metrics(
     flags: dict[str, tuple[np.ndarray, np.ndarray]],
     conditions: Mapping[str, np.ndarray | None] | None = None,
 ) -> list[Metric]:
-    """Differences of rates between two subjects that start from the same noise.
-
-    Args:
-        subject: the guided one.
-        reference: the one subtracted.
-        flags: metric name to (subject's flags, reference's flags), each (n,) bool.
-        conditions: metric name to (n,) of ``shared_conditions``.
-    """
+    """Differences of rates, by metric (subject's flags, reference's flags) of the same noise."""
     metrics = []
     for name, (own, others) in flags.items():
         shared = (conditions or {}).get(name)
+        difference = paired_rate_difference(own, others, clusters=shared)
+        over = {"method": "Newcombe, paired", **conditions_detail(shared)}
         metrics.append(
-            metric(
-                f"{name}_difference",
-                subject,
-                paired_rate_difference(own, others, clusters=shared),
-                len(own),
-                reference=reference,
-                method="Newcombe, paired",
-                **conditions_detail(shared),
-            )
+            metric(f"{name}_difference", subject, difference, len(own), reference=reference, **over)
         )
     return metrics
 
@@ -252,19 +268,9 @@ def same_image_metrics(
     """Of noises that become a copy unguided: how many stay nearest to the same image, guided.
 
     A guidance that stops just past its own threshold leaves the same picture; this sees it without
-    any threshold. The chance level is that of *other* noises of the same class.
-
-    Args:
-        subject: the guided one.
-        reference: the unguided one of the same noise.
-        group: (n,) group of the nearest reference of each guided sample.
-        reference_group: (n,) the same unguided.
-        reference_copy: (n,) bool, whether the unguided sample is a copy.
-        labels: (n,) classes that were asked for; None if unconditional.
-        conditions: (n,) of ``shared_conditions``.
-
-    Returns:
-        ``same_image`` and ``same_image_chance``; nothing where the reference has no copies.
+    any threshold. ``group`` and ``reference_group`` (n,) are the groups of the nearest training
+    images, ``labels`` the classes of the samples: the chance level is that of *other* noises of the
+    same class. Nothing is returned where the reference has no copies.
     """
     if not reference_copy.any():
         return []
@@ -277,17 +283,7 @@ def same_image_metrics(
         if others.any():
             expected.append(float((group[others] == reference_group[i]).mean()))
     shared = None if conditions is None else shared_conditions(conditions[reference_copy])
-    over = conditions_detail(shared)
-    metrics = [
-        metric(
-            "same_image",
-            subject,
-            rate_interval(same, shared),
-            len(same),
-            reference=reference,
-            **over,
-        )
-    ]
+    metrics = [rate_metric("same_image", subject, same, shared, reference=reference)]
     if expected:
         chance = float(np.mean(expected))
         metrics.append(metric("same_image_chance", subject, chance, len(expected)))
@@ -295,23 +291,32 @@ def same_image_metrics(
 
 
 def allowed_rates(wanted: Sequence[float], calibration_images: int) -> list[float]:
-    """The false-positive rates that so many calibration images can support: at least 5/n."""
+    """The false-positive rates that n calibration images can support: at least 5/n."""
     return [rate for rate in wanted if rate * calibration_images >= MIN_EXPECTED - 1e-9]
 
 
-CHANGED_IMAGES = 100
-"""Training images that are changed, at most."""
+CHANGED_IMAGES = 100  # training images that are changed, at most
+
+
+def known_copy_metrics(inputs: Inputs, second: Second, rate: float, seed: int) -> list[Metric]:
+    """Share of known copies, training images changed on purpose, that either measure finds."""
+    images = next(iter(inputs.dataset.part("train").batches(CHANGED_IMAGES)))
+    metrics = []
+    for name, changed in changed_copies(images, seed).items():
+        first = inputs.neighbours(changed, rate).copy
+        other = second.judge(changed, second.viewer(changed), rate)[1]
+        metrics += [
+            rate_metric(f"copies_of_{name}", CHANGED, first),
+            rate_metric(f"second_copies_of_{name}", CHANGED, other),
+        ]
+    return metrics
 
 
 def changed_copies(images: Tensor, seed: int) -> dict[str, Tensor]:
-    """Known copies of training images, from hardly to clearly changed, by name.
+    """Known copies of images (n, C, H, W) in [-1, 1], from hardly to clearly changed, by name.
 
     A false-positive rate says nothing of a measure that finds no copy at all; the share of these
     that it finds does.
-
-    Args:
-        images: (n, C, H, W) in [-1, 1].
-        seed: of the noise.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -333,7 +338,6 @@ def changed_copies(images: Tensor, seed: int) -> dict[str, Tensor]:
 
 
 def _cropped(images: Tensor, share: float) -> Tensor:
-    """The middle, without this share of each side, at the old size."""
     height, width = images.shape[-2:]
     top, left = (max(1, round(side * share / 2)) for side in (height, width))
     window = images[..., top : height - top, left : width - left]
@@ -341,7 +345,7 @@ def _cropped(images: Tensor, share: float) -> Tensor:
 
 
 def _jpeg(images: Tensor, quality: int) -> Tensor:
-    """Through JPEG and back; channels beyond colour stay as they are."""
+    # Channels beyond colour stay as they are.
     colour = 3 if images.shape[1] >= 3 else 1
     bytes_ = to_bytes(images[:, :colour]).cpu()
     changed = torch.stack([decode_jpeg(encode_jpeg(image, quality)) for image in bytes_])
@@ -349,6 +353,5 @@ def _jpeg(images: Tensor, quality: int) -> Tensor:
 
 
 def _blurred(images: Tensor, deviation: float) -> Tensor:
-    """Gaussian blur of this standard deviation in pixels."""
     radius = min(3, *(side - 1 for side in images.shape[-2:]))
     return gaussian_blur(images, [2 * radius + 1] * 2, [deviation] * 2)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from memfree.console import shown
-from memfree.evaluation.intervals import Interval
+from memfree.evaluation.intervals import Interval, conditions_detail, rate_interval
 from memfree.folders.atomic import write_json
-from memfree.folders.untrusted import read_json, short
+from memfree.folders.untrusted import Maybe, Number, check_fields, read_json, short
 from memfree.guidance.calibration import rate_text
 
 HELDOUT = "heldout"
@@ -31,17 +31,27 @@ class Metric:
     metric: str
     """Its name, for example ``copies`` or ``frechet_efficientnet``."""
     subject: str
-    """Whose it is: a sample folder's name, or ``heldout``."""
+    """A sample folder's name, or ``heldout``."""
     value: float
     """The number; rates are in [0, 1]."""
     low: float | None = None
-    """Lower end of the 95 % interval, None where there is none."""
+    """Ends of the 95 % interval, None where there is none."""
     high: float | None = None
-    """Upper end of it."""
     count: int = 0
     """How many images it was measured on."""
     detail: dict[str, Any] = field(default_factory=dict)
     """What else the number depends on: extractor, threshold, false-positive rate, reference."""
+
+
+_SHAPE = {
+    "metric": str,
+    "subject": str,
+    "value": Number(),
+    "low": Maybe(Number()),
+    "high": Maybe(Number()),
+    "count": Number(),
+    "detail": dict,
+}
 
 
 def metric(
@@ -53,14 +63,22 @@ def metric(
     return Metric(name, subject, interval.value, interval.low, interval.high, count, detail)
 
 
+def rate_metric(
+    name: str, subject: str, flags: np.ndarray, clusters: np.ndarray | None = None, **detail: Any
+) -> Metric:
+    """The share of flags (n,) bool, with ``rate_interval`` over samples or over conditions."""
+    detail |= conditions_detail(clusters)
+    return metric(name, subject, rate_interval(flags, clusters), len(flags), **detail)
+
+
 class MetricTable:
     """Metrics looked up by name and subject; the first of a pair wins."""
 
     def __init__(self, metrics: Iterable[Metric]):
         self.metrics = list(metrics)
         self._by_pair: dict[tuple[str, str], Metric] = {}
-        for one in self.metrics:
-            self._by_pair.setdefault((one.metric, one.subject), one)
+        for entry in self.metrics:
+            self._by_pair.setdefault((entry.metric, entry.subject), entry)
 
     def get(self, name: str, subject: str) -> Metric | None:
         """The metric, None where it was not measured."""
@@ -68,12 +86,12 @@ class MetricTable:
 
     def names(self) -> list[str]:
         """Names of the metrics, in the order of their first appearance."""
-        return list(dict.fromkeys(one.metric for one in self.metrics))
+        return list(dict.fromkeys(entry.metric for entry in self.metrics))
 
 
 def write_metrics(path: Path, metrics: Iterable[Metric]) -> None:
     """Write ``metrics.json`` atomically."""
-    write_json(path, [asdict(one) for one in metrics])
+    write_json(path, [asdict(entry) for entry in metrics])
 
 
 def read_metrics(path: Path) -> MetricTable:
@@ -85,40 +103,31 @@ def read_metrics(path: Path) -> MetricTable:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no metrics at {path}; run `memfree evaluate` first")
+    entries = read_json(path)
     try:
-        return MetricTable([_metric(entry) for entry in read_json(path)])
-    except (TypeError, OverflowError) as error:
+        return MetricTable([_metric(entry) for entry in entries])
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is not a list of metrics: {short(error)}") from error
 
 
 def _metric(entry: Any) -> Metric:
-    """One entry of ``metrics.json``; TypeError if it is something else."""
-    one = Metric(**entry)
-    for kind, values in (
-        (str, (one.metric, one.subject)),
-        ((int, float), (one.value, one.count)),
-        ((int, float, NoneType), (one.low, one.high)),
-        (dict, (one.detail,)),
-    ):
-        for value in values:
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise TypeError(f"{short(repr(value), 40)} in {short(repr(one.metric), 40)}")
-    # JSON of others may write 1.0 as 1.
-    low, high = (None if end is None else float(end) for end in (one.low, one.high))
-    return replace(one, value=float(one.value), low=low, high=high)
+    found = Metric(**entry)
+    check_fields(vars(found), _SHAPE, short(repr(found.metric), 40))
+    # Other programs may write 1.0 as 1.
+    low, high = (None if end is None else float(end) for end in (found.low, found.high))
+    return replace(found, value=float(found.value), low=low, high=high)
 
 
 COPIES_AT = "copies_at_"
-"""Metrics of copies at another false-positive rate begin so, and end with the rate."""
+"""Prefix of metrics of copies at another false-positive rate, before the rate."""
 COPIES_OF_FACTOR = "copies_per_image_of_factor_"
-"""Metrics of copies of images with so many records begin so, and end with their number."""
+"""Prefix of metrics of copies per training image, before the image's number of records."""
 
 
 def percent(value: float) -> str:
     """A rate as a percentage: 0.4715 as 47.2 %, a tiny one with another digit."""
-    shown = 100 * value
-    digits = 2 if 0 < abs(shown) < 0.95 else 1
-    return f"{shown:.{digits}f} %".replace("-", "−") if value else "0 %"
+    digits = 2 if 0 < abs(100 * value) < 0.95 else 1
+    return f"{100 * value:.{digits}f} %".replace("-", "−") if value else "0 %"
 
 
 def number(value: float) -> str:
@@ -152,165 +161,103 @@ class Row:
     metric: str
     label: str
     show: Callable[[float], str]
-    note: str = ""
-    """One sentence for a reader who has not met the metric."""
     section: str = "Memorization"
     """Heading that it stands under."""
 
+    @property
+    def note(self) -> str:
+        """What the metric says."""
+        return NOTES.get(self.metric, "At a laxer threshold.")
 
-QUALITY, PAPERS, COST = "Quality", "Figures that papers report", "Cost"
+    def interval(self, found: Metric) -> str:
+        """The 95 % interval in the row's unit, empty where there is none."""
+        if found.low is None or found.high is None:
+            return ""
+        low = self.show(found.low).removesuffix(" %").removesuffix(" ×")
+        return f"{low} – {self.show(found.high)}"
+
+
+QUALITY, PAPERS, COST = "Quality", "Metrics that papers report", "Cost"
 ROWS = (
-    Row(
-        "copies",
-        "Copies",
-        percent,
-        "Nearer to a training image than all but the stated share of real held-out images.",
-    ),
-    Row(
-        "second_copies",
-        "Copies, second measure",
-        percent,
-        "By another similarity, calibrated by itself, that no guidance saw.",
-    ),
-    Row(
-        "duplicated_share",
-        "Nearest image is a duplicated one",
-        percent,
-        "How often the nearest training image is one that the training set repeats.",
-    ),
-    Row(
-        "duplicated_share_ratio",
-        "… over its fair share",
-        times,
-        "The fair share is that of test images at the samples' class mix.",
-    ),
-    Row(
-        "same_image",
-        "Copies still nearest to the same image",
-        percent,
-        "Of the noises that become a copy unguided; needs no threshold.",
-    ),
-    Row("same_image_chance", "… by chance", percent, "The same for other noises of the class."),
-    Row(
-        "frechet_efficientnet",
-        "Fréchet distance, EfficientNet",
-        number,
-        "Distance of the distribution to the test images; held out: training against test images.",
-        QUALITY,
-    ),
-    Row("frechet_pixels", "Fréchet distance, pixels", number, "The same on pixels.", QUALITY),
-    Row("frechet_inception", "Fréchet distance, Inception", number, "FID as published.", QUALITY),
-    Row(
-        "kid_efficientnet",
-        "KID, EfficientNet",
-        number,
-        "Kernel distance to the test images, unbiased in the number of images.",
-        QUALITY,
-    ),
-    Row("kid_inception", "KID, Inception", number, "The same on Inception features.", QUALITY),
-    Row(
-        "precision_efficientnet",
-        "Precision, EfficientNet",
-        percent,
-        "Share of the samples among real images (3 nearest neighbours, Kynkäänniemi et al.).",
-        QUALITY,
-    ),
-    Row(
-        "recall_efficientnet",
-        "Recall, EfficientNet",
-        percent,
-        "Share of the test images among the samples.",
-        QUALITY,
-    ),
-    Row(
-        "vendi_efficientnet",
-        "Vendi score, EfficientNet",
-        number,
-        "Effective number of different images; held out: of test images.",
-        QUALITY,
-    ),
-    Row(
-        "diversity_efficientnet",
-        "Diversity, EfficientNet",
-        number,
-        "Mean of 1 − cosine over pairs; held out: of test images.",
-        QUALITY,
-    ),
-    Row(
-        "clip_score",
-        "CLIP score",
-        number,
-        "Mean cosine of image and caption; held out: of test images and their captions.",
-        QUALITY,
-    ),
-    Row(
-        "clip_margin",
-        "… above shuffled captions",
-        number,
-        "Less the score of the same images with captions of others.",
-        QUALITY,
-    ),
-    Row(
-        "class_agreement",
-        "Shows the class asked for",
-        percent,
-        "By a classifier of the fit images; held out: its accuracy on test images.",
-        QUALITY,
-    ),
-    Row("nl2_5th_percentile", "nL2, 5th percentile", number, "Normalized distance, eq. 8.", PAPERS),
-    Row("nl2_minimum", "nL2, minimum", number, "The nearest sample of all.", PAPERS),
-    Row(
-        "nl2_below_1.4",
-        "nL2 below 1.4",
-        percent,
-        "The paper's fixed threshold for CIFAR-10; it does not carry over to other data.",
-        PAPERS,
-    ),
-    Row("nl2_below_1.6", "nL2 below 1.6", percent, "Its second one.", PAPERS),
-    Row(
-        "distance_ratio_below_third",
-        "d₁/d₂ below 1/3",
-        percent,
-        "Three times nearer to the nearest than to the second nearest image (Gu et al.).",
-        PAPERS,
-    ),
-    Row("active_share", "Steps steered by AMG", percent, "Over all steps and samples.", COST),
-    Row(
-        "seconds_per_sample",
-        "Time a sample",
-        seconds,
-        "With the search that fills the trace.",
-        COST,
-    ),
-    Row("peak_memory_bytes", "Peak memory", memory, "Of the process while it sampled.", COST),
+    Row("copies", "Copies", percent),
+    Row("second_copies", "Copies, second measure", percent),
+    Row("duplicated_share", "Nearest image is a duplicated one", percent),
+    Row("duplicated_share_ratio", "… over the expected share", times),
+    Row("same_image", "Copies still nearest to the same image", percent),
+    Row("same_image_chance", "… by chance", percent),
+    Row("frechet_efficientnet", "Fréchet distance, EfficientNet", number, QUALITY),
+    Row("frechet_pixels", "Fréchet distance, pixels", number, QUALITY),
+    Row("frechet_inception", "Fréchet distance, Inception", number, QUALITY),
+    Row("kid_efficientnet", "KID, EfficientNet", number, QUALITY),
+    Row("kid_inception", "KID, Inception", number, QUALITY),
+    Row("precision_efficientnet", "Precision, EfficientNet", percent, QUALITY),
+    Row("recall_efficientnet", "Recall, EfficientNet", percent, QUALITY),
+    Row("vendi_efficientnet", "Vendi score, EfficientNet", number, QUALITY),
+    Row("diversity_efficientnet", "Diversity, EfficientNet", number, QUALITY),
+    Row("clip_score", "CLIP score", number, QUALITY),
+    Row("clip_margin", "… above shuffled captions", number, QUALITY),
+    Row("class_agreement", "Shows the requested class", percent, QUALITY),
+    Row("nl2_5th_percentile", "nL2, 5th percentile", number, PAPERS),
+    Row("nl2_minimum", "nL2, minimum", number, PAPERS),
+    Row("nl2_below_1.4", "nL2 below 1.4", percent, PAPERS),
+    Row("nl2_below_1.6", "nL2 below 1.6", percent, PAPERS),
+    Row("distance_ratio_below_third", "d₁/d₂ below 1/3", percent, PAPERS),
+    Row("active_share", "Steps steered by AMG", percent, COST),
+    Row("seconds_per_sample", "Time per sample", seconds, COST),
+    Row("peak_memory_bytes", "Peak memory", memory, COST),
 )
+NOTES = {
+    "copies": "Nearer to a training image than all but the stated share of real held-out images.",
+    "second_copies": "By another similarity, calibrated separately, that no guidance saw.",
+    "duplicated_share": "How often the nearest training image is a repeated one.",
+    "duplicated_share_ratio": "Expected: the share of test images at the samples' class mix.",
+    "same_image": "Of the noises that become a copy unguided; needs no threshold.",
+    "same_image_chance": "The same for other noises of the class.",
+    "frechet_efficientnet": "Distance from the test images' distribution; held out: of training "
+    "images.",
+    "frechet_pixels": "The same on pixels.",
+    "frechet_inception": "FID as published.",
+    "kid_efficientnet": "Kernel distance to the test images, unbiased in the number of images.",
+    "kid_inception": "The same on Inception features.",
+    "precision_efficientnet": "Share of the samples among real images (3 nearest neighbours, "
+    "Kynkäänniemi et al.).",
+    "recall_efficientnet": "Share of the test images among the samples.",
+    "vendi_efficientnet": "Effective number of different images; held out: of test images.",
+    "diversity_efficientnet": "Mean of 1 − cosine over pairs; held out: of test images.",
+    "clip_score": "Mean cosine of image and caption; held out: of test images and their captions.",
+    "clip_margin": "Minus the score of the same images with captions of other images.",
+    "class_agreement": "By a classifier of the fit images; held out: its accuracy on test images.",
+    "nl2_5th_percentile": "Normalized distance, eq. 8.",
+    "nl2_minimum": "The nearest sample of all.",
+    "nl2_below_1.4": "The paper's threshold for CIFAR-10; it does not carry over to other data.",
+    "nl2_below_1.6": "Its second one.",
+    "distance_ratio_below_third": "Three times nearer to the nearest than to the second nearest "
+    "image (Gu et al.).",
+    "active_share": "Over all steps and samples.",
+    "seconds_per_sample": "With the search that fills the trace.",
+    "peak_memory_bytes": "Of the process while it sampled.",
+}
+"""One sentence for a reader who has not met the metric."""
 
 
 def shown_rows(table: MetricTable) -> list[Row]:
     """The rows that this evaluation has, other false-positive rates after the main one."""
-    rows: list[Row] = []
-    measured = set(table.names())
-    for row in ROWS:
-        if row.metric in measured:
-            rows.append(row)
-        if row.metric == "copies":
-            for name in table.names():
-                if name.startswith(COPIES_AT):
-                    rate = float(name.removeprefix(COPIES_AT))
-                    label = f"Copies at {100 * rate:g} % false positives"
-                    rows.append(Row(name, label, percent, "At a laxer threshold."))
-    return rows
-
-
-def interval_text(found: Metric, row: Row) -> str:
-    """The 95 % interval in the row's unit, empty where there is none."""
-    if found.low is None or found.high is None:
-        return ""
-    return f"{row.show(found.low).removesuffix(' %').removesuffix(' ×')} – {row.show(found.high)}"
+    names = table.names()
+    laxer = [
+        Row(
+            name,
+            f"Copies at {100 * float(name.removeprefix(COPIES_AT)):g} % false positives",
+            percent,
+        )
+        for name in names
+        if name.startswith(COPIES_AT)
+    ]
+    rows = [ROWS[0], *laxer, *ROWS[1:]]
+    return [row for row in rows if row.metric in names]
 
 
 LABEL_WIDTH, SUBJECT_WIDTH = 34, 16
-"""Columns of the terminal that the metrics' labels and one subject's figures take, about."""
+"""Columns of the terminal that the metrics' labels and one subject's numbers take, about."""
 
 
 def print_table(table: MetricTable, subjects: Sequence[str], console: Console) -> None:
@@ -319,34 +266,34 @@ def print_table(table: MetricTable, subjects: Sequence[str], console: Console) -
     More subjects than the terminal is wide for are printed one table after another, held-out
     images in each.
     """
-    drawn = [subject for subject in subjects if subject != HELDOUT]
+    sampled = [subject for subject in subjects if subject != HELDOUT]
     beside = [subject for subject in subjects if subject == HELDOUT]
     fit = max(1, (console.width - LABEL_WIDTH) // SUBJECT_WIDTH - len(beside))
-    for start in range(0, len(drawn), fit):
-        console.print(_table(table, [*drawn[start : start + fit], *beside]))
+    for start in range(0, len(sampled), fit):
+        console.print(_table(table, [*sampled[start : start + fit], *beside]))
 
 
 def _table(table: MetricTable, subjects: Sequence[str]) -> Table:
-    """The figures of some subjects."""
     main = table.get("copies", subjects[0])
     rate = "" if main is None else f" ({false_positives(main)} false positives)"
-    drawn = Table(title="Evaluation, with 95 % intervals", title_justify="left")
-    drawn.add_column("metric")
+    printed = Table(title="Evaluation, with 95 % intervals", title_justify="left")
+    printed.add_column("metric")
     for subject in subjects:
         title = "held out" if subject == HELDOUT else subject
-        drawn.add_column(Text(shown(title)), justify="right", no_wrap=True)
+        printed.add_column(Text(shown(title)), justify="right", no_wrap=True)
     rows = shown_rows(table)
-    for place, row in enumerate(rows):
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
         cells = []
         for subject in subjects:
             found = table.get(row.metric, subject)
-            interval = "" if found is None else interval_text(found, row)
-            value = "" if found is None else row.show(found.value)
+            value, interval = (
+                ("", "") if found is None else (row.show(found.value), row.interval(found))
+            )
             cells.append(Text.assemble(value, (f"\n{interval}" if interval else "", "dim")))
         label = row.label + (rate if row.metric == "copies" else "")
-        last = place + 1 == len(rows) or rows[place + 1].section != row.section
-        drawn.add_row(label, *cells, end_section=last)
-    return drawn
+        last = after is None or after.section != row.section
+        printed.add_row(label, *cells, end_section=last)
+    return printed
 
 
 def false_positives(copies: Metric) -> str:

@@ -9,89 +9,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
+from torch import Tensor
 
-from memfree.evaluation.inputs import MODEL, Inputs, Subject
-from memfree.evaluation.metrics import MetricTable, write_metrics
-from memfree.evaluation.pictures import choose_samples, picture_rows, training_images
+from memfree.data import DatasetFolder
+from memfree.evaluation.folder import MODEL
+from memfree.evaluation.inputs import Inputs, Subject
+from memfree.evaluation.metrics import Metric, MetricTable, metric, write_metrics
+from memfree.evaluation.neighbours import Neighbours
 from memfree.folders.atomic import put_in_place, unfinished
 from memfree.folders.claim import claim
 from memfree.folders.manifest import read_manifest, save_config, write_manifest
 from memfree.folders.untrusted import check_fields
-from memfree.guidance import NormalizedL2, default_similarity
+from memfree.guidance import WITH_AMG, NormalizedL2
+from memfree.images import to_bytes, to_png
 from memfree.sampling.sample_folder import SampleFolder
 
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-"""Of σ_t over the samples of a group, at every step."""
-
-
-def trajectory_rows(
-    subject: str, trace: pa.Table, groups: dict[str, np.ndarray]
-) -> list[dict[str, object]]:
-    """Quantiles of σ_t per step for groups of samples.
-
-    Args:
-        subject: name in the rows.
-        trace: of a sample folder: ``sample``, ``step``, ``t``, ``sigma``, ``lambda``, ``active``.
-        groups: group name to the sample numbers in it; empty groups are left out.
-
-    Returns:
-        One row a group and step: subject, group, samples, step, t, lambda, active (share) and
-        the quantiles q10, q25, q50, q75, q90.
-    """
-    columns = {
-        name: _column(trace, name) for name in ("sample", "step", "t", "sigma", "lambda", "active")
-    }
-    rows: list[dict[str, object]] = []
-    for group, members in groups.items():
-        chosen = np.isin(columns["sample"], members)
-        for step in np.unique(columns["step"][chosen]):
-            here = chosen & (columns["step"] == step)
-            sigma = columns["sigma"][here]
-            sigma = sigma[np.isfinite(sigma)]
-            if len(sigma) == 0:
-                continue
-            quantiles = np.quantile(sigma, QUANTILES)
-            rows.append(
-                {
-                    "subject": subject,
-                    "group": group,
-                    "samples": len(members),
-                    "step": int(step),
-                    "t": float(columns["t"][here][0]),
-                    "lambda": _finite_or_none(columns["lambda"][here][0]),
-                    "active": float(columns["active"][here].mean()),
-                    **{
-                        f"q{round(100 * q)}": float(value)
-                        for q, value in zip(QUANTILES, quantiles, strict=True)
-                    },
-                }
-            )
-    return rows
-
-
-def trace_of(folder: SampleFolder) -> pa.Table | None:
-    """The folder's trace, None for samples that were drawn without an index."""
-    return folder.trace() if any(folder.path.glob("trace-*.parquet")) else None
-
-
-def active_share(trace: pa.Table) -> float:
-    """Share of all steps of all samples at which a guidance was active."""
-    return float(_column(trace, "active").mean())
-
-
-def _column(trace: pa.Table, name: str) -> np.ndarray:
-    """A column as float64; null and absent are NaN, except that absent activity is none."""
-    if name not in trace.column_names:
-        return np.full(trace.num_rows, 0.0 if name == "active" else np.nan)
-    values = trace[name].cast(pa.float64()) if name != "active" else trace[name].cast(pa.int8())
-    return values.to_numpy().astype(np.float64)
-
-
-def _finite_or_none(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-CONTAINS = "pictures.parquet and the report contain training images"
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)  # of σ_t over the samples of a group, at every step
+COLUMNS = 12  # samples of the reference subject that are shown
 
 
 def write_evaluation(
@@ -103,24 +37,22 @@ def write_evaluation(
     seed: int,
     false_positive_rate: float,
 ) -> None:
-    """Write the folder beside ``out`` and put it in place when it is complete.
-
-    Raises:
-        ValueError: ``out`` holds something that is not an evaluation.
-    """
+    """Write the folder beside ``out`` and put it in place when it is complete."""
     with unfinished(out) as partial:
         write_metrics(partial / "metrics.json", table.metrics)
-        nl2 = isinstance(default_similarity(inputs.index), NormalizedL2)
-        rows = per_sample_table(subjects, inputs.index.keys, nl2)
-        parquet.write_table(rows, partial / "per_sample.parquet")
-        _write_rows(partial / "trajectories.parquet", _trajectories(inputs, subjects))
-        _write_rows(partial / "pictures.parquet", _pictures(inputs, subjects))
+        nl2 = isinstance(inputs.similarity, NormalizedL2)
+        for name, rows in (
+            ("per_sample", _per_sample_table(subjects, inputs.index.keys, nl2)),
+            ("trajectories", pa.Table.from_pylist(_trajectories(inputs, subjects))),
+            ("pictures", pa.Table.from_pylist(_pictures(inputs, subjects))),
+        ):
+            parquet.write_table(rows, partial / f"{name}.parquet")
         save_config(partial)
         write_manifest(
             partial,
             "evaluation",
             seed,
-            contains=CONTAINS,
+            contains="pictures.parquet and the report contain training images",
             reference=inputs.reference,
             paired=inputs.paired,
             false_positive_rate=false_positive_rate,
@@ -138,14 +70,26 @@ def write_evaluation(
         put_in_place(partial, out, overwrite=True)
 
 
-def per_sample_table(subjects: Mapping[str, Subject], keys: list[str], nl2: bool) -> pa.Table:
-    """One row an image: its nearest training image, both similarities, p-value and verdicts.
+def _described(path: Path, manifest: dict[str, Any], data_hash: str | None) -> dict[str, Any]:
+    """Where an input is, and its manifest: what the evaluation was made from."""
+    kept = {name: value for name, value in manifest.items() if name not in ("shards", "files")}
+    return {"path": str(path), "hash": data_hash, "manifest": kept}
 
-    Args:
-        subjects: the sample folders and the test images.
-        keys: image key per row of the index.
-        nl2: whether σ is −nL2; otherwise the column ``nl2`` is null.
-    """
+
+def _model_manifest(path: str | None) -> dict[str, Any] | None:
+    """Manifest of the model that drew samples, None if it is no longer where it was."""
+    if path is None:
+        return None
+    try:
+        manifest = read_manifest(Path(path), "model")
+        check_fields(manifest, MODEL, "manifest")
+        return manifest
+    except (OSError, ValueError):
+        return None
+
+
+def _per_sample_table(subjects: Mapping[str, Subject], keys: list[str], nl2: bool) -> pa.Table:
+    """One row per image: its nearest training image, both similarities, p-value and verdicts."""
     parts = []
     for name, subject in subjects.items():
         found, n = subject.found, len(subject.found)
@@ -174,51 +118,141 @@ def per_sample_table(subjects: Mapping[str, Subject], keys: list[str], nl2: bool
     return pa.concat_tables(parts)
 
 
+def _trace(folder: SampleFolder) -> dict[str, np.ndarray] | None:
+    """Columns of the folder's trace as float64, None for samples that were drawn without an index.
+
+    Null and absent values are NaN, except that absent activity is 0.
+    """
+    if not any(folder.path.glob("trace-*.parquet")):
+        return None
+    table = folder.trace()
+    columns = {}
+    for name in ("sample", "step", "t", "sigma", "lambda", "active"):
+        if name in table.column_names:
+            kind = pa.int8() if name == "active" else pa.float64()
+            columns[name] = table[name].cast(kind).to_numpy().astype(np.float64)
+        else:
+            columns[name] = np.full(table.num_rows, 0.0 if name == "active" else np.nan)
+    return columns
+
+
+def cost_metrics(inputs: Inputs) -> list[Metric]:
+    """Time and memory from the sample manifests, share of active steps from the traces."""
+    metrics = []
+    for name, folder in inputs.samples.items():
+        manifest, n = folder.manifest, len(folder)
+        made_on = {"device": manifest["made_by"].get("device"), "steps": manifest.get("steps")}
+        for cost in ("seconds_per_sample", "peak_memory_bytes"):
+            if manifest.get(cost) is not None:
+                metrics.append(metric(cost, name, float(manifest[cost]), n, **made_on))
+        if manifest.get("mitigation") in WITH_AMG and (trace := _trace(folder)) is not None:
+            metrics.append(metric("active_share", name, float(trace["active"].mean()), n))
+    return metrics
+
+
 def _trajectories(inputs: Inputs, subjects: Mapping[str, Subject]) -> list[dict[str, object]]:
-    """σ_t of copies and others; guided samples are grouped by what their noise became unguided."""
+    """Quantiles of σ_t of copies and others, a row per subject, group and step.
+
+    Guided samples are grouped by what their noise became unguided.
+    """
     rows: list[dict[str, object]] = []
     for name, folder in inputs.samples.items():
-        trace = trace_of(folder)
+        trace = _trace(folder)
         if trace is None:
             continue
         judged = subjects[inputs.paired.get(name, name)].found.copy
-        groups = {"copies": np.flatnonzero(judged), "others": np.flatnonzero(~judged)}
-        rows += trajectory_rows(name, trace, groups)
+        for group, members in (
+            ("copies", np.flatnonzero(judged)),
+            ("others", np.flatnonzero(~judged)),
+        ):
+            chosen = np.isin(trace["sample"], members)
+            for step in np.unique(trace["step"][chosen]):
+                here = chosen & (trace["step"] == step)
+                sigma = trace["sigma"][here]
+                sigma = sigma[np.isfinite(sigma)]
+                if len(sigma) == 0:
+                    continue
+                limit = float(trace["lambda"][here][0])
+                quantiles = np.quantile(sigma, QUANTILES).tolist()
+                rows.append(
+                    {
+                        "subject": name,
+                        "group": group,
+                        "samples": len(members),
+                        "step": int(step),
+                        "t": float(trace["t"][here][0]),
+                        "lambda": limit if np.isfinite(limit) else None,
+                        "active": float(trace["active"][here].mean()),
+                        **{
+                            f"q{round(100 * q)}": value
+                            for q, value in zip(QUANTILES, quantiles, strict=True)
+                        },
+                    }
+                )
     return rows
 
 
 def _pictures(inputs: Inputs, subjects: Mapping[str, Subject]) -> list[dict[str, object]]:
-    names = [inputs.reference, *inputs.paired]
+    """Samples of the reference and of all that share its noise, and their nearest training images.
+
+    One row a picture, with what is written under it.
+    """
     keys = inputs.index.keys
-    found = subjects[inputs.reference].found
-    nearest = [keys[row] for row in found.row]
-    chosen = choose_samples(found, nearest)
-    wanted = {nearest[sample] for sample in chosen}
-    return picture_rows(
-        chosen,
-        {name: (inputs.samples[name].images(), subjects[name].found) for name in names},
-        inputs.reference,
-        keys,
-        training_images(inputs.dataset, wanted),
-    )
+    nearest = subjects[inputs.reference].found
+    nearest_keys = [keys[row] for row in nearest.row]
+    chosen = choose_samples(nearest, nearest_keys)
+    sources = training_images(inputs.dataset, {nearest_keys[sample] for sample in chosen})
+    drawn = {name: inputs.samples[name].images() for name in (inputs.reference, *inputs.paired)}
+    rows: list[dict[str, object]] = []
+    for column, sample in enumerate(chosen):
+        key = nearest_keys[sample]
+        cells: list[tuple[str | None, Neighbours, str, Tensor]] = [
+            (None, nearest, key, sources[key])
+        ]
+        for name, images in drawn.items():
+            found = subjects[name].found
+            cells.append((name, found, keys[int(found.row[sample])], images[sample]))
+        for subject, found, key, image in cells:
+            rows.append(
+                {
+                    "column": column,
+                    "subject": subject,
+                    "sample": sample,
+                    "key": key,
+                    "multiplicity": int(found.multiplicity[sample]),
+                    "sigma": None if subject is None else float(found.sigma[sample]),
+                    "copy": None if subject is None else bool(found.copy[sample]),
+                    "png": to_png(to_bytes(image)),
+                }
+            )
+    return rows
 
 
-def _write_rows(path: Path, rows: list[dict[str, object]]) -> None:
-    parquet.write_table(pa.Table.from_pylist(rows), path)
+def choose_samples(found: Neighbours, keys: list[str], count: int = COLUMNS) -> list[int]:
+    """Which samples of the reference subject to show, by a rule and not by looking.
+
+    Copies first, in the order of the samples, each of another training image (``keys``); then, if
+    there are too few, further copies, then what is nearest to a training image.
+    """
+    seen: set[str] = set()
+    first: list[int] = []
+    again: list[int] = []
+    for sample in np.flatnonzero(found.copy).tolist():
+        (again if keys[sample] in seen else first).append(sample)
+        seen.add(keys[sample])
+    others = [i for i in np.argsort(-found.sigma, kind="stable").tolist() if not found.copy[i]]
+    return (first + again + others)[:count]
 
 
-def _described(path: Path, manifest: dict[str, Any], data_hash: str | None) -> dict[str, Any]:
-    """Where an input lies, and its manifest, so that the evaluation says what it was made from."""
-    kept = {name: value for name, value in manifest.items() if name not in ("shards", "files")}
-    return {"path": str(path), "hash": data_hash, "manifest": kept}
-
-
-def _model_manifest(path: str | None) -> dict[str, Any] | None:
-    """Manifest of the model that drew samples, None if it is not where it was any more."""
-    try:
-        found = None if path is None else read_manifest(Path(path), "model")
-        if found is not None:
-            check_fields(found, MODEL, "manifest")
-        return found
-    except (OSError, ValueError):
-        return None
+def training_images(
+    dataset: DatasetFolder, wanted: set[str], batch_size: int = 1024
+) -> dict[str, Tensor]:
+    """The training images of these keys, without holding all of them in memory."""
+    train = dataset.part("train")
+    images, start = {}, 0
+    for batch in train.batches(batch_size):
+        for place, key in enumerate(train.keys[start : start + len(batch)]):
+            if key in wanted:
+                images[key] = batch[place]
+        start += len(batch)
+    return images

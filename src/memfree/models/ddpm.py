@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, SchedulerMixin, UNet2DModel
+from diffusers import DDPMPipeline, SchedulerMixin, UNet2DModel
 from torch import Tensor
 
-from memfree.diffusion_math import per_sample, training_target
-from memfree.models.module import DiffusionModule, weighted_mean
+from memfree.models.module import DiffusionModule, Normal
 from memfree.models.options import ModelOptions, NetworkOptions, NoiseOptions
 
 
@@ -23,21 +22,15 @@ def build_scheduler(options: NoiseOptions) -> Any:
         ValueError: diffusers has no such scheduler, or it does not work with cumulative alphas
             (flow matching, and schedulers that are trained on continuous noise levels).
     """
+    name = f"--model.noise.scheduler {options.scheduler}"
     scheduler_class: Any = scheduler_class_named(options.scheduler)
-    wanted: dict[str, Any] = {
-        "num_train_timesteps": options.num_train_timesteps,
-        "beta_schedule": options.beta_schedule,
-        "beta_start": options.beta_start,
-        "beta_end": options.beta_end,
-        "prediction_type": options.prediction_type,
-        "clip_sample": options.clip_sample,
-    }
+    wanted = {key: value for key, value in asdict(options).items() if key != "scheduler"}
     known = inspect.signature(scheduler_class.__init__).parameters
-    missing = [name for name in wanted if name not in known and name != "clip_sample"]
+    missing = [key for key in wanted if key not in known and key != "clip_sample"]
     if missing:
         raise ValueError(
-            f"--model.noise.scheduler {options.scheduler} has no {missing[0]}: choose one such as "
-            "DDPMScheduler, DDIMScheduler or DPMSolverMultistepScheduler"
+            f"{name} has no {missing[0]}: choose one such as DDPMScheduler, DDIMScheduler or "
+            "DPMSolverMultistepScheduler"
         )
     try:
         scheduler = scheduler_class(**{k: v for k, v in wanted.items() if k in known})
@@ -47,21 +40,17 @@ def build_scheduler(options: NoiseOptions) -> Any:
             f"{options.scheduler}: {error}"
         ) from error
     if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"--model.noise.scheduler {options.scheduler} has no alphas_cumprod")
+        raise ValueError(f"{name} has no alphas_cumprod")
     return scheduler
 
 
 def scheduler_class_named(name: str) -> type[SchedulerMixin]:
-    """The diffusers scheduler class of this name.
-
-    Raises:
-        ValueError: diffusers has none, so that a file cannot name any other class.
-    """
+    """The diffusers scheduler class of this name; ValueError for a name of anything else."""
     # Names without "Scheduler" are not looked up: attributes of diffusers import lazily.
-    found = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if not (inspect.isclass(found) and issubclass(found, SchedulerMixin)):
+    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
         raise ValueError(f"diffusers has no scheduler called {name!r}")
-    return found
+    return kind
 
 
 def build_network(
@@ -69,33 +58,23 @@ def build_network(
 ) -> Any:
     """Build the U-Net with fresh weights from torch's global generator.
 
-    Args:
-        options: size and shape.
-        image_shape: (C, H, W) of the images.
-        num_classes: None for an unconditional network. Otherwise the network knows
-            ``num_classes + 1`` labels, the last of which is the null label "no class".
-
     Returns:
-        A diffusers UNet2DModel (diffusers gives type checkers no nn.Module to see).
+        A diffusers UNet2DModel for images of (C, H, W) ``image_shape``: unconditional, or with
+        ``num_classes + 1`` labels, the last of which is the null label "no class".
 
     Raises:
         ValueError: the options do not fit together or to the image.
     """
     _check(options, image_shape)
     channels, height, width = image_shape
-    levels = range(len(options.block_out_channels))
+    attention = options.attention
     return UNet2DModel(
         sample_size=height if height == width else (height, width),
         in_channels=channels,
         out_channels=channels,
         block_out_channels=tuple(options.block_out_channels),
-        down_block_types=tuple(
-            "AttnDownBlock2D" if options.attention[level] else "DownBlock2D" for level in levels
-        ),
-        up_block_types=tuple(
-            "AttnUpBlock2D" if options.attention[level] else "UpBlock2D"
-            for level in reversed(levels)
-        ),
+        down_block_types=tuple("AttnDownBlock2D" if on else "DownBlock2D" for on in attention),
+        up_block_types=tuple("AttnUpBlock2D" if on else "UpBlock2D" for on in attention[::-1]),
         layers_per_block=options.layers_per_block,
         norm_num_groups=options.norm_num_groups,
         attention_head_dim=options.attention_head_dim,
@@ -106,27 +85,31 @@ def build_network(
 
 
 def _check(options: NetworkOptions, image_shape: tuple[int, int, int]) -> None:
-    channels = options.block_out_channels
-    if not channels or len(channels) != len(options.attention):
-        raise ValueError(
-            f"--model.network.attention has {len(options.attention)} entries and "
-            f"--model.network.block_out_channels {len(channels)}: give one for each resolution"
-        )
-    uneven = [count for count in channels if count % options.norm_num_groups]
-    if uneven:
-        raise ValueError(
-            f"--model.network.norm_num_groups {options.norm_num_groups} does not divide "
-            f"{uneven[0]} of --model.network.block_out_channels"
-        )
-    divisor = 2 ** (len(channels) - 1)
-    if image_shape[1] % divisor or image_shape[2] % divisor:
-        raise ValueError(
-            f"images of {image_shape[1]}x{image_shape[2]} pixels cannot be halved "
-            f"{len(channels) - 1} times: shorten --model.network.block_out_channels or prepare "
-            f"the data at a multiple of {divisor}"
-        )
-    if options.dropout >= 1:
-        raise ValueError(f"--model.network.dropout is {options.dropout}, but must be below 1")
+    channels, (_, height, width) = options.block_out_channels, image_shape
+    groups = options.norm_num_groups
+    divisor = 2 ** (max(len(channels), 1) - 1)
+    uneven = next((count for count in channels if count % groups), None)
+    checks = [
+        (
+            channels and len(channels) == len(options.attention),
+            f"attention has {len(options.attention)} entries and --model.network."
+            f"block_out_channels {len(channels)}: give one for each resolution",
+        ),
+        (
+            uneven is None,
+            f"norm_num_groups {groups} does not divide {uneven} of --model.network."
+            "block_out_channels",
+        ),
+        (
+            height % divisor == width % divisor == 0,
+            f"block_out_channels: images of {height}x{width} pixels cannot be halved "
+            f"{len(channels) - 1} times; shorten it or prepare data at a multiple of {divisor}",
+        ),
+        (options.dropout < 1, f"dropout is {options.dropout}, but must be below 1"),
+    ]
+    for fits, message in checks:
+        if not fits:
+            raise ValueError(f"--model.network.{message}")
 
 
 class DDPMModule(DiffusionModule):
@@ -145,16 +128,10 @@ class DDPMModule(DiffusionModule):
         data: dict[str, Any] | None = None,
         stepping: dict[str, Any] | None = None,
     ) -> None:
-        """Build the network with weights drawn from ``seed``.
+        """Build the network with weights drawn from ``seed``; see ``DiffusionModule``.
 
         Args:
-            options: network, noise schedule, optimisation; a mapping, as checkpoints have it, of
-                the same names.
-            image_shape: (C, H, W).
             num_classes: labels are 0 to num_classes − 1; needed by a class-conditional model.
-            seed: of weights and of all that training draws.
-            data: what the images are; see ``DiffusionModule``.
-            stepping: how the Trainer takes a step; see ``DiffusionModule``.
 
         Raises:
             ValueError: options that do not fit together, or no labels for a conditional model.
@@ -173,73 +150,44 @@ class DDPMModule(DiffusionModule):
             network = build_network(options.network, self.image_shape, self.num_classes)
         self.set_network(network, build_scheduler(options.noise))
 
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """Loss of a batch, 0-d: mean over images of weight · mean over pixels of the square.
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self.image_shape
 
-        Args:
-            batch: see the class.
-            generator: on the batch's device.
-        """
-        x_0: Tensor = batch["image"]
-        count, device = len(x_0), x_0.device
-        noise = torch.randn(x_0.shape, generator=generator, device=device, dtype=x_0.dtype)
-        t = torch.randint(len(self.alphas_cumprod), (count,), generator=generator, device=device)
-        labels = None
-        if self.num_classes is not None:
-            dropped = (
-                torch.rand(count, generator=generator, device=device) < self.options.label_dropout
-            )
-            labels = batch["label"].masked_fill(dropped, self.num_classes)
-        error = self.squared_error(x_0, noise, t, labels)
-        return weighted_mean(error, batch.get("weight", 1.0))
+    def clean(self, batch: dict[str, Any], normal: Normal) -> Tensor:
+        """The images."""
+        return batch["image"]
 
-    def clean(
-        self, batch: dict[str, Any], noise: Callable[[Sequence[int]], Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The images and, for a class-conditional model, their labels, or "no class" without."""
-        x_0: Tensor = batch["image"]
+    def conditions(self, batch: dict[str, Any], dropped: Tensor | None) -> Tensor | None:
+        """Labels, "no class" where dropped or, in validation, unknown; None if unconditional."""
         if self.num_classes is None:
-            return x_0, None
-        none = torch.full((len(x_0),), self.num_classes, device=x_0.device)
-        return x_0, batch.get("label", none)
+            return None
+        if dropped is not None:
+            return batch["label"].masked_fill(dropped, self.num_classes)
+        images = batch["image"]
+        none = torch.full((len(images),), self.num_classes, device=images.device)
+        return batch.get("label", none)
 
-    def squared_error(
-        self, x_0: Tensor, noise: Tensor, t: Tensor, conditions: Tensor | None
-    ) -> Tensor:
-        """Squared errors (B, C, H, W) of the prediction of ε or v; see ``DiffusionModule``."""
-        alpha_bar = self.alphas_cumprod[t]  # (B,)
-        a = per_sample(alpha_bar, x_0)
-        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
-        prediction = self.network(x_t, t, class_labels=conditions, return_dict=False)[0]
-        target = training_target(x_0, noise, alpha_bar, self.options.noise.prediction_type)
-        return (prediction.float() - target).square()
+    def predict_noise(self, x_t: Tensor, t: Tensor, conditions: Tensor | None) -> Tensor:
+        """The network's prediction of ε or v."""
+        return self.network(x_t, t, class_labels=conditions, return_dict=False)[0]
 
     def facts(self) -> dict[str, Any]:
         """The number of classes, null for an unconditional model."""
         return {"num_classes": self.num_classes}
 
     def _pipeline(self) -> Any:
-        """A ``DDPMPipeline``: the network and the scheduler."""
         pipeline: Any = DDPMPipeline
         return pipeline(unet=self.network, scheduler=self.noise_scheduler)
 
-    @torch.no_grad()
-    def preview(self, count: int, steps: int, seed: int) -> Tensor:
-        """Samples (count, C, H, W); labels are 0, 1, 2, ... in turn."""
-        generator = torch.Generator().manual_seed(seed)
-        x_t = torch.randn((count, *self.image_shape), generator=generator, dtype=torch.float32)
-        x_t = x_t.to(self.device)
+    def sampled(self, x_t: Tensor, scheduler: Any, steps: int) -> Tensor:
+        """Images by DDIM; labels are 0, 1, 2, ... in turn."""
         labels = None
         if self.num_classes is not None:
-            labels = torch.arange(count, device=self.device) % self.num_classes
-        scheduler = DDIMScheduler.from_config(
-            self.noise_scheduler.config, timestep_spacing="trailing"
-        )
+            labels = torch.arange(len(x_t), device=x_t.device) % self.num_classes
         scheduler.set_timesteps(min(steps, len(self.alphas_cumprod)))
-        was_training = self.network.training
-        self.network.eval()
         for t in scheduler.timesteps:
-            output = self.network(x_t, t.to(x_t.device), class_labels=labels, return_dict=False)[0]
+            output = self.predict_noise(x_t, t.to(x_t.device), labels)
             x_t = scheduler.step(output, t, x_t, return_dict=False)[0]
-        self.network.train(was_training)
         return x_t.clamp(-1, 1)

@@ -18,14 +18,14 @@ DIFFUSERS_NAME = "diffusers"
 
 
 def pipeline_folder(folder: Path) -> Path:
-    """The diffusers folder of a model folder; a diffusers folder is its own."""
+    """The diffusers folder in a model folder, or the folder itself."""
     inner = folder / DIFFUSERS_NAME
     return inner if inner.is_dir() else folder
 
 
 @contextmanager
 def quiet_bars() -> Iterator[None]:
-    """Keep the bars that diffusers and transformers show for every file off the screen."""
+    """Hide the progress bars of diffusers and transformers."""
     logs = (diffusers.utils.logging, transformers.utils.logging)
     shown = [log.is_progress_bar_enabled() for log in logs]
     for log in logs:
@@ -41,20 +41,14 @@ def quiet_bars() -> Iterator[None]:
 def export_model(folder: Path, exported: Any, seed: int, **fields: Any) -> None:
     """Write ``folder/diffusers`` (safetensors) and ``folder/manifest.json`` of kind ``model``.
 
-    The new model is complete on disk before it takes the place of an older one, and the manifest
-    is absent while the two change places.
-
-    Args:
-        folder: the model folder; made if need be.
-        exported: the diffusers pipeline to save.
-        seed: of the training.
-        fields: further manifest fields, JSON values.
+    The new model is complete on disk before it replaces an older one, and the manifest is absent
+    while the two are exchanged. ``fields`` are further manifest fields, JSON values.
 
     Raises:
         OSError: too little disk space.
     """
-    modules = [one for one in exported.components.values() if isinstance(one, nn.Module)]
-    size = sum(p.numel() * p.element_size() for one in modules for p in one.parameters())
+    modules = [part for part in exported.components.values() if isinstance(part, nn.Module)]
+    size = sum(p.numel() * p.element_size() for part in modules for p in part.parameters())
     check_free_space(folder, size + 1_000_000)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / DIFFUSERS_NAME

@@ -24,11 +24,7 @@ from memfree.retrieval.features.latents import scaling
 
 
 def latent_shape(vae: Any, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of images (3, H, W).
-
-    Raises:
-        ValueError: the autoencoder cannot take images of this shape.
-    """
+    """(C, h, w) of the latents of images (3, H, W); ValueError if they do not fit."""
     channels, height, width = image_shape
     factor = pixels_per_latent(vae)
     if channels != vae.config.in_channels:
@@ -45,7 +41,7 @@ def latent_shape(vae: Any, image_shape: tuple[int, int, int]) -> tuple[int, int,
 
 
 def pixels_per_latent(autoencoder: Any) -> int:
-    """How many pixels of height and of width become one latent."""
+    """Pixels of height and of width of one latent."""
     config = autoencoder.config
     # Of an AutoencoderTiny, block_out_channels are the decoder's.
     return getattr(config, "upsampling_scaling_factor", 2) ** (len(config.block_out_channels) - 1)
@@ -53,10 +49,7 @@ def pixels_per_latent(autoencoder: Any) -> int:
 
 @torch.no_grad()
 def posterior(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the scaled latents of images (B, 3, H, W) in [−1, 1].
-
-    Latents are in the scale in which the denoiser sees them: (z − shift)·scaling_factor.
-    """
+    """Mean and standard deviation of (z − shift)·scaling_factor, for images (B, 3, H, W)."""
     distribution = vae.encode(images.to(vae.dtype)).latent_dist
     scale, shift = scaling(vae)
     return (distribution.mean.float() - shift) * scale, distribution.std.float() * scale
@@ -65,27 +58,17 @@ def posterior(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """Images (B, 3, H, W), about in [−1, 1], of scaled latents; differentiable.
 
-    In the arithmetic of the weights, whatever autocast says: Stable Diffusion XL's autoencoder
-    overflows in float16, and in bfloat16 images have fewer shades than they are saved with.
-
-    Args:
-        vae: an ``AutoencoderKL``, or an ``AutoencoderTiny``, whose latents are never scaled.
-        latents: (B, C, h, w).
+    In the weights' dtype, whatever autocast says: Stable Diffusion XL's autoencoder overflows in
+    float16, and bfloat16 images have fewer shades than they are saved with. ``vae`` may be an
+    ``AutoencoderTiny``.
     """
     scale, shift = scaling(vae)
     with torch.autocast(latents.device.type, enabled=False):
         return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0].float()
 
 
-_TALKATIVE = ("models.modeling_utils", "configuration_utils")
-
-
 def load_network(kind: Any, folder: Path) -> Any:
-    """Load a network of the diffusers class ``kind``, in float32 on the CPU.
-
-    Raises:
-        ValueError: there is none, it cannot be read, or its weights are of another network.
-    """
+    """Load a network of the diffusers class ``kind``, in float32 on the CPU; else ValueError."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no network: train the model again or copy it whole")
     with _silent():
@@ -99,7 +82,7 @@ def load_network(kind: Any, folder: Path) -> Any:
                 local_files_only=True,
                 # The default needs accelerate, and asks for it at every load where that is missing.
                 low_cpu_mem_usage=False,
-                # diffusers would go on with random weights, or list every weight that does not fit.
+                # By default random weights take the place of those that do not fit.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -118,8 +101,9 @@ def load_network(kind: Any, folder: Path) -> Any:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep diffusers from saying at length what is said here in one line."""
-    logs = [logging.getLogger(f"diffusers.{name}") for name in _TALKATIVE]
+    """Silence diffusers' logs of what is reported here in one line."""
+    names = ("models.modeling_utils", "configuration_utils")
+    logs = [logging.getLogger(f"diffusers.{name}") for name in names]
     for log in logs:
         log.disabled = True
     try:
@@ -130,67 +114,45 @@ def _silent() -> Iterator[None]:
 
 
 def load_decoder(folder: Path, vae: Any) -> Any:
-    """Load the AutoencoderTiny that ``--decoder`` names, on the CPU and frozen.
-
-    Args:
-        folder: an ``AutoencoderTiny`` as diffusers saves it, such as TAESD.
-        vae: the pipeline's own autoencoder, whose latents it must decode.
-
-    Raises:
-        ValueError: it is something else, damaged, or of other latents.
-    """
+    """Load ``--decoder``, an AutoencoderTiny such as TAESD of the latents of ``vae``, frozen."""
     name = f"--decoder {folder}"
     config = folder / "config.json"
     if not config.is_file() or read_config(config).get("_class_name") != "AutoencoderTiny":
-        raise ValueError(f"{name} is no folder of a diffusers AutoencoderTiny")
+        raise ValueError(f"{name} is not a folder of a diffusers AutoencoderTiny")
     decoder = load_network(AutoencoderTiny, folder).eval().requires_grad_(False)
     check_decoder(decoder, vae, name)
     return decoder
 
 
 def check_decoder(decoder: Any, vae: Any, name: str) -> None:
-    """Refuse a decoder that does not make the autoencoder's images of its latents.
+    """Refuse what does not decode the latents of ``vae`` to images of the same size.
 
-    Args:
-        decoder: an ``AutoencoderTiny`` or ``AutoencoderKL``.
-        vae: the pipeline's own autoencoder.
-        name: what the message calls the decoder.
-
-    Raises:
-        ValueError: it takes latents of other channels, makes images of another size or channels,
-            or is no autoencoder.
+    ``name`` is what the message calls the decoder.
     """
     if not hasattr(decoder, "decode") or not hasattr(decoder, "config"):
         raise ValueError(f"{name} is a {type(decoder).__name__}, not an autoencoder")
-    own, wanted = decoder.config.latent_channels, vae.config.latent_channels
+    own, wanted = (
+        f"takes latents of {part.config.latent_channels} channels and makes "
+        f"{pixels_per_latent(part)}x{pixels_per_latent(part)} pixels of "
+        f"{part.config.out_channels} channels of each"
+        for part in (decoder, vae)
+    )
     if own != wanted:
         raise ValueError(
-            f"{name} takes latents of {own} channels, the pipeline's have {wanted}: use a decoder "
-            "of the pipeline's own latents"
-        )
-    own, wanted = pixels_per_latent(decoder), pixels_per_latent(vae)
-    if own != wanted or decoder.config.out_channels != vae.config.out_channels:
-        raise ValueError(
-            f"{name} makes {own}x{own} pixels of {decoder.config.out_channels} channels of each "
-            f"latent, the pipeline's autoencoder {wanted}x{wanted} of {vae.config.out_channels}: "
-            "use a decoder of the pipeline's own latents"
+            f"{name} {own}, the pipeline's autoencoder {wanted}: use a decoder of the pipeline's "
+            "own latents"
         )
 
 
 MAX_SIDE = 1 << 14
-"""Largest height or width of images that a model is believed to make, pixels."""
+"""Largest plausible height or width of a model's images, pixels."""
 
 
 class Denoiser(nn.Module):
     """A U-Net with one calling convention for unconditional and class-conditional models."""
 
     def __init__(self, network: Any, num_classes: int | None = None) -> None:
-        """Wrap ``network``.
-
-        Args:
-            network: the UNet2DModel; class-conditional ones have ``num_classes + 1`` embeddings.
-            num_classes: None for an unconditional network.
-        """
+        """Wrap a UNet2DModel, which has ``num_classes + 1`` embeddings or is unconditional."""
         super().__init__()
         self.network = network
         self.num_classes = num_classes
@@ -201,7 +163,7 @@ class Denoiser(nn.Module):
         Args:
             x_t: noisy images (B, C, H, W).
             t: timestep of all, 0-d or int, or of each, (B,).
-            conditions: labels (B,) int64, ``num_classes`` meaning none. None: no label at all.
+            conditions: labels (B,) int64, ``num_classes`` meaning none, or None.
 
         Raises:
             ValueError: labels for an unconditional model.
@@ -224,8 +186,7 @@ class LoadedModel:
     """A model folder in memory."""
 
     denoiser: nn.Module
-    """Called as ``denoiser(x_t, t, conditions)``; in evaluation mode, on the CPU, without
-    gradients to its weights."""
+    """Called as ``denoiser(x_t, t, conditions)``; frozen, on the CPU."""
     scheduler: Any
     """The diffusers scheduler saved with the model."""
     image_shape: tuple[int, int, int]
@@ -248,27 +209,22 @@ class LoadedModel:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextConditions:
-        """What the denoiser of a text-to-image model is told of prompts, one each.
-
-        Whatever autocast says: rounded, the same caption would differ from batch to batch.
-        """
+        """Encoded prompts, in full precision: rounded, one would differ from batch to batch."""
         with torch.autocast(self.pipe.text_encoder.device.type, enabled=False):
             return encode(self.pipe, prompts)
 
     def to(self, device: torch.device) -> None:
         """Move all networks to a device."""
-        self.denoiser.to(device)
-        if self.pipe is not None:
-            self.pipe.to(device)
-        if self.decoder is not None:
-            self.decoder.to(device)
+        for part in (self.denoiser, self.pipe, self.decoder):
+            if part is not None:
+                part.to(device)
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Images (B, C, H, W) of clean samples; differentiable."""
         return x_0 if self.pipe is None else decode_latents(self.pipe.vae, x_0)
 
     def decode_estimate(self, x_0: Tensor) -> Tensor:
-        """The same of clean estimates on the way, by the small decoder where there is one."""
+        """Images of clean estimates, by the small decoder if there is one."""
         return self.decode(x_0) if self.decoder is None else decode_latents(self.decoder, x_0)
 
 
@@ -277,14 +233,19 @@ def load_model(folder: Path, decoder: Path | None = None) -> LoadedModel:
 
     Args:
         folder: the model.
-        decoder: folder of a small decoder of a text-to-image model's latents; see ``load_decoder``.
+        decoder: folder of an AutoencoderTiny of a text-to-image model's latents.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it is not a finished model folder, or its parts do not belong together.
     """
     folder = Path(folder)
-    model = _load_model(folder)
+    is_pipeline = (folder / "model_index.json").is_file()
+    manifest = {} if is_pipeline else read_manifest(folder, "model")
+    if is_pipeline or manifest.get("pipeline") is not None:
+        model = _load_text_model(folder, manifest)
+    else:
+        model = _load_pixel_model(folder, manifest)
     if decoder is not None:
         if model.pipe is None:
             raise ValueError("--decoder is for text-to-image models; a pixel model has no latents")
@@ -292,12 +253,7 @@ def load_model(folder: Path, decoder: Path | None = None) -> LoadedModel:
     return model
 
 
-def _load_model(folder: Path) -> LoadedModel:
-    if (folder / "model_index.json").is_file():
-        return _load_text_model(folder, {})
-    manifest = read_manifest(folder, "model")
-    if manifest.get("pipeline") is not None:
-        return _load_text_model(folder, manifest)
+def _load_pixel_model(folder: Path, manifest: dict[str, Any]) -> LoadedModel:
     network = load_network(UNet2DModel, folder / DIFFUSERS_NAME / "unet")
     scheduler = _load_scheduler(folder / DIFFUSERS_NAME / "scheduler")
     num_classes, image_shape = manifest.get("num_classes"), manifest.get("image_shape")
@@ -308,13 +264,8 @@ def _load_model(folder: Path) -> LoadedModel:
     own = None if embeddings is None else embeddings - 1
     if not _is_shape(image_shape) or image_shape != list(expected) or num_classes != own:
         raise ValueError(f"{folder}: manifest.json and {DIFFUSERS_NAME}/unet are of two models")
-    return LoadedModel(
-        denoiser=Denoiser(network, num_classes).eval().requires_grad_(False),
-        scheduler=scheduler,
-        image_shape=expected,
-        num_classes=num_classes,
-        manifest=manifest,
-    )
+    denoiser = Denoiser(network, num_classes).eval().requires_grad_(False)
+    return LoadedModel(denoiser, scheduler, expected, num_classes, manifest)
 
 
 def _load_text_model(folder: Path, manifest: dict[str, Any]) -> LoadedModel:
@@ -335,14 +286,8 @@ def _load_text_model(folder: Path, manifest: dict[str, Any]) -> LoadedModel:
         height = width = size * pipe.vae_scale_factor
     with torch.no_grad():
         null = encode(pipe, [""])
-    return LoadedModel(
-        denoiser=TextDenoiser(pipe.unet, (height, width), null),
-        scheduler=pipe.scheduler,
-        image_shape=(channels, height, width),
-        num_classes=None,
-        manifest=manifest,
-        pipe=pipe,
-    )
+    denoiser = TextDenoiser(pipe.unet, (height, width), null)
+    return LoadedModel(denoiser, pipe.scheduler, (channels, height, width), None, manifest, pipe)
 
 
 def _load_scheduler(folder: Path) -> Any:
@@ -352,12 +297,11 @@ def _load_scheduler(folder: Path) -> Any:
         return kind.from_pretrained(folder, local_files_only=True)
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no scheduler: copy the model folder whole") from None
-    except Exception as error:  # whatever diffusers raises for options of wrong types
+    except Exception as error:  # diffusers raises anything for wrong types
         raise ValueError(f"{path} is not a scheduler's configuration: {short(error)}") from error
 
 
 def _is_shape(value: Any) -> TypeGuard[list[int]]:
-    """Whether a manifest's image_shape could be one."""
     return (
         isinstance(value, list)
         and len(value) == 3

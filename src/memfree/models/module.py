@@ -1,4 +1,4 @@
-"""DiffusionModule: random numbers, optimizer and identity of every training."""
+"""DiffusionModule: training of diffusion models with Lightning."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import IO, Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from memfree.data.random_streams import Stream, generator_of, step_seed
+from memfree.diffusion_math import per_sample, training_target
 from memfree.folders.claim import first_difference
 from memfree.folders.untrusted import check_plain
 from memfree.models.options import ModelOptions
@@ -28,20 +30,24 @@ VALIDATED_AT = (0.125, 0.375, 0.625, 0.875)
 """Noise levels of validation, as shares of the training timesteps."""
 
 
+Normal = Callable[[Sequence[int]], Tensor]
+"""Draws standard normal noise (B, *shape) for a shape."""
+
+
 class DiffusionModule(pl.LightningModule, ABC):
     """A network that learns to predict ε or v, and the diffusers pipeline that it becomes.
 
-    What a step draws (noise, noise levels, dropped conditions, dropout) depends on the seed, the
-    epoch, the batch's number and the rank only, so a resumed run draws what an uninterrupted one
-    would have.
+    What a step draws (noise, noise levels, dropped conditions, dropout) depends only on the seed,
+    the epoch, the batch's number and the rank, so a resumed run repeats an uninterrupted one.
 
     Attributes:
         network: the denoising network, a diffusers model.
         noise_scheduler: the diffusers scheduler of training, saved with the model.
         alphas_cumprod: ᾱ_t of every training timestep, (T,) float32.
-        has_averaged_weights: whether the weights were loaded from a checkpoint of a training that
-            averaged them, and are the average; False again once they are trained.
-        logs_loss: whether every training step logs its loss, which costs part of a millisecond;
+        has_averaged_weights: whether a checkpoint with averaged weights was loaded and not trained
+            since.
+        average: the copy with averaged weights, which is not a submodule; None without one.
+        logs_loss: whether every step logs its loss, which costs part of a millisecond;
             ``memfree.training.loggers.LossRecord``, which logs means, sets it to False.
     """
 
@@ -59,17 +65,16 @@ class DiffusionModule(pl.LightningModule, ABC):
         data: dict[str, Any] | None = None,
         stepping: dict[str, Any] | None = None,
     ) -> None:
-        """Keep what all modules keep; a subclass then makes its network.
+        """Keep what all modules have; a subclass then calls ``set_network``.
 
         Args:
-            options: network, noise schedule, optimisation; or, as a checkpoint has them, a mapping
-                of the same names.
+            options: network, noise schedule, optimization; a checkpoint has them as a mapping.
             image_shape: (C, H, W) of the training images.
-            seed: of weights and of all that training draws.
-            data: what the images are, JSON values (hash, order, augmentation); recorded in
-                checkpoints, so that one of other data is not resumed.
-            stepping: how the Trainer takes a step, JSON values (clipping, accumulation, precision);
-                recorded like ``data``.
+            seed: seed of weights and of all random numbers of training.
+            data: JSON values that identify the images (hash, order, augmentation); a checkpoint of
+                other data is not resumed.
+            stepping: how the Trainer takes a step (clipping, accumulation, precision); recorded
+                like ``data``.
 
         Raises:
             ValueError: options that do not fit together.
@@ -89,21 +94,14 @@ class DiffusionModule(pl.LightningModule, ABC):
         self.stepping = stepping
 
     def keep_arguments(self, **others: Any) -> None:
-        """Save what the module was made from, which ``load_from_checkpoint`` makes it from again.
-
-        Args:
-            others: arguments of the subclass alone, JSON values.
-        """
+        """Save the arguments, and the subclass's own, for ``load_from_checkpoint``."""
+        names = ("image_shape", "seed", "data", "stepping")
         arguments = {
             "options": asdict(self.options),
-            "image_shape": self.image_shape,
-            "seed": self.seed,
-            "data": self.data,
-            "stepping": self.stepping,
-            **others,
+            **{name: getattr(self, name) for name in names},
         }
-        # Through JSON: what jsonargparse has made is not plain, and a checkpoint would not load.
-        self.save_hyperparameters(json.loads(json.dumps(arguments)))
+        # Through JSON: jsonargparse's numbers are not plain, and a checkpoint would not load.
+        self.save_hyperparameters(json.loads(json.dumps({**arguments, **others})))
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -115,24 +113,14 @@ class DiffusionModule(pl.LightningModule, ABC):
         weights_only: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Make the module of a checkpoint, of ``memfree train`` or of any Trainer.
+        """Make the module of a checkpoint, with its averaged weights if the training had them.
 
-        Where the training averaged weights (``ExponentialMovingAverage``, or Lightning's own
-        ``WeightAveraging``), they are the averaged ones, and ``has_averaged_weights`` is True;
-        otherwise they are those in training.
-
-        Args:
-            checkpoint_path: the file, or one that is open.
-            map_location: where weights go, as ``torch.load`` has it.
-            hparams_file: see Lightning.
-            strict: whether the weights must be exactly those of the module; default: yes.
-            weights_only: read tensors and plain values alone, so that no code in the file can run.
-            kwargs: arguments of the module that count instead of those in the checkpoint; what the
-                model is must stay the same.
+        They are those of ``ExponentialMovingAverage`` or Lightning's own ``WeightAveraging``.
+        Arguments are Lightning's; ``weights_only`` keeps code in the file from running.
 
         Raises:
-            ValueError: no checkpoint of such a module; one that does not say what it was made from
-                (memfree of November 2026 or earlier); or arguments of another model.
+            ValueError: not a checkpoint of such a module; one without its arguments (memfree of
+                November 2026 or earlier); or arguments of another model.
             OSError: the file cannot be read.
         """
         if isinstance(checkpoint_path, (str, Path)) and "://" not in str(checkpoint_path):
@@ -147,12 +135,8 @@ class DiffusionModule(pl.LightningModule, ABC):
             checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
         )
 
-    def on_train_start(self) -> None:
-        """From here on the weights are those in training."""
-        self.has_averaged_weights = False
-
     def set_network(self, network: Any, noise_scheduler: Any) -> None:
-        """Take the network and the scheduler whose noise levels it is trained on."""
+        """Set the network and the scheduler whose noise levels it is trained on."""
         self.network = network
         self.noise_scheduler = noise_scheduler
         # Not persistent: the options say it all, and a checkpoint holds weights only.
@@ -162,43 +146,13 @@ class DiffusionModule(pl.LightningModule, ABC):
         if self.options.compile:
             network.compile()
 
-    @abstractmethod
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """Loss of a batch, 0-d, with all that it draws from ``generator`` (on the device)."""
-
-    @abstractmethod
-    def clean(
-        self, batch: dict[str, Any], noise: Callable[[Sequence[int]], Tensor]
-    ) -> tuple[Tensor, Any]:
-        """What is noised of a batch, x_0 (B, C, h, w), and its conditions, none of them dropped.
-
-        Args:
-            batch: see the subclass.
-            noise: draws standard normal noise (B, *shape) for a shape.
-        """
-
-    @abstractmethod
-    def squared_error(self, x_0: Tensor, noise: Tensor, t: Tensor, conditions: Any) -> Tensor:
-        """Squared errors (B, C, h, w) of the prediction, weighted as the loss weighs noise levels.
-
-        Args:
-            x_0: clean images or latents (B, C, h, w).
-            noise: standard normal, like x_0.
-            t: training timesteps (B,) int64.
-            conditions: labels or encoded captions of all; see ``clean``.
-        """
-
     @property
     def average(self) -> DiffusionModule | None:
-        """The copy with averaged weights, which is no part of this module; None: there is none."""
+        """The copy with averaged weights, None without one."""
         return self._average[0]
 
     def set_average(self, average: DiffusionModule | None) -> None:
-        """Take the copy with averaged weights, or forget it.
-
-        Args:
-            average: of this module; it is changed from outside, after every step.
-        """
+        """Set the copy with averaged weights, which a callback updates after every step."""
         # In a tuple: as a submodule its weights would be trained and saved with the module's own.
         self._average = (average,)
 
@@ -207,14 +161,14 @@ class DiffusionModule(pl.LightningModule, ABC):
         if stage == "fit":
             self.set_average(None)
 
-    def pipeline(self, averaged: bool = True) -> Any:
-        """The diffusers pipeline that this model is.
+    def on_train_start(self) -> None:
+        """From here on the weights are those in training."""
+        self.has_averaged_weights = False
 
-        Args:
-            averaged: with the averaged weights where ``ExponentialMovingAverage`` keeps them during
-                training and after it; False: with the weights in training. Without that callback
-                both are the module's own weights (``has_averaged_weights`` says what they are where
-                a checkpoint was loaded).
+    def pipeline(self, averaged: bool = True) -> Any:
+        """The model as a diffusers pipeline, with ``ExponentialMovingAverage``'s weights if any.
+
+        Without ``averaged`` it has the weights in training.
         """
         average = self.average if averaged else None
         return (self if average is None else average)._pipeline()
@@ -224,60 +178,39 @@ class DiffusionModule(pl.LightningModule, ABC):
         """The diffusers pipeline with the module's own weights."""
 
     @abstractmethod
-    def preview(self, count: int, steps: int, seed: int) -> Tensor:
-        """Samples (count, C, H, W) in [−1, 1] from fixed noise by DDIM, to be looked at."""
+    def facts(self) -> dict[str, Any]:
+        """Fields of the model folder's manifest, JSON values."""
+
+    @property
+    @abstractmethod
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of what is denoised: images or latents."""
 
     @abstractmethod
-    def facts(self) -> dict[str, Any]:
-        """What the manifest of the model folder says of the model, JSON values."""
+    def clean(self, batch: dict[str, Any], normal: Normal) -> Tensor:
+        """What is noised of a batch, x_0 (B, C, h, w); ``normal`` draws noise of a shape."""
+
+    @abstractmethod
+    def conditions(self, batch: dict[str, Any], dropped: Tensor | None) -> Any:
+        """Labels or encoded captions of a batch, without the ``dropped`` ones, (B,) bool."""
+
+    @abstractmethod
+    def predict_noise(self, x_t: Tensor, t: Tensor, conditions: Any) -> Tensor:
+        """The network's prediction of ε or v (B, C, h, w)."""
+
+    @abstractmethod
+    def sampled(self, x_t: Tensor, scheduler: Any, steps: int) -> Tensor:
+        """Images (B, C, H, W) in [−1, 1] from pure noise."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Weighted mean squared error of the prediction at random noise levels, 0-d.
 
-        It is logged as ``train/loss`` (``logs_loss``), of this rank alone, and not in the progress
-        bar, for which Lightning would wait for the device after every step.
-
-        Args:
-            batch: see the subclass.
-            batch_idx: number of the batch in its epoch.
+        Logged as ``train/loss`` (``logs_loss``), of this rank alone, and not in the progress bar,
+        for which Lightning would wait for the device after every step.
         """
         loss = self.loss(batch, self.step_generator(batch_idx))
         if self.logs_loss:
             self.log("train/loss", loss, on_step=True, on_epoch=False)
-        return loss
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean squared error at the noise levels ``VALIDATED_AT`` with noise fixed by image, 0-d.
-
-        Equal for the same weights and batches, and up to rounding for the same images in other
-        batches and on other ranks. It is logged as ``val/loss``, the mean over all images of all
-        ranks. Where weights are averaged it is of the averaged ones.
-
-        Args:
-            batch: as in training, in which ``row`` (B,) int64 says which image has which noise;
-                without it its place in the batches does. ``weight`` has no meaning.
-            batch_idx: number of the batch.
-        """
-        count = len(batch["image"])
-        places = range(batch_idx * count, (batch_idx + 1) * count)
-        rows = batch["row"].tolist() if "row" in batch else places
-        # Shards without a manifest do not say which image a record is, and give -1.
-        numbers = [place if row < 0 else row for row, place in zip(rows, places, strict=True)]
-        generators = [generator_of(row, Stream.VALIDATION) for row in numbers]
-
-        def noise(shape: Sequence[int]) -> Tensor:
-            drawn = [each.standard_normal(tuple(shape), np.float32) for each in generators]
-            return torch.from_numpy(np.stack(drawn)).to(self.device)
-
-        x_0, conditions = self.clean(batch, noise)
-        last = len(self.alphas_cumprod) - 1
-        losses = []
-        for share in VALIDATED_AT:
-            t = torch.full((count,), round(share * last), device=self.device)
-            error = self.squared_error(x_0, noise(x_0.shape[1:]), t, conditions)
-            losses.append(error.mean())
-        loss = torch.stack(losses).mean()
-        self.log("val/loss", loss, on_epoch=True, batch_size=count, sync_dist=True)
         return loss
 
     def step_generator(self, batch_idx: int) -> torch.Generator:
@@ -286,6 +219,79 @@ class DiffusionModule(pl.LightningModule, ABC):
         if self.options.network.dropout:
             torch.manual_seed(seed)
         return torch.Generator(self.device).manual_seed(seed)
+
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        """Loss of a batch, 0-d: mean over images of weight · mean over elements of the square.
+
+        All random numbers are drawn from ``generator``, which is on the batch's device.
+        """
+        images: Tensor = batch["image"]
+        count, device = len(images), images.device
+
+        def normal(shape: Sequence[int]) -> Tensor:
+            size = (count, *shape)
+            return torch.randn(size, generator=generator, device=device, dtype=images.dtype)
+
+        x_0 = self.clean(batch, normal)
+        noise = normal(x_0.shape[1:])
+        t = torch.randint(len(self.alphas_cumprod), (count,), generator=generator, device=device)
+        dropped = torch.rand(count, generator=generator, device=device) < self.options.label_dropout
+        error = self.squared_error(x_0, noise, t, self.conditions(batch, dropped))
+        weight = batch.get("weight", 1.0)
+        if isinstance(weight, Tensor) and weight.ndim:
+            return (weight * error.flatten(1).mean(1)).mean()
+        return weight * error.mean()
+
+    def squared_error(self, x_0: Tensor, noise: Tensor, t: Tensor, conditions: Any) -> Tensor:
+        """Squared errors (B, C, h, w) of the prediction at timesteps t (B,) int64."""
+        alpha_bar = self.alphas_cumprod[t]  # (B,)
+        a = per_sample(alpha_bar, x_0)
+        prediction = self.predict_noise(a.sqrt() * x_0 + (1 - a).sqrt() * noise, t, conditions)
+        kind = self.noise_scheduler.config.prediction_type
+        return (prediction.float() - training_target(x_0, noise, alpha_bar, kind)).square()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean squared error at the noise levels ``VALIDATED_AT`` with noise fixed by image, 0-d.
+
+        Equal up to rounding however images are batched and divided among ranks. Logged as
+        ``val/loss``, the mean over all images of all ranks, of the averaged weights if there are.
+        ``row`` (B,) int64 in the batch says which image has which noise, otherwise the place in
+        the batches does; ``weight`` is not used.
+        """
+        count = len(batch["image"])
+        places = range(batch_idx * count, (batch_idx + 1) * count)
+        rows = batch["row"].tolist() if "row" in batch else places
+        # Shards without a manifest do not say which image a record is, and give -1.
+        numbers = [place if row < 0 else row for row, place in zip(rows, places, strict=True)]
+        generators = [generator_of(number, Stream.VALIDATION) for number in numbers]
+
+        def normal(shape: Sequence[int]) -> Tensor:
+            drawn = [each.standard_normal(tuple(shape), np.float32) for each in generators]
+            return torch.from_numpy(np.stack(drawn)).to(self.device)
+
+        x_0 = self.clean(batch, normal)
+        conditions = self.conditions(batch, None)
+        losses = []
+        for share in VALIDATED_AT:
+            step = round(share * (len(self.alphas_cumprod) - 1))
+            t = torch.full((count,), step, device=self.device)
+            losses.append(self.squared_error(x_0, normal(x_0.shape[1:]), t, conditions).mean())
+        loss = torch.stack(losses).mean()
+        self.log("val/loss", loss, on_epoch=True, batch_size=count, sync_dist=True)
+        return loss
+
+    @torch.no_grad()
+    def preview(self, count: int, steps: int, seed: int) -> Tensor:
+        """Samples (count, C, H, W) in [−1, 1] from fixed noise by DDIM, to look at."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn((count, *self.noise_shape), generator=generator, dtype=torch.float32)
+        config = self.noise_scheduler.config
+        scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing")
+        was_training = self.training
+        self.eval()
+        images = self.sampled(noise.to(self.device), scheduler, steps)
+        self.train(was_training)
+        return images
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up, then a cosine to 0 or a constant rate."""
@@ -331,29 +337,17 @@ class DiffusionModule(pl.LightningModule, ABC):
 
 
 def _kept_arguments(path: Path, weights_only: bool) -> dict[str, Any]:
-    """What the module of a checkpoint was made from; empty where an earlier memfree wrote it.
-
-    Raises:
-        ValueError: it is not a checkpoint of a DiffusionModule.
-        FileNotFoundError: there is none.
-    """
+    """Arguments of the module in a checkpoint; empty where an earlier memfree wrote it."""
     check_plain(path)
     try:
-        found = torch.load(path, "cpu", weights_only=weights_only, mmap=True)
-        kept = found.get(DiffusionModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        if {CHECKPOINT_KEY, "state_dict"} <= found.keys() and isinstance(kept, dict):
+        checkpoint = torch.load(path, "cpu", weights_only=weights_only, mmap=True)
+        kept = checkpoint.get(DiffusionModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        if {CHECKPOINT_KEY, "state_dict"} <= checkpoint.keys() and isinstance(kept, dict):
             return kept
         reason = "it lacks a part"
-    except Exception as error:  # whatever a pickle of someone else makes torch raise
+    except Exception as error:  # whatever torch raises for a third-party pickle
         reason = type(error).__name__
     raise ValueError(f"{path} is damaged or not a checkpoint of a model of memfree ({reason})")
-
-
-def weighted_mean(error: Tensor, weight: Tensor | float) -> Tensor:
-    """Mean over images of weight · mean over elements, of squared errors (B, ...)."""
-    if isinstance(weight, Tensor) and weight.ndim:
-        return (weight * error.flatten(1).mean(1)).mean()
-    return weight * error.mean()
 
 
 def adamw(
@@ -363,14 +357,10 @@ def adamw(
     weight_decay: float = 0.0,
     fused: bool | None = None,
 ) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns: AdamW, and its schedule by steps.
+    """Return AdamW and its schedule by steps, as ``configure_optimizers`` does.
 
-    Args:
-        parameters: or groups of them, which may have a weight decay of their own.
-        rate: highest learning rate.
-        schedule: makes the schedule of the optimizer: ``warm_up(...)``, or one of torch's.
-        weight_decay: of parameters without one of their own.
-        fused: one kernel for all parameters; None: as torch chooses.
+    ``parameters`` may be groups with their own weight decay; ``schedule`` is ``warm_up(...)`` or
+    one of torch's.
     """
     # Plain floats: a checkpoint with jsonargparse's would not load with weights_only.
     optimizer = torch.optim.AdamW(
@@ -383,10 +373,7 @@ def adamw(
 
 
 def warm_up(warm: int, total: float | None) -> Callable[[Optimizer], LRScheduler]:
-    """A linear rise of the rate over ``warm`` steps, then a cosine to 0 at step ``total``.
-
-    With None for ``total`` the rate stays at its highest.
-    """
+    """Linear warm-up over ``warm`` steps, then a cosine to 0 at ``total``, or constant for None."""
 
     def factor(step: int) -> float:
         if step < warm:

@@ -84,8 +84,8 @@ class ModelOptions:
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     pretrained: str | None = None
     """Stable-Diffusion-style pipeline to fine-tune with captions: a diffusers folder, a model
-    folder, or a name on the hub (SD 1.x, 2.x, SDXL). Its own network and noise schedule then count,
-    not the two options above. Without it a pixel model is trained from nothing."""
+    folder, or a name on the hub (SD 1.x, 2.x, SDXL). Its network and noise schedule then replace
+    the two options above. Without it a pixel model is trained from scratch."""
     finetune: FineTuneOptions = field(default_factory=FineTuneOptions)
     class_conditional: bool = False
     """Whether a pixel model is told the label; needs a labelled dataset folder."""
@@ -107,11 +107,7 @@ class ModelOptions:
 
     @classmethod
     def of(cls, given: ModelOptions | Mapping[str, Any]) -> ModelOptions:
-        """Options as they are, or made from the mapping that ``dataclasses.asdict`` makes of them.
-
-        Raises:
-            ValueError: the mapping has an option that there is not.
-        """
+        """Options as they are, or from the mapping of ``dataclasses.asdict``."""
         if isinstance(given, ModelOptions):
             return given
         parts = {"network": NetworkOptions, "noise": NoiseOptions, "finetune": FineTuneOptions}
@@ -142,7 +138,7 @@ class AutoencoderOptions:
     kl_weight: NonNegativeFloat = 1e-4
     """Weight of the Kullback-Leibler term, which keeps latents near a standard normal."""
     shift: int = 3
-    """Images are moved by up to so many pixels and mirrored, so that few images suffice."""
+    """Images are moved by up to this many pixels and mirrored, so that few images suffice."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +26,30 @@ def load_pipeline(name: str | Path) -> Any:
         name: a diffusers folder, a model folder of memfree, or a name on the hub.
 
     Raises:
-        ValueError: it is no such pipeline, or lacks a part.
-        OSError: there is none of this name.
+        ValueError: it is not such a pipeline, or lacks a part.
+        OSError: no pipeline has this name.
     """
     source = pipeline_folder(Path(name))
     local = source.is_dir()
     if local and not (source / "model_index.json").is_file():
         only = "; it holds adapters alone" if any(source.glob("*lora*.safetensors")) else ""
         raise ValueError(
-            f"{name} is no diffusers pipeline: it has no model_index.json{only}: name the folder "
-            "of a whole pipeline"
+            f"{name} is not a diffusers pipeline: it has no model_index.json{only}: name the "
+            "folder of a whole pipeline"
         )
     if local:
         _check_parts(source, str(name))
     try:
-        if not local:
-            _download(str(name))
         with quiet_bars():
+            if not local:  # download to the hub's cache, and check before anything is built
+                check_parts(dict(DiffusionPipeline.load_config(str(name))), str(name))
+                downloaded = DiffusionPipeline.download(str(name), use_safetensors=True)
+                check_pipeline_folder(Path(downloaded))
+            # Safetensors only: a pickle from a stranger could execute code.
             pipe: Any = DiffusionPipeline.from_pretrained(
-                # Safetensors only: a pickle from a stranger could execute code.
-                str(source) if local else str(name),
-                use_safetensors=True,
-                local_files_only=True,  # a download is there by now, and checked
+                str(source) if local else str(name), use_safetensors=True, local_files_only=True
             )
-    except Exception as error:  # whatever the libraries raise for files of others
+    except Exception as error:  # whatever the libraries raise for third-party files
         raise ValueError(
             f"{name} cannot be loaded as a diffusers pipeline: {short(error)}"
         ) from error
@@ -57,50 +57,34 @@ def load_pipeline(name: str | Path) -> Any:
     return pipe
 
 
-def _download(name: str) -> None:
-    """Download a pipeline from the hub into its cache and check it before any of it is built."""
-    check_parts(dict(DiffusionPipeline.load_config(name)), name)
-    with quiet_bars():
-        check_pipeline_folder(Path(DiffusionPipeline.download(name, use_safetensors=True)))
-
-
 def _check_parts(folder: Path, name: str) -> None:
-    """Refuse a folder that says itself what it lacks, which diffusers reports in many words."""
+    """Refuse a folder whose index lacks a part, which diffusers reports in many words."""
     try:
         parts = check_pipeline_folder(folder)
     except (ValueError, OSError) as error:
         raise ValueError(f"{name} cannot be loaded as a diffusers pipeline: {error}") from error
     for kind in PIPELINES:
         if parts.get("_class_name") == kind.__name__:
-            _refuse_missing(
-                [part for part in _needed(kind) if parts.get(part) in (None, [None, None])], name
-            )
+            _refuse_missing(kind, lambda part: parts.get(part) in (None, [None, None]), name)
 
 
-def _needed(kind: Any) -> list[str]:
-    """Parts that a pipeline of this class must have for text-to-image."""
+def _refuse_missing(kind: Any, is_missing: Callable[[str], bool], name: str) -> None:
     needed = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
-    return [*needed, "text_encoder_2", "tokenizer_2"] if issubclass(kind, XL) else needed
-
-
-def _refuse_missing(missing: list[str], name: str) -> None:
-    if missing:
-        raise ValueError(f"{name} has no {missing[0]}: give a whole text-to-image pipeline")
+    if issubclass(kind, XL):
+        needed += ["text_encoder_2", "tokenizer_2"]
+    for part in needed:
+        if is_missing(part):
+            raise ValueError(f"{name} has no {part}: give a whole text-to-image pipeline")
 
 
 def check_pipeline(pipe: Any, name: str) -> None:
-    """Refuse what is not a whole Stable Diffusion (XL) pipeline for text-to-image.
-
-    Raises:
-        ValueError: in one line, with the reason.
-    """
+    """Refuse what is not a whole Stable Diffusion (XL) pipeline for text-to-image."""
     if not isinstance(pipe, PIPELINES):
         raise ValueError(
             f"{name} is a {type(pipe).__name__}: only StableDiffusionPipeline and "
             "StableDiffusionXLPipeline are trained and sampled here; memfree.guard takes more"
         )
-    needed = _needed(type(pipe))
-    _refuse_missing([part for part in needed if getattr(pipe, part, None) is None], name)
+    _refuse_missing(type(pipe), lambda part: getattr(pipe, part, None) is None, name)
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ValueError(
             f"{name}: its U-Net takes {pipe.unet.config.in_channels} channels, its autoencoder "
@@ -109,9 +93,9 @@ def check_pipeline(pipe: Any, name: str) -> None:
 
 
 def encode(pipe: Any, prompts: Sequence[str]) -> TextConditions:
-    """What the pipeline's text encoders make of prompts; gradients flow where they are enabled.
+    """Encode prompts with the pipeline's text encoders; gradients flow where they are enabled.
 
-    An empty prompt is the pipeline's own unconditional one: zeros, where SDXL is configured so.
+    An empty prompt becomes the pipeline's own unconditional one: zeros, if SDXL is configured so.
     """
     device = pipe.text_encoder.device
     if isinstance(pipe, XL):
@@ -119,9 +103,9 @@ def encode(pipe: Any, prompts: Sequence[str]) -> TextConditions:
             list(prompts), device=device, do_classifier_free_guidance=False
         )
         if pipe.config.force_zeros_for_empty_prompt:
-            asked = [[float(prompt != "")] for prompt in prompts]
-            asked_for = torch.tensor(asked, device=device, dtype=embeddings.dtype)
-            return TextConditions(embeddings * asked_for[:, None], pooled * asked_for)
+            kept = [[float(prompt != "")] for prompt in prompts]
+            mask = torch.tensor(kept, device=device, dtype=embeddings.dtype)  # (B, 1)
+            return TextConditions(embeddings * mask[:, None], pooled * mask)
         return TextConditions(embeddings, pooled)
     embeddings, _ = pipe.encode_prompt(
         list(prompts), device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -147,13 +131,7 @@ class TextDenoiser(nn.Module):
         self.null = null
 
     def forward(self, x_t: Tensor, t: Tensor | int, conditions: Conditions | None = None) -> Tensor:
-        """Predict what the scheduler's ``config.prediction_type`` says, like x_t (B, C, h, w).
-
-        Args:
-            x_t: noisy latents.
-            t: timestep of all, 0-d or int, or of each, (B,).
-            conditions: encoded prompts (B, ...); None: the empty prompt.
-        """
+        """Predict what the scheduler's ``config.prediction_type`` says; see ``Denoiser``."""
         if conditions is None:
             conditions = self.unconditional(len(x_t), x_t.device)
         assert isinstance(conditions, TextConditions)
@@ -175,5 +153,5 @@ class TextDenoiser(nn.Module):
         )[0]
 
     def unconditional(self, count: int, device: torch.device) -> TextConditions | None:
-        """The encoded empty prompt, (count, ...); None if it was not given."""
+        """The encoded empty prompt, (count, ...), if it was given."""
         return None if self.null is None else self.null.to(device).expand(count)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from memfree.conditions import TextConditions
-from memfree.diffusion_math import per_sample, training_target
+from memfree.diffusion_math import per_sample
 from memfree.folders.manifest import folder_hash
 from memfree.models.export import pipeline_folder
 from memfree.models.loading import latent_shape, posterior
-from memfree.models.module import DiffusionModule, weighted_mean
+from memfree.models.module import DiffusionModule, Normal
 from memfree.models.options import ModelOptions
 from memfree.models.text_pipeline import TextDenoiser, encode, load_pipeline
 
@@ -37,7 +37,7 @@ class LatentCache:
         return self
 
     def __call__(self, vae: Any, images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``posterior`` of images (B, 3, H, W), the autoencoder asked for new rows (B,) only.
+        """``posterior`` of images (B, 3, H, W); only new rows (B,) are encoded.
 
         Raises:
             ValueError: foreign shards, whose records have no rows.
@@ -50,12 +50,11 @@ class LatentCache:
             )
         new = [i for i, row in enumerate(numbers) if row not in self._known]
         if new:
-            mean, std = (part.cpu() for part in posterior(vae, images[new]))
-            for i, one, two in zip(new, mean, std, strict=True):
-                self._known[numbers[i]] = one, two
-        found = [self._known[row] for row in numbers]
-        mean, std = (torch.stack(parts) for parts in zip(*found, strict=True))
-        return mean.to(images.device), std.to(images.device)
+            encoded = zip(*(part.cpu() for part in posterior(vae, images[new])), strict=True)
+            self._known.update(zip([numbers[i] for i in new], encoded, strict=True))
+        parts = zip(*[self._known[row] for row in numbers], strict=True)
+        mean, std = (torch.stack(part).to(images.device) for part in parts)
+        return mean, std
 
 
 class EmbeddingCache:
@@ -71,7 +70,7 @@ class EmbeddingCache:
         return self
 
     def __call__(self, pipe: Any, captions: Sequence[str]) -> TextConditions:
-        """``encode`` of captions, the text encoder asked for new ones only."""
+        """``encode`` of captions; only new ones are encoded."""
         new = [text for text in dict.fromkeys(captions) if text not in self._known]
         if new:
             encoded = encode(pipe, new)
@@ -82,6 +81,7 @@ class EmbeddingCache:
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 """The layers that get low-rank adapters: all projections of the U-Net's attention."""
+ENCODERS = ("text_encoder", "text_encoder_2")
 PREVIEW_PIXELS = 1 << 20
 """Pixels of previews drawn together, so that large ones fit beside a model in training."""
 
@@ -103,17 +103,12 @@ class TextToImageModule(DiffusionModule):
         data: dict[str, Any] | None = None,
         stepping: dict[str, Any] | None = None,
     ) -> None:
-        """Take a pipeline apart into what is trained and what is frozen.
+        """Take a pipeline apart into what is trained and what is frozen; see ``DiffusionModule``.
 
         Args:
-            options: optimisation; ``finetune``; a mapping, as checkpoints have it, of the same
-                names.
-            pipe: StableDiffusionPipeline or StableDiffusionXLPipeline; its networks are trained in
-                place. None: that of ``options.pretrained``, as ``load_from_checkpoint`` has it.
-            image_shape: (3, H, W) of the training images; always needed.
-            seed: of the adapters and of all that training draws.
-            data: what the images are; see ``DiffusionModule``.
-            stepping: how the Trainer takes a step; see ``DiffusionModule``.
+            pipe: StableDiffusionPipeline or StableDiffusionXLPipeline, whose networks are trained
+                in place; None: that of ``options.pretrained``, for ``load_from_checkpoint``.
+            image_shape: (3, H, W) of the training images; required.
 
         Raises:
             ValueError: no image_shape, images that do not fit the autoencoder, options that
@@ -145,88 +140,46 @@ class TextToImageModule(DiffusionModule):
         if choice.lora_rank:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                pipe.unet.add_adapter(_adapters(options))
+                rank = int(choice.lora_rank)
+                adapters = LoraConfig(
+                    r=rank,
+                    lora_alpha=choice.lora_alpha or rank,
+                    init_lora_weights="gaussian",
+                    target_modules=ATTENTION,
+                )
+                pipe.unet.add_adapter(adapters)
         else:
             pipe.unet.requires_grad_(True)
         if choice.gradient_checkpointing:
             pipe.unet.enable_gradient_checkpointing()
         self.set_network(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config))
-        encoders = [pipe.text_encoder, getattr(pipe, "text_encoder_2", None)]
-        trained = [one for one in encoders if one is not None and choice.train_text_encoder]
+        encoders = [getattr(pipe, name, None) for name in ENCODERS]
+        trained = [part for part in encoders if part is not None and choice.train_text_encoder]
         self.text_encoders = nn.ModuleList(trained).requires_grad_(True)
         self.network.train()
         self.text_encoders.train()
-        self._shared = _Shared(pipe, _contents(options.pretrained))
+        sha256 = None
+        if options.pretrained is not None and Path(options.pretrained).is_dir():  # not on the hub
+            sha256 = folder_hash(pipeline_folder(Path(options.pretrained)))
+        self._shared = _Shared(pipe, sha256)
         self.denoiser = TextDenoiser(self.network, (image_shape[1], image_shape[2]))
         self.latent_cache = LatentCache() if choice.cache else None
         self.embedding_cache = EmbeddingCache() if choice.cache and not trained else None
 
     def on_fit_start(self) -> None:
         """Move what is frozen to the device."""
-        self._move_frozen()
-
-    def on_validation_start(self) -> None:
-        """Move what is frozen to the device, also without a training before."""
-        self._move_frozen()
-
-    def _move_frozen(self) -> None:
-        self._shared.pipe.vae.to(self.device)
-        for name in ("text_encoder", "text_encoder_2"):
+        for name in ("vae", *ENCODERS):
             if getattr(self._shared.pipe, name, None) is not None:
                 getattr(self._shared.pipe, name).to(self.device)
 
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """Loss of a batch, 0-d: mean over images of weight · mean over the latent of the square.
+    on_validation_start = on_fit_start  # also without a training before
 
-        Raises:
-            ValueError: the data has no captions.
-        """
-        captions = _captions(batch)
-        self._shared.captions = self._shared.captions or sorted(set(captions))
-        device = batch["image"].device
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents."""
+        return latent_shape(self._shared.pipe.vae, self.image_shape)
 
-        def normal(shape: Sequence[int]) -> Tensor:
-            return torch.randn((len(captions), *shape), generator=generator, device=device)
-
-        x_0 = self._latents(batch, normal)
-        count = len(x_0)
-        noise = normal(x_0.shape[1:])
-        t = torch.randint(len(self.alphas_cumprod), (count,), generator=generator, device=device)
-        dropped = torch.rand(count, generator=generator, device=device) < self.options.label_dropout
-        shown = [
-            "" if drop else text for drop, text in zip(dropped.tolist(), captions, strict=True)
-        ]
-        error = self.squared_error(x_0, noise, t, self._encoded(shown))
-        return weighted_mean(error, batch.get("weight", 1.0))
-
-    def clean(
-        self, batch: dict[str, Any], noise: Callable[[Sequence[int]], Tensor]
-    ) -> tuple[Tensor, TextConditions]:
-        """Latents drawn from the autoencoder's posterior, and the encoded captions.
-
-        Raises:
-            ValueError: the data has no captions.
-        """
-        captions = _captions(batch)
-        return self._latents(batch, noise), self._encoded(captions)
-
-    def squared_error(
-        self, x_0: Tensor, noise: Tensor, t: Tensor, conditions: TextConditions
-    ) -> Tensor:
-        """Squared errors (B, C, h, w) of the prediction of ε or v; see ``DiffusionModule``."""
-        alpha_bar = self.alphas_cumprod[t]  # (B,)
-        a = per_sample(alpha_bar, x_0)
-        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
-        prediction = self.denoiser(x_t, t, conditions)
-        kind = self.noise_scheduler.config.prediction_type
-        target = training_target(x_0, noise, alpha_bar, kind)
-        error = (prediction.float() - target).square()
-        if self.options.finetune.min_snr_gamma:
-            gamma = float(self.options.finetune.min_snr_gamma)
-            error = error * per_sample(min_snr_weight(alpha_bar, gamma, kind), error)
-        return error
-
-    def _latents(self, batch: dict[str, Any], noise: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    def clean(self, batch: dict[str, Any], normal: Normal) -> Tensor:
         """Scaled latents drawn from the autoencoder's posterior, (B, C, h, w)."""
         images, vae = batch["image"], self._shared.pipe.vae
         with torch.autocast(images.device.type, enabled=False):
@@ -234,37 +187,63 @@ class TextToImageModule(DiffusionModule):
                 mean, std = posterior(vae, images)
             else:
                 mean, std = self.latent_cache(vae, images, batch["row"])
-        return mean + std * noise(mean.shape[1:])
+        return mean + std * normal(mean.shape[1:])
 
-    def _encoded(self, captions: Sequence[str]) -> TextConditions:
-        pipe = self._shared.pipe
+    def conditions(self, batch: dict[str, Any], dropped: Tensor | None) -> TextConditions:
+        """The encoded captions, the empty one where dropped.
+
+        Raises:
+            ValueError: the data has no captions.
+        """
+        if "caption" not in batch:
+            raise ValueError(
+                "fine-tuning text-to-image needs captions, and the data has none: prepare "
+                "captioned images"
+            )
+        captions = list(batch["caption"])
+        if dropped is not None:
+            self._shared.captions = self._shared.captions or sorted(set(captions))
+            pairs = zip(captions, dropped.tolist(), strict=True)
+            captions = ["" if drop else caption for caption, drop in pairs]
         if len(self.text_encoders):
             return encode(self._live(), captions)
+        cached_or_new = encode if self.embedding_cache is None else self.embedding_cache
         with torch.no_grad():
-            if self.embedding_cache is None:
-                return encode(pipe, captions)
-            return self.embedding_cache(pipe, captions)
+            return cached_or_new(self._shared.pipe, captions)
+
+    def predict_noise(self, x_t: Tensor, t: Tensor, conditions: TextConditions) -> Tensor:
+        """The network's prediction of ε or v."""
+        return self.denoiser(x_t, t, conditions)
+
+    def squared_error(
+        self, x_0: Tensor, noise: Tensor, t: Tensor, conditions: TextConditions
+    ) -> Tensor:
+        """Squared errors (B, C, h, w), with min-SNR weights if ``finetune.min_snr_gamma``."""
+        error = super().squared_error(x_0, noise, t, conditions)
+        if gamma := float(self.options.finetune.min_snr_gamma):
+            kind = self.noise_scheduler.config.prediction_type
+            weight = min_snr_weight(self.alphas_cumprod[t], gamma, kind)
+            error = error * per_sample(weight, error)
+        return error
 
     def facts(self) -> dict[str, Any]:
         """The class of its pipeline."""
         return {"pipeline": type(self._shared.pipe).__name__, "num_classes": None}
 
     def identity(self) -> dict[str, Any]:
-        """As of every module, and the contents of a local folder that is fine-tuned."""
+        """As of every module, and the hash of a local pipeline that is fine-tuned."""
         return {**super().identity(), "pretrained_sha256": self._shared.sha256}
 
     def _live(self) -> Any:
         """The pipeline around this module's own networks."""
         pipe = copy.copy(self._shared.pipe)
         pipe.unet = self.network
-        for name, encoder in zip(
-            ("text_encoder", "text_encoder_2"), self.text_encoders, strict=False
-        ):
+        for name, encoder in zip(ENCODERS, self.text_encoders, strict=False):
             setattr(pipe, name, encoder)
         return pipe
 
     def _pipeline(self) -> Any:
-        """The pipeline as it is saved: adapters are merged into a copy of the U-Net."""
+        """The pipeline to save: adapters are merged into a copy of the U-Net."""
         pipe = self._live()
         if self.options.finetune.lora_rank:
             merged: Any = copy.deepcopy(self.network)
@@ -280,20 +259,13 @@ class TextToImageModule(DiffusionModule):
             folder, unet_lora_layers=layers, safe_serialization=True
         )
 
-    @torch.no_grad()
-    def preview(self, count: int, steps: int, seed: int) -> Tensor:
-        """Samples (count, 3, H, W) of captions of the first batch, in turn."""
+    def sampled(self, x_t: Tensor, scheduler: Any, steps: int) -> Tensor:
+        """Images by DDIM, of captions of the first batch in turn."""
         pipe = self._live()
-        pipe.scheduler = DDIMScheduler.from_config(
-            self.noise_scheduler.config, timestep_spacing="trailing"
-        )
+        pipe.scheduler = scheduler
         pipe.set_progress_bar_config(disable=True)
         captions = self._shared.captions or [""]
-        prompts = [captions[i % len(captions)] for i in range(count)]
-        shape = latent_shape(pipe.vae, self.image_shape)
-        noise = torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
-        was_training = self.training
-        self.eval()
+        prompts = [captions[i % len(captions)] for i in range(len(x_t))]
         height, width = self.image_shape[1:]
         together = max(1, PREVIEW_PIXELS // (height * width))
         images = [
@@ -303,52 +275,24 @@ class TextToImageModule(DiffusionModule):
                 width=width,
                 num_inference_steps=steps,
                 guidance_scale=3.0,
-                latents=noise[first : first + together].to(self.device),
+                latents=x_t[first : first + together],
                 output_type="pt",
             ).images.cpu()
-            for first in range(0, count, together)
+            for first in range(0, len(x_t), together)
         ]
-        self.train(was_training)
         return torch.cat(images) * 2 - 1
 
 
-def _captions(batch: dict[str, Any]) -> list[str]:
-    if "caption" not in batch:
-        raise ValueError(
-            "fine-tuning text-to-image needs captions, and the data has none: prepare "
-            "captioned images"
-        )
-    return list(batch["caption"])
-
-
 class _Shared:
-    """What the module and its average share: the pipeline, whose frozen parts are not copied, and
-    captions to draw previews for."""
+    """Shared by the module and its average: the pipeline with its frozen parts, and captions for
+    previews."""
 
     def __init__(self, pipe: Any, sha256: str | None) -> None:
-        self.pipe = pipe
-        self.sha256 = sha256
+        self.pipe, self.sha256 = pipe, sha256
         self.captions: list[str] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
-
-
-def _contents(pretrained: str | None) -> str | None:
-    """Hash of a local folder's files; None for a name on the hub."""
-    if pretrained is None or not Path(pretrained).is_dir():
-        return None
-    return folder_hash(pipeline_folder(Path(pretrained)))
-
-
-def _adapters(options: ModelOptions) -> LoraConfig:
-    rank = int(options.finetune.lora_rank)
-    return LoraConfig(
-        r=rank,
-        lora_alpha=options.finetune.lora_alpha or rank,
-        init_lora_weights="gaussian",
-        target_modules=ATTENTION,
-    )
 
 
 def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Tensor:

@@ -15,28 +15,14 @@ from memfree.data.random_streams import step_generator
 from memfree.images import from_bytes, to_bytes
 from memfree.models.options import AugmentationOptions, CopyDetectionOptions
 from memfree.offline.short_training import adamw_with_cosine
-from memfree.retrieval.features.copy_detection import (
-    CopyDetectionNetwork,
-    CopyDetectionShape,
-    resized,
-)
+from memfree.retrieval.features.copy_detection import CopyDetectionNetwork, CopyDetectionShape
+from memfree.retrieval.features.preprocessing import resized
 
 
 def augment(images: Tensor, options: AugmentationOptions, generator: torch.Generator) -> Tensor:
-    """Change each image at random, by its own draws.
-
-    Args:
-        images: (B, C, H, W) in [-1, 1], C 1 or 3.
-        options: which changes.
-        generator: on the images' device.
-
-    Returns:
-        as many images in [-1, 1].
-    """
-    images = _moved(images, options, generator)
-    images = _coloured(images, options, generator)
-    images = _blurred(images, options, generator)
-    images = _through_jpeg(images, options, generator)
+    """Change each image (B, 1 or 3, H, W) in [-1, 1] at random; ``generator`` is on its device."""
+    for change in (_moved, _coloured, _blurred, _through_jpeg):
+        images = change(images, options, generator)
     deviation = options.noise * _uniform(images, generator) * _chosen(images, 0.5, generator)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
     return (images + deviation[:, None, None, None] * noise).clamp(-1, 1)
@@ -45,13 +31,12 @@ def augment(images: Tensor, options: AugmentationOptions, generator: torch.Gener
 def _uniform(
     images: Tensor, generator: torch.Generator, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
-    """(B,) uniform numbers."""
     drawn = torch.rand(len(images), generator=generator, device=images.device)
     return low + (high - low) * drawn
 
 
 def _chosen(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """(B,) 1 with this probability, otherwise 0."""
+    """(B,) 1 with this probability, else 0."""
     return (_uniform(images, generator) < probability).float()
 
 
@@ -89,7 +74,7 @@ def _coloured(images: Tensor, options: AugmentationOptions, generator: torch.Gen
 
 
 def _blurred(images: Tensor, options: AugmentationOptions, generator: torch.Generator) -> Tensor:
-    """Gaussian blur of another width for each image."""
+    """Gaussian blur, with a width for each image."""
     batch, channels, height, width = images.shape
     largest = options.blur * min(height, width)
     sigma = largest * _uniform(images, generator) * _chosen(images, 0.5, generator)
@@ -117,10 +102,10 @@ def _through_jpeg(
     quality = _uniform(images, generator, 20, 90).int().tolist()
     if not chosen:
         return images
-    bytes_ = to_bytes(images[chosen]).cpu()
+    pixels = to_bytes(images[chosen]).cpu()
     changed = [
         decode_jpeg(encode_jpeg(image, quality[number]))
-        for image, number in zip(bytes_, chosen, strict=True)
+        for image, number in zip(pixels, chosen, strict=True)
     ]
     images = images.clone()
     images[chosen] = from_bytes(torch.stack(changed)).to(images)
@@ -131,14 +116,8 @@ def info_nce(first: Tensor, second: Tensor, temperature: float, group: Tensor) -
     """NT-Xent over two views of each image (Chen et al. 2020; Pizzi et al. 2022, eq. 1), 0-d.
 
     Mean over the 2B embeddings z_i of −log(exp(z_i·z_p/τ) / Σ_j exp(z_i·z_j/τ)), z_p the other
-    view of the same image, j all embeddings but i and other images of i's group, which are neither
-    copies nor strangers.
-
-    Args:
-        first: (B, D) unit vectors.
-        second: (B, D) unit vectors of other views of the same images, in the same order.
-        temperature: τ > 0.
-        group: (B,) images of equal numbers belong together.
+    view of the same image, j all embeddings except i and other images of i's group. ``first`` and
+    ``second`` are (B, D) unit vectors of two views of the same images, ``temperature`` is τ.
     """
     views = torch.cat([first, second])
     count = len(first)
@@ -156,12 +135,7 @@ def koleo(first: Tensor, second: Tensor, group: Tensor) -> Tensor:
     """Kozachenko–Leonenko estimate of negative entropy (Pizzi et al. 2022, eq. 2), 0-d.
 
     −mean log ‖z_i − z_j‖ over the 2B embeddings, z_j the nearest of another group: small when all
-    directions are used, so that distances between strangers are alike everywhere.
-
-    Args:
-        first: (B, D) unit vectors.
-        second: (B, D) unit vectors of other views, in the same order.
-        group: (B,) images of equal numbers belong together; at least two differ.
+    directions are used, so that unrelated images are equally far apart everywhere.
     """
     views = torch.cat([first, second])
     groups = group.repeat(2)
@@ -172,16 +146,11 @@ def koleo(first: Tensor, second: Tensor, group: Tensor) -> Tensor:
 
 
 class CopyDetectionModule(pl.LightningModule):
-    """Trains a network so that two changed copies of an image meet and strangers spread out.
+    """Trains a network so that changed copies of an image agree and other images spread out.
 
     Loss of Pizzi et al. (CVPR 2022, arXiv 2202.10261): InfoNCE + λ · KoLeo on normalised
     embeddings of two augmented views. A batch is a dictionary with ``image`` (B, C, H, W) in
-    [-1, 1] and ``group`` (B,). What a step draws depends on the seed and its number alone.
-
-    Args:
-        options: loss, optimizer and augmentation.
-        shape: size of the network.
-        seed: of the weights and of all that training draws.
+    [-1, 1] and ``group`` (B,). A step's random numbers depend only on the seed and its number.
     """
 
     def __init__(
@@ -200,12 +169,7 @@ class CopyDetectionModule(pl.LightningModule):
         return self.loss(batch, step_generator(self.seed, batch_idx, self.device))
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """InfoNCE + λ · KoLeo, 0-d.
-
-        Args:
-            batch: see the class.
-            generator: on the batch's device.
-        """
+        """InfoNCE + λ · KoLeo, 0-d; ``generator`` is on the batch's device."""
         images = resized(batch["image"], self.shape.size)
         views = [augment(images, self.options.augmentation, generator) for _ in range(2)]
         embedded = functional.normalize(self.network(torch.cat(views)).float(), dim=1)

@@ -22,9 +22,8 @@ from memfree.folders.manifest import save_config
 from memfree.images import from_bytes
 from memfree.models.module import adamw, warm_up
 from memfree.models.options import Accelerator
-from memfree.training.callbacks import FiniteTraining
+from memfree.training.callbacks import FiniteTraining, StepProgress
 from memfree.training.loggers import LossRecord
-from memfree.training.progress import StepProgress
 from memfree.training.trainer import build_trainer
 
 

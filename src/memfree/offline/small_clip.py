@@ -12,8 +12,8 @@ from memfree.data.random_streams import step_generator
 from memfree.models.options import SmallClipOptions
 from memfree.offline.copy_detection import augment
 from memfree.offline.short_training import adamw_with_cosine
-from memfree.retrieval.features.efficientnet import EfficientNetFeatures
 from memfree.retrieval.features.preprocessing import Preprocessing
+from memfree.retrieval.features.timm_model import EfficientNetFeatures
 
 PREPROCESSING: dict[str, Any] = {
     "size": [64, 64],

@@ -290,7 +290,7 @@ class Draw:
         finite = finite_rows(base.output) & view.finite
         base = _in_numbers(base)
         if self._ends(view, base):
-            ending = last_step(*self._step_of(view, base))
+            ending = last_step(LastStep(*self._step_of(view, base)))
             base = replace(base, is_last=True, decode=_decoded(self.decoder.finished), **ending)
             known = ending["returned"]
             self.unmoved = known is not None and known[1] == 0

@@ -1,10 +1,10 @@
 from .features.base import Features as Features
 from .features.base import PixelFeatures as PixelFeatures
+from .features.base import Whitened as Whitened
 from .features.clip import CLIPFeatures as CLIPFeatures
-from .features.efficientnet import EfficientNetFeatures as EfficientNetFeatures
 from .features.latents import LatentFeatures as LatentFeatures
 from .features.sscd import SSCDFeatures as SSCDFeatures
+from .features.timm_model import EfficientNetFeatures as EfficientNetFeatures
 from .features.timm_model import TimmFeatures as TimmFeatures
-from .features.whitened import Whitened as Whitened
 from .index import ReferenceIndex as ReferenceIndex
 from .search import Hits as Hits

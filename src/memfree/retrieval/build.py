@@ -1,28 +1,137 @@
-"""Building a reference index from tensors, and adding to or removing from one."""
+"""Building a reference index: embedding images, merging copies, grouping near copies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
-from memfree.retrieval.features.base import Features, PixelFeatures
-from memfree.retrieval.grouping import (
-    content_hashes,
-    joined,
-    joined_by_copies,
-    near_copies,
-    numbered,
-)
-from memfree.retrieval.items import CONDITIONS, Condition, Items, Origin, check_images
+from memfree.data.duplicates import group as connected
+from memfree.data.duplicates import near_pairs, numbered
+from memfree.images import to_bytes
+from memfree.retrieval.features.base import Features
+from memfree.retrieval.items import Items, conditions_table
 
 if TYPE_CHECKING:
-    from memfree.retrieval.rows import Searched
+    from memfree.data import DatasetFolder
+
+Condition = tuple[int, int | None, str | None, int]
+"""Position of an image, its label, its caption, and how many records carry them."""
+
+
+@dataclass
+class Origin:
+    """N images in a fixed order, not yet merged or grouped."""
+
+    batches: Callable[[int], Iterator[Tensor]]
+    """Called with a batch size, streams the images (b, C, H, W) in [-1, 1] in order."""
+    keys: list[str]
+    counts: Tensor
+    """(N,) int64 training records of every image."""
+    groups: list[object] | None
+    """N group names, or None to find groups by content."""
+    conditions: list[Condition]
+    num_classes: int | None
+    shards: list[str | None]
+    """Shard of every image's first record, None where it is not known."""
+    dataset_hash: str | None = None
+
+    @classmethod
+    def of_images(
+        cls,
+        images: Tensor,
+        keys: Sequence[str] | None,
+        groups: Sequence[object] | Tensor | None,
+        counts: Tensor | None,
+        labels: Tensor | None,
+        captions: Sequence[str] | None,
+        num_classes: int | None,
+    ) -> Origin:
+        """Images (N, C, H, W); arguments of ``ReferenceIndex.build``, checked here."""
+        check_images(images)
+        size = len(images)
+        given = {"keys": keys, "groups": groups, "counts": counts, "labels": labels}
+        for name, value in {**given, "captions": captions}.items():
+            if value is not None and len(value) != size:
+                raise ValueError(f"{name} has {len(value)} entries, but there are {size} images")
+        counts = torch.ones(size, dtype=torch.int64) if counts is None else counts.cpu().long()
+        if bool((counts < 1).any()):
+            raise ValueError("counts must be at least 1: leave out images that are not trained on")
+        num_classes = None if labels is None else _checked_classes(labels, num_classes)
+        names = groups.tolist() if isinstance(groups, Tensor) else groups
+        conditions: list[Condition] = []
+        if labels is not None or captions is not None:
+            label_list = [None] * size if labels is None else labels.tolist()
+            caption_list = [None] * size if captions is None else captions
+            conditions = list(
+                zip(range(size), label_list, caption_list, counts.tolist(), strict=True)
+            )
+        return cls(
+            batches=lambda batch_size: iter(images.split(batch_size)),
+            keys=list(keys) if keys is not None else [f"image-{i:08d}" for i in range(size)],
+            counts=counts,
+            groups=None if names is None else list(names),
+            conditions=conditions,
+            num_classes=num_classes,
+            shards=[None] * size,
+        )
+
+    @classmethod
+    def of_dataset(cls, dataset: DatasetFolder) -> Origin:
+        """The train part of a dataset folder, with its own keys, groups, copies and conditions."""
+        part = dataset.part("train")
+        if not part.keys:
+            raise ValueError(f"{dataset.path} has no training images to index")
+        position = {key: i for i, key in enumerate(part.keys)}
+        table = part.conditions
+        names = ("image_key", "label", "caption", "count")
+        columns = [
+            table[name].to_pylist() if name in table.column_names else [None] * table.num_rows
+            for name in names
+        ]
+        records = dataset.part_records("train")
+        shard: dict[int, str] = {}  # of every image's first record
+        for row, name in zip(records["row"].to_pylist(), records["shard"].to_pylist(), strict=True):
+            shard.setdefault(row, name)
+        return cls(
+            batches=part.batches,
+            keys=list(part.keys),
+            counts=part.copies.cpu().long(),
+            groups=list(part.groups),
+            # A condition counts only if the image is trained on; the table may name other parts'.
+            conditions=[
+                (position[key], label, caption, count)
+                for key, label, caption, count in zip(*columns, strict=True)
+                if key in position and (label is not None or caption is not None)
+            ],
+            num_classes=dataset.num_classes,
+            shards=[shard.get(row) for row in part.rows.tolist()],
+            dataset_hash=dataset.hash,
+        )
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse what cannot be a stack of images (N, C, H, W) in [-1, 1]."""
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images must be (N, C, H, W) and not empty, not {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be float in [-1, 1], not {images.dtype}: use u8/127.5 - 1")
+    low, high = (float(value) for value in images.aminmax())
+    if not (low >= -1.001 and high <= 1.001):  # also what NaN fails
+        raise ValueError(f"images must be finite and in [-1, 1], but span {low:g} … {high:g}")
+
+
+def _checked_classes(labels: Tensor, num_classes: int | None) -> int:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        last = "num_classes" if num_classes is None else num_classes
+        raise ValueError(f"labels span {low} … {high}, but must be at least 0 and below {last}")
+    return num_classes if num_classes is not None else high + 1
 
 
 @dataclass
@@ -41,14 +150,7 @@ def embedded(
     batch_size: int,
     advance: Callable[[int], None] | None = None,
 ) -> tuple[Embedded, tuple[int, int, int]]:
-    """Embed and hash the images, batch by batch; also returns their (C, H, W).
-
-    Args:
-        origin: the images, read once, in batches.
-        features: what images are compared by.
-        batch_size: images at a time.
-        advance: called with the number of images of every batch that is done.
-    """
+    """Embed and hash the images, batch by batch; also returns their (C, H, W)."""
     hashes: list[str] = []
     parts: list[Tensor] = []
     shapes: set[tuple[int, ...]] = set()
@@ -59,21 +161,14 @@ def embedded(
         shapes.add(tuple(batch.shape[1:]))
         if advance is not None:
             advance(len(batch))
-    assert len(shapes) == 1
-    channels, height, width = shapes.pop()
+    ((channels, height, width),) = shapes
     return Embedded(torch.cat(parts), hashes), (channels, height, width)
 
 
 def assemble(origin: Origin, images: Embedded, batch_size: int) -> tuple[Tensor, Items]:
-    """One row for identical images, and which rows belong together.
+    """Vectors (rows, D) and items of an index: one row for identical images.
 
-    Args:
-        origin: the images, which are read to find near copies if no groups are declared.
-        images: what ``embedded`` made of them.
-        batch_size: images to read at a time.
-
-    Returns:
-        vectors (rows, D) float32 on the CPU, and the rows' items.
+    The images are read again to find near copies if no groups are declared.
     """
     assert len(images.hashes) == len(images.vectors) == len(origin.keys)
     row = numbered(images.hashes)
@@ -82,167 +177,60 @@ def assemble(origin: Origin, images: Embedded, batch_size: int) -> tuple[Tensor,
         group = joined_by_copies(row, origin.groups)
     else:
         pixels = torch.cat(list(origin.batches(batch_size)))[kept]
-        group = joined(len(kept), near_copies(pixels))
+        group = connected(len(kept), near_copies(pixels))
     vectors = images.vectors
     if len(kept) < len(vectors):
         vectors = vectors[kept]
-    return vectors, Items.merged(origin, row, group, images.hashes)
+    return vectors, merged(origin, row, group, images.hashes)
 
 
-def added(
-    index: Searched,
-    images: Tensor,
-    captions: Sequence[str] | None,
-    labels: Tensor | None,
-    groups: Sequence[object] | Tensor | None,
-    counts: Tensor | None,
-    keys: Sequence[str] | None,
-    batch_size: int,
-) -> tuple[Tensor, Items]:
-    """Vectors and items of the index with more images; see ``ReferenceIndex.add``."""
-    if (labels is None) != (index.num_classes is None):
-        raise ValueError(
-            "the index has no labels, so images with labels cannot be added"
-            if labels is not None
-            else "the index has labels: give the labels of the images to add"
-        )
-    if keys is None:
-        keys = _free_keys(index.keys, len(images))
-    origin = Origin.of_images(images, keys, groups, counts, labels, captions, index.num_classes)
-    if tuple(images.shape[1:]) != tuple(index.image_shape):
-        raise ValueError(
-            f"images to add are {tuple(images.shape[1:])}, but the index is of images "
-            f"{tuple(index.image_shape)}"
-        )
-    hashes = _contents(index) + content_hashes(images)
-    row = numbered(hashes)
-    old, total = len(index), int(row.max()) + 1
-    _check_keys(index.keys, list(keys), row[old:])
-    # New rows are numbered after the old ones, in the order of their first image.
-    new = torch.from_numpy(np.unique(row, return_index=True)[1][old:] - old)
-    group = joined_by_copies(row, _group_names(index, origin))
-    pairs = _near(index, images[new], declared=groups is not None)
-    if len(pairs):
-        first = np.unique(group, return_index=True)[1]
-        same = np.stack([first[group], np.arange(total)], axis=1)
-        group = joined(total, np.concatenate([same, pairs]))
-    vectors = index.vectors.cpu()
-    if len(new):
-        fresh = index.features.embed(images[new].to(index.device), batch_size).cpu()
-        vectors = torch.cat([vectors, fresh])
-    items = Items.merged(_together(index, origin), row, group, hashes)
-    return vectors, items
+def content_hashes(images: Tensor) -> list[str]:
+    """SHA-256 of every image's float32 values, for images (N, C, H, W); −0 counts as 0."""
+    values = (images.detach().to("cpu", torch.float32) + 0.0).flatten(1).numpy()
+    return [hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest() for row in values]
 
 
-def removed(index: Searched, keys: Iterable[str]) -> tuple[Tensor, Items]:
-    """Vectors and items of the index without some images; see ``ReferenceIndex.remove``."""
-    if isinstance(keys, str):
-        keys = [keys]
-    gone = set(keys)
-    unknown = gone - set(index.keys)
-    if unknown:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise ValueError(f"the index has no image {min(unknown)!r}{more}; nothing was removed")
-    kept = [row for row, key in enumerate(index.keys) if key not in gone]
-    if not kept:
-        raise ValueError("this would remove all images of the index; an index cannot be empty")
-    rows, items = torch.tensor(kept), index.items
-    position = {row: place for place, row in enumerate(kept)}
-    table = items.conditions.filter(
-        pa.array([row in position for row in _list(items, "row")], pa.bool_())
-    )
-    numbers = pa.array([position[row] for row in table["row"].to_pylist()], pa.int64())
-    table = table.set_column(0, CONDITIONS.field("row"), numbers)
-    rest = Items(
-        [items.keys[row] for row in kept],
-        torch.from_numpy(numbered(items.group.cpu()[rows].tolist())),
-        items.multiplicity.cpu()[rows],
-        table,
-        index.num_classes,
-        [items.shards[row] for row in kept],
-        [items.contents[row] for row in kept],
-    )
-    return index.vectors.cpu()[rows], rest
+def near_copies(images: Tensor, since: int = 0) -> np.ndarray:
+    """``near_pairs`` of images (N, C, H, W) in [-1, 1]."""
+    return near_pairs(to_bytes(images.detach().to("cpu", torch.float32)).numpy(), since=since)
 
 
-def _list(items: Items, column: str) -> list[Any]:
-    return items.conditions[column].to_pylist()
+def joined_by_copies(row: np.ndarray, names: Sequence[object]) -> np.ndarray:
+    """Group of every row (rows,), where an image that has copies joins all their groups.
 
-
-def _free_keys(taken: list[str], count: int) -> list[str]:
-    known, number = set(taken), len(taken)
-    keys: list[str] = []
-    while len(keys) < count:
-        key = f"image-{number:08d}"
-        if key not in known:
-            keys.append(key)
-        number += 1
-    return keys
-
-
-def _contents(index: Searched) -> list[str]:
-    """Content hash of every row."""
-    if isinstance(index.features, PixelFeatures):
-        parts = index.vectors.split(4096)
-        shaped = (part.reshape(len(part), *index.image_shape) for part in parts)
-        return [digest for part in shaped for digest in content_hashes(part)]
-    contents = [content for content in index.items.contents if content is not None]
-    if len(contents) < len(index):
-        raise ValueError(
-            "this index does not know which images it holds (its keys are hashed, or it is of an "
-            "older version): add to the index that it was made from, or build it again"
-        )
-    return contents
-
-
-def _check_keys(old: list[str], new: list[str], row: np.ndarray) -> None:
-    """Refuse a key that stands for two images."""
-    known: dict[str, int] = {}
-    for key, number in zip(old, range(len(old)), strict=True):
-        known.setdefault(key, number)
-    for key, number in zip(new, row.tolist(), strict=True):
-        if known.setdefault(key, number) != number:
-            raise ValueError(f"key {key!r} already stands for another image")
-
-
-def _group_names(index: Searched, origin: Origin) -> list[object]:
-    """Group name of every old row and new image; a new one may name an old image's key."""
-    old = [("indexed", number) for number in index.group.tolist()]
-    if origin.groups is None:
-        return [*old, *(("alone", position) for position in range(len(origin.keys)))]
-    of_key = dict(zip(index.keys, old, strict=True))
-    return [*old, *(of_key.get(str(name), ("declared", name)) for name in origin.groups)]
-
-
-def _near(index: Searched, images: Tensor, declared: bool) -> np.ndarray:
-    """Pairs (P, 2) of rows that are near copies, each with a new row in it.
-
-    Only an index of pixels still has the old images to compare with.
+    Args:
+        row: (N,) row of every image, by first appearance; identical images share one.
+        names: N declared group names.
     """
-    none = np.zeros((0, 2), dtype=np.int64)
-    if declared or not len(images):
-        return none
-    if not isinstance(index.features, PixelFeatures):
-        return near_copies(images) + len(index)
-    old = index.vectors.cpu().reshape(-1, *index.image_shape)
-    # New images first: only their rows are compared, with all others.
-    pairs = near_copies(torch.cat([images.cpu().float(), old]), first=len(images))
-    return np.where(pairs < len(images), pairs + len(index), pairs - len(images))
+    first = np.unique(row, return_index=True)[1]
+    copies = np.stack([first[row], np.arange(len(row))], axis=1)
+    # In tuples, as None is a name here.
+    return connected(len(row), copies, [(name,) for name in names])[first]
 
 
-def _together(index: Searched, origin: Origin) -> Origin:
-    """Old rows, each with its records, followed by the new images."""
-    items = index.items
-    columns = [_list(items, name) for name in ("row", "label", "caption", "count")]
-    conditions: list[Condition] = list(zip(*columns, strict=True))
-    old = len(index)
-    conditions += [(place + old, *rest) for place, *rest in origin.conditions]  # type: ignore[misc]
-    return Origin(
-        batches=origin.batches,
-        keys=[*items.keys, *origin.keys],
-        counts=torch.cat([items.multiplicity.cpu(), origin.counts]),
-        groups=None,
-        conditions=conditions,
-        num_classes=index.num_classes,
-        shards=[*items.shards, *origin.shards],
+def merged(origin: Origin, row: np.ndarray, group: np.ndarray, hashes: Sequence[str]) -> Items:
+    """Items of an index, where images that share a row add up.
+
+    Args:
+        origin: the N images.
+        row: (N,) row of every image, numbered by first appearance.
+        group: (rows,) group of every row.
+        hashes: content hash of every image.
+    """
+    _, first = np.unique(row, return_index=True)
+    keys = [origin.keys[i] for i in first]
+    multiplicity = torch.zeros(len(first), dtype=torch.int64)
+    multiplicity.index_add_(0, torch.from_numpy(row), origin.counts)
+    totals: dict[tuple[int, int | None, str | None], int] = {}
+    for position, label, caption, count in origin.conditions:
+        condition = (int(row[position]), label, caption)
+        totals[condition] = totals.get(condition, 0) + count
+    return Items(
+        keys,
+        torch.from_numpy(group),
+        multiplicity,
+        conditions_table(totals, keys),
+        origin.num_classes,
+        [origin.shards[i] for i in first],
+        [hashes[i] for i in first],
     )

@@ -1,4 +1,4 @@
-"""Embedding of a large dataset by several processes, resumed after a kill."""
+"""Embedding a large dataset with several processes, resumable after a kill."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -22,10 +22,8 @@ from memfree.folders.atomic import remove_temporary, write_atomic
 from memfree.folders.lock import WHOLE, Part
 from memfree.folders.untrusted import check_plain
 from memfree.images import from_bytes
-from memfree.retrieval.build import Embedded
-from memfree.retrieval.features.base import Features, identity
-from memfree.retrieval.features.whitened import Whitened
-from memfree.retrieval.grouping import content_hashes
+from memfree.retrieval.build import Embedded, content_hashes
+from memfree.retrieval.features.base import Features, Whitened, identity, unreadable
 
 _FOLDER = re.compile("[0-9a-f]{16}")  # a ``_digest``
 
@@ -33,15 +31,15 @@ _FOLDER = re.compile("[0-9a-f]{16}")  # a ``_digest``
 class EmbeddedParts:
     """Embedded batches of a dataset's train part, one file each, until the index is written.
 
-    A batch is always embedded as it is, whichever process does it, so that vectors are the same
-    however many there are and wherever an earlier run was killed.
+    Batches are fixed, whichever process embeds them, so that vectors are the same however many
+    processes there are and wherever an earlier run was killed.
 
     Args:
         root: folder of all parts of an index; each extractor and dataset has its own in it.
         features: the extractor.
         dataset: the dataset folder.
         count: number of images.
-        batch_size: images a batch.
+        batch_size: images per batch.
     """
 
     def __init__(
@@ -51,6 +49,7 @@ class EmbeddedParts:
         self.folder = root / _digest(made_of)
         self.count = count
         self.batch_size = batch_size
+        self.batches = -(-count // batch_size)
 
     def rows(self, batch: int) -> range:
         """Positions of a batch's images."""
@@ -63,45 +62,30 @@ class EmbeddedParts:
 
     def missing(self, work: Part = WHOLE) -> list[int]:
         """Batches, of all or of this part of them, that are not embedded yet."""
-        there = {path.name for path in self.folder.glob("batch-*.safetensors")}
-        mine = work.share(range(self.batches))
-        return [batch for batch in mine if self.path(batch).name not in there]
-
-    @property
-    def batches(self) -> int:
-        """How many batches there are."""
-        return -(-self.count // self.batch_size)
+        done = {path.name for path in self.folder.glob("batch-*.safetensors")}
+        share = work.share(range(self.batches))
+        return [batch for batch in share if self.path(batch).name not in done]
 
     def write(self, batch: int, vectors: Tensor, hashes: list[str]) -> None:
-        """Keep a batch: it appears whole or not at all."""
+        """Write a batch atomically."""
         digests = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
         tensors = {"vectors": vectors.contiguous(), "hashes": torch.from_numpy(digests.copy())}
-
-        def save(path: Path) -> None:
-            safetensors.torch.save_file(tensors, path)
-
-        write_atomic(self.path(batch), save)
+        write_atomic(self.path(batch), partial(safetensors.torch.save_file, tensors))
 
     def read(self) -> Embedded:
-        """All batches in order.
-
-        Raises:
-            ValueError: a file was damaged or replaced.
-        """
+        """All batches in order; ValueError if a file was damaged or replaced."""
         vectors: Tensor | None = None
         hashes: list[str] = []
         for batch in range(self.batches):
             rows, path = self.rows(batch), self.path(batch)
-            try:
-                check_plain(path)
+            check_plain(path)
+            with unreadable(f"{path} is damaged; delete it and start again"):
                 tensors = safetensors.torch.load_file(path)
                 part, digests = tensors["vectors"], tensors["hashes"]
                 if vectors is None:
                     vectors = torch.empty(self.count, part.shape[1], dtype=torch.float32)
                 vectors[rows.start : rows.stop] = part.reshape(len(rows), -1)
                 digests = digests.reshape(len(rows), 32)
-            except (safetensors.SafetensorError, KeyError, IndexError, RuntimeError) as error:
-                raise ValueError(f"{path} is damaged; delete it and start again") from error
             hashes += [bytes(digest).hex() for digest in digests.numpy()]
         assert vectors is not None
         return Embedded(vectors, hashes)
@@ -123,13 +107,7 @@ class EmbeddedParts:
 
 
 class EmbeddingModule(LightningModule):
-    """Embeds batches and keeps them.
-
-    Args:
-        features: the extractor, moved to the device.
-        parts: where batches are kept.
-        advance: called with the number of images of every batch that this process has done.
-    """
+    """Embeds batches and writes them; ``advance`` is called with the size of each."""
 
     def __init__(
         self, features: Features, parts: EmbeddedParts, advance: Callable[[int], None]
@@ -149,14 +127,7 @@ class EmbeddingModule(LightningModule):
 
 
 class MissingBatches(LightningDataModule):
-    """The batches that are missing, a contiguous range of them for each process.
-
-    Args:
-        images: the train part of the dataset.
-        parts: where finished batches are kept.
-        workers: processes that decode images beside each process that embeds.
-        work: which batches are these processes' to embed.
-    """
+    """The batches that are missing, a contiguous range of them for each process."""
 
     def __init__(self, images: DatasetPart, parts: EmbeddedParts, workers: int, work: Part) -> None:
         super().__init__()
@@ -178,8 +149,8 @@ class MissingBatches(LightningDataModule):
     def predict_dataloader(self) -> Iterable[tuple[int, Tensor]]:
         """Batches of this rank."""
         assert self.trainer is not None
-        mine = np.array_split(self.missing, self.trainer.world_size)[self.trainer.global_rank]
-        batches = _Batches(self.images, self.parts, [int(batch) for batch in mine])
+        share = np.array_split(self.missing, self.trainer.world_size)[self.trainer.global_rank]
+        batches = _Batches(self.images, self.parts, share.astype(int).tolist())
         return DataLoader(dataset=batches, batch_size=None, num_workers=self.workers)
 
 
@@ -208,16 +179,10 @@ def embed(
     advance: Callable[[int], None] = lambda count: None,
     work: Part = WHOLE,
 ) -> None:
-    """Embed a dataset's train part, or of that what an earlier run left over.
+    """Embed what is missing of a dataset's train part; every process of ``trainer`` calls it.
 
-    Args:
-        images: the train part.
-        features: the extractor.
-        parts: where the batches are kept.
-        trainer: devices; with several, every process calls this function.
-        workers: processes that decode images beside each process that embeds.
-        advance: called with the number of images of every batch that this process has done.
-        work: which batches are to be embedded here.
+    Each has ``workers`` processes to decode images, and calls ``advance`` with the size of every
+    batch that it embedded.
     """
     if parts.missing(work):
         trainer.predict(
@@ -231,24 +196,18 @@ def embed(
 def whitened(
     dataset: DatasetFolder, features: Features, root: Path, batch_size: int, device: torch.device
 ) -> Whitened:
-    """Whiten an extractor on the fit part; what was fitted is kept with the parts.
+    """Whiten an extractor on the fit part; the projection is kept with the parts.
 
-    A process that starts later, or a run that goes on, has the very same projection, which on some
-    devices a second fit would not give.
+    So later processes and resumed runs have the very same one: on some devices a second fit
+    differs.
     """
     path = root / f"whitening-{_digest([identity(features.describe()), dataset.hash])}.safetensors"
     if path.is_file():
-        try:
+        with unreadable(f"{path} is damaged; delete it and start again"):
             return Whitened.from_tensors(features, safetensors.torch.load_file(path))
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged; delete it and start again") from error
     fitted = Whitened.fit(features.to(device), dataset.part("fit").images(), batch_size=batch_size)
     tensors = {name: value.cpu().contiguous() for name, value in fitted.tensors().items()}
-
-    def save(temporary: Path) -> None:
-        safetensors.torch.save_file(tensors, temporary)
-
-    write_atomic(path, save)
+    write_atomic(path, partial(safetensors.torch.save_file, tensors))
     return Whitened.from_tensors(features, tensors)
 
 

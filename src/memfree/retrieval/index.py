@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from memfree.data.duplicates import group as connected
+from memfree.data.duplicates import numbered
 from memfree.retrieval import index_folder
-from memfree.retrieval.build import Embedded, added, assemble, embedded, removed
-from memfree.retrieval.features.base import Features, PixelFeatures
-from memfree.retrieval.items import Items, Origin, duplicated_captions
+from memfree.retrieval.build import (
+    Condition,
+    Embedded,
+    Origin,
+    assemble,
+    content_hashes,
+    embedded,
+    joined_by_copies,
+    merged,
+    near_copies,
+)
+from memfree.retrieval.features.base import Features, Metric, PixelFeatures
+from memfree.retrieval.items import CONDITIONS, Items, duplicated_captions
 from memfree.retrieval.options import CaptionPolicy
-from memfree.retrieval.rows import Searched
+from memfree.retrieval.search import FaissReferences, Groups, Hits, References
 
 if TYPE_CHECKING:
     from memfree.data import DatasetFolder
 
+Backend = Literal["auto", "torch", "faiss"]
+_SMALL = 1 << 29
+"""Elements of the vectors (2 GB) up to which a CPU keeps a second, centred copy of them."""
 
-class ReferenceIndex(Searched):
+
+class ReferenceIndex:
     """Feature vectors of distinct training images, searched by group.
 
-    Made by ``build`` or ``load``. Rows are distinct images; copies of an image are one row with
-    their number beside it. Rows of the same group (near copies, declared or found) count as one
-    neighbour. Neither search nor storage is differentiable: take gradients through
-    ``features(images)`` and ``vectors[hits.rows]``.
+    Made by ``build`` or ``load``. Rows are distinct images with their number of copies; rows of the
+    same group (near copies, declared or found) count as one neighbour. Search is not
+    differentiable: take gradients through ``features(images)`` and ``vectors[hits.rows]``.
 
     Attributes:
         vectors: (rows, D) float32, possibly memory-mapped; of length 1 for ``cosine``.
@@ -35,8 +55,28 @@ class ReferenceIndex(Searched):
         image_shape: (C, H, W) of the images.
         dataset_hash: hash of the dataset folder, None for an index of bare tensors.
         calibrations: by similarity name, JSON that ``memfree.guidance.calibrate`` stores here.
-        backend: what searches; see ``Searched``.
+        backend: ``torch`` (matrix products on the index's device; ``auto`` is the same) or
+            ``faiss``, which keeps a copy of the vectors and is slower on a CPU. Results are equal.
     """
+
+    def __init__(
+        self,
+        vectors: Tensor,
+        features: Features,
+        items: Items,
+        image_shape: tuple[int, int, int],
+        dataset_hash: str | None = None,
+        calibrations: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        self.vectors = vectors
+        self.features = features
+        self.items = items
+        self.image_shape = image_shape
+        self.dataset_hash = dataset_hash
+        self.calibrations = calibrations if calibrations is not None else {}
+        self.backend: Backend = "auto"
+        self._references: References | None = None
+        self._faiss: FaissReferences | None = None
 
     @classmethod
     def build(
@@ -55,23 +95,22 @@ class ReferenceIndex(Searched):
         """Index images; identical ones become one row, their counts and conditions are added up.
 
         Args:
-            images: (N, C, H, W) in [-1, 1]; or a dataset folder, whose train part is indexed with
-                its own keys, groups, copies and conditions (the arguments below are then refused).
-            features: what images are compared by; None: ``PixelFeatures()``.
+            images: (N, C, H, W) in [-1, 1]; or a dataset folder, whose train part has its own
+                keys, groups, counts, labels and captions.
+            features: the extractor; None: ``PixelFeatures()``.
             captions: caption of every image.
             labels: (N,) int64 class of every image.
-            groups: group of every image, any hashable values or a (N,) tensor: images of the same
-                group count as one neighbour. None: near copies are found by their pixels (see
-                ``grouping.near_copies``).
+            groups: group of every image, hashable values or a (N,) tensor. None: near copies are
+                found by their pixels, as ``memfree prepare`` does (``data.duplicates.near_pairs``).
             counts: (N,) int64 training records of every image; None: 1 each.
             keys: name of every image; None: ``image-00000000`` and so on.
             num_classes: number of classes; None: the highest label + 1.
             batch_size: images to embed at a time.
-            advance: called with the number of images of every batch that is done.
+            advance: called with the number of images of every finished batch.
 
         Raises:
-            ValueError: the images are not (N, C, H, W), empty, not finite or outside [-1, 1], or
-                an argument does not have one entry an image.
+            ValueError: the images are not finite (N, C, H, W) in [-1, 1], or an argument does not
+                have one entry per image.
         """
         features = features if features is not None else PixelFeatures()
         if isinstance(images, Tensor):
@@ -83,7 +122,11 @@ class ReferenceIndex(Searched):
                     "a dataset folder has its own keys, groups, counts, labels and captions: "
                     "give images only"
                 )
-            origin = Origin.of_dataset(_opened(images))
+            if isinstance(images, (str, Path)):
+                from memfree.data import DatasetFolder
+
+                images = DatasetFolder(Path(images))
+            origin = Origin.of_dataset(images)
         images_of_origin, image_shape = embedded(origin, features, batch_size, advance)
         vectors, items = assemble(origin, images_of_origin, batch_size)
         return cls(vectors, features.cpu(), items, image_shape, origin.dataset_hash)
@@ -92,25 +135,133 @@ class ReferenceIndex(Searched):
     def of_embedded(
         cls, dataset: DatasetFolder, features: Features, images: Embedded
     ) -> ReferenceIndex:
-        """Index a dataset's train part that was embedded before (``retrieval.embedding``)."""
-        origin = Origin.of_dataset(dataset)
-        vectors, items = assemble(origin, images, batch_size=256)
+        """Index a dataset's train part that was embedded before (``retrieval.embed``)."""
+        vectors, items = assemble(Origin.of_dataset(dataset), images, batch_size=256)
         return cls(vectors, features.cpu(), items, dataset.image_shape, dataset.hash)
+
+    def __len__(self) -> int:
+        """Number of rows: distinct images."""
+        return len(self.vectors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index is searched."""
+        return self.vectors.device
+
+    @property
+    def metric(self) -> Metric:
+        """``l2`` or ``cosine``, from the extractor."""
+        return self.features.metric
+
+    @property
+    def keys(self) -> list[str]:
+        """Image key of every row."""
+        return self.items.keys
+
+    @property
+    def group(self) -> Tensor:
+        """(rows,) int64 group number of every row."""
+        return self.items.group
+
+    @property
+    def multiplicity(self) -> Tensor:
+        """(rows,) int64: training records of exactly that image."""
+        return self.items.multiplicity
+
+    @property
+    def group_multiplicity(self) -> Tensor:
+        """(rows,) int64: training records of the row's whole group."""
+        return self.items.group_multiplicity
+
+    @property
+    def labels(self) -> Tensor | None:
+        """(rows,) int64: the most frequent label of every row, None without labels."""
+        return self.items.labels
+
+    @property
+    def label_counts(self) -> Tensor | None:
+        """(rows, num_classes) int64: records of a row by label, or None; computed at every call."""
+        return self.items.label_counts
+
+    @property
+    def captions(self) -> list[str] | None:
+        """The most frequent caption of every row, None without captions."""
+        return self.items.captions
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, None without labels."""
+        return self.items.num_classes
 
     def to(self, device: torch.device | str) -> ReferenceIndex:
         """Move the index and its extractor to a device; returns itself."""
         device = torch.device(device)
-        self._move_vectors(device)
+        if device != self.vectors.device:
+            self.vectors = self.vectors.to(device)
+            self._references = self._faiss = None
         self.items.to(device)
         self.features.to(device)
         return self
 
-    def images(self, rows: Tensor) -> Tensor:
-        """The images (len(rows), C, H, W) in [-1, 1] of some rows.
+    @property
+    def references(self) -> References:
+        """Vectors prepared for search: centred, with norms and groups; made at the first use."""
+        if self._references is None:
+            small = self.vectors.numel() <= _SMALL or self.device.type != "cpu"
+            keep_centred = small and self.backend != "faiss"
+            self._references = References(
+                self.vectors, Groups.of(self.group), self.metric, keep_centred
+            )
+        return self._references
+
+    @torch.no_grad()
+    def search(self, queries: Tensor, k: int) -> Hits:
+        """Find the nearest member of each of the k nearest distinct groups.
+
+        Args:
+            queries: vectors (B, D), or images (B, C, H, W) in [-1, 1], which are embedded first.
+            k: number of groups to find, at most as many as there are.
+
+        Returns:
+            rows and scores, best first, on the index's device: L2 distances or cosine
+            similarities, exact to float32; of equal scores the lower row comes first.
 
         Raises:
-            ValueError: the index holds features from which images cannot be had.
+            ValueError: k is not in 1 … number of groups, or the queries have another shape or are
+                not finite.
         """
+        references = self.references
+        if not 1 <= k <= references.groups.count:
+            raise ValueError(
+                f"cannot find k={k} neighbours: the index has {references.groups.count} distinct "
+                f"groups, so k must be in 1 … {references.groups.count}"
+            )
+        vectors = self._query_vectors(queries)
+        if self.backend != "faiss":
+            return references.search(vectors, k)
+        if self._faiss is None:
+            self._faiss = FaissReferences(references)
+        return self._faiss.search(vectors, k)
+
+    def _query_vectors(self, queries: Tensor) -> Tensor:
+        queries = queries.detach().to(self.device)
+        if queries.ndim == 4:
+            if tuple(queries.shape[1:]) != tuple(self.image_shape):
+                raise ValueError(
+                    f"queries are images of shape {tuple(queries.shape[1:])}, but the index is "
+                    f"of images of shape {tuple(self.image_shape)}"
+                )
+            queries = self.features(queries)
+        if queries.ndim != 2 or queries.shape[1] != self.vectors.shape[1]:
+            raise ValueError(
+                f"queries have shape {tuple(queries.shape)}, but the index needs vectors "
+                f"(B, {self.vectors.shape[1]}) or images (B, C, H, W) of {tuple(self.image_shape)}"
+            )
+        queries = queries.to(torch.float32)
+        return functional.normalize(queries, dim=1) if self.metric == "cosine" else queries
+
+    def images(self, rows: Tensor) -> Tensor:
+        """The images (len(rows), C, H, W) in [-1, 1] of some rows; only of an index of pixels."""
         if not isinstance(self.features, PixelFeatures):
             raise ValueError(
                 f"an index of {self.features.describe()['name']} features holds no images; "
@@ -121,7 +272,7 @@ class ReferenceIndex(Searched):
     def duplicated_caption(
         self, rows: Tensor, policy: CaptionPolicy = "nearest", m: int = 20
     ) -> list[str]:
-        """Caption of what each query (rows: (B, k)) may copy; see ``captions``."""
+        """Caption that each query may copy; see ``items.duplicated_captions``."""
         return duplicated_captions(self.items, rows, policy, m)
 
     def add(
@@ -134,11 +285,10 @@ class ReferenceIndex(Searched):
         keys: Sequence[str] | None = None,
         batch_size: int = 256,
     ) -> ReferenceIndex:
-        """A new index with more images; this one, and guidances that hold it, stay as they are.
+        """A new index with more images, which must be calibrated again.
 
-        An image that is indexed already adds to its row's multiplicity and conditions; others
-        become rows at the end. Thresholds may have moved, so the new index must be calibrated
-        again, and it is no longer of the dataset folder that this one is of.
+        An image that is already indexed adds to its row's multiplicity and conditions; others
+        become rows at the end. This index, and guidances that hold it, do not change.
 
         Args:
             images: (N, C, H, W) in [-1, 1], of the index's shape.
@@ -153,19 +303,116 @@ class ReferenceIndex(Searched):
             ValueError: as in ``build``, a key stands for another image, or the index does not know
                 its own images (its keys are hashed, or an older version wrote it).
         """
-        more = added(self, images, captions, labels, groups, counts, keys, batch_size)
-        return self._changed(*more, "images were added")
+        if (labels is None) != (self.num_classes is None):
+            raise ValueError(
+                "the index has no labels, so images with labels cannot be added"
+                if labels is not None
+                else "the index has labels: give the labels of the images to add"
+            )
+        if keys is None:
+            keys = _free_keys(self.keys, len(images))
+        more = Origin.of_images(images, keys, groups, counts, labels, captions, self.num_classes)
+        if tuple(images.shape[1:]) != tuple(self.image_shape):
+            raise ValueError(
+                f"images to add are {tuple(images.shape[1:])}, but the index is of images "
+                f"{tuple(self.image_shape)}"
+            )
+        hashes = self._contents() + content_hashes(images)
+        row = numbered(hashes)
+        old = len(self)
+        row_of_key = {key: number for number, key in reversed(list(enumerate(self.keys)))}
+        for key, number in zip(keys, row[old:].tolist(), strict=True):
+            if row_of_key.setdefault(key, number) != number:
+                raise ValueError(f"key {key!r} already stands for another image")
+        # New rows are numbered after the old ones, in the order of their first image.
+        new = torch.from_numpy(np.unique(row, return_index=True)[1][old:] - old)
+        group = joined_by_copies(row, self._group_names(more))
+        if groups is None and len(new):
+            group = connected(len(group), self._near(images[new]), group.tolist())
+        vectors = self.vectors.cpu()
+        if len(new):
+            fresh = self.features.embed(images[new].to(self.device), batch_size).cpu()
+            vectors = torch.cat([vectors, fresh])
+        return self._changed(
+            vectors, merged(self._with(more), row, group, hashes), "images were added"
+        )
+
+    def _contents(self) -> list[str]:
+        """Content hash of every row."""
+        if isinstance(self.features, PixelFeatures):
+            parts = self.vectors.split(4096)
+            shaped = (part.reshape(len(part), *self.image_shape) for part in parts)
+            return [digest for part in shaped for digest in content_hashes(part)]
+        contents = [content for content in self.items.contents if content is not None]
+        if len(contents) < len(self):
+            raise ValueError(
+                "this index does not know which images it holds (its keys are hashed, or an older "
+                "version wrote it): add to the index that it was made from, or build it again"
+            )
+        return contents
+
+    def _group_names(self, more: Origin) -> list[object]:
+        """Group name of every old row and new image; a new one may name an old image's key."""
+        old = [("indexed", number) for number in self.group.tolist()]
+        if more.groups is None:
+            return [*old, *(("alone", position) for position in range(len(more.keys)))]
+        of_key = dict(zip(self.keys, old, strict=True))
+        return [*old, *(of_key.get(str(name), ("declared", name)) for name in more.groups)]
+
+    def _near(self, images: Tensor) -> np.ndarray:
+        """Pairs (P, 2) of rows that are near copies, each with a new row."""
+        if not isinstance(self.features, PixelFeatures):  # the old images are not known
+            return near_copies(images) + len(self)
+        old = self.vectors.cpu().reshape(-1, *self.image_shape)
+        return near_copies(torch.cat([old, images.cpu().float()]), since=len(self))
+
+    def _with(self, more: Origin) -> Origin:
+        """Old rows, each with its records, followed by the new images."""
+        items, old = self.items, len(self)
+        names = ("row", "label", "caption", "count")
+        columns = [items.conditions[name].to_pylist() for name in names]
+        conditions: list[Condition] = list(zip(*columns, strict=True))
+        conditions += [(row + old, *rest) for row, *rest in more.conditions]  # type: ignore[misc]
+        return Origin(
+            batches=more.batches,
+            keys=[*items.keys, *more.keys],
+            counts=torch.cat([items.multiplicity.cpu(), more.counts]),
+            groups=None,
+            conditions=conditions,
+            num_classes=self.num_classes,
+            shards=[*items.shards, *more.shards],
+        )
 
     def remove(self, keys: Iterable[str]) -> ReferenceIndex:
-        """A new index without the images of these keys, as for opt-outs; this one stays as it is.
+        """A new index without the images of these keys and their copies, as for opt-outs.
 
-        A row goes with all its copies. Other rows of its group stay, and stay together. Thresholds
-        may have moved, so the new index must be calibrated again.
+        Other rows of their groups stay together. The new index must be calibrated again.
 
         Raises:
             ValueError: a key is unknown, or no image would be left.
         """
-        return self._changed(*removed(self, keys), "images were removed")
+        gone = {keys} if isinstance(keys, str) else set(keys)
+        if unknown := gone - set(self.keys):
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise ValueError(f"the index has no image {min(unknown)!r}{more}; nothing was removed")
+        kept = [row for row, key in enumerate(self.keys) if key not in gone]
+        if not kept:
+            raise ValueError("this would remove all images of the index; an index cannot be empty")
+        rows, items = torch.tensor(kept), self.items
+        position = {row: place for place, row in enumerate(kept)}
+        of_table = items.conditions["row"].to_pylist()
+        table = items.conditions.filter(pa.array([row in position for row in of_table], pa.bool_()))
+        numbers = [position[row] for row in of_table if row in position]
+        rest = Items(
+            [items.keys[row] for row in kept],
+            torch.from_numpy(numbered(items.group.cpu()[rows].tolist())),
+            items.multiplicity.cpu()[rows],
+            table.set_column(0, CONDITIONS.field("row"), pa.array(numbers, pa.int64())),
+            self.num_classes,
+            [items.shards[row] for row in kept],
+            [items.contents[row] for row in kept],
+        )
+        return self._changed(self.vectors.cpu()[rows], rest, "images were removed")
 
     def _changed(self, vectors: Tensor, items: Items, why: str) -> ReferenceIndex:
         # Other references have other distances: thresholds may have moved.
@@ -179,8 +426,7 @@ class ReferenceIndex(Searched):
     ) -> ReferenceIndex:
         """A new index that names no image, for parties who may not hold them.
 
-        It has the embeddings, groups, counts, labels and calibrations; each key is replaced by
-        ``index_folder.hashed_key`` of it. Images cannot be added to it.
+        Keys are replaced by ``index_folder.hashed_key``; images cannot be added.
 
         Args:
             salt: 16 characters or more that the owner of the images keeps; with it and the list of
@@ -191,18 +437,17 @@ class ReferenceIndex(Searched):
         Raises:
             ValueError: the salt is short, or images can be had from the vectors (pixels, latents).
         """
-        return ReferenceIndex(
-            self.vectors,
-            self.features,
-            index_folder.hashed(self, salt, keep_captions, keep_shards),
-            self.image_shape,
-            self.dataset_hash,
-            dict(self.calibrations),
-        ).to(self.device)
+        items = index_folder.hashed(self.items, self.features, salt, keep_captions, keep_shards)
+        parts = replace(self._stored(), items=items, calibrations=dict(self.calibrations))
+        return ReferenceIndex(**vars(parts)).to(self.device)
 
     def save(self, folder: Path | str, overwrite: bool = False) -> None:
         """Write the index folder in one step; see ``index_folder.save``."""
-        index_folder.save(self, Path(folder), overwrite)
+        index_folder.save(self._stored(), Path(folder), overwrite)
+
+    def _stored(self) -> index_folder.Stored:
+        names = [field.name for field in fields(index_folder.Stored)]
+        return index_folder.Stored(**{name: getattr(self, name) for name in names})
 
     def save_calibrations(self, folder: Path | str) -> None:
         """Replace only the calibrations in the index's own folder."""
@@ -218,12 +463,10 @@ class ReferenceIndex(Searched):
     ) -> ReferenceIndex:
         """Open an index folder, vectors memory-mapped; see ``index_folder.load``."""
         place = None if weights is None else Path(weights)
-        return cls(*index_folder.load(Path(folder), place, trust_file, verify))
+        return cls(**vars(index_folder.load(Path(folder), place, trust_file, verify)))
 
 
-def _opened(dataset: DatasetFolder | Path | str) -> DatasetFolder:
-    if isinstance(dataset, (str, Path)):
-        from memfree.data import DatasetFolder
-
-        return DatasetFolder(Path(dataset))
-    return dataset
+def _free_keys(taken: list[str], count: int) -> list[str]:
+    known = set(taken)
+    free = (key for n in itertools.count(len(taken)) if (key := f"image-{n:08d}") not in known)
+    return list(itertools.islice(free, count))

@@ -8,14 +8,13 @@ import json
 import math
 import os
 import secrets
-import tokenize
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -35,19 +34,59 @@ from memfree.folders.manifest import (
     sha256,
     write_manifest,
 )
-from memfree.folders.untrusted import check_plain, read_json, read_table, short
-from memfree.retrieval.features.base import Features, PixelFeatures, identity
+from memfree.folders.untrusted import (
+    Maybe,
+    Number,
+    check_fields,
+    check_plain,
+    read_json,
+    read_table,
+    short,
+)
+from memfree.retrieval.features.base import Features, PixelFeatures, identity, unreadable
 from memfree.retrieval.features.make import features_from
 from memfree.retrieval.items import CONDITIONS, Items, conditions_table
 
-if TYPE_CHECKING:
-    from memfree.retrieval.rows import Searched
+SKIP_VARIABLE = "MEMFREE_SKIP_CHECKSUMS"
+_SHORTEST_SALT = 16  # characters: with fewer, keys can be found out by trying salts
+_LONGEST_SALT = 1 << 16  # bytes of its file
+_LABEL_BYTES = 1 << 30  # that the counts of all labels may take beside a small index
+_CHECKED = 1 << 24  # numbers checked at a time
+_NULLABLE = ("shard", "content", "label", "caption")
+ITEMS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("image_key", pa.string()),
+        ("group", pa.int64()),
+        ("multiplicity", pa.int64()),
+        ("shard", pa.string()),
+        ("content", pa.string()),
+    ]
+)
+HASHED_FILES = ("items.parquet", "conditions.parquet", "features.safetensors")
+_COUNT = Number(1, (1 << 40) - 1, whole=True)
+_MANIFEST = {
+    "rows": _COUNT,
+    "dimension": _COUNT,
+    "groups": _COUNT,
+    "files": {str: str},
+    "features": dict,
+    "image_shape": [Number(1, 1 << 20, whole=True)],
+    "num_classes": Maybe(Number(1, 1 << 20, whole=True)),
+    "dataset_hash": Maybe(str),
+}
 
-_SHORTEST = 16
-"""Characters of a salt: with fewer, keys can be found out by trying salts."""
 
-_LONGEST = 1 << 16
-"""Bytes of a salt's file."""
+@dataclass(frozen=True)
+class Stored:
+    """Contents of an index folder: the arguments of ``ReferenceIndex``."""
+
+    vectors: Tensor
+    features: Features
+    items: Items
+    image_shape: tuple[int, int, int]
+    dataset_hash: str | None
+    calibrations: dict[str, dict[str, Any]]
 
 
 def hashed_key(key: str, salt: str) -> str:
@@ -60,7 +99,7 @@ def hashed_key(key: str, salt: str) -> str:
 
 
 def read_salt(path: Path) -> str:
-    """The salt in a file; a random one is written there, for its owner's eyes, if there is none."""
+    """The salt in a file; a random one is written there, readable by its owner, if it is new."""
     if not os.path.lexists(path):
 
         def write(temporary: Path) -> None:
@@ -68,23 +107,22 @@ def read_salt(path: Path) -> str:
 
         write_atomic(path, write, mode=0o600)
     check_plain(path)
-    if path.stat().st_size > _LONGEST:
-        raise ValueError(f"{path} holds no salt: it has more than {_LONGEST} bytes")
+    if path.stat().st_size > _LONGEST_SALT:
+        raise ValueError(f"{path} is not a salt: it has more than {_LONGEST_SALT} bytes")
     return path.read_text(encoding="utf-8").strip()
 
 
 def hashed(
-    index: Searched, salt: str, keep_captions: bool = False, keep_shards: bool = False
+    items: Items, features: Features, salt: str, keep_captions: bool, keep_shards: bool
 ) -> Items:
-    """The items of the index without what names its images; see ``ReferenceIndex.hashed``."""
-    if len(salt) < _SHORTEST:
-        raise ValueError(f"the salt has {len(salt)} characters; use {_SHORTEST} or more")
-    if index.features.reveals_images:
+    """Items without what names their images; see ``ReferenceIndex.hashed``."""
+    if len(salt) < _SHORTEST_SALT:
+        raise ValueError(f"the salt has {len(salt)} characters; use {_SHORTEST_SALT} or more")
+    if features.reveals_images:
         raise ValueError(
-            f"an index of {index.features.describe()['name']} features shows its images whatever "
+            f"an index of {features.describe()['name']} features shows its images whatever "
             "its keys are; index them by another extractor, as SSCD"
         )
-    items = index.items
     keys = [hashed_key(key, salt) for key in items.keys]
     totals: dict[tuple[int, int | None, str | None], int] = {}
     for condition in items.conditions.to_pylist():
@@ -98,22 +136,9 @@ def hashed(
         items.group.cpu(),
         items.multiplicity.cpu(),
         conditions_table(totals, keys),
-        index.num_classes,
-        list(items.shards) if keep_shards else None,
+        items.num_classes,
+        list(items.shards) if keep_shards else [],
     )
-
-
-ITEMS = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("image_key", pa.string()),
-        ("group", pa.int64()),
-        ("multiplicity", pa.int64()),
-        ("shard", pa.string()),
-        ("content", pa.string()),
-    ]
-)
-HASHED_FILES = ("items.parquet", "conditions.parquet", "features.safetensors")
 
 
 def _notice(features: Features) -> str:
@@ -126,40 +151,53 @@ def _notice(features: Features) -> str:
     return f"vectors.npy holds {held}; treat it like the training set"
 
 
-def content_hash(index: Searched) -> str | None:
-    """SHA-256 that tells indexes of bare images apart; None where the dataset's hash does."""
-    if index.dataset_hash is not None:
-        return None
-    digest = hashlib.sha256(json.dumps(index.keys).encode())
-    for value in (index.group, index.multiplicity, *index.vectors.split(4096)):
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def save(index: Searched, folder: Path, overwrite: bool = False) -> None:
+def save(index: Stored, folder: Path, overwrite: bool = False) -> None:
     """Write an index folder beside its place, then rename it there.
 
-    An index of the same data in the same place is replaced.
-
-    Args:
-        index: what to write.
-        folder: where; must not exist, be empty, or hold an index.
-        overwrite: also replace an index of other data.
+    An index of the same data in the same place is replaced, and with ``overwrite`` one of other
+    data.
 
     Raises:
         ValueError: the folder holds something else, or another index and not ``overwrite``.
         OSError: the disk has too little room.
     """
     folder = folder.absolute()
-    made_of = index.dataset_hash or content_hash(index)
-    claim_index(folder, made_of, index.features.describe(), overwrite)
-    check_free_space(folder, index.vectors.numel() * 4 + 100 * len(index) + (1 << 20))
+    vectors, items, content_hash = index.vectors, index.items, None
+    if index.dataset_hash is None:  # tells indexes of bare tensors apart
+        digest = hashlib.sha256(json.dumps(items.keys).encode())
+        for value in (items.group, items.multiplicity, *vectors.split(4096)):
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        content_hash = digest.hexdigest()
+    features = index.features.describe()
+    claim_index(folder, index.dataset_hash or content_hash, features, overwrite)
+    check_free_space(folder, vectors.numel() * 4 + 100 * len(vectors) + (1 << 20))
     with unfinished(folder) as partial:
-        _write(index, partial)
+        _write_arrays(index, partial)
+        write_json(partial / "calibration.json", _sealed(index.calibrations))
+        save_config(partial)
+        write_manifest(
+            partial,
+            "index",
+            contains_training_data=_notice(index.features),
+            rows=len(vectors),
+            groups=int(items.group.max()) + 1,
+            records=int(items.multiplicity.sum()),
+            dimension=vectors.shape[1],
+            metric=index.features.metric,
+            features=features,
+            image_shape=list(index.image_shape),
+            num_classes=items.num_classes,
+            dataset_hash=index.dataset_hash,
+            content_hash=content_hash,
+            vectors_crc32=block_checksums(partial / "vectors.npy"),
+            files={
+                name: sha256(partial / name) for name in HASHED_FILES if (partial / name).exists()
+            },
+        )
         put_in_place(partial, folder, overwrite=True)
 
 
-def _write(index: Searched, folder: Path) -> None:
+def _write_arrays(index: Stored, folder: Path) -> None:
     # Not through a memory map: where the disk becomes full, that ends the process by a signal.
     with open(folder / "vectors.npy", "wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": tuple(index.vectors.shape)}
@@ -169,7 +207,7 @@ def _write(index: Searched, folder: Path) -> None:
     items = index.items
     rows = pa.table(
         {
-            "row": range(len(index)),
+            "row": range(len(index.vectors)),
             "image_key": items.keys,
             "group": items.group.cpu().numpy(),
             "multiplicity": items.multiplicity.cpu().numpy(),
@@ -183,25 +221,6 @@ def _write(index: Searched, folder: Path) -> None:
     tensors = {name: value.cpu().contiguous() for name, value in index.features.tensors().items()}
     if tensors:
         safetensors.torch.save_file(tensors, folder / "features.safetensors")
-    write_json(folder / "calibration.json", _sealed(index.calibrations))
-    save_config(folder)
-    write_manifest(
-        folder,
-        "index",
-        contains_training_data=_notice(index.features),
-        rows=len(index),
-        groups=int(index.group.max()) + 1,
-        records=int(index.multiplicity.sum()),
-        dimension=index.vectors.shape[1],
-        metric=index.metric,
-        features=index.features.describe(),
-        image_shape=list(index.image_shape),
-        num_classes=index.num_classes,
-        dataset_hash=index.dataset_hash,
-        content_hash=content_hash(index),
-        vectors_crc32=block_checksums(folder / "vectors.npy"),
-        files={name: sha256(folder / name) for name in HASHED_FILES if (folder / name).exists()},
-    )
 
 
 def claim_index(
@@ -209,21 +228,17 @@ def claim_index(
 ) -> Found:
     """Accept ``out`` as the place of an index.
 
-    Args:
-        out: where the index shall be.
-        images_hash: of its dataset folder, or ``content_hash`` of an index of tensors.
-        features: ``describe()`` of its features.
-        overwrite: whether it replaces an index of other images or features, and one of its own.
+    ``images_hash`` is that of the dataset folder, or of the contents of an index of tensors.
 
     Raises:
-        ValueError: it holds something else, or such an index and not ``overwrite``.
+        ValueError: it holds something else, or an index of other images or features and not
+            ``overwrite``.
     """
-    asked = _made_from({"dataset_hash": images_hash, "features": features})
-    return claim(out, "index", None if overwrite else asked, overwrite, _made_from)
+    identity_here = _made_from({"dataset_hash": images_hash, "features": features})
+    return claim(out, "index", None if overwrite else identity_here, overwrite, _made_from)
 
 
 def _made_from(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The identity of an index; without a dataset it is told apart by its rows."""
     images, features = manifest.get("dataset_hash"), manifest.get("features")
     return {
         "dataset_sha256": manifest.get("content_hash") if images is None else images,
@@ -238,34 +253,17 @@ def save_calibrations(folder: Path, calibrations: dict[str, dict[str, Any]]) -> 
 
 
 def calibration_hash(name: str, record: dict[str, Any]) -> str:
-    """SHA-256 of a record of ``calibration.json``, without the one that stands in it."""
+    """SHA-256 of a record of ``calibration.json``, except its own."""
     rest = {field: value for field, value in record.items() if field != "sha256"}
     return hashlib.sha256(json.dumps([name, rest], sort_keys=True).encode()).hexdigest()
 
 
 def _sealed(calibrations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The records with their hashes; the file is replaced alone, so its hash stands in itself."""
+    """The records with their hashes: the file is replaced alone, without the manifest."""
     return {
         name: {**record, "sha256": calibration_hash(name, record)}
         for name, record in calibrations.items()
     }
-
-
-_LABEL_BYTES = 1 << 30  # that the counts of all labels may take beside a small index
-_CHECKED = 1 << 24  # numbers looked at in one go
-SKIP_VARIABLE = "MEMFREE_SKIP_CHECKSUMS"
-_NULLABLE = ("shard", "content", "label", "caption")
-
-
-class Stored(NamedTuple):
-    """What an index folder holds: the arguments of ``ReferenceIndex``."""
-
-    vectors: Tensor
-    features: Features
-    items: Items
-    image_shape: tuple[int, int, int]
-    dataset_hash: str | None
-    calibrations: dict[str, dict[str, Any]]
 
 
 def load(
@@ -275,19 +273,20 @@ def load(
 
     Args:
         folder: what ``save`` wrote.
-        weights: where the extractor's file or folder is now, if not where it was at building; it
-            must have the same weights.
+        weights: where the extractor's file or folder is now, if it was moved; it must have the
+            same weights.
         trust_file: run the TorchScript file of an SSCD extractor whatever its hash is.
         verify: read the vectors once and compare their checksums, at the speed of the disk. The
-            environment variable ``MEMFREE_SKIP_CHECKSUMS=1`` leaves it out in every command.
+            environment variable ``MEMFREE_SKIP_CHECKSUMS=1`` turns it off in every command.
 
     Raises:
         FileNotFoundError: there is no such folder, or the extractor's weights are not in place.
         ValueError: it is unfinished, damaged, of another kind, or its files contradict each other.
     """
     manifest = read_manifest(folder, "index")
-    rows, dimension, groups = (_size(manifest, folder, x) for x in ("rows", "dimension", "groups"))
-    for name, digest in _field(manifest, folder, "files", dict).items():
+    check_fields(manifest, _MANIFEST, f"{folder}/manifest.json")
+    rows, dimension, shape = manifest["rows"], manifest["dimension"], manifest["image_shape"]
+    for name, digest in manifest["files"].items():
         if name not in HASHED_FILES:
             raise ValueError(
                 f"{folder}/manifest.json names a file {short(repr(name))} that no index has"
@@ -301,22 +300,16 @@ def load(
             )
     tensors = {}
     if "features.safetensors" in manifest["files"]:
-        try:
+        with unreadable(f"{folder}/features.safetensors cannot be read"):
             tensors = safetensors.torch.load_file(folder / "features.safetensors")
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{folder}/features.safetensors cannot be read: {short(error)}"
-            ) from error
-    description = _field(manifest, folder, "features", dict)
     try:
-        features = features_from(description, tensors, weights, trust_file)
+        features = features_from(manifest["features"], tensors, weights, trust_file)
     except (ValueError, OSError) as error:
         if type(error) is FileNotFoundError:  # says itself which weights are not in place
             raise
         raise ValueError(f"{folder}: {short(error, 600)}") from error
-    shape = _field(manifest, folder, "image_shape", list)
-    if len(shape) != 3 or not all(type(size) is int and 0 < size <= 1 << 20 for size in shape):
-        raise ValueError(f"{folder}/manifest.json has an impossible image_shape {short(shape)}")
+    if len(shape) != 3:
+        raise ValueError(f"{folder}/manifest.json.image_shape has not 3 numbers: {short(shape)}")
     if isinstance(features, PixelFeatures) and math.prod(shape) != dimension:
         raise ValueError(
             f"{folder}/manifest.json: images of {shape} cannot have vectors of {dimension}"
@@ -324,11 +317,10 @@ def load(
     vectors = _map_vectors(folder / "vectors.npy", rows, dimension)
     if verify and not os.environ.get(SKIP_VARIABLE):
         _verify_vectors(folder / "vectors.npy", vectors, manifest.get("vectors_crc32"))
-    items = _read_items(folder, rows, groups, manifest.get("num_classes"))
     return Stored(
         vectors,
         features,
-        items,
+        _read_items(folder, rows, manifest["groups"], manifest.get("num_classes")),
         (shape[0], shape[1], shape[2]),
         manifest.get("dataset_hash"),
         # Records of earlier versions have no hash.
@@ -339,47 +331,32 @@ def load(
 def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
     """Memory-map the (rows, dimension) float32 array if its header and size say just that."""
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is no plain file")
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"version {version}")
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            offset = file.tell()
-            size = os.fstat(file.fileno()).st_size
+        check_plain(path)
+        # Copy-on-write: torch wants a writable array, the file stays as it is.
+        array = np.lib.format.open_memmap(path, mode="c")
     except FileNotFoundError:
-        raise ValueError(f"{path.parent} is damaged: vectors.npy is missing") from None
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{path} is not a plain float32 array: {short(error)}") from error
-    except tokenize.TokenError as error:  # numpy's second look at a header that is no literal
-        raise ValueError(f"{path} is not a plain float32 array: {short(error)}") from error
+        raise ValueError(f"{path.parent} is damaged: {path.name} is missing") from None
     except OSError as error:  # a bad sector
         raise OSError(f"{path} cannot be read: {error.strerror}") from error
-    if shape != (rows, dimension) or fortran or dtype != np.dtype("<f4"):
+    except Exception as error:  # numpy parses the header as Python
         raise ValueError(
-            f"{path} holds {short(dtype)} {short(shape)}, but manifest.json says float32 "
-            f"{(rows, dimension)}"
-        )
-    if size != offset + 4 * rows * dimension:
+            f"{path} is not a plain float32 array of {rows} rows and {4 * rows * dimension} bytes: "
+            f"{short(error)}"
+        ) from error
+    if array.shape != (rows, dimension) or array.dtype != "<f4" or not array.flags.c_contiguous:
         raise ValueError(
-            f"{path} has {size} bytes, but {offset + 4 * rows * dimension} are needed: it is "
-            "truncated or damaged"
+            f"{path} holds {short(array.dtype)} {short(array.shape)}, but manifest.json says "
+            f"float32 {(rows, dimension)}"
         )
-    # Copy-on-write: torch wants a writable array, the file stays as it is.
-    try:
-        array = np.memmap(path, dtype="<f4", mode="c", offset=offset, shape=shape)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"{path} of {size} bytes cannot be mapped: {short(error)}") from error
+    if (size := path.stat().st_size) != array.offset + array.nbytes:
+        raise ValueError(
+            f"{path} has {size} bytes, but {array.offset + array.nbytes} are needed: it is damaged"
+        )
     return torch.from_numpy(array)
 
 
 def _verify_vectors(path: Path, vectors: Tensor, expected: Any) -> None:
-    """Compare the file's checksums; indexes of earlier versions have none.
-
-    Raises:
-        ValueError: a bit of it has changed, or a number is not finite.
-    """
+    """Compare the file's checksums, which indexes of earlier versions do not have."""
     if expected is not None and block_checksums(path) != expected:
         raise ValueError(
             f"{path} is damaged: it does not have the checksums of manifest.json; build the index "
@@ -390,7 +367,7 @@ def _verify_vectors(path: Path, vectors: Tensor, expected: Any) -> None:
             raise ValueError(f"{path} holds NaN or infinite values; build the index again")
 
 
-def _read_items(folder: Path, rows: int, groups: int, num_classes: Any) -> Items:
+def _read_items(folder: Path, rows: int, groups: int, num_classes: int | None) -> Items:
     size = (folder / "vectors.npy").stat().st_blocks * 512  # what is really there
     # Indexes of memfree's first version do not know their rows' contents.
     table = _read_table(folder / "items.parquet", [ITEMS, ITEMS.remove(5)])
@@ -403,8 +380,7 @@ def _read_items(folder: Path, rows: int, groups: int, num_classes: Any) -> Items
     multiplicity = torch.from_numpy(table["multiplicity"].to_numpy().astype(np.int64))
     labels, at = conditions["label"].drop_null().to_numpy(), conditions["row"].to_numpy()
     sound = (
-        (num_classes is None or (type(num_classes) is int and 0 < num_classes <= 1 << 20))
-        and rows * (num_classes or 0) * 8 <= _LABEL_BYTES + 1000 * size
+        rows * (num_classes or 0) * 8 <= _LABEL_BYTES + 1000 * size
         and int(group.min()) >= 0
         and int(group.max()) < groups
         and len(group.unique()) == groups
@@ -419,7 +395,7 @@ def _read_items(folder: Path, rows: int, groups: int, num_classes: Any) -> Items
             "build the index again"
         )
     keys, shards = table["image_key"].to_pylist(), table["shard"].to_pylist()
-    contents = table["content"].to_pylist() if "content" in table.column_names else None
+    contents = table["content"].to_pylist() if "content" in table.column_names else []
     return Items(keys, group, multiplicity, conditions, num_classes, shards, contents)
 
 
@@ -443,23 +419,9 @@ def _read_calibrations(path: Path, hashed: bool) -> dict[str, dict[str, Any]]:
     if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
         raise ValueError(f"{path} does not hold one record a similarity")
     for name, record in value.items():
-        found = record.pop("sha256", None)
-        if (hashed or found is not None) and found != calibration_hash(name, record):
+        digest = record.pop("sha256", None)
+        if (hashed or digest is not None) and digest != calibration_hash(name, record):
             raise ValueError(
                 f"{path} is damaged: {short(name, 60)} does not have its SHA-256; calibrate again"
             )
-    return value
-
-
-def _field(manifest: dict[str, Any], folder: Path, name: str, kind: type) -> Any:
-    value = manifest.get(name)
-    if not isinstance(value, kind):
-        raise ValueError(f"{folder}/manifest.json has no valid {name!r}")
-    return value
-
-
-def _size(manifest: dict[str, Any], folder: Path, name: str) -> int:
-    value = _field(manifest, folder, name, int)
-    if not 1 <= value < 1 << 40 or isinstance(value, bool):
-        raise ValueError(f"{folder}/manifest.json has an impossible {name}: {short(value)}")
     return value

@@ -18,11 +18,10 @@ from memfree.retrieval.features.base import Metric
 _SCORES = 1 << 25
 _SCORES_SHARE = 16
 MARGIN = 32
-"""Candidates beyond those asked for, for rounding and for several members of a group."""
-# Elements of a temporary of reference vectors: 32 MB of float32.
-_PART = 1 << 23
-# The same where it is filled again and again: 4 MB.
-_CACHED = 1 << 20
+"""Candidates beyond k, for rounding and for several members of a group."""
+_PART = 1 << 23  # elements of a temporary of reference vectors: 32 MB of float32
+_CACHED = 1 << 20  # the same where it is filled again and again: 4 MB
+_MOST = 2048  # neighbours that FAISS returns on a GPU, at most
 
 
 @dataclass
@@ -40,19 +39,15 @@ class Hits:
 
 @dataclass
 class Groups:
-    """Which rows belong together.
-
-    Attributes:
-        group: (N,) int64 group number of every row, 0 to count − 1, all of them used.
-        count: number of groups.
-        first: (count,) int64, one row of every group.
-        others: (N − count,) int64, all other rows.
-    """
+    """Which rows belong together."""
 
     group: Tensor
+    """(N,) int64 group number of every row, 0 to count − 1, all of them used."""
     count: int
     first: Tensor
+    """(count,) int64, one row of every group."""
     others: Tensor
+    """(N − count,) int64, all other rows."""
 
     @classmethod
     def of(cls, group: Tensor) -> Groups:
@@ -78,12 +73,8 @@ class References:
     rows whose approximate score lies within twice its error bound of the k-th best group's are
     kept, which cannot lose a true neighbour, and their scores are computed again from differences.
 
-    Args:
-        vectors: (N, D) float32, for ``cosine`` of length 1.
-        groups: group of every row.
-        metric: ``l2`` or ``cosine``.
-        keep_centred: keep a centred copy of the vectors in memory. Without it every exhaustive
-            search makes one again, part by part, until something asks for ``centred``.
+    ``vectors`` are (N, D) float32, for ``cosine`` of length 1. Without ``keep_centred`` every
+    exhaustive search centres them again, part by part, unless ``centred`` was used.
     """
 
     def __init__(
@@ -111,7 +102,7 @@ class References:
         return self.metric == "cosine" or self.keep_centred or self._centred is not None
 
     def centred_parts(self) -> Iterator[Tensor]:
-        """The centred vectors in parts of bounded size; each is gone when the next is made."""
+        """The centred vectors in parts of bounded size; each may overwrite the one before."""
         if self._has_centred:
             yield from self.centred.split(_rows(self.vectors))
             return
@@ -144,10 +135,8 @@ class References:
         return self._exhaustive(queries, costs, k)
 
     def _leading(self, queries: Tensor, costs: Tensor, k: int) -> tuple[Hits, Tensor]:
-        """Hits among a fixed number of lowest costs, and which are certain to be all, (B,) bool.
-
-        Sizes do not depend on the data, so that an accelerator need not wait for the host.
-        """
+        """Hits among a fixed number of lowest costs, and which are certain to be all, (B,) bool."""
+        # Sizes do not depend on the data, so that an accelerator need not wait for the host.
         size = len(self.vectors)
         wanted = min(size, candidates(k, self.groups))
         lowest, rows = costs.topk(wanted, dim=1, largest=False)
@@ -187,11 +176,9 @@ class References:
         return self.products(queries - self.centre).mul_(-2).add_(self.squared_norms)
 
     def products(self, queries: Tensor) -> Tensor:
-        """Inner products (B, N) of queries (B, D) with the centred references.
-
-        With references on the left and in parts a CPU takes half the time of ``queries @
-        centred.T`` where queries are few (docs/results.md, "What it costs").
-        """
+        """Inner products (B, N) of queries (B, D) with the centred references."""
+        # With references on the left and in parts a CPU takes half the time of ``queries @
+        # centred.T`` where queries are few (docs/results.md, "What it costs").
         with full_precision(queries.device):
             if queries.device.type != "cpu" and self._has_centred:
                 return queries @ self.centred.T
@@ -203,7 +190,7 @@ class References:
         return products
 
     def centred_rows(self, rows: Tensor) -> Tensor:
-        """Some of the centred vectors, (*rows.shape, D), without a centred copy of all."""
+        """Centred vectors of rows, (*rows.shape, D), without a centred copy of all."""
         if self._has_centred:
             return self.centred[rows]
         return self.vectors[rows] - self.centre
@@ -241,7 +228,7 @@ class References:
         return best.scatter_reduce_(1, index, costs[:, groups.others], "amin")
 
     def exact_scores(self, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
-        """Scores (P,) of pairs of a query's and a reference's number, from their differences."""
+        """Scores (P,) of pairs of query and reference, from their differences."""
         scores = queries.new_empty(len(query))
         for part in torch.arange(len(query), device=query.device).split(_rows(self.vectors)):
             vectors, q = self.vectors[row[part]], queries[query[part]]
@@ -271,8 +258,8 @@ class References:
             keep[by_pair[nearest]] = True
             order = order[keep[order]]
         order = order[query[order].argsort(stable=True)]
-        found = torch.bincount(query[order], minlength=len(queries))
-        start = found.cumsum(0) - found
+        kept = torch.bincount(query[order], minlength=len(queries))
+        start = kept.cumsum(0) - kept
         chosen = order[start[:, None] + torch.arange(k, device=start.device)]
         return Hits(row[chosen], scores[chosen])
 
@@ -283,7 +270,7 @@ def candidates(k: int, groups: Groups) -> int:
 
 
 def first_of_group(group: Tensor) -> Tensor:
-    """Where a number occurs for the first time in its row of ``group`` (B, n), (B, n) bool."""
+    """Where a number occurs first in its row of ``group`` (B, n), (B, n) bool."""
     order = group.argsort(dim=1, stable=True)
     ordered = group.gather(1, order)
     new = torch.ones_like(ordered, dtype=torch.bool)
@@ -292,14 +279,7 @@ def first_of_group(group: Tensor) -> Tensor:
 
 
 def kth_group(costs: Tensor, rows: Tensor, k: int, groups: Groups) -> Tensor:
-    """Cost (B, 1) of the k-th distinct group; infinite if there are fewer.
-
-    Args:
-        costs: (B, n), ascending.
-        rows: (B, n) rows of the index.
-        k: at least 1.
-        groups: of the rows.
-    """
+    """Cost (B, 1) of the k-th distinct group, of ascending costs (B, n); infinite without one."""
     if groups.singletons:
         return costs[:, k - 1 : k]
     first = first_of_group(groups.group[rows])
@@ -308,17 +288,12 @@ def kth_group(costs: Tensor, rows: Tensor, k: int, groups: Groups) -> Tensor:
 
 
 def check_finite(queries: Tensor) -> None:
-    """Refuse queries for which no reference is nearer than another.
-
-    Raises:
-        ValueError: they hold NaN or infinite values.
-    """
+    """Refuse NaN and infinite values."""
     if not bool(queries.isfinite().all()):
         raise ValueError("queries hold NaN or infinite values")
 
 
 def _rows(vectors: Tensor) -> int:
-    """How many vectors a temporary may hold."""
     return max(1, _PART // max(1, vectors.shape[1]))
 
 
@@ -329,19 +304,12 @@ def _mean(vectors: Tensor) -> Tensor:
     return (total / len(vectors)).to(torch.float32)
 
 
-# FAISS on GPUs returns at most this many neighbours.
-_MOST = 2048
-
-
 class FaissReferences:
     """Search of a flat FAISS index, on a GPU if FAISS sees one, with the results of ``References``.
 
     FAISS finds candidates by approximate scores, which are then scored exactly. Queries whose
     candidates are not certain to hold all neighbours (very large groups, ties beyond the margin)
-    are searched again exhaustively.
-
-    Args:
-        references: what to search; FAISS keeps its own, centred copy of the vectors.
+    are searched again exhaustively. FAISS keeps its own, centred copy of the vectors.
     """
 
     def __init__(self, references: References):
@@ -370,14 +338,13 @@ class FaissReferences:
         # Columns beyond the limit are no candidates; of uncertain queries, none are kept.
         keep = (costs <= limit) & certain[:, None]
         query, column = torch.nonzero(keep[certain], as_tuple=True)
-        sure = queries[certain]
         result = Hits(rows.new_empty(len(queries), k), costs.new_empty(len(queries), k))
-        if len(sure):
-            found = refs.select(sure, query, rows[certain][query, column], k)
-            result.rows[certain], result.scores[certain] = found.rows, found.scores
+        if bool(certain.any()):
+            hits = refs.select(queries[certain], query, rows[certain][query, column], k)
+            result.rows[certain], result.scores[certain] = hits.rows, hits.scores
         if not bool(certain.all()):
-            found = refs.search(queries[~certain], k)
-            result.rows[~certain], result.scores[~certain] = found.rows, found.scores
+            hits = refs.search(queries[~certain], k)
+            result.rows[~certain], result.scores[~certain] = hits.rows, hits.scores
         return result
 
     def _candidates(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:

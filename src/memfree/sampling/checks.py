@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusers import (
     DDIMScheduler,
@@ -23,12 +23,9 @@ from memfree.retrieval import ReferenceIndex
 from memfree.retrieval.features.latents import check_latents
 from memfree.sampling.sample_run import SchedulerName
 
-if TYPE_CHECKING:
-    from memfree.retrieval import ReferenceIndex
-
 _CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {}),
-    # Clamping x̂_0 alone leaves DDIM's ε̂ behind: under classifier-free guidance samples go astray.
+    # Clamping x̂_0 alone leaves DDIM's ε̂ behind: classifier-free guided samples go astray.
     "ddim": (DDIMScheduler, {"clip_sample": False}),
     "dpmsolver++": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
     "dpmsolver++-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
@@ -38,20 +35,16 @@ _CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def build_scheduler(name: SchedulerName, trained: Any) -> Any:
-    """A diffusers scheduler for sampling.
+    """The sampler ``name`` with betas, prediction type and spacing of the ``trained`` scheduler.
 
-    Args:
-        name: ``ddpm`` (ancestral), ``ddim`` (deterministic), ``dpmsolver++`` (multistep, second
-            order; ``-karras``: with Karras sigmas), ``euler`` or ``unipc``.
-        trained: the scheduler that the model was trained with; its betas, prediction type and
-            spacing are taken over.
+    ``ddpm`` is ancestral, ``ddim`` deterministic, ``dpmsolver++`` multistep of second order.
     """
     kind, changes = _CLASSES[name]
     return kind.from_config(trained.config, **changes)
 
 
 def index_state(index: ReferenceIndex | None) -> dict[str, str | None]:
-    """What samples depend on in an index: its rows and their counts, the calibration in use."""
+    """Hashes of what samples depend on in an index: its rows and counts, its calibration."""
     if index is None:
         return {"index_sha256": None, "calibration_sha256": None}
     calibration = json.dumps(index.calibrations[default_similarity(index).name], sort_keys=True)
@@ -62,7 +55,7 @@ def index_state(index: ReferenceIndex | None) -> dict[str, str | None]:
 
 
 def vectors_hash(index: ReferenceIndex) -> str:
-    """SHA-256 over the rows of an index, their extractor, and all that is known of them."""
+    """SHA-256 over the rows of an index, their extractor, counts, keys and conditions."""
     digest = hashlib.sha256(index.vectors.detach().cpu().contiguous().numpy().tobytes())
     for column in (index.group, index.multiplicity):
         digest.update(column.cpu().numpy().tobytes())
@@ -89,8 +82,8 @@ def refuse_wrong_settings(
     guidance: GuidanceSettings, model: LoadedModel, index: ReferenceIndex | None
 ) -> None:
     """Refuse what the mitigation itself would refuse once sampling has begun."""
-    pipe = model.pipe
-    guidance.check(index, None if pipe is None else TextTools.of(pipe.tokenizer, index))
+    tools = None if model.pipe is None else TextTools.of(model.pipe.tokenizer, index)
+    guidance.check(index, tools)
 
 
 def labels_in_turn(
@@ -120,7 +113,7 @@ def labels_in_turn(
 
 
 def latents_for(path: Path | None, model: LoadedModel, guidance: GuidanceSettings) -> Any:
-    """Load the references of multiplicity guidance; refuse what is not of the model's latents."""
+    """Load the references of multiplicity guidance; refuse other features than its latents."""
     if model.pipe is None:
         if path is not None:
             raise ValueError("--latents is for text-to-image models; a pixel model has --index")
@@ -160,7 +153,7 @@ def refuse_without_captions(
     if used and index.captions is None:
         raise ValueError(
             f"--index {path} has no captions, which --mitigation.c2 steers away from: index "
-            "captioned images, or say --mitigation.c2 0"
+            "captioned images, or pass --mitigation.c2 0"
         )
 
 
@@ -179,15 +172,15 @@ def index_for(
     index = ReferenceIndex.load(path)
     if tuple(index.image_shape) != tuple(model.image_shape):
         raise ValueError(
-            f"--index {path} is of images {tuple(index.image_shape)}, but the model makes "
+            f"--index {path} has images of shape {tuple(index.image_shape)}, but the model makes "
             f"{tuple(model.image_shape)}"
         )
     trained_on = model.manifest.get("dataset_hash")
     known = None not in (trained_on, index.dataset_hash)
     if known and trained_on != index.dataset_hash and not allow_other_dataset:
         raise ValueError(
-            f"--index {path} is of another data set than the model was trained on; index the "
-            "model's, or say --allow_other_dataset true"
+            f"--index {path} was built from a different dataset than the model: index the model's "
+            "dataset or pass --allow_other_dataset true"
         )
     guidance.end_threshold(index)  # refuses an index that is not calibrated
     return index

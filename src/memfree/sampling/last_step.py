@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,127 +24,61 @@ IDLE = 1e-6
 """A step that changes by no more where its prediction changes by 1 does not follow it."""
 
 
-def last_step(
-    scheduler: Any,
-    t: Tensor,
-    sample: Tensor,
-    output: Tensor,
-    alpha_bar: Tensor,
-    eta: float = 0.0,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    flow_sigma: float | None = None,
-    idle: Sequence[Tensor] = (),
-    image_range: float | None = None,
-) -> dict[str, Any]:
-    """What a guidance must know of the last step: fields of its ``Prediction``.
-
-    Args:
-        scheduler: as in ``LastStep``, and so are the others.
-        t: the timestep.
-        sample: x_t.
-        output: the model's prediction.
-        alpha_bar: ᾱ_t.
-        eta: η of DDIM.
-        generator: of the step's noise.
-        flow_sigma: σ under flow matching.
-        idle: timesteps of idle steps after this one.
-        image_range: what finished samples are clamped to in any case.
-
-    Returns:
-        ``returned``; with ``finish`` and ``clean_range`` where the scheduler clips x̂_0 otherwise
-        than finished samples are clamped.
-    """
-    step = LastStep(scheduler, t, sample, output, alpha_bar, eta, generator, flow_sigma, idle)
-    found = step.linear()
-    if step.clean_range is None:
-        return {"returned": found}
-    clamps_only = found is None and not _option(scheduler, "thresholding", False)
-    if clamps_only and image_range is not None and image_range <= step.clean_range:
-        return {"returned": None}
-    return {"returned": found, "finish": step, "clean_range": step.clean_range}
-
-
-def returned(*args: Any, **kwargs: Any) -> tuple[Tensor, float] | None:
-    """(offset, gain) of ``LastStep.linear``, of the same arguments as ``LastStep``."""
-    return LastStep(*args, **kwargs).linear()
-
-
+@dataclass(eq=False)
 class LastStep:
     """A scheduler's last step as a function of the clean estimate x̂_0.
 
     Most samplers return x̂_0. Stable Diffusion's own settings do not: with ``set_alpha_to_one``
     false, DDIM's last step goes to ᾱ_0 and keeps some of ε̂, so that it moves by a third of what
-    x̂_0 moves. PNDM, LMS, DEIS and SA-Solver go on from earlier predictions; with
+    x̂_0 moves. PNDM, LMS, DEIS and SA-Solver continue from earlier predictions; with
     ``final_sigmas_type`` sigma_min others stop at some noise, DPM-Solver++ extrapolates, and
     Euler's step may go nowhere. So the scheduler itself is asked.
 
-    Args:
-        scheduler: at its last step, which it has not taken; it is copied, not changed.
-        t: the timestep.
-        sample: x_t (B, ...) as the denoiser was given it: variance preserving, or of flow matching.
-        output: the model's prediction, like x_t.
-        alpha_bar: ᾱ_t.
-        eta: η of DDIM, the share of fresh noise that the step adds; other samplers have none.
-        generator: what it is drawn from, None for torch's own; it is copied, not used. (SA-Solver's
-            noise is foreseen in float32 alone.)
-        flow_sigma: σ of x_t = (1 − σ)·x_0 + σ·ε under flow matching, where the model predicts
-            ε − x_0; None otherwise.
-        idle: timesteps of the steps after this one, which follow no prediction of theirs.
-
-    Attributes:
-        clean_range: the scheduler clips or thresholds x̂_0 before it steps (``clip_sample``,
-            ``thresholding``), and follows it within ±clean_range; None if it does not.
+    ``clean_range``: the scheduler clips or thresholds x̂_0 before it steps (``clip_sample``,
+    ``thresholding``), and follows it within ±clean_range; None if it does not.
     """
 
-    def __init__(
-        self,
-        scheduler: Any,
-        t: Tensor,
-        sample: Tensor,
-        output: Tensor,
-        alpha_bar: Tensor,
-        eta: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        flow_sigma: float | None = None,
-        idle: Sequence[Tensor] = (),
-    ) -> None:
-        self._scheduler = scheduler
-        self._idle = idle
-        self._t = t
-        self._output = output
-        self._alpha_bar = alpha_bar
-        self._eta = eta
-        self._generator = generator
-        self._flow_sigma = flow_sigma
-        self._may_draw = _may_draw(scheduler, eta, generator)
-        self._random_state = random_state(output.device)
-        x_t = sample.float()
-        if flow_sigma is None:
-            kind = scheduler.config.prediction_type
-            self._x_0 = predicted_x_0(x_t, output.float(), alpha_bar, kind)
+    scheduler: Any  # at its last step, which it has not taken; copied, not changed
+    t: Tensor
+    sample: Tensor  # x_t (B, ...) as the denoiser received it
+    output: Tensor  # the model's prediction, like x_t
+    alpha_bar: Tensor
+    eta: float = 0.0  # of DDIM: share of fresh noise that the step adds
+    # Of the step's noise, None: torch's own. SA-Solver's noise is foreseen in float32 alone.
+    generator: torch.Generator | list[torch.Generator] | None = None
+    # σ of x_t = (1 − σ)·x_0 + σ·ε under flow matching, where the model predicts ε − x_0.
+    flow_sigma: float | None = None
+    idle: Sequence[Tensor] = ()  # timesteps after this one, which do not follow their predictions
+
+    def __post_init__(self) -> None:
+        self._may_draw = _may_draw(self.scheduler, self.eta, self.generator)
+        self._random_state = random_state(self.output.device)
+        x_t = self.sample.float()
+        if self.flow_sigma is None:
+            kind = self.scheduler.config.prediction_type
+            self._x_0 = predicted_x_0(x_t, self.output.float(), self.alpha_bar, kind)
             # Schedulers that step in σ hold x_t·√(1 + σ²), and tell that by what they make of ones.
             one = torch.ones((), dtype=x_t.dtype, device=x_t.device)
-            self._held = x_t / copy.deepcopy(scheduler).scale_model_input(one, t)
+            self._held = x_t / copy.deepcopy(self.scheduler).scale_model_input(one, self.t)
         else:
-            self._x_0 = x_t - flow_sigma * output.float()
+            self._x_0 = x_t - self.flow_sigma * self.output.float()
             self._held = x_t
         self.clean_range = self._clean_range()
 
     def __call__(self, x_0: Tensor) -> Tensor:
         """What the step returns where the clean estimate is x̂_0 (B, ...), float32."""
-        return self._step(self._output.float() + self._change(x_0.float() - self._x_0))
+        return self._step(self.output.float() + self._change(x_0.float() - self._x_0))
 
     def linear(self) -> tuple[Tensor, float] | None:
         """(offset, gain): the step returns offset + gain·x̂_0, within the range where it clips.
 
-        Returns:
-            offset like x_t in float32, and gain, exactly 0 where it is below ``LEAST_GAIN``:
-            nothing can be corrected; None where the sampler returns x̂_0.
+        Offset like x_t in float32; gain exactly 0 below ``LEAST_GAIN``, where nothing can be
+        corrected; None where the sampler returns x̂_0.
         """
-        now = self._step(self._output.float())
+        now = self._step(self.output.float())
         # Linear in the prediction, with one coefficient for all elements: two steps tell it.
         if self.clean_range is None:
-            other = self._step(self._output.float() + self._change(torch.ones_like(now)))
+            other = self._step(self.output.float() + self._change(torch.ones_like(now)))
             gain = _mean(other - now)
             offset, size = now - gain * self._x_0, _largest(self._x_0.abs())
         else:
@@ -161,11 +96,11 @@ class LastStep:
         return offset, _mean(half - offset) / (limit / 2)
 
     def _clean_range(self) -> float | None:
-        config, limits = self._scheduler.config, []
-        if _option(self._scheduler, "thresholding", False):
+        config, limits = self.scheduler.config, []
+        if _option(self.scheduler, "thresholding", False):
             # Dynamic thresholding leaves x̂_0 alone where its largest elements are below 1.
             limits.append(min(1.0, float(config.get("sample_max_value", 1.0))))
-        elif _option(self._scheduler, "clip_sample", False):
+        elif _option(self.scheduler, "clip_sample", False):
             limits.append(float(config.get("clip_sample_range", 1.0)))
         for limit in limits:
             offset, gain = self._within(limit)
@@ -175,99 +110,113 @@ class LastStep:
         return None
 
     def _change(self, delta_x_0: Tensor) -> Tensor:
-        """The change of the prediction that changes x̂_0 by so much."""
-        if self._flow_sigma is not None:
-            return -delta_x_0 / self._flow_sigma
-        kind = self._scheduler.config.prediction_type
-        return output_change_from_x_0(delta_x_0, self._alpha_bar, kind)
+        """The change of the prediction that changes x̂_0 by ``delta_x_0``."""
+        if self.flow_sigma is not None:
+            return -delta_x_0 / self.flow_sigma
+        kind = self.scheduler.config.prediction_type
+        return output_change_from_x_0(delta_x_0, self.alpha_bar, kind)
 
     def is_last(self) -> bool:
-        """Whether the steps that were given as idle are: whatever is predicted, they do the same.
+        """Whether the ``idle`` steps do the same whatever is predicted.
 
         Sigmas that end at the smallest one twice (DEIS under flow matching, Euler with
         ``final_sigmas_type`` sigma_min) make a last step that goes nowhere.
         """
-        output = self._output.float()
+        output = self.output.float()
         one, other = self._step(output, output), self._step(output, output + 1)
         return _largest((one - other).abs()) <= IDLE
 
     def _step(self, prediction: Tensor, afterwards: Tensor | None = None) -> Tensor:
         # The class's own step: one that was replaced on the instance may watch the real steps.
-        own, scheduler = type(self._scheduler).step, self._scheduler
-        with self._torchs_own_numbers():
-            options = _step_options(scheduler, self._output, self._eta, self._generator)
+        own, scheduler = type(self.scheduler).step, self.scheduler
+        with self._torch_random_state():
+            options = _step_options(scheduler, self.output, self.eta, self.generator)
             copied, held = _in_float32(scheduler), self._held
-            for t in (self._t, *self._idle):
+            for t in (self.t, *self.idle):
                 held = torch.as_tensor(own(copied, prediction, t, held, **options)[0])
                 prediction = prediction if afterwards is None else afterwards
             return held
 
     @contextmanager
-    def _torchs_own_numbers(self) -> Iterator[None]:
-        """What the step will draw without a generator, drawn beforehand and put back."""
+    def _torch_random_state(self) -> Iterator[None]:
+        """Let a step without a generator draw what the real one will draw."""
         if not self._may_draw:  # other threads draw from there
             yield
             return
-        with kept_random_state(self._output.device):
+        with kept_random_state(self.output.device):
             set_random_state(self._random_state)
             yield
+
+
+def last_step(step: LastStep, image_range: float | None = None) -> dict[str, Any]:
+    """Fields of a last step's ``Prediction``, whose samples are clamped to ±``image_range`` anyway.
+
+    ``returned``; with ``finish`` and ``clean_range`` where the scheduler clips x̂_0 more.
+    """
+    linear = step.linear()
+    if step.clean_range is None:
+        return {"returned": linear}
+    clamps_only = linear is None and not _option(step.scheduler, "thresholding", False)
+    if clamps_only and image_range is not None and image_range <= step.clean_range:
+        return {"returned": None}
+    return {"returned": linear, "finish": step, "clean_range": step.clean_range}
 
 
 def _may_draw(scheduler: Any, eta: float, generator: Any) -> bool:
     """Whether a step may draw from torch's own generators."""
     if hasattr(scheduler, "noise_sampler"):  # DPM-Solver SDE seeds a tree of its own
         return True
-    taken = inspect.signature(type(scheduler).step).parameters.keys()
-    if generator is not None or ("eta" in taken and eta == 0):
+    parameters = inspect.signature(type(scheduler).step).parameters.keys()
+    if generator is not None or ("eta" in parameters and eta == 0):
         return False
-    return bool({"generator", "variance_noise"} & taken)
+    return bool({"generator", "variance_noise"} & parameters)
 
 
 def _largest(values: Tensor) -> float:
-    """The largest of what is finite; NaN, which is in no order, where nothing is."""
+    """The largest finite value; NaN where there is none."""
     finite = values[values.isfinite()]
     return float(finite.max()) if len(finite) else float("nan")
 
 
 def _mean(values: Tensor) -> float:
-    """The mean of what is finite: one broken sample in a batch does not spoil the others."""
+    """The mean of finite values: a broken sample does not spoil the others of its batch."""
     finite = values.isfinite()
     return float((values if bool(finite.all()) else values[finite]).mean())
 
 
 def _step_options(scheduler: Any, output: Tensor, eta: float, generator: Any) -> dict[str, Any]:
     """Keyword arguments of ``step`` that make it draw the noise that the pipeline's will draw."""
-    taken = inspect.signature(scheduler.step).parameters
+    parameters = inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"return_dict": False}
-    if "eta" in taken:
+    if "eta" in parameters:
         options["eta"] = eta
-    if eta > 0 and {"eta", "variance_noise"} <= taken.keys():
-        # DDIM draws in the prediction's own precision, which is not that of the steps asked for.
+    if eta > 0 and {"eta", "variance_noise"} <= parameters.keys():
+        # DDIM draws in the prediction's own precision, which is not that of the steps here.
         copied = copy.deepcopy(generator)
         noise = randn_tensor(output.shape, copied, output.device, output.dtype)
         options["variance_noise"] = noise.float()
-    elif "generator" in taken:
+    elif "generator" in parameters:
         options["generator"] = copy.deepcopy(generator)
     return options
 
 
 def _in_float32(scheduler: Any) -> Any:
     """A copy whose history of half-precision steps does not round what it makes of a prediction."""
+
+    def widened(value: Any) -> Any:
+        half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+        return value.float() if half else value
+
     copied = copy.deepcopy(scheduler)
     for name, value in vars(copied).items():
-        if isinstance(value, Tensor):
-            setattr(copied, name, _not_half(value))
-        elif isinstance(value, list):
-            setattr(copied, name, [_not_half(one) for one in value])
+        if isinstance(value, list):
+            setattr(copied, name, [widened(item) for item in value])
+        elif isinstance(value, Tensor):
+            setattr(copied, name, widened(value))
     return copied
 
 
-def _not_half(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if half else value
-
-
 def _option(scheduler: Any, name: str, default: bool) -> bool:
-    """An option of the scheduler's own: ``from_config`` keeps those of the other class as well."""
+    """An option of the scheduler's own: ``from_config`` keeps other classes' options as well."""
     own = inspect.signature(type(scheduler).__init__).parameters
     return bool(scheduler.config[name]) if name in own else default

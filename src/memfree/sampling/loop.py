@@ -17,9 +17,9 @@ from memfree.guidance.prediction import Guidance, Prediction, apply, combine
 from memfree.sampling.last_step import LastStep, last_step
 
 Denoise = Callable[[Tensor, Tensor, Conditions | None], Tensor]
-"""(x_t, t, conditions or None) → what ``scheduler.config.prediction_type`` says. A denoiser that
-has ``unconditional(count, device)``, the conditions that None stands for, may be asked for both
-branches in one call."""
+"""(x_t, t, conditions or None) → the prediction of ``scheduler.config.prediction_type``. A denoiser
+with ``unconditional(count, device)``, the conditions that None stands for, may be called for both
+branches at once."""
 
 TRACE_COLUMNS = ("sigma", "lambda", "active", "nearest", "s1", "s2", "g_sim_norm", "g_mul_norm")
 """σ_t, λ_t, whether AMG acted, the row of n_0, s_1 and s_2, and the norms of G_sim and G_mul as
@@ -53,7 +53,7 @@ def sample(
 ) -> Result:
     """Denoise ``noise`` with a scheduler, passing every prediction through the guidance.
 
-    Under autocast the denoiser alone runs in it.
+    Under autocast only the denoiser runs in it.
 
     Args:
         denoiser: the network; ``conditions=None`` asks for its unconditional prediction.
@@ -62,17 +62,15 @@ def sample(
         steps: number of denoising steps.
         guidance: one guidance or several, applied in order; None for plain sampling.
         conditions: (B, ...) conditions y; None for unconditional sampling.
-        guidance_scale: s_0 of classifier-free guidance, ε_u + s_0·(ε_c − ε_u); at 1 the
-            conditional prediction is used by itself.
+        guidance_scale: s_0 of classifier-free guidance, ε_u + s_0·(ε_c − ε_u); 1: no guidance.
         trace: return what the guidances recorded.
         generators: one a sample, for schedulers that draw noise at every step.
         decode: from x̂_0 to images, for latents; identity by default.
-        encode: from captions to conditions, for guidances that ask for the nearest caption's.
-        decode_last: what the last step decodes with, where ``decode`` is an approximation; None:
-            ``decode``.
-        one_call: ask for both branches of classifier-free guidance in one call, where the denoiser
-            has ``unconditional`` and the device's memory suffices. False: in two calls, which
-            differ in the last bits.
+        encode: from captions to conditions, for guidances that need the nearest caption's.
+        decode_last: the decoder of the last step, where ``decode`` is an approximation.
+        one_call: both branches of classifier-free guidance in one call, where the denoiser has
+            ``unconditional`` and the device's memory suffices. False: in two calls, which differ
+            in the last bits.
 
     Raises:
         ValueError: the prediction type is unknown, or NaN appears in the samples.
@@ -82,8 +80,9 @@ def sample(
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(f"prediction_type {prediction_type!r} is not supported by sample()")
-    kwargs = {} if generators is None else _generator_argument(scheduler, generators)
-    # Known to the host before the first step: nothing waits for the device to say the time.
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    kwargs = {"generator": generators} if generators is not None and takes_generator else {}
+    # On the host before the first step: no step waits for the device to tell the time.
     times = scheduler.timesteps.tolist()
     alpha_bars = None
     if not hasattr(scheduler, "state_in_first_order"):  # midpoints are known at their step alone
@@ -124,11 +123,13 @@ def sample(
             else:
                 alpha_bar = alpha_bars[step]
             following = scheduler.timesteps[step + 1 :]
-            is_last, step_of = not len(following) and not ended, (t, x_in, output, alpha_bar)
+            is_last = not len(following) and not ended
+            if is_last or len(following) == 1:
+                ending = LastStep(
+                    scheduler, t, x_in, output, alpha_bar, generator=generators, idle=following
+                )
             if len(following) == 1:
-                is_last = ended = LastStep(
-                    scheduler, *step_of, generator=generators, idle=following
-                ).is_last()
+                is_last = ended = ending.is_last()
             decode_here = decode_last if is_last and decode_last is not None else decode
             prediction = Prediction(
                 x_t=x_in,
@@ -149,14 +150,8 @@ def sample(
                 memory=memory,
             )
             if is_last:
-                ending = last_step(
-                    scheduler,
-                    *step_of,
-                    generator=generators,
-                    idle=following,
-                    image_range=prediction.image_range,
-                )
-                prediction = replace(prediction, **ending)
+                fields = last_step(ending, prediction.image_range)
+                prediction = replace(prediction, **fields)
             prediction = apply(guidance, prediction)
             x_t = scheduler.step(prediction.output, t, x_t, **kwargs).prev_sample
         if trace:
@@ -171,11 +166,9 @@ def sample(
 
 def unconditional(denoiser: Denoise, conditions: Conditions) -> Conditions | None:
     """What ``None`` stands for, one a sample, if it can stand beside ``conditions`` in a batch."""
-    make = getattr(denoiser, "unconditional", None)
-    if make is None:
-        return None
+    make: Callable[..., Conditions | None] = getattr(denoiser, "unconditional", lambda *_: None)
     if isinstance(conditions, Tensor):
-        null: Conditions | None = make(len(conditions), conditions.device)
+        null = make(len(conditions), conditions.device)
         fits = isinstance(null, Tensor) and null.shape == conditions.shape
         return null.to(conditions.dtype) if fits and isinstance(null, Tensor) else None
     null = make(len(conditions), conditions.embeddings.device)
@@ -191,17 +184,10 @@ def _joined(null: Conditions, conditions: Conditions) -> Conditions:
     return torch.cat([null, conditions])
 
 
-def _generator_argument(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
-    """``generator=`` for the schedulers whose step takes it; the others draw nothing."""
-    takes = "generator" in inspect.signature(scheduler.step).parameters
-    return {"generator": generators} if takes else {}
-
-
 def trace_rows(prediction: Prediction, step: int, t: float) -> dict[str, Tensor]:
     """This step's rows of the trace: ``TRACE_COLUMNS`` and what guidances recorded beside them.
 
-    What no guidance recorded is NaN (nearest: −1). The columns stay on the device: a copy would
-    wait for it at every step.
+    They stay on the device: a copy would wait for it at every step.
     """
     batch, device = len(prediction.x_t), prediction.x_t.device
     rows = {
@@ -209,14 +195,12 @@ def trace_rows(prediction: Prediction, step: int, t: float) -> dict[str, Tensor]
         "step": torch.full((batch,), step, device=device),
         "t": torch.full((batch,), float(t), dtype=torch.float32, device=device),
     }
+    defaults = {"active": (False, torch.bool), "nearest": (-1, torch.int64)}
     for name in dict.fromkeys([*TRACE_COLUMNS, *prediction.trace]):
         value = prediction.active if name == "active" else prediction.trace.get(name)
-        if value is not None:
-            rows[name] = value.detach().to(device)
-        elif name == "active":
-            rows[name] = torch.zeros(batch, dtype=torch.bool, device=device)
-        elif name == "nearest":
-            rows[name] = torch.full((batch,), -1, device=device)
+        if value is None:
+            fill, dtype = defaults.get(name, (float("nan"), torch.float32))
+            rows[name] = torch.full((batch,), fill, dtype=dtype, device=device)
         else:
-            rows[name] = torch.full((batch,), float("nan"), dtype=torch.float32, device=device)
+            rows[name] = value.detach().to(device)
     return rows

@@ -46,10 +46,7 @@ def redraw(
         draw: (positions (b,) in the batch, attempt number) → their samples.
         rejected: images (b, C, H, W) → (b,) bool.
         count: samples of the batch.
-        budget: draws of a sample at most, the first included; the last is kept in any case.
-
-    Returns:
-        The accepted samples and the traces of their own attempts.
+        budget: most draws of a sample, the first included; the last is kept in any case.
     """
     positions = torch.arange(count)
     result = draw(positions, 0)
@@ -60,20 +57,11 @@ def redraw(
         again = draw(positions, attempt)
         result.images[positions] = again.images
         if result.trace is not None and again.trace is not None:
-            _replace_rows(result.trace, again.trace, positions, count)
+            for name, column in result.trace.items():  # rows are step by step
+                if name != "sample":
+                    rows = again.trace[name].reshape(-1, len(positions))
+                    column.reshape(-1, count)[:, positions] = rows
     return result
-
-
-def _replace_rows(
-    trace: dict[str, Tensor],
-    again: dict[str, Tensor],
-    positions: Sequence[int] | Tensor,
-    count: int,
-) -> None:
-    """Overwrite the rows of ``positions`` at every step; rows are step by step."""
-    for name, column in trace.items():
-        if name != "sample":
-            column.reshape(-1, count)[:, positions] = again[name].reshape(-1, len(positions))
 
 
 def sample_text(
@@ -87,25 +75,14 @@ def sample_text(
     generators: list[torch.Generator],
     one_call: bool = True,
 ) -> Result:
-    """Draw one image a prompt: prompts, embedding, initial noise, network, prediction.
+    """Draw one image a prompt (B, 3, H, W), about in [−1, 1], through the stages of a mitigation.
 
-    Args:
-        model: a text-to-image model.
-        mitigation: whose stages are run; ``accept`` is left to the caller.
-        prompts: one a sample.
-        noise: x_T (B, C, h, w), on the device.
-        scheduler: a diffusers scheduler.
-        steps: number of denoising steps.
-        guidance_scale: s_0 of classifier-free guidance.
-        generators: one a sample, for all that is drawn.
-        one_call: as of ``sample``.
-
-    Returns:
-        Images (B, 3, H, W), about in [−1, 1], and the trace.
+    ``accept`` is left to the caller. ``noise`` (B, C, h, w) is on the device, and ``generators``
+    are one a sample, for all random numbers. The others are those of ``sample``.
     """
-    asked = mitigation.prompts(prompts, generators)
     scale = mitigation.guidance_scale(guidance_scale)
-    conditions, unconditional = model.encode(asked), model.encode([""])
+    conditions = model.encode(mitigation.prompts(prompts, generators))
+    unconditional = model.encode([""])
     first = copy.deepcopy(scheduler)
     first.set_timesteps(steps, device=noise.device)
     t = first.timesteps[0]
@@ -140,7 +117,7 @@ def sample_text(
             generators=generators,
             decode=model.decode_estimate,
             encode=model.encode,
-            # As it is saved: what is beyond white or black counts for nothing.
+            # As it is saved: clipped at white and black.
             decode_last=lambda latents: model.decode(latents).clamp(-1, 1),
             one_call=one_call,
         )
@@ -170,23 +147,19 @@ class SamplingModule(LightningModule):
     Use it with ``Trainer(inference_mode=False)``: guidance needs gradients.
 
     Args:
-        model: what draws: denoiser, and for text-to-image the pipeline around it.
+        model: denoiser, and for text-to-image the pipeline around it.
         scheduler: a diffusers scheduler.
         steps: number of denoising steps.
         seed: seed of the run.
         guidance: guidances, applied in order (none: no trace); a mitigation; or settings, from
-            which one is built on the device, for ``index``. A model without text runs the stages
-            ``guidances`` and ``accept`` of it alone.
+            which one is built for ``index``, without which ValueError. A model without text runs
+            only the stages ``guidances`` and ``accept``.
         guidance_scale: classifier-free guidance scale s_0; 1 = the plain conditional model.
-        asked: sample i has the label or the prompt ``asked[i % len(asked)]``; None = unconditional.
+        asked: labels or prompts; sample i has ``asked[i % len(asked)]``; None = unconditional.
         index: reference index of the guidances, moved to the device with the denoiser.
         latents: references of multiplicity guidance of a text-to-image model.
         budget: draws of a sample that the mitigation does not accept; settings have their own.
-        one_call: both branches of classifier-free guidance in one call of the network; see
-            ``sample``.
-
-    Raises:
-        ValueError: guidance settings are given without an index.
+        one_call: as of ``sample``.
     """
 
     def __init__(
@@ -237,17 +210,13 @@ class SamplingModule(LightningModule):
         self.mitigation = self.settings.for_text(self.index, tools, self.latents)
 
     def asked_of(self, index: Tensor) -> list[int] | list[str] | None:
-        """Label or prompt of each of the samples ``index`` (B,); None for an unconditional run."""
+        """Labels or prompts of the samples ``index`` (B,); None for an unconditional run."""
         if self.asked is None:
             return None
         return [self.asked[i % len(self.asked)] for i in index.tolist()]  # type: ignore[return-value]
 
     def predict_step(self, batch: Tensor, batch_idx: int = 0) -> SampleBatch:
-        """Draw the samples whose indices are in ``batch``, (B,) int64.
-
-        Raises:
-            ValueError: the sampler produced NaN or infinite values.
-        """
+        """Draw the samples whose indices are in ``batch``, (B,) int64."""
         start = time.perf_counter()
         asked = self.asked_of(batch)
 
@@ -255,39 +224,30 @@ class SamplingModule(LightningModule):
             # One generator a sample draws its initial noise and then what the steps need.
             sources = generators(self.seed, batch.cpu()[positions].tolist(), attempt)
             here: Any = None if asked is None else [asked[i] for i in positions.tolist()]
-            noise = draw(self.model.noise_shape, sources).to(self.device)
+            shared: dict[str, Any] = {
+                "noise": draw(self.model.noise_shape, sources).to(self.device),
+                "scheduler": self.scheduler,
+                "steps": self.steps,
+                "guidance_scale": self.guidance_scale,
+                "generators": sources,
+                "one_call": self.one_call,
+            }
             if self.model.pipe is not None:
-                return sample_text(
-                    self.model,
-                    self.mitigation,
-                    here,
-                    noise,
-                    self.scheduler,
-                    self.steps,
-                    self.guidance_scale,
-                    sources,
-                    self.one_call,
-                )
+                return sample_text(self.model, self.mitigation, here, **shared)
             guidances = self.mitigation.guidances()
             return sample(
                 self.denoiser,
-                self.scheduler,
-                noise,
-                self.steps,
                 guidance=guidances or None,
                 conditions=None if here is None else torch.tensor(here, device=self.device),
-                guidance_scale=self.guidance_scale,
                 trace=bool(guidances),
-                generators=sources,
-                one_call=self.one_call,
+                **shared,
             )
 
         result = redraw(draw_attempt, self._rejected, len(batch), self.budget)
-        images = result.images.detach().float().cpu()
         trace = result.trace
         return SampleBatch(
             index=batch.cpu(),
-            images=images,
+            images=result.images.detach().float().cpu(),
             conditions=asked,
             trace=trace and {name: column.detach().cpu() for name, column in trace.items()},
             seconds=time.perf_counter() - start,
@@ -300,14 +260,7 @@ class SamplingModule(LightningModule):
 
 
 class SampleIndices(LightningDataModule):
-    """The sample indices that are missing, in batches: a contiguous range for each rank.
-
-    No sample is drawn twice and none is left out, however unequal the ranks' counts.
-
-    Args:
-        run: the sample folder.
-        batch_size: samples drawn together on a device.
-    """
+    """Missing sample indices of a run in batches: a contiguous range each rank, none twice."""
 
     def __init__(self, run: SampleRun, batch_size: int) -> None:
         super().__init__()
@@ -338,12 +291,7 @@ class SampleIndices(LightningDataModule):
 
 
 class IndexBatches:
-    """Batches of indices, each (b,) int64; no DataLoader, so Lightning adds no sampler.
-
-    Args:
-        indices: (n,) int64.
-        batch_size: b of all batches but the last.
-    """
+    """``indices`` (n,) int64 in batches; not a DataLoader, so Lightning adds no sampler."""
 
     def __init__(self, indices: Tensor, batch_size: int) -> None:
         self.batches = list(indices.split(batch_size)) if len(indices) else []
@@ -356,5 +304,5 @@ class IndexBatches:
 
 
 def share(indices: Sequence[int], rank: int, ranks: int) -> Tensor:
-    """The contiguous part of ``indices`` that falls to ``rank``; sizes differ by at most 1."""
+    """The contiguous part of ``indices`` of a rank; sizes differ by at most 1."""
     return torch.tensor_split(torch.tensor(indices, dtype=torch.int64), ranks)[rank]

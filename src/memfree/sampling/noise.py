@@ -13,10 +13,10 @@ from memfree.data.random_streams import torch_generator
 
 
 def generators(seed: int, indices: Sequence[int], attempt: int = 0) -> list[torch.Generator]:
-    """One CPU generator a sample, seeded by (seed, index): no batch or rank changes its draws.
+    """One CPU generator a sample, seeded by (seed, index): no batch or rank changes its numbers.
 
     Further attempts at the same sample (rejection) draw other numbers. torch's CPU generator keeps
-    32 bits of a seed: among n samples, n²/2³³ pairs with the same noise are to be expected.
+    32 bits of a seed: among n samples, expect n²/2³³ pairs with the same noise.
     """
     further = [attempt] if attempt else []
     return [torch_generator(seed, index, *further) for index in indices]
@@ -37,8 +37,8 @@ def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Te
 class _Borrowed:
     """Torch's own generators, put back where they were.
 
-    They belong to the process: of several threads, each would restore what another had drawn from.
-    So the first to enter keeps where they are, and the last to leave puts them back.
+    They belong to the process, so that threads would restore each other's states: the first to
+    enter keeps the state, and the last to leave puts it back.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class _Borrowed:
             finally:
                 set_random_state(before)
             return
-        with self._lock:  # looked at in here, or another thread's numbers could be what is kept
+        with self._lock:  # read in here, or another thread's state could be kept
             self._states = {**random_state(device), **self._states}
             self._threads += 1
         self._inside.yes = True
@@ -67,7 +67,9 @@ class _Borrowed:
             with self._lock:
                 self._threads -= 1
                 if not self._threads:
-                    _put_back(self._states)
+                    for place, state in self._states.items():
+                        if not torch.equal(random_state(place)[place], state):
+                            set_random_state({place: state})
                     self._states = {}
 
 
@@ -76,31 +78,24 @@ RandomState = dict[torch.device, Tensor]
 
 
 def random_state(device: torch.device) -> RandomState:
-    """Where torch's own generators are: the CPU's and a device's."""
+    """States of torch's own generators: the CPU's and a device's."""
     state: RandomState = {torch.device("cpu"): torch.get_rng_state()}
     if device.type != "cpu":
         state[device] = torch.get_device_module(device).get_rng_state(*_index(device))
     return state
 
 
-def set_random_state(state: RandomState) -> None:
-    """Put torch's own generators there."""
-    for device, one in state.items():
+def set_random_state(states: RandomState) -> None:
+    """Set torch's own generators."""
+    for device, state in states.items():
         if device.type == "cpu":
-            torch.set_rng_state(one)
+            torch.set_rng_state(state)
         else:
-            torch.get_device_module(device).set_rng_state(one, *_index(device))
-
-
-def _put_back(state: RandomState) -> None:
-    """Put torch's own generators there, and touch none that is there already."""
-    for device, one in state.items():
-        if not torch.equal(random_state(device)[device], one):
-            set_random_state({device: one})
+            torch.get_device_module(device).set_rng_state(state, *_index(device))
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    """What tells devices of one type apart; there is one of Apple's alone."""
+    """Which of the devices of its type; Apple's module takes no index."""
     return () if device.type == "mps" else (device,)
 
 
@@ -111,12 +106,9 @@ kept_random_state = _Borrowed()
 class OwnRandomness:
     """A stream beside torch's own random numbers, for code that draws without a generator.
 
-    The global generators stay where they were, so that such code moves nobody else's samples. They
-    belong to all threads, though: in the meantime another one draws from this stream. So code that
-    hardly ever draws is watched at its first use, and if it did not draw, they are not touched.
-
-    Args:
-        seed: of the stream.
+    The global generators stay where they were, so that such code does not change other samples; but
+    meanwhile other threads draw from this stream. So code that hardly ever draws is watched at its
+    first use (``if_drawn``), and left alone if it did not draw.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -129,8 +121,8 @@ class OwnRandomness:
         with kept_random_state(device):
             if not self._state:
                 self._state = {
-                    one: torch.Generator(one).manual_seed(self.seed).get_state()
-                    for one in random_state(device)
+                    place: torch.Generator(place).manual_seed(self.seed).get_state()
+                    for place in random_state(device)
                 }
             set_random_state(self._state)
             try:
@@ -142,12 +134,7 @@ class OwnRandomness:
     def if_drawn(self, device: torch.device, draws: dict[str, bool], part: str) -> Iterator[None]:
         """``on`` for a part of the program that draws, nothing for one that does not.
 
-        The first use of a part is watched, and what it draws is not of the stream.
-
-        Args:
-            device: as of ``on``.
-            draws: by part, whether its first use drew; it is written here.
-            part: which this is.
+        The first use is watched, and ``draws`` keeps whether it drew: not from the stream.
         """
         if part in draws:
             with self.on(device) if draws[part] else nullcontext():
@@ -156,8 +143,5 @@ class OwnRandomness:
         with kept_random_state(device):
             before = random_state(device)
             yield
-            draws[part] = _differ(before, random_state(device))
-
-
-def _differ(one: RandomState, other: RandomState) -> bool:
-    return any(not torch.equal(state, other[device]) for device, state in one.items())
+            after = random_state(device)
+            draws[part] = any(not torch.equal(state, after[at]) for at, state in before.items())

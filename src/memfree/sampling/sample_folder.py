@@ -19,13 +19,11 @@ from memfree.images import MAX_IMAGE_BYTES, MAX_PIXELS, from_bytes, from_png, pn
 
 _TRACE = {"sample": pa.int64(), "step": pa.int64()}
 _INT64 = range(-(1 << 63), 1 << 63)
+_DAMAGE = (tarfile.TarError, EOFError, KeyError, ValueError, OverflowError, RecursionError)
 
 
 class SampleFolder:
     """A finished folder of samples, in the order of their indices.
-
-    Args:
-        path: the folder.
 
     Attributes:
         manifest: its manifest: mitigation, seed, count, guidance_scale, steps, scheduler, seconds,
@@ -35,7 +33,7 @@ class SampleFolder:
         seeds: seed of the run that drew each, (N,) int64.
         conditions: labels, (N,) int64; None for an unconditional run.
         captions: the prompt of each sample, N strings; None for a pixel model.
-        records: pyarrow table of what is recorded beside each sample.
+        records: pyarrow table of the JSON beside each sample.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -52,14 +50,11 @@ class SampleFolder:
                 raise ValueError(f"impossible image_shape {short(manifest['image_shape'])}")
             count = int(manifest["count"])
             self._shards = [self.path / _shard_name(name) for name in manifest["shards"]]
-        except KeyError as error:
-            raise ValueError(
-                f"{self.path}/manifest.json lacks {error}; draw the samples again"
-            ) from error
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(
-                f"{self.path}/manifest.json is damaged ({short(error)}); draw the samples again"
-            ) from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            lacks = isinstance(error, KeyError)
+            what = f"lacks {error}" if lacks else f"is damaged ({short(error)})"
+            message = f"{self.path}/manifest.json {what}; draw the samples again"
+            raise ValueError(message) from error
         self.image_shape: tuple[int, int, int] = (channels, height, width)
         records: dict[int, dict[str, Any]] = {}
         self._places: dict[int, tuple[Path, int, int]] = {}
@@ -77,15 +72,11 @@ class SampleFolder:
         self.records: pa.Table = _table(ordered, self.path)
         self.index = torch.arange(len(ordered))
         self.seeds = torch.tensor([record["seed"] for record in ordered], dtype=torch.int64)
-        labels = [record["condition"] for record in ordered]
-        self.conditions: Tensor | None = (
-            torch.tensor(labels, dtype=torch.int64)
-            if all(isinstance(label, int) for label in labels)
-            else None
-        )
-        self.captions: list[str] | None = (
-            labels if all(isinstance(label, str) for label in labels) else None
-        )
+        given = [record["condition"] for record in ordered]
+        labelled, prompted = (all(isinstance(c, kind) for c in given) for kind in (int, str))
+        labels = torch.tensor(given, dtype=torch.int64) if labelled else None
+        self.conditions: Tensor | None = labels
+        self.captions: list[str] | None = given if prompted else None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -95,11 +86,7 @@ class SampleFolder:
         return torch.cat(list(self.batches(1024)))
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """The samples in order, (b, C, H, W) float32 in [-1, 1] at a time.
-
-        Raises:
-            ValueError: a PNG is damaged or of another shape than the manifest says.
-        """
+        """The samples in order, (b, C, H, W) float32 in [-1, 1] at a time."""
         for indices in self.index.split(batch_size):
             yield from_bytes(torch.stack([self._image(int(i)) for i in indices]))
 
@@ -108,42 +95,37 @@ class SampleFolder:
         with open(shard, "rb") as file:
             file.seek(offset)
             data = file.read(size)
-        found = png_size(data)
-        if found is not None and found != self.image_shape[1:]:
+        size_in_header = png_size(data)
+        if size_in_header not in (None, self.image_shape[1:]):
+            sizes = ["x".join(map(str, size)) for size in (size_in_header, self.image_shape[1:])]
             raise ValueError(
-                f"{shard}: sample {index} has {found[0]}x{found[1]} pixels, but the manifest says "
-                f"{self.image_shape[1]}x{self.image_shape[2]}"
+                f"{shard}: sample {index} has {sizes[0]} pixels, but the manifest says {sizes[1]}"
             )
         try:
-            if found is None:
-                raise ValueError("no PNG")
+            if size_in_header is None:
+                raise ValueError("not a PNG")
             return from_png(data, self.image_shape[0])
         except ValueError as error:
             raise ValueError(f"{shard}: the image of sample {index} is damaged") from error
 
     def trace(self) -> pa.Table:
-        """Rows of σ_t, λ_t and so on, sorted by sample and step.
-
-        Raises:
-            ValueError: the samples were drawn without an index, so there is none.
-        """
+        """Rows of σ_t, λ_t and so on, by sample and step; ValueError if drawn without an index."""
         names = [self.path / f"trace-{shard.stem[8:]}.parquet" for shard in self._shards]
         if not any(name.is_file() for name in names):
             raise ValueError(
                 f"{self.path} has no trace: sample with --index to observe the similarity"
             )
         try:
-            tables = [read_table(name, _TRACE) for name in names]
-            whole = pa.concat_tables(tables)
+            whole = pa.concat_tables([read_table(name, _TRACE) for name in names])
         except (OSError, ValueError) as error:
             raise ValueError(f"a trace in {self.path} cannot be read: {short(error)}") from error
         return whole.sort_by([("sample", "ascending"), ("step", "ascending")])
 
 
 def read_records(shards: Sequence[Path]) -> pa.Table:
-    """What is recorded beside the samples in some shards, one row a sample, in no fixed order."""
-    found = [record for shard in shards for record, _, _ in _scan(shard)]
-    return _table(found, shards[0].parent if shards else Path())
+    """The records of the samples in some shards, one row a sample, in no fixed order."""
+    records = [record for shard in shards for record, _, _ in _scan(shard)]
+    return _table(records, shards[0].parent if shards else Path())
 
 
 def _table(records: list[dict[str, Any]], folder: Path) -> pa.Table:
@@ -154,14 +136,14 @@ def _table(records: list[dict[str, Any]], folder: Path) -> pa.Table:
 
 
 def _shard_name(name: Any) -> str:
-    """A shard's name, refused if it is a path: a file names no file elsewhere."""
+    """A shard's name, refused if it is a path to a file elsewhere."""
     if not isinstance(name, str) or Path(name).name != name or not name.startswith("samples-"):
-        raise ValueError(f"{short(repr(name))} is no shard")
+        raise ValueError(f"{short(repr(name))} is not a shard")
     return name
 
 
 def _scan(shard: Path) -> list[tuple[dict[str, Any], int, int]]:
-    """Each sample's record, and where its PNG lies in the tar: offset and size in bytes."""
+    """Of each sample, its record, and the offset and size in bytes of its PNG in the tar."""
     if not shard.is_file():
         raise ValueError(f"{shard} is missing; draw the samples again")
     places: dict[str, tuple[int, int]] = {}
@@ -174,7 +156,7 @@ def _scan(shard: Path) -> list[tuple[dict[str, Any], int, int]]:
                 if limit is None:
                     continue
                 if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                    raise ValueError(f"{member.name} is no plain file")
+                    raise ValueError(f"{member.name} is not a plain file")
                 if not 0 < member.size <= limit:
                     raise ValueError(f"{member.name} has {member.size} bytes")
                 if kind == "png":
@@ -184,26 +166,17 @@ def _scan(shard: Path) -> list[tuple[dict[str, Any], int, int]]:
                     assert file is not None
                     records[key] = _record(member.name, parse_json(file.read()))
         return [(records[key], *place) for key, place in places.items()]
-    except (
-        tarfile.TarError,
-        EOFError,
-        KeyError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-        AssertionError,
-    ) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{shard} is damaged: {short(error)}") from error
 
 
 def _record(name: str, value: Any) -> dict[str, Any]:
-    """A sample's record, refused without what every record has."""
+    """A sample's record; ValueError without the fields of every record."""
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is no record of a sample")
+        raise ValueError(f"{name} is not a record of a sample")
     for field, kind in (("index", int), ("seed", int), ("condition", (int, str, NoneType))):
-        found = value.get(field, ...)
-        if not isinstance(found, kind) or isinstance(found, bool):
-            raise ValueError(f"{name} has no valid {field}")
-        if isinstance(found, int) and found not in _INT64:
+        given = value.get(field, ...)
+        too_large = isinstance(given, int) and given not in _INT64
+        if not isinstance(given, kind) or isinstance(given, bool) or too_large:
             raise ValueError(f"{name} has no valid {field}")
     return value

@@ -1,4 +1,4 @@
-"""Sample run: what a sample folder is made from, what is still to draw, what its traces come to."""
+"""Sample run: its settings, the samples still to draw, a summary of its traces."""
 
 from __future__ import annotations
 
@@ -26,19 +26,24 @@ SchedulerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++-karras", "eu
 
 @dataclass
 class PromptOptions:
-    """What a text-to-image model is asked for; sample i takes prompt i, and they repeat in turn."""
+    """Prompts of a text-to-image model; sample i takes prompt i, and they repeat in turn."""
 
     file: Path | None = None
     """Text file with one prompt a line."""
     dataset: Path | None = None
     """Captioned dataset folder to take prompts from."""
     captions: PromptSet = "duplicated"
-    """Which captions of it: of repeated training images, of the other training images, or of the
-    test part."""
+    """Which captions of it: of repeated training images, of other training images, or of the test
+    part."""
     least_records: PositiveInt = 2
     """Training records from which on an image counts as repeated."""
 
 
+RUN_FILE = "run.json"
+_FILE = re.compile(r"(samples|trace)-[0-9-]+\.(tar|parquet)")
+_WITHOUT_SAMPLES = r"\..*|run\.json|config\.yaml|trace-[0-9-]+\.(tar|parquet)"
+"""Names of the files of a run that was stopped before it had drawn a sample."""
+_LOCK = re.compile(r"\.lock-(\d+-)?\d+")
 GATE_TOLERANCE = 1e-4
 """A σ this near the gate may fall on either side of it for another batch size."""
 
@@ -51,18 +56,16 @@ def trace_summary(
     """Counts over all traces of a run.
 
     Args:
-        traces: files with the columns of DESIGN.md; read one at a time.
+        traces: files, read one at a time.
         conditions: label or prompt of every sample, None without.
         labels: label, or caption, of the image with that key in the index; None without.
 
     Returns:
-        ``active_samples`` and ``active_steps``: shares, in [0, 1], of samples steered at some step
-        and of sample-steps steered; ``undecided_samples``: number of samples with
-        |σ_t − gate| < 1e-4 at some step, whose bits may depend on the batch size (λ_t itself is
-        the gate where a guidance recorded no ``gate``);
-        ``other_label_steps``: share of the steered sample-steps whose nearest image has another
-        label (or caption) than the sample (or its prompt), so that eq. 16 may cost a denoiser call;
-        None where nothing was steered or there are no labels.
+        ``active_samples`` and ``active_steps``: shares of samples steered at some step and of
+        sample-steps steered; ``undecided_samples``: number of samples with |σ_t − gate| < 1e-4 at
+        some step (λ_t without a ``gate``); ``other_label_steps``: share of the steered sample-steps
+        whose nearest image has another label (or caption) than the sample, so that eq. 16 may cost
+        a denoiser call; None where nothing was steered or there are no labels.
     """
     rows = active_rows = other = 0
     samples: set[int] = set()
@@ -95,21 +98,12 @@ def trace_summary(
     }
 
 
-RUN_FILE = "run.json"
-_FILE = re.compile(r"(samples|trace)-[0-9-]+\.(tar|parquet)")
-_WITHOUT_SAMPLES = r"\..*|run\.json|config\.yaml|trace-[0-9-]+\.(tar|parquet)"
-"""Names of what a run leaves that was stopped before it had drawn a sample."""
-
-_LOCK = re.compile(r"\.lock-(\d+-)?\d+")
-
-
 class SampleRun:
     """The output folder of one sampling run, which may be stopped and started again.
 
-    ``run.json`` is written first and says what the samples depend on; the same run continues, any
+    ``run.json`` is written first and says what the samples depend on; the same run resumes, any
     other is refused. A sample is finished when a shard that holds it has its final name.
-    ``manifest.json`` is written last. As a context manager it begins and, at the end, lets go of
-    the folder.
+    ``manifest.json`` is written last. As a context manager it begins, and releases its locks.
 
     Args:
         folder: the sample folder.
@@ -126,6 +120,8 @@ class SampleRun:
         self.settings = {"count": count, **json.loads(json.dumps(settings))}
         self.count = count
         self.part = part
+        self._manifest = self.folder / "manifest.json"
+        self._prefix = "" if part.whole else f"{part.number:03d}-"
         self._locks: dict[int, FolderLock] = {}
 
     def __enter__(self) -> SampleRun:
@@ -140,28 +136,19 @@ class SampleRun:
         self.release()
 
     def check(self) -> None:
-        """Accept the folder as this very run's, or as empty; writes nothing.
-
-        Raises:
-            ValueError: it holds samples of other settings, or files that are no samples.
-        """
+        """Accept the folder as this very run's, or as without samples, or raise; writes nothing."""
         begun = self.folder / RUN_FILE
         # Another part may have begun, and have no shard yet.
         taken = self._manifest.is_file() or self.shards() or not self.part.whole
         if begun.is_file() and taken:
             with or_another():
-                there = read_json(begun)
-            refuse_other(self.folder, first_difference(there, self.settings))
+                settings = read_json(begun)
+            refuse_other(self.folder, first_difference(settings, self.settings))
         else:
             refuse_files(self.folder, _WITHOUT_SAMPLES)
 
     def begin(self) -> None:
-        """Create the folder, or ``check`` it; only the first process writes.
-
-        Raises:
-            ValueError: it is refused, or another process is writing there.
-            OSError: it cannot be written.
-        """
+        """``check`` the folder, lock and create it; only the first process writes."""
         self.check()
         if is_first_process() and not self.finished:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -170,16 +157,8 @@ class SampleRun:
             write_json(self.folder / RUN_FILE, self.settings)
 
     @property
-    def _manifest(self) -> Path:
-        return self.folder / "manifest.json"
-
-    @property
     def finished(self) -> bool:
-        """Whether the manifest is there, written when no sample was missing, and its shards are.
-
-        Raises:
-            ValueError: the manifest is damaged.
-        """
+        """Whether there is a manifest, written when no sample was missing, and all its shards."""
         if not self._manifest.is_file():
             return False
         names = self.manifest().get("shards")
@@ -188,34 +167,25 @@ class SampleRun:
         return all((self.folder / name).is_file() for name in names)
 
     def verify(self) -> None:
-        """Compare the sizes of a finished folder's files with those in its manifest.
-
-        Raises:
-            ValueError: a file is not as it was written; names the shard to delete.
-        """
+        """Compare file sizes with the manifest's; ValueError names the shard to delete."""
         files = self.manifest().get("files", {})
         if not isinstance(files, dict) or not all(_FILE.fullmatch(name) for name in files):
             raise ValueError(f"{self._manifest} does not list the files; draw the samples again")
         for name, size in files.items():
             path = self.folder / name
-            found = path.stat().st_size if path.is_file() else 0
-            if found != size:
+            actual = path.stat().st_size if path.is_file() else 0
+            if actual != size:
                 shard = path.with_name(f"samples-{path.stem.split('-', 1)[1]}.tar")
                 raise ValueError(
-                    f"{path} has {found} bytes, not {short(size)}: delete {shard} and repeat the "
+                    f"{path} has {actual} bytes, not {short(size)}: delete {shard} and repeat the "
                     "command to draw its samples again"
                 )
 
     def lock(self, rank: int, wait: float = 0.0) -> None:
         """Keep others from writing this rank's shards until this process ends, however it ends.
 
-        Args:
-            rank: the rank of this process.
-            wait: seconds to wait for another process to end: a rank whose launcher was killed
-                notices only after its batch.
-
-        Raises:
-            ValueError: another process writes them.
+        ``wait``: seconds for another process to end, or ValueError: a rank whose launcher was
+        killed notices only after its batch.
         """
         if rank in self._locks:
             return
@@ -229,24 +199,16 @@ class SampleRun:
             self._locks.popitem()[1].release()
 
     def writer(self, rank: int) -> str:
-        """What the names of this rank's shards begin with, behind ``samples-``."""
+        """Start of the names of this rank's shards, after ``samples-``."""
         return f"{self._prefix}{rank:03d}"
 
-    @property
-    def _prefix(self) -> str:
-        return "" if self.part.whole else f"{self.part.number:03d}-"
-
     def clean_up(self) -> None:
-        """Remove what a stopped run left unfinished: temporary files, traces without samples.
-
-        Of a part only its own: others may be writing theirs.
-        """
+        """Remove what a stopped run of this part left: temporary files, traces without samples."""
         temporary = ".*.tmp" if self.part.whole else f".*-{self._prefix}*.tmp"
         remove_temporary(self.folder, pattern=temporary)
         for trace in self.folder.glob(f"trace-{self._prefix}*.parquet"):
-            if not _FILE.fullmatch(trace.name):
-                continue
-            if not self.folder.joinpath(f"samples-{trace.stem[6:]}.tar").is_file():
+            shard = self.folder / f"samples-{trace.stem[6:]}.tar"
+            if _FILE.fullmatch(trace.name) and not shard.is_file():
                 trace.unlink(missing_ok=True)
 
     def shards(self) -> list[Path]:
@@ -254,42 +216,30 @@ class SampleRun:
         return sorted(self.folder.glob("samples-*.tar"))
 
     def missing(self) -> list[int]:
-        """Indices without a finished sample, ascending.
-
-        Raises:
-            ValueError: a shard cannot be read, or an index is in two shards or out of range.
-        """
-        found: set[int] = set()
+        """Indices without a finished sample, ascending; ValueError if a shard is damaged."""
+        finished: set[int] = set()
         for shard in self.shards():
             indices = shard_indices(shard)
-            if twice := found.intersection(indices):
+            if twice := finished.intersection(indices):
                 raise ValueError(f"{shard} repeats sample {min(twice)}; remove it and start again")
-            found.update(indices)
-        if found and max(found) >= self.count:
-            raise ValueError(f"{self.folder} holds sample {max(found)} of {self.count}")
-        return [index for index in range(self.count) if index not in found]
+            finished.update(indices)
+        if finished and max(finished) >= self.count:
+            raise ValueError(f"{self.folder} holds sample {max(finished)} of {self.count}")
+        return [index for index in range(self.count) if index not in finished]
 
     def missing_here(self) -> list[int]:
-        """Those of the missing indices that are this part's."""
+        """This part's missing indices."""
         return sorted({*self.missing()}.intersection(self.part.share(range(self.count))))
 
     def next_shard(self, rank: int) -> int:
         """First shard number of this rank that is not taken."""
-        numbers = [path.stem.rsplit("-", 1)[1] for path in self._of_rank(rank)]
-        taken = [int(number) for number in numbers if number.isdecimal()]
-        return max(taken, default=-1) + 1
-
-    def _of_rank(self, rank: int) -> list[Path]:
-        return list(self.folder.glob(f"samples-{self.writer(rank)}-*.tar"))
+        shards = self.folder.glob(f"samples-{self.writer(rank)}-*.tar")
+        numbers = [path.stem.rsplit("-", 1)[1] for path in shards]
+        return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
 
     def finish(self, seed: int, **fields: Any) -> None:
-        """Write the manifest of the whole folder, ``fields`` beside the settings.
-
-        Raises:
-            ValueError: a sample is missing.
-        """
-        missing = self.missing()
-        if missing:
+        """Write the manifest of the whole folder; ValueError if a sample is missing."""
+        if missing := self.missing():
             raise ValueError(
                 f"{self.folder} lacks {len(missing)} of {self.count} samples (first: {missing[0]});"
                 " repeat the command to draw them"
@@ -315,14 +265,10 @@ class SampleRun:
 
 
 def shard_indices(shard: Path) -> list[int]:
-    """Sample indices in a shard, from its member names.
-
-    Raises:
-        ValueError: it is no tar file, or holds other members.
-    """
+    """Sample indices in a shard, from its member names; ValueError if it is damaged."""
     try:
         if not shard.is_file():
-            raise ValueError("no plain file")
+            raise ValueError("not a plain file")
         with tarfile.open(shard, "r:") as tar:
             names = [member.name for member in tar if member.name.endswith(".png")]
         return [int(name[:-4]) for name in names]

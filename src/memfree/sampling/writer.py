@@ -1,13 +1,14 @@
-"""Sample writer: a Lightning callback that writes samples and traces shard by shard."""
+"""Lightning callbacks of sampling: a writer of samples and traces, and a progress bar."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,21 @@ import torch
 import webdataset as wds
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pyarrow import parquet
+from rich.console import Console
 from torch import Tensor
 
+from memfree.console import ProgressLine, plain_console
 from memfree.folders.atomic import write_atomic
 from memfree.images import to_bytes, to_png
 from memfree.sampling.loop import TRACE_COLUMNS
-from memfree.sampling.module import SampleBatch
+from memfree.sampling.module import SampleBatch, SampleIndices
 from memfree.sampling.sample_run import SampleRun
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Forget what the process held before; where the system cannot, the peak is of its lifetime."""
+    """Start the peak again; where the system cannot, it is of the process's lifetime."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -38,73 +41,47 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory since the reset: allocated on the GPU, or resident, bytes; 0 where unknown."""
+    """Largest memory since the reset, bytes: allocated on the GPU, or resident; 0: unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):
-        found = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-        if found:
-            return 1024 * int(found.group(1))
-    try:
+        if line := re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE):
+            return 1024 * int(line[1])
+    with contextlib.suppress(ImportError):  # Windows
         import resource
-    except ImportError:  # pragma: no cover - Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return 0
 
 
+@dataclass(eq=False)
 class SampleWriter(Callback):
-    """Write ``samples-RANK-N.tar`` and ``trace-RANK-N.parquet``, each atomically, trace first.
+    """Writes ``samples-RANK-N.tar`` and ``trace-RANK-N.parquet``, each atomically, trace first.
 
-    The files of a part of the run are named ``samples-PART-RANK-N.tar``.
-
-    A sample's PNG has a JSON beside it: ``index``, ``seed`` (of the run), ``condition`` (label,
-    prompt or null), ``mitigation``, ``peak_sigma`` (largest σ_t), ``nearest`` (image key at the
-    last step), ``active_steps``, ``seconds`` (its part of the batch) and ``peak_memory_bytes`` (of
-    the process or its GPU while sampling).
-
-    Args:
-        run: the sample folder.
-        seed: seed of the run.
-        mitigation: name of the mitigation.
-        keys: image keys of the reference index by row; None without an index.
-        batches_per_shard: batches collected in a shard; what a killed run has not yet put in a
-            shard is drawn again.
+    The files of a part of the run are named ``samples-PART-RANK-N.tar``. A killed run draws the
+    batches of an unfinished shard again. A sample's PNG has a JSON beside it: ``index``, ``seed``
+    (of the run), ``condition`` (label, prompt or null), ``mitigation``, ``peak_sigma`` (largest
+    σ_t), ``nearest`` (image key at the last step), ``active_steps``, ``seconds`` (its share of the
+    batch's) and ``peak_memory_bytes`` (of the process or its GPU while sampling).
     """
 
-    def __init__(
-        self,
-        run: SampleRun,
-        seed: int,
-        mitigation: str,
-        keys: Sequence[str] | None = None,
-        batches_per_shard: int = 1,
-    ) -> None:
-        self.run = run
-        self.seed = seed
-        self.mitigation = mitigation
-        self.keys = keys
-        self.batches_per_shard = batches_per_shard
-        self._pending: list[SampleBatch] = []
-        self._shard = 0
-        self._parent = os.getppid()
+    run: SampleRun
+    seed: int
+    mitigation: str
+    keys: Sequence[str] | None = None  # of the reference index by row
+    batches_per_shard: int = 1
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue behind the shards that this rank has written before."""
+        """Continue after the shards that this rank has written before."""
         self._shard = self.run.next_shard(trainer.global_rank)
         self._parent = os.getppid()
-        self._pending = []
+        self._pending: list[SampleBatch] = []
         reset_peak_memory(pl_module.device)
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Collect the batch; write a shard when enough are together."""
+        """Collect the batch; write a shard when it is full."""
         self._pending.append(outputs)
         if len(self._pending) >= self.batches_per_shard:
             self._flush(trainer, pl_module)
@@ -120,12 +97,9 @@ class SampleWriter(Callback):
     def _flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = f"{self.run.writer(trainer.global_rank)}-{self._shard:06d}"
         memory = peak_memory(pl_module.device)
-        traces = [
-            trace_table(batch.index, batch.trace, self.keys)
-            for batch in self._pending
-            if batch.trace is not None
-        ]
-        if traces:
+        pending = [batch for batch in self._pending if batch.trace is not None]
+        if pending:
+            traces = [trace_table(batch.index, batch.trace or {}, self.keys) for batch in pending]
             table = pa.concat_tables(traces)
             write_atomic(
                 self.run.folder / f"trace-{name}.parquet",
@@ -143,12 +117,12 @@ class SampleWriter(Callback):
     def _records(self, batch: SampleBatch, memory: int) -> list[dict[str, Any]]:
         count = len(batch.index)
         peaks, nearest, active = summaries(batch, self.keys)
-        asked = [None] * count if batch.conditions is None else batch.conditions
+        conditions = batch.conditions or [None] * count
         return [
             {
                 "index": index,
                 "seed": self.seed,
-                "condition": asked[row],
+                "condition": conditions[row],
                 "mitigation": self.mitigation,
                 "peak_sigma": peaks[row],
                 "nearest": nearest[row],
@@ -160,32 +134,76 @@ class SampleWriter(Callback):
         ]
 
 
-def write_shard(path: Path, records: list[dict[str, Any]], images: Tensor) -> None:
-    """Write samples as a WebDataset tar: ``INDEX.png`` and ``INDEX.json``.
+class SampleProgress(Callback):
+    """Progress of sampling: samples a second and, if ``steered``, the share steered by AMG.
 
-    Args:
-        path: file to write.
-        records: one JSON object a sample, with ``index``.
-        images: (N, C, H, W) uint8.
+    Rank 0 counts its own samples; the rate is of all ranks together, whose ranges are equally long.
+    To standard error by default, so that results can be piped.
     """
+
+    def __init__(self, steered: bool = True, console: Console | None = None) -> None:
+        self.steered = steered
+        self.console = console or plain_console(stderr=True)
+        self._line: ProgressLine | None = None
+        self._total = self._done = self._active = 0
+        self._ranks = 1
+        self._start = 0.0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count this rank's samples and open the bar."""
+        if trainer.is_global_zero:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            assert isinstance(data, SampleIndices)
+            self._total, self._ranks = len(data.mine()), trainer.world_size
+            self._start = time.monotonic()
+            self._line = ProgressLine(self.console, "sampling", "{} of {} samples", self._total)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
+        """Count the batch."""
+        if self._line is not None:
+            self._done += len(outputs.index)
+            self._active += active_samples(outputs)
+            self._line.show(self._done, self.text(), now=self._done == self._total)
+
+    def on_predict_end(self, *_: Any) -> None:
+        """Close the bar."""
+        if self._line is not None:
+            self._line.close()
+
+    def on_exception(self, *_: Any) -> None:
+        """Close the bar, so that the error has a line of its own."""
+        self.on_predict_end()
+
+    def text(self) -> str:
+        """Rate and share of active samples so far."""
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        text = f"{self._ranks * self._done / elapsed:.1f} samples/s"
+        if self.steered:
+            text += f", {self._active / max(self._done, 1):.0%} steered by AMG"
+        return text if self._ranks == 1 else f"{text} (rank 0 of {self._ranks})"
+
+
+def active_samples(batch: SampleBatch) -> int:
+    """Number of samples of the batch that AMG has steered at one step or more."""
+    if batch.trace is None or "active" not in batch.trace:
+        return 0
+    return len(batch.trace["sample"][batch.trace["active"].bool()].unique())
+
+
+def write_shard(path: Path, records: list[dict[str, Any]], images: Tensor) -> None:
+    """Write samples (N, C, H, W) uint8 and JSON records as ``INDEX.png`` and ``INDEX.json``."""
     with open(path, "wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as tar:
         for record, image in zip(records, images, strict=True):
-            tar.write(
-                {
-                    "__key__": f"{record['index']:08d}",
-                    "png": to_png(image),
-                    "json": json.dumps(record, allow_nan=False).encode(),
-                }
-            )
+            key, text = f"{record['index']:08d}", json.dumps(record, allow_nan=False)
+            tar.write({"__key__": key, "png": to_png(image), "json": text.encode()})
 
 
 def trace_table(index: Tensor, trace: dict[str, Tensor], keys: Sequence[str] | None) -> pa.Table:
-    """The trace of a batch as on disk: sample indices for batch rows, image keys for index rows.
+    """The trace of a batch as on disk, with sample indices and image keys instead of rows.
 
-    Args:
-        index: sample indices of the batch, (B,).
-        trace: columns of ``sample``'s trace, (B·steps,) each; ``sample`` counts within the batch.
-        keys: image keys by row of the reference index; None leaves ``nearest`` null.
+    ``trace`` has the columns of ``sample``, (B·steps,) each; without ``keys``, nearest is null.
     """
     columns: dict[str, Any] = {}
     known = ["sample", "step", "t", *TRACE_COLUMNS]
@@ -193,16 +211,14 @@ def trace_table(index: Tensor, trace: dict[str, Tensor], keys: Sequence[str] | N
         if name == "sample":
             columns[name] = index[trace["sample"]].numpy()
         elif name == "nearest":
-            columns[name] = _key_column(trace.get("nearest"), keys, len(trace["sample"]))
+            rows: Any = [-1] * len(trace["sample"])
+            if keys is not None and "nearest" in trace:
+                rows = trace["nearest"].tolist()
+            nearest = [keys[row] if keys is not None and row >= 0 else None for row in rows]
+            columns[name] = pa.array(nearest, pa.string())
         elif name in trace:  # NaN, what no guidance recorded, becomes null
             columns[name] = pa.array(trace[name].numpy(), from_pandas=True)
     return pa.table(columns)
-
-
-def _key_column(rows: Tensor | None, keys: Sequence[str] | None, length: int) -> pa.Array:
-    if rows is None or keys is None:
-        return pa.nulls(length, pa.string())
-    return pa.array([keys[row] if row >= 0 else None for row in rows.tolist()], pa.string())
 
 
 def summaries(
@@ -210,23 +226,14 @@ def summaries(
 ) -> tuple[list[float | None], list[str | None], list[int]]:
     """Of each sample: largest σ_t, key of the nearest image at the last step, active steps."""
     count = len(batch.index)
-    peaks: list[float | None] = [None] * count
-    nearest: list[str | None] = [None] * count
-    active = [0] * count
-    if batch.trace is None:
-        return peaks, nearest, active
-    sample = batch.trace["sample"].numpy()
-    for row in range(count):
-        here = np.flatnonzero(sample == row)
-        if "sigma" in batch.trace:
-            sigma = batch.trace["sigma"].numpy()[here]
-            sigma = sigma[np.isfinite(sigma)]
-            peaks[row] = float(sigma.max()) if len(sigma) else None
-        if "nearest" in batch.trace and keys is not None:
-            last = here[np.argmax(batch.trace["step"].numpy()[here])]
-            number = int(batch.trace["nearest"][last])
-            nearest[row] = keys[number] if number >= 0 else None
-        if "active" in batch.trace:
-            active[row] = int(batch.trace["active"].numpy()[here].astype(bool).sum())
-    assert all(peak is None or math.isfinite(peak) for peak in peaks)
-    return peaks, nearest, active
+    trace = {"sigma": torch.tensor([float("nan")] * count), "nearest": torch.tensor([-1] * count)}
+    trace |= {"active": torch.zeros(count), **(batch.trace or {})}
+    sigma, nearest, active = (  # a trace has its rows step by step
+        trace[name].numpy().reshape(-1, count) for name in ("sigma", "nearest", "active")
+    )
+    peaks = np.where(np.isfinite(sigma), sigma, -np.inf).max(axis=0)
+    return (
+        [float(peak) if np.isfinite(peak) else None for peak in peaks],
+        [keys[row] if keys is not None and row >= 0 else None for row in nearest[-1]],
+        active.astype(bool).sum(axis=0).tolist(),
+    )

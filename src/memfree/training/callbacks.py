@@ -1,23 +1,26 @@
-"""Callbacks of training: averaged weights, finite losses, sample grids, exposures."""
+"""Callbacks of training: averaged weights, finite losses, sample grids, exposures, progress."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.utils import make_grid, save_image
 
+from memfree.console import ProgressLine, plain_console
 from memfree.data.datamodule import ShardDataModule
 from memfree.folders.atomic import write_atomic
 from memfree.models.module import DiffusionModule
@@ -26,11 +29,9 @@ from memfree.models.module import DiffusionModule
 class ExponentialMovingAverage(WeightAveraging):
     """Keeps ``average ← decay · average + (1 − decay) · weights`` after every optimizer step.
 
-    Checkpoints hold the average as ``state_dict`` and the weights in training beside it (as
-    Lightning's callback has it), and validation is of the average. Unlike there, the module keeps
-    its own weights when training ends, so that a last checkpoint holds both; the ``pipeline()`` of
-    a DiffusionModule has the averaged ones. A step costs a few fused operations instead of one for
-    each parameter.
+    As with Lightning's callback, checkpoints hold the average as ``state_dict`` and validation is
+    of the average. Unlike there, the first step is averaged too, in a few fused operations, and the
+    module keeps its own weights; the ``pipeline()`` of a DiffusionModule has the averaged ones.
     """
 
     def __init__(self, decay: float) -> None:
@@ -38,27 +39,25 @@ class ExponentialMovingAverage(WeightAveraging):
         super().__init__(use_buffers=False)
         self.decay = decay
         self._update = get_ema_multi_avg_fn(decay)
-        # Found once: walking through the modules costs a millisecond.
+        # Collected once: walking through the modules costs a millisecond.
         self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Copy the weights, to where they will be trained."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Copy the weights to the device of the training."""
         self._pairs = None
         self._device = trainer.strategy.root_device
         if stage == "fit" and isinstance(pl_module, DiffusionModule):
             pl_module.set_average(None)  # of an earlier training, which would be copied too
         super().setup(trainer, pl_module, stage)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the module know its average, from which its pipeline is made."""
         if isinstance(pl_module, DiffusionModule):
             average = self.average
             assert isinstance(average, DiffusionModule)
             pl_module.set_average(average)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Update the average if the optimizer has stepped since."""
         if trainer.global_step > self._latest_update_step:
             if self._pairs is None:
@@ -67,7 +66,7 @@ class ExponentialMovingAverage(WeightAveraging):
                 self._update(*self._pairs, 0)
             self._latest_update_step = trainer.global_step
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it is: the last checkpoint still has to hold both."""
 
     @property
@@ -78,103 +77,77 @@ class ExponentialMovingAverage(WeightAveraging):
 
 
 class NotFiniteError(ValueError):
-    """Training came to a loss or to weights that are NaN or infinite; raised by all ranks."""
+    """A loss or weights became NaN or infinite; raised by all ranks."""
 
 
-class FiniteTraining(pl.Callback):
+class FiniteTraining(Callback):
     """Raises NotFiniteError on all ranks together once a loss was NaN or infinite.
 
-    Looking at a loss waits for the device, and agreeing costs a message between ranks, so both
-    happen every ``every_n_steps`` only; a single process on a CPU looks at every step. Before a
-    checkpoint the losses so far and the weights are looked at in any case.
+    Reading a loss waits for the device, and agreeing for the ranks, so both happen every
+    ``every_n_steps``; a single process on a CPU checks every step, and a checkpoint is never of
+    weights that are not finite.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        """Look every ``every_n_steps`` optimizer steps."""
+        """Check every ``every_n_steps`` optimizer steps."""
         self.every_n_steps = every_n_steps
         self._bad: Tensor | None = None
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Remember whether this step's loss was finite."""
-        bad = ~torch.isfinite(outputs["loss"].detach())
-        self._bad = bad if self._bad is None else self._bad | bad
+        self._check(outputs["loss"])
         cheap = trainer.world_size == 1 and pl_module.device.type == "cpu"
         if cheap or trainer.global_step % self.every_n_steps == 0:
             self._raise_if_bad(trainer)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Refuse to save weights that are not finite."""
         for parameter in pl_module.parameters():
-            bad = ~torch.isfinite(parameter.detach()).all()
-            self._bad = bad if self._bad is None else self._bad | bad
+            self._check(parameter)
         self._raise_if_bad(trainer)
 
-    def _raise_if_bad(self, trainer: pl.Trainer) -> None:
+    def _check(self, values: Tensor) -> None:
+        bad = ~torch.isfinite(values.detach()).all()
+        self._bad = bad if self._bad is None else self._bad | bad
+
+    def _raise_if_bad(self, trainer: Trainer) -> None:
         ok = self._bad is None or not bool(self._bad)
         if not trainer.strategy.reduce_boolean_decision(ok, all=True):
+            path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+            kept = f"{Path(path)} is the last good checkpoint"
             raise NotFiniteError(
                 f"the loss or the weights became NaN or infinite by step {trainer.global_step}; "
-                f"{_kept(trainer)}; lower --model.learning_rate, or check the images"
+                f"{kept if path else 'no checkpoint was saved yet'}; "
+                "lower --model.learning_rate, or check the images"
             )
 
 
-def _kept(trainer: pl.Trainer) -> str:
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    return f"{Path(path)} is the last good checkpoint" if path else "no checkpoint was saved yet"
+@dataclass(eq=False)
+class SampleGrid(Callback):
+    """Writes ``samples-STEP.png`` every N optimizer steps and at the last, from averaged weights.
 
-
-class SampleGrid(pl.Callback):
-    """Writes ``samples-STEP.png``: one grid from fixed noise, by DDIM, from the averaged weights.
-
-    The noise and the conditions (labels in turn, or training captions) are the same each time.
-    Images also go to TensorBoard where that is the logger.
+    A grid of ``count`` images by ``steps`` steps of DDIM. The noise (of ``seed``) and the
+    conditions (labels in turn, or training captions) are the same each time. Images also go to
+    TensorBoard.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        every_n_steps: int,
-        count: int = 36,
-        steps: int = 25,
-        seed: int = 0,
-    ) -> None:
-        """Draw every ``every_n_steps`` optimizer steps and at the end.
+    folder: Path
+    every_n_steps: int
+    count: int = 36
+    steps: int = 25
+    seed: int = 0
+    _last_step = 0
 
-        Args:
-            folder: where the grids go.
-            every_n_steps: 1 or more.
-            count: images of a grid.
-            steps: DDIM steps of a sample.
-            seed: of the fixed noise.
-        """
-        self.folder = folder
-        self.every_n_steps = every_n_steps
-        self.count = count
-        self.steps = steps
-        self.seed = seed
-        self._last_step = 0
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
-    ) -> None:
-        """Draw a grid if it is time.
-
-        That of the last step is drawn here too: after its checkpoint a killed run has nothing left
-        to train, and so no end of training.
-        """
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Draw a grid if it is time: training killed after its last checkpoint has no end."""
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step == trainer.max_steps:
-            self._draw(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the last grid."""
-        self._draw(trainer, pl_module)
-
-    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the grid of this step, once."""
         # global_step repeats while gradients accumulate over several batches.
         if not trainer.is_global_zero or trainer.global_step == self._last_step:
             return
@@ -196,13 +169,10 @@ class SampleGrid(pl.Callback):
 class ExposureCounter(Callback):
     """Counts how often each distinct image was in a training batch, over all ranks and restarts.
 
-    At the end of training ``exposures.parquet`` is written: ``image_key, group, copies,
-    exposures``, one row an item of the dataset. For foreign shards, groups and copies are null and
-    only images that were seen appear. What was left out as broken is counted in the file's schema
-    metadata, as JSON under ``skipped``.
-
-    Args:
-        folder: where to; default: the trainer's root folder.
+    At the end ``folder/exposures.parquet`` (default: the trainer's root folder) is written:
+    ``image_key, group, copies, exposures``, one row an item of the dataset. For foreign shards,
+    groups and copies are null and only images that were seen appear. Counts of records skipped as
+    broken are in the file's schema metadata, as JSON under ``skipped``.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -213,7 +183,7 @@ class ExposureCounter(Callback):
         self._loaded: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, or go on from a checkpoint; the counts before it stay with rank 0."""
+        """Begin, or resume from a checkpoint, whose counts stay with rank 0."""
         self._trainer = trainer
         dataset = _data(trainer).folder
         rows = len(dataset.items) if dataset is not None else 0
@@ -227,11 +197,7 @@ class ExposureCounter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count one batch, and write the table if it is the last.
-
-        At the end of training it would come after the last checkpoint: a run that is killed
-        between the two has nothing left to train, and so no end of training.
-        """
+        """Count a batch; write the table after the last, before a checkpoint can end the run."""
         assert self._rows is not None
         if batch["weight"] != 0:
             if len(self._rows):
@@ -260,14 +226,9 @@ class ExposureCounter(Callback):
             table = table.append_column("exposures", pa.array(state["rows"].numpy()))
         else:
             keys = sorted(state["keys"])
-            table = pa.table(
-                {
-                    "image_key": keys,
-                    "group": pa.nulls(len(keys), pa.string()),
-                    "copies": pa.nulls(len(keys), pa.int64()),
-                    "exposures": [state["keys"][key] for key in keys],
-                }
-            )
+            group, copies = (pa.nulls(len(keys), kind) for kind in (pa.string(), pa.int64()))
+            table = pa.table({"image_key": keys, "group": group, "copies": copies})
+            table = table.append_column("exposures", pa.array([state["keys"][k] for k in keys]))
         table = table.replace_schema_metadata({"skipped": json.dumps(skipped.counts())})
         folder = Path(self.folder or trainer.default_root_dir)
         write_atomic(folder / "exposures.parquet", lambda path: pq.write_table(table, path))
@@ -278,8 +239,7 @@ class ExposureCounter(Callback):
             return {"rows": torch.zeros(0, dtype=torch.int64), "keys": {}}
         rows, keys = self._rows.to("cpu", copy=True), Counter(self._keys)
         if distributed.is_available() and distributed.is_initialized():
-            device = self._trainer.strategy.root_device
-            on_device = rows.to(device)
+            on_device = rows.to(self._trainer.strategy.root_device)
             distributed.all_reduce(on_device)
             rows = on_device.cpu()
             if not len(rows):
@@ -289,7 +249,7 @@ class ExposureCounter(Callback):
         return {"rows": rows, "keys": dict(keys)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Counts of the run that goes on."""
+        """Counts of the run that is resumed."""
         self._loaded = state_dict
 
 
@@ -298,3 +258,38 @@ def _data(trainer: Trainer) -> ShardDataModule:
     if not isinstance(data, ShardDataModule):
         raise ValueError("ExposureCounter counts batches of a ShardDataModule only")
     return data
+
+
+class StepProgress(Callback):
+    """One bar over all optimizer steps, with the loss; to standard error by default.
+
+    Lightning's own start again with each epoch and fill a log with every refresh.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or plain_console(stderr=True)
+        self._line: ProgressLine | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar from the step that training resumes from."""
+        if trainer.is_global_zero:
+            steps = float(trainer.estimated_stepping_batches)
+            total = int(steps) if math.isfinite(steps) else None
+            done = trainer.global_step
+            self._line = ProgressLine(self._console, "training", "step {} of {}", total, done)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Move the bar every ten steps and at the last."""
+        step = trainer.global_step
+        if self._line is not None and (step % 10 == 0 or step == trainer.max_steps):
+            loss = trainer.callback_metrics.get("loss")
+            self._line.show(step, "" if loss is None else f"loss {float(loss):.4f}")
+
+    def on_train_end(self, *_: Any) -> None:
+        """Leave the finished bar on the screen."""
+        if self._line is not None:
+            self._line.close()
+
+    def on_exception(self, *_: Any) -> None:
+        """Close the bar, so that the error has a line of its own."""
+        self.on_train_end()

@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 import warnings
+import weakref
 import zipfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-import lightning.pytorch as pl
 import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -23,15 +24,11 @@ from memfree.folders.untrusted import check_plain, short
 from memfree.models.module import CHECKPOINT_KEY
 from memfree.slurm.requeue import WARNINGS, handled, ignore, job_id, requeue
 
-_ENCRYPTED = 0x1
-"""Flag of a part of a zip archive."""
-
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name beside its own, flushes it, and renames it.
+    """Writes a checkpoint beside its name, flushes it, and renames it.
 
-    Lightning's own writes it to the folder for temporary files, often on another disk, and moves
-    it, which copies.
+    Lightning's own writes to the system's temporary folder, often on another disk, and copies.
     """
 
     def save_checkpoint(
@@ -47,58 +44,49 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(ModelCheckpoint):
-    """Saves ``folder/step-N.ckpt`` every so many optimizer steps and at the end; keeps the newest.
+    """Saves ``folder/step-N.ckpt`` every so many steps and at the end; keeps the newest.
 
-    Needs no state of its own on resuming, so a folder may be moved between two runs.
+    It needs no state to resume, so a folder may be moved between two runs.
     """
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
         """Save below ``folder`` every ``every_n_steps`` steps."""
-        super().__init__(
-            dirpath=folder,
-            filename="step-{step:08d}",
-            auto_insert_metric_name=False,
-            every_n_train_steps=every_n_steps,
-            save_top_k=1,
-            enable_version_counter=False,
-        )
+        super().__init__(dirpath=folder, every_n_train_steps=every_n_steps, save_top_k=1)
+        self._every = every_n_steps
+        self._saved_step = 0
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the checkpoint that is there, which the next one replaces."""
         super().setup(trainer, pl_module, stage)
-        # Below dirpath, which is resolved like the names that Lightning compares it with.
         newest = latest_checkpoint(Path(str(self.dirpath)))
-        self.best_model_path = str(newest) if newest else ""
-        if newest is not None:
-            # Else a batch whose gradients are still being added up would save that step again,
-            # without those gradients.
-            self._last_global_step_saved = step_of(newest)
+        self.best_model_path = str(newest or "")
+        # Else a batch whose gradients are still being added up would save that step again,
+        # without those gradients.
+        self._saved_step = step_of(newest) if newest else 0
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any
-    ) -> None:
-        """Save if it is time, or if this was the last step.
-
-        The last step is saved here, before Lightning counts an epoch that it ends early as whole.
-        """
-        super().on_train_batch_end(trainer, pl_module, *rest)
-        if trainer.global_step == trainer.max_steps:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Save if it is time, or before Lightning counts an epoch that max_steps ends as whole."""
+        step = trainer.global_step
+        if step % self._every == 0 or step == trainer.max_steps:
             self.on_train_end(trainer, pl_module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last step if it is not saved yet."""
-        if not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        # First what was logged: a run that goes on from this checkpoint does not log it again.
-        for logger in trainer.loggers:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save this step if it is not saved yet."""
+        trial = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trial or trainer.global_step == self._saved_step:
+            return
+        for logger in trainer.loggers:  # a run that resumes from here does not log it again
             logger.save()
-        super()._save_checkpoint(trainer, filepath)
-
-    def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
-        # Lightning would keep the one that this run was resumed from for ever.
-        return previous != current
+        previous = self.best_model_path
+        path = str(Path(str(self.dirpath)) / f"step-{trainer.global_step:08d}.ckpt")
+        trainer.save_checkpoint(path)
+        self.best_model_path, self._saved_step = path, trainer.global_step
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(weakref.proxy(self))
+        # That of the run that this one resumed, too.
+        if previous and previous != path:
+            trainer.strategy.remove_checkpoint(previous)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the folder itself says which checkpoint is the newest."""
@@ -108,31 +96,34 @@ class Checkpoints(ModelCheckpoint):
         """Nothing to restore."""
 
 
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"step-{8 * '[0-9]'}.ckpt"))
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps taken before this checkpoint, from its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step in ``folder``, None where there is none."""
-    found = _checkpoints(folder)
-    return found[-1] if found else None
+    return next(reversed(_checkpoints(folder)), None)
 
 
 def good_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is not damaged, None where there is none at all.
+    """The newest undamaged checkpoint, None where there is none; ValueError if all are damaged.
 
-    There is one before it if a run was killed while it replaced one by the other.
-
-    Raises:
-        ValueError: all that are there are damaged.
+    There are two if a run was killed while it replaced one by the other.
     """
-    found = _checkpoints(folder)
     damage: ValueError | None = None
-    for path in reversed(found):
+    for path in reversed(_checkpoints(folder)):
         try:
             verify_checkpoint(path)
+            return path
         except FileNotFoundError:  # the first process has just removed it
             continue
         except ValueError as error:
             damage = damage or error
-            continue
-        return path
     if damage is not None:
         raise damage
     return None
@@ -146,31 +137,43 @@ def keep_only(path: Path, folder: Path) -> None:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Read a checkpoint to its end and compare the checksums in it.
-
-    Raises:
-        ValueError: it was cut off, or changed since it was written.
-        FileNotFoundError: there is no such file.
-    """
+    """Compare a checkpoint with the checksums in it; ValueError if it was cut off or changed."""
     check_plain(path)
     try:
         with zipfile.ZipFile(path) as archive:
             _refuse_packed(archive)
             wrong = archive.testzip()
-    except OSError as error:
-        if error.errno not in (None, errno.EINVAL):  # of the disk, not of what is in the file
+    except Exception as error:  # whatever an untrusted archive makes zipfile raise
+        of_the_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if of_the_disk:
             raise
-        raise _damaged(path, type(error).__name__) from error
-    except Exception as error:  # whatever an archive of someone else makes zipfile raise
         raise _damaged(path, type(error).__name__) from error
     if wrong is not None:
         raise _damaged(path, f"wrong checksum of {short(wrong)}")
 
 
+def read_identity(path: Path) -> dict[str, Any]:
+    """Which model a checkpoint is of, read without executing anything; ValueError if damaged."""
+    check_plain(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _refuse_packed(archive)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a TorchScript file, which is refused
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        identity = checkpoint[CHECKPOINT_KEY]
+    except Exception as error:  # whatever an untrusted pickle makes torch raise
+        raise _damaged(path, type(error).__name__) from error
+    if not isinstance(identity, dict):
+        raise ValueError(f"{path} does not say which model it is of: use another --out")
+    return identity
+
+
 def _refuse_packed(archive: zipfile.ZipFile) -> None:
-    """Let nothing be unpacked: torch packs and encrypts nothing; others may pack bombs."""
+    """Let nothing be unpacked: torch neither packs nor encrypts; a third party's may be a bomb."""
+    encrypted = 0x1
     for part in archive.infolist():
-        if part.compress_type != zipfile.ZIP_STORED or part.flag_bits & _ENCRYPTED:
+        if part.compress_type != zipfile.ZIP_STORED or part.flag_bits & encrypted:
             raise ValueError("packed")
 
 
@@ -181,50 +184,14 @@ def _damaged(path: Path, reason: str) -> ValueError:
     )
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"step-{8 * '[0-9]'}.ckpt"))
-
-
-def step_of(path: Path) -> int:
-    """Optimizer steps taken before this checkpoint, from its name."""
-    return int(path.stem.removeprefix("step-"))
-
-
-def read_identity(path: Path) -> dict[str, Any]:
-    """Which model a checkpoint is of, read without executing anything in it.
-
-    Raises:
-        ValueError: it is damaged, or not a checkpoint of memfree.
-    """
-    check_plain(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _refuse_packed(archive)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a TorchScript file, which is refused
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        identity = checkpoint[CHECKPOINT_KEY]
-    except Exception as error:  # whatever a pickle of someone else makes torch raise
-        raise _damaged(path, type(error).__name__) from error
-    if not isinstance(identity, dict):
-        raise ValueError(f"{path} does not say which model it is of: use another --out")
-    return identity
-
-
-class Preemption(pl.Callback):
+class Preemption(Callback):
     """On SIGTERM, USR1 or Ctrl-C: a checkpoint after the optimizer step, then the process ends.
 
-    The handler only remembers the signal. Whether any rank has one is agreed on between the ranks
-    after an optimizer step, where all of them stand at the same place; a checkpoint, which they
-    write together, inside a handler would wait for ranks that have none. Under SLURM the first
-    process then requeues the job, whose next start is the same command and goes on from that
-    checkpoint.
-
-    The process ends with status 128 + signal (143 for SIGTERM). A second Ctrl-C ends it at once.
-
-    Args:
-        every_n_steps: optimizer steps between two agreements of several ranks on GPUs, where each
-            waits for the device; one process, and processes on CPUs, look after every step.
+    The handler only remembers the signal; the ranks agree on it after a step, where all of them are
+    at the same place (on several GPUs every ``every_n_steps``, since it waits for the devices): a
+    checkpoint inside a handler would wait for ranks that received none. Under SLURM the first
+    process then requeues the job. The process ends with status 128 + signal (143 for SIGTERM). A
+    second Ctrl-C ends it at once.
     """
 
     def __init__(self, every_n_steps: int = 5) -> None:
@@ -233,7 +200,7 @@ class Preemption(pl.Callback):
         self._step = 0
         self._handlers = ExitStack()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signals, Lightning's handler of SIGTERM among them."""
         self._signal, self._step = None, trainer.global_step
         numbers = [*WARNINGS]
@@ -242,20 +209,16 @@ class Preemption(pl.Callback):
             numbers.append(signal.SIGINT)
         self._handlers.enter_context(handled(self._remember, numbers))
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the signals back, and one that came in the last steps as well.
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signals back, and in a SLURM job one received in the last steps as well.
 
-        All is saved by now, but a large model takes longer to export than a warning leaves: inside
-        a SLURM job, whoever had the signals before requeues it. Elsewhere the training ends by
-        itself.
+        All is saved by now, but a large model takes longer to export than a warning leaves.
         """
         self._handlers.close()
         if self._signal is not None and job_id() is not None:
             os.kill(os.getpid(), self._signal)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, *_: Any) -> None:
         """Give the signals back."""
         self._handlers.close()
 
@@ -264,9 +227,7 @@ class Preemption(pl.Callback):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Agree whether to end, if an optimizer step is done."""
         step = trainer.global_step
         # Gradients that are still being added up are in no checkpoint; the last step is followed
@@ -277,11 +238,10 @@ class Preemption(pl.Callback):
         on_cpu = pl_module.device.type == "cpu"
         if trainer.world_size > 1 and not on_cpu and step % self.every_n_steps:
             return
-        warned = self._signal is not None
-        if trainer.strategy.reduce_boolean_decision(warned, all=False):
+        if trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False):
             self._end(trainer, pl_module)
 
-    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, Checkpoints):
                 callback.on_train_end(trainer, pl_module)
@@ -290,33 +250,35 @@ class Preemption(pl.Callback):
         trainer.strategy.barrier("the checkpoint is written")
         # Where only another rank had the signal, it is on its way to this one.
         number = self._signal or signal.SIGTERM
-        what = "interrupted" if number == signal.SIGINT else f"{signal.Signals(number).name} came"
+        name = signal.Signals(number).name
+        what = "interrupted" if number == signal.SIGINT else f"received {name}"
         saved = f"memfree: {what}: saved step {trainer.global_step}"
         if job_id() is not None:
-            self._end_job(trainer, saved, 128 + number)
+            _end_job(trainer, saved, 128 + number)
         if trainer.is_global_zero:
-            say(f"{saved}; the same command goes on from there", stderr=True)
+            say(f"{saved}; the same command resumes from there", stderr=True)
         launcher = trainer.strategy.launcher
         # The first process kills itself when one that it has started fails.
         raise SystemExit(0 if launcher is not None and trainer.local_rank > 0 else 128 + number)
 
-    def _end_job(self, trainer: pl.Trainer, saved: str, status: int) -> NoReturn:
-        ignore()  # requeueing ends this job by another SIGTERM
-        if trainer.is_global_zero:
-            reason = requeue()
-            what = "the job is requeued" if reason is None else f"not requeued: {reason}"
-            say(f"{saved}; {what}", stderr=True)
-        # SLURM may end a job with its first task that ends, also before it is requeued.
-        trainer.strategy.barrier("the job is requeued")
-        for logger in trainer.loggers:
-            logger.finalize("preempted")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not through Lightning's teardown: it takes time that SLURM may not give.
-        os._exit(status)
+
+def _end_job(trainer: Trainer, saved: str, status: int) -> NoReturn:
+    ignore()  # requeueing ends this job by another SIGTERM
+    if trainer.is_global_zero:
+        reason = requeue()
+        what = "the job is requeued" if reason is None else f"not requeued: {reason}"
+        say(f"{saved}; {what}", stderr=True)
+    # SLURM may end a job with its first task that ends, also before it is requeued.
+    trainer.strategy.barrier("the job is requeued")
+    for logger in trainer.loggers:
+        logger.finalize("preempted")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not through Lightning's teardown: it takes time that SLURM may not give.
+    os._exit(status)
 
 
-def _is_last(trainer: pl.Trainer) -> bool:
+def _is_last(trainer: Trainer) -> bool:
     """Whether this batch is the last of the whole training."""
     last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     last_epoch = trainer.current_epoch + 1 == trainer.max_epochs

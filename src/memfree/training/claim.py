@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning import Callback, LightningModule, Trainer
 
 from memfree.console import say
 from memfree.folders.atomic import refuse_mount_point, remove_temporary
@@ -35,11 +35,11 @@ RECONSTRUCTIONS = "reconstructions.png"
 
 @dataclass(frozen=True)
 class Claim:
-    """What a folder is to a training that may have it."""
+    """What a folder holds for the training that claims it."""
 
     found: Found
     """``open``: to be trained, from a checkpoint if there is one; ``finished``: trained already;
-    ``other``: it holds another model, which ``begin`` deletes."""
+    ``other``: another model, which ``begin`` deletes."""
     checkpoint: Path | None = None
     """The verified checkpoint to resume from, None to start."""
 
@@ -52,22 +52,10 @@ def claim(
     max_epochs: int,
     overwrite: bool,
 ) -> Claim:
-    """Accept ``out`` as the folder of the model that ``identity`` describes; writes nothing.
+    """Accept ``out`` for the model of this ``DDPMModule.identity()``, or raise; writes nothing.
 
-    Each of several processes asks by itself, and all find the same as long as none of them writes:
-    ``begin`` comes when all have asked.
-
-    Args:
-        out: the model folder, which need not exist.
-        identity: ``DDPMModule.identity()``.
-        batch_size: images of a step on each device; must be that of a finished model.
-        max_steps: optimizer steps wanted, negative: no such limit.
-        max_epochs: epochs wanted, negative: no such limit.
-        overwrite: whether another model in it may be deleted.
-
-    Raises:
-        ValueError: it holds another model and ``overwrite`` is not set, or something else, or is a
-            file.
+    Each of several processes claims, and all find the same as long as none of them writes:
+    ``begin`` comes when all have claimed. Negative ``max_steps`` or ``max_epochs``: no such limit.
     """
     manifest = check_kind(out, "model")
     for name in (DIFFUSERS_NAME, LORA):  # replaced when the training is finished
@@ -76,13 +64,14 @@ def claim(
         for name, kind in (("steps", int), ("epochs", int), ("identity", dict)):
             if not isinstance(manifest.get(name, kind()), kind):
                 raise ValueError(f"{out}/manifest.json has no valid {name}: use another --out")
+    trained = manifest.get("steps", 0)
     checkpoint = good_checkpoint(out / CHECKPOINTS)
-    steps = max(manifest.get("steps", 0), step_of(checkpoint) if checkpoint else 0)
+    steps = max(trained, step_of(checkpoint) if checkpoint else 0)
     difference = None
     if manifest:
         wanted = {**identity, "batch_size": batch_size}
-        found = {**manifest.get("identity", {}), "batch_size": manifest.get("batch_size")}
-        difference = first_difference(found, wanted)
+        held = {**manifest.get("identity", {}), "batch_size": manifest.get("batch_size")}
+        difference = first_difference(held, wanted)
     if checkpoint and not difference:
         difference = first_difference(read_identity(checkpoint), identity)
     if not difference and 0 <= max_steps < steps:
@@ -91,15 +80,12 @@ def claim(
     if difference:
         return Claim("other")
     enough_epochs = 0 <= max_epochs <= manifest.get("epochs", 0)
-    finished = bool(manifest) and (0 <= max_steps <= manifest.get("steps", 0) or enough_epochs)
+    finished = bool(manifest) and (0 <= max_steps <= trained or enough_epochs)
     return Claim("finished") if finished else Claim("open", checkpoint)
 
 
 def begin(out: Path, claimed: Claim) -> None:
-    """Make room for a training that ``claim`` accepted, and save its configuration.
-
-    Of several processes only the first does; the others must wait for it.
-    """
+    """Make room for a claimed training and save its configuration; only the first process does."""
     if not is_first_process():
         return
     if claimed.found == "other":
@@ -116,34 +102,24 @@ def begin(out: Path, claimed: Claim) -> None:
 
 
 def clear(out: Path) -> None:
-    """Delete what training writes, and nothing else that may lie in the folder.
-
-    The checkpoints come last: killed before, the same command finds the other model still and goes
-    on deleting.
-    """
+    """Delete what training writes, and nothing else that may lie in the folder."""
     for name in ("manifest.json", EXPOSURES, RECONSTRUCTIONS, CONFIG_NAME):
         (out / name).unlink(missing_ok=True)
+    # Checkpoints last: killed before, the same command still finds the other model.
     for name in (DIFFUSERS_NAME, LORA, LOGS, GRIDS, CHECKPOINTS):
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-class Beginning(pl.Callback):
-    """Makes room in the folder and opens its log, once every process has looked at the folder.
+class Beginning(Callback):
+    """Makes room in the folder and opens its log, once every process has claimed the folder.
 
-    Processes that a launcher starts together look at it at different times: were another model
-    deleted by the first before, they would find different things, or checkpoints half deleted. To
-    be the first of the callbacks: others look for checkpoints.
-
-    Args:
-        out: the model folder.
-        claimed: what ``claim`` found there.
-        logger: where the loss is recorded.
+    To be the first of the callbacks: others look for checkpoints, which it may delete.
     """
 
     def __init__(self, out: Path, claimed: Claim, logger: LoggerName) -> None:
         self._out, self._claimed, self._logger = out, claimed, logger
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin on the first process, while the others wait."""
         begin(self._out, self._claimed)
         trainer.strategy.barrier("the folder is ready")

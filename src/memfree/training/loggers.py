@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
@@ -20,52 +20,27 @@ from memfree.models.module import DiffusionModule
 from memfree.models.options import LoggerName
 from memfree.slurm.launcher import is_first_process
 
-METRICS = "metrics.csv"
 SAVED_EVERY = 100
 """Optimizer steps after which rows that are not yet on the disk are written."""
 
 
-class LossLog(Logger):
+class LossLog(CSVLogger):
     """Writes ``folder/version_0/metrics.csv``, one row a record, atomically.
 
-    Lightning's own logger begins another file with every start, and forgets the rows that it had
-    not written when it was killed. Here all rows are on the disk before a checkpoint is, and a run
-    that goes on from a checkpoint keeps the rows up to it.
-
-    Args:
-        folder: of the logs.
+    Lightning's own loses rows in a kill, and deletes those of an earlier start. Here all rows are
+    on the disk before a checkpoint is, and a run that resumes from it keeps the rows up to it.
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._folder = Path(folder)
+        super().__init__(folder.parent, folder.name, version=0)
+        self.path = Path(self.log_dir) / "metrics.csv"
         self._rows: list[dict[str, Any]] = []
         self._saved = 0
         self._last_step = 0
 
-    @property
-    def name(self) -> str:
-        """Name of the folder."""
-        return self._folder.name
-
-    @property
-    def version(self) -> int:
-        """Always 0: there is one log a model."""
-        return 0
-
-    @property
-    def log_dir(self) -> str:
-        """Folder of the file."""
-        return str(self._folder / f"version_{self.version}")
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return Path(self.log_dir) / METRICS
-
     @rank_zero_only
     def keep_before(self, step: int) -> None:
-        """Take up the rows of an earlier run, those before optimizer step ``step``."""
+        """Keep the rows of an earlier run before optimizer step ``step``."""
         self._rows, self._saved = [], 0
         if self.path.is_file():
             with open(self.path, newline="", encoding="utf-8") as file:
@@ -74,7 +49,7 @@ class LossLog(Logger):
             self._saved = len(self._rows) if len(self._rows) == len(rows) else -1
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add a row."""
         assert step is not None
         self._rows.append({**metrics, "step": step})
@@ -107,17 +82,14 @@ class LossLog(Logger):
         self.save()
 
 
-class LossRecord(pl.Callback):
+class LossRecord(Callback):
     """Logs ``loss``, the mean since the last record, and ``learning_rate``.
 
-    Lightning's ``log`` at every step would cost more than the rest of our bookkeeping, so a
-    DiffusionModule leaves it. Records go to the loggers directly: Lightning would pass them on only
-    after a checkpoint of that step. The Trainer's ``callback_metrics`` have the last one as
-    ``loss`` and as ``train/loss``.
-
-    Attributes:
-        epoch: number of the epoch of the last batch, through all resumed runs. Lightning's own
-            count after training depends on whether there was anything left to train.
+    In place of a DiffusionModule's ``log`` at every step, which costs more. To the loggers
+    directly: Lightning would pass a record on only after a checkpoint of that step.
+    ``callback_metrics`` have the last one as ``loss`` and as ``train/loss``. ``epoch``: that of the
+    last batch through all resumed runs; Lightning's own after training depends on whether anything
+    was left to train.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -129,8 +101,8 @@ class LossRecord(pl.Callback):
         self._recorded: Tensor | None = None
         self.epoch = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with the log of the run that is resumed, if this is one."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue the log of the run that is resumed, if this is one."""
         if isinstance(pl_module, DiffusionModule):
             pl_module.logs_loss = False
         if self._sum is not None:
@@ -140,7 +112,7 @@ class LossRecord(pl.Callback):
                 logger.keep_before(trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been added up since the last record, and that record."""
+        """The sum since the last record, and that record."""
         return {
             "sum": self._sum,
             "batches": self._batches,
@@ -150,13 +122,13 @@ class LossRecord(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on adding up; all ranks begin with the sum of the first, whose mean is logged."""
+        """Resume; all ranks begin with the sum of the first, whose mean is logged."""
         self._sum, self._batches = state_dict["sum"], state_dict["batches"]
         self._last_step, self._recorded = state_dict["last_step"], state_dict["recorded"]
         self.epoch = state_dict["epoch"]
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
         """Add this step's loss and log if it is time."""
         # Lightning divides the loss by the number of accumulated batches.
@@ -166,12 +138,13 @@ class LossRecord(pl.Callback):
         self.epoch = trainer.current_epoch
         step = trainer.global_step
         if step % self.every_n_steps == 0 and step != self._last_step:
-            rate = trainer.optimizers[0].param_groups[0]["lr"]
             self._recorded = self._sum / self._batches
-            pl_module.log("loss", self._recorded, prog_bar=True, logger=False, batch_size=1)
-            pl_module.log("train/loss", self._recorded, logger=False, batch_size=1)
+            for name in ("loss", "train/loss"):
+                shown = name == "loss"
+                pl_module.log(name, self._recorded, prog_bar=shown, logger=False, batch_size=1)
             if trainer.is_global_zero:
-                record = {"loss": float(self._recorded), "learning_rate": float(rate)}
+                rate = float(trainer.optimizers[0].param_groups[0]["lr"])
+                record = {"loss": float(self._recorded), "learning_rate": rate}
                 for logger in trainer.loggers:
                     # Steps are counted from 0 in logs, as by Lightning.
                     logger.log_metrics({"epoch": trainer.current_epoch, **record}, step=step - 1)
@@ -184,16 +157,8 @@ class LossRecord(pl.Callback):
         return None if self._recorded is None else float(self._recorded)
 
 
-WANDB_PROJECT = "memfree"
-"""Project of the runs where the environment variable WANDB_PROJECT names no other."""
-
-
 def check_logger(name: LoggerName) -> None:
-    """Refuse a logger whose package is not installed.
-
-    Raises:
-        ValueError: names it.
-    """
+    """Refuse a logger whose package is not installed."""
     if name in ("tensorboard", "wandb") and importlib.util.find_spec(name) is None:
         raise ValueError(
             f"--trainer.logger {name} needs the package {name}: install memfree[{name}], or use "
@@ -202,46 +167,35 @@ def check_logger(name: LoggerName) -> None:
 
 
 def build_logger(name: LoggerName, out: Path, logs: str, step: int = 0) -> Logger | None:
-    """The logger of this name, which writes below ``out``: call it where that is claimed.
+    """The logger of this name, below ``out / logs``; call it once the folder is claimed.
 
-    W&B runs are called after the model folder, whose path is in their configuration, and a resumed
-    training continues its run. W&B's own variables count: WANDB_MODE=offline keeps runs below the
-    folder, without a network.
-
-    Args:
-        name: which.
-        out: the model folder.
-        logs: folder in it for what the logger writes.
-        step: optimizer step that training begins or goes on with; what was logged from there on
-            by an earlier run does not count any more.
+    What an earlier run logged from ``step`` on no longer counts. W&B runs are called after the
+    model folder, whose path is in their configuration, and a resumed training continues its run.
+    W&B's own variables count: with WANDB_MODE=offline runs stay below the folder.
     """
     if name == "none":
         return None
+    folder = out / logs
     if name == "csv":
-        return LossLog(out / logs)
+        return LossLog(folder)
     if name == "tensorboard":
         return TensorBoardLogger(
             out, name=logs, version=0, purge_step=step, default_hp_metric=False
         )
-    return _wandb(out, logs)
-
-
-def finish(logger: Logger | None) -> None:
-    """End what a logger keeps open: the next training of this process has a W&B run of its own."""
-    if isinstance(logger, WandbLogger):
-        logger.experiment.finish()
-
-
-def _wandb(out: Path, logs: str) -> Logger:
-    folder = out / logs
-    known = folder / "wandb_id"  # goes with the logs where a model is overwritten
-    if is_first_process() and not known.is_file():
-        write_text(known, secrets.token_hex(4))
+    run_id = folder / "wandb_id"  # goes with the logs where a model is overwritten
+    if is_first_process() and not run_id.is_file():
+        write_text(run_id, secrets.token_hex(4))
     path = out.resolve()
     return WandbLogger(
         name="/".join(path.parts[-2:]),
         save_dir=folder,
-        project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
-        version=known.read_text(encoding="utf-8") if known.is_file() else None,
+        project=os.environ.get("WANDB_PROJECT", "memfree"),
+        version=run_id.read_text(encoding="utf-8") if run_id.is_file() else None,
         config={"folder": str(path)},
     )
+
+
+def finish(logger: Logger | None) -> None:
+    """End a W&B run: the next training of this process has one of its own."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish()

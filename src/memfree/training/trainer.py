@@ -1,4 +1,4 @@
-"""Trainer options and set-up, with wrong options refused in one line."""
+"""Trainer set-up, with wrong options refused in one line."""
 
 from __future__ import annotations
 
@@ -30,14 +30,18 @@ from memfree.slurm.launcher import LIGHTNING, Launch, check_meeting, joined, kno
 
 _DEVICES = {**asdict(Devices()), "precision": "32-true"}
 """Arguments of the Trainer that are options ``--trainer.*`` of a command, and their defaults."""
+_OURS: dict[str, Any] = {
+    "logger": False,
+    "enable_progress_bar": False,  # ours are callbacks
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # data modules divide records among the ranks themselves
+}
+"""Defaults of ``build_trainer`` that differ from Lightning's."""
 _SENTENCE_WITH_ADDRESS = re.compile(r"[^.]*https?://\S*")
 
 
 def build_trainer(**options: Any) -> Trainer:
-    """Make a Trainer; call it before anything is written, as it refuses what is not there.
-
-    Args:
-        options: arguments of the Trainer.
+    """Make a Trainer of Lightning's arguments, ``_OURS`` by default; before anything is written.
 
     Raises:
         ValueError: there is no such device or strategy here, or the launcher has started another
@@ -46,22 +50,17 @@ def build_trainer(**options: Any) -> Trainer:
     launch, nodes = launched(), options.get("num_nodes", 1)
     # Without a launcher, Lightning counts devices itself.
     if launch.told:
-        devices = device_count(
-            launch, options.get("accelerator", "auto"), options.get("devices", "auto")
-        )
+        given = {name: options.get(name, "auto") for name in ("accelerator", "devices")}
+        devices = device_count(launch, **given)
         together = joined(launch, devices, nodes)
         if together:
             options = {**options, "devices": _devices(options, devices)}
     else:
         together = nodes > 1
+    callbacks = [PlainTermination(), *options.get("callbacks", [])]
+    plugins = [*options.get("plugins", []), _environment(launch, together)]
     with _explained(options):
-        trainer = Trainer(
-            **{
-                **options,
-                "callbacks": [PlainTermination(), *options.get("callbacks", [])],
-                "plugins": [*options.get("plugins", []), _environment(launch, together)],
-            }
-        )
+        trainer = Trainer(**{**_OURS, **options, "callbacks": callbacks, "plugins": plugins})
     if trainer.world_size > 1:
         check_meeting()
     if not together:
@@ -75,32 +74,21 @@ def device_count(
 ) -> int:
     """Processes on this machine that options of a Trainer ask for, one a device.
 
-    Args:
-        launch: what started this process; ``auto`` under torchrun means all that it has started.
-        accelerator: kind of device.
-        devices: how many, a list such as ``0,1``, ``-1`` for all, or ``auto``.
-
-    Raises:
-        ValueError: there are no such devices here.
+    ``devices``: a number, a list such as ``0,1``, ``-1`` for all, or ``auto``, which under torchrun
+    means all that it has started; ValueError if there are no such devices.
     """
     if means_all_started(launch, devices):
         return launch.per_node[0] if launch.per_node else launch.size or 1
     if str(devices).isdecimal() and int(str(devices)) > 0:
         return int(str(devices))
-    asked: dict[str, Any] = {"accelerator": accelerator, "devices": devices}
-    with _explained(asked), quiet():
-        return Trainer(
-            **asked,
-            plugins=[LightningEnvironment()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).num_devices
+    given: dict[str, Any] = {"accelerator": accelerator, "devices": devices}
+    with _explained(given), quiet():
+        plain = {"plugins": [LightningEnvironment()], "enable_checkpointing": False}
+        return Trainer(**{**_OURS, **plain, **given}).num_devices
 
 
 def means_all_started(launch: Launch, devices: int | str | Sequence[int]) -> bool:
-    """Whether ``devices`` are as many as torchrun has started, and not all that are there."""
+    """Whether ``devices`` are as many as torchrun has started, rather than all of the machine."""
     return launch.launcher == "torchrun" and str(devices) in ("auto", "-1")
 
 
@@ -119,11 +107,7 @@ def _explained(options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _devices(options: Mapping[str, Any], count: int) -> Any:
-    """What Lightning is told of its devices where processes of a launcher work together.
-
-    Raises:
-        ValueError: this process does not see them all.
-    """
+    """Lightning's ``devices`` where processes of a launcher work together."""
     on_gpus = options.get("accelerator", "auto") in ("auto", "gpu", "cuda")
     seen = CUDAAccelerator.auto_device_count() if on_gpus else 0
     if 0 < seen < count:
@@ -152,21 +136,16 @@ class PlainTermination(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put it back."""
-        self._put_back()
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put it back."""
-        self._put_back()
-
-    def _put_back(self) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._handler)
 
+    on_predict_start = on_train_start
+
 
 def _environment(launch: Launch, together: bool) -> ClusterEnvironment:
-    """What tells Lightning about other processes: the launcher, where all of its are one run.
+    """What tells Lightning about other processes: the launcher, if all of its are one run.
 
-    Otherwise Lightning would join what a launcher started by chance, or wait for it for ever.
+    Otherwise Lightning would join what a launcher started by chance, or wait for it forever.
     """
     if not together or launch.launcher == LIGHTNING:
         return LightningEnvironment()
@@ -174,7 +153,7 @@ def _environment(launch: Launch, together: bool) -> ClusterEnvironment:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", SRUN_UNUSED)
             # Its requeueing saves a checkpoint inside a signal handler, where ranks may wait for
-            # each other for ever; ours is memfree.models.preemption.
+            # each other forever; ours is Preemption.
             return SLURMEnvironment(auto_requeue=False)
     if launch.launcher == "jsrun":
         return LSFEnvironment()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memfree.folders.untrusted import check_plain_folder, short
-from memfree.retrieval.features.base import UNREADABLE, NetworkFeatures, last_line, state_hash
+from memfree.retrieval.features.base import NetworkFeatures, state_hash, unreadable
 from memfree.retrieval.features.preprocessing import Preprocessing
 from memfree.retrieval.options import Arithmetic
 
@@ -38,26 +38,20 @@ def load_clip(folder: Path) -> Any:
     """Build the CLIP of a folder with ``open_clip_config.json`` and a checkpoint, on the CPU.
 
     Raises:
-        ValueError: the configuration names code, a hub or an unknown option, is of another network
-            than the weights, or open_clip cannot read it; one line that names the folder.
+        ValueError: the configuration names code, a hub or an unknown option, does not fit the
+            weights, or cannot be read; one line that names the folder.
     """
     import open_clip  # takes seconds, which nobody else should wait for
 
     name = f"local-dir:{folder.absolute()}"
     _read_config(folder)
-    try:
+    with unreadable(f"{folder} holds no CLIP", OSError):
         _check_size(open_clip, name, folder)
         return open_clip.create_model(name, require_pretrained=True)
-    except (*UNREADABLE, OSError) as error:
-        raise ValueError(f"{folder} holds no CLIP: {last_line(error)}") from error
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of such a folder: open_clip's own, or one whose files lie in the folder.
-
-    Raises:
-        ValueError: as ``load_clip``.
-    """
+    """The tokenizer of such a folder: open_clip's own, or one whose files are in the folder."""
     from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 
     from memfree.folders.untrusted_models import check_tokenizer
@@ -67,7 +61,7 @@ def load_tokenizer(folder: Path) -> Any:
         "context_length": text.get("context_length", DEFAULT_CONTEXT_LENGTH),
         **(text.get("tokenizer_kwargs") or {}),
     }
-    try:
+    with unreadable(f"{folder} holds no tokenizer", OSError):
         if not text.get("hf_tokenizer_name"):
             return SimpleTokenizer(**options)
         check_tokenizer(folder, must_be_named=True)
@@ -78,16 +72,10 @@ def load_tokenizer(folder: Path) -> Any:
             trust_remote_code=False,
             **options,
         )
-    except (*UNREADABLE, OSError) as error:
-        raise ValueError(f"{folder} holds no tokenizer: {last_line(error)}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The ``model_cfg`` of a folder, which has only options that build open_clip's own networks.
-
-    Raises:
-        ValueError: it has others; the message begins with the file.
-    """
+    """The ``model_cfg`` of a folder, if its options only build open_clip's own networks."""
     import timm
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
@@ -104,8 +92,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     _part({"preprocess_cfg": {}, **config}, "preprocess_cfg", _PREPROCESSING, path)
     vision = _part(model, "vision_cfg", tuple(CLIPVisionCfg.__dataclass_fields__), path)
     text = _part(model, "text_cfg", tuple(CLIPTextCfg.__dataclass_fields__), path)
-    further = _part({"multimodal_cfg": {}, **model}, "multimodal_cfg", decoder, path)
-    for tower in (text, further):
+    multimodal = _part({"multimodal_cfg": {}, **model}, "multimodal_cfg", decoder, path)
+    for tower in (text, multimodal):
         _part({"tokenizer_kwargs": {}, **tower}, "tokenizer_kwargs", _TOKENIZER, path)
         for key in _NAMES_A_HUB:
             if tower.get(key) is not None:
@@ -159,7 +147,7 @@ class CLIPFeatures(NetworkFeatures):
     The preprocessing is the one that open_clip states for model and weights.
 
     Args:
-        model: open_clip's name of the architecture, as ViT-B-32; None where ``path`` is a folder.
+        model: open_clip's name of the architecture, as ViT-B-32; not used if ``path`` is a folder.
         pretrained: open_clip's name of published weights, as laion2b_s34b_b79k (downloaded).
         path: instead, a local checkpoint (safetensors, or a state dict that is loaded with
             ``weights_only``), or a folder with open_clip_config.json and a checkpoint.
@@ -181,13 +169,15 @@ class CLIPFeatures(NetworkFeatures):
         if (pretrained is None) == (path is None):
             raise ValueError("CLIP features need either pretrained weights' name or a path")
         self.path = None if path is None else Path(path).absolute()
-        if self.path is not None and not self.path.exists():
-            raise FileNotFoundError(f"no CLIP checkpoint at {self.path}")
-        if self.path is not None and not (self.path.is_file() or self.path.is_dir()):
-            raise ValueError(f"{self.path} is no plain file")  # a device would have no end
-        if self.path is not None and self.path.is_dir():
-            check_plain_folder(self.path)
-        self.model = None if self.path is not None and self.path.is_dir() else model
+        is_folder = self.path is not None and self.path.is_dir()
+        if self.path is not None:
+            if not self.path.exists():
+                raise FileNotFoundError(f"no CLIP checkpoint at {self.path}")
+            if is_folder:
+                check_plain_folder(self.path)
+            elif not self.path.is_file():
+                raise ValueError(f"{self.path} is not a plain file")  # a device would have no end
+        self.model = None if is_folder else model
         self.pretrained = pretrained
         tower, config = self._load()
         self.weights_sha256 = state_hash(tower)
@@ -200,32 +190,23 @@ class CLIPFeatures(NetworkFeatures):
             if self.path is None:
                 raise ValueError("CLIP features need a model, as ViT-B-32")
             clip = load_clip(self.path)
-        else:
-            if self.model.startswith("local-dir:"):
-                raise ValueError(f"CLIP model {self.model}: give a folder as --extractor.path")
-            if ":" not in self.model and open_clip.get_model_config(self.model) is None:
-                raise ValueError(
-                    f"open_clip knows no model {self.model!r}; see open_clip.list_models()"
-                )
-            tags = open_clip.list_pretrained_tags_by_model(self.model.replace("/", "-"))
-            if self.pretrained is not None and self.pretrained not in tags:
-                known = ", ".join(tags) or "none"
-                raise ValueError(
-                    f"open_clip has no weights {self.pretrained!r} of {self.model}; it has {known}"
-                )
-            clip = self._create(self.model, self.pretrained or str(self.path))
-        return clip.visual, open_clip.get_model_preprocess_cfg(clip)
-
-    def _create(self, name: str, weights: str) -> Any:
-        import open_clip
-
-        try:
-            return open_clip.create_model(name, weights, require_pretrained=True)
-        except (*UNREADABLE, OSError) as error:
-            what = self.pretrained if self.path is None else self.path
+            return clip.visual, open_clip.get_model_preprocess_cfg(clip)
+        if self.model.startswith("local-dir:"):
+            raise ValueError(f"CLIP model {self.model}: give a folder as --extractor.path")
+        if ":" not in self.model and open_clip.get_model_config(self.model) is None:
             raise ValueError(
-                f"CLIP {self.model} cannot be made of {what}: {last_line(error)}"
-            ) from error
+                f"open_clip knows no model {self.model!r}; see open_clip.list_models()"
+            )
+        tags = open_clip.list_pretrained_tags_by_model(self.model.replace("/", "-"))
+        if self.pretrained is not None and self.pretrained not in tags:
+            known = ", ".join(tags) or "none"
+            raise ValueError(
+                f"open_clip has no weights {self.pretrained!r} of {self.model}; it has {known}"
+            )
+        weights = self.pretrained or str(self.path)
+        with unreadable(f"CLIP {self.model} cannot be made of {weights}", OSError):
+            clip = open_clip.create_model(self.model, weights, require_pretrained=True)
+        return clip.visual, open_clip.get_model_preprocess_cfg(clip)
 
     def run(self, inputs: Tensor) -> Tensor:
         """The image tower's projected embedding (B, D)."""
@@ -234,7 +215,7 @@ class CLIPFeatures(NetworkFeatures):
         return output[0] if isinstance(output, tuple) else output
 
     def describe(self) -> dict[str, Any]:
-        """Model, weights, their hash (of the image tower) and the preprocessing."""
+        """Model, weights, the image tower's hash and the preprocessing."""
         return self._describe(
             "clip",
             self.weights_sha256,

@@ -1,4 +1,4 @@
-"""Features of a small copy-detection network that was trained on a dataset's own images."""
+"""Small copy-detection network, trained on a dataset's own images: network and features."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from memfree.folders.manifest import read_manifest, sha256
-from memfree.retrieval.features.base import NetworkFeatures, state_hash
+from memfree.retrieval.features.base import NetworkFeatures, state_hash, unreadable
+from memfree.retrieval.features.preprocessing import resized
 
 WEIGHTS = "copy_detection.safetensors"
 _GROUPS = 8
@@ -35,11 +35,7 @@ class CopyDetectionShape:
 
     @classmethod
     def from_json(cls, value: Any) -> CopyDetectionShape:
-        """Read what ``asdict`` wrote.
-
-        Raises:
-            ValueError: it is something else, or absurdly large.
-        """
+        """Read what ``to_json`` wrote; ValueError if it is something else or absurdly large."""
         try:
             widths = tuple(value["widths"])
             shape = cls(value["channels"], value["size"], widths, value["dimension"])
@@ -103,23 +99,18 @@ class CopyDetectionFeatures(NetworkFeatures):
     """Embedding of a copy-detection network, of length 1, compared by cosine.
 
     Trained by ``memfree train-embedding`` with SSCD's recipe (Pizzi et al., CVPR 2022). An index
-    holds the weights, so it needs the folder no more.
-
-    Args:
-        shape: size of the network.
-        weights: its state dictionary.
-        path: folder that they came from, where it is known.
-
-    Raises:
-        ValueError: the weights are of another network.
+    holds the weights, so it no longer needs the folder ``path``.
     """
 
     def __init__(
         self, shape: CopyDetectionShape, weights: dict[str, Tensor], path: Path | None = None
     ) -> None:
         with torch.device("meta"):  # no memory for a network that its weights are not of
-            expected = _shapes(CopyDetectionNetwork(shape).state_dict())
-        if _shapes(weights) != expected:
+            expected = CopyDetectionNetwork(shape).state_dict()
+        given, wanted = (
+            {name: value.shape for name, value in state.items()} for state in (weights, expected)
+        )
+        if given != wanted:
             raise ValueError(
                 "the weights of a copy-detection network do not fit its shape: copy its folder "
                 "whole, or build the index again"
@@ -133,21 +124,14 @@ class CopyDetectionFeatures(NetworkFeatures):
 
     @classmethod
     def load(cls, folder: Path) -> CopyDetectionFeatures:
-        """Open the folder that ``memfree train-embedding`` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such folder.
-            ValueError: it is unfinished, damaged or of another kind.
-        """
+        """Open the folder that ``memfree train-embedding`` wrote."""
         manifest = read_manifest(folder, "embedding")
         shape = CopyDetectionShape.from_json(manifest.get("shape"))
         path = folder / WEIGHTS
         if not path.is_file() or sha256(path) != manifest.get("file_sha256"):
             raise ValueError(f"{path} is not the file that manifest.json describes; train it again")
-        try:
+        with unreadable(f"{path} cannot be read"):
             weights = safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
         return cls(shape, weights, folder.absolute())
 
     @classmethod
@@ -155,11 +139,10 @@ class CopyDetectionFeatures(NetworkFeatures):
         cls, description: dict[str, Any], tensors: dict[str, Tensor]
     ) -> CopyDetectionFeatures:
         """Make the extractor again from ``describe()``, and ``tensors()`` or the folder."""
-        if not tensors and description["path"] is not None:
-            return cls.load(Path(description["path"]))
-        path = description["path"]
-        shape = CopyDetectionShape.from_json(description["shape"])
-        return cls(shape, tensors, None if path is None else Path(path))
+        path = None if description["path"] is None else Path(description["path"])
+        if not tensors and path is not None:
+            return cls.load(path)
+        return cls(CopyDetectionShape.from_json(description["shape"]), tensors, path)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images (B, 1 or 3, H, W) in [-1, 1] as the network's input (B, C, size, size)."""
@@ -186,14 +169,3 @@ class CopyDetectionFeatures(NetworkFeatures):
             "output": "GeM pooling (p = 3), linear, L2-normalised",
             "metric": self.metric,
         }
-
-
-def _shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in weights.items()}
-
-
-def resized(images: Tensor, size: int) -> Tensor:
-    """Images (B, C, H, W) as (B, C, size, size), bilinear with antialiasing."""
-    if images.shape[-2:] == (size, size):
-        return images
-    return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""Latents of a VAE as features: the references of multiplicity guidance in latent space."""
+"""Latents of a VAE as features, for multiplicity guidance in latent space."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memfree.retrieval.features.base import UNREADABLE, Features, Metric, last_line, state_hash
+from memfree.retrieval.features.base import Features, Metric, state_hash, unreadable
 from memfree.retrieval.options import Arithmetic
 
 
 class LatentFeatures(Features):
     """The mode of a VAE's posterior as a latent diffusion model takes it, compared by L2 distance.
 
-    z = (mode − shift_factor) · scaling_factor, flattened: c·h·w float32. Images are not resized:
-    their latents have the shape that the model draws. From latents the images can be decoded, so
-    an index of them holds the training set.
-
-    Args:
-        vae: diffusers' AutoencoderKL; frozen here.
-        path: folder that it was loaded from; without one the index's loader must be told.
-        dtype: arithmetic of the encoder.
+    z = (mode − shift_factor) · scaling_factor, flattened: c·h·w float32. Images are not resized.
+    They can be decoded from latents, so an index of them holds the training set. ``vae`` is a
+    diffusers AutoencoderKL, frozen here; without its folder ``path``, loading an index needs
+    ``weights``.
     """
 
     metric: Metric = "l2"
@@ -43,12 +39,7 @@ class LatentFeatures(Features):
 
     @classmethod
     def from_folder(cls, path: Path | str, dtype: Arithmetic = "float32") -> LatentFeatures:
-        """Load the VAE of a diffusers folder: a pipeline's, or its ``vae`` subfolder.
-
-        Raises:
-            FileNotFoundError: there is no such folder.
-            ValueError: it holds no AutoencoderKL in safetensors.
-        """
+        """Load the VAE of a diffusers folder: a pipeline's, or its ``vae`` subfolder."""
         # These take seconds, which nobody else should wait for.
         from diffusers import AutoencoderKL
 
@@ -58,13 +49,9 @@ class LatentFeatures(Features):
         if not folder.is_dir():
             raise FileNotFoundError(f"no VAE or pipeline folder at {folder}")
         inner = folder / "vae" if (folder / "vae").is_dir() else folder
-        try:
+        with unreadable(f"{inner} holds no AutoencoderKL in safetensors", OSError):
             check_network(AutoencoderKL, inner)
             vae = AutoencoderKL.from_pretrained(inner, use_safetensors=True, local_files_only=True)
-        except (*UNREADABLE, OSError) as error:
-            raise ValueError(
-                f"{inner} holds no AutoencoderKL in safetensors: {last_line(error)}"
-            ) from error
         return cls(vae, folder, dtype)
 
     def train(self, mode: bool = True) -> LatentFeatures:
@@ -72,11 +59,7 @@ class LatentFeatures(Features):
         return super().train(False)
 
     def latents(self, images: Tensor) -> Tensor:
-        """Scaled latents (B, c, h, w) float32 of images (B, C, H, W) in [-1, 1].
-
-        Raises:
-            ValueError: the images have another number of channels than the VAE takes.
-        """
+        """Scaled latents (B, c, h, w) float32 of images (B, C, H, W) in [-1, 1]."""
         channels = int(self.vae.config.in_channels)
         if images.shape[1] == 1:
             images = images.expand(-1, channels, -1, -1)
@@ -92,16 +75,19 @@ class LatentFeatures(Features):
         return self.latents(images).flatten(1)
 
     def are_of(self, vae: Any) -> bool:
-        """Whether another autoencoder encodes to the same latents.
+        """Whether another autoencoder encodes to the same latents, by its encoder's weights.
 
-        By the weights of its encoder, to the rounding of half precision: a pipeline in float16 has
-        not the hash of the folder that it was loaded from. What is offloaded to no device counts
-        as equal.
+        Up to the rounding of half precision: a pipeline in float16 has not the hash of the folder
+        it was loaded from. Weights that are offloaded to no device count as equal.
         """
         other = getattr(vae, "_orig_mod", vae)  # under torch.compile
         if scaling(other) != (self.scaling_factor, self.shift_factor):
             return False
-        own, others = _encoder(self.vae), _encoder(other)
+        parts = ("encoder.", "quant_conv.")  # what latents depend on
+        own, others = (
+            {name: value for name, value in each.state_dict().items() if name.startswith(parts)}
+            for each in (self.vae, other)
+        )
         return own.keys() == others.keys() and all(
             _close(weight, others[name]) for name, weight in own.items()
         )
@@ -128,15 +114,9 @@ def scaling(vae: Any) -> tuple[float, float]:
 
 
 def check_latents(features: Features, vae: Any, name: str) -> None:
-    """Refuse references of multiplicity guidance that are not in the latents of a pipeline.
+    """Refuse references of multiplicity guidance that are not latents of a pipeline's ``vae``.
 
-    Args:
-        features: of the references' index.
-        vae: the pipeline's autoencoder.
-        name: of the option, to begin the message with.
-
-    Raises:
-        ValueError: they are no latents, or of another autoencoder.
+    ``name`` is the option that the message begins with.
     """
     if not isinstance(features, LatentFeatures):
         raise ValueError(
@@ -148,12 +128,6 @@ def check_latents(features: Features, vae: Any, name: str) -> None:
             f"{name} holds latents of another autoencoder than the pipeline's: index with "
             "--features latents and --extractor.path of this model"
         )
-
-
-def _encoder(vae: Any) -> dict[str, Tensor]:
-    """What latents depend on."""
-    parts = ("encoder.", "quant_conv.")
-    return {name: value for name, value in vae.state_dict().items() if name.startswith(parts)}
 
 
 def _close(first: Tensor, second: Tensor) -> bool:

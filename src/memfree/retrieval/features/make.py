@@ -1,9 +1,9 @@
-"""Make a feature extractor: from options, or again from what an index folder says of it."""
+"""Make a feature extractor from options, or again from its description in an index folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,12 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from memfree.folders.untrusted import short
-from memfree.retrieval.features.base import Features, PixelFeatures, identity
+from memfree.retrieval.features.base import Features, PixelFeatures, Whitened, identity
 from memfree.retrieval.features.clip import CLIPFeatures
 from memfree.retrieval.features.copy_detection import CopyDetectionFeatures
-from memfree.retrieval.features.efficientnet import EfficientNetFeatures
 from memfree.retrieval.features.latents import LatentFeatures
 from memfree.retrieval.features.sscd import SSCDFeatures
-from memfree.retrieval.features.timm_model import TimmFeatures
-from memfree.retrieval.features.whitened import Whitened
+from memfree.retrieval.features.timm_model import EfficientNetFeatures, TimmFeatures
 from memfree.retrieval.options import ExtractorOptions, FeatureName
 
 _APPLIES: dict[FeatureName, tuple[str, ...]] = {
@@ -31,13 +29,36 @@ _APPLIES: dict[FeatureName, tuple[str, ...]] = {
     "latents": ("path", "dtype"),
     "copy_detection": ("path",),
 }
-"""Which options each extractor has."""
+"""Options of each extractor."""
 HAVE_DTYPE = tuple(name for name, options in _APPLIES.items() if "dtype" in options)
 """Features whose network can work in another arithmetic than float32."""
+_DESCRIBED: dict[str, FeatureName] = {
+    "pixels": "pixels",
+    "efficientnet-lite0": "efficientnet",
+    "sscd": "sscd",
+    "clip": "clip",
+    "timm": "timm",
+    "vae-latents": "latents",
+    "copy-detection": "copy_detection",
+}
+"""Names in descriptions; ``whitened`` is made from another extractor."""
+_ARGUMENTS: dict[FeatureName, tuple[Callable[..., Features], tuple[str, ...]]] = {
+    "pixels": (PixelFeatures, ()),
+    "efficientnet": (EfficientNetFeatures, ()),
+    "sscd": (SSCDFeatures, ("path", "model", "preprocessing", "trust_file", "dtype")),
+    "clip": (CLIPFeatures, ("path", "model", "pretrained", "dtype")),
+    "timm": (TimmFeatures, ("path", "model", "pretrained", "seed", "dtype")),
+    "latents": (LatentFeatures.from_folder, ("path", "dtype")),
+}
+
+
+def _make(name: FeatureName, fields: dict[str, Any]) -> Features:
+    make, arguments = _ARGUMENTS[name]
+    return make(**{argument: fields[argument] for argument in arguments})
 
 
 def make_features(name: FeatureName, options: ExtractorOptions) -> Features:
-    """The extractor of this name.
+    """Make the extractor of this name.
 
     Raises:
         FileNotFoundError: its weights are not there.
@@ -47,33 +68,29 @@ def make_features(name: FeatureName, options: ExtractorOptions) -> Features:
     for option, value in given.items():
         if value != default[option] and option not in _APPLIES[name]:
             raise ValueError(f"--extractor.{option} does not apply to --features {name}")
-    if name == "pixels":
-        return PixelFeatures()
-    if name == "efficientnet":
-        return EfficientNetFeatures()
     if name in ("sscd", "latents", "copy_detection") and options.path is None:
         raise ValueError(f"--features {name} needs --extractor.path")
-    if name == "sscd":
-        try:
-            return _sscd({**given, "model": options.sscd_model}, options.trust_file)
-        except ValueError as error:
-            raise ValueError(f"--extractor.path: {error}") from error
-    if name == "latents":
-        return _latents(given)
     if name == "copy_detection":
         assert options.path is not None
         return CopyDetectionFeatures.load(options.path)
+    if name == "sscd":
+        try:
+            return _make(name, {**given, "model": options.sscd_model})
+        except ValueError as error:
+            raise ValueError(f"--extractor.path: {error}") from error
     if name == "clip":
         if (options.path is None) == (options.pretrained is None):
             raise ValueError(
                 "--features clip needs either --extractor.path or --extractor.pretrained"
             )
-        return _clip({**given, "model": options.model or "ViT-B-32"})
-    if options.model is None:
-        raise ValueError("--features timm needs --extractor.model")
-    if options.pretrained not in (None, "true", "false"):
-        raise ValueError("--extractor.pretrained is true or false with --features timm")
-    return _timm({**given, "pretrained": options.pretrained == "true"})
+        given["model"] = options.model or "ViT-B-32"
+    if name == "timm":
+        if options.model is None:
+            raise ValueError("--features timm needs --extractor.model")
+        if options.pretrained not in (None, "true", "false"):
+            raise ValueError("--extractor.pretrained is true or false with --features timm")
+        given["pretrained"] = options.pretrained == "true"
+    return _make(name, given)
 
 
 def features_from(
@@ -84,14 +101,9 @@ def features_from(
 ) -> Features:
     """Make the extractor again that ``describe()`` and ``tensors()`` came from.
 
-    Only extractors of this package are made, by name; nothing of the description is executed. A
-    TorchScript file that it names is trusted no more than any other.
-
-    Args:
-        description: what ``Features.describe`` returned, for instance from a manifest.
-        tensors: what ``Features.tensors`` returned.
-        weights: where the file or folder of the weights is now, if it was moved.
-        trust_file: see ``SSCDFeatures``.
+    Only extractors of this package are made, by name; nothing in the description is executed, and
+    a TorchScript file that it names needs ``trust_file`` as any other. ``weights`` is where the
+    file or folder of the weights is now, if it was moved.
 
     Raises:
         FileNotFoundError: the weights are not where the description says.
@@ -99,9 +111,22 @@ def features_from(
             (other preprocessing or other weights), so distances would not be comparable.
     """
     name = description.get("name")
-    where = description if weights is None else {**description, "path": str(weights)}
     try:
-        features = _made(name, where, tensors, weights, trust_file)
+        if name == "whitened":
+            base = description.get("base")
+            if not isinstance(base, dict) or base.get("name") == "whitened":
+                raise ValueError("whitened features name no extractor that they were made from")
+            extractor = features_from(base, {}, weights, trust_file)
+            features: Features = Whitened.from_tensors(extractor, tensors)
+        elif name in _DESCRIBED:
+            place = {} if weights is None else {"path": str(weights)}
+            fields = {**description, **place, "trust_file": trust_file}
+            features = _described(_DESCRIBED[name], fields, tensors)
+        else:
+            raise ValueError(
+                f"unknown feature extractor {name!r}; this version has {', '.join(_DESCRIBED)} "
+                "and whitened"
+            )
     except (KeyError, TypeError) as error:
         raise ValueError(f"the description of {name} features is damaged: {error}") from error
     if identity(features.describe()) != identity(description):
@@ -112,73 +137,30 @@ def features_from(
     return features
 
 
-def _made(
-    name: Any,
-    description: dict[str, Any],
-    tensors: dict[str, Tensor],
-    weights: Path | None,
-    trust_file: bool,
-) -> Features:
-    if name == "pixels":
-        return PixelFeatures()
-    if name == "efficientnet-lite0":
-        return EfficientNetFeatures()
-    if name == "whitened":
-        base = description.get("base")
-        if not isinstance(base, dict) or base.get("name") == "whitened":
-            raise ValueError("whitened features name no extractor that they were made from")
-        return Whitened.from_tensors(features_from(base, {}, weights, trust_file), tensors)
+def _described(name: FeatureName, fields: dict[str, Any], tensors: dict[str, Tensor]) -> Features:
+    if name == "copy_detection":
+        return CopyDetectionFeatures.from_description(fields, tensors)
     if name == "sscd":
-        return _sscd({**description, "preprocessing": description["preset"]}, trust_file)
-    if name in ("clip", "timm"):
-        with _cached_repositories(description):
-            return (_clip if name == "clip" else _timm_described)(description)
-    if name == "copy-detection":
-        return CopyDetectionFeatures.from_description(description, tensors)
-    if name == "vae-latents":
-        if description["path"] is None:
-            raise ValueError(
-                "the index does not say where its VAE is: name its folder, "
-                "ReferenceIndex.load(folder, weights=...)"
-            )
-        return _latents(description)
-    raise ValueError(
-        f"unknown feature extractor {name!r}; this version has pixels, efficientnet-lite0, sscd, "
-        "clip, timm, vae-latents, copy-detection and whitened"
-    )
-
-
-def _sscd(fields: dict[str, Any], trust_file: bool) -> Features:
-    names = ("path", "model", "preprocessing", "dtype")
-    return SSCDFeatures(**{name: fields[name] for name in names}, trust_file=trust_file)
-
-
-def _clip(fields: dict[str, Any]) -> Features:
-    return CLIPFeatures(**{name: fields[name] for name in ("model", "pretrained", "path", "dtype")})
-
-
-def _timm(fields: dict[str, Any]) -> Features:
-    names = ("model", "path", "pretrained", "seed", "dtype")
-    return TimmFeatures(**{name: fields[name] for name in names})
-
-
-def _timm_described(description: dict[str, Any]) -> Features:
-    return _timm({**description, "seed": description["seed"] or 0})
+        fields["preprocessing"] = fields["preset"]
+    elif name == "latents" and fields["path"] is None:
+        raise ValueError(
+            "the index does not say where its VAE is: name its folder, "
+            "ReferenceIndex.load(folder, weights=...)"
+        )
+    elif name == "timm":
+        fields["seed"] = fields["seed"] or 0
+    with _cached_repositories(fields) if name in ("clip", "timm") else nullcontext():
+        return _make(name, fields)
 
 
 @contextmanager
 def _cached_repositories(description: dict[str, Any]) -> Iterator[None]:
-    """Take a repository that an index names (``hf-hub:…``) from the hub's cache only.
-
-    The user did not name it. The hub's own switch, HF_HUB_OFFLINE, is read when it is imported.
-
-    Raises:
-        ValueError: it is not in the cache.
-    """
+    """Take a repository that an index, not the user, names (``hf-hub:…``) from the cache only."""
     model = str(description["model"])
     if ":" not in model:
         yield
         return
+    # The hub's own switch, HF_HUB_OFFLINE, is read when it is imported.
     offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
@@ -189,7 +171,3 @@ def _cached_repositories(description: dict[str, Any]) -> Iterator[None]:
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline
-
-
-def _latents(fields: dict[str, Any]) -> Features:
-    return LatentFeatures.from_folder(fields["path"], fields["dtype"])

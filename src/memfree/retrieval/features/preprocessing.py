@@ -1,4 +1,4 @@
-"""What happens to an image before a network sees it, differentiable and stated in full."""
+"""Differentiable preprocessing of images for a network, described in full."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+Fit = Literal["shorter", "longer", "exact"]
+_OPEN_CLIP_FITS: dict[str, Fit] = {"shortest": "shorter", "longest": "longer", "squash": "exact"}
+_TIMM_FITS: dict[str, Fit] = {"squash": "exact", "border": "longer"}
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,16 @@ class Preprocessing:
 
     resize: tuple[int, int]
     """Height and width that ``fit`` refers to, in pixels."""
-    fit: Literal["shorter", "longer", "exact"]
+    fit: Fit
     """shorter: keep proportions, cover ``resize``; longer: keep them, stay within it; exact: change
     proportions to have exactly this size."""
     crop: tuple[int, int] | None
     """Height and width of the centre that is kept, filled up where the image is smaller."""
     mean: tuple[float, ...]
-    """Subtracted from values in [0, 1], a channel."""
+    """Subtracted from values in [0, 1], per channel."""
     std: tuple[float, ...]
-    """Divided by, a channel."""
+    """Divided by, per channel."""
     interpolation: str = "bilinear"
-    """bilinear, bicubic or nearest."""
     fill: tuple[float, ...] = (0.0, 0.0, 0.0)
     """Colour in [0, 1] around images that are smaller than ``crop``."""
 
@@ -72,7 +75,7 @@ class Preprocessing:
         return [round(height / ratio), round(width / ratio)]
 
     def describe(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """The fields as JSON values."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -80,23 +83,15 @@ class Preprocessing:
 
     @classmethod
     def of_open_clip(cls, config: Mapping[str, Any]) -> Preprocessing:
-        """From open_clip's preprocessing configuration of a model.
-
-        Raises:
-            ValueError: it asks for an interpolation or a kind of resizing that is not known here.
-        """
-        size = _pair(config["size"])
-        fits: dict[str, Literal["shorter", "longer", "exact"]] = {
-            "shortest": "shorter",
-            "longest": "longer",
-            "squash": "exact",
-        }
+        """From open_clip's preprocessing configuration of a model."""
+        size = config["size"]
+        size = (size, size) if isinstance(size, int) else (size[0], size[1])
         mode = config.get("resize_mode", "shortest")
-        if mode not in fits:
+        if mode not in _OPEN_CLIP_FITS:
             raise ValueError(f"the CLIP model's resize_mode {mode!r} is not known")
         return cls(
             resize=size,
-            fit=fits[mode],
+            fit=_OPEN_CLIP_FITS[mode],
             crop=None if mode == "squash" else size,
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
@@ -106,22 +101,14 @@ class Preprocessing:
 
     @classmethod
     def of_timm(cls, config: Mapping[str, Any]) -> Preprocessing:
-        """From timm's data configuration of a model, as its evaluation transform reads it.
-
-        Raises:
-            ValueError: it asks for another number of channels or another interpolation.
-        """
+        """From timm's data configuration of a model, as its evaluation transform reads it."""
         channels, *size = config["input_size"]
         if channels != 3:
             raise ValueError(f"the timm model takes {channels} channels, not 3")
         scaled = tuple(floor(side / config["crop_pct"]) for side in size)
-        fits: dict[str, Literal["shorter", "longer", "exact"]] = {
-            "squash": "exact",
-            "border": "longer",
-        }
         return cls(
             resize=(scaled[0], scaled[1]),
-            fit=fits.get(config["crop_mode"], "shorter"),
+            fit=_TIMM_FITS.get(config["crop_mode"], "shorter"),
             crop=(size[0], size[1]),
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
@@ -131,14 +118,10 @@ class Preprocessing:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """Images (B, 1 or 3, H, W) with three channels, in float32 at least.
-
-    Raises:
-        ValueError: they have another number of channels.
-    """
+    """Images (B, 1 or 3, H, W) with three channels, in float32 at least."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
-        found = images.shape[1] if images.ndim == 4 else tuple(images.shape)
-        raise ValueError(f"the network needs images of 1 or 3 channels, not {found}")
+        given = images.shape[1] if images.ndim == 4 else tuple(images.shape)
+        raise ValueError(f"the network needs images of 1 or 3 channels, not {given}")
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
@@ -147,5 +130,8 @@ def _channels(values: Sequence[float], like: Tensor) -> Tensor:
     return like.new_tensor(values)[:, None, None]
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images (B, C, H, W) as (B, C, size, size), bilinear with antialiasing."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

