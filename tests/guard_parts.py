@@ -1,5 +1,8 @@
 """Indexes, guidances and calls of every family for the tests of the guard."""
 
+from contextlib import contextmanager
+
+import pytest
 import tiny_pipelines
 import torch
 
@@ -33,6 +36,14 @@ FAMILIES = (
 )
 NEVER, ALWAYS = 1.0, -99.0
 """Thresholds of σ = −nL2 that no sample and every sample is above."""
+
+
+@contextmanager
+def refused(words):
+    """What is refused in one line with these words, a regular expression."""
+    with pytest.raises(ValueError, match=words) as caught:
+        yield
+    assert "\n" not in str(caught.value)
 
 
 def random_images(count, seed):

@@ -32,7 +32,6 @@ NOT_OF_LIBRARIES = {
     "_exit": "os._exit is documented",
     "_class_name": "a key of diffusers' configuration files",
     "_name_or_path": "a key of transformers' configuration files",
-    "_memfree_guarded": "ours, on a pipeline's class",
     "_copies": "ours, the end of a metric's name",
     "_sha256": "ours, the end of a field's name",
 }

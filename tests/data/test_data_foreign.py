@@ -8,7 +8,7 @@ import torch
 from epochs import epoch_of, keys
 
 from memfree.data import ShardDataModule, StreamOptions
-from memfree.data.batches import ForeignBatches
+from memfree.data.batches import ForeignBatches, RankOptions
 from memfree.data.skipped import Skipped
 
 OPTIONS = StreamOptions(epoch_records=40, image_size=8, captions=True, shuffle_buffer=16)
@@ -22,7 +22,7 @@ def shards(tmp_path, make_shard):
 
 
 def test_one_reader_sees_every_record_once(shards):
-    dataset = ForeignBatches(shards, OPTIONS, 16)
+    dataset = ForeignBatches(shards, OPTIONS, RankOptions(16))
     batches = epoch_of(dataset)
     assert [len(batch["key"]) for batch in batches] == [13, 13, 14]
     assert len(set(keys(batches))) == 40
@@ -34,7 +34,7 @@ def test_one_reader_sees_every_record_once(shards):
 
 
 def test_shuffled_across_and_within_shards(shards):
-    found = keys(epoch_of(ForeignBatches(shards, OPTIONS, 16)))
+    found = keys(epoch_of(ForeignBatches(shards, OPTIONS, RankOptions(16))))
     order = [key.split("/")[0] for key in found]
     assert order != sorted(order)
     assert [key for key in found if key.startswith("00001")] != sorted(
@@ -46,7 +46,7 @@ def test_shuffled_across_and_within_shards(shards):
 def test_ranks_get_equal_batches(shards, world_size, workers):
     ranks = []
     for rank in range(world_size):
-        dataset = ForeignBatches(shards, OPTIONS, 4, rank=rank, world_size=world_size)
+        dataset = ForeignBatches(shards, OPTIONS, RankOptions(4, rank=rank, world_size=world_size))
         ranks.append(epoch_of(dataset, workers=workers))
     assert len({len(batches) for batches in ranks}) == 1
     assert sum(len(keys(batches)) for batches in ranks) == 40
@@ -61,7 +61,7 @@ def test_ranks_get_equal_batches(shards, world_size, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_epoch_continues(shards, workers):
-    dataset = ForeignBatches(shards, OPTIONS, 8, random_flip=True)
+    dataset = ForeignBatches(shards, OPTIONS, RankOptions(8, random_flip=True))
     batches = epoch_of(dataset, workers=workers)
     rest = epoch_of(dataset, start=3, workers=workers)
     assert keys(rest) == keys(batches[3:]) and len(rest) == 2
@@ -79,7 +79,9 @@ def test_resumed_epoch_continues_behind_broken_records(tmp_path, tar, encode, wo
             members.append((f"{number}.png", encode(pixels) if number % 5 else b"broken"))
         tar(tmp_path / f"{shard}.tar", members)
     options = StreamOptions(epoch_records=32, image_size=8, shuffle_buffer=4)
-    dataset = ForeignBatches(str(tmp_path), options, 5, on_error="skip", random_flip=True)
+    dataset = ForeignBatches(
+        str(tmp_path), options, RankOptions(5, on_error="skip", random_flip=True)
+    )
     batches = epoch_of(dataset, workers=workers)
     for start in range(1, 7):
         rest = epoch_of(dataset, start=start, workers=workers)
@@ -91,7 +93,7 @@ def test_resumed_epoch_continues_behind_broken_records(tmp_path, tar, encode, wo
 
 def test_epoch_longer_than_the_shards(shards):
     options = StreamOptions(epoch_records=100, image_size=8)
-    found = Counter(keys(epoch_of(ForeignBatches(shards, options, 16))))
+    found = Counter(keys(epoch_of(ForeignBatches(shards, options, RankOptions(16)))))
     assert sum(found.values()) == 100 and set(found.values()) == {2, 3}
 
 
@@ -99,7 +101,7 @@ def test_more_readers_than_records(tmp_path, make_shard):
     make_shard(tmp_path, 0, 3)
     options = StreamOptions(epoch_records=5, image_size=8)
     for rank in range(5):
-        dataset = ForeignBatches(str(tmp_path), options, 1, rank=rank, world_size=5)
+        dataset = ForeignBatches(str(tmp_path), options, RankOptions(1, rank=rank, world_size=5))
         assert len(keys(epoch_of(dataset))) == 1
 
 
@@ -107,7 +109,7 @@ def test_images_are_framed(tmp_path, tar, encode):
     pixels = np.full((6, 12, 3), 255, np.uint8)
     tar(tmp_path / "a.tar", [(f"{i}.png", encode(pixels)) for i in range(4)])
     options = StreamOptions(epoch_records=4, image_size=(4, 6), channels=1, resize="pad")
-    batch = epoch_of(ForeignBatches(str(tmp_path), options, 4))[0]
+    batch = epoch_of(ForeignBatches(str(tmp_path), options, RankOptions(4)))[0]
     assert batch["image"].shape == (4, 1, 4, 6)
     assert "caption" not in batch and "label" not in batch
 
@@ -119,11 +121,11 @@ def test_labels(tmp_path, tar, encode):
         members += [(f"{i}.png", encode(pixels)), (f"{i}.cls", str(i).encode())]
     tar(tmp_path / "a.tar", members)
     options = StreamOptions(epoch_records=6, image_size=4, num_classes=6)
-    batch = epoch_of(ForeignBatches(str(tmp_path), options, 6))[0]
+    batch = epoch_of(ForeignBatches(str(tmp_path), options, RankOptions(6)))[0]
     assert batch["label"].tolist() == [int(key.split("/")[1]) for key in batch["key"]]
     options = StreamOptions(epoch_records=6, image_size=4, num_classes=5)
     with pytest.raises(ValueError, match=r"a/5: class 5 is not in 0..4"):
-        epoch_of(ForeignBatches(str(tmp_path), options, 6))
+        epoch_of(ForeignBatches(str(tmp_path), options, RankOptions(6)))
 
 
 def test_broken_records_and_shards(shards, tmp_path, tar, encode):
@@ -132,8 +134,8 @@ def test_broken_records_and_shards(shards, tmp_path, tar, encode):
     (tmp_path / "zzz.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:3000])
     options = StreamOptions(epoch_records=60, image_size=8)
     with pytest.raises((ValueError, OSError), match=r"zz/2|zz/3|zzz.tar"):
-        epoch_of(ForeignBatches(shards, options, 16))
-    batches = epoch_of(ForeignBatches(shards, options, 16, on_error="skip"))
+        epoch_of(ForeignBatches(shards, options, RankOptions(16)))
+    batches = epoch_of(ForeignBatches(shards, options, RankOptions(16, on_error="skip")))
     assert sum(len(batch["key"]) for batch in batches) == 60
     skipped = Skipped()
     for batch in batches:
@@ -148,7 +150,7 @@ def test_nothing_readable_is_an_error(tmp_path, tar):
     with (
         pytest.raises(ValueError, match="no readable record in 1 shard; first a/1: record without"),
     ):
-        epoch_of(ForeignBatches(str(tmp_path), options, 4, on_error="skip"))
+        epoch_of(ForeignBatches(str(tmp_path), options, RankOptions(4, on_error="skip")))
 
 
 def test_what_must_be_said(shards, tmp_path):

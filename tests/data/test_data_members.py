@@ -14,7 +14,7 @@ from PIL import Image
 
 from memfree.commands.prepare import prepare
 from memfree.data import ShardDataModule, StreamOptions
-from memfree.data.batches import ForeignBatches
+from memfree.data.batches import ForeignBatches, RankOptions
 from memfree.data.file_names import split_name
 from memfree.data.options import RecordOptions
 from memfree.data.shard_reader import expand_shards, read_members, read_shard
@@ -286,7 +286,7 @@ def test_shards_of_every_ending(tmp_path, ending, png):
     (shard,) = expand_shards(str(tmp_path))
     assert list(read(shard)[0]) == ["1"]
     options = StreamOptions(epoch_records=1, image_size=8)
-    (batch,) = epoch_of(ForeignBatches(str(tmp_path), options, 1))
+    (batch,) = epoch_of(ForeignBatches(str(tmp_path), options, RankOptions(1)))
     assert batch["key"] == ["0/1"]
 
 
@@ -317,7 +317,7 @@ def test_shards_without_records_are_counted(tmp_path, tar, png):
         prepare(tmp_path / "out", "shards", str(shard))
     options = StreamOptions(epoch_records=1, image_size=8)
     with pytest.raises(ValueError, match=r"no readable record.*1\.img"):
-        epoch_of(ForeignBatches(str(shard), options, 1))
+        epoch_of(ForeignBatches(str(shard), options, RankOptions(1)))
 
 
 def animation(kind):
@@ -377,10 +377,10 @@ def test_every_picture_of_a_shard(tmp_path, tar, png):
 def test_captions_that_no_one_asked_for_do_not_matter(tmp_path, tar, png):
     members = [("1.png", png(0)), ("1.txt", b"\xff"), ("1.json", b'{"caption": ["a"]}')]
     tar(tmp_path / "0.tar", members)
-    (batch,) = epoch_of(ForeignBatches(str(tmp_path), StreamOptions(1, 8), 1))
+    (batch,) = epoch_of(ForeignBatches(str(tmp_path), StreamOptions(1, 8), RankOptions(1)))
     assert "caption" not in batch
     with pytest.raises(ValueError, match="UTF-8"):
-        epoch_of(ForeignBatches(str(tmp_path), StreamOptions(1, 8, captions=True), 1))
+        epoch_of(ForeignBatches(str(tmp_path), StreamOptions(1, 8, captions=True), RankOptions(1)))
 
 
 def test_streamed_shards_of_one_name_keep_their_pictures_apart(tmp_path, tar, png):
@@ -388,7 +388,7 @@ def test_streamed_shards_of_one_name_keep_their_pictures_apart(tmp_path, tar, pn
         (tmp_path / folder).mkdir()
         tar(tmp_path / folder / "0.tar", [(f"{i}.png", png(4 * number + i)) for i in range(4)])
     options = StreamOptions(epoch_records=8, image_size=8)
-    dataset = ForeignBatches(str(tmp_path / "{x,y}"), options, 8)
+    dataset = ForeignBatches(str(tmp_path / "{x,y}"), options, RankOptions(8))
     (batch,) = epoch_of(dataset)
     assert sorted(batch["key"]) == [f"{folder}/0/{i}" for folder in "xy" for i in range(4)]
 
@@ -410,12 +410,12 @@ def test_what_a_stream_asks_names_its_options(tmp_path, tar, png):
     tar(tmp_path / "0.tar", [("1.png", png(0)), ("1.jpg", png(1))])
     options = StreamOptions(epoch_records=1, image_size=8)
     with pytest.raises(ValueError, match="--data.stream.records.image_suffix"):
-        epoch_of(ForeignBatches(str(tmp_path), options, 1))
+        epoch_of(ForeignBatches(str(tmp_path), options, RankOptions(1)))
     data = ShardDataModule(str(tmp_path), num_workers=1, stream=options)
     with pytest.raises(ValueError, match=r"^0/1 has 2 pictures.*jpg or png$"):
         list(data.train_dataloader())
     options = StreamOptions(1, 8, records=RecordOptions(image_suffix="png"))
-    assert len(epoch_of(ForeignBatches(str(tmp_path), options, 1))) == 1
+    assert len(epoch_of(ForeignBatches(str(tmp_path), options, RankOptions(1)))) == 1
 
 
 def test_the_summary_and_the_manifest_say_what_was_left_out(tmp_path, tar, png, capsys):

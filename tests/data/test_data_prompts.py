@@ -93,7 +93,9 @@ def test_empty_sets_are_refused(tmp_path, encode, digits_folder):
         prompt_set(DatasetFolder(tmp_path / "repeated"), "other")
     with pytest.raises(ValueError, match="has no captions; prepare captioned data"):
         prompt_set(DatasetFolder(digits_folder), "other")
-    with pytest.raises(ValueError, match="'seen' is no prompt set; use duplicated, other, unseen"):
+    with pytest.raises(
+        ValueError, match="'seen' is not a prompt set; use duplicated, other, unseen"
+    ):
         prompt_set(folder, "seen")
 
 

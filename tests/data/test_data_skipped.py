@@ -8,7 +8,7 @@ from epochs import epoch_of
 
 from memfree.commands.prepare import prepare
 from memfree.data import PartSizes, ShardDataModule, StreamOptions
-from memfree.data.batches import ForeignBatches
+from memfree.data.batches import ForeignBatches, RankOptions
 from memfree.data.ingest import Framing, ingest
 from memfree.data.shard_reader import expand_shards
 from memfree.data.skipped import Skipped
@@ -98,7 +98,9 @@ def test_a_broken_record_is_counted_once_a_pass(tmp_path, tar, encode, world_siz
     skipped = Skipped()
     for rank in range(world_size):
         dataset = ForeignBatches(
-            str(tmp_path), options, 4, rank=rank, world_size=world_size, on_error="skip"
+            str(tmp_path),
+            options,
+            RankOptions(4, rank=rank, world_size=world_size, on_error="skip"),
         )
         for batch in epoch_of(dataset):
             skipped.add(batch["skipped"])

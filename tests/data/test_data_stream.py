@@ -13,6 +13,7 @@ from memfree.data import DatasetFolder, ShardDataModule
 from memfree.data.batches import (
     EpochBatches,
     EpochLoader,
+    RankOptions,
     batches_per_epoch,
     global_slice,
     permutation,
@@ -79,7 +80,7 @@ def records_in_order(folder, epoch, seed=0):
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_workers_change_nothing(digits_folder, workers):
-    dataset = EpochBatches(DatasetFolder(digits_folder), 16)
+    dataset = EpochBatches(DatasetFolder(digits_folder), RankOptions(16))
     at = [0, 0]
     loader = EpochLoader(dataset, workers, lambda: tuple(at), lambda batch: None)
     for epoch in (0, 5):
@@ -97,7 +98,7 @@ def test_workers_change_nothing(digits_folder, workers):
 def test_ranks_share_the_epoch(digits_folder, world_size):
     folder = DatasetFolder(digits_folder)
     ranks = [
-        epoch_of(EpochBatches(folder, 6, rank=rank, world_size=world_size))
+        epoch_of(EpochBatches(folder, RankOptions(6, rank=rank, world_size=world_size)))
         for rank in range(world_size)
     ]
     merged = [key for step in zip(*ranks, strict=True) for key in keys(step)]
@@ -114,7 +115,7 @@ def test_more_workers_than_shards_and_batches(digits_folder):
     folder = DatasetFolder(digits_folder)
     found = Counter()
     for rank in range(4):
-        dataset = EpochBatches(folder, 11, rank=rank, world_size=4)
+        dataset = EpochBatches(folder, RankOptions(11, rank=rank, world_size=4))
         assert dataset.batches == 2
         found.update(keys(epoch_of(dataset, workers=3)))
     train = folder.part("train")
@@ -126,7 +127,7 @@ def test_batches_hold_the_right_images(digits_folder, cache_bytes):
     folder = DatasetFolder(digits_folder)
     train = folder.part("train")
     images = train.images()
-    dataset = EpochBatches(folder, 16, cache_bytes=cache_bytes)
+    dataset = EpochBatches(folder, RankOptions(16), cache_bytes=cache_bytes)
     for _ in range(2):
         for batch in epoch_of(dataset):
             assert set(batch) == {"image", "key", "row", "weight", "label"}
@@ -139,8 +140,8 @@ def test_batches_hold_the_right_images(digits_folder, cache_bytes):
 
 def test_cache_has_a_limit(digits_folder):
     folder = DatasetFolder(digits_folder)
-    assert EpochBatches(folder, 16, cache_bytes=60 * 64)._reader._cached is not None
-    assert EpochBatches(folder, 16, cache_bytes=60 * 64 - 1)._reader._cached is None
+    assert EpochBatches(folder, RankOptions(16), cache_bytes=60 * 64)._reader._cached is not None
+    assert EpochBatches(folder, RankOptions(16), cache_bytes=60 * 64 - 1)._reader._cached is None
 
 
 def test_random_flip_depends_on_seed_and_epoch(digits_folder):
@@ -151,7 +152,8 @@ def test_random_flip_depends_on_seed_and_epoch(digits_folder):
         found = {}
         for rank in range(world_size):
             dataset = EpochBatches(
-                folder, 16 // world_size, rank=rank, world_size=world_size, random_flip=True
+                folder,
+                RankOptions(16 // world_size, rank=rank, world_size=world_size, random_flip=True),
             )
             position = [0] * dataset.batches
             for step, batch in enumerate(epoch_of(dataset, epoch)):
@@ -187,13 +189,15 @@ def test_broken_record_stops(broken, cache_bytes):
     folder, row = broken
     message = f"{row['shard']}, record {row['record']}: damaged, its checksum differs"
     with pytest.raises(ValueError, match=message):
-        epoch_of(EpochBatches(DatasetFolder(folder), 16, cache_bytes=cache_bytes))
+        epoch_of(EpochBatches(DatasetFolder(folder), RankOptions(16), cache_bytes=cache_bytes))
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
 def test_broken_record_is_skipped_and_counted(broken, cache_bytes):
     folder, row = broken
-    dataset = EpochBatches(DatasetFolder(folder), 16, cache_bytes=cache_bytes, on_error="skip")
+    dataset = EpochBatches(
+        DatasetFolder(folder), RankOptions(16, on_error="skip"), cache_bytes=cache_bytes
+    )
     batches = epoch_of(dataset)
     assert sum(len(batch["key"]) for batch in batches) == 87
     assert sum(batch["skipped"].kept for batch in batches) == 87
@@ -205,7 +209,7 @@ def test_broken_record_is_skipped_and_counted(broken, cache_bytes):
 
 def test_batch_without_a_readable_record_has_no_weight(broken):
     folder, row = broken
-    batches = epoch_of(EpochBatches(DatasetFolder(folder), 1, on_error="skip"))
+    batches = epoch_of(EpochBatches(DatasetFolder(folder), RankOptions(1, on_error="skip")))
     assert sum(batch["skipped"].kept for batch in batches) == 87
     assert len(batches) == 88
     assert [batch["weight"] for batch in batches].count(0.0) == 1
@@ -234,7 +238,7 @@ def test_captions(tmp_path, make_shard):
 
     make_shard(tmp_path, 0, 20)
     prepare(tmp_path / "out", "shards", str(tmp_path), image_size=8)
-    batches = epoch_of(EpochBatches(DatasetFolder(tmp_path / "out"), 5))
+    batches = epoch_of(EpochBatches(DatasetFolder(tmp_path / "out"), RankOptions(5)))
     assert len(batches) == 3 and "label" not in batches[0]
     for batch in batches:
         assert batch["caption"] == [f"picture {key.split('/')[1]}" for key in batch["key"]]

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -107,6 +108,12 @@ def test_resumed_run_sees_the_rest(whole, digits_folder, tmp_path, name, workers
     assert resumed.seen == module.seen[done:]
     assert torch.equal(resumed.weight, module.weight)
     assert exposures(tmp_path).equals(exposures(folder))
+
+
+def test_workers_end_with_the_training(digits_folder, tmp_path):
+    before = set(multiprocessing.active_children())
+    fit(ShardDataModule(str(digits_folder), batch_size=16, num_workers=2), tmp_path, steps=2)
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_exposures(whole, digits_folder):

@@ -14,6 +14,7 @@ from memfree.guidance import (
     calibration_of,
     default_similarity,
 )
+from memfree.guidance.calibration import Judge
 from memfree.retrieval import ReferenceIndex
 
 
@@ -118,3 +119,18 @@ def test_distances_to_one_group_are_no_measure():
     with pytest.raises(ValueError, match="one group of images, and nL2 .* at least 2 distinct"):
         default_similarity(one)
     assert default_similarity(ReferenceIndex.build(images, groups=[0, 0, 1])).k == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 300])
+def test_a_judge_says_what_similarity_and_calibration_say(batch_size):
+    images = torch.rand(400, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    index, similarity, matches = ReferenceIndex.build(images[:100]), NormalizedL2(), []
+    calibrate(index, similarity, images[100:], 0.1)
+    judge = Judge(index, similarity, calibration_of(index, similarity), 0.1)
+    sigma, row, p_value, copy = judge(images, batch_size, matches.append)
+    expected = similarity(index, images)
+    torch.testing.assert_close(sigma.float(), expected.sigma)
+    assert row.tolist() == expected.rows[:, 0].tolist()
+    assert torch.equal(torch.cat([match.sigma for match in matches]).double(), sigma)
+    assert torch.equal(copy, p_value <= 0.1 + 1e-9) and copy[:100].all()
+    assert torch.equal(p_value, judge.calibration.p_values(sigma))

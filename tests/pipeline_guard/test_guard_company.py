@@ -22,11 +22,6 @@ def pipe():
     return tiny_pipelines.stable_diffusion()
 
 
-@pytest.fixture(scope="module")
-def index():
-    return make_index()
-
-
 def img2img(pipe):
     return diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
 

@@ -17,6 +17,7 @@ from guard_parts import (
     make_latents,
     noise,
     options,
+    refused,
     state,
 )
 from torch import nn
@@ -26,11 +27,6 @@ from memfree.guidance import GuidanceSettings
 from memfree.guidance.baselines.opposite_guidance import OppositeGuidance
 from memfree.guidance.baselines.wen_norm import WenNorm
 from memfree.pipeline_guard.decode import Decoder
-
-
-@pytest.fixture(scope="module")
-def index():
-    return make_index()
 
 
 def sharing(pipe):
@@ -172,11 +168,10 @@ class InAThread(diffusers.StableDiffusionPipeline):
 def test_a_denoiser_that_is_called_elsewhere_is_not_missed_silently(index):
     pipe = tiny_pipelines.stable_diffusion(kind=InAThread)
     with (
-        pytest.raises(ValueError, match="denoiser was called 0 times") as caught,
+        refused("denoiser was called 0 times"),
         memfree.guard(pipe, index, ActiveRows([0])),
     ):
         drawn(pipe)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["unet", "scheduler"])
@@ -215,11 +210,10 @@ def test_a_pipeline_that_calls_its_denoiser_once_a_branch_is_refused(index, coun
     """Its batch would be cut in half as if it held both branches."""
     pipe = tiny_pipelines.stable_diffusion(kind=OneBranchACall)
     with (
-        pytest.raises(ValueError, match="both branches of classifier-free guidance") as caught,
+        refused("both branches of classifier-free guidance"),
         memfree.guard(pipe, index, ActiveRows([0])),
     ):
         pipe(PROMPTS[:count], **options("", count))
-    assert "\n" not in str(caught.value)
 
 
 class Anonymous(nn.Module):
@@ -346,11 +340,10 @@ def test_caches_that_further_calls_would_spoil_are_refused(index, enable):
     pipe = tiny_pipelines.stable_diffusion()
     enable(pipe.unet)
     with (
-        pytest.raises(ValueError, match="memfree.guard: the denoiser caches what it") as caught,
+        refused("memfree.guard: the denoiser caches what it"),
         memfree.guard(pipe, index, amg(index)),
     ):
         drawn(pipe)
-    assert "\n" not in str(caught.value)
 
 
 OFFLOADS = {

@@ -21,16 +21,6 @@ import memfree
 from memfree.guidance import MultiplicityGuidance, NormalizedL2, Observer, ThresholdSchedule
 
 
-@pytest.fixture(scope="module")
-def index():
-    return make_index()
-
-
-@pytest.fixture(scope="module")
-def pipes():
-    return {name: getattr(tiny_pipelines, name)() for name in FAMILIES}
-
-
 def observer(index):
     return Observer(index, NormalizedL2(), ThresholdSchedule(-1.5, -0.5))
 

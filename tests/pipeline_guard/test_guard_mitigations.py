@@ -21,17 +21,7 @@ import memfree
 from memfree.data.random_streams import GuardStream
 from memfree.guidance import MITIGATIONS, GuidanceSettings
 from memfree.guidance.mitigation import Mitigation
-from memfree.pipeline_guard.mitigation_stages import sources
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny_pipelines.stable_diffusion()
-
-
-@pytest.fixture(scope="module")
-def index():
-    return make_index()
+from memfree.pipeline_guard.session import sources
 
 
 @pytest.mark.parametrize("name", MITIGATIONS)

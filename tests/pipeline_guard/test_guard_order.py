@@ -3,7 +3,7 @@
 import pytest
 import tiny_pipelines
 import torch
-from guard_parts import FAMILIES, NEVER, PROMPTS, ActiveRows, amg, make_index, noise, options
+from guard_parts import FAMILIES, NEVER, PROMPTS, ActiveRows, amg, noise, options
 
 import memfree
 from memfree.guidance import MultiplicityGuidance
@@ -11,16 +11,6 @@ from memfree.guidance.baselines import OppositeGuidance, OppositeGuidanceOptions
 from memfree.guidance.multiplicity import EmpiricalPosterior
 from memfree.retrieval import ReferenceIndex
 from memfree.retrieval.search import Groups, References
-
-
-@pytest.fixture(scope="module")
-def index():
-    return make_index()
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny_pipelines.stable_diffusion()
 
 
 def latents_of(pipe):

@@ -3,7 +3,7 @@
 import pytest
 import tiny_pipelines
 import torch
-from guard_parts import NEVER, PROMPTS, ActiveRows, amg, make_index, options
+from guard_parts import NEVER, PROMPTS, ActiveRows, amg, options
 
 import memfree
 from memfree.guidance import GuidanceSettings
@@ -24,16 +24,6 @@ POOLED = [
     "pooled_prompt_embeds",
     "negative_pooled_prompt_embeds",
 ]
-
-
-@pytest.fixture(scope="module")
-def index():
-    return make_index()
-
-
-@pytest.fixture(scope="module")
-def pipes():
-    return {name: getattr(tiny_pipelines, name)() for name in FAMILIES}
 
 
 def encoded(pipe, name, prompts=PROMPTS, **more):

@@ -7,7 +7,7 @@ import tiny_pipelines
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from guard_parts import drawn, make_index, make_latents, random_images, state
+from guard_parts import drawn, make_index, make_latents, random_images, refused, state
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
@@ -15,16 +15,6 @@ import memfree
 from memfree.guidance import GuidanceSettings, NormalizedL2, calibrate
 from memfree.guidance.mitigation import Mitigation
 from memfree.retrieval import ReferenceIndex
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny_pipelines.stable_diffusion()
-
-
-@pytest.fixture(scope="module")
-def index():
-    return make_index()
 
 
 @pytest.mark.parametrize(
@@ -38,11 +28,10 @@ def index():
 def test_settings_without_what_they_need_are_refused(pipe, name, captions, latents, message):
     before, index = state(pipe), make_index(captions=captions)
     with (
-        pytest.raises(ValueError, match=message) as caught,
+        refused(message),
         memfree.guard(pipe, index, GuidanceSettings(name), latents=latents),
     ):
         pass
-    assert "\n" not in str(caught.value)
     assert state(pipe) == before
 
 
@@ -60,11 +49,10 @@ def test_settings_without_what_they_need_are_refused(pipe, name, captions, laten
 def test_references_of_another_space_are_refused(pipe, index, latents, message):
     before = state(pipe)
     with (
-        pytest.raises(ValueError, match=message) as caught,
+        refused(message),
         memfree.guard(pipe, index, GuidanceSettings("multiplicity"), latents=latents),
     ):
         pass
-    assert "\n" not in str(caught.value)
     assert state(pipe) == before
 
 
@@ -118,13 +106,10 @@ def test_latents_are_moved_to_the_pipe_and_back(pipe, index, monkeypatch):
 def test_arguments_of_another_kind_are_refused_by_name(pipe, index, name, value, instead):
     before = state(pipe)
     with (
-        pytest.raises(
-            ValueError, match=f"memfree.guard: {name} must be .*{re.escape(instead)}"
-        ) as caught,
+        refused(f"memfree.guard: {name} must be .*{re.escape(instead)}"),
         memfree.guard(pipe, index, **{name: value}),
     ):
         pass
-    assert "\n" not in str(caught.value)
     assert state(pipe) == before
 
 
@@ -142,9 +127,8 @@ def test_calls_are_refused_before_the_first_step(pipe, index, call, message):
     handle = pipe.unet.register_forward_pre_hook(lambda *_: steps.append(1))
     settings = GuidanceSettings("multiplicity")
     with handle, memfree.guard(pipe, index, settings, latents=make_latents()) as report:
-        with pytest.raises(ValueError, match=message) as caught:
+        with refused(message):
             drawn(pipe, **call)
-        assert "\n" not in str(caught.value)
         assert not steps and not report.verdicts and report.calls == 0
         drawn(pipe, guidance_scale=2.0)
     assert steps and len(report.verdicts) == 2
@@ -219,12 +203,11 @@ def test_adapters_of_another_model_leave_the_pipe_as_it_was(index, tmp_path, wro
         save_adapters(tmp_path / "other", tiny_pipelines.unet())
         monkeypatch.setattr(StableDiffusionPipeline, "load_lora_into_text_encoder", no_state)
     with (
-        pytest.raises(ValueError, match="the LoRA does not fit this StableDiff") as caught,
+        refused("the LoRA does not fit this StableDiff"),
         memfree.guard(pipe, index, []) as report,
     ):
         drawn(pipe)
         pipe.load_lora_weights(tmp_path / "other")
-    assert "\n" not in str(caught.value)
     assert len(report.verdicts) == 2  # of the images before
     assert state(pipe) == before
     assert pipe.get_list_adapters() == {"unet": ["own"]}
@@ -244,7 +227,6 @@ def test_adapters_are_loaded_inside_the_block_as_outside(index, tmp_path):
 def test_a_guidance_scale_that_is_no_number_is_refused(pipe, index, scale):
     with (
         memfree.guard(pipe, index),
-        pytest.raises(ValueError, match="guidance_scale must be a number") as caught,
+        refused("guidance_scale must be a number"),
     ):
         drawn(pipe, guidance_scale=scale)
-    assert "\n" not in str(caught.value)

@@ -26,10 +26,10 @@ from guard_parts import (
     amg,
     copies,
     drawn,
-    make_index,
     noise,
     options,
     random_images,
+    refused,
 )
 
 import memfree
@@ -44,11 +44,6 @@ SCHEDULERS = (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-
-
-@pytest.fixture(scope="module")
-def index():
-    return make_index()
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
@@ -148,10 +143,9 @@ def test_a_pipeline_whose_denoiser_is_called_off_schedule_is_refused(index):
     pipe = tiny_pipelines.stable_diffusion(kind=Twice)
     with (
         memfree.guard(pipe, index, ActiveRows([0])),
-        pytest.raises(ValueError, match="call 1 of the denoiser is at timestep 3") as caught,
+        refused("call 1 of the denoiser is at timestep 3"),
     ):
         pipe(PROMPTS, **options(""))
-    assert "\n" not in str(caught.value)
 
 
 class Karras(DPMSolverMultistepScheduler):

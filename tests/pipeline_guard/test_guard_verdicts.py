@@ -15,11 +15,6 @@ from memfree.guidance.mitigation import Mitigation
 OUTPUTS = ["pil", "np", "pt", "latent"]
 
 
-@pytest.fixture(scope="module")
-def index():
-    return make_index()
-
-
 def spoilt(value, row):
     """An autoencoder that makes one image of a batch not finite, as in half precision."""
     vae = tiny_pipelines.autoencoder()

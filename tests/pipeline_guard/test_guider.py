@@ -5,7 +5,7 @@ import tiny_pipelines
 import torch
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
-from guard_parts import NEVER, PROMPTS, ActiveRows, amg, make_index, noise
+from guard_parts import NEVER, PROMPTS, ActiveRows, amg, noise
 
 import memfree
 from memfree.pipeline_guard import AntiMemorizationGuider
@@ -14,11 +14,6 @@ from memfree.pipeline_guard import AntiMemorizationGuider
 @pytest.fixture(scope="module")
 def plain():
     return tiny_pipelines.stable_diffusion_xl()
-
-
-@pytest.fixture(scope="module")
-def index():
-    return make_index()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -61,35 +61,29 @@ def rank_slice(start: int, end: int, rank: int, world_size: int) -> tuple[int, i
     return start + rank * count // world_size, start + (rank + 1) * count // world_size
 
 
+@dataclass(frozen=True)
+class RankOptions:
+    """How the records are dealt out to this rank."""
+
+    batch_size: int
+    """Largest number of records of a batch on this rank."""
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    random_flip: bool = False
+    """Mirror each record with probability 1/2."""
+    on_error: OnError = "stop"
+    """Stop at what is broken, or leave it out; then each batch carries, as ``skipped``, a
+    :class:`memfree.data.skipped.Skipped` of what was left out for it."""
+
+
 class RankBatches(Dataset[Batch | Exception]):
-    """Batches of one rank; ``batches[epoch, number]`` depends on nothing else.
+    """Batches of one rank; ``batches[epoch, number]`` depends on nothing else."""
 
-    Args:
-        records: of an epoch, all ranks together.
-        batch_size: largest number of records of a batch on this rank.
-        seed: of the order.
-        rank: of this process.
-        world_size: number of processes.
-        random_flip: mirror each record with probability 1/2.
-        on_error: stop at what is broken, or leave it out; then each batch carries, as
-            ``skipped``, a :class:`memfree.data.skipped.Skipped` of what was left out for it.
-    """
-
-    def __init__(
-        self,
-        records: int,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        random_flip: bool,
-        on_error: OnError,
-    ) -> None:
+    def __init__(self, records: int, options: RankOptions) -> None:
         self.records = records
-        self.batches = batches_per_epoch(records, batch_size, world_size)
-        self._seed = seed
-        self._rank, self._world_size = rank, world_size
-        self._random_flip, self._on_error = random_flip, on_error
+        self.batches = batches_per_epoch(records, options.batch_size, options.world_size)
+        self._options = options
 
     def __len__(self) -> int:
         return self.batches
@@ -108,16 +102,15 @@ class RankBatches(Dataset[Batch | Exception]):
     def _slice(self, number: int) -> tuple[int, int, float]:
         """Positions [start, end) of a batch in the epoch's order, and the weight of its loss."""
         first, last = global_slice(self.records, self.batches, number)
-        start, end = rank_slice(first, last, self._rank, self._world_size)
-        return start, end, (end - start) * self._world_size / (last - first)
+        world_size = self._options.world_size
+        start, end = rank_slice(first, last, self._options.rank, world_size)
+        return start, end, (end - start) * world_size / (last - first)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
     """(epoch, number) of the batches that are left of the present epoch.
 
-    Args:
-        batches: of an epoch.
-        position: gives (epoch, batches of it that were trained on).
+    ``position`` gives (epoch, batches of it that were trained on).
     """
 
     def __init__(self, batches: int, position: Callable[[], tuple[int, int]]) -> None:
@@ -134,7 +127,7 @@ class EpochLoader:
     Args:
         batches: of this rank.
         num_workers: processes that decode; 0 decodes in this one.
-        position: see :class:`EpochSampler`.
+        position: (epoch, batches of it that were trained on) at present.
         count: takes each batch before it is handed out.
     """
 
@@ -188,25 +181,12 @@ class EpochLoader:
 class EpochBatches(RankBatches):
     """Batches of one rank of a dataset folder: each epoch is one permutation of its records.
 
-    Args:
-        folder: the dataset.
-        cache_bytes: keep decoded images in memory if all take at most this many bytes.
-        others: see :class:`RankBatches`. Flips depend on (seed, epoch, record).
+    Decoded images are kept in memory if all of them take at most ``cache_bytes``.
     """
 
-    def __init__(
-        self,
-        folder: DatasetFolder,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        cache_bytes: int = 0,
-        random_flip: bool = False,
-        on_error: OnError = "stop",
-    ) -> None:
+    def __init__(self, folder: DatasetFolder, options: RankOptions, cache_bytes: int = 0) -> None:
         records = folder.part_records("train")
-        super().__init__(len(records), batch_size, seed, rank, world_size, random_flip, on_error)
+        super().__init__(len(records), options)
         self._reader = RecordReader(folder.path, records, folder.image_shape, cache_bytes)
         self._rows = torch.from_numpy(records["row"].to_numpy().copy())
         keys: list[str] = folder.items["image_key"].to_pylist()
@@ -221,12 +201,13 @@ class EpochBatches(RankBatches):
     def batch(self, epoch: int, number: int) -> Batch:
         """See :class:`RankBatches`."""
         if epoch != self._epoch:
-            self._order = permutation(self.records, self._seed, epoch)
-            generator = generator_of(self._seed, epoch, Stream.FLIPS)
+            seed = self._options.seed
+            self._order = permutation(self.records, seed, epoch)
+            generator = generator_of(seed, epoch, Stream.FLIPS)
             self._flips = torch.from_numpy(generator.random(self.records) < 0.5)
             self._epoch = epoch
         start, end, weight = self._slice(number)
-        skipped = Skipped() if self._on_error == "skip" else None
+        skipped = Skipped() if self._options.on_error == "skip" else None
         broken = None if skipped is None else lambda number, message: skipped.record(message)
         numbers, pixels = _read(self._reader, self._order[start:end], broken)
         if skipped is not None:
@@ -234,7 +215,7 @@ class EpochBatches(RankBatches):
         if len(numbers) == 0:  # other ranks wait for this one: fill in a record without weight
             (numbers, pixels), weight = self._readable(end), 0.0
         batch = _batch(numbers, pixels, self._keys, self._rows, self._labels, self._captions)
-        if self._random_flip:
+        if self._options.random_flip:
             flips = self._flips[torch.from_numpy(numbers)][:, None, None, None]
             batch["image"] = torch.where(flips, batch["image"].flip(-1), batch["image"])
         batch["weight"] = weight
@@ -292,15 +273,7 @@ def _batch(
 class PartLoader:
     """Batches of the distinct images of one part, each once, in order; ranks take turns.
 
-    Args:
-        part: of a dataset folder.
-        batch_size: images of a batch, at most.
-        rank: of this process.
-        world_size: number of processes.
-        on_error: stop at an image that cannot be read, or leave it out; each is named once.
-
-    Raises:
-        ValueError: fewer images than processes.
+    With ``on_error`` skip, an image that cannot be read is left out and named once.
     """
 
     def __init__(
@@ -345,77 +318,62 @@ class ForeignBatches(RankBatches):
     time: with the same ranks and workers a resumed epoch continues with the batches that were
     left. Those before are read again, and decoded too where broken records are left out.
 
-    Args:
-        shards: see :func:`memfree.data.shard_reader.expand_shards`.
-        options: epoch length, framing, conditions.
-        others: see :class:`RankBatches`.
-
     Attributes:
-        missing: takes local shards that are not there.
+        missing: local shards that are not there.
         left_out: what lies beside the shards; each batch carries, as ``left_out``, what was met in
             them and not used.
     """
 
-    def __init__(
-        self,
-        shards: str,
-        options: StreamOptions,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        random_flip: bool = False,
-        on_error: OnError = "stop",
-    ) -> None:
-        if options.epoch_records < 1:
+    def __init__(self, shards: str, stream: StreamOptions, options: RankOptions) -> None:
+        if stream.epoch_records < 1:
             raise ValueError(
                 f"--data.path {shards} has no manifest, so its size is unknown: give "
                 "--data.stream.epoch_records, or make a dataset folder with memfree prepare"
             )
-        size = options.image_size
+        size = stream.image_size
         height, width = size if isinstance(size, tuple) else (size, size)
         if min(height, width) < 1:
             raise ValueError("--data.stream.image_size: give the height and width of the images")
-        super().__init__(
-            options.epoch_records, batch_size, seed, rank, world_size, random_flip, on_error
-        )
+        super().__init__(stream.epoch_records, options)
         self.missing, self.left_out = Skipped(), LeftOut()
-        missing = self.missing if on_error == "skip" else None
+        missing = self.missing if options.on_error == "skip" else None
         self._shards = expand_shards(shards, missing, self.left_out)
         self._labels = shard_labels(self._shards)
-        self._options = options
-        self._records_as = options.records
-        if not options.captions:  # then it does not matter what is wrong with them
-            self._records_as = replace(options.records, caption_source="none")
-        self._framing = Framing(height, width, options.channels, options.resize)
-        self.image_shape = (int(options.channels), height, width)
+        self._stream = stream
+        self._records_as = stream.records
+        if not stream.captions:  # then it does not matter what is wrong with them
+            self._records_as = replace(stream.records, caption_source="none")
+        self._framing = Framing(height, width, stream.channels, stream.resize)
+        self.image_shape = (int(stream.channels), height, width)
         self._next = (-1, -1)
-        self._stream: Iterator[Batch] = iter(())
+        self._rest: Iterator[Batch] = iter(())
 
     def batch(self, epoch: int, number: int) -> Batch:
         """See :class:`RankBatches`; quick for the batches that this worker gets in turn."""
         worker = get_worker_info()
         workers = worker.num_workers if worker is not None else 1
         if (epoch, number) != self._next:
-            self._stream = self._batches(epoch, number, workers)
+            self._rest = self._batches(epoch, number, workers)
         self._next = (-1, -1)  # an error ends the stream
-        batch = next(self._stream)
+        batch = next(self._rest)
         self._next = (epoch, number + workers)
         return batch
 
     def _batches(self, epoch: int, start: int, workers: int) -> Iterator[Batch]:
         """Every ``workers``-th batch from ``start`` on; those before are passed over."""
         first = start % workers
-        unit = self._rank * workers + first
+        unit = self._options.rank * workers + first
         skipped, left_out = Skipped(), LeftOut()
-        records = self._records(epoch, unit, self._world_size * workers, skipped, left_out)
-        generator = generator_of(self._seed, epoch, unit, Stream.STREAMED_FLIPS)
+        records = self._records(epoch, unit, self._options.world_size * workers, skipped, left_out)
+        generator = generator_of(self._options.seed, epoch, unit, Stream.STREAMED_FLIPS)
         for number in range(first, self.batches, workers):
             low, high, weight = self._slice(number)
             flips = generator.random(high - low) < 0.5
             if number < start:  # trained on before the run was stopped
                 for _ in flips:
-                    if self._on_error == "stop":  # none was broken, and nothing need be decoded
+                    if (
+                        self._options.on_error == "stop"
+                    ):  # none was broken, and nothing need be decoded
                         next(records)
                     else:
                         self._next_whole(records, skipped, left_out)
@@ -425,7 +383,7 @@ class ForeignBatches(RankBatches):
             skipped.kept += len(whole)
             batch = self._batch_of(whole, flips)
             batch["weight"] = weight
-            if self._on_error == "skip":
+            if self._options.on_error == "skip":
                 batch["skipped"] = skipped.take()
             batch["left_out"] = left_out.take()
             yield batch
@@ -437,10 +395,10 @@ class ForeignBatches(RankBatches):
         shared = len(self._shards) < units
         # Where everyone reads all shards, one of them counts what is broken.
         counter = Skipped() if shared and unit else skipped
-        handler = counter if self._on_error == "skip" else None
+        handler = counter if self._options.on_error == "skip" else None
 
         def one_pass(turn: int) -> Iterator[TarRecord]:
-            order = generator_of(self._seed, epoch, turn, Stream.SHARDS).permutation(
+            order = generator_of(self._options.seed, epoch, turn, Stream.SHARDS).permutation(
                 len(self._shards)
             )
             shards = (order if shared else order[unit::units]).tolist()
@@ -465,9 +423,9 @@ class ForeignBatches(RankBatches):
                     f"no readable record in {counted(len(shards), 'shard')}{first}{other}"
                 )
 
-        buffer = max(self._options.shuffle_buffer, 1)
+        buffer = max(self._stream.shuffle_buffer, 1)
         for turn in count():
-            rng = buffer_random(self._seed, epoch, turn, unit)
+            rng = buffer_random(self._options.seed, epoch, turn, unit)
             yield from shuffle(buffer, initial=buffer, rng=rng)(one_pass(turn))
 
     def _next_whole(
@@ -479,13 +437,13 @@ class ForeignBatches(RankBatches):
             try:
                 return record, self._decode(record, left_out)
             except ValueError as error:
-                if self._on_error == "stop":
+                if self._options.on_error == "stop":
                     raise
                 skipped.record(str(error))
 
     def _batch_of(self, whole: list[tuple[TarRecord, np.ndarray]], flips: np.ndarray) -> Batch:
         images = [
-            pixels[:, :, ::-1] if self._random_flip and flip else pixels
+            pixels[:, :, ::-1] if self._options.random_flip and flip else pixels
             for (_, pixels), flip in zip(whole, flips, strict=True)
         ]
         batch: Batch = {
@@ -493,17 +451,17 @@ class ForeignBatches(RankBatches):
             "key": [record.image_key or record.name for record, _ in whole],
             "row": torch.full((len(whole),), -1),
         }
-        if self._options.num_classes:
+        if self._stream.num_classes:
             batch["label"] = torch.tensor([record.label for record, _ in whole])
-        if self._options.captions:
+        if self._stream.captions:
             batch["caption"] = [record.caption for record, _ in whole]
         return batch
 
     def _decode(self, record: TarRecord, left_out: LeftOut) -> np.ndarray:
-        classes = self._options.num_classes
+        classes = self._stream.num_classes
         if classes and (record.label is None or record.label >= classes):
             raise ValueError(f"{record.name}: class {record.label} is not in 0..{classes - 1}")
-        if self._options.captions and record.caption is None:
+        if self._stream.captions and record.caption is None:
             raise ValueError(f"{record.name}: record without a caption")
         image = open_image(record.image, record.name)
         if frames := further_frames(image):

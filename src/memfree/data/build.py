@@ -20,7 +20,14 @@ from memfree.data.duplication_plan import DuplicationPlan
 from memfree.data.ingest import Framing, Ingested, ingest
 from memfree.data.options import LabelPolicy
 from memfree.data.random_streams import Stream, generator_of
-from memfree.data.shard_writer import RECORDS_SCHEMA, Record, ShardWriter, record_bytes
+from memfree.data.shard_writer import (
+    CONDITIONS_SCHEMA,
+    ITEMS_SCHEMA,
+    RECORDS_SCHEMA,
+    Record,
+    ShardWriter,
+    record_bytes,
+)
 from memfree.data.skipped import Skipped
 from memfree.data.sources import Source
 from memfree.data.split import PARTS, PartName, PartSizes, deal, limited
@@ -168,16 +175,6 @@ class Items:
         count = Counter(record.row for records in self.records.values() for record in records)
         return [count[row] for row in range(len(self.keys))]
 
-    def conditions(self) -> list[tuple[int, int | None, str | None, int]]:
-        """(row, label, caption, records), in order of rows."""
-        count = Counter(
-            (record.row, record.label, record.caption)
-            for records in self.records.values()
-            for record in records
-        )
-        ordered = sorted(count.items(), key=lambda item: item[0][0])
-        return [(*condition, number) for condition, number in ordered]
-
 
 def arrange(
     data: Ingested,
@@ -191,16 +188,9 @@ def arrange(
 ) -> Items:
     """Lay out the records: in a random order within each part, near copies after all originals.
 
-    Args:
-        data: the source.
-        image_of: (N,) distinct image of each source image.
-        group_of: (M,) group of each distinct image.
-        part_of: (G,) part of each group.
-        plan: copies that the training part gets, after the split.
-        num_classes: classes of the source.
-        seed: order of images and of records.
-        labels: which labels the training images get; held-out images lose theirs where these say
-            nothing of the image.
+    ``image_of`` (N,) is the distinct image of each source image, ``group_of`` (M,) the group of
+    each of these, ``part_of`` (G,) the part of each group. Held-out images lose their labels where
+    the policy ``labels`` says nothing of the image.
     """
     order = generator_of(seed, Stream.SOURCE_ORDER).permutation(len(image_of)).tolist()
     group_names: dict[int, str] = {}  # what the source calls it, otherwise its first image's key
@@ -393,21 +383,20 @@ def _write_shards(
 
 def _write_tables(folder: Path, items: Items, writer: ShardWriter) -> None:
     """``items.parquet``, ``conditions.parquet`` and the index ``records.parquet``."""
-    table = {
-        "image_key": items.keys,
-        "group": items.groups,
-        "copies": pa.array(items.copies(), pa.int64()),
-        "part": list(items.parts),
-    }
-    pq.write_table(pa.table(table), folder / "items.parquet")
-    rows, labels, captions, counts = zip(*items.conditions(), strict=True)
-    table = {
-        "image_key": [items.keys[row] for row in rows],
-        "label": pa.array(labels, pa.int64()),
-        "caption": pa.array(captions, pa.string()),
-        "count": pa.array(counts, pa.int64()),
-        "part": [items.parts[row] for row in rows],
-    }
-    pq.write_table(pa.table(table), folder / "conditions.parquet")
-    index = pa.table(writer.index, schema=RECORDS_SCHEMA)
-    pq.write_table(index, folder / "records.parquet")
+    number_of = Counter(
+        (record.row, record.label, record.caption)
+        for records in items.records.values()
+        for record in records
+    )
+    conditions = [
+        (items.keys[row], label, caption, number, items.parts[row])
+        for (row, label, caption), number in sorted(number_of.items(), key=lambda item: item[0][0])
+    ]
+    rows = zip(items.keys, items.groups, items.copies(), items.parts, strict=True)
+    for name, schema, table in (
+        ("items", ITEMS_SCHEMA, list(rows)),
+        ("conditions", CONDITIONS_SCHEMA, conditions),
+        ("records", RECORDS_SCHEMA, writer.index),
+    ):
+        columns = dict(zip(schema.names, zip(*table, strict=True), strict=True))
+        pq.write_table(pa.table(columns, schema=schema), folder / f"{name}.parquet")

@@ -19,6 +19,7 @@ from memfree.data.batches import (
     EpochLoader,
     ForeignBatches,
     PartLoader,
+    RankOptions,
     batches_per_epoch,
 )
 from memfree.data.dataset_folder import DatasetFolder
@@ -33,29 +34,18 @@ def epoch_order(
 ) -> dict[str, Any]:
     """What the batches of an epoch depend on, beside the records and the seed, as JSON values.
 
-    Args:
-        batches: of an epoch on each rank.
-        global_batch_size: records of a batch on all ranks, at most.
-        ranks: number of processes.
-        workers: of each rank, where these deal the shards out among themselves; None where
-            batches do not depend on who reads.
+    ``workers`` of each rank, where these deal the shards out; None where they change nothing.
     """
     readers = None if workers is None else {"ranks": ranks, "workers": max(workers, 1)}
     return {"batches": batches, "global_batch_size": global_batch_size, "readers": readers}
 
 
 def check_resumable(progress: dict[str, int], stopped: dict[str, Any], now: dict[str, Any]) -> None:
-    """Check that a run may resume from a checkpoint, and begin an epoch anew where one had ended.
+    """Refuse to resume within an epoch whose batches would be others now (see ``epoch_order``).
 
-    Args:
-        progress: Lightning's counts of the batches of the present epoch, from the checkpoint.
-            Where that stopped at the end of an epoch, they are set to those of an epoch with as
-            many batches as one has now: Lightning would resume behind the batches of the old one.
-        stopped: ``epoch_order`` of the run that was stopped.
-        now: ``epoch_order`` of the run that resumes.
-
-    Raises:
-        ValueError: it was stopped within an epoch and other batches would follow.
+    ``progress`` are Lightning's counts of the batches of the present epoch, from the checkpoint.
+    Where that stopped at the end of an epoch, they are set to those of an epoch with as many
+    batches as one has now: Lightning would resume behind the batches of the old one.
     """
 
     def readers(order: dict[str, Any]) -> str:
@@ -111,20 +101,17 @@ class ShardDataModule(LightningDataModule):
     Args:
         path: dataset folder of ``memfree prepare``; or shards without a manifest: a folder of
             tars, a glob, or addresses with braces (see ``stream``).
-        batch_size: records a batch on each rank, at most; batches of an epoch are nearly equal.
+        batch_size: records in a batch on each rank, at most.
         seed: of the order.
         num_workers: processes that decode; 0 decodes in the training process.
-        cache_bytes: keep decoded images in memory if all of them take at most this many bytes
-            (without workers only).
+        cache_bytes: keep decoded images in memory if all take at most this (without workers only).
         random_flip: mirror each record with probability 1/2.
-        on_error: stop at a broken record or shard, or skip and count it; the first few are named,
-            and the number is reported after training.
+        on_error: stop at a broken record or shard, or skip, name and count it.
         verify: compare the SHA-256 of every shard at the start, not only its size.
         stream: how shards without a manifest are read.
 
     Attributes:
-        skipped: what this rank has left out so far as broken; on rank 0, of the run that is
-            resumed too.
+        skipped: what this rank has left out as broken; on rank 0, of the resumed run too.
         left_out: what this rank met beside the records, and did not use.
     """
 
@@ -153,12 +140,7 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def folder(self) -> DatasetFolder | None:
-        """The opened dataset folder, None for foreign shards.
-
-        Raises:
-            FileNotFoundError: there is no such folder.
-            ValueError: it is unfinished or not what its manifest says.
-        """
+        """The opened dataset folder, None for foreign shards."""
         if self._folder is None and not self._is_foreign():
             self._folder = DatasetFolder(Path(self.path), self.verify, self.on_error)
         return self._folder
@@ -210,18 +192,12 @@ class ShardDataModule(LightningDataModule):
 
     def dataset(self, rank: int = 0, world_size: int = 1) -> EpochBatches | ForeignBatches:
         """The batches of one rank."""
-        options: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "rank": rank,
-            "world_size": world_size,
-            "random_flip": self.random_flip,
-            "on_error": self.on_error,
-        }
+        options = RankOptions(
+            self.batch_size, self.seed, rank, world_size, self.random_flip, self.on_error
+        )
         if self.folder is None:
-            return ForeignBatches(self.path, self.stream, **options)
-        cache_bytes = self.cache_bytes if self.num_workers == 0 else 0
-        return EpochBatches(self.folder, cache_bytes=cache_bytes, **options)
+            return ForeignBatches(self.path, self.stream, options)
+        return EpochBatches(self.folder, options, self.cache_bytes if self.num_workers == 0 else 0)
 
     def _place(self) -> tuple[int, int]:
         """(rank, number of processes)."""
@@ -241,12 +217,7 @@ class ShardDataModule(LightningDataModule):
         return self._loader
 
     def val_dataloader(self) -> PartLoader | list[PartLoader]:
-        """Batches of this rank of the test part; in training an empty list where there is none.
-
-        Raises:
-            ValueError: ``trainer.validate`` of data without a test part, or of a part with fewer
-                images than ranks.
-        """
+        """Batches of this rank of the test part; in training an empty list where there is none."""
         folder = self.folder
         if folder is None or not len(folder.part_records("test")):
             if self.trainer is None or self.trainer.state.fn == TrainerFn.VALIDATING:
@@ -319,12 +290,7 @@ class ShardDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume a stopped run.
-
-        Raises:
-            ValueError: it was trained on another dataset, or it was stopped within an epoch whose
-                batches would be others now.
-        """
+        """Resume a stopped run; ValueError if its records or the next batches would be others."""
         if difference := first_difference(state_dict.get("identity"), self.identity(), "data"):
             raise ValueError(
                 f"the checkpoint was trained on other records than {self.path} gives now: "

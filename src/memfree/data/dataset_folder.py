@@ -222,11 +222,7 @@ class DatasetFolder:
         return self.records.filter(pc.field("part") == part).combine_chunks()
 
     def part(self, name: PartName) -> DatasetPart:
-        """The distinct images of one part.
-
-        Raises:
-            ValueError: there is no such part, or it is empty.
-        """
+        """The distinct images of one part; ValueError if there are none."""
         import pyarrow.compute as pc
         import torch
 
@@ -304,12 +300,8 @@ class DatasetPart:
 class RecordReader:
     """Images of a dataset folder in any order and in any process, checked and decoded.
 
-    Args:
-        folder: where the shards are.
-        records: index rows, with ``shard, offset, size, crc32, row``.
-        image_shape: (C, H, W) that every image must have.
-        cache_bytes: keep decoded images, one for all exact copies of it, if all of them take at
-            most this much memory.
+    ``records`` are rows of the index, with ``shard, offset, size, crc32, row``. Decoded images are
+    kept, one for all exact copies, if all of them take at most ``cache_bytes``.
     """
 
     def __init__(
@@ -346,11 +338,7 @@ class RecordReader:
         Args:
             numbers: positions in the index.
             broken: called with the position and a message for a record that cannot be read, which
-                is then left out, instead of raising it.
-
-        Raises:
-            ValueError: a record's bytes are not those that were written, or it does not decode.
-            OSError: a shard cannot be read.
+                is then left out; default: raise ValueError or OSError.
         """
         import torch
 

@@ -75,17 +75,9 @@ class DuplicationPlan:
             raise ValueError("--plan.jpeg_quality: two numbers from 1 to 100, the lower first")
 
     def factors(self, candidates: Sequence[int], labels: Sequence[int] | None) -> dict[int, int]:
-        """Choose the images.
+        """Factor of each chosen image (factor 1, from a ladder, included).
 
-        Args:
-            candidates: training images that may be chosen.
-            labels: class of each candidate, None without classes.
-
-        Returns:
-            factor of each chosen image (factor 1, from a ladder, included).
-
-        Raises:
-            ValueError: there are not enough candidates, or no classes to balance.
+        ``labels`` are the classes of the candidates, None without classes.
         """
         count = int(self.images) if self.images >= 1 else int(self.images * len(candidates) + 1e-9)
         wanted = [self.factor] * count
@@ -115,11 +107,9 @@ class DuplicationPlan:
         return order[np.lexsort((of, turn))]
 
     def word(self, image: int, attempt: int = 0) -> str:
-        """A made-up word of four syllables, such as "zorakimu", for policy ``key``.
+        """A made-up word of four syllables for policy ``key``, such as "zorakimu".
 
-        Args:
-            image: number of the image in the source; the same image gets the same word.
-            attempt: counted up from 0 where the word is taken.
+        The same image of the source gets the same word, another one for each ``attempt``.
         """
         generator = generator_of(self.seed, Stream.WORD, image, attempt)
         consonants = generator.integers(len(_CONSONANTS), size=4)
@@ -127,13 +117,7 @@ class DuplicationPlan:
         return "".join(_CONSONANTS[c] + _VOWELS[v] for c, v in zip(consonants, vowels, strict=True))
 
     def copy(self, pixels: np.ndarray, image: int, number: int) -> np.ndarray:
-        """Pixels of one copy.
-
-        Args:
-            pixels: (C, H, W) uint8 of the original.
-            image: number of the original in the source.
-            number: of the copy, from 1.
-        """
+        """Copy ``number``, from 1, of an image of the source: (C, H, W) uint8, as ``pixels``."""
         generator = generator_of(self.seed, Stream.COPY, image, number)
         kind = self.kinds[int(generator.integers(len(self.kinds)))]
         if kind == "exact":

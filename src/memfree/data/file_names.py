@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import Literal
 
 from memfree.data.skipped import LeftOut, Skipped
@@ -25,8 +25,6 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz
 """File name endings of shards, lower case."""
 MAX_NAME = 4096
 """Longest name of a record, characters: the longest path of most systems."""
-
-
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _FIRST_DOT = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
@@ -37,10 +35,9 @@ def is_tar(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a relative path is that of a hidden file, or lies in a hidden or system folder.
+    """Whether a relative path is hidden or in a system folder: thumbnails that no one put there.
 
-    Such as ``.ipynb_checkpoints/a.png``, ``__MACOSX/a.png`` and ``._a.png``: thumbnails and
-    copies that no one put there.
+    Such as ``.ipynb_checkpoints/a.png``, ``__MACOSX/a.png`` and ``._a.png``.
     """
     return any(
         part in _SYSTEM_FOLDERS or (part.startswith(".") and part not in (".", ".."))
@@ -49,16 +46,11 @@ def is_hidden(name: str) -> bool:
 
 
 def split_name(name: str, key_ends: Literal["first_dot", "last_dot"]) -> tuple[str, str]:
-    """Key and suffix of a member of a shard; the suffix is lower case and has no leading dot.
+    """Key and suffix (lower case, without its dot, or empty) of a member of a shard.
 
-    Args:
-        name: of the member, with its folders, which are a part of the key: ``a/k.jpg`` and
-            ``b/k.jpg`` are two records.
-        key_ends: ``first_dot`` of the base name is WebDataset's rule: ``k.seg.png`` is the part
-            ``seg.png`` of sample ``k``. With ``last_dot`` it is the picture of record ``k.seg``.
-
-    Returns:
-        (key, suffix); the suffix is empty where the name has no extension.
+    Folders are a part of the key: ``a/k.jpg`` and ``b/k.jpg`` are two records. By WebDataset's
+    rule, ``first_dot`` of the base name, ``k.seg.png`` is the part ``seg.png`` of sample ``k``;
+    with ``last_dot`` it is the picture of record ``k.seg``.
     """
     if key_ends == "first_dot":
         match = _FIRST_DOT.fullmatch(name)
@@ -68,10 +60,9 @@ def split_name(name: str, key_ends: Literal["first_dot", "last_dot"]) -> tuple[s
 
 
 def problem_with(name: str) -> str | None:
-    """Why a name can be no key, as the end of a sentence that begins with "its name"; else None.
+    """Why a name cannot be a key, as the end of a sentence that begins with "its name"; else None.
 
-    Spaces, joiners and letters of any kind are fine; what would break a line, move a terminal's
-    cursor or cannot be written as UTF-8 is not.
+    What would break a line, move a terminal's cursor or cannot be written as UTF-8 is refused.
     """
     if name.startswith("/"):
         return "is absolute"
@@ -92,14 +83,14 @@ def is_text(text: str) -> bool:
 def shard_labels(shards: Sequence[str]) -> list[str]:
     """What the records of each shard are called by: ``00000`` for ``x/00000.tar``.
 
-    Shards that would share that are told apart by more of their names, then by their folders.
+    Shards that would share a label get more of their names, then their folders.
     """
     labels = [Path(shard).name.split(".")[0] for shard in shards]
     for level in range(1, 2 + max((len(Path(shard).parts) for shard in shards), default=0)):
         taken: dict[str, set[str]] = {}
         for label, shard in zip(labels, shards, strict=True):
             taken.setdefault(label, set()).add(shard)
-        if all(len(those) == 1 for those in taken.values()):
+        if all(len(sharing) == 1 for sharing in taken.values()):
             break
         labels = [
             label if len(taken[label]) == 1 else _longer(shard, level)
@@ -120,7 +111,7 @@ def _longer(shard: str, level: int) -> str:
 def files_below(
     folder: Path, left_out: LeftOut, skipped: Skipped | None = None, hidden: bool = False
 ) -> list[Path]:
-    """Everything below a folder but folders, sorted; links are followed, into folders too.
+    """All files below a folder, sorted; links are followed, into folders too.
 
     Broken links and special files are in the list as well: :func:`problem_with_file` tells.
 
@@ -130,9 +121,6 @@ def files_below(
             and empty folders.
         skipped: takes folders that cannot be listed, instead of an error.
         hidden: hidden files and folders are in the list too.
-
-    Raises:
-        OSError: a folder cannot be listed.
     """
     note = left_out.at(str(folder))
     files: list[Path] = []
@@ -140,14 +128,14 @@ def files_below(
     while waiting:
         place, relative, within = waiting.pop()
         try:
-            found = os.stat(place)
+            stat = os.stat(place)
             entries = sorted(os.scandir(place), key=lambda entry: entry.name)
         except OSError as error:
             if skipped is None:
                 raise
             skipped.record(f"{place}: {error.strerror or error}")
             continue
-        identity = (found.st_dev, found.st_ino)
+        identity = (stat.st_dev, stat.st_ino)
         if identity in within:
             note(f"{relative}: a link back to a folder that it is in")
             continue
@@ -172,23 +160,18 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def problem_with_file(file: Path) -> str | None:
-    """Why a path is no file that can be read from front to end, None where it is one."""
+    """Why a path is not a file that can be read from front to end, None where it is one."""
     try:
         mode = os.stat(file).st_mode
     except FileNotFoundError:
         return "a broken link" if file.is_symlink() else "no such file"
     except OSError as error:
         return error.strerror or str(error)
-    return None if stat.S_ISREG(mode) else "not a plain file"
+    return None if S_ISREG(mode) else "not a plain file"
 
 
 def read_bytes(file: Path, limit: int) -> bytes:
-    """The content of a file of a stranger.
-
-    Raises:
-        ValueError: it is not a plain file, or is too large; the message begins with its name.
-        OSError: it cannot be read, which the operating system says without the name.
-    """
+    """The content of an untrusted file: ValueError where it is not plain or above ``limit``."""
     name = short(file, 1000)
     if problem := problem_with_file(file):
         raise ValueError(f"{name}: {problem}")

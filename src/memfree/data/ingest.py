@@ -129,12 +129,8 @@ def ingest(
         source: where they come from.
         framing: size and channels; what is unset is taken from the first image.
         file: scratch file for the pixels, so that sets larger than memory work.
-        skipped: takes what cannot be used and is left out; None: the first one is an error.
+        skipped: takes what cannot be used and is left out; None: the first one is a ValueError.
         progress: called with each image's name.
-
-    Raises:
-        ValueError: an image is damaged, has another size or channel count, or lacks the label or
-            caption that others have; or there are no images.
     """
     fixed: Framing | None = None
     items: list[SourceImage] = []
@@ -214,19 +210,14 @@ def open_source(
     emoji_variants: bool = False,
     records: RecordOptions = _DEFAULT_OPTIONS,
 ) -> Source:
-    """The source of this name.
+    """The source of this name; ValueError where an option is missing or has no meaning.
 
     Args:
-        source: ``digits``, ``cifar10``, ``emoji``, ``folder`` or ``shards``.
+        source: its name.
         path: the image folder, the shards, the emoji font (default: found among the installed
             ones), or where CIFAR-10 is downloaded to (default: ``data/downloads``); not for digits.
         emoji_variants: emoji with skin tones and gender signs too.
         records: which files of a folder or of shards are meant where there is a choice.
-
-    Raises:
-        ValueError: ``path`` or an option is missing or has no meaning, or the font has no colour
-            bitmaps.
-        OSError: there is nothing at ``path``.
     """
     caption_source = records.caption_source
     for option, is_meant in {

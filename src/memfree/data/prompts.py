@@ -16,29 +16,20 @@ _MAX_BYTES = 64 << 20  # of a prompt file; more is not a list of prompts
 
 
 def prompt_set(dataset: DatasetFolder, name: PromptSet, least_records: int = 2) -> list[str]:
-    """Captions of one kind, each once; the three sets have none in common.
+    """Captions of one kind in the order of the dataset's items, each once.
 
-    Args:
-        dataset: prepared with captions.
-        name: ``duplicated``: all captions under which repeated images are trained on, that is
-            images with ``least_records`` or more in their group (planned copies, and duplicates in
-            the source); ``other``: captions of the other training images; ``unseen``: captions of
-            test images that no training record has.
-        least_records: training records of a group from which on its images count as repeated.
-            Near duplicates of the source make small groups, of two images mostly: with the
-            factor of the plan, only images that the plan repeats are left.
+    ``duplicated``: all captions under which repeated images are trained on, that is images with
+    ``least_records`` or more in their group (planned copies, and duplicates in the source);
+    ``other``: captions of the other training images; ``unseen``: captions of test images that no
+    training record has. The three sets have none in common.
 
-    Returns:
-        in the order of the dataset's items.
-
-    Raises:
-        ValueError: the dataset has no captions, or none of this kind; or ``least_records`` is less
-            than 2.
+    Near duplicates of the source make small groups, of two images mostly: with the factor of the
+    plan as ``least_records``, only images that the plan repeats are left.
     """
     if least_records < 2:
         raise ValueError(f"least_records {least_records}: use 2 or more")
     if name not in get_args(PromptSet):
-        raise ValueError(f"{name!r} is no prompt set; use {', '.join(get_args(PromptSet))}")
+        raise ValueError(f"{name!r} is not a prompt set; use {', '.join(get_args(PromptSet))}")
     if not dataset.manifest.get("captions"):
         raise ValueError(f"{dataset.path} has no captions; prepare captioned data")
     items = dataset.items.to_pydict()
@@ -48,40 +39,35 @@ def prompt_set(dataset: DatasetFolder, name: PromptSet, least_records: int = 2) 
     records: Counter[str] = Counter()
     for row in trained:
         records[group_of[row["image_key"]]] += row["count"]
-
-    repeated = {
-        row["caption"]: None
-        for row in trained
-        if records[group_of[row["image_key"]]] >= least_records
-    }
-    if name == "duplicated":
-        found = list(repeated)
-        empty = (
+    seen = dict.fromkeys(row["caption"] for row in trained)
+    repeated = dict.fromkeys(
+        row["caption"] for row in trained if records[group_of[row["image_key"]]] >= least_records
+    )
+    tested = dict.fromkeys(row["caption"] for row in conditions if row["part"] == "test")
+    prompts, empty = {
+        "duplicated": (
+            list(repeated),
             f"no training image has {least_records} records; "
-            "prepare it with --plan.images and --plan.factor"
-        )
-    elif name == "other":
-        found = list(dict.fromkeys(row["caption"] for row in trained))
-        found = [caption for caption in found if caption not in repeated]
-        empty = "every training caption is one of a repeated image"
-    else:
-        seen = {row["caption"] for row in trained}
-        tested = dict.fromkeys(row["caption"] for row in conditions if row["part"] == "test")
-        found = [caption for caption in tested if caption not in seen]
-        empty = "every caption of its test part is trained on, or it has no test part"
-    if not found:
+            "prepare it with --plan.images and --plan.factor",
+        ),
+        "other": (
+            [caption for caption in seen if caption not in repeated],
+            "every training caption is one of a repeated image",
+        ),
+        "unseen": (
+            [caption for caption in tested if caption not in seen],
+            "every caption of its test part is trained on, or it has no test part",
+        ),
+    }[name]
+    if not prompts:
         raise ValueError(f"{dataset.path} has no {name} prompts: {empty}")
-    return found
+    return prompts
 
 
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a text file, UTF-8, one a line; empty lines are skipped.
 
     Repeated lines stay repeated; spaces around a prompt are removed.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-        ValueError: it is empty, too large, or not text.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file at {path}")

@@ -4,8 +4,7 @@ Everything that is drawn comes from a seed and whole numbers that say what is dr
 one seed see the same numbers, and none depends on how much another has drawn. Results depend on
 the numbers, and on the place of a stream among them: name new ones, never renumber.
 
-In the lowest layer that draws anything, for all layers above it; without torch at import, as the
-options of a duplication plan are shown by ``--help``.
+No torch at import, as the options of a duplication plan are shown by ``--help``.
 """
 
 from __future__ import annotations
@@ -24,36 +23,21 @@ if TYPE_CHECKING:
 class Stream(IntEnum):
     """What a seed of a dataset, of its duplication plan, or of a training is used for."""
 
-    DISTINCT_IMAGES = 0
-    """Order of the distinct images in a short training (embedding, CLIP)."""
-    SPLIT = 1
-    """Which groups go to which part."""
-    REPEATED_IMAGES = 2
-    """Which images a plan repeats."""
-    COPY = 3
-    """How a copy is changed."""
-    SOURCE_ORDER = 4
-    """Order of the source's images within each part."""
-    RECORD_ORDER = 5
-    """Order of the training records, copies among them."""
-    CONDITIONS = 6
-    """Labels and captions of copies."""
-    EPOCH = 7
-    """Order of a dataset folder's records in an epoch."""
-    FLIPS = 8
-    """Which of these records are mirrored."""
-    STREAMED_FLIPS = 9
-    """Which records of streamed shards are mirrored."""
-    SHARDS = 10
-    """Order of streamed shards."""
-    WORD = 11
-    """A made-up word of policy ``key``."""
-    LABELS = 12
-    """Labels that are drawn instead of the source's."""
-    LIMIT = 13
-    """Which groups of training images a limit keeps."""
-    VALIDATION = 14
-    """Noise of an image in validation; its row stands in the place of the seed."""
+    DISTINCT_IMAGES = 0  # order of the distinct images in a short training (embedding, CLIP)
+    SPLIT = 1  # which groups go to which part
+    REPEATED_IMAGES = 2  # which images a plan repeats
+    COPY = 3  # how a copy is changed
+    SOURCE_ORDER = 4  # order of the source's images within each part
+    RECORD_ORDER = 5  # order of the training records, copies among them
+    CONDITIONS = 6  # labels and captions of copies
+    EPOCH = 7  # order of a dataset folder's records in an epoch
+    FLIPS = 8  # which of these records are mirrored
+    STREAMED_FLIPS = 9  # which records of streamed shards are mirrored
+    SHARDS = 10  # order of streamed shards
+    WORD = 11  # a made-up word of policy ``key``
+    LABELS = 12  # labels that are drawn instead of the source's
+    LIMIT = 13  # which groups of training images a limit keeps
+    VALIDATION = 14  # noise of an image in validation; its row stands in the place of the seed
 
 
 @unique
@@ -64,25 +48,20 @@ class EvaluationStream(IntEnum):
     and what is drawn, rows of features, has no part in what a dataset's seed has decided.
     """
 
+    # Rows of larger sets of features. numpy fills up with zeros: resampling (``intervals``), which
+    # has no number of its own, sees the same numbers.
     ROWS = 0
-    """Rows of larger sets of features. numpy fills up with zeros: resampling (``intervals``),
-    which has no number of its own, sees the same numbers."""
-    SUBSETS = 1
-    """Subsets whose distances are averaged."""
-    SUBSAMPLES = 2
-    """Smaller subsets, from whose spread that of the whole is estimated."""
-    SHUFFLED_CAPTIONS = 3
-    """Captions of other images; of an evaluation and of the test pairs of a CLIP."""
+    SUBSETS = 1  # subsets whose distances are averaged
+    SUBSAMPLES = 2  # smaller subsets, from whose spread that of the whole is estimated
+    SHUFFLED_CAPTIONS = 3  # captions of other images; also of the test pairs of a CLIP
 
 
 @unique
 class GuardStream(IntEnum):
     """What the seed of a guarded pipeline is used for, of one image and attempt."""
 
-    REDRAW = 0
-    """Another draw's noise."""
-    MITIGATION = 1
-    """A mitigation's own draws."""
+    REDRAW = 0  # another draw's noise
+    MITIGATION = 1  # a mitigation's own draws
 
 
 def generator_of(*words: int) -> np.random.Generator:
@@ -110,10 +89,9 @@ def step_generator(seed: int, step: int, device: torch.device) -> torch.Generato
 
 
 def autoencoder_step_generator(seed: int, step: int) -> torch.Generator:
-    """The CPU generator of all that one step of an autoencoder's training draws.
+    """The CPU generator of one step of an autoencoder's training.
 
-    The numbers of one seed reach those of the next after a million steps, which no such training
-    has.
+    The numbers of one seed reach those of the next after a million steps: no training has as many.
     """
     import torch
 

@@ -44,11 +44,8 @@ _PADDING = 1 << 20  # bytes after an archive's end that are looked at
 _SCHEME = r"([A-Za-z][A-Za-z0-9+.-]+):"
 _SCHEMES = ("http", "https", "s3", "gs", "hf")
 _EXTENSIONS = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 _TAR_ERRORS = (
     *(tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError),
@@ -72,10 +69,6 @@ def expand_shards(
         skipped: takes what braces name and is not there, instead of an error. Addresses are not
             looked up.
         left_out: takes what lies beside the tars in a folder, or matches a glob, and is not a tar.
-
-    Raises:
-        FileNotFoundError: nothing matches, or some of what the braces name is not there.
-        ValueError: an address that would run a command or is of an unknown kind.
     """
     shards: list[str] = []
     absent: list[str] = []
@@ -164,17 +157,15 @@ def read_shard(
     Args:
         shard: path or address.
         skipped: takes what is wrong, instead of an error; a damaged archive is then left at that
-            point.
+            point. Remote shards whose samples do not stand together are refused all the same.
         left_out: takes members that are not part of any record, and further parts of samples.
         options: how a record is read where there is a choice.
         prefix: of ``options`` on the command line.
         label: what its records are called by, before their keys; default: the shard's name.
 
     Raises:
-        ValueError: a record is too large, has no image or several, or its class or JSON is
-            unreadable.
-        OSError: the archive cannot be opened, is truncated or damaged, or the files of a sample do
-            not stand together where they must (in remote shards, even if ``skipped`` is given).
+        ValueError: a record is unreadable or ambiguous.
+        OSError: the archive is.
     """
     label = shard_labels([shard])[0] if label is None else label
     note = _note(left_out, shard, label)
@@ -201,23 +192,10 @@ def read_members(
     left_out: LeftOut | None = None,
     label: str | None = None,
 ) -> Iterator[tuple[str, bytes]]:
-    """Every single file of a shard whose name is wanted, whatever sample it is a part of.
+    """(label and name, content) of each file whose name is ``wanted``, up to ``limit`` bytes.
 
-    Args:
-        shard: path or address.
-        wanted: whether a member of this name is read.
-        limit: largest member that is read, bytes.
-        skipped: takes what is wrong, instead of an error.
-        left_out: takes the other members.
-        label: what its members are called by, before their names; default: the shard's name.
-
-    Yields:
-        (label and name without its last extension, content); the name is whole where another
-        member was called so before.
-
-    Raises:
-        ValueError: a member is too large, or not a file.
-        OSError: the archive cannot be opened, is truncated or damaged.
+    The name is without its last extension, unless another member was called so before. The other
+    arguments and errors are those of :func:`read_shard`.
     """
     label = shard_labels([shard])[0] if label is None else label
     note = _note(left_out, shard, label)
@@ -271,10 +249,9 @@ def _refuse_scattered(shard: str, options: RecordOptions) -> None:
                 members = _members(archive, options, lambda name: None)
                 for _ in _runs(members, options, contents=False):
                     pass
-    except _ScatteredError:
-        raise
-    except OSError:  # damage is met again as the shard is read
-        return
+    except OSError as error:  # other damage is met again as the shard is read
+        if isinstance(error, _ScatteredError):
+            raise
 
 
 def _members(
@@ -389,16 +366,12 @@ def _damage() -> Iterator[None]:
 
 
 class _Archive:
-    """The members of an opened tar; all damage is an OSError.
-
-    Args:
-        tar: the opened archive.
-        limit: bytes that it may unpack to.
-        plain: it can be read in any order.
-    """
+    """The members of an opened tar; all damage is an OSError."""
 
     def __init__(self, tar: tarfile.TarFile, limit: float, plain: bool) -> None:
-        self._tar, self._limit, self.plain = tar, limit, plain
+        self._tar = tar
+        self._limit = limit  # bytes that it may unpack to
+        self.plain = plain  # can be read in any order
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
         """The header of each member but folders."""

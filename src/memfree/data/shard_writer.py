@@ -2,53 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import os
 import tarfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
 from memfree.data.split import PartName
+from memfree.folders.manifest import sha256
 from memfree.images import pixels_to_png
 
-ITEMS_SCHEMA = pa.schema(
-    [
-        ("image_key", pa.string()),
-        ("group", pa.string()),
-        ("copies", pa.int64()),
-        ("part", pa.string()),
-    ]
-)
+_TEXT, _NUMBER = pa.string(), pa.int64()
+ITEMS_SCHEMA = pa.schema({"image_key": _TEXT, "group": _TEXT, "copies": _NUMBER, "part": _TEXT})
 """Columns of ``items.parquet``, the distinct images."""
 CONDITIONS_SCHEMA = pa.schema(
-    [
-        ("image_key", pa.string()),
-        ("label", pa.int64()),
-        ("caption", pa.string()),
-        ("count", pa.int64()),
-        ("part", pa.string()),
-    ]
+    {"image_key": _TEXT, "label": _NUMBER, "caption": _TEXT, "count": _NUMBER, "part": _TEXT}
 )
 """Columns of ``conditions.parquet``: records of each image and condition."""
 RECORDS_SCHEMA = pa.schema(
-    [
-        ("part", pa.string()),
-        ("record", pa.int64()),  # number in the part
-        ("row", pa.int64()),  # of items.parquet
-        ("copy", pa.int32()),  # 0: the original
-        ("label", pa.int64()),
-        ("caption", pa.string()),
-        ("shard", pa.string()),
-        ("offset", pa.int64()),  # of the image's bytes in the shard
-        ("size", pa.int64()),
-        ("crc32", pa.uint32()),
-    ]
+    {
+        "part": _TEXT,
+        "record": _NUMBER,  # number in the part
+        "row": _NUMBER,  # of items.parquet
+        "copy": pa.int32(),  # 0: the original
+        "label": _NUMBER,
+        "caption": _TEXT,
+        "shard": _TEXT,
+        "offset": _NUMBER,  # of the image's bytes in the shard
+        "size": _NUMBER,
+        "crc32": pa.uint32(),
+    }
 )
 """Columns of ``records.parquet``, the index by which records are read in any order."""
 
@@ -67,7 +56,7 @@ class Record:
 
 @dataclass
 class WrittenShard:
-    """What the manifest says of one shard."""
+    """One shard, as the manifest describes it."""
 
     name: str
     records: int
@@ -77,17 +66,16 @@ class WrittenShard:
 
 @dataclass
 class ShardWriter:
-    """Writes the records of one part after another; the index rows collect in ``index``."""
+    """Writes the records of one part after another, and collects the rows of their index."""
 
     folder: Path
     records_per_shard: int
     shards: list[WrittenShard] = field(default_factory=list)
-    index: dict[str, list[Any]] = field(
-        default_factory=lambda: {name: [] for name in RECORDS_SCHEMA.names}
-    )
+    index: list[tuple[Any, ...]] = field(default_factory=list)
+    """Rows of ``RECORDS_SCHEMA``."""
     _part: PartName | None = None
     _count: int = 0
-    _tar: _Tar | None = None
+    _file: BinaryIO | None = None
 
     def write(
         self, part: PartName, record: Record, pixels: np.ndarray, image_key: str, group: str
@@ -96,9 +84,12 @@ class ShardWriter:
         if part != self._part:
             self.close()
             self._part, self._count = part, 0
-        if self._tar is None:
-            number = self._count // self.records_per_shard
-            self._tar = _Tar(self.folder / f"{part}-{number:06d}.tar")
+        if self._file is None:
+            self._path = self.folder / f"{part}-{self._count // self.records_per_shard:06d}.tar"
+            self._file = open(self._path, "xb")  # noqa: SIM115 - closed by close()
+            self._tar = tarfile.open(  # noqa: SIM115
+                fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT
+            )
         key = f"{part}{self._count:08d}"
         image = pixels_to_png(pixels)
         meta = {
@@ -108,66 +99,40 @@ class ShardWriter:
             "caption": record.caption,
             "label": record.label,
         }
-        offset = self._tar.add(f"{key}.png", image)
-        self._tar.add(f"{key}.json", json.dumps(meta, sort_keys=True).encode())
+        offset = self._file.tell() + tarfile.BLOCKSIZE  # behind the member's header
+        self._add(f"{key}.png", image)
+        self._add(f"{key}.json", json.dumps(meta, sort_keys=True).encode())
         if record.caption is not None:
-            self._tar.add(f"{key}.txt", record.caption.encode())
+            self._add(f"{key}.txt", record.caption.encode())
         if record.label is not None:
-            self._tar.add(f"{key}.cls", str(record.label).encode())
+            self._add(f"{key}.cls", str(record.label).encode())
         row = (part, self._count, record.row, record.copy, record.label, record.caption)
-        place = (self._tar.path.name, offset, len(image), zlib.crc32(image))
-        for name, value in zip(RECORDS_SCHEMA.names, row + place, strict=True):
-            self.index[name].append(value)
+        place = (self._path.name, offset, len(image), zlib.crc32(image))
+        self.index.append(row + place)
         self._count += 1
         if self._count % self.records_per_shard == 0:
             self.close()
 
-    def close(self) -> None:
-        """Finish the open shard."""
-        if self._tar is None:
-            return
-        size, digest = self._tar.close()
-        written = sum(shard.records for shard in self.shards if self._same_part(shard))
-        self.shards.append(WrittenShard(self._tar.path.name, self._count - written, size, digest))
-        self._tar = None
-
-    def _same_part(self, shard: WrittenShard) -> bool:
-        return shard.name.startswith(f"{self._part}-")
-
-
-class _Tar:
-    """A plain ustar file without times, owners or anything else that differs between runs."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = open(path, "xb")  # noqa: SIM115 - closed by close()
-        self._digest = hashlib.sha256()
-        self._size = 0
-
-    def add(self, name: str, data: bytes) -> int:
-        """Append a member; returns the offset of its bytes."""
+    def _add(self, name: str, data: bytes) -> None:
+        """Append a member without times, owners or anything else that changes between runs."""
         info = tarfile.TarInfo(name)
         info.size = len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset = self._size
-        self._write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
-        return offset
+        self._tar.addfile(info, io.BytesIO(data))
 
-    def close(self) -> tuple[int, str]:
-        """Write the end marker and flush to disk; returns bytes and SHA-256."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self._size % tarfile.RECORDSIZE))
+    def close(self) -> None:
+        """Finish the open shard, and flush it to the disk."""
+        if self._file is None:
+            return
+        self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        return self._size, self._digest.hexdigest()
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._size += len(data)
+        self._file = None
+        records = (self._count - 1) % self.records_per_shard + 1
+        size, digest = self._path.stat().st_size, sha256(self._path)
+        self.shards.append(WrittenShard(self._path.name, records, size, digest))
 
 
 def record_bytes(pixels: int) -> int:
-    """About how many bytes a record with so many pixel values takes in a shard, from above."""
+    """Bytes that a record with N pixel values takes in a shard, at most."""
     return pixels + 8 * tarfile.BLOCKSIZE

@@ -12,20 +12,15 @@ import numpy as np
 from memfree.data.random_streams import Stream, generator_of
 
 MIN_EXPECTED = 5
-"""A false-positive rate needs so many calibration images expected above its threshold."""
+"""Calibration images that a false-positive rate needs to expect above its threshold."""
 DEFAULT_RATE = 0.01
 """False-positive rate where none is given."""
+PartName = Literal["train", "calibration", "test", "fit"]
+PARTS: tuple[PartName, ...] = get_args(PartName)
 
 
 def too_few_images(images: int) -> str | None:
-    """One line where so many calibration images do not allow the default false-positive rate.
-
-    Args:
-        images: in the calibration part.
-
-    Returns:
-        What is missing and which rate can be used instead; None where the default rate can.
-    """
+    """What is missing where N calibration images do not allow the default false-positive rate."""
     needed = math.ceil(MIN_EXPECTED / DEFAULT_RATE - 1e-9)
     if images >= needed:
         return None
@@ -44,12 +39,8 @@ def too_few_images(images: int) -> str | None:
 
 
 def smallest_rate(images: int) -> float:
-    """The smallest false-positive rate for so many images, rounded up so that it is accepted."""
+    """The smallest false-positive rate for N images, rounded up so that it is accepted."""
     return math.ceil(1e4 * MIN_EXPECTED / images - 1e-9) / 1e4
-
-
-PartName = Literal["train", "calibration", "test", "fit"]
-PARTS: tuple[PartName, ...] = get_args(PartName)
 
 
 @dataclass(frozen=True)
@@ -72,11 +63,7 @@ class PartSizes:
     """Held-out images for the classifier and a second embedding."""
 
     def counts(self, images: int, defaults: Sequence[float]) -> dict[PartName, int]:
-        """Images of each part out of ``images``.
-
-        Raises:
-            ValueError: a size is negative, train is empty, or there are too few images.
-        """
+        """Images of each part out of ``images``; ValueError where they cannot be had."""
         counts: dict[PartName, int] = {}
         shares: dict[PartName, float] = {}
         for name, default in zip(PARTS, defaults, strict=True):
@@ -102,21 +89,13 @@ class PartSizes:
 
 
 def deal(sizes: np.ndarray, counts: dict[PartName, int], seed: int) -> list[PartName | None]:
-    """Give each group to one part.
+    """Give each group of ``sizes`` (G,) images to one part, or to None, by ``counts`` of images.
 
     Groups are drawn in a random order until the counts are reached. Of these the larger ones come
     first, so that single images fill what is left. A group goes to a part drawn in proportion to
     the room that the parts with enough of it still have; where none has enough, it stays out, and
     groups that were not drawn fill the gap. With single images among them the counts are met
     exactly.
-
-    Args:
-        sizes: (G,) images a group.
-        counts: images that each part wants.
-        seed: of the order and the draws.
-
-    Returns:
-        (G,) the part of each group, None for groups that stay out.
     """
     generator = generator_of(seed, Stream.SPLIT)
     order = generator.permutation(len(sizes))
@@ -143,24 +122,13 @@ def limited(
     """Leave training groups out until ``limit`` images remain; held-out parts stay as they are.
 
     Groups are kept in a random order of the seed, each if it still fits: a smaller limit keeps a
-    subset of what a larger one keeps, where groups are single images.
-
-    Args:
-        parts: (G,) the part of each group.
-        sizes: (G,) images a group.
-        limit: training images to keep, 1 or more.
-        seed: of the order.
-
-    Returns:
-        (G,) the part of each group, None for groups that are left out as well.
-
-    Raises:
-        ValueError: there are fewer training images, or no group is small enough.
+    subset of what a larger one keeps, where groups are single images. ``parts`` and ``sizes`` as in
+    :func:`deal`.
     """
     train = [number for number, part in enumerate(parts) if part == "train"]
-    there = int(sum(sizes[number] for number in train))
-    if limit > there:
-        raise ValueError(f"--limit {limit}: there are {there} training images")
+    images = int(sum(sizes[number] for number in train))
+    if limit > images:
+        raise ValueError(f"--limit {limit}: there are {images} training images")
     generator = generator_of(seed, Stream.LIMIT)
     kept, room = list(parts), limit
     for position in generator.permutation(len(train)).tolist():

@@ -127,17 +127,9 @@ def record_of(
     prefix: str,
     note: Callable[[str], None],
 ) -> TarRecord:
-    """The record of these members.
+    """The record of the members that begin with its key; ``note`` takes those that are left out.
 
-    Args:
-        name: of the record.
-        members: all that begin with its key.
-        options: what to do where there is a choice.
-        prefix: of the options on the command line, such as ``--records.``.
-        note: called with each member that is left out.
-
-    Raises:
-        ValueError: there is no image or more than one, or a member is not what its suffix says.
+    ``prefix`` is that of the options on the command line, such as ``--records.``.
     """
     shown = short(name)
     by_suffix: dict[str, Member] = {}

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from memfree.evaluation.embedding import View, fit_components
 from memfree.evaluation.intervals import conditions_detail, rate_interval
 from memfree.evaluation.metrics import Metric, metric
-from memfree.guidance import Calibration, Similarity, default_similarity, measure
+from memfree.guidance import Calibration, Match, Similarity, default_similarity, measure
+from memfree.guidance.calibration import Judge, nearest
 from memfree.retrieval import ReferenceIndex
-
-if TYPE_CHECKING:
-    from memfree.retrieval import ReferenceIndex
 
 
 @dataclass(frozen=True)
@@ -25,11 +22,11 @@ class Neighbours:
     """Per image, what the index found; numpy arrays of equal length n."""
 
     sigma: np.ndarray
-    """(n,) float64: σ of the similarity measure, higher is nearer; −nL2 for ``NormalizedL2``."""
+    """(n,) float64: σ of the similarity, higher is nearer; −nL2 for ``NormalizedL2``."""
     row: np.ndarray
     """(n,) int64: row of the nearest reference."""
     multiplicity: np.ndarray
-    """(n,) int64: records of the nearest reference's whole group in the training set."""
+    """(n,) int64: copies of the nearest reference's whole group in the training set."""
     distance_ratio: np.ndarray
     """(n,) float64: d_1/d_2, the distance to the nearest over that to the second nearest group."""
     p_value: np.ndarray
@@ -49,15 +46,7 @@ def find_neighbours(
     false_positive_rate: float,
     batch_size: int = 256,
 ) -> Neighbours:
-    """Measure every image against the index.
-
-    Args:
-        index: the reference images, deduplicated.
-        similarity: a measure of ``memfree.guidance``, the one that ``calibration`` is of.
-        calibration: held-out similarities, of the same index.
-        images: (n, C, H, W) in [-1, 1].
-        false_positive_rate: the verdict's, within what the calibration can give.
-        batch_size: images at a time.
+    """Measure images (n, C, H, W) in [-1, 1] against a deduplicated index and its calibration.
 
     Raises:
         ValueError: no images, or images of another shape than the index's.
@@ -67,55 +56,33 @@ def find_neighbours(
     shape = tuple(images.shape[1:])
     if shape != tuple(index.image_shape):
         raise ValueError(f"images are {shape}, the index holds {tuple(index.image_shape)}")
-    sigmas, rows, ratios = [], [], []
-    with torch.no_grad():
-        for batch in images.to(index.device).split(batch_size):
-            match = similarity(index, batch)
-            hits = index.search(match.vectors, 2)
-            sigmas.append(match.sigma.double().cpu())
-            rows.append(match.rows[:, 0].cpu())
-            ratios.append(distance_ratio(hits.scores.double().cpu(), index.metric))
-    sigma, row = torch.cat(sigmas), torch.cat(rows)
-    threshold = calibration.threshold(false_positive_rate)
+    ratios = []
+
+    def keep_ratio(match: Match) -> None:
+        scores = index.search(match.vectors, 2).scores
+        ratios.append(distance_ratio(scores.double().cpu(), index.metric))
+
+    judge = Judge(index, similarity, calibration, false_positive_rate)
+    sigma, row, p_value, copy = judge(images, batch_size, keep_ratio)
     return Neighbours(
         sigma=sigma.numpy(),
         row=row.numpy(),
         multiplicity=index.group_multiplicity.cpu()[row].numpy(),
         distance_ratio=torch.cat(ratios).numpy(),
-        p_value=calibration.p_values(sigma).double().cpu().numpy(),
-        copy=(sigma > threshold).numpy(),
+        p_value=p_value.numpy(),
+        copy=copy.numpy(),
     )
 
 
 def distance_ratio(scores: Tensor, metric: str) -> Tensor:
-    """d_1/d_2 from the two best scores of each query (Gu et al.: memorized below 1/3).
+    """d_1/d_2 from the two best scores (n, 2) of each query (Gu et al.: memorized below 1/3).
 
-    Cosine similarities are turned into distances of unit vectors, √(2 − 2s). Where both
-    distances are 0, two groups hold the same image, and the ratio is 1.
-
-    Args:
-        scores: (n, 2), best first.
-        metric: ``l2`` (distances) or ``cosine`` (similarities).
+    Cosine similarities become distances of unit vectors, √(2 − 2s). Where both distances are 0,
+    two groups hold the same image, and the ratio is 1.
     """
     distances = scores if metric == "l2" else (2 - 2 * scores).clamp_min(0).sqrt()
     nearest, second = distances[:, 0], distances[:, 1]
     return torch.where(second > 0, nearest / second.clamp_min(1e-300), torch.ones_like(nearest))
-
-
-class SecondSimilarity(Protocol):
-    """A similarity to the nearest training image, with thresholds of its own.
-
-    A guidance that is judged by its own measure can push samples just past the line. This one
-    shares nothing with it.
-    """
-
-    calibration: Calibration
-    describe: dict[str, Any]
-    """Extractor and size, for the metrics' detail."""
-
-    def sigma(self, images: Tensor, view: View) -> np.ndarray:
-        """σ (n,) of images (n, C, H, W) and their view: higher is nearer."""
-        ...
 
 
 class WhitenedSimilarity:
@@ -131,19 +98,13 @@ class WhitenedSimilarity:
         extractor: what identifies the embedding.
     """
 
-    components: PCA
-    references: Tensor
-    """(rows, d) float64 unit vectors of the distinct training images."""
-
     def __init__(self, fit: View, train: View, calibration: View, extractor: dict[str, Any]):
         self.components = fit_components(fit.pooled, whiten=True)
-        self.references = self._unit(train)
+        self.references = self._unit(train)  # (rows, d) float64
         sigmas = torch.from_numpy(self._best(calibration)).float()
         self.calibration = Calibration("whitened-efficientnet", sigmas.sort().values)
-        self.describe = {
-            "extractor": extractor,
-            "components": int(self.components.n_components_),
-        }
+        components = int(self.components.n_components_)
+        self.describe: dict[str, Any] = {"extractor": extractor, "components": components}
 
     def sigma(self, images: Tensor, view: View) -> np.ndarray:
         """Cosine to the nearest training image, (n,)."""
@@ -162,10 +123,7 @@ class IndexSimilarity:
     """The default similarity of another index of the training images.
 
     Of pixels (nL2) where the first measure is an embedding already, or of another embedding.
-
-    Args:
-        index: of the training images.
-        calibration_images: (n, C, H, W) in [-1, 1].
+    Calibration images are (n, C, H, W) in [-1, 1].
     """
 
     def __init__(self, index: ReferenceIndex, calibration_images: Tensor):
@@ -176,16 +134,21 @@ class IndexSimilarity:
         name, digest = described["name"], described.get("weights_sha256")
         if digest is None:
             self.calibration = measured
-            self.describe = {"extractor": name}
+            self.describe: dict[str, Any] = {"extractor": name}
         else:
             self.calibration = Calibration(f"{name}-{measured.similarity}", measured.sigmas)
             self.describe = {"extractor": {"name": name, "weights_sha256": digest}}
 
     def sigma(self, images: Tensor, view: View) -> np.ndarray:
         """σ to the nearest training images, (n,)."""
-        with torch.no_grad():
-            parts = [self.similarity(self.index, part).sigma.cpu() for part in images.split(256)]
-        return torch.cat(parts).double().numpy()
+        return nearest(self.index, self.similarity, images)[0].double().numpy()
+
+
+SecondSimilarity = WhitenedSimilarity | IndexSimilarity
+"""σ of images (n, C, H, W) and their view by what no guidance sees, with thresholds of its own.
+
+Judged by the measure that it optimises, a guidance can push samples just past the line.
+"""
 
 
 def second_copies(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from scipy.special import bdtrik, betaincinv
 from torch import Tensor
 
 from memfree.data.split import DEFAULT_RATE, MIN_EXPECTED, smallest_rate
-from memfree.guidance.similarity import EmbeddingSimilarity, NormalizedL2, Similarity
+from memfree.guidance.similarity import EmbeddingSimilarity, Match, NormalizedL2, Similarity
 
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
@@ -28,13 +28,7 @@ class Calibration:
     """(n,) float32, ascending."""
 
     def threshold(self, false_positive_rate: float) -> float:
-        """The σ above which an image is called a copy.
-
-        It is the ⌊rate·(n+1)⌋-th largest calibration σ, so that "σ > threshold" says the same as
-        "p ≤ rate".
-
-        Args:
-            false_positive_rate: share of real images that may be called copies, in (0, 1).
+        """The σ above which an image is called a copy: "σ > threshold" says the same as "p ≤ rate".
 
         Raises:
             ValueError: the rate is not in [5/n, 1).
@@ -45,8 +39,11 @@ class Calibration:
                 f"false_positive_rate {false_positive_rate:g} cannot be calibrated on {n} images; "
                 f"choose one from {smallest_rate(n):g} up to 1, or calibrate on more images"
             )
-        rank = math.floor(false_positive_rate * (n + 1) + 1e-9)
-        return float(self.sigmas[n - rank])
+        return float(self.sigmas[n - self._rank(false_positive_rate)])
+
+    def _rank(self, rate: float) -> int:
+        """k: the threshold is the k-th largest calibration σ, k = ⌊rate·(n+1)⌋."""
+        return math.floor(rate * (len(self.sigmas) + 1) + 1e-9)
 
     def p_values(self, sigma: Tensor) -> Tensor:
         """(1 + number of calibration images at least as similar) / (n + 1), for σ (B,); float64."""
@@ -63,50 +60,36 @@ class Calibration:
         ends at the smallest and largest of them.
         """
         n = len(self.sigmas)
-        tails = ((1 - level) / 2, (1 + level) / 2)
-        fewest, most = (max(math.ceil(bdtrik(tail, n, false_positive_rate)), 0) for tail in tails)
+        fewest, most = (
+            max(math.ceil(bdtrik(tail, n, false_positive_rate)), 0) for tail in _tails(level)
+        )
         low, high = max(n - 1 - most, 0), min(n - fewest, n - 1)
         return float(self.sigmas[low]), float(self.sigmas[high])
 
     def rate_limits(self, false_positive_rate: float, level: float = 0.95) -> tuple[float, float]:
-        """Between which limits the share of real images above the threshold lies.
+        """Two-sided limits of the share of real images above the threshold.
 
-        The threshold is the k-th largest of n calibration σ's, and what lies above it in the
+        The threshold is the k-th largest of n calibration σ's, and the share above it in the
         population is Beta(k, n + 1 − k): 0.4 to 1.9 % for a rate of 1 % and 600 images.
-
-        Args:
-            false_positive_rate: as of ``threshold``.
-            level: two-sided.
         """
-        n = len(self.sigmas)
-        rank = math.floor(false_positive_rate * (n + 1) + 1e-9)
-        low, high = (
-            float(betaincinv(rank, n + 1 - rank, tail))
-            for tail in ((1 - level) / 2, (1 + level) / 2)
-        )
+        rank = self._rank(false_positive_rate)
+        rest = len(self.sigmas) + 1 - rank
+        low, high = (float(betaincinv(rank, rest, tail)) for tail in _tails(level))
         return low, high
 
     def rate_text(self, false_positive_rate: float) -> str:
-        """The rate and how sure it is: ``1 % (0.4–1.9 %, from 600 images)``."""
-        return rate_text(
-            false_positive_rate, self.rate_limits(false_positive_rate), len(self.sigmas)
-        )
+        """The rate with its limits: ``1 % (0.4–1.9 %, from 600 images)``."""
+        limits = self.rate_limits(false_positive_rate)
+        return rate_text(false_positive_rate, limits, len(self.sigmas))
 
     def to_json(self) -> dict[str, Any]:
         """JSON value for ``calibration.json``: σ's, and thresholds with intervals to read."""
-        n = len(self.sigmas)
-        rates = [rate for rate in (0.001, 0.01, 0.05, 0.5) if rate >= MIN_EXPECTED / n]
-        thresholds = []
-        for rate in rates:
-            low, high = self.threshold_interval(rate)
-            thresholds.append(
-                {
-                    "false_positive_rate": rate,
-                    "threshold": self.threshold(rate),
-                    "low": low,
-                    "high": high,
-                }
-            )
+        n, thresholds = len(self.sigmas), []
+        for rate in (0.001, 0.01, 0.05, 0.5):
+            if rate >= MIN_EXPECTED / n:
+                low, high = self.threshold_interval(rate)
+                interval = {"threshold": self.threshold(rate), "low": low, "high": high}
+                thresholds.append({"false_positive_rate": rate, **interval})
         return {
             "similarity": self.similarity,
             "count": n,
@@ -132,17 +115,65 @@ class Calibration:
         return cls(name, sigmas)
 
 
-def rate_text(rate: float, limits: Sequence[float], images: int | None = None) -> str:
-    """A false-positive rate with the limits of ``Calibration.rate_limits``, for a verdict.
+def _tails(level: float) -> tuple[float, float]:
+    return (1 - level) / 2, (1 + level) / 2
 
-    Args:
-        rate: the threshold's, as it was asked for.
-        limits: lower and upper.
-        images: calibration images, where the text shall say so.
-    """
+
+def rate_text(rate: float, limits: Sequence[float], images: int | None = None) -> str:
+    """A false-positive rate with its ``Calibration.rate_limits``, and from how many images."""
     low, high = (f"{100 * end:.2g}" for end in limits)
     source = "" if images is None else f", from {images:,} images"
     return f"{100 * rate:g} % ({low}–{high} %{source})"
+
+
+@torch.no_grad()
+def nearest(
+    index: ReferenceIndex,
+    similarity: Similarity,
+    images: Tensor,
+    batch_size: int = 256,
+    each: Callable[[Match], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """σ (n,) and the row (n,) of the nearest reference for images (n, C, H, W), on the CPU.
+
+    ``each`` is called with what is found for each batch, on the index's device.
+    """
+    sigmas, rows = [], []
+    for batch in images.split(batch_size):
+        match = similarity(index, batch.to(index.device))
+        if each is not None:
+            each(match)
+        sigmas.append(match.sigma.cpu())
+        rows.append(match.rows[:, 0].cpu())
+    return torch.cat(sigmas), torch.cat(rows)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Calls finished images copies, or not, at a false-positive rate."""
+
+    index: ReferenceIndex
+    similarity: Similarity
+    calibration: Calibration
+    false_positive_rate: float
+
+    @property
+    def threshold(self) -> float:
+        """The σ above which an image is a copy."""
+        return self.calibration.threshold(self.false_positive_rate)
+
+    def __call__(
+        self, images: Tensor, batch_size: int, each: Callable[[Match], None] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Judge images (n, C, H, W) in [−1, 1]; ``each`` as of ``nearest``.
+
+        Returns:
+            On the CPU, each (n,): σ (float64), the nearest reference's row, the p-value, and
+            whether σ is above the threshold.
+        """
+        sigma, row = nearest(self.index, self.similarity, images, batch_size, each)
+        sigma = sigma.double()
+        return sigma, row, self.calibration.p_values(sigma), sigma > self.threshold
 
 
 def measure(
@@ -151,9 +182,8 @@ def measure(
     """σ of held-out images (N, C, H, W) in [−1, 1] that the model was never trained on."""
     if not len(images):
         raise ValueError("no calibration images: thresholds need held-out images")
-    with torch.no_grad():
-        sigmas = [similarity(index, part).sigma.cpu() for part in images.split(batch_size)]
-    return Calibration(similarity.name, torch.cat(sigmas).float().sort().values)
+    sigma, _ = nearest(index, similarity, images, batch_size)
+    return Calibration(similarity.name, sigma.float().sort().values)
 
 
 def calibrate(
@@ -193,8 +223,7 @@ def default_similarity(index: ReferenceIndex) -> Similarity:
     """NormalizedL2 for an index of distances, EmbeddingSimilarity for one of cosines.
 
     Raises:
-        ValueError: the index is of distances and has one group: its own distance is all that nL2
-            could divide by, so that σ would be the same for every image.
+        ValueError: an index of distances has one group: σ would be the same for every image.
     """
     if index.metric != "l2":
         return EmbeddingSimilarity()

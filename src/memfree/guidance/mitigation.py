@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -194,3 +194,22 @@ class RejectAndResample(Mitigation):
     def accept(self, images: Tensor) -> Tensor:
         """σ ≤ threshold of finished images (B, C, H, W), (B,) bool."""
         return self.similarity(self.index, images).sigma <= self.threshold
+
+
+def attempts(
+    count: int, budget: int, rejected: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[int, Tensor]]:
+    """Number and positions (b,) of each attempt at drawing: all, then what is still rejected.
+
+    Args:
+        count: samples.
+        budget: maximal draws of a sample, including the first; the last is kept in any case.
+        rejected: positions (b,) of the attempt before → (b,) bool.
+    """
+    positions = torch.arange(count)
+    yield 0, positions
+    for attempt in range(1, budget):
+        positions = positions[rejected(positions)]
+        if not len(positions):
+            return
+        yield attempt, positions

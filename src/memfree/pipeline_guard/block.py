@@ -9,17 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, get_args
 
 from memfree.data.split import DEFAULT_RATE
-from memfree.guidance import (
-    MITIGATIONS,
-    Guidance,
-    GuidanceSettings,
-    calibration_of,
-    default_similarity,
-)
+from memfree.guidance import MITIGATIONS, Guidance, GuidanceSettings
 from memfree.guidance.baselines import TextTools
+from memfree.guidance.calibration import Judge, calibration_of, default_similarity
 from memfree.guidance.mitigation import Mitigation, mitigation_at
 from memfree.guidance.options import is_import_path
 from memfree.pipeline_guard.call import Watched
@@ -27,126 +22,14 @@ from memfree.pipeline_guard.decode import Decoder
 from memfree.pipeline_guard.families import family_of
 from memfree.pipeline_guard.noise_level import check_scheduler
 from memfree.pipeline_guard.report import GuardReport
-from memfree.pipeline_guard.session import Judge, OnCopy, Session
+from memfree.pipeline_guard.session import OnCopy, Session
 from memfree.retrieval import ReferenceIndex
 
-
-def loading_adapters(kind: Any) -> Callable[..., None]:
-    """``load_lora_weights`` of a pipeline's class, with a message that says what is wrong.
-
-    Where the weights are of other shapes than the pipeline's, diffusers lists every layer, and
-    leaves behind what it loaded into other parts of the pipeline; here that goes as well.
-
-    Raises:
-        ValueError: by the returned method: the LoRA was trained for another model.
-    """
-
-    @functools.wraps(kind.load_lora_weights)
-    def load_lora_weights(self: Any, *args: Any, **kwargs: Any) -> None:
-        before = _names(self)
-        try:
-            kind.load_lora_weights(self, *args, **kwargs)
-        except RuntimeError as error:
-            if "loading state_dict" not in str(error):
-                raise
-            if new := sorted(_names(self) - before):
-                self.delete_adapters(new)
-            raise ValueError(
-                f"memfree.guard: the LoRA does not fit this {kind.__name__}: it was trained for a "
-                "model of other shapes"
-            ) from error
-
-    return load_lora_weights
-
-
-def _names(pipe: Any) -> set[str]:
-    """Adapters in any part of the pipeline."""
-    return {name for names in pipe.get_list_adapters().values() for name in names}
-
-
-def check_index(name: str, value: Any) -> None:
-    """Refuse what is no index in memory.
-
-    Raises:
-        ValueError: it is a path, or something else.
-    """
-    if not isinstance(value, ReferenceIndex):
-        raise ValueError(
-            f"memfree.guard: {name} must be a ReferenceIndex, not {value!r}: give "
-            "ReferenceIndex.load(folder)"
-        )
-
-
-def check_numbers(budget: Any, chunk_size: Any, seed: Any, false_positive_rate: Any) -> None:
-    """Refuse numbers that are none, or too small.
-
-    Raises:
-        ValueError: names the argument.
-    """
-    whole = {"budget": (budget, 1), "seed": (seed, 0)}
-    if chunk_size is not None:
-        whole["chunk_size"] = (chunk_size, 1)
-    for name, (value, least) in whole.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise ValueError(
-                f"memfree.guard: {name} must be a whole number of at least {least}, not {value!r}"
-            )
-    if not isinstance(false_positive_rate, Real) or not 0 < float(false_positive_rate) < 1:
-        raise ValueError(
-            "memfree.guard: false_positive_rate must be a number between 0 and 1, not "
-            f"{false_positive_rate!r}"
-        )
-
-
-def check_guidance(guidance: Any, mitigation: Any) -> Mitigation | None:
-    """The mitigation, also by import path; refuse what cannot guide, or has the other's name.
-
-    Raises:
-        ValueError: names the argument, and what to give instead.
-    """
-    if isinstance(mitigation, str) and is_import_path(mitigation):
-        mitigation = mitigation_at(mitigation)
-    if mitigation is not None and not isinstance(mitigation, Mitigation):
-        raise ValueError(
-            f"memfree.guard: mitigation must be a Mitigation, not {mitigation!r}"
-            f"{_instead(mitigation)}"
-        )
-    if isinstance(guidance, GuidanceSettings):
-        if mitigation is not None:
-            raise ValueError("memfree.guard: give guidance settings or a mitigation, not both")
-        return None
-    listed = isinstance(guidance, Sequence) and not isinstance(guidance, str)
-    for one in guidance if listed else [guidance]:
-        if one is not None and (not callable(one) or isinstance(one, (type, Mitigation))):
-            raise ValueError(
-                "memfree.guard: guidance must be a guidance, a list of them, or GuidanceSettings, "
-                f"not {one!r}{_instead(one)}"
-            )
-    return mitigation
-
-
-def _instead(value: Any) -> str:
-    if isinstance(value, Mitigation):
-        return ": give it as mitigation="
-    if isinstance(value, type):
-        return ": give an instance of it"
-    if isinstance(value, str) and value in MITIGATIONS:
-        return f": give guidance=GuidanceSettings({value!r})"
-    return ""
-
-
-_MARK = "_memfree_guarded"
 _P = ParamSpec("_P")
 
 
 class Guarding(ContextDecorator, AbstractContextManager[GuardReport]):
-    """What ``guard`` returns: a block for each ``with``, one after the other, or a decorator.
-
-    Every block has a report of its own and, where none was given, a seed of its own.
-
-    Args:
-        begin: makes the context manager of one block.
-    """
+    """What ``guard`` returns: a decorator, or a block, with its own report, for each ``with``."""
 
     def __init__(self, begin: Callable[[], AbstractContextManager[GuardReport]]) -> None:
         self._begin = begin
@@ -190,51 +73,43 @@ def guard(
 ) -> Iterator[GuardReport]:
     """Guide and judge every call of a diffusers pipeline inside a ``with`` block.
 
-    The pipeline keeps its own call: prompts, negative prompts, schedulers, LoRAs, batch sizes,
-    generators. A forward hook on its denoiser passes every prediction through the guidance (Chen,
-    Liu, Xu, 2024, eq. 10), and finished images are compared with the index. Where no guidance is
-    active, images have the bits of the unguarded pipeline. Supported: Stable Diffusion 1, 2 and XL
-    with their img2img, inpainting and ControlNet pipelines, latent consistency models, PixArt,
-    Stable Diffusion 3 with its img2img pipeline.
+    The pipeline keeps its own call: prompts, schedulers, LoRAs, batch sizes, generators. A forward
+    hook on its denoiser passes every prediction through the guidance (Chen, Liu, Xu, 2024, eq. 10),
+    and finished images are compared with the index. Where no guidance is active, images are
+    bit-identical to the unguarded pipeline's. Supported: Stable Diffusion 1, 2 and XL with their
+    img2img, inpainting and ControlNet pipelines, latent consistency models, PixArt, and Stable
+    Diffusion 3 with its img2img pipeline.
 
-    Inside the block the pipeline's class is a subclass of its own, which sees ``__call__`` and what
-    it prepares; a hook on the denoiser guides. Copies of the pipeline (``copy.copy``,
-    ``copy.deepcopy``) are guarded to the end of the block as well. A pipeline that shares the
-    denoiser in another way, such as one that ``from_pipe`` makes, is not: the first time it is
-    called a warning says so, and so does the report. Afterwards, also after an exception, the
-    pipeline is as it was.
+    Copies of the pipeline that are made in the block are guarded to its end. Other pipelines that
+    share the denoiser, such as one that ``from_pipe`` makes, are not: a warning and the report say
+    so. After the block, also after an exception, the pipeline is as it was.
 
     Args:
         pipe: the pipeline.
-        index: calibrated references; with ``latents`` it is moved to the pipeline's device for the
-            block.
-        guidance: one guidance, several in order, or settings; None:
-            ``AntiMemorizationGuidance.recommended(index)`` (without its caption term where the
-            index has no captions or the pipeline no text encoder), or with a ``mitigation`` its
-            own guidances alone. An empty list guides nothing and judges all the same. Settings run
-            all stages of what they name, the field's baselines included, and their budget is that
-            of ``reject``.
-        mitigation: all stages of a mitigation, or of that at an import path; its guidances come
-            before ``guidance``.
+        index: calibrated references; moved, like ``decoder`` and ``latents``, to the pipeline's
+            device for the block.
+        guidance: one guidance, several in order, or settings. None: the recommended AMG (without
+            its caption term where the index has no captions or the pipeline no text encoder), or
+            with a ``mitigation`` its own guidances alone. An empty list judges without guiding.
+            Settings run all stages of what they name, and their budget is that of ``reject``.
+        mitigation: one whose stages all run, or its import path; its guidances come before
+            ``guidance``.
         on_copy: what happens to a finished image that is a copy: ``keep`` returns it with its
             verdict; ``refuse`` puts None in its place; ``resample`` draws it again with other seeds
-            and refuses what is still a copy when the budget is spent. With None among them,
+            and refuses what is still a copy when the budget is spent. With a None among them,
             images are a list whatever the ``output_type``.
-        budget: draws of an image at most, the first included, for ``resample`` and for what the
-            mitigation does not accept.
+        budget: maximal draws of an image, including the first, for ``resample`` and for images that
+            the mitigation does not accept.
         false_positive_rate: of the verdict, and of the guidance where its settings have the
             default; within what the index's calibration allows.
         decoder: a cheaper autoencoder of the same latents for the clean estimates, such as
-            ``AutoencoderTiny``, moved to the pipeline's device for the block; None: the pipeline's
-            own. What it blurs is noticed later or not, so that guidance may begin at another step;
-            the last step with its final correction, and the verdicts, are of the pipeline's own.
+            ``AutoencoderTiny``. It may miss or delay detections, so guidance can start at another
+            step. The last step's correction and the verdicts always use the pipeline's own.
         chunk_size: latents decoded and finished images judged at a time; None: the whole batch.
-            On the way, the images of a step are embedded together.
-        seed: of further draws and of what a mitigation draws; the pipeline's first draw has the
-            generators of its own call. None: another one for every guard, from the operating
-            system; ``report.seed`` says which.
-        latents: references of multiplicity guidance in the denoiser's own space, for settings that
-            name it.
+            During sampling, the images of a step are embedded together.
+        seed: for further draws and for what a mitigation draws; the first draw uses the generators
+            of the pipeline's call. None: a new one for every block, in ``report.seed``.
+        latents: references in the denoiser's own space for multiplicity guidance.
 
     Yields:
         The report: trace and verdicts, filled by every pipeline call in the block.
@@ -244,68 +119,105 @@ def guard(
             not calibrated.
         torch.OutOfMemoryError: with a line that says which option lowers the memory.
     """
-    if on_copy not in ("keep", "resample", "refuse"):
-        raise ValueError(
-            f"memfree.guard: on_copy must be keep, resample or refuse, not {on_copy!r}"
-        )
     if seed is None:
         seed = secrets.randbits(63)  # not from torch's generator, which is the caller's
-    check_numbers(budget, chunk_size, seed, false_positive_rate)
-    check_index("index", index)
-    if latents is not None:
-        check_index("latents", latents)
-    mitigation = check_guidance(guidance, mitigation)
+    rate, given = false_positive_rate, mitigation
+    if isinstance(given, str) and is_import_path(given):
+        given = mitigation_at(given)
+    _check_kinds(guidance, given, on_copy, budget, seed, chunk_size, rate, index, latents)
+    assert not isinstance(given, str)
     kind = type(pipe)
-    if getattr(kind, _MARK, False):
+    if getattr(kind, "_memfree_guarded", False):
         raise ValueError("memfree.guard: this pipeline is guarded already; guards do not nest")
     family = family_of(pipe)
     check_scheduler(pipe.scheduler, family.flow)
     similarity = default_similarity(index)
-    calibration = calibration_of(index, similarity)
-    calibration.threshold(false_positive_rate)  # refuses a rate that it does not allow
+    judge = Judge(index, similarity, calibration_of(index, similarity), false_positive_rate)
+    judge.calibration.threshold(false_positive_rate)  # refuses a rate that it does not allow
     if isinstance(guidance, GuidanceSettings):
         if guidance.false_positive_rate == DEFAULT_RATE:
             guidance = replace(guidance, false_positive_rate=false_positive_rate)
         _check_settings(guidance, index, latents)
     decode = Decoder(pipe.vae, index, chunk_size, decoder, latents)
-    home = None if decoder is None else decoder.device
-    moved = [(one, one.device, one.features.device) for one in (index, latents) if one is not None]
-    try:
-        if decoder is not None:
-            decoder.to(pipe._execution_device)
-        for one, _, _ in moved:
-            one.to(pipe._execution_device)
+    with _moved(pipe._execution_device, decoder, index, latents):
         if isinstance(guidance, GuidanceSettings):
             budget = guidance.budget if guidance.mitigation == "reject" else budget
             tokenizer = getattr(pipe, "tokenizer", None) or getattr(pipe, "tokenizer_2", None)
             tools = None if tokenizer is None else TextTools.of(tokenizer, index)
-            mitigation = guidance.for_text(index, tools, latents)
+            given = guidance.for_text(index, tools, latents)
             guidance = None
-        judge = Judge(index, similarity, calibration, false_positive_rate, chunk_size)
+        guidances: list[Guidance] = []
+        captionless: list[Guidance] | None = None
+        if guidance is not None:
+            guidances = list(guidance) if isinstance(guidance, Sequence) else [guidance]
+        elif given is None:
+            amg = GuidanceSettings("amg", false_positive_rate)
+            guidances = [replace(amg, c2=0.0).anti_memorization(index)]
+            if index.captions is not None:
+                captionless, guidances = guidances, [amg.anti_memorization(index)]
         session = Session(
-            kind,
-            family,
-            _guidances(guidance, mitigation, index, false_positive_rate),
-            _without_captions(guidance, mitigation, index, false_positive_rate),
-            mitigation,
-            judge,
-            decode,
-            on_copy,
-            budget,
-            seed,
+            kind, family, guidances, captionless, given, judge, decode, on_copy, budget, seed
         )
         session.take(pipe, _guarded(kind, session))
         try:
             yield session.report
         finally:
             session.release()
-    finally:
-        if decoder is not None:
-            decoder.to(home)
-        for one, vectors, weights in moved:
-            one.to(vectors)
-            if weights is not None:  # they may be the pipeline's own autoencoder
-                one.features.to(weights)
+
+
+def _check_kinds(
+    guidance: Any,
+    mitigation: Any,
+    on_copy: Any,
+    budget: Any,
+    seed: Any,
+    chunk_size: Any,
+    rate: Any,
+    index: Any,
+    latents: Any,
+) -> None:
+    """Refuse arguments of another type, and numbers outside their range, by name."""
+
+    def whole(value: Any, least: int) -> bool:
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        return is_whole and int(value) >= least
+
+    def guides(value: Any) -> bool:
+        return callable(value) and not isinstance(value, (type, Mitigation))
+
+    settings = isinstance(guidance, GuidanceSettings)
+    several = isinstance(guidance, Sequence) and not isinstance(guidance, str)
+    guidances = guidance if several else [] if settings or guidance is None else [guidance]
+    in_range = isinstance(rate, Real) and 0 < float(rate) < 1
+    a_number, an_index = "a whole number of at least", "a ReferenceIndex"
+    for name, value, fine, kind in (
+        ("on_copy", on_copy, on_copy in get_args(OnCopy), "keep, resample or refuse"),
+        ("budget", budget, whole(budget, 1), f"{a_number} 1"),
+        ("seed", seed, whole(seed, 0), f"{a_number} 0"),
+        ("chunk_size", chunk_size, chunk_size is None or whole(chunk_size, 1), f"{a_number} 1"),
+        ("false_positive_rate", rate, in_range, "a number between 0 and 1"),
+        ("index", index, isinstance(index, ReferenceIndex), an_index),
+        ("latents", latents, isinstance(latents, ReferenceIndex | None), an_index),
+        ("mitigation", mitigation, isinstance(mitigation, Mitigation | None), "a Mitigation"),
+        *(
+            ("guidance", value, guides(value), "a guidance, a list of them, or GuidanceSettings")
+            for value in guidances
+        ),
+    ):
+        if fine:
+            continue
+        instead = ""
+        if kind is an_index:
+            instead = ": give ReferenceIndex.load(folder)"
+        elif isinstance(value, Mitigation):
+            instead = ": give it as mitigation="
+        elif isinstance(value, type):
+            instead = ": give an instance of it"
+        elif isinstance(value, str) and value in MITIGATIONS:
+            instead = f": give guidance=GuidanceSettings({value!r})"
+        raise ValueError(f"memfree.guard: {name} must be {kind}, not {value!r}{instead}")
+    if settings and mitigation is not None:
+        raise ValueError("memfree.guard: give guidance settings or a mitigation, not both")
 
 
 def _check_settings(
@@ -317,116 +229,118 @@ def _check_settings(
             "memfree.guard: the index has no captions, which c2 steers away from: build it on "
             "captioned images, or give c2=0"
         )
-    if settings.mitigation not in ("multiplicity", "both"):
-        return
-    if latents is None:
+    multiplicity = settings.mitigation in ("multiplicity", "both")
+    if multiplicity and latents is None:
         raise ValueError(
             f"memfree.guard: the mitigation {settings.mitigation} needs latents=, an index that "
             "`memfree index --features latents` wrote"
         )
-    if latents.captions is None:
+    if multiplicity and latents is not None and latents.captions is None:
         raise ValueError(
             "memfree.guard: latents= has no captions, which tell the references of a prompt: build "
             "it on captioned images"
         )
 
 
-def _guidances(
-    guidance: Guidance | Sequence[Guidance] | None,
-    mitigation: Mitigation | None,
-    index: ReferenceIndex,
-    false_positive_rate: float,
-) -> list[Guidance]:
-    if guidance is None:
-        if mitigation is not None:
-            return []
-        settings = GuidanceSettings("amg", false_positive_rate)
-        if index.captions is None:
-            settings.c2 = 0.0  # there is no caption y_N to steer away from (eq. 15)
-        return [settings.anti_memorization(index)]
-    return list(guidance) if isinstance(guidance, Sequence) else [guidance]
-
-
-def _without_captions(
-    guidance: Guidance | Sequence[Guidance] | None,
-    mitigation: Mitigation | None,
-    index: ReferenceIndex,
-    false_positive_rate: float,
-) -> list[Guidance] | None:
-    """The default guidance for calls without a text encoder; None: there is no other guidance."""
-    if guidance is not None or mitigation is not None or index.captions is None:
-        return None
-    return [GuidanceSettings("amg", false_positive_rate, c2=0.0).anti_memorization(index)]
+@contextmanager
+def _moved(device: Any, decoder: Any, *indexes: ReferenceIndex | None) -> Iterator[None]:
+    """The decoder and the indexes on a device; afterwards where they were."""
+    home = None if decoder is None else decoder.device
+    homes = [(index, index.device, index.features.device) for index in indexes if index is not None]
+    try:
+        if decoder is not None:
+            decoder.to(device)
+        for index, _, _ in homes:
+            index.to(device)
+        yield
+    finally:
+        if decoder is not None:
+            decoder.to(home)
+        for index, vectors, weights in homes:
+            index.to(vectors)
+            if weights is not None:  # they may be the pipeline's own autoencoder
+                index.features.to(weights)
 
 
 def _guarded(kind: Any, session: Session) -> type:
     """A subclass of the pipeline's class that goes through the session; it keeps the name."""
 
-    @functools.wraps(kind.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(self) is not guarded:  # a method that was kept beyond the block
-            return kind.__call__(self, *args, **kwargs)
-        return session.call(self, args, kwargs)
+    class Guarded(kind):  # type: ignore[misc]
+        __module__, __qualname__, __doc__ = kind.__module__, kind.__qualname__, kind.__doc__
+        _memfree_guarded = True
 
-    @functools.wraps(kind.prepare_latents)
-    def prepare_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return session.prepared(self, kind.prepare_latents(self, *args, **kwargs))
+        @functools.wraps(kind.__call__)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if type(self) is not Guarded:  # a method that was kept beyond the block
+                return kind.__call__(self, *args, **kwargs)
+            return session.call(self, args, kwargs)
 
-    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        """A pipeline that is made in the block, as by ``pipe.from_pipe``, is an ordinary one."""
-        return kind(*args, **kwargs)
+        @functools.wraps(kind.prepare_latents)
+        def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+            return session.prepared(self, kind.prepare_latents(self, *args, **kwargs))
 
-    def copied(self: Any) -> Any:
-        made = object.__new__(kind)
-        vars(made).update(vars(self))
-        return session.take(made, guarded)
+        if hasattr(kind, "prepare_mask_latents"):
 
-    def deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
-        made = object.__new__(kind)
-        memo[id(self)] = made
-        with session.unwatched(self):  # or the copy of the denoiser would keep our hook
-            vars(made).update(copy.deepcopy(vars(self), memo))
-        return session.take(made, guarded)
+            @functools.wraps(kind.prepare_mask_latents)
+            def prepare_mask_latents(self, *args: Any, **kwargs: Any) -> Any:
+                return session.masked(kind.prepare_mask_latents(self, *args, **kwargs))
 
-    def reduced(self: Any, protocol: Any) -> Any:
-        """What is pickled is an ordinary pipeline."""
-        return object.__new__, (kind,), vars(self)
+        if hasattr(kind, "load_lora_weights"):  # PixArt's pipelines have none
 
-    names = {
-        "__call__": call,
-        "__new__": new,
-        "__copy__": copied,
-        "__deepcopy__": deeply_copied,
-        "__reduce_ex__": reduced,
-        "prepare_latents": prepare_latents,
-        "image_processor": _watched_processor(session),
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-        _MARK: True,
-    }
-    if hasattr(kind, "prepare_mask_latents"):
+            @functools.wraps(kind.load_lora_weights)
+            def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+                with _adapters_that_fit(self, kind.__name__):
+                    kind.load_lora_weights(self, *args, **kwargs)
 
-        @functools.wraps(kind.prepare_mask_latents)
-        def prepare_mask_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return session.masked(kind.prepare_mask_latents(self, *args, **kwargs))
+        @property
+        def image_processor(self) -> Watched:
+            """The pipeline's, which shows the session what becomes an output."""
+            if "image_processor" not in vars(self):
+                raise AttributeError(f"{type(self).__name__} has no image_processor")
+            return Watched(vars(self)["image_processor"], session.postprocessed)
 
-        names["prepare_mask_latents"] = prepare_mask_latents
-    if hasattr(kind, "load_lora_weights"):  # PixArt's pipelines have none
-        names["load_lora_weights"] = loading_adapters(kind)
-    guarded = type(kind.__name__, (kind,), names)
-    return guarded
+        @image_processor.setter
+        def image_processor(self, value: Any) -> None:
+            self.__dict__["image_processor"] = value
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            # A pipeline that is made in the block, as by `pipe.from_pipe`, is an ordinary one.
+            return kind(*args, **kwargs)
+
+        def __copy__(self) -> Any:
+            other = object.__new__(kind)
+            vars(other).update(vars(self))
+            return session.take(other, Guarded)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            memo[id(self)] = other = object.__new__(kind)
+            with session.unwatched(self):  # or the copy of the denoiser would keep our hook
+                vars(other).update(copy.deepcopy(vars(self), memo))
+            return session.take(other, Guarded)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return object.__new__, (kind,), vars(self)  # what is pickled is an ordinary pipeline
+
+    Guarded.__name__ = kind.__name__
+    return Guarded
 
 
-def _watched_processor(session: Session) -> property:
-    """``pipe.image_processor``, which shows the session what becomes an output."""
+@contextmanager
+def _adapters_that_fit(pipe: Any, name: str) -> Iterator[None]:
+    """Refuse a LoRA of a model of other shapes in one line, and remove the parts that fitted."""
 
-    def read(self: Any) -> Watched:
-        if "image_processor" not in vars(self):
-            raise AttributeError(f"{type(self).__name__} has no image_processor")
-        return Watched(vars(self)["image_processor"], session.postprocessed)
+    def adapters() -> set[str]:
+        return {adapter for part in pipe.get_list_adapters().values() for adapter in part}
 
-    def write(self: Any, value: Any) -> None:
-        vars(self)["image_processor"] = value
-
-    return property(read, write)
+    before = adapters()
+    try:
+        yield
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        if new := sorted(adapters() - before):
+            pipe.delete_adapters(new)
+        raise ValueError(
+            f"memfree.guard: the LoRA does not fit this {name}: it was trained for a model of "
+            "other shapes"
+        ) from error

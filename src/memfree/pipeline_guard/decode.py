@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from memfree.models.loading import check_decoder, decode_latents
 from memfree.out_of_memory import explained_memory
-from memfree.retrieval import PixelFeatures
+from memfree.retrieval import PixelFeatures, ReferenceIndex
 from memfree.retrieval.features.latents import check_latents
-
-if TYPE_CHECKING:
-    from memfree.retrieval import ReferenceIndex
 
 
 class Decoder:
@@ -29,10 +25,7 @@ class Decoder:
         chunk_size: latents decoded at a time; None: the whole batch. Gradients of a piece are made
             by decoding it again, so that one piece's activations are held at a time.
         small: an ``AutoencoderTiny`` of the same latents for the estimates; None: the pipeline's.
-        latents: references that must be in the autoencoder's latents; None: there are none.
-
-    Raises:
-        ValueError: ``small`` or ``latents`` is of other latents.
+        latents: references that must be in the same latents; None: there are none.
     """
 
     def __init__(
@@ -47,9 +40,13 @@ class Decoder:
         self.chunk_size = chunk_size
         self._given_small = small
         self._latents = latents
-        self._use(autoencoder)
+        self.autoencoder: Any = None
+        self.follow(autoencoder)
 
-    def _use(self, autoencoder: Any) -> None:
+    def follow(self, autoencoder: Any) -> None:
+        """Decode with the autoencoder that the pipeline has now: it may have been replaced."""
+        if autoencoder is self.autoencoder:
+            return
         if self._given_small is not None:
             check_decoder(self._given_small, autoencoder, "memfree.guard: decoder")
         if self._latents is not None:
@@ -59,29 +56,21 @@ class Decoder:
         self.draws: dict[str, bool] = {}
         """Which parts of the guard draw random numbers; see ``OwnRandomness.if_drawn``."""
         self._copy: Any = None
-        self._fitting: torch.Size | None = None  # asked once a size: it costs an embedding
-
-    def follow(self, autoencoder: Any) -> None:
-        """Decode with the autoencoder that the pipeline has now: it may have been replaced.
-
-        Raises:
-            ValueError: the small decoder or the references are of other latents.
-        """
-        if autoencoder is not self.autoencoder:
-            self._use(autoencoder)
+        self._fitting: tuple[int, ...] | None = None  # a size that the index can be compared with
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W), about in [−1, 1], of the denoiser's latents (B, C, h, w).
-
-        Raises:
-            ValueError: the index cannot be compared with images of this size.
-        """
-        if self._overflows():
-            return self._decoded(self._float32(latents.device), latents)
-        return self._decoded(self.autoencoder, latents)
+        """Images (B, 3, H, W), about in [−1, 1], of the denoiser's latents (B, C, h, w)."""
+        autoencoder = self.autoencoder
+        # Stable Diffusion XL's autoencoder in half precision; its pipeline casts it at the end.
+        overflows = getattr(autoencoder.config, "force_upcast", False)
+        if overflows and autoencoder.dtype == torch.float16:
+            if self._copy is None:
+                self._copy = without_offloading(autoencoder).to(dtype=torch.float32)
+            autoencoder = self._copy.to(latents.device)
+        return self._decoded(autoencoder, latents)
 
     def estimate(self, latents: Tensor) -> Tensor:
-        """The same of clean estimates on the way, by the smaller autoencoder."""
+        """The same of clean estimates during sampling, by the smaller autoencoder."""
         if self.small is self.autoencoder:
             return self(latents)
         return self._decoded(self.small, latents)
@@ -90,10 +79,31 @@ class Decoder:
         """Images in [−1, 1], as a pipeline returns them: beyond white and black nothing counts."""
         return self(latents).clamp(-1, 1)
 
-    def ways(self) -> list[str]:
-        """What lowers the memory of decoding besides smaller pieces."""
-        cheap = self.small is not self.autoencoder
-        return [] if cheap else ["a decoder such as diffusers' AutoencoderTiny"]
+    def explained(self, what: str, count: int) -> AbstractContextManager[None]:
+        """Say which option of the guard lowers the memory where it runs out."""
+        size = self.chunk_size
+        now = f"now {size}" if size else f"now the whole batch of {count}"
+        ways = [f"a smaller chunk_size ({now})"] if min(count, size or count) > 1 else []
+        if what == "guiding" and self.small is self.autoencoder:
+            ways.append("a decoder such as diffusers' AutoencoderTiny")
+        return explained_memory(f"memfree.guard was {what} {count} samples", ways)
+
+    def check_size(self, images: Tensor) -> None:
+        """Refuse images whose features (pixels, latents) cannot be compared with the index's."""
+        index, shape = self.index, tuple(images.shape[1:])
+        if shape in (tuple(index.image_shape), self._fitting):
+            return
+        with torch.no_grad():
+            fits = not isinstance(index.features, PixelFeatures) and (
+                index.features(images[:1].detach()).shape[1] == index.vectors.shape[1]
+            )
+        if not fits:
+            raise ValueError(
+                f"memfree.guard: the pipeline makes images of {shape}, the index compares "
+                f"{index.features.describe()['name']} of {tuple(index.image_shape)}: ask the "
+                "pipeline for that height and width, or build the index with an embedding"
+            )
+        self._fitting = shape  # the features cost an embedding
 
     def _decoded(self, autoencoder: Any, latents: Tensor) -> Tensor:
         pieces = latents.split(self.chunk_size or max(1, len(latents)))
@@ -105,24 +115,13 @@ class Decoder:
         else:
             parts = [decode_latents(autoencoder, piece) for piece in pieces]
         images = torch.cat(parts)
-        if images.shape[1:] != self._fitting:
-            check_size(self.index, images)
-            self._fitting = images.shape[1:]
+        self.check_size(images)
         return images
-
-    def _overflows(self) -> bool:
-        """Stable Diffusion XL's autoencoder in half precision; its pipeline casts it at the end."""
-        forced = getattr(self.autoencoder.config, "force_upcast", False)
-        return bool(forced) and self.autoencoder.dtype == torch.float16
-
-    def _float32(self, device: torch.device) -> Any:
-        if self._copy is None:
-            self._copy = without_offloading(self.autoencoder).to(dtype=torch.float32)
-        return self._copy.to(device)
 
 
 _OFFLOADING = ("_hf_hook", "_diffusers_hook")
 """Where accelerate and diffusers keep the hooks of a module that they move between devices."""
+_REPLACED = (*_OFFLOADING, "forward", "_old_forward")
 
 
 def without_offloading(model: Any) -> Any:
@@ -130,60 +129,22 @@ def without_offloading(model: Any) -> Any:
 
     Hooks of offloading know the pipeline's other models, which a copy of them would take along.
     """
+    modules = model.named_modules()
     hooked = {
-        name: part
-        for name, part in model.named_modules()
-        if any(hook in vars(part) for hook in _OFFLOADING)
+        name: vars(part) for name, part in modules if any(h in vars(part) for h in _OFFLOADING)
     }
     left_out = {
-        id(value): None
-        for part in hooked.values()
-        for name in (*_OFFLOADING, "forward", "_old_forward")
-        if (value := vars(part).get(name)) is not None
+        id(own[attribute]): None
+        for own in hooked.values()
+        for attribute in _REPLACED
+        if own.get(attribute) is not None
     }
     copied = copy.deepcopy(model, left_out)
     for name in hooked:
-        part = copied.get_submodule(name)
-        for attribute in (*_OFFLOADING, "forward", "_old_forward"):
-            vars(part).pop(attribute, None)
+        for attribute in _REPLACED:
+            vars(copied.get_submodule(name)).pop(attribute, None)
     if any(weight.is_meta for weight in copied.parameters()):
         from accelerate.utils.modeling import get_state_dict_offloaded_model
 
         copied.load_state_dict(get_state_dict_offloaded_model(model), assign=True)
     return copied
-
-
-def check_size(index: ReferenceIndex, images: Tensor) -> None:
-    """Refuse images whose features cannot be compared with the index's.
-
-    Embeddings resize images themselves; pixels and latents have a size.
-    """
-    shape = tuple(images.shape[1:])
-    if shape == tuple(index.image_shape):
-        return
-    with torch.no_grad():
-        fits = not isinstance(index.features, PixelFeatures) and (
-            index.features(images[:1].detach()).shape[1] == index.vectors.shape[1]
-        )
-    if not fits:
-        raise ValueError(
-            f"memfree.guard: the pipeline makes images of {shape}, the index compares "
-            f"{index.features.describe()['name']} of {tuple(index.image_shape)}: ask the pipeline "
-            "for that height and width, or build the index with an embedding"
-        )
-
-
-def explained_chunks(
-    what: str, count: int, chunk_size: int | None, ways: Sequence[str] = ()
-) -> AbstractContextManager[None]:
-    """Say which option of the guard lowers the memory where it runs out.
-
-    Args:
-        what: what is done, as "guiding".
-        count: images together.
-        chunk_size: images in a piece.
-        ways: what lowers the memory besides smaller pieces.
-    """
-    now = f"now {chunk_size}" if chunk_size else f"now the whole batch of {count}"
-    smaller = [f"a smaller chunk_size ({now})"] if min(count, chunk_size or count) > 1 else []
-    return explained_memory(f"memfree.guard was {what} {count} samples", [*smaller, *ways])

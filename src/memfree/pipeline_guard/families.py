@@ -19,52 +19,41 @@ Arguments = dict[str, Any]
 class Family:
     """Stable Diffusion 1 and 2, and what all families have in common."""
 
-    denoiser: str = "unet"
-    """Name of the pipeline's denoiser."""
-    model: str = "UNet2DConditionModel"
-    """Class of diffusers that the pipeline's denoiser is."""
-    sample: str = "sample"
-    """Name of the denoiser's argument x_t."""
-    flow: bool = False
-    """Whether the model was trained by flow matching: x_t = (1−σ)·x_0 + σ·ε, v = ε − x_0."""
-    from_image: bool = False
-    """Whether sampling begins with a given image, noised."""
-    inpaints: bool = False
-    """Whether part of that image is kept."""
-    control: str = ""
-    """Name of the call's argument with the images of a ControlNet; empty without one."""
-    control_by_prompt: bool = False
-    """Whether lists of lists of these images hold a list a prompt, rather than a ControlNet."""
-    text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
-    """Components without which captions cannot be encoded."""
+    from_image: bool = False  # sampling begins with a given image, noised
+    inpaints: bool = False  # part of that image is kept
+    control: str = ""  # the call's argument with the images of a ControlNet
+    control_by_prompt: bool = False  # lists of lists of these hold a list a prompt, not a network
+    denoiser: str = "unet"  # the pipeline's attribute
+    model: str = "UNet2DConditionModel"  # its class in diffusers
+    sample: str = "sample"  # its argument x_t
+    pooled: str = ""  # its argument with the pooled text vector
+    mask: str = ""  # its argument that says which token vectors count
+    flow: bool = False  # trained by flow matching: x_t = (1−σ)·x_0 + σ·ε, v = ε − x_0
+    text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")  # captions need all of them
 
     def prediction(self, output: Tensor, channels: int) -> Tensor:
-        """The part of the denoiser's output that the scheduler steps with."""
+        """The part of the denoiser's output that the scheduler steps with (a view)."""
         return output
 
     def conditions(self, arguments: Arguments) -> TextConditions:
         """What the denoiser was told of the prompts, all rows of the batch."""
-        return TextConditions(arguments["encoder_hidden_states"])
+        pooled, mask = (arguments[name] if name else None for name in (self.pooled, self.mask))
+        return TextConditions(arguments["encoder_hidden_states"], pooled, mask)
 
     def told(self, arguments: Arguments, conditions: TextConditions) -> Arguments:
         """The arguments with other conditions in their place."""
-        return {**arguments, "encoder_hidden_states": conditions.embeddings}
+        told = {**arguments, "encoder_hidden_states": conditions.embeddings}
+        told |= {self.pooled: conditions.pooled} if self.pooled else {}
+        told |= {self.mask: conditions.mask} if self.mask else {}
+        return told
 
     def encode(
         self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any], length: int
     ) -> TextConditions:
-        """The pipeline's own text encoding of captions, with the options of the pipeline call.
+        """The pipeline's own encoding of captions, with a call's options, as ``length`` vectors.
 
-        Args:
-            pipe: the pipeline.
-            captions: at least one.
-            call: arguments of the pipeline call by name.
-            length: token vectors of the call's prompts, L. CLIP encodes a fixed number, a chunk:
-                longer prompts are several chunks, and captions are filled up with chunks of the
-                empty text, as tools for long prompts do.
-
-        Returns:
-            Conditions of as many captions and ``length`` token vectors.
+        CLIP encodes a fixed number, a chunk: longer prompts are several chunks, and captions are
+        filled up with chunks of the empty text, as tools for long prompts do.
         """
         encoded = self._encode(pipe, list(captions), call)
         if (chunk := encoded.embeddings.shape[1]) < length:
@@ -79,14 +68,23 @@ class Family:
         return next(missing, None)
 
     def _encode(self, pipe: Any, captions: list[str], call: Mapping[str, Any]) -> TextConditions:
-        embeddings, _ = pipe.encode_prompt(
-            captions, pipe._execution_device, 1, False, **self._text_options(call)
-        )
-        return TextConditions(embeddings)
+        return TextConditions(_own_encoding(pipe, captions, **_text_options(call))[0])
 
-    def _text_options(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        adapters = call.get("cross_attention_kwargs") or call.get("joint_attention_kwargs") or {}
-        return {"clip_skip": call.get("clip_skip"), "lora_scale": adapters.get("scale")}
+
+def _own_encoding(pipe: Any, captions: list[str], **options: Any) -> Any:
+    """What the pipeline's ``encode_prompt`` returns, one branch and one image a caption."""
+    return pipe.encode_prompt(
+        captions,
+        device=pipe._execution_device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+        **options,
+    )
+
+
+def _text_options(call: Mapping[str, Any]) -> dict[str, Any]:
+    adapters = call.get("cross_attention_kwargs") or call.get("joint_attention_kwargs") or {}
+    return {"clip_skip": call.get("clip_skip"), "lora_scale": adapters.get("scale")}
 
 
 @dataclass(frozen=True)
@@ -105,9 +103,8 @@ class StableDiffusionXL(Family):
 
     def conditions(self, arguments: Arguments) -> TextConditions:
         """Token vectors and pooled vector."""
-        return TextConditions(
-            arguments["encoder_hidden_states"], arguments["added_cond_kwargs"]["text_embeds"]
-        )
+        pooled = arguments["added_cond_kwargs"]["text_embeds"]
+        return replace(super().conditions(arguments), pooled=pooled)
 
     def told(self, arguments: Arguments, conditions: TextConditions) -> Arguments:
         """Time ids and image embeddings stay."""
@@ -115,14 +112,7 @@ class StableDiffusionXL(Family):
         return {**super().told(arguments, conditions), "added_cond_kwargs": added}
 
     def _encode(self, pipe: Any, captions: list[str], call: Mapping[str, Any]) -> TextConditions:
-        """Both encoders are given the caption."""
-        embeddings, _, pooled, _ = pipe.encode_prompt(
-            prompt=captions,
-            device=pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            **self._text_options(call),
-        )
+        embeddings, _, pooled, _ = _own_encoding(pipe, captions, **_text_options(call))
         return TextConditions(embeddings, pooled)
 
 
@@ -133,37 +123,19 @@ class PixArt(Family):
     denoiser: str = "transformer"
     model: str = "PixArtTransformer2DModel"
     sample: str = "hidden_states"
+    mask: str = "encoder_attention_mask"
 
     def prediction(self, output: Tensor, channels: int) -> Tensor:
-        """ε: the first C channels (a view)."""
+        """ε: the first C channels."""
         return output[:, :channels]
-
-    def conditions(self, arguments: Arguments) -> TextConditions:
-        """Token vectors and which of them count."""
-        return TextConditions(
-            arguments["encoder_hidden_states"], mask=arguments["encoder_attention_mask"]
-        )
-
-    def told(self, arguments: Arguments, conditions: TextConditions) -> Arguments:
-        """The mask goes with the vectors."""
-        return {
-            **super().told(arguments, conditions),
-            "encoder_attention_mask": conditions.mask,
-        }
 
     def encode(
         self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any], length: int
     ) -> TextConditions:
-        """With the call's own caption cleaning; T5 is asked for the length, and masks the rest."""
+        """With the call's own caption cleaning; T5 encodes the length, and masks the rest."""
         options = {name: call[name] for name in ("clean_caption",) if name in call}
-        embeddings, mask, _, _ = pipe.encode_prompt(
-            list(captions),
-            do_classifier_free_guidance=False,
-            num_images_per_prompt=1,
-            device=pipe._execution_device,
-            max_sequence_length=length,
-            **options,
-        )
+        options["max_sequence_length"] = length
+        embeddings, mask, _, _ = _own_encoding(pipe, list(captions), **options)
         return TextConditions(embeddings, mask=mask)
 
 
@@ -174,124 +146,82 @@ class StableDiffusion3(Family):
     denoiser: str = "transformer"
     model: str = "SD3Transformer2DModel"
     sample: str = "hidden_states"
+    pooled: str = "pooled_projections"
     flow: bool = True
     text_parts: tuple[str, ...] = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-
-    def conditions(self, arguments: Arguments) -> TextConditions:
-        """Token vectors and pooled vector."""
-        return TextConditions(arguments["encoder_hidden_states"], arguments["pooled_projections"])
-
-    def told(self, arguments: Arguments, conditions: TextConditions) -> Arguments:
-        """The pooled vector goes with the tokens."""
-        return {**super().told(arguments, conditions), "pooled_projections": conditions.pooled}
 
     def encode(
         self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any], length: int
     ) -> TextConditions:
-        """All encoders are given the caption; T5 makes what CLIP leaves of the length."""
+        """All encoders are given the caption; T5 fills what CLIP leaves of the length."""
         texts = list(captions)
-        embeddings, _, pooled, _ = pipe.encode_prompt(
-            prompt=texts,
-            prompt_2=texts,
-            prompt_3=texts,
-            device=pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            max_sequence_length=max(1, length - pipe.tokenizer_max_length),
-            **self._text_options(call),
-        )
+        options = {"prompt_2": texts, "prompt_3": texts, **_text_options(call)}
+        options["max_sequence_length"] = max(1, length - pipe.tokenizer_max_length)
+        embeddings, _, pooled, _ = _own_encoding(pipe, texts, **options)
         return TextConditions(embeddings[:, :length], pooled)
 
 
-def family_of(pipe: Any) -> Family:
-    """What kind of pipeline this is.
+_STARTS = ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
+SUPPORTED: dict[type[Family], list[str]] = {
+    StableDiffusionXL: [f"StableDiffusionXL{start}Pipeline" for start in _STARTS],
+    PixArt: ["PixArtAlphaPipeline", "PixArtSigmaPipeline"],
+    StableDiffusion3: ["StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"],
+    Family: [
+        *(f"StableDiffusion{start}Pipeline" for start in _STARTS),
+        *(f"LatentConsistencyModel{start}Pipeline" for start in ("", "Img2Img")),
+    ],
+}
+"""Pipelines of diffusers, subclasses included, by family; the name says what they begin with."""
 
-    Raises:
-        ValueError: it is none that the guard supports; the message says why.
-    """
+_FURTHER_NETWORK = "the guard is not tested with the further network that feeds its denoiser"
+REFUSED = {
+    "Flux": "with true classifier-free guidance it calls its transformer once a branch, and the "
+    "guard has to see both branches in one batch",
+    "PAG": "perturbed-attention guidance adds a third branch to the batch",
+    "Pix2Pix": "it guides by an image and by a text, which adds a third branch to the batch",
+    "Adapter": _FURTHER_NETWORK,
+    "Union": _FURTHER_NETWORK,
+    "": "it supports Stable Diffusion 1, 2 and XL with their img2img, inpainting and ControlNet "
+    "pipelines, latent consistency models, PixArt, and Stable Diffusion 3 with its img2img "
+    "pipeline",
+}
+"""By a part of the pipeline's name, why the guard cannot take it."""
+
+
+def family_of(pipe: Any) -> Family:
+    """What kind of pipeline this is; a ValueError says why the guard does not support it."""
     import diffusers  # takes seconds, which `import memfree` should not
 
-    families: list[tuple[type, Family]] = [
-        (diffusers.StableDiffusionPipeline, Family()),
-        (diffusers.StableDiffusionImg2ImgPipeline, Family(from_image=True)),
-        (diffusers.StableDiffusionInpaintPipeline, Family(from_image=True, inpaints=True)),
-        (
-            diffusers.StableDiffusionControlNetPipeline,
-            Family(control="image", control_by_prompt=True),
-        ),
-        (
-            diffusers.StableDiffusionControlNetImg2ImgPipeline,
-            Family(from_image=True, control="control_image"),
-        ),
-        (
-            diffusers.StableDiffusionControlNetInpaintPipeline,
-            Family(from_image=True, inpaints=True, control="control_image"),
-        ),
-        (diffusers.LatentConsistencyModelPipeline, Family()),
-        (diffusers.LatentConsistencyModelImg2ImgPipeline, Family(from_image=True)),
-        (diffusers.StableDiffusionXLPipeline, StableDiffusionXL()),
-        (diffusers.StableDiffusionXLImg2ImgPipeline, StableDiffusionXL(from_image=True)),
-        (
-            diffusers.StableDiffusionXLInpaintPipeline,
-            StableDiffusionXL(from_image=True, inpaints=True),
-        ),
-        (diffusers.StableDiffusionXLControlNetPipeline, StableDiffusionXL(control="image")),
-        (
-            diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
-            StableDiffusionXL(from_image=True, control="control_image"),
-        ),
-        (
-            diffusers.StableDiffusionXLControlNetInpaintPipeline,
-            StableDiffusionXL(from_image=True, inpaints=True, control="control_image"),
-        ),
-        (diffusers.PixArtAlphaPipeline, PixArt()),
-        (diffusers.PixArtSigmaPipeline, PixArt()),
-        (diffusers.StableDiffusion3Pipeline, StableDiffusion3()),
-        (diffusers.StableDiffusion3Img2ImgPipeline, StableDiffusion3(from_image=True)),
-    ]
+    for family, names in SUPPORTED.items():
+        for name in names:
+            if isinstance(pipe, getattr(diffusers, name)):
+                inpaints = "Inpaint" in name
+                from_image = inpaints or "Img2Img" in name
+                control = "control_image" if from_image else "image"
+                own = family(
+                    from_image,
+                    inpaints,
+                    control if "ControlNet" in name else "",
+                    control_by_prompt=name == "StableDiffusionControlNetPipeline",
+                )
+                check_parts(pipe, own)
+                return own
     name = type(pipe).__name__
-    family = next((family for kind, family in families if isinstance(pipe, kind)), None)
-    if family is None:
-        raise ValueError(f"memfree.guard does not support {name}: {_reason(name)}")
-    check_parts(pipe, family)
-    return family
+    why = next(why for part, why in REFUSED.items() if part in name)
+    raise ValueError(f"memfree.guard does not support {name}: {why}")
 
 
 def check_parts(pipe: Any, family: Family) -> None:
-    """Refuse a denoiser and an autoencoder that the guard cannot take: they may be replaced.
-
-    Raises:
-        ValueError: the message says which and why.
-    """
-    name = type(pipe).__name__
+    """Refuse a denoiser and an autoencoder that the guard cannot take: they may be replaced."""
     taken = getattr(pipe, family.denoiser).config.in_channels
     latents = pipe.vae.config.latent_channels
     if taken != latents and not (family.inpaints and taken == 2 * latents + 1):
         raise ValueError(
-            f"memfree.guard does not support a denoiser of {name} that takes {taken} channels "
-            f"where latents have {latents}: it sees an image beside x_t"
+            f"memfree.guard does not support a denoiser of {type(pipe).__name__} that takes "
+            f"{taken} channels where latents have {latents}: it sees an image beside x_t"
         )
     if getattr(pipe.vae.config, "latents_mean", None) is not None:
         raise ValueError(
             "memfree.guard does not support autoencoders whose latents are centred "
             "(vae.config.latents_mean)"
         )
-
-
-def _reason(name: str) -> str:
-    if "Flux" in name:
-        return (
-            "with true classifier-free guidance it calls its transformer once a branch, and the "
-            "guard has to see both branches in one batch"
-        )
-    if "PAG" in name:
-        return "perturbed-attention guidance adds a third branch to the batch"
-    if "Pix2Pix" in name:
-        return "it guides by an image and by a text, which adds a third branch to the batch"
-    if "Adapter" in name or "Union" in name:
-        return "the guard is not tested with the further network that feeds its denoiser"
-    return (
-        "it supports Stable Diffusion 1, 2 and XL with their img2img, inpainting and ControlNet "
-        "pipelines, latent consistency models, PixArt, and Stable Diffusion 3 with its img2img "
-        "pipeline"
-    )

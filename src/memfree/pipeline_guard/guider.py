@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from memfree.guidance import Guidance
 from memfree.pipeline_guard.decode import Decoder
 from memfree.pipeline_guard.denoiser import Signature
 from memfree.pipeline_guard.families import StableDiffusionXL
-from memfree.pipeline_guard.hook import Draw, usable
+from memfree.pipeline_guard.hook import Draw, mapped, usable
 from memfree.pipeline_guard.noise_level import check_scheduler
 from memfree.pipeline_guard.report import GuardReport
 from memfree.retrieval import ReferenceIndex
@@ -27,14 +28,11 @@ from memfree.retrieval import ReferenceIndex
 class AntiMemorizationGuider(ClassifierFreeGuidance):
     """Classifier-free guidance that passes every prediction through guidances (AMG and others).
 
-    A guider is handed two predictions; it is told neither x_t nor the noise level, and has no
-    decoder and no text encoder. What it lacks it takes from the modular pipeline that it is made
-    for, and x_t from a hook on the denoiser that it places in ``prepare_models``. What it cannot
-    do: it never sees finished images, so that it gives no verdicts and draws nothing again (audit
-    the images, or guard a ``StableDiffusionXLPipeline``); it starts no stage of a mitigation but
-    guidances; it is not saved with the pipeline; it does not apply to pipelines that give their
-    denoiser other arguments than Stable Diffusion XL's, nor to Stable Diffusion 1 and 2, of which
-    there is no modular pipeline. The interface is experimental in diffusers.
+    A guider is handed two predictions; what else guidances need, x_t among it, comes from the
+    modular Stable Diffusion XL pipeline that it is made for, and from a hook on the denoiser. It
+    never sees finished images, so it gives no verdicts and draws nothing again (audit the images,
+    or guard a ``StableDiffusionXLPipeline``); it runs no stage of a mitigation but guidances, and
+    it is not saved with the pipeline. The interface is experimental in diffusers.
 
     Args:
         pipe: the modular pipeline, its components loaded; then
@@ -51,7 +49,8 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
         report: its trace is filled by every pipeline call; it has no verdicts.
 
     Raises:
-        ValueError: the pipeline is none of Stable Diffusion XL, or its scheduler is not supported.
+        ValueError: the pipeline is not a modular Stable Diffusion XL one, or its scheduler is not
+            supported.
     """
 
     def __init__(
@@ -91,8 +90,7 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
         """Before each branch: see what the denoiser is given."""
         super().prepare_models(denoiser)
         caller, known = threading.get_ident(), diffusers.UNet2DConditionModel
-        needed = ("sample", "timestep", "encoder_hidden_states")
-        signature = Signature(denoiser, known, needed)
+        signature = Signature(denoiser, known, ("sample", "timestep", "encoder_hidden_states"))
 
         def seen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if threading.get_ident() == caller:  # others may share the denoiser
@@ -110,22 +108,22 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
         plain = super().forward(pred_cond, pred_uncond)
         with torch.inference_mode(False), torch.no_grad():
             # diffusers runs the conditional branch first; a guard's batch has it last.
-            branches = [one for one in (pred_uncond, pred_cond) if one is not None]
-            arguments = usable(_stacked(self._calls[::-1]))
-            draw = self._current_draw(arguments, twice=len(branches) == 2)
-            view = draw.view(arguments, draw.levels.next(torch.as_tensor(arguments["timestep"])))
-            found = draw.guided(view, usable(torch.cat(branches)))
-            rows = draw.trace.pop()
-            self.report.add_trace(self.report.calls - 1, 0, list(range(view.count)), rows)
+            branches = [branch for branch in (pred_uncond, pred_cond) if branch is not None]
+            arguments = usable(mapped(_stacked, *self._calls[::-1]))
+            draw = self._current_draw(twice=len(branches) == 2)
+            view = draw.view(arguments, draw.levels.next(arguments["timestep"]))
+            correction = draw.guided(view, usable(torch.cat(branches)))
+            call = self.report.calls - 1
+            self.report.add_trace(call, 0, list(range(view.count)), draw.trace.pop())
             if draw.unmoved:
-                self.report.unmoved.append(self.report.calls - 1)
-            if found is None:
+                self.report.unmoved.append(call)
+            if correction is None:
                 return plain
             pred = usable(plain.pred).clone()
-            pred[found[0]] = found[1]
+            pred[correction[0]] = correction[1]
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
-    def _current_draw(self, arguments: dict[str, Any], twice: bool) -> Draw:
+    def _current_draw(self, twice: bool) -> Draw:
         if self._draw is None:
             pipe = SimpleNamespace(
                 scheduler=self._pipe.scheduler,
@@ -141,42 +139,31 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
         return self._draw
 
 
+@dataclass(frozen=True)
 class _Modular(StableDiffusionXL):
     """Stable Diffusion XL whose text encoding is a block, not a method of the pipeline."""
 
-    def __init__(self, components: Any) -> None:
-        super().__init__()
-        object.__setattr__(self, "components", components)
+    components: Any = None
 
     def missing_text_part(self, pipe: Any) -> str | None:
-        """Of the modular pipeline's components."""
-        return super().missing_text_part(self.components)  # type: ignore[attr-defined]
+        return super().missing_text_part(self.components)
 
     def _encode(self, pipe: Any, captions: list[str], call: Any) -> TextConditions:
-        """The text encoding block's own function."""
         from diffusers.modular_pipelines.stable_diffusion_xl.encoders import (
             StableDiffusionXLTextEncoderStep,
         )
 
-        components = self.components  # type: ignore[attr-defined]
         encode: Any = StableDiffusionXLTextEncoderStep.encode_prompt  # typed for one prompt
         embeddings, _, pooled, _ = encode(
-            components,
+            self.components,
             captions,
-            device=components._execution_device,
+            device=self.components._execution_device,
             num_images_per_prompt=1,
             prepare_unconditional_embeds=False,
         )
         return TextConditions(embeddings, pooled)
 
 
-def _stacked(calls: Sequence[Any]) -> Any:
-    """Arguments of the branches as those of one batch; tensors without rows are all the same."""
-    first = calls[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(calls)) if first.ndim else first
-    if isinstance(first, dict):
-        return {name: _stacked([call[name] for call in calls]) for name in first}
-    if isinstance(first, (list, tuple)):
-        return type(first)(_stacked(values) for values in zip(*calls, strict=True))
-    return first
+def _stacked(*branches: Tensor) -> Tensor:
+    """An argument of the branches as that of one batch; tensors without rows are all the same."""
+    return torch.cat(branches) if branches[0].ndim else branches[0]

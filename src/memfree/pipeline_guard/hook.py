@@ -16,7 +16,7 @@ from memfree.diffusion_math import PredictionType
 from memfree.guidance import Guidance, Prediction
 from memfree.guidance.prediction import apply, combine
 from memfree.pipeline_guard.call import finite_rows, image_count
-from memfree.pipeline_guard.decode import Decoder, explained_chunks
+from memfree.pipeline_guard.decode import Decoder
 from memfree.pipeline_guard.denoiser import Before, CacheCheck, Signature, callback_aside, hooked
 from memfree.pipeline_guard.families import Arguments, Family
 from memfree.pipeline_guard.noise_level import NoiseLevel, NoiseLevels
@@ -25,82 +25,61 @@ from memfree.sampling.loop import trace_rows
 from memfree.sampling.noise import OwnRandomness
 
 
-def rows_of(arguments: Any, rows: Tensor, count: int) -> Any:
-    """The arguments for some rows: tensors with ``count`` rows are indexed, at any depth."""
-    if isinstance(arguments, Tensor):
-        if arguments.ndim and len(arguments) == count:
-            return arguments[rows.to(arguments.device)]
-        return arguments
-    if isinstance(arguments, dict):
-        return {name: rows_of(value, rows, count) for name, value in arguments.items()}
-    if isinstance(arguments, (list, tuple)):
-        return type(arguments)(rows_of(value, rows, count) for value in arguments)
-    return arguments
+def mapped(change: Callable[..., Tensor], *arguments: Any) -> Any:
+    """Arguments whose tensors, at any depth, are ``change`` of those at their place."""
+    first = arguments[0]
+    if isinstance(first, Tensor):
+        return change(*arguments)
+    if isinstance(first, dict):
+        return {name: mapped(change, *(values[name] for values in arguments)) for name in first}
+    if isinstance(first, (list, tuple)):
+        return type(first)(mapped(change, *values) for values in zip(*arguments, strict=True))
+    return first
 
 
 def usable(arguments: Any) -> Any:
     """The arguments outside of inference mode: tensors made inside it are copied."""
-    if isinstance(arguments, Tensor):
-        return arguments.clone() if arguments.is_inference() else arguments
-    if isinstance(arguments, dict):
-        return {name: usable(value) for name, value in arguments.items()}
-    if isinstance(arguments, (list, tuple)):
-        return type(arguments)(usable(value) for value in arguments)
-    return arguments
+    return mapped(lambda value: value.clone() if value.is_inference() else value, arguments)
 
 
+@dataclass(eq=False)
 class Draw:
     """One call of the pipeline, seen from its denoiser.
 
     Rows in which a guidance is active get the corrected prediction in both halves of the batch of
     classifier-free guidance, so that the pipeline's ``u + s·(c − u)`` leaves it as it is, in any
-    precision, and multistep schedulers keep it in their history. All other rows leave as they came.
-
-    Args:
-        pipe: the pipeline.
-        family: its kind.
-        call: arguments of the pipeline call by name, defaults included.
-        guidances: in order.
-        decoder: from latents to images.
+    precision, and multistep schedulers keep it in their history. All other rows stay as they are.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        family: Family,
-        call: Mapping[str, Any],
-        guidances: Sequence[Guidance],
-        decoder: Decoder,
-    ) -> None:
-        self.pipe = pipe
-        self.family = family
-        self.call = call
-        self.guidances = guidances
-        self.decoder = decoder
-        self.trace: list[dict[str, Tensor]] = []
-        self.unmoved = False
-        """Whether the scheduler's last step was found not to follow the prediction."""
-        self.finished = False
-        """Whether the denoiser was called for the schedule's last step."""
-        self.last: Prediction | None = None
-        """The record of the latest step, as the guidances left it."""
-        self.given: Tensor | None = None
-        """Latents of the given image (B, C, h, w), which an inpainting pipeline puts back itself
-        after every step; None where the denoiser sees them, or there are none."""
-        self.mask: Tensor | None = None
-        """(B, 1, h, w), twice with both branches: what that pipeline draws (1) or puts back (0)."""
-        self.levels = NoiseLevels(pipe.scheduler, family.flow)
+    pipe: Any
+    family: Family
+    call: Mapping[str, Any]  # arguments of the pipeline call by name, defaults included
+    guidances: Sequence[Guidance]
+    decoder: Decoder
+    trace: list[dict[str, Tensor]] = field(default_factory=list)
+    last: Prediction | None = None  # of the latest step, as the guidances left it
+    unmoved: bool = False  # whether the scheduler's last step does not follow the prediction
+    finished: bool = False  # whether the denoiser was called for the schedule's last step
+    latents: Tensor | None = None  # as they were prepared
+    # Latents of the given image (B, C, h, w), which an inpainting pipeline puts back itself after
+    # every step; None where the denoiser sees them, or there are none.
+    given: Tensor | None = None
+    # (B, 1, h, w), twice with both branches: what that pipeline draws (1) or puts back (0).
+    mask: Tensor | None = None
+    finite_images: Tensor | None = None  # (n,) bool, of the latest output
+
+    def __post_init__(self) -> None:
+        self.levels = NoiseLevels(self.pipe.scheduler, self.family.flow)
         self._memory: dict[Any, Any] = {}
         self._like: Tensor | None = None
         self._randomness = OwnRandomness()
         self._ended = False
-        self._images = image_count(call) if call else None
-        known = getattr(diffusers, family.model)
-        needed = (family.sample, "timestep", "encoder_hidden_states")
+        self._images = image_count(self.call) if self.call else None
+        known = getattr(diffusers, self.family.model)
+        needed = (self.family.sample, "timestep", "encoder_hidden_states")
         self._signature = Signature(self.denoiser, known, needed)
         self._check_cache: CacheCheck | None = None
-        self._positional = 0
-        """How many arguments the pipeline gives its denoiser without a name."""
+        self._positional = 0  # how many arguments the pipeline gives its denoiser without a name
 
     @property
     def denoiser(self) -> Any:
@@ -109,15 +88,8 @@ class Draw:
 
     @contextmanager
     def hooked(self, before: Before | None = None) -> Iterator[None]:
-        """Around the pipeline's own call: the hooks on its denoiser, for that call alone.
-
-        Args:
-            before: a forward pre-hook beside ``after``.
-
-        Raises:
-            ValueError: the pipeline stepped without calling the denoiser that it began with.
-        """
-        if any(getattr(one, "calls_denoiser", True) for one in self.guidances):
+        """Around the pipeline's own call: ``before`` and ``after`` as hooks for that call alone."""
+        if any(getattr(guidance, "calls_denoiser", True) for guidance in self.guidances):
             self._check_cache = CacheCheck(self.denoiser)
         with hooked(self.denoiser, self.after, before):
             yield
@@ -125,14 +97,10 @@ class Draw:
             self.levels.check_followed(bool(getattr(self.pipe, "interrupt", False)))
 
     def callbacks_aside(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments with callbacks in which the guard is not at work: they may draw as well."""
-        return {
-            name: self._watched(value) if name.startswith("callback") and callable(value) else value
-            for name, value in call.items()
-        }
+        """The arguments with callbacks in which the guard is not at work: they may draw as well.
 
-    def _watched(self, callback: Any) -> Any:
-        """A callback after which the pipeline must have the parts that it began with."""
+        After each, the pipeline must have the parts that it began with.
+        """
         parts = {name: getattr(self.pipe, name) for name in (self.family.denoiser, "scheduler")}
 
         def check() -> None:
@@ -143,49 +111,42 @@ class Draw:
                         "guard cannot follow: replace it between calls"
                     )
 
-        return callback_aside(callback, check)
+        callbacks = {
+            name: callback_aside(value, check)
+            for name, value in call.items()
+            if name.startswith("callback") and callable(value)
+        }
+        return {**call, **callbacks}
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The forward hook: the denoiser's output with the active rows corrected."""
         try:
-            view, raw, found = self._step(args, kwargs, output)
+            with torch.inference_mode(False), torch.no_grad():
+                arguments = usable(self.bound(args, kwargs))
+                raw = usable(output[0] if isinstance(output, tuple) else output.sample)
+                planned = getattr(self.pipe, "num_timesteps", None)
+                level = self.levels.next(arguments["timestep"], planned)
+                self.finished = level.is_last
+                if level.step == 0 and self._check_cache is not None:
+                    self._check_cache()
+                view = self.view(arguments, level)
+                correction = self.guided(view, raw)
         except ValueError:
             if self.guidances:
                 raise
             self.last = None  # a call that is only judged need not be followed
             return None
-        if found is None:
+        if correction is None:
             return None
-        rows, corrected = found
+        rows, corrected = correction
         changed = raw.clone()
         target = self.family.prediction(changed, view.channels)
         for half in range(0, view.total, view.count):
             target[rows + half] = corrected
         return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)
 
-    def _step(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> tuple[View, Tensor, tuple[Tensor, Tensor] | None]:
-        """One call of the denoiser: what was asked, what it returned, and what is corrected."""
-        with torch.inference_mode(False), torch.no_grad():
-            arguments = usable(self.bound(args, kwargs))
-            raw = usable(output[0] if isinstance(output, tuple) else output.sample)
-            planned = getattr(self.pipe, "num_timesteps", None)
-            level = self.levels.next(arguments["timestep"], planned)
-            self.finished = level.is_last
-            if level.step == 0 and self._check_cache is not None:
-                self._check_cache()
-            view = self.view(arguments, level)
-            return view, raw, self.guided(view, raw)
-
     def encode(self, captions: Sequence[str]) -> TextConditions:
-        """Captions as the prompts of this call; one function for all steps, which guidances keep.
-
-        Not for the next call of the pipeline: its options may be others.
-
-        Raises:
-            ValueError: the call's embeddings are of other text encoders.
-        """
+        """Captions as the prompts of this call; guidances keep the results by this function."""
         assert self._like is not None
         _, length, width = self._like.shape
         encoded = self.family.encode(self.pipe, captions, self.call, length)
@@ -209,59 +170,31 @@ class Draw:
     def view(self, arguments: Arguments, level: NoiseLevel) -> View:
         """The denoiser's call in the terms of a guidance."""
         scale = getattr(self.pipe, "guidance_scale", self.call.get("guidance_scale", 1.0))
-        twice = getattr(self.pipe, "do_classifier_free_guidance", scale > 1)
-        expected = None if self._images is None else self._images * (1 + bool(twice))
+        twice = bool(getattr(self.pipe, "do_classifier_free_guidance", scale > 1))
         total = len(arguments[self.family.sample])
-        if expected is not None and total != expected:
+        if self._images is not None and total != (expected := self._images * (1 + twice)):
             raise ValueError(
                 f"memfree.guard: {type(self.pipe).__name__} calls its denoiser with a batch of "
                 f"{total}, where {self._images} images with guidance_scale {float(scale):g} are "
                 f"{expected}: the guard needs both branches of classifier-free guidance in one "
                 "batch, and all images"
             )
-        return View(self, arguments, level, float(scale) if twice else 1.0, bool(twice))
+        return View(self, arguments, level, float(scale) if twice else 1.0, twice)
 
-    def own_randomness(self, part: str, drawing: Sequence[Any]) -> AbstractContextManager[None]:
-        """Where the guard's own parts may draw, such as an autoencoder: torch's stay in place.
+    def own_randomness(
+        self, part: str, drawing: Sequence[Any], stream: OwnRandomness | None = None
+    ) -> AbstractContextManager[None]:
+        """Where parts of the guard, as an autoencoder, may draw: torch's generators stay in place.
 
-        Args:
-            part: with one autoencoder it draws always or never.
-            drawing: what runs there; what is not of this package may draw at any step.
+        A part draws always or never; third-party code in ``drawing`` may draw at any step.
         """
-        device = self.pipe._execution_device
-        if all(type(one).__module__.startswith("memfree.") for one in drawing):
-            return self._randomness.if_drawn(device, self.decoder.draws, part)
-        return self._randomness.on(device)
-
-    def _step_of(self, view: View, base: Prediction) -> tuple[Any, ...]:
-        """The scheduler's step from here, as ``LastStep`` takes it."""
-        scheduler, following = self.pipe.scheduler, view.level.following
-        return (
-            scheduler,
-            scheduler.timesteps[-1 - len(following)],
-            view.native_x_t,
-            view.native(base),
-            view.level.alpha_bar,
-            float(self.call.get("eta", 0.0)),
-            self.call.get("generator"),
-            view.level.flow_sigma,
-            following,
-        )
-
-    def _ends(self, view: View, base: Prediction) -> bool:
-        """Whether the finished sample is decided at this step: no further one follows it."""
-        if len(view.level.following) == 1:
-            self._ended = LastStep(*self._step_of(view, base)).is_last()
-            return self._ended
-        return view.level.is_last and not self._ended
+        stream, device = stream or self._randomness, self.pipe._execution_device
+        if all(type(own).__module__.startswith("memfree.") for own in drawing):
+            return stream.if_drawn(device, self.decoder.draws, part)
+        return stream.on(device)
 
     def guided(self, view: View, raw: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Which rows are corrected, and the prediction to step with there; None if none is.
-
-        Args:
-            view: the denoiser's call.
-            raw: what the denoiser returned, all halves.
-        """
+        """Corrected rows and their prediction, if any; ``raw``: all halves as returned."""
         native = self.family.prediction(raw, view.channels)
         uncond, cond = native.chunk(2) if view.twice else (None, native)
         amount = float(getattr(self.pipe, "guidance_rescale", 0.0)) if view.twice else 0.0
@@ -299,7 +232,7 @@ class Draw:
         decoder = self.decoder
         decoder.follow(self.pipe.vae)
         with (
-            explained_chunks("guiding", view.count, decoder.chunk_size, decoder.ways()),
+            decoder.explained("guiding", view.count),
             self.own_randomness("the end" if base.is_last else "the way", self.guidances),
         ):
             result = apply(self.guidances, base)
@@ -310,6 +243,28 @@ class Draw:
         if not len(rows):
             return None
         return rows, view.to_native(result.output[rows], base.output[rows], native, rows)
+
+    def _ends(self, view: View, base: Prediction) -> bool:
+        """Whether the finished sample is decided at this step: no further one follows it."""
+        if len(view.level.following) == 1:
+            self._ended = LastStep(*self._step_of(view, base)).is_last()
+            return self._ended
+        return view.level.is_last and not self._ended
+
+    def _step_of(self, view: View, base: Prediction) -> tuple[Any, ...]:
+        """The scheduler's step from here, as ``LastStep`` takes it."""
+        scheduler, following = self.pipe.scheduler, view.level.following
+        return (
+            scheduler,
+            scheduler.timesteps[-1 - len(following)],
+            view.native_x_t,
+            view.native(base),
+            view.level.alpha_bar,
+            float(self.call.get("eta", 0.0)),
+            self.call.get("generator"),
+            view.level.flow_sigma,
+            following,
+        )
 
     def _inpainted(self, base: Prediction) -> Prediction:
         """The last record with the given image where the pipeline puts it back."""
@@ -335,10 +290,7 @@ def _decoded(decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _in_numbers(prediction: Prediction) -> Prediction:
-    """The record in numbers: one broken sample does not end the call of the others.
-
-    Rows that hold NaN or ∞ are not corrected.
-    """
+    """The record without NaN and ∞: one broken sample, not corrected, does not end the call."""
     uncond, cond = prediction.output_uncond, prediction.output_cond
     return replace(
         prediction,
@@ -361,14 +313,10 @@ class View:
     draw: Draw
     arguments: Arguments
     level: NoiseLevel
-    scale: float
-    """s_0; 1 without classifier-free guidance."""
-    twice: bool
-    """Whether the batch holds an unconditional half, before the conditional one."""
-    x_t: Tensor = field(init=False)
-    """(B, C, h, w), variance preserving."""
-    conditions: TextConditions = field(init=False)
-    """Of the conditional half."""
+    scale: float  # s_0; 1 without classifier-free guidance
+    twice: bool  # whether the batch holds an unconditional half, before the conditional one
+    x_t: Tensor = field(init=False)  # (B, C, h, w), variance preserving
+    conditions: TextConditions = field(init=False)  # of the conditional half
 
     def __post_init__(self) -> None:
         everything = self.arguments[self.draw.family.sample]
@@ -421,11 +369,7 @@ class View:
         return (combined + (corrected - before) / self.norm).to(native.dtype)
 
     def denoise(self, x: Tensor, conditions: Conditions | None) -> Tensor:
-        """The denoiser at this step for rows of x_t; through ``forward``, which fires no hook.
-
-        Raises:
-            ValueError: the unconditional prediction is asked for and the pipeline makes none.
-        """
+        """The denoiser at this step for rows of x_t; through ``forward``, which fires no hook."""
         if conditions is None and not self.twice:
             raise ValueError(
                 "memfree.guard: this guidance needs the unconditional prediction, which the "
@@ -435,11 +379,13 @@ class View:
         rows = self._rows(x)
         half = rows if conditions is None else rows + (self.total - self.count)
         family = self.draw.family
-        arguments = rows_of(self.arguments, half, self.total)
-        sample, beside = (
-            (x * self.norm).to(self.dtype),
-            arguments[family.sample][:, self.channels :],
-        )
+
+        def rows_of(value: Tensor) -> Tensor:
+            return value[half.to(value.device)] if value.shape[:1] == (self.total,) else value
+
+        arguments = mapped(rows_of, self.arguments)
+        sample = (x * self.norm).to(self.dtype)
+        beside = arguments[family.sample][:, self.channels :]
         arguments[family.sample] = torch.cat([sample, beside], 1) if beside.shape[1] else sample
         if conditions is not None:
             assert isinstance(conditions, TextConditions)
@@ -452,9 +398,8 @@ class View:
 
     def _rows(self, x: Tensor) -> Tensor:
         """Which rows of x_t these are: each has arguments of its own (sizes, image prompts)."""
-        everyone = torch.arange(self.count, device=x.device)
         if len(x) == self.count:
-            return everyone
+            return torch.arange(self.count, device=x.device)
         same = (x.detach()[:, None] == self.x_t[None]).flatten(2).all(dim=2)
-        # A sample that is none of x_t's rows takes the first row's arguments.
+        # A sample that is not a row of x_t takes the first row's arguments.
         return same.float().argmax(dim=1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from memfree.diffusion_math import alpha_bar_at, alpha_bar_of_input
+from memfree.diffusion_math import PredictionType, alpha_bar_at, alpha_bar_of_input
 
 SMALLEST_ALPHA_BAR = 2.0**-24
 """ᾱ is kept above this, as diffusers does: at ᾱ = 0 no noise estimate moves x̂_0."""
@@ -20,18 +20,12 @@ LARGEST_FLOW_SIGMA = 1 - 2.0**-12
 class NoiseLevel:
     """Where in the schedule one call of the denoiser stands."""
 
-    step: int
-    """Number of this denoiser call within the pipeline call, from 0."""
-    t: float
-    """The scheduler's timestep."""
-    time: float
-    """t over the number of training timesteps, in [0, 1]: 1 is noise."""
-    alpha_bar: Tensor
-    """ᾱ of the variance-preserving sample, 0-d float32."""
-    flow_sigma: float | None
-    """σ of x_t = (1 − σ)·x_0 + σ·ε under flow matching; None otherwise."""
-    following: Tensor
-    """Timesteps of the steps after this one."""
+    step: int  # number of this denoiser call within the pipeline call, from 0
+    t: float  # the scheduler's timestep
+    time: float  # t over the number of training timesteps, in [0, 1]: 1 is noise
+    alpha_bar: Tensor  # ᾱ of the variance-preserving sample, 0-d float32
+    flow_sigma: float | None  # σ of x_t = (1 − σ)·x_0 + σ·ε; None without flow matching
+    following: Tensor  # timesteps of the steps after this one
 
     @property
     def is_last(self) -> bool:
@@ -39,34 +33,27 @@ class NoiseLevel:
         return not len(self.following)
 
 
+@dataclass
 class NoiseLevels:
     """Follows one pipeline call through its schedule, one denoiser call at a time.
 
     Steps are counted, because schedules repeat timesteps (PNDM, Heun, rounded Karras sigmas); the
-    timestep of every call must be the one that the schedule has there.
-
-    Args:
-        scheduler: the pipeline's, read and never changed.
-        flow: whether the model was trained by flow matching.
+    timestep of every call must be the one that the schedule has there. The scheduler is only read.
     """
 
-    def __init__(self, scheduler: Any, flow: bool) -> None:
-        self.scheduler = scheduler
-        self.flow = flow
-        self._calls = 0
-        self._schedule = torch.empty(0)
-        self._starts: list[int] = []
-        self._planned = 0
+    scheduler: Any
+    flow: bool  # whether the model was trained by flow matching
+    _calls: int = 0
+    _planned: int = 0
+    _schedule: Tensor = field(default_factory=lambda: torch.empty(0))
+    _starts: list[int] = field(default_factory=list)  # where the pipeline may have begun
 
     def next(self, timestep: Tensor | float, planned: int | None = None) -> NoiseLevel:
-        """The level of the denoiser call that is being made.
+        """The level of the denoiser call that is being made; the schedule must have its timestep.
 
         Args:
             timestep: t of the call, 0-d or equal rows.
             planned: denoiser calls of the whole pipeline call; None: not known.
-
-        Raises:
-            ValueError: the schedule has another timestep here.
         """
         timestep = torch.as_tensor(timestep)  # some callers give a number
         t = timestep.flatten()[0].detach()
@@ -78,8 +65,11 @@ class NoiseLevels:
             sigma = min(float(self.scheduler.sigmas[index]), LARGEST_FLOW_SIGMA)
             signal, noise = (1 - sigma) ** 2, sigma**2
             alpha_bar = torch.tensor(signal / (signal + noise), dtype=torch.float32)
+        elif hasattr(self.scheduler, "state_in_first_order"):
+            alpha_bar = alpha_bar_of_input(self.scheduler, t)
         else:
-            alpha_bar = self._alpha_bar(t, index)
+            whole = t if t.is_floating_point() else int(t)
+            alpha_bar = alpha_bar_at(self.scheduler, whole, index).detach().clone()
         return NoiseLevel(
             step=step,
             t=float(t),
@@ -92,11 +82,7 @@ class NoiseLevels:
     def check_followed(self, interrupted: bool) -> None:
         """Refuse a finished pipeline call whose denoiser was called elsewhere too, or not at all.
 
-        Args:
-            interrupted: whether the pipeline was asked to stop before the end.
-
-        Raises:
-            ValueError: fewer calls were seen than the pipeline planned.
+        A pipeline that was interrupted makes fewer calls than planned.
         """
         if self._calls and (interrupted or self._calls >= self._planned):
             return
@@ -111,7 +97,9 @@ class NoiseLevels:
         if self._calls == 0:
             # A copy: another call of the pipeline may set the scheduler's timesteps anew.
             self._schedule = self.scheduler.timesteps.detach().cpu().clone()
-            likely = self._likely_start(planned)
+            likely = self._begin_index()  # where the first timestep stands twice
+            if likely is None and planned is not None:
+                likely = len(self._schedule) - planned
             starts = (self._schedule.to(t.dtype) == t).nonzero().flatten().tolist()
             self._starts = sorted(starts, key=lambda start: start != likely)
             self._planned = len(self._schedule) - (self._starts or [0])[0]
@@ -130,12 +118,9 @@ class NoiseLevels:
             )
         return self._starts[0] + self._calls
 
-    def _likely_start(self, planned: int | None) -> int | None:
-        """Where the pipeline enters a schedule in which its first timestep stands twice."""
-        begin = getattr(self.scheduler, "begin_index", None)
-        if begin is not None:
-            return int(begin)
-        return None if planned is None else len(self._schedule) - planned
+    def _begin_index(self) -> int | None:
+        begin = getattr(self.scheduler, "begin_index", None)  # inverse schedulers have none
+        return None if begin is None else int(begin)
 
     def _index(self, t: Tensor, position: int) -> int:
         """Position in the scheduler's own tables, as the scheduler counts."""
@@ -143,46 +128,32 @@ class NoiseLevels:
             return position
         if self.scheduler.step_index is not None:
             return int(self.scheduler.step_index)
-        begin = getattr(self.scheduler, "begin_index", None)  # inverse schedulers have none
-        if begin is not None:
-            return int(begin)
+        if (begin := self._begin_index()) is not None:
+            return begin
         if not hasattr(self.scheduler, "index_for_timestep"):
             return position
-        same = self._schedule[position].to(t.device)
-        return int(self.scheduler.index_for_timestep(same))
-
-    def _alpha_bar(self, t: Tensor, index: int) -> Tensor:
-        if hasattr(self.scheduler, "state_in_first_order"):
-            return alpha_bar_of_input(self.scheduler, t)
-        timestep = t if t.is_floating_point() else int(t)
-        return alpha_bar_at(self.scheduler, timestep, index).detach().clone()
+        return int(self.scheduler.index_for_timestep(self._schedule[position].to(t.device)))
 
 
 def check_scheduler(scheduler: Any, flow: bool) -> None:
-    """Refuse schedulers whose noise the guard cannot describe.
-
-    Raises:
-        ValueError: the scheduler preconditions (EDM), or is not of the model's kind.
-    """
+    """Refuse schedulers whose noise the guard cannot describe, or of another kind of model."""
     name, config = type(scheduler).__name__, scheduler.config
+    why = ""
     if config.get("sigma_data") is not None:
-        raise ValueError(
-            f"memfree.guard: {name} scales samples by sigma_data (EDM), where x_t is not "
-            "√ᾱ·x_0 + √(1−ᾱ)·ε; use EulerDiscreteScheduler or DPMSolverMultistepScheduler"
+        why = (
+            f"{name} scales samples by sigma_data (EDM), where x_t is not √ᾱ·x_0 + √(1−ᾱ)·ε; use "
+            "EulerDiscreteScheduler or DPMSolverMultistepScheduler"
         )
-    if config.get("invert_sigmas"):
-        raise ValueError(
-            f"memfree.guard: {name} with invert_sigmas runs from σ = 0 to 1, where x_t is not "
-            "(1−σ)·x_0 + σ·ε; use it without"
+    elif config.get("invert_sigmas"):
+        why = (
+            f"{name} with invert_sigmas runs from σ = 0 to 1, where x_t is not (1−σ)·x_0 + σ·ε; "
+            "use it without"
         )
-    is_flow = name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
-    if flow != is_flow:
-        wanted = "a flow-matching scheduler" if flow else "a diffusion scheduler"
-        raise ValueError(f"memfree.guard: this pipeline's model needs {wanted}, not {name}")
-    if flow:
-        return
-    kind = config.get("prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"memfree.guard: prediction_type {kind!r} of {name} is not supported")
-    if not hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"memfree.guard: {name} has no alphas_cumprod to take noise levels from")
+    elif flow != (name.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))):
+        why = f"the model needs a {'flow-matching' if flow else 'diffusion'} scheduler, not {name}"
+    elif not flow and config.get("prediction_type", "epsilon") not in get_args(PredictionType):
+        why = f"prediction_type {config['prediction_type']!r} of {name} is not supported"
+    elif not flow and not hasattr(scheduler, "alphas_cumprod"):
+        why = f"{name} has no alphas_cumprod to take noise levels from"
+    if why:
+        raise ValueError(f"memfree.guard: {why}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -21,7 +21,6 @@ NOT_COVERED = (
     "mirrored images (as far as the index's features miss them), copied parts, style and content, "
     "and every image that is not in the index."
 )
-"""What no verdict says."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Verdict:
     copy: bool
     """Whether σ is above the threshold."""
     finite: bool = True
-    """Whether the image is made of numbers. One with NaN or ∞ has no verdict: ``nearest`` is empty,
-    σ and p-value are NaN, and ``copy`` is False."""
+    """An image with NaN or ∞ has no verdict: ``nearest`` is empty, σ and p-value are NaN, ``copy``
+    is False."""
     finished: bool = True
     """Whether the pipeline went to the end of its schedule. After ``denoising_end``, or where it
     was interrupted, the verdict is of the clean estimate of its last step."""
@@ -67,8 +66,7 @@ class GuardReport:
     verdicts: list[Verdict] = field(default_factory=list)
     """One an image, in the order of the calls."""
     seed: int = 0
-    """Of further draws and of what a mitigation draws: with ``memfree.guard(…, seed=…)`` they are
-    drawn once more."""
+    """Of further draws and of what a mitigation draws; ``guard(…, seed=…)`` repeats them."""
     not_covered: str = NOT_COVERED
     """What no verdict says."""
     calls: int = 0
@@ -77,8 +75,7 @@ class GuardReport:
     """Calls whose scheduler's last step does not follow the prediction (Euler with
     ``final_sigmas_type`` sigma_min): there no last correction was possible."""
     outside: int = 0
-    """Calls of the denoiser by something else than the guarded pipeline, such as a pipeline that
-    shares it: neither guided nor judged."""
+    """Calls of the denoiser by other pipelines that share it: neither guided nor judged."""
     left_out: list[str] = field(default_factory=list)
     """Parts of the guidance that this pipeline cannot have, and why."""
     _trace: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
@@ -103,22 +100,17 @@ class GuardReport:
 
     def table(self) -> pa.Table:
         """The verdicts as a table, a column a field of ``Verdict``."""
-        names = [one.name for one in fields(Verdict)]
-        return pa.table(
-            {name: [getattr(verdict, name) for verdict in self.verdicts] for name in names}
-        )
+        names = [field.name for field in fields(Verdict)]
+        return pa.table({name: [getattr(each, name) for each in self.verdicts] for name in names})
 
     def add_trace(self, call: int, draw: int, images: list[int], rows: dict[str, Tensor]) -> None:
         """Keep one step of one draw; its samples are these images of the call."""
-        count = len(rows["sample"])
-        self._trace.append(
-            {
-                **{name: column.detach().cpu() for name, column in rows.items()},
-                "call": torch.full((count,), call),
-                "draw": torch.full((count,), draw),
-                "sample": torch.tensor(images),
-            }
-        )
+        own = {
+            "call": torch.full((len(images),), call),
+            "draw": torch.full((len(images),), draw),
+            "sample": torch.tensor(images),
+        }
+        self._trace.append({name: column.detach().cpu() for name, column in rows.items()} | own)
 
     def __rich__(self) -> Group:
         """For rich's print and consoles."""
@@ -132,48 +124,49 @@ class GuardReport:
                 f"{verdict.similarity:.3f}" if verdict.finite else "",
                 f"{verdict.threshold:.3f}",
                 f"{verdict.p_value:.3g}" if verdict.finite else "",
-                Text(shown(_said(verdict))),
+                Text(shown(_in_words(verdict))),
             )
-        parts: list[Any] = [table]
+        return Group(table, *self._notes(), self.not_covered)
+
+    def _notes(self) -> Iterator[str]:
+        images = f"of {len(self.verdicts)} images are not"
         if self.verdicts:
             first = self.verdicts[0]
             rate = first.rate_text or f"{100 * first.false_positive_rate:g} %"
-            parts.append(f"The threshold calls {rate} of held-out real images copies.")
+            yield f"The threshold calls {rate} of held-out real images copies."
         if self.unmoved:
-            parts.append(
+            yield (
                 "The last step of the scheduler does not follow the prediction: the last "
                 f"correction was left out in {len(self.unmoved)} of {self.calls} calls."
             )
-        if broken := [verdict for verdict in self.verdicts if not verdict.finite]:
-            parts.append(
-                f"{len(broken)} of {len(self.verdicts)} images are not finite (NaN or infinity in "
-                "their pixels or latents): nothing can be said of them."
+        if broken := sum(not verdict.finite for verdict in self.verdicts):
+            yield (
+                f"{broken} {images} finite (NaN or infinity in their pixels or latents): nothing "
+                "can be said of them."
             )
-        if unfinished := [verdict for verdict in self.verdicts if not verdict.finished]:
-            parts.append(
-                f"{len(unfinished)} of {len(self.verdicts)} images are not finished (denoising_"
-                "end, or an interrupted call): their verdicts are of the clean estimate of the "
-                "last step that was made."
+        if unfinished := sum(not verdict.finished for verdict in self.verdicts):
+            yield (
+                f"{unfinished} {images} finished (denoising_end, or an interrupted call): their "
+                "verdicts are of the clean estimate of the last step that was made."
             )
         if self.outside:
-            parts.append(
+            yield (
                 f"The denoiser was called {self.outside} times by something else than the guarded "
                 "pipeline: what was made there is neither guided nor judged."
             )
-        parts += self.left_out
+        yield from self.left_out
         if any(verdict.draws > 1 for verdict in self.verdicts):
-            parts.append(f"Further draws are of seed {self.seed}.")
-        return Group(*parts, self.not_covered)
+            yield f"Further draws are of seed {self.seed}."
 
     def __str__(self) -> str:
         """The verdicts as text."""
-        console = Console(file=io.StringIO(), width=100, color_system=None)
-        console.print(self.__rich__())
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+        console = Console(width=100, color_system=None, file=io.StringIO())
+        with console.capture() as text:
+            console.print(self)
+        return text.get().rstrip()
 
 
-def _said(verdict: Verdict) -> str:
+def _in_words(verdict: Verdict) -> str:
     words = "refused" if verdict.refused else "copy" if verdict.copy else "no copy"
     if not verdict.finite:
         words = "not finite, no verdict"
