@@ -63,6 +63,12 @@ def folders(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """A pipeline that is no folder is looked for on the hub, which is asked again and again."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def options(root, defaults, changes):
     """Options by name; a string that names something below the folder is its path."""
     given = {**defaults, **changes}
@@ -156,7 +162,11 @@ MOST_COMMON = {"mitigation.caption_policy": "most_common", "mitigation.caption_n
         ),
         (
             {"mitigation": "prss", "index": None},
+<<<<<<< HEAD
             "give --index of captioned images, or pass",
+=======
+            "give --index of captioned images",
+>>>>>>> main
         ),
         (
             {"mitigation": "amg", **MOST_COMMON},
