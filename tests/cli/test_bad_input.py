@@ -162,11 +162,7 @@ MOST_COMMON = {"mitigation.caption_policy": "most_common", "mitigation.caption_n
         ),
         (
             {"mitigation": "prss", "index": None},
-<<<<<<< HEAD
-            "give --index of captioned images, or pass",
-=======
             "give --index of captioned images",
->>>>>>> main
         ),
         (
             {"mitigation": "amg", **MOST_COMMON},
