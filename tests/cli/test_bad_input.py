@@ -152,8 +152,8 @@ MOST_COMMON = {"mitigation.caption_policy": "most_common", "mitigation.caption_n
         ({"prompts.file": "bytes.txt"}, "is not UTF-8 text"),
         ({"prompts.file": "missing.txt"}, "no prompt file at"),
         ({"prompts.file": "captioned"}, "no prompt file at"),
-        ({"prompts.file": None}, "needs --prompts.file, or --prompts.dataset"),
-        ({"prompts.dataset": "captioned"}, "give --prompts.file or --prompts.dataset, not both"),
+        ({"prompts.file": None}, "needs either --prompts.file or --prompts.dataset"),
+        ({"prompts.dataset": "captioned"}, "needs either --prompts.file or --prompts.dataset"),
         ({"prompts.file": None, "prompts.dataset": "bare"}, "--prompts.dataset: "),
         ({"prompts.file": None, "prompts.dataset": "bare"}, "bare has no captions"),
         (

@@ -300,6 +300,8 @@ def main(arguments: Sequence[str]) -> None:
 def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, bool]:
     """What the command line of a command asks for, and whether it is only to be shown."""
     given = as_options(arguments, COMMANDS[command].positional)
+    if any(word.partition("=")[0] == "--allow_code" for word in given):
+        raise ValueError("--allow_code is for the command line: a job has its options in a file")
     function = load(command_of(command, given))
     parser = parser_of(function, f"memfree submit {command}")
     parser.add_argument("--slurm", type=SlurmOptions, default=SlurmOptions())
