@@ -27,7 +27,7 @@ def function_of(path):
     """The function of the command in a configuration's header, or of its name's first word."""
     found = HEADER.search(path.read_text())
     word = (found["verb"] or found["script"]) if found else path.stem.split("_")[0]
-    return entry.load(entry.COMMANDS[word])
+    return entry.load(entry.command_of(word, [f"--config={path}"]))
 
 
 OWN = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "slurm")

@@ -13,12 +13,9 @@ from torch import Tensor
 class TextConditions:
     """Encoded prompts of a batch, as a text-to-image denoiser takes them; indexed by rows."""
 
-    embeddings: Tensor
-    """(B, L, D): one vector a token."""
-    pooled: Tensor | None = None
-    """(B, P): one vector a prompt, for denoisers that take it (SDXL, SD3)."""
-    mask: Tensor | None = None
-    """(B, L): which tokens count, for denoisers that take it (PixArt)."""
+    embeddings: Tensor  # (B, L, D): one vector a token
+    pooled: Tensor | None = None  # (B, P): one vector a prompt, for SDXL and SD3
+    mask: Tensor | None = None  # (B, L): which tokens count, for PixArt
 
     def __len__(self) -> int:
         return len(self.embeddings)

@@ -75,7 +75,7 @@ class ProgressLine:
     def __init__(
         self, console: Console, doing: str, line: str, total: int | None, done: int = 0
     ) -> None:
-        self._console, self._total = console, total
+        self._console, self.total = console, total
         self._line = line if total is not None else line.split(" of")[0]
         self._last = time.monotonic()
         self._bar: Progress | None = None
@@ -92,7 +92,7 @@ class ProgressLine:
             self._bar.update(self._bar.task_ids[0], completed=done, text=text)
         elif now or time.monotonic() - self._last >= PLAIN_INTERVAL:
             self._last = time.monotonic()
-            line = self._line.format(done, self._total)
+            line = self._line.format(done, self.total)
             self._console.print(f"{line}, {text}" if text else line)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import yaml
 from memfree.cli.entry import run
 from memfree.cli.stages import Stage
 from memfree.commands.sample import predict
+from memfree.commands.submit import submission_of
 from memfree.guidance import MITIGATIONS, GuidanceSettings
 from memfree.guidance.baselines import EmbeddingNoiseOptions, PromptEmbeddingOptions
 from memfree.guidance.options import record_paths, sampling_options
@@ -165,3 +166,12 @@ def test_subjects_of_plans_name_a_mitigation_and_its_options():
     old = sampling_options({"mitigation": "none", "wen.target": 3, "budget": 2})
     assert old == {"mitigation": "none", "guidance.wen.target": 3, "guidance.budget": 2}
     Stage("sample", {"model": "m", "out": "o", **old}).check()
+
+
+def test_a_job_has_the_options_of_its_mitigation_but_no_code():
+    words = ["--model=m", "--out=o", "--mitigation=wen", "--mitigation.target=5"]
+    submission, _ = submission_of("sample", words)
+    mitigation = yaml.safe_load(submission.configuration)["mitigation"]
+    assert (mitigation["name"], mitigation["target"]) == ("wen", 5)
+    with pytest.raises(ValueError, match="--allow_code"):
+        submission_of("sample", [*words[:2], "--mitigation=own.Mine", "--allow_code=true"])

@@ -16,6 +16,7 @@ from memfree.commands.evaluate import evaluate
 from memfree.commands.report import report
 from memfree.data import DatasetFolder
 from memfree.evaluation import EvaluationFolder
+from memfree.evaluation.inputs import measure_subjects, open_inputs
 from memfree.folders.manifest import read_manifest
 from memfree.guidance import calibrate
 from memfree.retrieval import ReferenceIndex
@@ -155,96 +156,67 @@ def test_unconditional_samples_without_trace_and_a_name_like_markup(dataset, ind
 # --- bad input: one line, exit status 2, nothing written ---
 
 
-def refused(capsys, *args):
-    with pytest.raises(SystemExit) as stopped:
-        main(["evaluate", *map(str, args)])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
-
-
-def test_an_index_of_another_data_set_is_refused(dataset, index, samples, tmp_path, capsys):
-    other = tmp_path / "index"
+@pytest.fixture(scope="module")
+def bad(dataset, index, tmp_path_factory):
+    """Folders that do not fit the dataset and its index."""
+    root = tmp_path_factory.mktemp("bad")
     loaded = ReferenceIndex.load(index)
     loaded.dataset_hash = "0" * 64
-    loaded.save(other)
-    line = refused(
-        capsys,
-        "--dataset",
-        dataset,
-        "--index",
-        other,
-        "--out",
-        tmp_path / "e",
-        f"--samples.unguided={samples['unguided']}",
-    )
-    assert "--index" in line and "different dataset" in line
+    loaded.save(root / "other_index")
+    ReferenceIndex.build(dataset).save(root / "uncalibrated")
+    (root / "full").mkdir()
+    (root / "full" / "thesis.tex").touch()
+    images = DatasetFolder(dataset).part("fit").images()[:20]
+    make_samples(root / "foreign", images, None, "f" * 64, "none", trace=False)
+    make_samples(root / "small", torch.zeros(3, 1, 4, 4), None, None, "none")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("index", "other_index", "--index different dataset"),
+        ("index", "uncalibrated", "no calibration"),
+        ("samples.unguided", "foreign", "--samples.unguided --other_data"),
+        ("samples.unguided", "small", "--samples.unguided (1, 4, 4)"),
+        ("samples.unguided", "nowhere", "no samples folder"),
+        ("samples.heldout", "foreign", "--samples.heldout name is taken"),
+        ("reference", "amg", "--reference amg"),
+        ("false_positive_rate", 0.001, "cannot be calibrated on 600 images"),
+        ("out", "full", "--out full"),
+    ],
+)
+def test_bad_input_is_one_line(
+    dataset, index, samples, bad, tmp_path, capsys, option, value, words
+):
+    options = {"dataset": dataset, "index": index, "out": tmp_path / "e"}
+    options |= {"samples.unguided": samples["unguided"]}
+    options[option] = bad / value if option.startswith(("index", "samples", "out")) else value
+    with pytest.raises(SystemExit) as stopped:
+        main(["evaluate", *(f"--{name}={given}" for name, given in options.items())])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert all(word in line for word in words.split())
     assert not (tmp_path / "e").exists()
 
 
-def test_samples_of_another_data_set_are_refused_unless_named(dataset, index, tmp_path, capsys):
-    images = DatasetFolder(dataset).part("fit").images()[:20]
-    folder = make_samples(tmp_path / "s", images, None, "f" * 64, "none", trace=False)
-    arguments = ["--dataset", dataset, "--index", index, "--out", tmp_path / "e"]
-    line = refused(capsys, *arguments, f"--samples.unguided={folder}")
-    assert "--other_data" in line
-    from memfree.evaluation.inputs import open_inputs
-
-    opened = open_inputs(dataset, index, {"oracle": folder}, "unguided", ("oracle",))
+def test_samples_of_another_dataset_may_be_named(dataset, index, bad):
+    opened = open_inputs(dataset, index, {"oracle": bad / "foreign"}, "unguided", ("oracle",))
     assert list(opened.samples) == ["oracle"]
 
 
 @pytest.mark.parametrize("mitigation, refuses", [("amg", True), ("none", False)])
 def test_the_second_measure_has_not_steered(dataset, index, tmp_path, mitigation, refuses):
     """Guided by EfficientNet, judged by pixels: the second measure would be EfficientNet."""
-    from memfree.evaluation.inputs import open_inputs
-
     images = DatasetFolder(dataset).part("fit").images()[:20]
     folder = make_samples(
         tmp_path / "s", images, None, None, mitigation, index_features="efficientnet-lite0"
     )
     if refuses:
-        with pytest.raises(ValueError, match="would be what steered"):
+        with pytest.raises(ValueError, match="--samples.x .* steered"):
             open_inputs(dataset, index, {"x": folder}, "unguided", ())
     else:
         assert open_inputs(dataset, index, {"x": folder}, "unguided", ()).samples
-
-
-def test_other_bad_input_is_one_line(dataset, index, samples, evaluation, tmp_path, capsys):
-    unguided = f"--samples.unguided={samples['unguided']}"
-    good = ["--dataset", dataset, "--index", index, unguided]
-    out = ["--out", tmp_path / "e"]
-    assert "no samples folder" in refused(
-        capsys, "--dataset", dataset, "--index", index, "--samples.x=/nowhere", *out
-    )
-    assert "cannot be calibrated on 600 images" in refused(
-        capsys, *good, *out, "--false_positive_rate", 0.001
-    )
-    assert "this name is taken" in refused(capsys, *good, *out, f"--samples.heldout={index}")
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "thesis.tex").touch()
-    assert "use another --out" in refused(capsys, *good, "--out", full)
-    small = make_samples(tmp_path / "small", torch.zeros(3, 1, 4, 4), None, None, "none")
-    assert "images of shape (1, 4, 4)" in refused(
-        capsys, "--dataset", dataset, "--index", index, f"--samples.x={small}", *out
-    )
-    assert not (tmp_path / "e").exists()
-
-
-def test_an_index_without_calibration_is_refused(dataset, samples, tmp_path, capsys):
-    ReferenceIndex.build(dataset).save(tmp_path / "index")
-    line = refused(
-        capsys,
-        "--dataset",
-        dataset,
-        "--index",
-        tmp_path / "index",
-        "--out",
-        tmp_path / "e",
-        f"--samples.unguided={samples['unguided']}",
-    )
-    assert "no calibration" in line
 
 
 # --- the report ---
@@ -323,7 +295,6 @@ def test_an_evaluation_whose_manifest_lacks_something_is_one_line(
 
 
 def test_an_index_of_embeddings_is_judged_by_pixels_as_well(dataset, samples, tmp_path):
-    from memfree.evaluation.inputs import measure_subjects, open_inputs
     from memfree.guidance import EmbeddingSimilarity
     from memfree.retrieval import EfficientNetFeatures, Whitened
 

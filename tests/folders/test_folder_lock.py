@@ -90,7 +90,7 @@ def without_locks(monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
 
 
 @pytest.mark.parametrize("locks", [True, False])

@@ -26,5 +26,5 @@ def test_all_and_the_only_part_are_the_whole():
 
 @pytest.mark.parametrize("wrong", ["0/3", "4/3", "3", "a/3", "-1/3", "1/0", "", "1/3/5", "none"])
 def test_anything_else_is_refused_by_name(wrong):
-    with pytest.raises(ValueError, match=f"--part {wrong}: say all, or a part such as 3/8"):
+    with pytest.raises(ValueError, match=f"--part {wrong}: pass all, or a part such as 3/8"):
         part_of(wrong)

@@ -244,7 +244,7 @@ def test_number_1_of_another_container_has_not_ended(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "no locks")
 
-    monkeypatch.setattr("memfree.folders.lock.fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     lock = FolderLock(tmp_path / "lock", "--out x")
     lock.acquire()
     holder = read_holder(tmp_path / "lock")

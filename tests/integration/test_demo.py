@@ -84,12 +84,12 @@ def test_a_second_demo_repeats_nothing(made, capsys):
 
 def test_tune_writes_strengths_that_sampling_takes(made, tmp_path, capsys, monkeypatch):
     # The model has learned too little to copy: say how many copies each strength leaves.
-    judge = tune._Trials.judge
+    judge = tune._judge
     copies = {0.0: 0.5, 1.0: 0.1, 2.0: 0.0}
     monkeypatch.setattr(
-        tune._Trials,
-        "judge",
-        lambda self, scale, *rest: replace(judge(self, scale, *rest), copies=copies[scale]),
+        tune,
+        "_judge",
+        lambda scale, *rest: replace(judge(scale, *rest), copies=copies[scale]),
     )
     out = tmp_path / "tune"
     arguments = [f"--model={made / 'model'}", f"--index={made / 'index'}", f"--out={out}"]
@@ -100,7 +100,7 @@ def test_tune_writes_strengths_that_sampling_takes(made, tmp_path, capsys, monke
     assert [trial["scale"] for trial in trials] == [0.0, 1.0, 2.0]
     assert trials[0]["displacement"] == 0
     chosen = yaml.safe_load((out / "guidance.yaml").read_text())
-    assert chosen["guidance"]["mitigation"] == "amg" and chosen["guidance_scale"] == 2
+    assert chosen["mitigation"]["name"] == "amg" and chosen["guidance_scale"] == 2
     assert chosen["mitigation"]["c3"] == 2 * GuidanceSettings().c3
     manifest = read_manifest(out, "tuning")
     assert (manifest["scale"], manifest["count"], manifest["made_by"]["seed"]) == (2, 8, 1_000_000)

@@ -180,7 +180,7 @@ def test_only_a_job_that_is_running_is_requeued(monkeypatch):
     assert requeue.requeue() is None
     assert calls == ["squeue", "scontrol"]
     calls = asked(monkeypatch, "COMPLETING 1:00\n")
-    assert requeue.requeue() == "SLURM says that job 12 is COMPLETING"
+    assert requeue.requeue() == "Slurm says that job 12 is COMPLETING"
     assert calls == ["squeue"]
     calls = asked(monkeypatch, "", returncode=1)
     assert "unknown" in requeue.requeue()
@@ -189,7 +189,7 @@ def test_only_a_job_that_is_running_is_requeued(monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert requeue.job_id() == "11_3"
     monkeypatch.delenv("SLURM_PROCID")
-    assert requeue.requeue() == "this is no SLURM job"
+    assert requeue.requeue() == "this is not a Slurm job"
 
 
 @pytest.mark.parametrize(

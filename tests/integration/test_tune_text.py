@@ -103,7 +103,7 @@ def test_tune_finds_strengths_for_a_text_model(folders, tmp_path, mitigation):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompts.file=null"], "needs --prompts.file"),
+        (["--prompts.file=null"], "needs either --prompts.file"),
         (["--mitigation=both"], "needs --latents"),
     ],
 )

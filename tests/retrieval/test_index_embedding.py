@@ -145,7 +145,7 @@ def test_parts_make_the_same_bytes(dataset, tmp_path, capsys, monkeypatch, white
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--part", "3/2"], "--part 3/2: say all, or a part"),
+        (["--part", "3/2"], "--part 3/2: pass all, or a part"),
         (["--part", "1/2", "--features", "pixels"], "--part needs --features of a network"),
         (["--part", "1/2", "--overwrite", "true"], "--part and --overwrite true exclude each oth"),
     ],

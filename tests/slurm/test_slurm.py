@@ -141,7 +141,7 @@ def test_a_cancelled_training_is_saved_and_stays_cancelled(slurm, training, tmp_
     slurm.run("scancel", job)
     assert slurm.wait_to_end(job) == ("CANCELLED", 0)
     assert "received SIGTERM: saved step" in log.read_text()
-    assert f"not requeued: SLURM says that job {job} is C" in log.read_text()
+    assert f"not requeued: Slurm says that job {job} is C" in log.read_text()
 
 
 @pytest.mark.exhaustive
@@ -181,7 +181,7 @@ def test_sampling_is_requeued_and_draws_what_is_missing(slurm, sampling, tmp_pat
     slurm.run("scancel", "--signal=USR1", job)
     text = tmp_path / "logs" / job / f"{job}_0_log.out"
     assert slurm.wait_to_end(job) == ("COMPLETED", 1), text.read_text()
-    assert "SIGUSR1 came: the job is requeued" in text.read_text()
+    assert "received SIGUSR1: the job is requeued" in text.read_text()
     assert images(out) == whole
 
 

@@ -254,6 +254,8 @@ def test_two_processes_do_not_run_one_command_at_once(monkeypatch, tmp_path, cap
         ({"options": {"prepare": {"parts.train": "x"}}, "oracle": True}, "--options.prepare"),
         ({"options": {"sample": {"out": "x"}}}, "the study sets out itself; use --out"),
         ({"options": {"sample": {"count": "many"}}}, "--options.sample: the study sets count"),
+        ({"options": {"sample": {"mitigation": "amg"}}}, "--options.sample: the study sets"),
+        ({"options": {"sample": {"allow_code": True}}}, "--options.sample: the study sets"),
         ({"options": {"sample": {"batch_size": "many"}}}, "--batch_size"),
         ({"options": {"evaluate": {"samples.x": "x"}}}, "--options.evaluate: the study sets sampl"),
         ({"grids": [{"ladder": [[]]}]}, "--grids: a ladder is empty"),

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,20 +19,20 @@ from memfree import __version__
 from memfree.cli.errors import (
     DEBUG_VARIABLE,
     INTERRUPTED,
-    did_you_mean,
     exit_with_error,
     guarded,
     option_message,
     options_of,
+    unknown_command,
 )
 from memfree.console import say
 from memfree.folders.lock import ALL, part_of
 from memfree.folders.untrusted import (
     check_config_files,
     check_no_further_files,
-    check_yaml,
     config_files,
     limit_aliases,
+    load_yaml,
 )
 from memfree.slurm.launcher import Launch, advice, as_one_run, launched
 
@@ -41,14 +41,11 @@ if TYPE_CHECKING:
 
 
 def as_options(words: Sequence[str], option: str | None) -> list[str]:
-    """The words with the free one, the first or the last, as a value of ``option``.
+    """The words of a command, with the free one, the first or the last, as a value of ``option``.
 
     It goes to the front, wherever it stood: of a file with options and an option beside it, the
-    option wins. A last word is free where the one before it is no option that waits for a value.
-
-    Args:
-        words: of the command line, without the program's name and the command.
-        option: what the free word stands for, without dashes; None where a command has none.
+    option wins. A last word is free where the one before it is not an option that waits for a
+    value.
     """
     given = list(words)
     if option is None or not given:
@@ -74,23 +71,14 @@ def command_of(name: str, words: Sequence[str]) -> Command:
     """
     if name not in ("study", "text-study"):
         return COMMANDS[name]
+    check_config_files(words)
     keys = {re.split(r"[=.+]", word.removeprefix("--"))[0] for word in words if word[:2] == "--"}
-    keys.update(*(_keys(Path(file)) for file in config_files(words)))
+    for file in config_files(words):
+        with suppress(OSError, ValueError):  # the parser says why
+            options = load_yaml(Path(file).read_text(encoding="utf-8"))
+            keys.update(map(str, options) if isinstance(options, dict) else ())
     text = (name == "text-study" or keys & TEXT_PLAN) and "grids" not in keys
     return COMMANDS["text-study" if text else "study"]
-
-
-def _keys(path: Path) -> set[str]:
-    """Options at the top of a YAML file; none where it cannot be read, which the parser reports."""
-    import yaml  # `memfree --help` should not wait for it
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        check_yaml(text)
-        found = yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return set()
-    return {str(key) for key in found} if isinstance(found, dict) else set()
 
 
 class Command(NamedTuple):
@@ -99,76 +87,46 @@ class Command(NamedTuple):
     function: str
     help: str
     positional: str | None = None
-    """Option that a word stands for that is none (``memfree.cli.entry``)."""
+    """Option that a word without dashes stands for."""
     one_writer: bool = True
     """Whether it alone may write the folder of its --out; a study's commands lock their own."""
     goes_on: bool = True
-    """Whether a run that was stopped goes on; others begin again."""
+    """Whether a run that was stopped resumes; others begin again."""
     libraries: tuple[str, ...] = ("torch", "lightning.pytorch", "diffusers")
     """What its work takes seconds to import, once its options are known to be right."""
 
 
-COMMANDS = {
-    "prepare": Command(
-        "memfree.commands.prepare:prepare",
-        "turn a source into a dataset folder of shards",
-        goes_on=False,
-        libraries=("torch",),
-    ),
-    "train": Command("memfree.commands.train:train", "train a model on a dataset folder"),
-    "scratch": Command(
-        "memfree.commands.scratch:scratch", "build a small text-to-image model from nothing"
-    ),
-    "train-embedding": Command(
-        "memfree.commands.train_embedding:train_embedding",
-        "train a small copy-detection embedding",
-        goes_on=False,
-    ),
-    "train-clip": Command(
-        "memfree.commands.train_clip:train_clip", "train a small CLIP on captions", goes_on=False
-    ),
-    "index": Command("memfree.commands.index:index", "build and calibrate a reference index"),
-    "sample": Command("memfree.commands.sample:predict", "draw samples from a trained model"),
-    "evaluate": Command(
-        "memfree.commands.evaluate:evaluate", "measure memorization and quality", goes_on=False
-    ),
-    "report": Command(
-        "memfree.commands.report:report",
-        "write the HTML page of an evaluation",
-        goes_on=False,
-        libraries=("torch",),
-    ),
-    "audit": Command(
-        "memfree.commands.audit:audit",
-        "find copies among images from anywhere",
-        positional="images",
-        goes_on=False,
-    ),
-    "tune": Command(
-        "memfree.commands.tune:tune",
-        "find the smallest strengths that leave no copy",
-        goes_on=False,
-    ),
-    "study": Command(
-        "memfree.commands.study:study",
-        "run a plan of many configurations and tabulate it",
-        positional="config",
-        one_writer=False,
-        libraries=(),
-    ),
-    "text-study": Command(
-        "memfree.commands.study:text_study",
-        "the former name of study for plans of text-to-image models",
-        positional="config",
-        one_writer=False,
-        libraries=(),
-    ),
-    "demo": Command(
-        "memfree.commands.demo:demo",
-        "induce, measure and remove memorization on digits",
-        libraries=(),
-    ),
-}
+def _command(verb: str, text: str, place: str = "", **options: Any) -> tuple[str, Command]:
+    name = verb.replace("-", "_")
+    return verb, Command(f"memfree.commands.{place or f'{name}:{name}'}", text, **options)
+
+
+_AGAIN: dict[str, Any] = {"goes_on": False}
+_TORCH: dict[str, Any] = {"libraries": ("torch",)}
+_STUDY: dict[str, Any] = {"positional": "config", "one_writer": False, "libraries": ()}
+COMMANDS = dict(
+    [
+        _command("prepare", "turn a source into a dataset folder of shards", **_AGAIN, **_TORCH),
+        _command("train", "train a model on a dataset folder"),
+        _command("scratch", "build a small text-to-image model from nothing"),
+        _command("train-embedding", "train a small copy-detection embedding", **_AGAIN),
+        _command("train-clip", "train a small CLIP on captions", **_AGAIN),
+        _command("index", "build and calibrate a reference index"),
+        _command("sample", "draw samples from a trained model", "sample:predict"),
+        _command("evaluate", "measure memorization and quality", **_AGAIN),
+        _command("report", "write the HTML page of an evaluation", **_AGAIN, **_TORCH),
+        _command("audit", "find copies among images from anywhere", positional="images", **_AGAIN),
+        _command("tune", "find the smallest strengths that leave no copy", **_AGAIN),
+        _command("study", "run a plan of many configurations and tabulate it", **_STUDY),
+        _command(
+            "text-study",
+            "the former name of study for plans of text-to-image models",
+            "study:text_study",
+            **_STUDY,
+        ),
+        _command("demo", "induce, measure and remove memorization on digits", libraries=()),
+    ]
+)
 """Verbs of ``memfree``."""
 
 SCRIPTS = ("train", "sample")
@@ -196,9 +154,6 @@ def run(
         one_writer: whether no other command may write to the folder of an option ``--out``
             meanwhile (``memfree.folders.lock``).
 
-    Returns:
-        What ``function`` returns.
-
     Raises:
         SystemExit: with status 2 and one line on stderr for an unknown or wrong option, for a
             ValueError or OSError of the function, and where memory runs out; with 130 after Ctrl-C.
@@ -208,17 +163,12 @@ def run(
 
 
 def run_command(name: str, args: Sequence[str] | None = None, prog: str | None = None) -> Any:
-    """``run`` the function of a command.
-
-    What it works with is imported once its options are right, which takes seconds; Ctrl-C ends
-    that too in one line.
-    """
+    """``run`` the function of a command, and import its libraries once its options are right."""
     given = as_options(sys.argv[1:] if args is None else args, COMMANDS[name].positional)
     if name == "text-study":
         print("memfree: text-study is now memfree study PLAN.yaml", file=sys.stderr)
 
     def call() -> Any:
-        check_config_files(given)
         command = command_of(name, given)
         with _interrupt_leaves():
             function = load(command)
@@ -240,10 +190,7 @@ def main(args: Sequence[str] | None = None) -> Any:
     if verb == "submit":
         return guarded(lambda: importlib.import_module("memfree.commands.submit").main(rest))
     if verb not in COMMANDS:
-        exit_with_error(
-            f"unknown command {verb!r}{did_you_mean(verb, [*COMMANDS, 'submit'])}; "
-            f"commands are {', '.join(COMMANDS)}, submit"
-        )
+        exit_with_error(unknown_command(verb, [*COMMANDS, "submit"]))
     return run_command(verb, rest, prog=f"memfree {verb}")
 
 
@@ -279,28 +226,29 @@ def _interrupt_leaves() -> Iterator[None]:
 
 
 def _overview() -> str:
-    return "\n".join(
-        [
-            "usage: memfree COMMAND [options]",
-            "",
-            "Induce, measure and remove the memorization of training images in diffusion models.",
-            "",
-            "commands:",
-            *(f"  {name:<15}  {command.help}" for name, command in COMMANDS.items()),
-            f"  {'submit':<15}  submit a command as a SLURM job: memfree submit train --help",
-            "",
-            "scripts of a checkout:",
-            *(f"  {name + '.py':<15}  the same as memfree {name}" for name in SCRIPTS),
-            "",
-            "memfree COMMAND --help explains the options of a command.",
-            f"{DEBUG_VARIABLE}=1 shows where an error came from.",
-        ]
-    )
+    commands = "\n".join(f"  {name:<15}  {command.help}" for name, command in COMMANDS.items())
+    scripts = "\n".join(f"  {name + '.py':<15}  the same as memfree {name}" for name in SCRIPTS)
+    return f"""usage: memfree COMMAND [options]
+
+Induce, measure and remove the memorization of training images in diffusion models.
+
+commands:
+{commands}
+  submit           submit a command as a SLURM job: memfree submit train --help
+
+scripts of a checkout:
+{scripts}
+
+memfree COMMAND --help explains the options of a command.
+{DEBUG_VARIABLE}=1 shows where an error came from."""
+
+
+_SECTIONS = re.compile(r"^\s*(?:Args|Returns|Raises|Yields|Examples?):\s*$", re.MULTILINE)
 
 
 def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     """The parser of a typed function's options, ``--config`` among them."""
-    # Here, not above: a script is in the care of guarded before anything slow is imported.
+    # Not above: a script is in the care of ``guarded`` before anything slow is imported.
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     limit_aliases()
@@ -314,7 +262,8 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     )
     settings: dict[str, Any] = {
         "prog": prog,
-        "description": _description(function),
+        # Up to its first section: the rest is the text of the options.
+        "description": re.split(_SECTIONS, inspect.getdoc(function) or "", maxsplit=1)[0].strip(),
         "exit_on_error": False,
         "allow_abbrev": False,
     }
@@ -332,14 +281,23 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     return parser
 
 
-def _description(function: Callable[..., Any]) -> str:
-    """The docstring up to its first section: the rest is the text of the options."""
-    lines: list[str] = []
-    for line in (inspect.getdoc(function) or "").splitlines():
-        if line.strip() in ("Args:", "Returns:", "Raises:", "Yields:", "Example:", "Examples:"):
-            break
-        lines.append(line)
-    return "\n".join(lines).strip()
+def parsed(parser: ArgumentParser, words: Sequence[str], defaults: bool = True) -> Namespace:
+    """The options that the words of a command line give; a ValueError names what is wrong."""
+    check_config_files(words)
+    check_no_further_files(words, list(parser.groups or {}))
+    try:
+        config = parser.parse_args(list(words), defaults=defaults)
+    # ImportError: jsonargparse's, for a class that a configuration within another one names.
+    except (argparse.ArgumentError, ImportError) as error:
+        raise ValueError(option_message(str(error), parser)) from error
+    except RecursionError:
+        raise ValueError(
+            "--config: values that contain themselves, or too many in each other"
+        ) from None
+    for name in parser.groups or {}:  # jsonargparse takes a list for a set of options
+        if name in config and not hasattr(config[name], "keys"):
+            raise ValueError(f"--{name}: {config[name]!r} is not a set of options; see --help")
+    return config
 
 
 def _run(
@@ -350,21 +308,9 @@ def _run(
     libraries: Sequence[str] = (),
 ) -> Any:
     parser = parser_of(function, prog)
-    words = sys.argv[1:] if args is None else list(args)
-    check_config_files(words)
-    check_no_further_files(words, list(parser.groups or {}))
-    try:
-        config = parser.parse_args(words)
-    # ImportError: jsonargparse's, for a class that a configuration within another one names.
-    except (argparse.ArgumentError, ImportError) as error:
-        exit_with_error(option_message(str(error), parser))
-    except RecursionError:
-        exit_with_error("--config: a value that contains itself, or too many in each other")
+    config = parsed(parser, sys.argv[1:] if args is None else args)
     if old_names := getattr(parser, "old_names", ""):
         say(old_names, stderr=True)
-    for name in parser.groups or {}:  # jsonargparse takes a list for a set of options
-        if not hasattr(config.get(name), "keys"):
-            exit_with_error(f"--{name}: {config.get(name)!r} is not a set of options; see --help")
     with _interrupt_leaves():
         for library in libraries:
             importlib.import_module(library)
@@ -392,7 +338,7 @@ def _as_one_run(launch: Launch, config: Namespace) -> AbstractContextManager[Non
         given = config["trainer.devices"]
         devices = device_count(launch, config["trainer.accelerator"], given)
         if means_all_started(launch, given):
-            # A run by itself forgets torchrun, after which it would mean all devices.
+            # A separate run forgets torchrun, after which it would mean all devices.
             config["trainer.devices"] = devices
     return as_one_run(launch, devices, nodes)
 
@@ -417,12 +363,8 @@ def _writing(arguments: Any, lock: bool, launch: Launch) -> Iterator[None]:
         except ValueError as error:
             if not launch.several:
                 raise
-            raise ValueError(f"{error} ({advice(launch, _can_share(arguments))})") from error
+            shared_by = "--part" if "part" in arguments else ""
+            if hasattr(arguments.get("trainer"), "devices"):
+                shared_by = "--trainer.devices"
+            raise ValueError(f"{error} ({advice(launch, shared_by)})") from error
         yield
-
-
-def _can_share(arguments: Any) -> str:
-    """Options by which several processes do a command together."""
-    if hasattr(arguments.get("trainer"), "devices"):
-        return "--trainer.devices"
-    return "--part" if "part" in arguments else ""

@@ -17,20 +17,12 @@ from memfree.slurm.requeue import requeued_when_warned
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-# What jsonargparse says of a YAML key that no option has, and how it spells types.
-_UNKNOWN_KEY = re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'")
-_TYPE_NOISE = re.compile(
-    r"<class '(?:[\w.]+\.)?(?P<name>\w+)'>|typing\.(?=[A-Z])|jsonargparse\.(?:typing\.)?(?=[A-Z])"
-)
-_UNION = re.compile(
-    r"Does not validate against any of the Union subtypes\s+Subtypes: \[(?P<types>.*?)\]\s+Errors:"
-    r".*\sGiven value: (?P<value>.*)",
-    re.DOTALL,
-)
-_DENIED = re.compile(
-    r"Importing '(?P<path>[^']*)' is not allowed, denied by .* to allow it\.", re.DOTALL
-)
-
+_UNRECOGNIZED = "unrecognized arguments: "
+_UNKNOWN_KEY = re.compile(r"Group '([^']+)' does not accept option '([^']+)'")
+_REQUIRED = "the following arguments are required: "
+_DENIED = re.compile(r"Importing ('[^']*') is not allowed, denied by .* to allow it\.", re.DOTALL)
+_NO_CLASS = r"\1 is not a set of options: options and configs may not name classes"
+_TYPE_NOISE = ("<class '", "'>", "jsonargparse.typing.", "jsonargparse.", "typing.")
 _CALLED = {"--font": ("--path", "FONT, with --source emoji")}
 """Options that one may look for by another name, how they are called, and with what."""
 
@@ -44,25 +36,31 @@ def options_of(parser: ArgumentParser) -> list[str]:
 
 def option_message(message: str, parser: ArgumentParser) -> str:
     """Say jsonargparse's message in terms of the options on the command line."""
-    options = options_of(parser)
-    if message.startswith("unrecognized arguments: "):
-        rest = message.removeprefix("unrecognized arguments: ")
-        option = rest.split()[0].split("=")[0]
-        if option in _CALLED and _CALLED[option][0] in options:
-            return f"unknown option {option}: give it as {' '.join(_CALLED[option])}; see --help"
-        return f"unknown option {option}{did_you_mean(option, options)}; see --help"
-    if message.startswith("the following arguments are required: "):
-        names = message.removeprefix("the following arguments are required: ").split(", ")
+    if message.startswith(_REQUIRED):
+        names = message.removeprefix(_REQUIRED).split(", ")
         return f"missing option {', '.join('--' + name for name in names)}; see --help"
-    if unknown := _UNKNOWN_KEY.search(message):
-        option = f"--{unknown['group']}.{unknown['key']}"
-        return f"unknown option {option}{did_you_mean(option, options)}; see --help"
+    unknown = ""
+    if message.startswith(_UNRECOGNIZED):
+        unknown = message.removeprefix(_UNRECOGNIZED).split()[0].split("=")[0]
+    elif match := _UNKNOWN_KEY.search(message):
+        unknown = f"--{match[1]}.{match[2]}"
+    if unknown:
+        options = options_of(parser)
+        option, what = _CALLED.get(unknown, ("", ""))
+        if option in options:
+            return f"unknown option {unknown}: give it as {option} {what}; see --help"
+        return f"unknown option {unknown}{did_you_mean(unknown, options)}; see --help"
     if message.startswith('Parser key "'):
         key, _, reason = message.removeprefix('Parser key "').partition('"')
         message = f"--{key}:{reason.lstrip(':')}"
-    message = _UNION.sub(_one_of, message)
-    message = _DENIED.sub(_no_class, message)
-    return f"{_TYPE_NOISE.sub(_type_name, message)}; see --help"
+    # What each type of a union says of a value repeats what the list of types says.
+    before, errors, after = message.partition("Errors:\n")
+    if errors:
+        message = f"{before}Given value: {after.rpartition('Given value: ')[2]}"
+    message = _DENIED.sub(_NO_CLASS, message)
+    for noise in _TYPE_NOISE:
+        message = message.replace(noise, "")
+    return f"{message}; see --help"
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
@@ -71,17 +69,10 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
-def _type_name(match: re.Match[str]) -> str:
-    return match["name"] or ""
-
-
-def _no_class(match: re.Match[str]) -> str:
-    return f"{match['path']!r} is not a set of options: options and configs may not name classes"
-
-
-def _one_of(match: re.Match[str]) -> str:
-    types = match["types"].replace("NoneType", "null")
-    return f"Expected one of {types}. Got value: {match['value']}"
+def unknown_command(word: str, known: list[str]) -> str:
+    """What is wrong with a word that is not one of the known commands."""
+    near = did_you_mean(word, known)
+    return f"unknown command {word!r}{near}; commands are {', '.join(known)}"
 
 
 DEBUG_VARIABLE = "MEMFREE_DEBUG"
@@ -89,7 +80,7 @@ INTERRUPTED = "memfree: interrupted"
 
 
 def guarded(call: Callable[[], Any], goes_on: bool = True) -> Any:
-    """Turn what the user can mend into one line and an exit status.
+    """Report errors that the user can fix as one line, and exit with their status.
 
     Args:
         call: what to do.
@@ -103,7 +94,7 @@ def guarded(call: Callable[[], Any], goes_on: bool = True) -> Any:
         # The reader of our output has gone (``| head``); the interpreter must not flush to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except _mendable() as error:
+    except _fixable() as error:
         if os.environ.get(DEBUG_VARIABLE):
             traceback.print_exc()
         exit_with_error(message_of(error))
@@ -116,15 +107,15 @@ def guarded(call: Callable[[], Any], goes_on: bool = True) -> Any:
         raise
 
 
-def _mendable() -> tuple[type[Exception], ...]:
-    """What is raised for the user to mend; of heavy modules only if they are imported at all."""
+def _fixable() -> tuple[type[Exception], ...]:
+    """Errors that a user can fix; those of heavy modules only if they are imported at all."""
     heavy = {
         "memfree.out_of_memory": "ExplainedOutOfMemoryError",
         "lightning.fabric.utilities.exceptions": "MisconfigurationException",
     }
     # An import may have been interrupted.
-    found = [getattr(sys.modules.get(module), name, None) for module, name in heavy.items()]
-    return (ValueError, OSError, *(error for error in found if error is not None))
+    errors = [getattr(sys.modules.get(module), name, None) for module, name in heavy.items()]
+    return (ValueError, OSError, *(error for error in errors if error is not None))
 
 
 def message_of(error: Exception) -> str:

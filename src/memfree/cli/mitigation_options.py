@@ -44,12 +44,7 @@ class _Given(NamedTuple):
 
 
 class MitigationParser(ArgumentParser):
-    """A parser of a function with ``GuidanceSettings``.
-
-    Args:
-        default: the mitigation where no option names one.
-        settings: as of ``ArgumentParser``.
-    """
+    """A parser of a function with ``GuidanceSettings``; ``default``: of ``--mitigation``."""
 
     new_options = ("--mitigation", "--allow_code")
     """Options that are no actions of the parser, for messages."""
@@ -117,26 +112,23 @@ class MitigationParser(ArgumentParser):
         required = [f"{action.option_strings[0]} {action.dest.upper()}" for action in needed]
         self.usage = " ".join([self.prog, *required, "[options]"])
         self.description = textwrap.fill(" ".join((self.description or "").split()), 78)
+        lines = [f"  {name:<15} {entry.summary}" for name, entry in MITIGATIONS.items()]
         group = self.add_argument_group(
             "mitigation",
-            f"NAME is one of these; --mitigation NAME --help shows its options.\n{_list()}",
+            "\n".join(
+                ["NAME is one of these; --mitigation NAME --help shows its options.", *lines]
+            ),
         )
-        group.add_argument("--mitigation", default=self.default, metavar="NAME", help=_NAME_HELP)
-        group.add_argument("--allow_code", type=bool, default=False, help=_CODE_HELP)
+        own = "Or the import path of a memfree.guidance.Mitigation of your own."
+        group.add_argument("--mitigation", default=self.default, metavar="NAME", help=own)
+        allow = "Allow the code of an import path to run."
+        group.add_argument("--allow_code", type=bool, default=False, help=allow)
         _add_options(group, MitigationOptions)
         return self
 
 
 class _Lines(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of descriptions."""
-
-
-_NAME_HELP = "Or the import path of a memfree.guidance.Mitigation of your own."
-_CODE_HELP = "Allow the code of an import path to run."
-
-
-def _list() -> str:
-    return "\n".join(f"  {name:<15} {entry.summary}" for name, entry in MITIGATIONS.items())
 
 
 def _add_options(group: Any, options: type, own: bool = False) -> None:
@@ -146,13 +138,9 @@ def _add_options(group: Any, options: type, own: bool = False) -> None:
     texts = {one.arg_name: one.description for docs in described for one in docs.params}
     types = get_type_hints(options)
     for one in fields(options):
-        if one.name not in shared:
-            group.add_argument(
-                f"--mitigation.{one.name}",
-                type=types[one.name],
-                default=one.default,
-                help=texts[one.name],
-            )
+        if (name := one.name) not in shared:
+            kind, text = types[name], texts[name]
+            group.add_argument(f"--mitigation.{name}", type=kind, default=one.default, help=text)
 
 
 def _given(words: Sequence[str]) -> Iterator[_Given]:
@@ -173,21 +161,18 @@ def _given(words: Sequence[str]) -> Iterator[_Given]:
 
 def _option_file(name: str) -> _Given:
     """An option file, or its text; one without options of guidance is left to the parser."""
-    path = Path(name)
-    is_text = "\n" in name or name.lstrip().startswith("{") or not path.exists()
+    path, text = Path(name), name
     try:
-        text = name if is_text else path.read_text(encoding="utf-8")
+        if "\n" not in name and not name.lstrip().startswith("{") and path.exists():
+            text = path.read_text(encoding="utf-8")
         options = get_loader("yaml")(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return _Given(f"--config={name}")
-    about = _about(options) if isinstance(options, dict) else {}
-    if not about:
-        plain = is_text or path.is_file()
-        return _Given(f"--config={name if plain else text}")  # a pipe can be read once
-    return _Given(
-        options=about,
-        others={key: value for key, value in options.items() if not _is_about(key)},
-    )
+    if about := _about(options) if isinstance(options, dict) else {}:
+        others = {key: value for key, value in options.items() if not _is_about(key)}
+        return _Given(options=about, others=others)
+    is_pipe = text is not name and not path.is_file()
+    return _Given(f"--config={text if is_pipe else name}")  # a pipe can be read once
 
 
 def _is_about(key: Any) -> bool:
@@ -217,11 +202,7 @@ def _chosen(given: Sequence[_Given]) -> str:
 
 
 def _check_name(name: str, given: Sequence[_Given]) -> None:
-    """Refuse a mitigation that is unknown, or whose code nobody allowed to run.
-
-    Raises:
-        ValueError: names the option.
-    """
+    """Refuse a mitigation that is unknown, or whose code nobody allowed to run."""
     allowed = ""
     for one in given:
         if "allow_code" in one.options:
@@ -258,11 +239,7 @@ def _words(one: _Given, name: str) -> list[str]:
 
 
 def _path(option: str, name: str) -> str:
-    """The field of the record that ``mitigation.OPTION`` stands for.
-
-    Raises:
-        ValueError: the mitigation has no such option.
-    """
+    """The field of the record that ``mitigation.OPTION`` stands for; refuses an unknown one."""
     paths, own = record_paths(name), option.removeprefix("mitigation.")
     if option == _NAME:
         return "mitigation"
@@ -282,29 +259,24 @@ def _new_names(name: str) -> dict[str, str]:
 
 def _old_names(given: Sequence[_Given], name: str) -> str:
     """One line that names the new options for old ones; empty where there are none."""
-    old: dict[str, None] = {}
-    for one in given:
-        for option, value in one.options.items():
-            prefix, _, path = option.partition(".")
-            # Of the record of a whole run, what is not the default.
-            if prefix == PARAMETER and (one.others is None or value != _default(path)):
-                old[path] = None
+    used = [
+        (option.partition(".")[2], value)
+        for one in given
+        for option, value in one.options.items()
+        if option.startswith(f"{PARAMETER}.")
+    ]
+    # Of the record of a whole run, what is not the default.
+    changed = [path for path, value in used if value != _default(path)]
+    old = list(dict.fromkeys(changed or [path for path, _ in used]))
     if not old:
         return ""
     new = _new_names(name)
-    pairs = [f"--{PARAMETER}.{path} is now {_new_option(path, new)}" for path in old]
+    for other in MITIGATIONS:
+        for option, path in record_paths(other).items():
+            new.setdefault(path, f"mitigation.{option} of --mitigation {other}")
+    pairs = [f"--{PARAMETER}.{path} is now --{new.get(path, 'mitigation')}" for path in old]
     more = f" ({len(pairs) - 4} more)" if len(pairs) > 4 else ""
     return f"memfree: {', '.join(pairs[:4])}{more}; old names end with the next release"
-
-
-def _new_option(path: str, new: Mapping[str, str]) -> str:
-    if path in new:
-        return f"--{new[path]}"
-    for other in MITIGATIONS:
-        for option, of in record_paths(other).items():
-            if of == path:
-                return f"--mitigation.{option} of --mitigation {other}"
-    return "unknown"
 
 
 def _default(path: str) -> Any:

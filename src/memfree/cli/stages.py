@@ -6,15 +6,13 @@ import functools
 import shlex
 import sys
 import time
-from argparse import ArgumentError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
-from memfree.cli.entry import COMMANDS, SCRIPTS, load, parser_of, run_command
-from memfree.cli.errors import option_message
+from memfree.cli.entry import COMMANDS, SCRIPTS, load, parsed, parser_of, run_command
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -48,18 +46,16 @@ class Stage:
         Raises:
             ValueError: an option is unknown or has a wrong value; the message ends with the line.
         """
-        parser = _parser(self.command)
         try:
-            parser.parse_args(self.arguments())
-        except ArgumentError as error:
-            message = option_message(str(error), parser).removesuffix("; see --help")
-            raise ValueError(f"{' '.join(message.split())} (in: {self.line()})") from error
+            parsed(_parser(self.command), self.arguments())
+        except ValueError as error:
+            message = " ".join(str(error).removesuffix("; see --help").split())
+            raise ValueError(f"{message} (in: {self.line()})") from error
 
     def run(self) -> Any:
         """Run it in this process; a failure ends the process with the command's own one line.
 
-        Returns:
-            What the command returns: for some an exit status, which is no failure of a chain.
+        Returns what the command returns: for some an exit status, which is no failure of a chain.
         """
         before = sys.argv
         sys.argv = self.words()  # manifests and reports name this command, not the whole chain
@@ -73,16 +69,11 @@ def run_stages(stages: list[Stage], console: Console) -> float:
     """Run a chain, one after another; the seconds it took."""
     begin = time.perf_counter()
     for number, stage in enumerate(stages, 1):
-        title = Text(f"{number} of {len(stages)}: {stage.command}", style="bold")
-        console.rule(title, align="left")
-        console.print(
-            f"$ {stage.line()}",
-            style="dim",
-            markup=False,
-            emoji=False,
-            highlight=False,
-            soft_wrap=True,
+        console.rule(
+            Text(f"{number} of {len(stages)}: {stage.command}", style="bold"), align="left"
         )
+        line = Text(f"$ {stage.line()}", style="dim")
+        console.print(line, soft_wrap=True)
         start = time.perf_counter()
         stage.run()
         console.print(f"{time.perf_counter() - start:.1f} s", style="dim")
@@ -98,5 +89,5 @@ def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(_word(one) for one in value) + "]"
+        return "[" + ",".join(_word(item) for item in value) + "]"
     return str(value)

@@ -14,7 +14,7 @@ from memfree.folders.manifest import save_config, write_manifest
 SAMPLES = {"unguided": "none", "amg": "amg", "both": "both"}
 """Sample folders of the demo and the mitigation of each."""
 DENOISING_STEPS = 40
-"""Fewer than the default: two slow cores shall not need more than six minutes."""
+"""Fewer than the default: two slow cores should not need more than six minutes."""
 
 
 def demo(
@@ -28,16 +28,16 @@ def demo(
 ) -> None:
     """Train on digits of which some are repeated, show that they are copied, and stop it.
 
-    Runs the chain that README.md explains, on scikit-learn's 1797 handwritten digits (no
+    Runs the steps that README.md explains, on scikit-learn's 1797 handwritten digits (no
     download): prepare, index, train, sample three times from the same noise (unguided; with
     Anti-Memorization Guidance; with multiplicity guidance and AMG), evaluate, report. Each
-    command is printed before it runs. Stopped and started again, it goes on where it was.
+    command is printed before it runs. Stopped and started again, it resumes where it was.
 
     Args:
-        out: folder for everything that is made.
+        out: folder for all results.
         seed: of the split, the duplicated images, the training and the noise.
         duplicated: training images that are repeated, of 500.
-        factor: records of each of them in the training set.
+        factor: copies of each of them in the training set.
         steps: optimizer steps.
         count: samples of each kind.
         guidance_scale: classifier-free guidance scale s_0.
@@ -70,20 +70,18 @@ def demo_stages(
         "plan.choice": "balanced",
         "plan.seed": seed,
     }
+    training = {
+        "data.path": data,
+        "out": model,
+        "model.class_conditional": True,
+        "trainer.max_steps": steps,
+        "trainer.devices": 1,
+        "seed": seed,
+    }
     stages = [
         Stage("prepare", {"out": data, "source": "digits", "seed": seed, **plan}),
         Stage("index", {"dataset": data, "out": index}),
-        Stage(
-            "train",
-            {
-                "data.path": data,
-                "out": model,
-                "model.class_conditional": True,
-                "trainer.max_steps": steps,
-                "trainer.devices": 1,
-                "seed": seed,
-            },
-        ),
+        Stage("train", training),
     ]
     folders = {}
     for name, mitigation in SAMPLES.items():

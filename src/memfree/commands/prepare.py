@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,11 +78,11 @@ def prepare(
             images must have the same size.
         resize: crop keeps the centre, squash scales both sides, pad adds black borders.
         interpolation: how pixels are resized, always antialiased.
-        channels: 1 grey, 2 grey with alpha, 3 RGB, 4 RGBA; without it all images must have as
-            many as the first.
+        channels: 1 grey, 2 grey with alpha, 3 RGB, 4 RGBA; default: those of the first image,
+            which all must have.
         parts: images of each part.
         plan: which training images are repeated, and how.
-        seed: of the split and the order.
+        seed: for the split and the order.
         near_distance: largest distance of near duplicates, which stay in one part: 0 for the same
             picture, 1.41 for unrelated ones, up to 0.15 for one that was re-encoded, mirrored or
             brightened; a crop by a few pixels may need 0.3. 0 groups exact duplicates only.
@@ -88,8 +90,8 @@ def prepare(
         on_error: stop at the first broken image or missing shard, or skip and count it.
         licence: terms of the images, kept in the manifest; default: what the source says.
         emoji_variants: emoji with skin tones and gender signs too, each in the group of its emoji.
-        limit: train on so many images of the training part only, 0: on all of it. Held-out parts
-            stay as they are, and a smaller limit takes a subset of a larger one's images.
+        limit: train on N images of the training part only, 0: on all of it. Held-out parts stay
+            as they are, and a smaller limit takes a subset of a larger one's images.
         labels: own: as the source has them; random: each training image gets one of the source's
             labels, drawn whatever it shows; unique: each gets a label of its own. With the last
             two, copies share their image's label (see plan) and held-out images have none.
@@ -113,7 +115,7 @@ def prepare(
     height, width = (image_size, image_size) if not isinstance(image_size, tuple) else image_size
     if height is not None and width is not None and min(height, width) < 1:
         raise ValueError(f"--image_size {image_size}: use 1 or more")
-    recipe = {
+    recipe: dict[str, Any] = {
         "source": source,
         "path": path,
         "framing": [height, width, channels, resize, interpolation],
@@ -125,26 +127,26 @@ def prepare(
         "on_error": on_error,
         "licence": licence,
     }
-    if emoji_variants:  # absent otherwise, so that recipes of other sources stay as they were
-        recipe["emoji_variants"] = True
-    if limit:
-        recipe["limit"] = limit
+    # Absent where they are the default, so that recipes of earlier versions stay as they were.
+    later: dict[str, Any] = {"emoji_variants": emoji_variants, "limit": limit}
     if labels != "own":
-        recipe["labels"] = labels
+        later["labels"] = labels
     if records != _NO_CHOICE:
-        recipe["records"] = dataclasses.asdict(records)
+        later["records"] = dataclasses.asdict(records)
+    recipe |= {name: value for name, value in later.items() if value}
     recipe = json.loads(json.dumps(recipe))
     console = plain_console(stderr=True)
-    asked = None if overwrite else recipe  # made again, also where it was made in this way
-    if claim(out, "dataset", asked, overwrite, lambda found: found.get("recipe")) == "finished":
+    identity = None if overwrite else recipe  # made again, also where it was made in this way
+    reopen = partial(open_source, source, path, emoji_variants, records)
+    if claim(out, "dataset", identity, overwrite, lambda known: known.get("recipe")) == "finished":
         _check_whole(out)
         if source in ("emoji", "folder", "shards"):
-            _check_source(out, source, path, emoji_variants, records, on_error)
+            _check_source(out, source, path, reopen, on_error)
         status = _status(read_manifest(out, "dataset").get("skipped"))
         note = "; images or shards were skipped, see its manifest" if status else ""
         console.print(f"{out} is already prepared in this way{note}", soft_wrap=True)
         return status
-    opened = open_source(source, path, emoji_variants, records)
+    opened = reopen()
     from memfree.data.build import build
     from memfree.data.ingest import Framing
 
@@ -171,15 +173,19 @@ def prepare(
             labels,
         )
         save_config(folder)
-        about: dict[str, Any] = {"name": source, "path": path, "licence": licence or opened.licence}
-        about["size"] = opened.size
-        about["files_hash"], about["hash"] = listed, facts.pop("source_hash")
+        about = {
+            "name": source,
+            "path": path,
+            "licence": licence or opened.licence,
+            "size": opened.size,
+            "files_hash": listed,
+            "hash": facts.pop("source_hash"),
+        }
         write_manifest(
             folder, "dataset", seed, source=about, plan=recipe["plan"], recipe=recipe, **facts
         )
         put_in_place(folder, out, overwrite)
-    warning = too_few_images(facts["parts"]["calibration"]["images"])
-    if warning:
+    if warning := too_few_images(facts["parts"]["calibration"]["images"]):
         console.print(f"{out}: {warning}", soft_wrap=True)
     console.print(f"{out}: {_result(facts, skipped, opened.left_out)}", soft_wrap=True)
     return _status(facts["skipped"])
@@ -214,50 +220,42 @@ def _check_whole(out: Path) -> None:
         folder = DatasetFolder(out)
         _ = folder.records, folder.conditions
     except (ValueError, OSError) as error:
-        raise ValueError(f"--out {out} is damaged, say --overwrite true: {error}") from error
+        raise ValueError(f"--out {out} is damaged, pass --overwrite true: {error}") from error
 
 
 def _check_source(
     out: Path,
     source: SourceName,
     path: str | None,
-    emoji_variants: bool,
-    records: RecordOptions,
+    reopen: Callable[[], Source],
     on_error: Literal["stop", "skip"],
 ) -> None:
-    """Refuse to call a folder done whose source is another now; it need not exist any more."""
-    from memfree.data.ingest import open_source
+    """Refuse to call a folder done whose source has changed; it need not exist any more."""
 
-    changed = f"--path {path}" if path is not None else f"--source {source}"
+    def changed(error: Exception | None = None) -> ValueError:
+        option = f"--path {path}" if path is not None else f"--source {source}"
+        reason = "" if error is None else f" ({error})"
+        return ValueError(
+            f"{option} changed after {out} was prepared{reason}; choose another --out or pass "
+            "--overwrite true"
+        )
+
     try:
-        opened = open_source(source, path, emoji_variants, records)
+        opened = reopen()
     except FileNotFoundError as error:
         if path is None or not os.path.exists(path):
             return
-        raise ValueError(_changed(changed, out, f" ({error})")) from error
+        raise changed(error) from error
     about = read_manifest(out, "dataset").get("source")
     about = about if isinstance(about, dict) else {}
-    reason = ""
     same = list(opened.size) == about.get("size")  # all that earlier versions wrote
     if same and "hash" in about and files_hash(opened.files) != about.get("files_hash"):
-        try:
-            same = _hash_of(opened, on_error) == about["hash"]
+        digest = SourceHash()
+        try:  # read all of it
+            for image in opened.images(Skipped() if on_error == "skip" else None):
+                digest.add(image)
         except (ValueError, OSError) as error:
-            same, reason = False, f" ({error})"
+            raise changed(error) from error
+        same = digest.hexdigest(opened.class_names) == about["hash"]
     if not same:
-        raise ValueError(_changed(changed, out, reason))
-
-
-def _changed(source: str, out: Path, reason: str) -> str:
-    return (
-        f"{source} changed after {out} was prepared{reason}; choose another --out or say "
-        "--overwrite true"
-    )
-
-
-def _hash_of(source: Source, on_error: Literal["stop", "skip"]) -> str:
-    """The source's hash as it is now; reads all of it."""
-    digest = SourceHash()
-    for image in source.images(Skipped() if on_error == "skip" else None):
-        digest.add(image)
-    return digest.hexdigest(source.class_names)
+        raise changed()

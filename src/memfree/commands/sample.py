@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +21,6 @@ from memfree.sampling.sample_run import PromptOptions, SampleRun, SchedulerName,
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from memfree.models import LoadedModel
     from memfree.retrieval import ReferenceIndex
 
@@ -31,21 +30,20 @@ def prompts_in_turn(prompts: PromptOptions, model: LoadedModel) -> list[str] | N
     from memfree.data import DatasetFolder
     from memfree.data.prompts import prompt_set, read_prompts
 
-    given = prompts.file is not None or prompts.dataset is not None
+    given = [option for option in (prompts.file, prompts.dataset) if option is not None]
     if model.pipe is None:
         if given:
             raise ValueError("--prompts needs a text-to-image model; this one takes no text")
         return None
-    if prompts.file is not None and prompts.dataset is not None:
-        raise ValueError("give --prompts.file or --prompts.dataset, not both")
+    if len(given) != 1:
+        raise ValueError("a text-to-image model needs either --prompts.file or --prompts.dataset")
     if prompts.file is not None:
         with _named("--prompts.file"):
             return read_prompts(prompts.file)
-    if prompts.dataset is not None:
-        with _named("--prompts.dataset"):
-            data = DatasetFolder(prompts.dataset)
-            return prompt_set(data, prompts.captions, int(prompts.least_records))
-    raise ValueError("a text-to-image model needs --prompts.file, or --prompts.dataset")
+    assert prompts.dataset is not None
+    with _named("--prompts.dataset"):
+        data = DatasetFolder(prompts.dataset)
+        return prompt_set(data, prompts.captions, int(prompts.least_records))
 
 
 @contextmanager
@@ -115,35 +113,25 @@ def predict(
         latents: index of the training images' latents, for multiplicity guidance of text-to-image.
         decoder: folder of an AutoencoderTiny of the model's latents, which decodes the clean
             estimates that are compared with the index: cheaper, but it may miss or delay
-            detections. The last step and the images use the model's own autoencoder.
+            detections, so guidance may start later. The last step and the images use the model's
+            own autoencoder.
         guidance: the mitigation and its strengths.
         batches_per_shard: batches written together as one shard; a killed run repeats at most
             these.
         part: all, or a part of the samples as 3/8 (the third of eight), for jobs that fill one
-            folder at the same time.
+            folder at the same time; the last finishes it.
         allow_other_dataset: accept an index of other images than the model was trained on.
         one_call: both branches of classifier-free guidance in one call of the network, in two
             where memory is short. false: always in two, for the bits of samples drawn so.
         trainer: devices.
 
     Raises:
-        ValueError: the options contradict each other, the model or each other's folders.
-        FileNotFoundError: a folder is missing.
+        ValueError: the options contradict each other, the model or a folder.
     """
     from memfree.models import load_model
     from memfree.models.export import pipeline_folder
     from memfree.out_of_memory import explained_memory
-    from memfree.sampling.checks import (
-        index_for,
-        index_state,
-        labels_in_turn,
-        latents_for,
-        refuse_text_only,
-        refuse_without_captions,
-        refuse_wrong_settings,
-        scheduler_for,
-        vectors_hash,
-    )
+    from memfree.sampling import checks
     from memfree.sampling.module import SampleIndices, SamplingModule
     from memfree.sampling.writer import SampleProgress, SampleWriter
     from memfree.training.trainer import build_trainer
@@ -151,21 +139,23 @@ def predict(
     if decoder is not None and index is None:
         raise ValueError("--decoder needs --index: without one, no estimate is compared")
     loaded = load_model(model, decoder)
-    refuse_text_only(guidance, loaded)
+    checks.refuse_text_only(guidance, loaded)
     asked: list[int] | list[str] | None = prompts_in_turn(prompts, loaded)
     if asked is None:
-        asked = labels_in_turn(classes, loaded, guidance_scale)
+        asked = checks.labels_in_turn(classes, loaded, guidance_scale)
     elif classes is not None:
         raise ValueError("--classes is for models of classes; a text-to-image model has --prompts")
-    reference = None if index is None else index_for(index, loaded, guidance, allow_other_dataset)
+    reference = (
+        None if index is None else checks.index_for(index, loaded, guidance, allow_other_dataset)
+    )
     guidance = guidance.resolved(reference)
     if reference is None and guidance.mitigation in WITH_INDEX:
         raise ValueError(f"--mitigation {guidance.mitigation} needs --index")
     if index is not None and reference is not None:
-        refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
-    refuse_wrong_settings(guidance, loaded, reference)
-    references = latents_for(latents, loaded, guidance)
-    sampler = scheduler_for(scheduler, loaded, steps)
+        checks.refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
+    checks.refuse_wrong_settings(guidance, loaded, reference)
+    references = checks.latents_for(latents, loaded, guidance)
+    sampler = checks.scheduler_for(scheduler, loaded, steps)
     # Without text and index nothing is to be done or recorded, but for a mitigation of the user's.
     unguided = reference is None and loaded.pipe is None and guidance.mitigation in MITIGATIONS
 
@@ -173,13 +163,13 @@ def predict(
         out,
         {
             "model_sha256": folder_hash(pipeline_folder(model)),
-            **index_state(reference),
+            **checks.index_state(reference),
             "seed": seed,
             "steps": steps,
             "scheduler": scheduler,
             "guidance_scale": guidance_scale,
             "asked": asked,
-            "latents_sha256": None if references is None else vectors_hash(references),
+            "latents_sha256": None if references is None else checks.vectors_hash(references),
             "decoder_sha256": None if decoder is None else folder_hash(decoder),
             "guidance": asdict(guidance),
             "trainer.precision": trainer.precision,
@@ -211,12 +201,14 @@ def predict(
             callbacks=[writer, SampleProgress(guidance.mitigation in WITH_AMG)],
         )
     with run:
-        check_free_space(
-            out, _expected_bytes(count, loaded.image_shape, steps, reference is not None)
-        )
+        # Incompressible PNGs, tar headers and JSON, rows of the trace.
+        each = prod(loaded.image_shape) + 2560 + (0 if reference is None else 60 * steps)
+        check_free_space(out, count * each)
         save_config(out)
 
-        ways = _less_memory(batch_size, trainer)
+        ways = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
+        if trainer.precision == "32-true":
+            ways.append("--trainer.precision bf16-mixed (in another --out, if samples are there)")
         with quiet(IDLE_RANK), explained_memory("sampling", ways):
             lightning.predict(
                 SamplingModule(
@@ -243,20 +235,6 @@ def predict(
                     say(f"{out}: part {part} is drawn; {len(missing)} samples of others are not")
 
 
-def _less_memory(batch_size: int, devices: SamplingDevices) -> list[str]:
-    """What lowers the memory of sampling, the best first."""
-    ways = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
-    if devices.precision == "32-true":
-        ways.append("--trainer.precision bf16-mixed (in another --out, if samples are there)")
-    return ways
-
-
-def _expected_bytes(count: int, shape: tuple[int, int, int], steps: int, traced: bool) -> int:
-    """Disk space of a run: incompressible PNGs, tar headers and JSON, rows of the trace."""
-    channels, height, width = shape
-    return count * (channels * height * width + 2560 + (60 * steps if traced else 0))
-
-
 def _finish(
     run: SampleRun,
     seed: int,
@@ -273,16 +251,20 @@ def _finish(
     records = read_records(run.shards())
     seconds = pc.sum(records["seconds"]).as_py()
     settings = run.settings
-    summary = None if reference is None else _trace_summary(run, records, reference)
+    summary = None
+    if reference is not None:
+        pairs = zip(records["index"].to_pylist(), records["condition"].to_pylist(), strict=True)
+        asked, known = settings["asked"], reference.captions
+        if not asked or not isinstance(asked[0], str):
+            known = None if reference.labels is None else reference.labels.tolist()
+        of_key = None if known is None else dict(zip(reference.keys, known, strict=True))
+        summary = trace_summary(sorted(run.folder.glob("trace-*.parquet")), dict(pairs), of_key)
+    same = ("steps", "scheduler", "guidance_scale", "asked", "guidance")
     run.finish(
         seed,
         mitigation=settings["guidance"]["mitigation"],
         image_shape=list(loaded.image_shape),
-        steps=settings["steps"],
-        scheduler=settings["scheduler"],
-        guidance_scale=settings["guidance_scale"],
-        asked=settings["asked"],
-        guidance=settings["guidance"],
+        **{name: settings[name] for name in same},
         model=str(model),
         index=None if index is None else str(index),
         dataset_hash=loaded.manifest.get("dataset_hash"),
@@ -297,18 +279,3 @@ def _finish(
     if summary is not None and settings["guidance"]["mitigation"] in WITH_AMG:
         line += f"; AMG acted on {summary['active_samples']:.1%} of them"
     say(line)
-
-
-def _trace_summary(
-    run: SampleRun, records: pa.Table, index: ReferenceIndex
-) -> dict[str, float | int | None]:
-    conditions = dict(
-        zip(records["index"].to_pylist(), records["condition"].to_pylist(), strict=True)
-    )
-    asked = run.settings["asked"]
-    if asked and isinstance(asked[0], str):
-        known = index.captions
-    else:
-        known = None if index.labels is None else index.labels.tolist()
-    labels = None if known is None else dict(zip(index.keys, known, strict=True))
-    return trace_summary(sorted(run.folder.glob("trace-*.parquet")), conditions, labels)

@@ -32,12 +32,12 @@ def scratch(
     seed: NonNegativeInt = 0,
     overwrite: bool = False,
 ) -> None:
-    """Build a small Stable Diffusion from nothing, for work without pretrained weights.
+    """Build a small Stable Diffusion from scratch, for work without pretrained weights.
 
     Trains an autoencoder on the images of the train and fit parts and a tokenizer on the training
     captions; text encoder and U-Net get fresh weights. The result is an ordinary diffusers folder,
     which train.py --model.pretrained then trains with --model.finetune.train_text_encoder true.
-    The same command again resumes, or does nothing where it is finished.
+    Run again, the command resumes, or does nothing if it is finished.
 
     Args:
         dataset: captioned dataset folder that `memfree prepare` wrote, of RGB images.
@@ -50,9 +50,9 @@ def scratch(
         overwrite: whether a model of another data set or configuration in out is deleted.
 
     Raises:
-        ValueError: the images are not RGB or have no captions, options that do not fit, or a
-            folder that holds another model.
-        OSError: a folder that cannot be read or written.
+        ValueError: the images are not RGB or have no captions, options do not fit, or out holds
+            another model.
+        OSError: a folder cannot be read or written.
     """
     import torch
 
@@ -73,7 +73,7 @@ def scratch(
     if not captions:
         raise ValueError(f"--dataset {dataset}: all captions of its training images are empty")
     images = torch.cat([training.images(), data.part("fit").images()])
-    # The whole build is what a checkpoint of its one training must agree on.
+    # A checkpoint of the one training must agree on the whole build.
     build = {"dataset_hash": data.hash, "model": asdict(model)}
     module = AutoencoderModule(autoencoder, images, seed, build)
     latents = latent_shape(module.network, data.image_shape)
@@ -125,16 +125,15 @@ def scratch(
         reconstruction_rms=errors,
         tokens=len(pipeline.tokenizer),
     )
-    shape = "x".join(map(str, latents))
     say(
-        f"{out}: latents {shape}, {len(pipeline.tokenizer)} tokens; reconstructions are off by "
-        f"{errors['train']:.3f} (train) and {errors['test']:.3f} (test), root mean square of "
-        "values in [-1, 1]"
+        f"{out}: latents {'x'.join(map(str, latents))}, {len(pipeline.tokenizer)} tokens; "
+        f"reconstructions are off by {errors['train']:.3f} (train) and {errors['test']:.3f} "
+        "(test), root mean square of values in [-1, 1]"
     )
 
 
 def _captions(data: DatasetFolder) -> list[str]:
-    """Captions of the training records, in a fixed order, each once."""
+    """Captions of the training records in a fixed order, each once."""
     captions = data.part("train").conditions["caption"].to_pylist()
     return sorted({caption for caption in captions if caption})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import re
@@ -17,12 +16,11 @@ from submitit.core.utils import FailedJobError
 from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
 
-from memfree.cli.entry import COMMANDS, as_options, command_of, load, parser_of
-from memfree.cli.errors import did_you_mean, option_message, options_of
+from memfree.cli.entry import COMMANDS, as_options, command_of, load, parsed, parser_of
+from memfree.cli.errors import options_of, unknown_command
 from memfree.cli.stages import Stage
 from memfree.folders.atomic import write_text
 from memfree.folders.lock import ALL
-from memfree.folders.untrusted import check_config_files, check_no_further_files
 from memfree.slurm.launcher import is_launchers, launched
 from memfree.slurm.requeue import DEFAULT_SIGNAL_SECONDS, SIGNAL_SECONDS
 
@@ -46,23 +44,23 @@ class SlurmOptions:
     nodes: PositiveInt = 1
     """Machines."""
     gpus_per_node: PositiveInt | None = None
-    """GPUs of each machine; each has a task, a process, of its own."""
+    """GPUs of each machine; each has its own task, a process."""
     tasks_per_node: PositiveInt | None = None
     """Processes on each machine; by default one a GPU, or one."""
     cpus_per_task: PositiveInt | None = None
-    """CPU cores of each process: its own one and those of its data workers."""
+    """CPU cores of each process, its data workers included."""
     mem: str | None = None
     """Memory of each machine, as 64G."""
     time: str | None = None
     """Time limit: minutes, hours:minutes:seconds or days-hours:minutes:seconds (in quotes in YAML);
-    by default the partition's. A job that reaches it is requeued and goes on; prepare, evaluate,
+    by default the partition's. A job that reaches it is requeued and resumes; prepare, evaluate,
     audit, tune and train-... begin again when they are stopped, and need a limit that suffices."""
     signal_seconds: PositiveInt = DEFAULT_SIGNAL_SECONDS
     """Seconds before the time limit, or before preemption where the cluster allows, at which the
     job is warned, saves and is requeued; SLURM is exact to half a minute."""
     array: PositiveInt = 1
-    """Jobs that share the command's work out: sample, index of a network, or study. Each does its
-    --part of it; the one that comes last finishes the folder."""
+    """Jobs that share the command's work: sample, index of a network, or study. Each does its
+    --part of it; the last to end finishes the folder."""
     array_parallelism: PositiveInt = 256
     """Jobs of an array that may run at the same time."""
     requeue: bool = True
@@ -101,20 +99,12 @@ class SlurmOptions:
 
     def parameters(self, command: str) -> dict[str, object]:
         """The options as submitit takes them; what it does not know goes to sbatch as it is."""
-        known = {
-            "partition": self.partition,
-            "account": self.account,
-            "qos": self.qos,
-            "nodes": self.nodes,
-            "gpus_per_node": self.gpus_per_node,
-            "ntasks_per_node": self.tasks,
-            "cpus_per_task": self.cpus_per_task,
-            "array_parallelism": self.array_parallelism,
-            "constraint": self.constraint,
-            "exclude": self.exclude,
-            "job_name": self.job_name or f"memfree-{command}",
-            "setup": self._setup(),
-        }
+        same = (
+            *("partition", "account", "qos", "nodes", "gpus_per_node", "cpus_per_task"),
+            *("array_parallelism", "constraint", "exclude"),
+        )
+        # Since SLURM 22.05 srun does not take it from the job.
+        cores = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if self.cpus_per_task else []
         rest = {
             # USR2, its default, is taken by submitit itself.
             "signal": f"USR1@{self.signal_seconds}",
@@ -124,21 +114,20 @@ class SlurmOptions:
             **self.extra,
         }
         return {
-            **{name: value for name, value in known.items() if value is not None},
+            **_given({name: getattr(self, name) for name in same}),
+            "ntasks_per_node": self.tasks,
+            "job_name": self.job_name or f"memfree-{command}",
+            "setup": [f"export {SIGNAL_SECONDS}={self.signal_seconds}", *cores, *self.setup],
             # Else submitit asks for five minutes, and for a key that some clusters refuse.
             "time": None,
             "wckey": None,
             "stderr_to_stdout": True,
-            "additional_parameters": {
-                name: value for name, value in rest.items() if value is not None
-            },
+            "additional_parameters": _given(rest),
         }
 
-    def _setup(self) -> list[str]:
-        # Since SLURM 22.05 srun does not take it from the job.
-        warned = f"export {SIGNAL_SECONDS}={self.signal_seconds}"
-        cores = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if self.cpus_per_task else []
-        return [warned, *cores, *self.setup]
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 _SAYS_WHERE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_UMASK")
@@ -154,16 +143,14 @@ _DEVICES = (
 
 @dataclass(frozen=True)
 class Submission:
-    """One command with its whole configuration, and what its job asks for.
+    """One command with its whole configuration, as YAML, and what its job asks for.
 
     The configuration is written beside the logs, and the job reads it from there: what the files of
     the command line become later does not change a job that waits or starts again.
     """
 
     command: str
-    """A verb of ``memfree``."""
     configuration: str
-    """All its options, as YAML."""
     slurm: SlurmOptions
 
     @property
@@ -179,45 +166,48 @@ class Submission:
 
     @property
     def parts(self) -> list[str]:
-        """What each job of an array is told by --part; a job by itself is told nothing."""
+        """What each job of an array is told by --part; a single job is told nothing."""
         of = int(self.slurm.array)
         return [f"{number}/{of}" for number in range(1, of + 1)] if of > 1 else []
 
     def script(self) -> str:
         """The batch script."""
-        executor = _executor(_Unsubmitted, self.command, self.slurm)
+        executor = self._executor(_Unsubmitted)
         if self.parts:
             executor.parameters["map_count"] = len(self.parts)  # as submitit's own submission does
         return executor._make_submission_file_text(executor._submitit_command_str, "")
 
     def submit(self) -> str:
-        """Submit the job, or the array of jobs; its number.
-
-        Raises:
-            ValueError: there is no SLURM here, or it refuses the job.
-            OSError: the folder of the logs cannot be written.
-        """
+        """Submit the job, or the array of jobs; its number."""
         if SlurmExecutor.affinity() < 0:
             raise ValueError(
                 "there is no SLURM here (no command srun): submit on a machine of the cluster"
             )
         write_text(self.path, self.configuration)
-        executor = _executor(SlurmExecutor, self.command, self.slurm)
-        # submitit pickles the name of this function and the strings, nothing of ours else.
+        executor = self._executor(SlurmExecutor)
+        # submitit pickles the name of this function and the strings, nothing else of ours.
         words = self.command, str(self.path), os.getcwd()
         try:
             with outside_of_job():
                 if self.parts:
-                    every = zip(*((*words, part) for part in self.parts), strict=True)
-                    job = executor.map_array(run_in_job, *every)[0]
+                    columns = zip(*((*words, part) for part in self.parts), strict=True)
+                    job = executor.map_array(run_in_job, *columns)[0]
                 else:
                     job = executor.submit(run_in_job, *words)
         except FailedJobError as error:
-            raise ValueError(f"SLURM refused the job: {_reason(error)}") from error
+            # The last thing that sbatch said.
+            lines = [line for line in str(error).splitlines() if line.strip()] or ["sbatch failed"]
+            reason = re.sub(r"^sbatch: (error|fatal): ", "", lines[-1])
+            raise ValueError(f"SLURM refused the job: {reason}") from error
         return str(job.job_id).split("_")[0]
 
+    def _executor(self, kind: type[SlurmExecutor]) -> SlurmExecutor:
+        executor = kind(self.slurm.logs.absolute() / "%j")
+        executor.update_parameters(**self.slurm.parameters(self.command))
+        return executor
+
     def log(self, number: str) -> Path:
-        """What the first task of the job writes, of an array its first job's."""
+        """The log of the job's first task, of an array its first job's."""
         job = f"{number}_0" if self.parts else number
         return self.slurm.logs / job / f"{job}_0_log.out"
 
@@ -252,28 +242,12 @@ class _Unsubmitted(SlurmExecutor):
 
 
 def run_in_job(command: str, configuration: str, folder: str, part: str | None = None) -> None:
-    """Run a command, or a part of it, in a job, in the folder where it was submitted.
-
-    Raises:
-        SystemExit: with the exit status of a command that has another than 0.
-    """
+    """Run a command, or a part of it, in a job, in the folder where it was submitted."""
     os.chdir(folder)
     options = {"config": configuration} | ({} if part is None else {"part": part})
     status = Stage(command, options).run()
     if isinstance(status, int) and status != 0:
         raise SystemExit(status)  # submitit lets it through, and SLURM keeps it
-
-
-def _executor(kind: type[SlurmExecutor], command: str, slurm: SlurmOptions) -> SlurmExecutor:
-    executor = kind(slurm.logs.absolute() / "%j")
-    executor.update_parameters(**slurm.parameters(command))
-    return executor
-
-
-def _reason(error: Exception) -> str:
-    """The last thing that sbatch said."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"^sbatch: (error|fatal): ", "", lines[-1]) if lines else "sbatch failed"
 
 
 _ONE_PROCESS = {"demo", "study", "text-study"}
@@ -291,12 +265,7 @@ memfree submit COMMAND --help explains all options."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Submit what the words after ``memfree submit`` say, and print how to follow it.
-
-    Raises:
-        ValueError: an option is wrong, options contradict each other, or SLURM refuses the job.
-        OSError: the folder of the logs cannot be written.
-    """
+    """Submit what the words after ``memfree submit`` say, and print how to follow it."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(OVERVIEW)
         return
@@ -305,10 +274,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f"memfree submit: {launch.started}; submit once, from a single process")
     command, *rest = arguments
     if command not in COMMANDS:
-        raise ValueError(
-            f"memfree submit: unknown command {command!r}{did_you_mean(command, list(COMMANDS))}; "
-            f"commands are {', '.join(COMMANDS)}"
-        )
+        raise ValueError(f"memfree submit: {unknown_command(command, list(COMMANDS))}")
     submission, dry_run = submission_of(command, rest)
     slurm = submission.slurm
     if dry_run:
@@ -327,29 +293,23 @@ def main(arguments: Sequence[str]) -> None:
     print(f"  its log:    tail --retry -F {submission.log(number)}")
     print(f"  to end it:  scancel {number}")
     if submission.parts:
-        print(
-            f"  one again:  the same command with --part 1/{slurm.array} instead of --slurm.array"
-        )
+        part = f"--part 1/{slurm.array}"
+        print(f"  one again:  the same command with {part} instead of --slurm.array")
 
 
 def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, bool]:
-    """What the command line of a command asks for, and whether it is only to be shown.
-
-    Raises:
-        ValueError: an option is wrong, or options contradict each other.
-    """
+    """What the command line of a command asks for, and whether it is only to be shown."""
     given = as_options(arguments, COMMANDS[command].positional)
-    check_config_files(given)
+    if any(word.partition("=")[0] == "--allow_code" for word in given):
+        raise ValueError("--allow_code is for the command line: a job has its options in a file")
     function = load(command_of(command, given))
     parser = parser_of(function, f"memfree submit {command}")
     parser.add_argument("--slurm", type=SlurmOptions, default=SlurmOptions())
     own_dry_run = "--dry_run" in options_of(parser)  # a study's, which here means the job's
     if not own_dry_run:
-        parser.add_argument(
-            "--dry_run", type=bool, default=False, help="Whether the batch script is only printed."
-        )
-    check_no_further_files(given, list(parser.groups or {}))
-    config = _parsed(parser, given)
+        text = "Whether the batch script is only printed."
+        parser.add_argument("--dry_run", type=bool, default=False, help=text)
+    config = parsed(parser, given)
     # The functions' own classes check what no type says.
     slurm: SlurmOptions = parser.instantiate(config).slurm
     dry_run = config.pop("dry_run")
@@ -363,21 +323,10 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
     return Submission(command, own.dump(config, skip_unset=False), slurm), dry_run
 
 
-def _parsed(parser: ArgumentParser, arguments: list[str], **options: Any) -> Namespace:
-    try:
-        return parser.parse_args(arguments, **options)
-    except argparse.ArgumentError as error:
-        raise ValueError(option_message(str(error), parser)) from error
-
-
 def _check_array(
     parser: ArgumentParser, command: str, config: Namespace, slurm: SlurmOptions
 ) -> None:
-    """Refuse an array of what has no parts, or of a part.
-
-    Raises:
-        ValueError: names the option.
-    """
+    """Refuse an array of what has no parts, or of a part."""
     if slurm.array == 1:
         return
     option = f"--slurm.array {slurm.array}"
@@ -397,27 +346,22 @@ def _set_devices(
     slurm: SlurmOptions,
 ) -> None:
     """Let the command use the processes of the job; what the user has given must be the same."""
+    by_tasks = "--slurm.tasks_per_node" if slurm.tasks_per_node else "--slurm.gpus_per_node"
     # Plain numbers: the configuration is written as YAML.
-    wanted = {"devices": int(slurm.tasks), "num_nodes": int(slurm.nodes)}
-    sources = {
-        "devices": "--slurm.tasks_per_node" if slurm.tasks_per_node else "--slurm.gpus_per_node",
-        "num_nodes": "--slurm.nodes",
-    }
-    has_devices = "trainer.devices" in config and command not in _ONE_PROCESS
-    if not has_devices:
-        for name, number in wanted.items():
+    wanted = (
+        ("devices", by_tasks, "--slurm.tasks_per_node", int(slurm.tasks)),
+        ("num_nodes", "--slurm.nodes", "--slurm.nodes", int(slurm.nodes)),
+    )
+    if "trainer.devices" not in config or command in _ONE_PROCESS:
+        for _, source, remedy, number in wanted:
             if number > 1:
-                raise ValueError(
-                    f"{sources[name]} {number}: {command} is one process; give "
-                    + ("--slurm.tasks_per_node 1" if name == "devices" else "--slurm.nodes 1")
-                )
+                raise ValueError(f"{source} {number}: {command} is one process; give {remedy} 1")
         return
-    given = _parsed(parser, arguments, defaults=False)
-    for name, number in wanted.items():
+    given = parsed(parser, arguments, defaults=False)
+    for name, source, _, number in wanted:
         option = f"trainer.{name}"
         if option in given and str(given[option]) not in (str(number), "auto"):
             raise ValueError(
-                f"--{option} {given[option]} contradicts {sources[name]} {number}: "
-                f"leave --{option} out"
+                f"--{option} {given[option]} contradicts {source} {number}: leave --{option} out"
             )
         config[option] = number

@@ -249,7 +249,6 @@ def _module(
 
 
 def _less_memory(data: ShardDataModule, model: ModelOptions, options: TrainerOptions) -> list[str]:
-    """What lowers the memory of this training, the best first."""
     smaller = (
         f"a smaller --data.batch_size (now {data.batch_size}) with a larger "
         f"--trainer.accumulate_grad_batches (now {options.accumulate_grad_batches})"
@@ -299,7 +298,6 @@ def _callbacks(
 
 
 def _exposure_summary(path: Path) -> dict[str, Any]:
-    """How often the images of a training were seen, in a few numbers."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

@@ -33,10 +33,10 @@ def train_clip(
 ) -> None:
     """Train a small CLIP on the captioned images of a dataset folder.
 
-    For data on which no published CLIP can be had: open_clip's own model class with a frozen
-    EfficientNet-Lite0 (ImageNet) as image trunk. It sees train, calibration and fit pairs; on the
-    test pairs it is then said whether its score tells true captions from others at all. The folder
-    is what `open_clip.create_model("local-dir:OUT")` loads. Needs minutes.
+    For data without a published CLIP: open_clip's own model class with a frozen EfficientNet-Lite0
+    (ImageNet) as image trunk. It sees train, calibration and fit pairs; the test pairs then show
+    whether its score tells true captions from others at all. The folder is what
+    `open_clip.create_model("local-dir:OUT")` loads. Takes minutes.
 
     Args:
         dataset: folder that `memfree prepare` wrote, with captions.
@@ -69,18 +69,17 @@ def train_clip(
     if claim(out, "clip", identity, overwrite) == "finished":
         say(f"{out} is already trained as asked")
         return
-    pairs = DistinctImages(folder, PARTS)
+    pairs, test = DistinctImages(folder, PARTS), folder.part("test")
     if pairs.captions is None:
         raise ValueError(f"--dataset {dataset} has no captions; a CLIP needs them")
-    test = folder.part("test")
-    if test.captions is None:
+    captions = test.captions
+    if captions is None:
         raise ValueError(f"--dataset {dataset} has test images without captions; prepare it again")
     try:
-        deranged(test.captions, seed)
+        deranged(captions, seed)
     except ValueError as error:
         raise ValueError(
-            f"--dataset {dataset}: what the CLIP is worth cannot be measured, {error} of its test "
-            "images"
+            f"--dataset {dataset}: the CLIP cannot be judged, {error} of its test images"
         ) from error
     loader = pairs.loader(batch_size, steps, seed)
     module = SmallClipModule(model, seed)
@@ -96,8 +95,7 @@ def train_clip(
             partial / "open_clip_config.json",
             {"model_cfg": model_config(model), "preprocess_cfg": PREPROCESSING},
         )
-        assert test.captions is not None
-        report = pair_report(ClipScorer(partial), test.images(), test.captions, seed)
+        report = pair_report(ClipScorer(partial), test.images(), captions, seed)
         write_manifest(
             partial,
             "clip",

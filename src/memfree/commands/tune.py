@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jsonargparse.typing import NonNegativeInt, PositiveInt
@@ -25,8 +24,8 @@ TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memfree.models import LoadedModel
     from memfree.retrieval import ReferenceIndex
+    from memfree.sampling import SamplingModule
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def tune(
         steps: denoising steps.
         scheduler: sampler.
         guidance_scale: classifier-free guidance scale.
-        prompts: what a text-to-image model is asked for; take those whose images it copies.
+        prompts: prompts of a text-to-image model; take those whose images it copies.
         latents: index of the training images' latents, for both of text-to-image.
         scales: multiples of the strengths, tried from the smallest up.
         guidance: what is tuned (mitigation amg or both), the strengths that are multiplied, and
@@ -89,14 +88,7 @@ def tune(
     import torch
 
     from memfree.models import load_model
-    from memfree.sampling.checks import (
-        index_for,
-        labels_in_turn,
-        latents_for,
-        refuse_without_captions,
-        refuse_wrong_settings,
-        scheduler_for,
-    )
+    from memfree.sampling import SamplingModule, checks
 
     if guidance.mitigation not in WITH_AMG:
         raise ValueError(
@@ -108,29 +100,25 @@ def tune(
     loaded = load_model(model)
     asked: list[int] | list[str] | None = prompts_in_turn(prompts, loaded)
     if asked is None:
-        asked = labels_in_turn(None, loaded, guidance_scale)
-    reference = index_for(index, loaded, guidance, allow_other_dataset)
-    refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
+        asked = checks.labels_in_turn(None, loaded, guidance_scale)
+    reference = checks.index_for(index, loaded, guidance, allow_other_dataset)
+    checks.refuse_without_captions(index, reference, loaded, guidance, guidance_scale)
     guidance = guidance.resolved(reference)
-    refuse_wrong_settings(guidance, loaded, reference)
+    checks.refuse_wrong_settings(guidance, loaded, reference)
     reference.to("cuda" if torch.cuda.is_available() else "cpu")
-    sampler = scheduler_for(scheduler, loaded, steps)
-    batches = torch.arange(count).split(batch_size)
-    batch = _Trials(
-        loaded,
-        reference,
-        latents_for(latents, loaded, guidance),
-        batches,
-        seed,
-        steps,
-        sampler,
-        guidance_scale,
-        asked,
-    )
+    sampler = checks.scheduler_for(scheduler, loaded, steps)
+    references = checks.latents_for(latents, loaded, guidance)
+
+    def draw(settings: GuidanceSettings) -> Drawn:
+        given = loaded, sampler, steps, seed, settings, guidance_scale, asked
+        module = SamplingModule(*given, index=reference, latents=references)
+        return _draw(module.to(reference.device), torch.arange(count).split(batch_size))
+
     console = plain_console()
     with console.status("drawing unguided samples"):
-        unguided = batch.draw(replace(guidance, mitigation="none"))
-    trials = [batch.judge(0.0, unguided, unguided, guidance)]
+        unguided = draw(replace(guidance, mitigation="none"))
+    threshold = guidance.end_threshold(reference)
+    trials = [_judge(0.0, unguided, unguided, reference, threshold)]
     if trials[0].copies == 0:
         raise ValueError(
             f"unguided sampling leaves no copy among {count}: there is nothing to tune; "
@@ -138,25 +126,42 @@ def tune(
         )
     chosen: GuidanceSettings | None = None
     for scale in sorted(scales):
-        settings = scaled(guidance, scale)
+        strengths = {name: getattr(guidance, name) * scale for name in ("c1", "c2", "c3")}
+        settings = replace(guidance, **strengths)
         with console.status(f"drawing samples with strengths × {scale:g}"):
-            images = batch.draw(replace(settings, final_correction=False))
-        trials.append(batch.judge(scale, images, unguided, settings))
+            drawn = draw(replace(settings, final_correction=False))
+        trials.append(_judge(scale, drawn, unguided, reference, threshold))
         if trials[-1].copies == 0:
             chosen = settings
             break
     console.print(table(trials))
-    tuned = (
-        None
-        if chosen is None
-        else {
+    tuned = None
+    if chosen is not None:
+        # Options of amg and both have the names of their fields.
+        own = {name: getattr(chosen, name) for name in record_paths(chosen.mitigation)}
+        tuned = {
             "steps": int(steps),
             "scheduler": scheduler,
             "guidance_scale": float(guidance_scale),
-            "mitigation": {"name": chosen.mitigation, **_own(chosen)},
+            "mitigation": {"name": chosen.mitigation, **own},
         }
-    )
-    _write(out, trials, tuned, seed, model=str(model), index=str(index), count=count)
+    with unfinished(
+        out
+    ) as partial:  # replaces an earlier tuning, also where this one found nothing
+        write_json(partial / "tune.json", [asdict(trial) for trial in trials])
+        save_config(partial)
+        if tuned is not None:
+            write_text(partial / "guidance.yaml", yaml.safe_dump(tuned, sort_keys=False))
+        write_manifest(
+            partial,
+            "tuning",
+            seed,
+            scale=None if tuned is None else trials[-1].scale,
+            model=str(model),
+            index=str(index),
+            count=count,
+        )
+        put_in_place(partial, out, overwrite=True)
     if tuned is None:
         raise ValueError(
             f"copies remain at every scale; raise --scales, --mitigation.gate_margin or "
@@ -166,104 +171,54 @@ def tune(
     console.print(line, soft_wrap=True)
 
 
-def _write(
-    out: Path, trials: list[Trial], tuned: dict[str, Any] | None, seed: int, **fields: Any
-) -> None:
-    """Write the folder; an earlier tuning in it is replaced, also by one that found nothing."""
-    scale = None if tuned is None else trials[-1].scale
-    with unfinished(out) as partial:
-        write_json(partial / "tune.json", [asdict(trial) for trial in trials])
-        save_config(partial)
-        if tuned is not None:
-            write_text(partial / "guidance.yaml", yaml.safe_dump(tuned, sort_keys=False))
-        write_manifest(partial, "tuning", seed, scale=scale, **fields)
-        put_in_place(partial, out, overwrite=True)
+Drawn = tuple["Tensor", "Tensor"]
+"""Samples (N, C, H, W) as they would be saved, and which were ever active (N,)."""
 
 
-def _own(settings: GuidanceSettings) -> dict[str, Any]:
-    """The options of amg or both, whose names are those of their fields."""
-    return {name: getattr(settings, name) for name in record_paths(settings.mitigation)}
+def _draw(module: SamplingModule, batches: Sequence[Tensor]) -> Drawn:
+    import torch
+
+    from memfree.images import from_bytes, to_bytes
+
+    module.on_predict_start()
+    images, active = [], []
+    for indices in batches:
+        drawn = module.predict_step(indices)
+        assert drawn.trace is not None
+        images.append(from_bytes(to_bytes(drawn.images)))
+        active.append(drawn.trace["active"].reshape(-1, len(indices)).any(dim=0))
+    return torch.cat(images), torch.cat(active)
 
 
-def scaled(settings: GuidanceSettings, scale: float) -> GuidanceSettings:
-    """The settings with c_1, c_2 and c_3 multiplied by ``scale``."""
-    return replace(settings, c1=settings.c1 * scale, c2=settings.c2 * scale, c3=settings.c3 * scale)
+def _judge(
+    scale: float, drawn: Drawn, unguided: Drawn, index: ReferenceIndex, threshold: float
+) -> Trial:
+    """Measure a batch by the index's own similarity."""
+    from memfree.guidance import default_similarity
 
-
-@dataclass(frozen=True)
-class _Trials:
-    """Draws and judges the trial batch."""
-
-    model: LoadedModel
-    index: ReferenceIndex
-    latents: ReferenceIndex | None
-    batches: Sequence[Tensor]
-    seed: int
-    steps: int
-    scheduler: Any
-    guidance_scale: float
-    asked: list[int] | list[str] | None
-
-    def draw(self, settings: GuidanceSettings) -> tuple[Tensor, Tensor]:
-        """Samples (N, C, H, W) as they would be saved, and which were ever active (N,)."""
-        import torch
-
-        from memfree.images import from_bytes, to_bytes
-        from memfree.sampling import SamplingModule
-
-        module = SamplingModule(
-            self.model,
-            self.scheduler,
-            self.steps,
-            self.seed,
-            settings,
-            self.guidance_scale,
-            self.asked,
-            self.index,
-            self.latents,
-        ).to(self.index.device)
-        module.on_predict_start()
-        images, active = [], []
-        for indices in self.batches:
-            drawn = module.predict_step(indices)
-            assert drawn.trace is not None
-            images.append(from_bytes(to_bytes(drawn.images)))
-            active.append(drawn.trace["active"].reshape(-1, len(indices)).any(dim=0))
-        return torch.cat(images), torch.cat(active)
-
-    def judge(
-        self,
-        scale: float,
-        drawn: tuple[Tensor, Tensor],
-        unguided: tuple[Tensor, Tensor],
-        settings: GuidanceSettings,
-    ) -> Trial:
-        """Measure a batch by the index's own similarity."""
-        from memfree.guidance import default_similarity
-
-        images, active = drawn
-        match = default_similarity(self.index)(self.index, images.to(self.index.device))
-        repeated = self.index.group_multiplicity.to(match.rows.device)[match.rows[:, 0]] > 1
-        return Trial(
-            scale=scale,
-            copies=float((match.sigma > settings.end_threshold(self.index)).float().mean()),
-            duplicated_share=float(repeated.float().mean()),
-            active=float(active.float().mean()),
-            displacement=math.sqrt(float((images - unguided[0]).square().mean())),
-        )
+    images, active = drawn
+    match = default_similarity(index)(index, images.to(index.device))
+    repeated = index.group_multiplicity.to(match.rows.device)[match.rows[:, 0]] > 1
+    return Trial(
+        scale=scale,
+        copies=float((match.sigma > threshold).float().mean()),
+        duplicated_share=float(repeated.float().mean()),
+        active=float(active.float().mean()),
+        displacement=math.sqrt(float((images - unguided[0]).square().mean())),
+    )
 
 
 def table(trials: list[Trial]) -> Table:
     """The trials, to print; the first row is unguided."""
-    made = Table(title="Strengths tried on the trial batch", title_justify="left")
+    rows = Table(title="Strengths tried on the trial batch", title_justify="left")
     for column in ("strengths ×", "copies", "nearest is repeated", "ever active", "rms moved"):
-        made.add_column(column, justify="right")
+        rows.add_column(column, justify="right")
     for trial in trials:
-        made.add_row(
+        rows.add_row(
             f"{trial.scale:g}" if trial.scale else "unguided",
             f"{100 * trial.copies:.1f} %",
             f"{100 * trial.duplicated_share:.1f} %",
             f"{100 * trial.active:.1f} %",
             f"{trial.displacement:.3f}",
         )
-    return made
+    return rows

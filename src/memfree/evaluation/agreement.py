@@ -228,17 +228,11 @@ class ClassJudge:
         self, subject: str, agrees: np.ndarray, conditions: np.ndarray | None = None
     ) -> Metric:
         """The rate ``class_agreement``; for ``heldout`` it is the ceiling, the test accuracy."""
-        notes = {"meaning": "accuracy on test images, the ceiling"} if subject == HELDOUT else {}
-        return rate_metric(
-            "class_agreement",
-            subject,
-            agrees,
-            conditions,
-            classifier=self.name,
-            features=self.features,
-            cross_validated_accuracy=round(self.cross_validated, 4),
-            **notes,
-        )
+        detail: dict[str, Any] = {"classifier": self.name, "features": self.features}
+        detail["cross_validated_accuracy"] = round(self.cross_validated, 4)
+        if subject == HELDOUT:
+            detail["meaning"] = "accuracy on test images, the ceiling"
+        return rate_metric("class_agreement", subject, agrees, conditions, **detail)
 
 
 def _candidates(features: dict[str, np.ndarray]) -> list[tuple[str, str, Pipeline]]:

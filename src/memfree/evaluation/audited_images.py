@@ -25,8 +25,7 @@ from memfree.data.shard_reader import expand_shards, read_members
 from memfree.data.skipped import LeftOut, Skipped
 from memfree.images import MAX_IMAGE_BYTES, MAX_PIXELS, channels_of, from_bytes, open_image, upright
 
-MAX_FRAMES = 1000
-"""Frames of one animated image that are judged."""
+MAX_FRAMES = 1000  # of one animated image that are judged
 READ = "PNG, JPEG or WEBP"
 _NOT_READ = "only PNG, JPEG and WEBP are judged; convert or unpack it"
 _HEAD = 264  # bytes that tell a tar
@@ -134,32 +133,29 @@ class AuditedImages:
             )
 
     def _images(self) -> Iterator[tuple[str, Image.Image]]:
+        """Every frame of every picture; frames are named if there are several."""
         for name, data in self._encoded():
             try:
                 image = open_image(data, name)
             except ValueError as error:
                 self.skipped.record(str(error))
                 continue
-            yield from self._frames(name, image)
-
-    def _frames(self, name: str, image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
-        """The frames of an image, named if there are several."""
-        count = getattr(image, "n_frames", 1)
-        for number in range(min(count, MAX_FRAMES)):
-            called = f"{name} (frame {number + 1} of {count})" if count > 1 else name
-            try:
-                if number:
-                    image.seek(number)
-                    if image.width * image.height > MAX_PIXELS:
-                        raise ValueError(f"more pixels than the limit {MAX_PIXELS}")
-                    image.load()
-            except Exception as error:  # whatever a decoder makes of a damaged later frame
-                self.skipped.record(f"{called}: damaged ({type(error).__name__})")
-                continue
-            self.frames += count > 1
-            yield called, image
-        if count > MAX_FRAMES:
-            self.skipped.record(f"{name}: only {MAX_FRAMES} of its {count} frames were judged")
+            count = getattr(image, "n_frames", 1)
+            for number in range(min(count, MAX_FRAMES)):
+                called = f"{name} (frame {number + 1} of {count})" if count > 1 else name
+                try:
+                    if number:
+                        image.seek(number)
+                        if image.width * image.height > MAX_PIXELS:
+                            raise ValueError(f"more pixels than the limit {MAX_PIXELS}")
+                        image.load()
+                except Exception as error:  # whatever a decoder makes of a damaged later frame
+                    self.skipped.record(f"{called}: damaged ({type(error).__name__})")
+                    continue
+                self.frames += count > 1
+                yield called, image
+            if count > MAX_FRAMES:
+                self.skipped.record(f"{name}: only {MAX_FRAMES} of its {count} frames were judged")
 
     def _encoded(self) -> Iterator[tuple[str, bytes]]:
         """Name and content of every picture of the formats that are read."""

@@ -125,9 +125,7 @@ class EvaluationFolder:
             self.subjects = sorted(names, key=lambda name: name != self.reference)
             self.paired = [name for name in self.subjects if name in self.manifest["paired"]]
             if self.reference not in names:
-                raise ValueError(
-                    f"the reference {short(repr(self.reference), 40)} is not one of its samples"
-                )
+                raise ValueError(f"reference {short(repr(self.reference), 40)} is not in samples")
             if len(self.manifest["dataset"]["manifest"]["image_shape"]) != 3:
                 raise ValueError("manifest.dataset.manifest.image_shape is not (C, H, W)")
         self.pictures = self._rows("pictures.parquet", _PICTURES, ("subject", "sigma", "copy"))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,28 +63,21 @@ def memorization_metrics(
     per_factor = images_per_factor(
         index.group.cpu().numpy(), index.group_multiplicity.cpu().numpy()
     )
-    nl2 = isinstance(inputs.similarity, NormalizedL2)
-    heldout = subjects[HELDOUT]
+    measure, heldout = inputs.similarity, subjects[HELDOUT]
+    nl2, real = isinstance(measure, NormalizedL2), heldout.found.multiplicity > 1
     metrics: list[Metric] = []
     for name, subject in subjects.items():
         found, shared = subject.found, subject.conditions
-        weights = class_weights(heldout.labels, subject.labels, len(heldout.found))
+        repeated = found.multiplicity > 1
+        weights = class_weights(heldout.labels, subject.labels, len(real))
         metrics += [
             *copy_metrics(
-                name,
-                found,
-                thresholds,
-                rate,
-                inputs.similarity.name,
-                shared,
-                calibration.rate_limits,
+                name, found, thresholds, rate, measure.name, shared, calibration.rate_limits
             ),
             second_metric(second.similarity, name, subject.second_copy, rate, shared),
             *distance_metrics(name, found, nl2, shared),
             *factor_metrics(name, found, per_factor, shared),
-            *duplicated_share_metrics(
-                name, found.multiplicity > 1, heldout.found.multiplicity > 1, weights, seed, shared
-            ),
+            *duplicated_share_metrics(name, repeated, real, weights, seed, shared),
         ]
     return metrics
 
@@ -100,21 +94,14 @@ def copy_metrics(
     """Rates of copies, above the threshold in σ of each false-positive rate."""
     metrics = []
     for rate, threshold in thresholds.items():
+        name = "copies" if rate == main_rate else f"{COPIES_AT}{rate:g}"
         copies = found.sigma > threshold
-        limits = {} if rate_limits is None else {"false_positive_rate_limits": [*rate_limits(rate)]}
-        metrics.append(
-            rate_metric(
-                "copies" if rate == main_rate else f"{COPIES_AT}{rate:g}",
-                subject,
-                copies,
-                conditions,
-                similarity=similarity,
-                threshold=threshold,
-                false_positive_rate=rate,
-                **limits,
-                copies=int(copies.sum()),
-            )
-        )
+        detail: dict[str, Any] = {"similarity": similarity, "threshold": threshold}
+        detail["false_positive_rate"] = rate
+        if rate_limits is not None:
+            detail["false_positive_rate_limits"] = [*rate_limits(rate)]
+        detail["copies"] = int(copies.sum())
+        metrics.append(rate_metric(name, subject, copies, conditions, **detail))
     return metrics
 
 
@@ -226,14 +213,9 @@ def comparison_metrics(inputs: Inputs, subjects: dict[str, Subject]) -> list[Met
             flags["class_agreement"] = (own.agrees, other.agrees)
             shared["class_agreement"] = own.agrees_conditions
         metrics += paired_metrics(name, reference, flags, shared)
+        groups = group[own.found.row], group[other.found.row]
         metrics += same_image_metrics(
-            name,
-            reference,
-            group[own.found.row],
-            group[other.found.row],
-            other.found.copy,
-            own.labels,
-            own.conditions,
+            name, reference, *groups, other.found.copy, own.labels, own.conditions
         )
     return metrics
 
@@ -249,10 +231,8 @@ def paired_metrics(
     for name, (own, others) in flags.items():
         shared = (conditions or {}).get(name)
         difference = paired_rate_difference(own, others, clusters=shared)
-        over = {"method": "Newcombe, paired", **conditions_detail(shared)}
-        metrics.append(
-            metric(f"{name}_difference", subject, difference, len(own), reference=reference, **over)
-        )
+        detail = {"reference": reference, "method": "Newcombe, paired", **conditions_detail(shared)}
+        metrics.append(metric(f"{name}_difference", subject, difference, len(own), **detail))
     return metrics
 
 

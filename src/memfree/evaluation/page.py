@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def report_page(folder: EvaluationFolder) -> str:
         folder=folder,
         metrics=metrics,
         manifest=manifest,
-        source=(data.get("source") or {}).get("name", "images"),
+        source=data.get("source") or {},
         heldout=HELDOUT,
         copies=copies,
         rate=_rate(copies[folder.reference]),
@@ -119,7 +119,6 @@ def report_page(folder: EvaluationFolder) -> str:
             if (first := metrics.get(f"copies_of_{name}", CHANGED))
             and (second := metrics.get(f"second_copies_of_{name}", CHANGED))
         },
-        facts=[(name, text) for name, text in _facts(folder) if text],
         commands=_commands(folder),
         settings=_settings(folder),
     )
@@ -179,65 +178,6 @@ def _charts(folder: EvaluationFolder) -> dict[str, Markup | None]:
         ),
     }
     return {name: Markup(chart) if chart else None for name, chart in charts.items()}
-
-
-def _facts(folder: EvaluationFolder) -> Iterator[tuple[str, str]]:
-    """Data, index, samplers and versions, as name and value; empty values are not shown."""
-    manifest = folder.manifest
-    data, index = manifest["dataset"]["manifest"], manifest["index"]["manifest"]
-    source = data.get("source") or {}
-    licence = f" (licence: {source['licence']})" if source.get("licence") else ""
-    shape = " × ".join(str(side) for side in data["image_shape"])
-    yield "Dataset", f"{source.get('name', 'unknown source')}{licence}, images of {shape}"
-    yield "Its SHA-256", manifest["dataset"]["hash"]
-    yield "Parts", ", ".join(_part(name, part) for name, part in (data.get("parts") or {}).items())
-    yield "Repeated on purpose", _plan(data)
-    features = (index.get("features") or {}).get("name", "features")
-    yield "Index", f"{index.get('rows')} distinct images, {features}, {index.get('metric')}"
-    for name in folder.subjects:
-        samples = manifest["samples"][name]
-        yield f"Samples: {name}", _sampler(samples["manifest"])
-        if samples.get("model") and name not in folder.paired:
-            yield f"Model: {name}", _model(samples["model"])
-    made = manifest["made_by"]
-    versions = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
-    yield "Software", f"Python {made['python']}, {versions}"
-    yield "Machine", str(made["device"])
-    yield "Commit", str(made.get("git_commit") or "not from a checkout")
-    yield "Evaluated", f"{made['created']}, seed {made['seed']}"
-
-
-def _part(name: str, part: dict[str, Any]) -> str:
-    images, records = part.get("images"), part.get("records")
-    return f"{name} {images}" + ("" if records in (None, images) else f" ({records} records)")
-
-
-def _plan(data: dict[str, Any]) -> str:
-    plan, repeated = data.get("plan") or {}, data.get("repeated_images")
-    if not repeated:
-        return "nothing"
-    factors = ", ".join(f"× {factor}" for factor in plan.get("ladder") or [plan.get("factor")])
-    return f"{repeated} images, {factors} ({', '.join(plan.get('kinds') or [])} copies)"
-
-
-def _sampler(manifest: dict[str, Any]) -> str:
-    shown = ("mitigation", "scheduler", "steps", "guidance_scale", "seed", "count")
-    return ", ".join(
-        f"{name.replace('_', ' ')} {manifest[name]}"
-        for name in shown
-        if manifest.get(name) is not None
-    )
-
-
-def _model(manifest: dict[str, Any]) -> str:
-    parts = []
-    if manifest.get("parameters") is not None:
-        parts.append(f"{manifest['parameters'] / 1e6:.2f} million weights")
-    if "steps" in manifest:
-        parts.append(f"{manifest['steps']} steps of {manifest.get('batch_size')}")
-    if largest := (manifest.get("exposures") or {}).get("largest"):
-        parts.append(f"an image was trained on at most {largest} times")
-    return ", ".join(parts)
 
 
 def _commands(folder: EvaluationFolder) -> str:

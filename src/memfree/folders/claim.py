@@ -33,16 +33,12 @@ _FILES = {
 """Names of what is in a folder of a kind, beside its manifest and configuration."""
 
 
-def _identity(manifest: dict[str, Any]) -> Any:
-    return manifest.get("identity")
-
-
 def claim(
     out: Path,
     kind: str,
     identity: dict[str, Any] | None = None,
     overwrite: bool | None = None,
-    identity_of: Callable[[dict[str, Any]], Any] = _identity,
+    identity_of: Callable[[dict[str, Any]], Any] = lambda manifest: manifest.get("identity"),
 ) -> Found:
     """Accept ``out`` as the place of a folder that is put there when complete; writes nothing.
 
@@ -51,16 +47,12 @@ def claim(
         kind: what is to be there, as in its manifest.
         identity: all that the result depends on, JSON values. None: what is there of this kind is
             replaced, whatever it was made from.
-        overwrite: whether one of another identity may be replaced; None where the command has no
-            such option.
+        overwrite: whether one of another identity may be replaced; None where there is no such
+            option.
         identity_of: the identity in a manifest of this kind.
 
-    Returns:
-        ``finished`` or ``open``.
-
     Raises:
-        ValueError: it holds something else or files of the user's own, or is a file or a mount
-            point.
+        ValueError: it holds something else or the user's own files, or is a file or a mount point.
         OSError: nothing can be written beside it.
     """
     manifest = check_kind(out, kind)
@@ -78,11 +70,7 @@ def claim(
 
 
 def check_kind(out: Path, kind: str) -> dict[str, Any]:
-    """The manifest in a folder; empty where there is none, and the folder may hold anything.
-
-    Raises:
-        ValueError: it is a file, or holds something else, or a manifest that cannot be read.
-    """
+    """The manifest of a folder of this kind; empty where there is none, whatever else is there."""
     _refuse_file(out)
     if not (out / "manifest.json").is_file():
         return {}
@@ -91,11 +79,7 @@ def check_kind(out: Path, kind: str) -> dict[str, Any]:
 
 
 def refuse_other(out: Path, difference: str | None, overwrite: bool | None = None) -> None:
-    """Refuse a folder where something differs from what is to be there, unless ``overwrite``.
-
-    Raises:
-        ValueError: says what differs, and the ways out.
-    """
+    """Refuse a folder that holds something else, unless ``overwrite``; name the ways out."""
     if difference and not overwrite:
         delete = "" if overwrite is None else ", or --overwrite true to delete it"
         raise ValueError(
@@ -104,11 +88,7 @@ def refuse_other(out: Path, difference: str | None, overwrite: bool | None = Non
 
 
 def refuse_files(out: Path, known: str = "") -> None:
-    """Refuse a folder with a file of another name than ``known``, a regular expression, matches.
-
-    Raises:
-        ValueError: names the first such file.
-    """
+    """Refuse a folder with a file whose name the regular expression ``known`` does not match."""
     _refuse_file(out)
     names = (path.name for path in out.iterdir()) if out.is_dir() else ()
     if own := sorted(name for name in names if not re.fullmatch(known, name, re.DOTALL)):
@@ -122,38 +102,30 @@ def _refuse_file(out: Path) -> None:
 
 @contextmanager
 def or_another() -> Iterator[None]:
-    """Tell the way out of what is wrong with a file that says what a folder holds."""
+    """Add "use another --out" to what is wrong with a file that says what a folder holds."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{error}; use another --out") from error
 
 
-def first_difference(found: Any, wanted: Any, name: str = "") -> str | None:
-    """Say where two nested dicts of JSON values differ first, None where they are equal.
+def first_difference(present: Any, wanted: Any, name: str = "") -> str | None:
+    """Where two nested dicts of JSON values differ first, None where they are equal.
 
-    An absent value equals None. Of a value whose name ends in ``_sha256`` only that it is another
-    is said.
-
-    Args:
-        found: what a folder holds.
-        wanted: what the command asks for.
-        name: of the two values, dotted.
+    An absent value equals None. Of a value whose name ends in ``_sha256`` only that it differs is
+    said. ``name``: of the two values, dotted.
     """
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in [*wanted, *(key for key in found if key not in wanted)]:
+    if isinstance(present, dict) and isinstance(wanted, dict):
+        for key in [*wanted, *(key for key in present if key not in wanted)]:
             path = f"{name}.{short(key)}" if name else short(key)
-            difference = first_difference(found.get(key), wanted.get(key), path)
-            if difference:
+            if difference := first_difference(present.get(key), wanted.get(key), path):
                 return difference
         return None
-    if found == wanted:
+    if present == wanted:
         return None
     if name.endswith(HASH):
         return f"made with another {name.removesuffix(HASH)}"
-    return f"{name or 'it'} is {_short(found)} there and {_short(wanted)} here"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 24 else f"{text[:20]}..."
+    there, here = (
+        text if len(text) <= 24 else f"{text[:20]}..." for text in (repr(present), repr(wanted))
+    )
+    return f"{name or 'it'} is {there} there and {here} here"

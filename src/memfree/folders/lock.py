@@ -11,45 +11,34 @@ import re
 import socket
 import stat
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from memfree.folders.atomic import alone, clear_up, is_alive, put_back, remove_temporary
+from memfree.folders import atomic
 from memfree.slurm.launcher import is_first_process
-
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - Windows
-    fcntl = None  # type: ignore[assignment]
 
 ORPHAN_WAIT = 60.0
 """Seconds to wait for what a killed process has started: it notices only after its batch."""
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a file system without locks answers."""
 _BEGIN = '{"host":'
 """What a lock file begins with."""
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 class FolderLock:
-    """A lock file that says who holds it.
+    """A lock file at ``path`` that says who holds it; messages name ``what`` it locks.
 
-    The lock is the operating system's (``flock``): it ends with its process, however that ends, so
-    a file that a killed process left behind is no lock. On network file systems with locks it holds
-    between machines as well. On those without, the file itself is the lock: it is stale if its
-    process has ended, or belongs to an earlier start of this very SLURM job; of a process on
-    another machine that cannot be known, and the message says which file to delete. Whoever makes
-    the file has that lock, so one that does not say yet who holds it is held.
+    The lock is the operating system's (``filelock``): it ends with its process, however that ends,
+    so a file that a killed process left behind is no lock. It also holds between machines on
+    network file systems with locks. On those without, the file itself is the lock: whoever makes it
+    has it, until its process has ended or this very Slurm job was started again. The state of a
+    process on another machine cannot be checked, so the message names the file to delete.
 
     A file of that name that is not a lock file is neither written nor removed, and links are not
     followed.
-
-    Args:
-        path: the lock file.
-        what: what is locked, as the message names it: ``--out runs/model``.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -58,23 +47,20 @@ class FolderLock:
         self._file: IO[str] | None = None
 
     def acquire(self, wait: float = 0.0) -> None:
-        """Take the lock, or refuse.
+        """Take the lock, or raise ValueError with host and process of its holder.
 
-        Args:
-            wait: seconds to wait for a holder that is alive. Where its process has ended and only
-                what it started is left, ``ORPHAN_WAIT`` seconds are waited in any case.
-
-        Raises:
-            ValueError: another process holds it; names host and process. Or something else than a
-                lock file has its name.
-            OSError: the file cannot be written.
+        ``wait``: seconds to wait for a holder that is alive. Where its process has ended and only
+        what it started is left, ``ORPHAN_WAIT`` seconds are waited in any case.
         """
         start = time.monotonic()
         while not self._try():
             holder = read_holder(self.path)
-            patience = ORPHAN_WAIT if _has_ended(holder) else wait
-            if time.monotonic() - start >= patience:
-                raise ValueError(self._refusal(holder))
+            if time.monotonic() - start >= (ORPHAN_WAIT if _has_ended(holder) else wait):
+                who = "process {pid} on {host}, since {since}".format_map(defaultdict(str, holder))
+                raise ValueError(
+                    f"another process is writing to {self.what}{': ' + who if holder else ''}; "
+                    f"wait for it or stop it (if it has ended, delete {self.path})"
+                )
             time.sleep(0.05)
 
     def release(self) -> None:
@@ -98,19 +84,22 @@ class FolderLock:
     def _try(self) -> bool:
         """Take the lock if it is free."""
         assert self._file is None
-        file, made = self._open()
+        file, is_new = self._open()
         if file is None:
             return False
         try:
-            locked = _flock(file)
+            locked = atomic.try_lock(file.fileno())
             # Removed by its holder since it was opened, or another's by now: try again.
-            free = made if locked is None else locked and _is_same_file(file, self.path)
-            if free:
-                self._say_who(file, to_all_machines=locked is None)
+            if is_new if locked is None else locked and _is_same_file(file, self.path):
+                file.truncate(0)
+                file.write(json.dumps(_ourselves()))
+                file.flush()
+                if locked is None:  # other machines read it
+                    os.fsync(file.fileno())
                 self._file = file
                 return True
         except BaseException:
-            if made:
+            if is_new:
                 self.path.unlink(missing_ok=True)
             file.close()
             raise
@@ -121,44 +110,31 @@ class FolderLock:
         """The file, and whether it was made here; None if it comes and goes."""
         for _ in range(10):
             with contextlib.suppress(FileExistsError):
-                made = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)
-                return os.fdopen(made, "r+", encoding="utf-8"), True
+                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)
+                return os.fdopen(handle, "r+", encoding="utf-8"), True
             with contextlib.suppress(FileNotFoundError):
                 return self._open_existing(), False
         return None, False
 
     def _open_existing(self) -> IO[str]:
-        """The file, which an earlier process has made, as its content shows.
-
-        Raises:
-            ValueError: it is a link, no plain file, or somebody's own.
-        """
+        """The file of an earlier process; refuses a link, a FIFO, and somebody's own file."""
+        foreign = f"{self.path} is not a lock file of memfree: move it away to write {self.what}"
+        flags = os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | _NOFOLLOW
         try:
-            opened = os.open(self.path, os.O_RDWR | os.O_NONBLOCK | _NOFOLLOW)
+            handle = os.open(self.path, flags)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise ValueError(self._foreign()) from error
+                raise ValueError(foreign) from error
             raise
-        if not stat.S_ISREG(os.fstat(opened).st_mode):
-            os.close(opened)
-            raise ValueError(self._foreign())
-        file = os.fdopen(opened, "r+", encoding="utf-8", errors="replace")
-        # Empty: its maker has not come to write into it.
-        if file.read(len(_BEGIN)) not in ("", _BEGIN):
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise ValueError(foreign)
+        file = os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
+        if file.read(len(_BEGIN)) not in ("", _BEGIN):  # empty: its maker has not written yet
             file.close()
-            raise ValueError(self._foreign())
+            raise ValueError(foreign)
         file.seek(0)
         return file
-
-    def _foreign(self) -> str:
-        return f"{self.path} is not a lock file of memfree: move it away to write {self.what}"
-
-    def _say_who(self, file: IO[str], to_all_machines: bool) -> None:
-        file.truncate(0)
-        file.write(json.dumps(_ourselves()))
-        file.flush()
-        if to_all_machines:
-            os.fsync(file.fileno())
 
     def _remove_stale(self) -> bool:
         """Without locks: remove the file if it is stale; whether it is gone.
@@ -179,18 +155,6 @@ class FolderLock:
         finally:
             guard.unlink(missing_ok=True)
         return stale
-
-    def _refusal(self, holder: dict[str, Any]) -> str:
-        if not holder:
-            return (
-                f"another process is writing to {self.what}; wait for it or stop it "
-                f"(if it has ended, delete {self.path})"
-            )
-        return (
-            f"another process is writing to {self.what}: process {holder.get('pid')} on "
-            f"{holder.get('host')}, since {holder.get('since')}; wait for it or stop it "
-            f"(if it has ended, delete {self.path})"
-        )
 
 
 def read_holder(path: Path) -> dict[str, Any]:
@@ -217,14 +181,13 @@ def _ourselves() -> dict[str, Any]:
 
 def _process_namespace() -> str | None:
     """Within what process numbers count: containers may share host name and number 1."""
-    try:
+    with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None
+    return None
 
 
 def _job() -> list[str] | None:
-    """Number of the SLURM job and how often it was started again."""
+    """Number of the Slurm job and how often it was started again."""
     number = os.environ.get("SLURM_JOB_ID")
     return None if number is None else [number, os.environ.get("SLURM_RESTART_COUNT", "0")]
 
@@ -232,26 +195,11 @@ def _job() -> list[str] | None:
 def _has_ended(holder: dict[str, Any]) -> bool:
     """Whether the process that wrote the file is known to have ended."""
     pid = holder.get("pid")
-    if holder.get("host") != socket.gethostname() or not isinstance(pid, int):
+    is_local = holder.get("host") == socket.gethostname()
+    is_local &= holder.get("processes") in (None, _process_namespace())
+    if not is_local or not isinstance(pid, int):
         return False
-    if holder.get("processes") not in (None, _process_namespace()):
-        return False
-    return pid != os.getpid() and not is_alive(pid)
-
-
-def _flock(file: IO[str]) -> bool | None:
-    """Lock a file if it is free; whether it is ours, None where there are no such locks."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return None
-    return True
+    return pid != os.getpid() and not atomic.is_alive(pid)
 
 
 def _is_stale(holder: dict[str, Any]) -> bool:
@@ -270,24 +218,21 @@ def _is_same_file(file: IO[str], path: Path) -> bool:
 
 Items = TypeVar("Items", bound=Sequence[Any])
 ALL = "all"
-_PART = re.compile(r"(\d{1,6})/(\d{1,6})")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of several disjoint parts that together are the whole."""
+    """Number ``number`` (from 1) of ``of`` disjoint parts that together are the whole."""
 
     number: int = 1
-    """From 1."""
     of: int = 1
-    """How many parts there are."""
 
     def __str__(self) -> str:
         return ALL if self.whole else f"{self.number}/{self.of}"
 
     @property
     def whole(self) -> bool:
-        """Whether there is nothing beside it."""
+        """Whether there are no other parts."""
         return self.of == 1
 
     def share(self, items: Items) -> Items:
@@ -299,35 +244,21 @@ WHOLE = Part()
 
 
 def part_of(text: str) -> Part:
-    """What ``--part`` says: ``all``, or the number of a part and how many there are.
-
-    Raises:
-        ValueError: it says something else.
-    """
-    found = _PART.fullmatch(text)
+    """The part that ``--part`` names: ``all``, or its number and how many there are, as 3/8."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if text == ALL:
         return WHOLE
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise ValueError(f"--part {text}: say all, or a part such as 3/8 (1/8 to 8/8)")
-    return Part(int(found[1]), int(found[2]))
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--part {text}: pass all, or a part such as 3/8 (1/8 to 8/8)")
+    return Part(int(match[1]), int(match[2]))
 
 
-_UNWRITABLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOSPC,
-    errno.EDQUOT,
-)
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOSPC, errno.EDQUOT}
 """What a place answers where no lock file can be made."""
 _BEGINNING = 10.0
 """Seconds to wait for other parts, which hold the folder's own lock while they begin."""
 _WAITING = 24 * 3600.0
 """Seconds to wait for the part that does what is done once."""
-
-_LOCK = re.compile(r"\.memfree(-\d+-of-\d+)?\.lock$")
-"""Names of lock files; see ``_name``."""
 
 
 @contextmanager
@@ -335,141 +266,118 @@ def one_writer(out: Path, part: Part = WHOLE) -> Iterator[None]:
     """Keep other commands from writing the folder ``out``; clear up after killed ones.
 
     The lock file lies beside the folder (that a link leads to), ``.NAME.memfree.lock``, or inside
-    it where nothing may be written beside it; it is removed at the end. Of the processes of one
-    distributed run only the first locks. Where neither place can be written there is no lock: what
-    the command then tries to write says so.
+    it where nothing may be written beside it. Where neither place can be written there is no lock:
+    what the command then tries to write says so. Of the processes of one distributed run only the
+    first locks. A part has its own lock, ``.NAME.memfree-3-of-8.lock``, beside which other parts of
+    the same division may be written, but nothing else; the folder's lock then guards the beginning.
 
-    A part has a lock of its own, ``.NAME.memfree-3-of-8.lock``, beside which other parts of the
-    same division may be written, but nothing else. The folder's own lock then guards the beginning.
-
-    At first only a folder that a killed run moved aside is put back. What killed runs left else is
-    removed at the end of a command that succeeds: one that is refused has touched nothing.
-
-    Args:
-        out: the folder.
-        part: what is written of it.
+    At first only a folder that a killed run moved aside is put back. The rest of what killed runs
+    left is removed at the end of a command that succeeds: one that is refused touches nothing.
 
     Raises:
-        ValueError: another process writes there; one line with its host and process. Or ``out`` is
-            a link in a circle.
+        ValueError: another process writes there, or ``out`` is a link in a circle.
     """
     if not is_first_process() or out.is_file():
         yield
         return
-    made = _missing_parents(out)
+    parents = _make_parents(out)
     lock = _acquire(out, part)
-    try:
-        with alone(out) if lock is not None and part.whole else contextlib.nullcontext():
+    with _released(lock, parents):
+        with atomic.alone(out) if lock is not None and part.whole else contextlib.nullcontext():
             yield
         if lock is not None:
             _clear_up(out, part)
-    finally:
-        if lock is not None:
-            lock.release()
-        for folder in made:
-            with contextlib.suppress(OSError):  # not empty: the command has made something
-                folder.rmdir()
 
 
 @contextmanager
 def one_of_launch(out: Path) -> Iterator[None]:
-    """Refuse another process of the same launch that does the whole of what commands share.
-
-    Args:
-        out: the folder, in which each command has a lock of its own; nothing is cleared up.
-
-    Raises:
-        ValueError: another process does it.
-    """
-    made = _missing_parents(out)
-    lock = _first_writable(out, WHOLE)
-    try:
+    """Refuse another process of one launch that does all of a study; nothing is cleared up."""
+    parents = _make_parents(out)
+    with _released(_first_writable(out, WHOLE), parents):
         yield
-    finally:
-        if lock is not None:
-            lock.release()
-        for folder in made:
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
 
 
 @contextmanager
 def one_at_a_time(out: Path, part: Part) -> Iterator[None]:
-    """Among several parts, do alone what is done once, as to finish the folder.
+    """Among the parts that ``one_writer`` admits, do alone what is done once, as to finish."""
+    waits = not part.whole and is_first_process()
+    with _released(_first_writable(out, WHOLE, _WAITING) if waits else None):
+        yield
 
-    Args:
-        out: the folder.
-        part: what this process writes of it, as ``one_writer`` knows; the whole waits for nobody.
-    """
-    alone = part.whole or not is_first_process()
-    lock = None if alone else _first_writable(out, WHOLE, _WAITING)
+
+@contextmanager
+def _released(lock: FolderLock | None, parents: Sequence[Path] = ()) -> Iterator[None]:
+    """Release a lock at the end, and remove the folders that were made for it if still empty."""
     try:
         yield
     finally:
         if lock is not None:
             lock.release()
+        atomic.remove_empty(parents)
 
 
 def _acquire(out: Path, part: Part) -> FolderLock | None:
     whole = _first_writable(out, WHOLE, 0.0 if part.whole else _BEGINNING)
     if whole is None:
         return None
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(whole.release)
         others = _parts_at_work(out)
         for path in others:
             if part.whole or not path.name.endswith(f"-of-{part.of}.lock"):
-                held = _lock(path, out)
-                held.acquire()  # refuses, by its host and process
-                held.release()
+                _refuse_if_held(path, out)
         _refuse_older_version(out)
-        mine = whole if part.whole else _first_writable(out, part)
+        lock = whole if part.whole else _first_writable(out, part)
         if not others:
-            put_back(out)
-        return mine
-    except BaseException:
-        whole.release()
-        raise
-    finally:
-        if not part.whole:
-            whole.release()
+            atomic.clear_up(out, sole_writer=True, put_back_only=True)
+        if part.whole:
+            stack.pop_all()  # it is kept
+        return lock
 
 
 def _clear_up(out: Path, part: Part) -> None:
     """Remove what killed runs left, unless other parts are being written or begun."""
-    if part.whole:
-        clear_up(out, sole_writer=True)
-        remove_temporary(out)
-        return
-    try:
-        whole = _first_writable(out, WHOLE)
-    except ValueError:
-        return
-    if whole is None:
-        return
-    try:
-        own = _name(part)
-        if not [path for path in _parts_at_work(out) if not path.name.endswith(own)]:
-            clear_up(out, sole_writer=True)
-            remove_temporary(out)
-    finally:
-        whole.release()
+    whole = None
+    if not part.whole:
+        try:
+            whole = _first_writable(out, WHOLE)
+        except ValueError:
+            return
+        if whole is None:
+            return
+    with _released(whole):
+        if part.whole or all(path.name.endswith(_name(part)) for path in _parts_at_work(out)):
+            atomic.clear_up(out, sole_writer=True)
+            atomic.remove_temporary(out)
 
 
 def _parts_at_work(out: Path) -> list[Path]:
     """Lock files of parts that a process holds; those of killed processes are removed."""
-    return [path for path in _part_locks(out) if not _lock(path, out).is_free()]
+    place = _resolved(out)
+    beside = place.parent.glob(f"{glob.escape(f'.{place.name}')}.memfree-*-of-*.lock")
+    inside = place.glob(".memfree-*-of-*.lock")
+    # Not ``.x.memfree-notes.memfree-1-of-2.lock``, which is of another folder.
+    name = re.compile(rf"({re.escape(f'.{place.name}')})?\.memfree-\d+-of-\d+\.lock", re.DOTALL)
+    locks = [path for path in (*beside, *inside) if name.fullmatch(path.name)]
+    return [path for path in locks if not _lock(path, out).is_free()]
 
 
 def _refuse_older_version(out: Path) -> None:
     """Heed the lock of an earlier version of memfree, ``.NAME.lock``; a killed one's is removed."""
     place = _resolved(out)
     for path in (place.parent / f".{place.name}.lock", place / ".lock"):
-        if _LOCK.search(path.name) or path.is_symlink():
-            continue  # the present lock of a folder with a shorter name
+        # The present lock of a folder with a shorter name.
+        is_present = re.search(r"\.memfree(-\d+-of-\d+)?\.lock$", path.name)
+        if is_present or path.is_symlink():
+            continue
         if read_holder(path).keys() >= {"host", "pid", "since"}:
-            lock = _lock(path, out)
-            lock.acquire()
-            lock.release()
+            _refuse_if_held(path, out)
+
+
+def _refuse_if_held(path: Path, out: Path) -> None:
+    lock = _lock(path, out)
+    lock.acquire()
+    lock.release()
 
 
 def _name(part: Part) -> str:
@@ -499,17 +407,7 @@ def _lock(path: Path, out: Path) -> FolderLock:
     return FolderLock(path, f"--out {out}")
 
 
-def _part_locks(out: Path) -> list[Path]:
-    """Lock files of parts, beside the folder and in it."""
-    place = _resolved(out)
-    beside = place.parent.glob(f"{glob.escape(f'.{place.name}')}.memfree-*-of-*.lock")
-    inside = place.glob(".memfree-*-of-*.lock")
-    # Not ``.x.memfree-notes.memfree-1-of-2.lock``, which is of another folder.
-    ours = re.compile(rf"({re.escape(f'.{place.name}')})?\.memfree-\d+-of-\d+\.lock", re.DOTALL)
-    return [path for path in (*beside, *inside) if ours.fullmatch(path.name)]
-
-
-def _missing_parents(out: Path) -> list[Path]:
+def _make_parents(out: Path) -> list[Path]:
     """Make the folder that ``out`` will be in; what had to be made, the innermost first."""
     place = _resolved(out)
     missing = [folder for folder in place.parents if not folder.exists()]

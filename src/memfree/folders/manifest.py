@@ -21,43 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from memfree.folders.atomic import write_json, write_text
-from memfree.folders.untrusted import check_plain, read_json, short
+from memfree.folders.untrusted import check_plain, named, read_json, short
 from memfree.slurm.launcher import is_first_process
 
 _BLOCK, _CHUNK = 64 << 20, 1 << 20  # bytes
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is a FIFO or device, which may have no end.
-    """
+    """SHA-256 of a file, as hexadecimal digits; refuses a FIFO or device, which may never end."""
     check_plain(path)
-    with _named(path), open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256_chunks(file)
-        )
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Say which file the disk did not give: an error of reading, as of a bad sector, does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _sha256_chunks(file: Any) -> str:
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    with named(path), open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -65,16 +41,12 @@ def block_checksums(path: Path) -> list[int]:
     """CRC-32 of every 64 MiB of a file, read by as many threads as there are cores.
 
     They find damage, not forgery, at about the speed of a disk: four times that of SHA-256.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is a FIFO or device, which may have no end.
     """
     check_plain(path)
 
     def checksum(start: int) -> int:
         value = 0
-        with _named(path), open(path, "rb") as file:  # buffered: a read is never short
+        with named(path), open(path, "rb") as file:  # buffered: a read is never short
             file.seek(start)
             for _ in range(_BLOCK // _CHUNK):
                 value = zlib.crc32(file.read(_CHUNK), value)
@@ -97,7 +69,7 @@ _PACKAGES = ("memfree", "torch", "torchvision", "lightning", "diffusers", "numpy
 
 
 def provenance(seed: int | None = None) -> dict[str, Any]:
-    """What a manifest says of its making: command, package versions, commit, device, seed."""
+    """How a folder was made, for its manifest: command, package versions, commit, device, seed."""
     import torch
 
     return {
@@ -105,7 +77,9 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "git_commit": _git_commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "seed": seed,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -118,36 +92,25 @@ def _git_commit() -> str | None:
     somebody's project, or the sources copied into it, would report that project's commit.
     """
     package = Path(__file__).resolve().parents[1]
-    root = _git(package, "rev-parse", "--show-toplevel")
-    if root is None or package != Path(root, "src", "memfree").resolve():
-        return None
+    root = Path(_git(package, "rev-parse", "--show-toplevel") or "/")
     try:
-        project = Path(root, "pyproject.toml").read_text(encoding="utf-8")
+        project = (root / "pyproject.toml").read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
-    if not re.search(r'^name\s*=\s*"memfree"', project, re.MULTILINE):
+    is_own = package == (root / "src" / "memfree").resolve()
+    if not is_own or not re.search(r'^name\s*=\s*"memfree"', project, re.MULTILINE):
         return None
     return _git(package, "rev-parse", "HEAD")
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git prints for the repository that ``folder`` is in; None where it fails."""
     if not shutil.which("git"):
         return None
     # GIT_DIR and the like, which hooks set, would name another repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    done = subprocess.run(
-        ["git", "-C", str(folder), *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+    command = ["git", "-C", str(folder), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _cpu_name() -> str:
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def write_manifest(folder: Path, kind: str, seed: int | None = None, **fields: Any) -> None:
@@ -155,8 +118,7 @@ def write_manifest(folder: Path, kind: str, seed: int | None = None, **fields: A
 
     Args:
         folder: the folder that is now complete.
-        kind: what it holds: ``dataset``, ``model``, ``index``, ``samples``, ``evaluation``,
-            ``report``, ``audit``, ``tuning``, ``study`` or ``demo``.
+        kind: what it holds, as ``dataset`` or ``index``.
         seed: seed of the run, None where nothing random happened.
         fields: what else a reader needs, JSON values.
     """
@@ -178,12 +140,12 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         raise ValueError(f"{folder} is not a finished {kind} folder: it has no manifest.json")
     value = read_json(path)
     if not isinstance(value, dict) or value.get("kind") != kind:
-        found = value.get("kind") if isinstance(value, dict) else type(value).__name__
+        held = value.get("kind") if isinstance(value, dict) else type(value).__name__
         article = "an" if kind[0] in "aeiou" else "a"
-        raise ValueError(f"{folder} holds {short(repr(found))}, not {article} {kind} folder")
+        raise ValueError(f"{folder} holds {short(repr(held))}, not {article} {kind} folder")
     if value.get("format") != FORMAT_VERSION:
-        found = short(repr(value.get("format")))
-        raise ValueError(f"{folder} has format {found}; this version reads {FORMAT_VERSION}")
+        held = short(repr(value.get("format")))
+        raise ValueError(f"{folder} has format {held}; this version reads {FORMAT_VERSION}")
     return value
 
 
@@ -210,6 +172,5 @@ def save_config(folder: Path) -> None:
     nothing. Under several processes only the first writes.
     """
     text = _resolved.get()
-    if text is None or not is_first_process():
-        return
-    write_text(folder / CONFIG_NAME, text)
+    if text is not None and is_first_process():
+        write_text(folder / CONFIG_NAME, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 import transformers
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memfree.folders.untrusted import check_plain_folder, read_json, short
@@ -31,8 +32,8 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "feature_extractor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
     "image_encoder": ("CLIPVisionModelWithProjection",),
 }
-"""Classes of the parts of the pipelines; the scheduler may be any of diffusers'. Others may ask the
-hub for parts of their own as soon as they are built."""
+"""Classes of the parts of pipelines; others may ask the hub for parts as soon as they are built.
+The scheduler may be any of diffusers'."""
 _FOLDER_TOKENIZERS = (
     *_TOKENIZERS,
     *(
@@ -67,17 +68,14 @@ _SPARE = 1 << 20  # weights that a network may have beyond its file: buffers, mo
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A configuration of diffusers or transformers, without absurd numbers or names of code.
-
-    Raises:
-        ValueError: it is none; the message begins with ``path``.
-        FileNotFoundError: there is no such file.
-    """
+    """A configuration of diffusers or transformers, without absurd numbers or names of code."""
     value = read_json(path, _CONFIG_BYTES)
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is no configuration but {short(repr(value), 40)}")
+        raise ValueError(f"{path} is not a configuration but {short(repr(value), 40)}")
     _refuse_code(value, path)
-    for key, number in _numbers(value):
+    for key, number in _values(value):
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            continue
         limit = _LAYERS if "layers" in key or key.startswith("num_hidden") else _LARGEST
         if not -_LARGEST <= number <= limit:
             raise ValueError(f"{path}: {short(key, 40)} {short(number, 40)} is absurdly large")
@@ -87,11 +85,11 @@ def read_config(path: Path) -> dict[str, Any]:
 def _refuse_code(config: dict[str, Any], path: Path) -> None:
     """Refuse a configuration with keys that name further code, at any depth."""
     for key, value in _values(config):
-        is_attention = _ATTENTION.fullmatch(key) is not None
-        if key not in _CODE and not is_attention:
-            continue
-        harmless = value in _BUILT_IN if is_attention else _says_nothing(value)
-        if not harmless:
+        if _ATTENTION.fullmatch(key):
+            is_harmless = value in _BUILT_IN
+        else:
+            is_harmless = key not in _CODE or _says_nothing(value)
+        if not is_harmless:
             raise ValueError(f"{path} has {short(key, 40)}, which could load code: remove it")
 
 
@@ -101,12 +99,7 @@ def _says_nothing(value: Any) -> bool:
 
 
 def _read_own_config(path: Path) -> dict[str, Any]:
-    """A network's or scheduler's configuration, which names no other file, folder or repository.
-
-    Raises:
-        ValueError: as ``read_config``, or it does.
-        FileNotFoundError: there is no such file.
-    """
+    """A network's or scheduler's configuration, which names no other file, folder or repository."""
     config = read_config(path)
     for key, value in _values(config):
         if key not in _OWN_NAMES and isinstance(value, str) and {"/", "\\"} & {*value}:
@@ -117,13 +110,7 @@ def _read_own_config(path: Path) -> dict[str, Any]:
 def check_network(kind: Any, folder: Path) -> None:
     """Refuse a network that would be much larger than its weights, before it is built.
 
-    Args:
-        kind: its class, of diffusers or transformers.
-        folder: with config.json and safetensors.
-
-    Raises:
-        ValueError: the configuration is damaged, names code or other files, or is of another
-            network than the weights.
+    ``kind``: its class, of diffusers or transformers; ``folder``: with config.json and safetensors.
     """
     check_plain_folder(folder)
     config = _read_own_config(folder / "config.json")
@@ -137,23 +124,18 @@ def check_network(kind: Any, folder: Path) -> None:
         needed = sum(value.numel() for value in network.state_dict().values())
     except Exception as error:  # whatever a library makes of wrong values
         raise ValueError(
-            f"{folder / 'config.json'} is no {kind.__name__}: {short(error)}"
+            f"{folder / 'config.json'} is not a {kind.__name__}: {short(error)}"
         ) from error
-    held = sum(_weights(path) for path in sorted(folder.glob("*.safetensors")))
-    if needed > 2 * held + _SPARE:
+    present = sum(_weights(path) for path in sorted(folder.glob("*.safetensors")))
+    if needed > 2 * present + _SPARE:
         raise ValueError(
             f"{folder}: the weights are of another network than config.json, which needs {needed} "
-            f"numbers where there are {held}: copy the model folder whole"
+            f"numbers where there are {present}: copy the model folder whole"
         )
 
 
 def check_scheduler(folder: Path) -> str:
-    """The class that a scheduler's folder names, once its numbers are sound.
-
-    Raises:
-        ValueError: it is no scheduler's configuration.
-        FileNotFoundError: there is none.
-    """
+    """The class that a scheduler's folder names, once its numbers are sound."""
     path = folder / "scheduler_config.json"
     config = _read_own_config(path)
     name, steps = config.get("_class_name"), config.get("num_train_timesteps", 1)
@@ -161,7 +143,7 @@ def check_scheduler(folder: Path) -> str:
         raise ValueError(f"{path} is not a scheduler's configuration: it names no class")
     if type(steps) is not int or not 0 < steps <= _TIMESTEPS:
         raise ValueError(
-            f"{path}: num_train_timesteps {short(repr(steps), 40)} is no number of steps"
+            f"{path}: num_train_timesteps {short(repr(steps), 40)} is not a number of steps"
         )
     return name
 
@@ -169,13 +151,8 @@ def check_scheduler(folder: Path) -> str:
 def check_tokenizer(folder: Path, must_be_named: bool = False) -> None:
     """Refuse a tokenizer's folder that names code, other files, or an unknown class.
 
-    Args:
-        folder: with tokenizer_config.json.
-        must_be_named: whether the folder itself has to say which class it is of, which would be
-            looked for elsewhere otherwise.
-
-    Raises:
-        ValueError: in one line that names the file.
+    ``must_be_named``: whether tokenizer_config.json has to say the class, which would be looked for
+    elsewhere otherwise.
     """
     for name in ("tokenizer_config.json", "config.json"):
         path = folder / name
@@ -186,10 +163,8 @@ def check_tokenizer(folder: Path, must_be_named: bool = False) -> None:
         kind = config.get("tokenizer_class")
         if kind not in _FOLDER_TOKENIZERS and (kind is not None or must_be_named):
             raise ValueError(f"{path}: tokenizer_class {short(repr(kind), 40)} is not supported")
-        for (
-            key,
-            value,
-        ) in config.items():  # such as vocab_file, which would be read instead of the folder's own
+        # Such as vocab_file, which would be read instead of the folder's own.
+        for key, value in config.items():
             is_file = key.endswith("_file") and key != "special_tokens_map_file"
             if is_file and not _says_nothing(value):
                 raise ValueError(
@@ -199,32 +174,16 @@ def check_tokenizer(folder: Path, must_be_named: bool = False) -> None:
 
 
 def _read_tokenizer(path: Path) -> dict[str, Any]:
-    """A tokenizer's configuration; of its numbers, the greatest length is often 10^30.
-
-    Raises:
-        ValueError: it cannot be read, or names code; the message begins with ``path``.
-    """
-    if not path.is_file() or path.stat().st_size > _CONFIG_BYTES:
-        raise ValueError(f"{path} is missing, or is not a tokenizer's configuration")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {short(error)}") from error
+    """A tokenizer's configuration; of its numbers, the greatest length is often 10^30."""
+    value = read_json(path, _CONFIG_BYTES, any_number=True)
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a tokenizer's configuration")
-    try:
-        _refuse_code(value, path)
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
+    _refuse_code(value, path)
     return value
 
 
 def check_pipeline_folder(folder: Path) -> dict[str, Any]:
-    """The ``model_index.json`` of a pipeline whose parts are all of known classes.
-
-    Raises:
-        ValueError: it names another class, or a part whose configuration is refused.
-    """
+    """The ``model_index.json`` of a pipeline whose parts and their configurations are accepted."""
     path = folder / "model_index.json"
     check_plain_folder(folder)
     index = read_config(path)
@@ -265,14 +224,10 @@ def _check_other_files(folder: Path) -> None:
 
 
 def check_parts(index: dict[str, Any], name: str) -> None:
-    """Refuse a pipeline's list of parts that names anything but the classes they may have.
-
-    Raises:
-        ValueError: in one line that begins with ``name``.
-    """
+    """Refuse a pipeline's list of parts that names anything but the classes they may have."""
     kind = index.get("_class_name")
     if not isinstance(kind, str) or not kind.isidentifier():
-        raise ValueError(f"{name} names no pipeline but {short(repr(kind), 40)}")
+        raise ValueError(f"{name} does not name a pipeline but {short(repr(kind), 40)}")
     if kind not in PIPELINES:
         raise ValueError(
             f"{name} is a {short(kind, 60)}: only {' and '.join(PIPELINES)} are trained and "
@@ -304,7 +259,7 @@ def _named(index: dict[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
     for part, value in index.items():
         if part.startswith("_") or not isinstance(value, list) or value == [None, None]:
             continue
-        if len(value) != 2 or not all(isinstance(one, str) for one in value):
+        if len(value) != 2 or not all(isinstance(word, str) for word in value):
             raise ValueError(
                 f"model_index.json names {short(repr(value), 60)} as its {short(part, 40)}"
             )
@@ -323,24 +278,11 @@ def _values(value: Any, key: str | None = None) -> Iterator[tuple[str, Any]]:
             yield from _values(inner, key)
 
 
-def _numbers(value: Any) -> Iterator[tuple[str, float]]:
-    """Every number in a JSON value, with the name nearest to it."""
-    for key, inner in _values(value):
-        if isinstance(inner, (int, float)) and not isinstance(inner, bool):
-            yield key, inner
-
-
 def _weights(path: Path) -> int:
     """Numbers in a safetensors file as its header says, no more than its bytes can hold."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= min(size, 100 << 20):
-            return 0
-        try:
-            header = json.loads(file.read(length))
-            shapes = [value["shape"] for name, value in header.items() if name != "__metadata__"]
-            found = sum(int(torch.Size(shape).numel()) for shape in shapes)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError):
-            return 0  # the library will say what is wrong
-    return min(found, size)
+    try:
+        with safe_open(path, framework="pt") as file:  # checks shapes and offsets against the bytes
+            names = file.keys()
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    except (SafetensorError, OSError):
+        return 0  # the library will say what is wrong

@@ -12,6 +12,7 @@ from .mitigation import Mitigation as Mitigation
 from .mitigation import RejectAndResample as RejectAndResample
 from .mitigation import Sequential as Sequential
 from .mitigation import Start as Start
+from .mitigation import mitigation_at as mitigation_at
 from .multiplicity import MultiplicityGuidance as MultiplicityGuidance
 from .observer import Cadence as Cadence
 from .observer import Observer as Observer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,22 +32,15 @@ _Known = dict[int, tuple[Tensor, Tensor]]
 class AskedRecords:
     """m(y) = m − Σ_c (1 − K(y, c))·m_c of the nearest image's group, at least 1.
 
-    m are the group's records, m_c those with caption c, K the kernel of ``caption_kernel``. Records
-    with other captions than the prompt did not teach the model to answer it with this image; those
-    without a caption count under every prompt.
-    Without prompts, captions, a text encoder or a bandwidth all records count: m(y) = m.
-
-    Args:
-        index: references.
-        bandwidth: of K, in units of cosine distance; 0: equal captions alone; None: m(y) = m.
-
-    Raises:
-        ValueError: the bandwidth is negative.
+    m are the group's records, m_c those with caption c, K is ``caption_kernel``. Records with other
+    captions than the prompt did not teach the model to answer it with this image; those without a
+    caption count under every prompt, as in ``CaptionWeights``. Without prompts, captions, a text
+    encoder or a ``bandwidth`` all records count: m(y) = m.
     """
 
     def __init__(self, index: ReferenceIndex, bandwidth: float | None = None) -> None:
-        if bandwidth is not None and bandwidth < 0:
-            raise ValueError(f"caption_bandwidth must be at least 0, not {bandwidth:g}")
+        if bandwidth is not None:
+            check_at_least_0(caption_bandwidth=bandwidth)
         self.index = index
         self.bandwidth = bandwidth
         self._kept: tuple[Encode | None, _Known] = None, {}
@@ -66,7 +59,6 @@ class AskedRecords:
         # The host waits for the device once: the samples of a group stand together in ``order``.
         for group, samples in Counter(groups.tolist()).items():
             same, start = order[start : start + samples], start + samples
-            # Records without a caption are asked for by every prompt.
             if counts := self.index.items.caption_counts.get(group):
                 known, m = self._encoded(prediction, group, counts)
                 fit = caption_kernel(cosines(prompts[same].sentence(), known), self.bandwidth)
@@ -81,10 +73,9 @@ class AskedRecords:
     def _encoded(
         self, prediction: Prediction, group: int, counts: Mapping[str, int]
     ) -> tuple[Tensor, Tensor]:
-        """Sentence vectors (C, D) of a group's captions and their records (C,).
+        """Sentence vectors (C, D) of a group's captions and their records (C,), kept an encoder.
 
-        They are kept, as the model's encoder is frozen; for one encoder, and every batch keeps to
-        its own, whatever other threads ask for.
+        Every batch keeps to its own encoder, whatever other threads ask for.
         """
         encode = prediction.encode
         assert encode is not None
@@ -112,19 +103,11 @@ class Call:
 
 
 def nearest_call(prediction: Prediction, owner: object, call: Call, called: Tensor) -> Call:
-    """The call of each sample at its highest σ among the steps at which it was called.
+    """The call of each sample at its highest σ among the steps at which it was ``called`` (B,).
 
     Caption deduplication then keeps its caption to the end: that of the image that was left
-    behind, not of whichever is nearest now.
-
-    Args:
-        prediction: its memory keeps the call from step to step.
-        owner: the guidance whose latch this is.
-        call: σ, the neighbours and their records at this step.
-        called: (B,) bool: whose gate is opened by a repeated image at this step.
-
-    Returns:
-        The call, its σ −∞ for samples that were never called.
+    behind, not of whichever is nearest now. σ is −∞ for samples that were never called. The memory
+    of the prediction keeps the call of ``owner`` from step to step.
     """
     key = (owner, "nearest call")
     never = torch.full_like(call.match.sigma, -torch.inf)
@@ -137,27 +120,23 @@ def nearest_call(prediction: Prediction, owner: object, call: Call, called: Tens
 
 def where(mask: Tensor, call: Call, other: Call) -> Call:
     """The rows of one call where ``mask`` (B,) is true, those of another elsewhere."""
-    one, two, rows = call.match, other.match, mask[:, None]
-    return Call(
-        Match(
-            torch.where(mask, one.sigma, two.sigma),
-            torch.where(rows, one.rows, two.rows),
-            torch.where(rows, one.vectors, two.vectors),
-        ),
-        torch.where(mask, call.records, other.records),
+
+    def chosen(ours: Tensor, theirs: Tensor) -> Tensor:
+        return torch.where(mask if ours.ndim == 1 else mask[:, None], ours, theirs)
+
+    one, two = call.match, other.match
+    match = Match(
+        chosen(one.sigma, two.sigma),
+        chosen(one.rows, two.rows),
+        chosen(one.vectors, two.vectors),
     )
+    return Call(match, chosen(call.records, other.records))
 
 
 def limit_displacement(g_sim: Tensor, alpha_bar: Tensor, max_displacement: float) -> Tensor:
-    """Shorten G_sim so that x̂_0 moves by at most ``max_displacement``.
+    """Shorten G_sim (B, ...) so that x̂_0 moves by at most ``max_displacement``, its rms.
 
     Adding G to ε̂ moves x̂_0 by −√((1−ᾱ)/ᾱ)·G, which grows without bound towards noise.
-
-    Args:
-        g_sim: (B, ...), the change of ε̂.
-        alpha_bar: ᾱ_t.
-        max_displacement: root mean square over a sample's elements, in units of x̂_0
-            (images span [−1, 1]).
     """
     moved = g_sim.flatten(1).square().mean(dim=1).sqrt() * ((1 - alpha_bar) / alpha_bar).sqrt()
     factor = (max_displacement / moved.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
@@ -185,13 +164,12 @@ def move_below(
         index: the references.
         similarity: σ.
         x_0: clean estimates (B, ...): images, or what ``decode`` makes images of.
-        target: σ to reach, in units of the similarity.
-        image_range: keep x_0 in ±image_range; None for no limit.
+        target: σ to reach.
+        image_range: keep x_0 in ±image_range; None: no limit.
         decode: from x_0 to images (B, C, H, W) in [−1, 1].
         iterations: the most steps taken.
-        offset: like x_0, added to it before it is decoded; None: nothing.
-        free: like x_0, bool: which elements may move, such as those that inpainting draws; None:
-            all of them.
+        offset: like x_0, added to it before it is decoded.
+        free: like x_0, bool: which elements may move, such as those that inpainting draws.
 
     Returns:
         The moved estimates, like x_0; rows at or below the target keep their bits.
@@ -242,41 +220,27 @@ def _never_zero(gradient: Tensor, anywhere: Tensor) -> Tensor:
 class SteadyAMG(AntiMemorizationGuidance):
     """AMG with what memfree adds to it; ``recommended`` is this one (docs/method.md says why).
 
-    With the defaults it is the paper's method.
+    With the defaults it is the paper's method; arguments that are not listed are as of
+    ``AntiMemorizationGuidance`` and ``NeighbourConditions``.
 
     Args:
-        index: references.
-        similarity: as of ``AntiMemorizationGuidance``, like ``threshold``, ``c1``, ``c2``, ``c3``.
-        threshold: λ_t.
-        c1: strength of despecification.
-        c2: strength of caption deduplication.
-        c3: strength of dissimilarity guidance.
         gate_margin: the gate opens at λ_t − gate_margin, in units of σ.
         max_displacement: G_sim moves x̂_0 by at most this root mean square a step; None: no limit.
-        final_correction: move what is still above this σ at the last step just below it;
-            None: no correction.
-        gradient: as of ``AntiMemorizationGuidance``.
+        final_correction: move what is still above this σ at the last step just below it.
         gated: False opens the gate to every sample at every step: the ablation of eq. 10. With
             ``NormalizedL2`` only G_sim then acts below λ_t: c_1 and c_2 multiply how far σ_t is
             above the gate, which is 0 there.
-        margin_per_doubling: the margin grows by this with every doubling of the records m of the
-            nearest image (``caption_bandwidth``: which of them): gate_margin +
-            margin_per_doubling·log_2 m. That a sample will copy an image is the more likely the
-            more often the model saw it, long before it is near.
+        margin_per_doubling: the margin is gate_margin + margin_per_doubling·log_2 m, with m records
+            of the nearest image. That a sample will copy an image is the more likely the more often
+            the model saw it, long before it is near.
         least_scale: what despecification and deduplication leave of s_0 at least where the nearest
             image is repeated. 1 in the paper: the conditional prediction, which for a prompt that
             belongs to one memorized image is that image. 0: down to the unconditional prediction.
         latched: a sample whose gate was opened by a repeated image keeps its G_spe and G_dup, at
             the highest σ so far, to the end. Without it, a sample that has left a memorized image
             is called back by its prompt as soon as the gate closes, and ends at the threshold.
-        cadence: when neighbours are searched; see ``Cadence``.
-        caption_policy: which caption is y_N of eq. 15: the nearest image's (``nearest``, the
-            paper's), or the most common of the k nearest (``most_common``, the authors' code's);
-            see ``NeighbourConditions``.
-        caption_neighbours: k of ``most_common``.
-        caption_records: m of ``most_common``.
-        caption_bandwidth: a repeated image has the records that the sample's prompt asks for, by
-            a kernel of this bandwidth (``AskedRecords``). None: all of them, whatever the prompt.
+        caption_bandwidth: m counts the records that the sample's prompt asks for, by a kernel of
+            this bandwidth (``AskedRecords``). None: all of them, whatever the prompt.
     """
 
     def __init__(
@@ -369,8 +333,9 @@ class SteadyAMG(AntiMemorizationGuidance):
         """The last correction, at the last step."""
         if not prediction.is_last or self.final_correction is None:
             return prediction
-        sigma, active = found.match.sigma, steering.active
-        return self._correct_last(prediction, sigma, active, self.final_correction)
+        return self._correct_last(
+            prediction, found.match.sigma, steering.active, self.final_correction
+        )
 
     def _correct_last(
         self, prediction: Prediction, sigma: Tensor, active: Tensor, target: float
@@ -398,51 +363,35 @@ class SteadyAMG(AntiMemorizationGuidance):
         rows = above.nonzero().squeeze(1)
         if not len(rows):
             return prediction
-        if prediction.clean_range is not None:
-            moved = self._moved_within(prediction, returned, offset, gain, rows, target)
-            return prediction.with_clean_change(moved - x_0[rows], rows).activated(above)
-        with torch.inference_mode(False):
-            moved = move_below(
-                self.index,
-                self.similarity,
-                returned[rows].clone(),
-                target,
-                limit,
-                prediction.decode,
-                free=None if free is None else free[rows],
-            )
-        change = moved - before[rows]
-        if isinstance(gain, torch.Tensor):
-            change = torch.where(gain[rows] != 0, change / gain[rows], 0.0)
-        else:
-            change = change / gain
-        return prediction.with_clean_change(change, rows).activated(above)
 
-    def _moved_within(
-        self,
-        prediction: Prediction,
-        returned: Tensor,
-        offset: Tensor,
-        gain: float | Tensor,
-        rows: Tensor,
-        target: float,
-    ) -> Tensor:
-        """x̂_0 of ``rows`` in ±clean_range, which the sampler makes samples below ``target`` of."""
-        assert prediction.clean_range is not None
-        limit = prediction.image_range
+        def below(
+            start: Tensor, within: float | None, offset: Tensor | None = None, **options: Any
+        ) -> Tensor:
+            with torch.inference_mode(False):
+                start, offset = start.clone(), None if offset is None else offset.clone()
+                return move_below(
+                    self.index, self.similarity, start, target, within, offset=offset, **options
+                )
+
+        if prediction.clean_range is None:
+            movable = None if free is None else free[rows]
+            moved = below(returned[rows], limit, decode=prediction.decode, free=movable)
+            change = moved - before[rows]
+            if isinstance(gain, torch.Tensor):
+                change = torch.where(gain[rows] != 0, change / gain[rows], 0.0)
+            else:
+                change = change / gain
+            return prediction.with_clean_change(change, rows).activated(above)
+
+        # x̂_0 stays in ±clean_range. What is moved is gain·x̂_0: there, the range is one number.
         each = torch.as_tensor(gain, device=returned.device).expand_as(returned)[rows]
-        # What is moved is gain·x̂_0: there, the range is one number.
         furthest = prediction.clean_range * float(each.abs().max())
-        start = (returned[rows] - offset[rows]).clamp(-furthest, furthest)
-        with torch.inference_mode(False):
-            moved = move_below(
-                self.index,
-                self.similarity,
-                start.clone(),
-                target,
-                furthest,
-                lambda x: prediction.decode(x if limit is None else x.clamp(-limit, limit)),
-                offset=offset[rows].clone(),
-                free=each != 0,
-            )
-        return torch.where(each != 0, moved / each, 0.0)
+        moved = below(
+            (returned[rows] - offset[rows]).clamp(-furthest, furthest),
+            furthest,
+            offset[rows],
+            decode=lambda x: prediction.decode(x if limit is None else x.clamp(-limit, limit)),
+            free=each != 0,
+        )
+        change = torch.where(each != 0, moved / each, 0.0) - x_0[rows]
+        return prediction.with_clean_change(change, rows).activated(above)

@@ -33,14 +33,10 @@ def gate(sigma: Tensor, threshold: float | Tensor) -> Tensor:
 def despecification_scale(
     strength: Tensor, c_1: float, guidance_scale: float, least_scale: float | Tensor = 1.0
 ) -> Tensor:
-    """s_1 = clip(c_1·σ_t, 0, s_0 − 1) (eq. 13); 0 where s_0 ≤ 1.
+    """s_1 = clip(c_1·σ_t, 0, s_0 − 1) (eq. 13), (B,); 0 where s_0 ≤ 1.
 
-    Args:
-        strength: (B,), what the similarity makes of σ_t (``Similarity.strength``).
-        c_1: the paper's constant.
-        guidance_scale: s_0 of classifier-free guidance.
-        least_scale: what s_1 leaves of s_0 at least, for all or (B,): 1 in the paper, the
-            conditional prediction.
+    ``strength`` (B,) is what the similarity makes of σ_t. ``least_scale``, for all or (B,), is what
+    s_1 leaves of s_0 at least: 1 in the paper, the conditional prediction.
     """
     most = (guidance_scale - torch.as_tensor(least_scale).to(strength)).clamp(min=0)
     return torch.minimum((c_1 * strength).clamp(min=0), most)
@@ -83,13 +79,8 @@ def sigma_gradient(
 ) -> Tensor:
     """∇_{x_t} σ_t of some rows of the batch, (n, ...) float32; neighbours are not differentiated.
 
-    Args:
-        prediction: of the whole batch.
-        index: references.
-        similarity: σ.
-        neighbours: (n, k) int64 rows of the index, those of each sample.
-        rows: (n,) int64 rows of the batch.
-        through: x̂_0 alone or the denoiser as well, which is called again on both branches.
+    ``neighbours`` (n, k) are rows of the index, those of each of the ``rows`` (n,); ``through``:
+    x̂_0 alone, or the denoiser as well, which is called again on both branches.
     """
     with torch.inference_mode(False), torch.enable_grad():
         neighbours = neighbours.clone()
@@ -107,7 +98,7 @@ def sigma_gradient(
 
 
 def _clean_estimate_of(prediction: Prediction, x_t: Tensor, rows: Tensor) -> Tensor:
-    """x̂_0 of other noisy samples at this step, by calling the denoiser on both branches again."""
+    """x̂_0 of other noisy samples at this step, from the denoiser on both branches again."""
     cond = uncond = None
     if prediction.output_cond is not None and prediction.conditions is not None:
         cond = prediction.denoise(x_t, prediction.conditions[rows])
@@ -146,7 +137,6 @@ class ConstantThreshold:
     """The same λ at every t: the paper's ablation of eq. 19."""
 
     value: float
-    """λ, in units of σ."""
 
     def __call__(self, time: float) -> float:
         """λ, whatever the time."""

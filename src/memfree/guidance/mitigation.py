@@ -31,12 +31,11 @@ class Start:
     unconditional: TextConditions
     """The encoded empty (or negative) prompt of each sample, (B, ...)."""
     denoise: Callable[[Tensor, TextConditions], Tensor]
-    """The denoiser at the first timestep: (x_T (b, ...), conditions (b, ...)) → output like x_T.
-    Gradients flow through it where they are enabled."""
+    """The denoiser at the first timestep: (x_T (b, ...), conditions (b, ...)) → output like x_T,
+    differentiable where gradients are enabled."""
     alpha_bar: Tensor
     """ᾱ of the first timestep, 0-d float32."""
     prediction_type: PredictionType
-    """What the output is, as in ``scheduler.config.prediction_type``."""
     guidance_scale: float
     """s_0 of classifier-free guidance."""
     generators: Sequence[torch.Generator]
@@ -93,13 +92,10 @@ class Mitigation:
 
 
 def mitigation_at(path: str) -> Mitigation:
-    """The user's own mitigation at an import path, whose module runs.
-
-    Args:
-        path: ``package.module.Name`` of an instance, or of a class that takes no arguments.
+    """The user's own mitigation at ``package.module.Name``, whose module runs.
 
     Raises:
-        ValueError: it cannot be imported, is not a ``Mitigation``, or takes arguments.
+        ValueError: it is neither a ``Mitigation`` nor a class of such without arguments.
     """
     value = imported(path)
     if isinstance(value, Mitigation):
@@ -115,11 +111,7 @@ def mitigation_at(path: str) -> Mitigation:
 
 
 class Sequential(Mitigation):
-    """Several mitigations: at each stage one after another, what one leaves is the next one's.
-
-    Args:
-        mitigations: in order.
-    """
+    """Several mitigations, in order: at each stage, what one leaves is the next one's."""
 
     def __init__(self, mitigations: Sequence[Mitigation]) -> None:
         self.mitigations = list(mitigations)
@@ -127,61 +119,54 @@ class Sequential(Mitigation):
     def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
         """Pass the prompts down the list."""
         changed = list(prompts)
-        for one in self.mitigations:
-            changed = one.prompts(changed, generators)
+        for mitigation in self.mitigations:
+            changed = mitigation.prompts(changed, generators)
         return changed
 
     def embedding(self, start: Start) -> TextConditions:
         """Pass the conditions down the list."""
-        for one in self.mitigations:
-            start = replace(start, conditions=one.embedding(start))
+        for mitigation in self.mitigations:
+            start = replace(start, conditions=mitigation.embedding(start))
         return start.conditions
 
     def initial_noise(self, start: Start) -> Tensor:
         """Pass the noise down the list."""
-        for one in self.mitigations:
-            start = replace(start, noise=one.initial_noise(start))
+        for mitigation in self.mitigations:
+            start = replace(start, noise=mitigation.initial_noise(start))
         return start.noise
 
     def changes_start(self) -> bool:
         """Whether any of them does."""
-        return any(one.changes_start() for one in self.mitigations)
+        return any(mitigation.changes_start() for mitigation in self.mitigations)
 
     def guidance_scale(self, guidance_scale: float) -> float:
         """Pass s_0 down the list."""
-        for one in self.mitigations:
-            guidance_scale = one.guidance_scale(guidance_scale)
+        for mitigation in self.mitigations:
+            guidance_scale = mitigation.guidance_scale(guidance_scale)
         return guidance_scale
 
-    def around(self, network: Any) -> AbstractContextManager[Any]:
-        """Enter all, the first outermost."""
-        return self._around(network)
-
     @contextmanager
-    def _around(self, network: Any) -> Generator[None]:
+    def around(self, network: Any) -> Generator[None]:
+        """Enter all, the first outermost."""
         with ExitStack() as stack:
-            for one in self.mitigations:
-                stack.enter_context(one.around(network))
+            for mitigation in self.mitigations:
+                stack.enter_context(mitigation.around(network))
             yield
 
     def guidances(self) -> list[Guidance]:
         """All guidances, in order."""
-        return [guidance for one in self.mitigations for guidance in one.guidances()]
+        return [guidance for mitigation in self.mitigations for guidance in mitigation.guidances()]
 
     def accept(self, images: Tensor) -> Tensor:
         """Kept are the images that all accept."""
         kept = super().accept(images)
-        for one in self.mitigations:
-            kept = kept & one.accept(images)
+        for mitigation in self.mitigations:
+            kept = kept & mitigation.accept(images)
         return kept
 
 
 class Guided(Mitigation):
-    """Changes predictions alone: AMG, multiplicity guidance, both, or an observer.
-
-    Args:
-        guidances: in order.
-    """
+    """Changes predictions alone, by guidances in order: AMG, an observer."""
 
     def __init__(self, guidances: Sequence[Guidance]) -> None:
         self._guidances = list(guidances)
@@ -192,12 +177,12 @@ class Guided(Mitigation):
 
 
 class RejectAndResample(Mitigation):
-    """Draws a sample again while it is a copy by the index's own calibrated threshold.
+    """Draws a sample again while its σ is above ``threshold``: while it is a copy.
 
     Args:
         index: references, on the device of the samples.
         similarity: σ.
-        threshold: a finished image with σ above it is rejected.
+        threshold: the index's own calibrated one.
     """
 
     def __init__(self, index: ReferenceIndex, similarity: Similarity, threshold: float) -> None:
@@ -218,7 +203,7 @@ def attempts(
 
     Args:
         count: samples.
-        budget: draws of a sample at most, the first included; the last is kept in any case.
+        budget: maximal draws of a sample, including the first; the last is kept in any case.
         rejected: positions (b,) of the attempt before → (b,) bool.
     """
     positions = torch.arange(count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from memfree.conditions import SAME, Conditions, Encode, TextConditions, cosines, sentences
 from memfree.diffusion_math import bounded, output_change_from_x_0, per_sample
 from memfree.full_precision import full_precision
+from memfree.guidance.equations import check_at_least_0
 from memfree.guidance.prediction import Prediction, row_norm
 
 if TYPE_CHECKING:
@@ -20,21 +22,10 @@ if TYPE_CHECKING:
     from memfree.retrieval.search import References
 
 
-def log_weights(counts: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """log m_i and log(m_i / Σ_group m) of counts (N,), each (N,); −∞ where there is none."""
-    m = counts.to(torch.float64)
-    total = torch.zeros(groups, dtype=torch.float64, device=m.device)
-    total.index_add_(0, group.to(m.device), m)
-    share = m / total[group].clamp(min=1)
-    return m.log().float(), share.log().float()
-
-
 def caption_kernel(cosine: Tensor, bandwidth: float) -> Tensor:
     """K: 1 for equal captions, else exp(−(1 − cos)/bandwidth), of sentence vectors' cosines.
 
-    Args:
-        cosine: of any shape.
-        bandwidth: 0: K is 0 for captions that are not equal.
+    With bandwidth 0, K is 0 for captions that are not equal.
     """
     equal = cosine > SAME
     if bandwidth == 0:
@@ -48,9 +39,6 @@ class LabelWeights:
     m_i(y) is the number of records of i with label y. Deduplicated, a group has one record, whose
     label is any of its records': m_i(y) / Σ_group m, over all labels, as in ``CaptionWeights``.
     Records without a label count under every label.
-
-    Args:
-        index: references with labels.
     """
 
     def __init__(self, index: ReferenceIndex) -> None:
@@ -73,11 +61,7 @@ class LabelWeights:
         ]
 
     def __call__(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-weights for one record a group and for all records, each (len(labels), N).
-
-        Raises:
-            ValueError: a label that no reference carries.
-        """
+        """Log-weights for one record a group and for all records, each (len(labels), N)."""
         count, asked = len(self._any_log_m), labels.tolist()
         slices = []
         for label in asked:
@@ -96,14 +80,12 @@ class LabelWeights:
 class CaptionWeights:
     """Records of each reference, weighed by how well their captions fit a prompt.
 
-    m_i(y) = Σ_c K(y, c)·(records of i with caption c), with K = 1 for equal embeddings and else
-    exp(−(1 − cos)/bandwidth) of the sentence vectors; without bandwidth only equal captions count.
-    Deduplicated, a group has one record, whose caption is any of its records': m_i(y) / Σ_group m.
-    Records without a caption count under every prompt, as in ``AskedRecords``: any may call them.
+    m_i(y) = Σ_c K(y, c)·(records of i with caption c), K of ``caption_kernel``. Deduplicated, a
+    group has one record, whose caption is any of its records': m_i(y) / Σ_group m. Records without
+    a caption count under every prompt, as in ``AskedRecords``: any may call them.
 
-    Args:
-        index: references with captions.
-        bandwidth: of the kernel, in units of cosine distance; 0: equal captions only.
+    Raises:
+        ValueError: the index has no captions, or the bandwidth is negative.
     """
 
     def __init__(self, index: ReferenceIndex, bandwidth: float) -> None:
@@ -112,15 +94,16 @@ class CaptionWeights:
                 "multiplicity guidance of text-to-image needs an index with captions: build it on "
                 "a captioned data set"
             )
-        if bandwidth < 0:
-            raise ValueError(f"caption_bandwidth must be at least 0, not {bandwidth:g}")
+        check_at_least_0(caption_bandwidth=bandwidth)
         self.bandwidth = bandwidth
         table = index.items.conditions.filter(index.items.conditions["caption"].is_valid())
         columns = {name: table[name].to_pylist() for name in ("row", "caption", "count")}
         self.captions = sorted(set(columns["caption"]))
         number = {caption: i for i, caption in enumerate(self.captions)}
         device = index.device
-        self._caption = torch.tensor([number[one] for one in columns["caption"]], device=device)
+        self._caption = torch.tensor(
+            [number[caption] for caption in columns["caption"]], device=device
+        )
         self._row = torch.tensor(columns["row"], device=device)
         self._count = torch.tensor(columns["count"], dtype=torch.float32, device=device)
         captioned = self._count.new_zeros(len(index)).index_add_(0, self._row, self._count)
@@ -132,15 +115,9 @@ class CaptionWeights:
     def __call__(self, prompts: TextConditions, encode: Encode | None) -> tuple[Tensor, Tensor]:
         """Log-weights for one record a group and for all records, each (len(prompts), N).
 
-        Args:
-            prompts: encoded prompts y.
-            encode: the text encoder that made them; captions are encoded by it once.
-
-        Raises:
-            ValueError: there is no text encoder.
+        ``encode`` is the text encoder of the prompts; captions are encoded by it once.
         """
-        cosine = self._cosine(prompts, encode)
-        kernel = caption_kernel(cosine, self.bandwidth)
+        kernel = caption_kernel(self._cosine(prompts, encode), self.bandwidth)
         m = self._uncaptioned.repeat(len(prompts), 1)
         m.index_add_(1, self._row, kernel[:, self._caption] * self._count)
         log_m = m.log()
@@ -163,24 +140,19 @@ class CaptionWeights:
 
     def _cosine(self, prompts: TextConditions, encode: Encode | None) -> Tensor:
         """Cosines (B, captions) of the sentence vectors of prompts and captions."""
-        return cosines(prompts.sentence(), self._encoded(encode))
-
-    def _encoded(self, encode: Encode | None) -> Tensor:
-        """Sentence vectors (captions, D) of all captions."""
         if encode is None:
             raise ValueError("captions cannot be compared with prompts without a text encoder")
         if self._sentences is None or self._encoder != encode:
             self._sentences, self._encoder = sentences(encode, self.captions), encode
-        return self._sentences
+        return cosines(prompts.sentence(), self._sentences)
 
 
 EXACT_CANDIDATES = 32
 """How many leading references get exact differences in the softmax."""
 MAX_ELEMENTS = 1 << 26
-"""Largest (samples × references) or (samples × candidates × D) tensor held at once; larger batches
-go in chunks."""
+"""Largest (samples × references) or (samples × candidates × D) tensor held at once."""
 ROUNDING = 2.0**-24
-"""Half a unit in the last place of 1 in float32. The weights of a posterior sum to 1, so
+"""Half a unit in the last place of 1 in float32: the weights of a posterior sum to 1, so
 differences of weights that add up to less are below the precision of its mean."""
 
 
@@ -189,11 +161,9 @@ class EmpiricalPosterior:
 
     μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i.
 
-    References are centred, and the leading candidates' distances are recomputed from exact
-    differences: at small noise the expanded square alone loses the answer in float32.
-
-    Args:
-        references: an index's vectors, prepared for search.
+    References (of an index, prepared for search) are centred, and the leading candidates' distances
+    are recomputed from exact differences: at small noise the expanded square alone loses the answer
+    in float32.
     """
 
     def __init__(self, references: References) -> None:
@@ -260,22 +230,24 @@ class EmpiricalPosterior:
 class MultiplicityGuidance:
     """x̂_0 ← x̂_0 + κ·(μ_1(x_t) − μ_m(x_t)) in each branch of classifier-free guidance.
 
-    m counts the records of each reference; 1 gives every group of references one record,
-    shared among its members in proportion: m_i / Σ_group m. The conditional branch counts the
-    records of its own label alone, or weighs records by how their captions fit the prompt. The
-    correction vanishes, exactly, where every group has one record. Where a caption belongs to one
-    repeated image alone and no other caption counts, it cannot help: all the weight is then on that
-    image, repeated or not. ``damped`` helps there.
+    m counts the records of each reference; 1 gives every group of references one record, shared in
+    proportion: m_i / Σ_group m. The conditional branch counts the records of its own label alone,
+    or weighs records by how their captions fit the prompt. Where every group has one record nothing
+    changes, exactly. Where a caption belongs to one repeated image alone and no other caption
+    counts, it cannot help, as all the weight is on that image: ``damped`` helps there.
 
     Args:
-        index: references in the denoiser's own space, pixels or latents, with multiplicities (and
-            labels or captions for conditional use), on the device of the samples.
+        index: references in the denoiser's own space, with multiplicities (and labels or captions
+            for conditional use), on the device of the samples.
         strength: κ; 1 is the difference itself, 0 changes nothing.
         caption_bandwidth: how far captions other than the prompt count; see ``CaptionWeights``.
         damped: a prompt that is the caption of repeated images counts only as much as their
             captions would after deduplication: ε_c ← ε_u + e(y)·(ε_c − ε_u), e(y) of
-            ``CaptionWeights.share_of_first_records``. 1/m for the caption of one image with m
-            records; exactly nothing changes for captions of images that are not repeated.
+            ``CaptionWeights.share_of_first_records``: exactly nothing changes for captions of
+            images that are not repeated.
+
+    Raises:
+        ValueError: the strength is negative, or the index is not of pixels or latents.
     """
 
     def __init__(
@@ -285,8 +257,7 @@ class MultiplicityGuidance:
         caption_bandwidth: float = 0.0,
         damped: bool = False,
     ) -> None:
-        if strength < 0:
-            raise ValueError(f"strength must be at least 0, not {strength:g}")
+        check_at_least_0(strength=strength)
         if index.metric != "l2":
             raise ValueError(
                 "multiplicity guidance needs an index of pixels (or latents), not of "
@@ -297,12 +268,15 @@ class MultiplicityGuidance:
         self.caption_bandwidth = caption_bandwidth
         self.damped = damped
         self.posterior = EmpiricalPosterior(index.references)
-        groups = int(index.group.max()) + 1
-        log_m, log_1 = log_weights(index.multiplicity, index.group, groups)
-        self._log_m, self._log_1 = log_m, log_1
-        self._nothing_repeats = bool((log_m == log_1).all())
+        m = index.multiplicity.double()
+        share = m / index.group_multiplicity.to(m).clamp(min=1)
+        self._log_m, self._log_1 = m.log().float(), share.log().float()  # −∞ where there is none
+        self._nothing_repeats = bool((self._log_m == self._log_1).all())
         self._labels = None if index.num_classes is None else LabelWeights(index)
-        self._captions: CaptionWeights | None = None
+
+    @cached_property
+    def _captions(self) -> CaptionWeights:
+        return CaptionWeights(self.index, self.caption_bandwidth)
 
     @property
     def needs_unconditional(self) -> bool:
@@ -316,11 +290,7 @@ class MultiplicityGuidance:
 
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
-        """Correct both branches and recombine them; further denoiser calls are corrected too.
-
-        Raises:
-            ValueError: the references are not of the denoiser's space.
-        """
+        """Correct both branches and recombine them; further denoiser calls are corrected too."""
         values, size = prediction.x_t.shape[1:].numel(), self.index.vectors.shape[1]
         if values != size:
             raise ValueError(
@@ -334,13 +304,8 @@ class MultiplicityGuidance:
         cond, uncond = prediction.output_cond, prediction.output_uncond
         given = {"cond": (cond, prediction.conditions), "uncond": (uncond, None)}
         branches = {name: (out, y) for name, (out, y) in given.items() if out is not None}
-        new = dict(
-            zip(
-                branches,
-                self._corrected(prediction, prediction.x_t, [*branches.values()]),
-                strict=True,
-            )
-        )
+        outputs = self._corrected(prediction, prediction.x_t, [*branches.values()])
+        new = dict(zip(branches, outputs, strict=True))
 
         def denoise(x_t: Tensor, conditions: Conditions | None) -> Tensor:
             output = prediction.denoise(x_t, conditions)
@@ -365,9 +330,7 @@ class MultiplicityGuidance:
         """The conditional output (B, ...) with each prompt's influence times its e(y)."""
         if self not in prediction.memory:
             assert isinstance(prediction.conditions, TextConditions)
-            share = self._caption_weights().share_of_first_records(
-                prediction.conditions, prediction.encode
-            )
+            share = self._captions.share_of_first_records(prediction.conditions, prediction.encode)
             prediction.memory[self] = share, (share < 1).nonzero().squeeze(1)
         share, rows = prediction.memory[self]
         if not len(rows):
@@ -376,11 +339,6 @@ class MultiplicityGuidance:
         damped = cond.clone()
         damped[rows] = base + per_sample(share[rows], base) * (cond[rows] - base)
         return damped
-
-    def _caption_weights(self) -> CaptionWeights:
-        if self._captions is None:
-            self._captions = CaptionWeights(self.index, self.caption_bandwidth)
-        return self._captions
 
     def _corrected(
         self,
@@ -402,7 +360,12 @@ class MultiplicityGuidance:
                     if conditions is not None:
                         log_1, log_m = self._conditional_weights(prediction, conditions[rows])
                     delta = self.posterior.mean_difference(logits, shifted, alpha_bar, log_1, log_m)
-                    part.append(output[rows] + self._change(prediction, delta, output[rows]))
+                    change = output_change_from_x_0(
+                        self.strength * delta.reshape(output[rows].shape),
+                        alpha_bar,
+                        prediction.prediction_type,
+                    )
+                    part.append(output[rows] + change.to(output.dtype))
         return [torch.cat(part) for part in parts]
 
     def _conditional_weights(
@@ -410,17 +373,10 @@ class MultiplicityGuidance:
     ) -> tuple[Tensor, Tensor]:
         """Log-weights (len(conditions), N) of the references under each condition."""
         if isinstance(conditions, TextConditions):
-            return self._caption_weights()(conditions, prediction.encode)
+            return self._captions(conditions, prediction.encode)
         if self._labels is None:
             raise ValueError(
                 "class-conditional multiplicity guidance needs an index with labels: build it on "
                 "a labelled data set"
             )
         return self._labels(conditions)
-
-    def _change(self, prediction: Prediction, delta: Tensor, like: Tensor) -> Tensor:
-        return output_change_from_x_0(
-            self.strength * delta.reshape(like.shape),
-            prediction.alpha_bar,
-            prediction.prediction_type,
-        ).to(like.dtype)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from memfree.conditions import Conditions, TextConditions, differ
+from memfree.guidance.equations import check_at_least_0
 from memfree.guidance.options import CAPTION_NEIGHBOURS, CAPTION_RECORDS
 from memfree.guidance.prediction import Prediction
 from memfree.guidance.similarity import Match
@@ -27,11 +28,11 @@ class NeighbourConditions:
         policy: ``nearest`` (the paper) or ``most_common`` (the authors' code); see
             ``retrieval.items.duplicated_captions``. Labels are always the nearest image's.
         neighbours: k, distinct groups whose captions ``most_common`` counts.
-        records: m: the most common caption is taken if more training records have it, else the
+        records: the most common caption is taken if more training records have it, else the
             nearest image's.
 
     Raises:
-        ValueError: k or m is out of range.
+        ValueError: k or records is out of range.
     """
 
     def __init__(
@@ -47,19 +48,14 @@ class NeighbourConditions:
                 f"--mitigation.caption_neighbours {neighbours}: the index has {groups} distinct "
                 f"groups, use 1 to {groups}"
             )
-        if records < 0:
-            raise ValueError(f"caption_records must be at least 0, not {records}")
+        check_at_least_0(caption_records=records)
         self.index = index
         self.policy = policy
         self.neighbours = neighbours
         self.records = records
 
     def __call__(self, prediction: Prediction, match: Match, rows: Tensor) -> Conditions:
-        """y_N of some rows of the batch, one each.
-
-        Raises:
-            ValueError: the index lacks labels or captions, or there is no text encoder.
-        """
+        """y_N of some rows of the batch, one each; refuses an index without labels or captions."""
         if not isinstance(prediction.conditions, TextConditions):
             if self.index.labels is None:
                 raise ValueError("c2 needs an index with labels: build it on a labelled data set")
@@ -69,7 +65,12 @@ class NeighbourConditions:
                 "c2 needs the caption of the nearest image and a text encoder: build the index on "
                 "a captioned data set, or set c2 to 0"
             )
-        captions = self._captions(match, rows)
+        nearest = match.rows[rows]
+        if self.policy == "most_common":
+            if nearest.shape[1] < self.neighbours:
+                nearest = self.index.search(match.vectors[rows], self.neighbours).rows
+            nearest = nearest[:, : self.neighbours]
+        captions = self.index.duplicated_caption(nearest, self.policy, self.records)
         known = prediction.memory.setdefault((self, "captions"), {})
         if new := [text for text in dict.fromkeys(captions) if text not in known]:
             encoded = prediction.encode(new)
@@ -89,11 +90,3 @@ class NeighbourConditions:
             x_t = prediction.x_t[rows[places[other]]]
             output[places[other]] = prediction.denoise(x_t, y_n[other])
         return output
-
-    def _captions(self, match: Match, rows: Tensor) -> list[str]:
-        nearest = match.rows[rows]
-        if self.policy == "most_common":
-            if nearest.shape[1] < self.neighbours:
-                nearest = self.index.search(match.vectors[rows], self.neighbours).rows
-            nearest = nearest[:, : self.neighbours]
-        return self.index.duplicated_caption(nearest, self.policy, self.records)

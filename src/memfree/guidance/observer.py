@@ -21,14 +21,14 @@ class Cadence:
     """At which steps neighbours are searched: every n steps, and at every step near the end.
 
     Fewer searches cost less where decoding and embedding are a large part of a step (latents). The
-    risk: a sample that comes near a training image between two searches is guided up to n − 1
-    steps late, and an active one is steered away from the neighbour of the last search.
+    risk: a sample that comes near an image between two searches is guided up to n − 1 steps late,
+    and an active one is steered away from the neighbour of the last search.
     """
 
     every: int = 1
-    """n: search at steps 0, n, 2n, ... (1: at every step)."""
+    """n: search at steps 0, n, 2n, ..."""
     always_below: float = 0.3
-    """Search at every step from this time on (1 is noise, 0 the image), where λ_t has risen."""
+    """Search at every step from this time on (1 is noise, 0 the image)."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -45,11 +45,10 @@ EVERY_STEP = Cadence()
 
 @dataclass(frozen=True)
 class Detection:
-    """σ_t beside λ_t for a batch, before anything is changed."""
+    """σ_t beside λ_t of this step, before anything is changed."""
 
     match: Match
     threshold: float
-    """λ_t of this step."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Observer:
 
     @property
     def calls_denoiser(self) -> bool:
-        """Whether the denoiser may be called again; a guidance that does not say so may."""
+        """Whether the denoiser may be called again; a guidance without this property may."""
         return False
 
     def __init__(
@@ -121,11 +120,8 @@ def recorded(
 ) -> Prediction:
     """The record with σ_t, λ_t and the nearest row in its trace, and with what is steered."""
     sigma = detection.match.sigma
-    columns = {
-        "sigma": sigma,
-        "lambda": torch.full_like(sigma, detection.threshold),
-        "nearest": detection.match.rows[:, 0],
-    }
+    columns = {"sigma": sigma, "lambda": torch.full_like(sigma, detection.threshold)}
+    columns["nearest"] = detection.match.rows[:, 0]
     if steering is None:
         return prediction.recorded(**columns)
     nothing = dict.fromkeys(("s1", "s2", "g_sim_norm"), torch.zeros_like(sigma))

@@ -32,7 +32,10 @@ CAPTION_RECORDS = 5
 
 @dataclass
 class MitigationOptions:
-    """Options of every mitigation: the threshold λ_t, searches, and Wen's norm in the trace."""
+    """No mitigation; with an index, σ_t is recorded.
+
+    Every mitigation has these options.
+    """
 
     false_positive_rate: float = DEFAULT_RATE
     """λ_t ends (t = 0) at the threshold that this share of held-out real images exceeds."""
@@ -55,7 +58,7 @@ class MitigationOptions:
 
 @dataclass
 class RejectOptions(MitigationOptions):
-    """Options of drawing again."""
+    """Draw again while the sample is a copy."""
 
     budget: PositiveInt = 10
     """Draws of a sample at most; the last one is kept whatever it is."""
@@ -70,7 +73,7 @@ class _CaptionKernel(MitigationOptions):
 
 @dataclass
 class MultiplicityOptions(_CaptionKernel):
-    """Options of multiplicity guidance."""
+    """Multiplicity guidance (ours)."""
 
     strength: NonNegativeFloat = 1.5
     """κ of multiplicity guidance."""
@@ -81,7 +84,10 @@ class MultiplicityOptions(_CaptionKernel):
 
 @dataclass
 class AMGOptions(_CaptionKernel):
-    """Options of Anti-Memorization Guidance; what is None depends on the kind of index."""
+    """Anti-Memorization Guidance (Chen et al., 2024).
+
+    What is None depends on the kind of index.
+    """
 
     gated: bool = True
     """False opens the gate to every sample at every step (the paper's ablation)."""
@@ -123,79 +129,43 @@ class AMGOptions(_CaptionKernel):
 
 @dataclass
 class BothOptions(AMGOptions, MultiplicityOptions):
-    """Options of multiplicity guidance followed by AMG."""
+    """Multiplicity guidance, then AMG."""
 
 
 class Entry(NamedTuple):
     """One mitigation."""
 
-    summary: str
-    """One line for ``--help``."""
     options: type
     """Its dataclass of options, beside ``MitigationOptions``."""
     baseline: str = ""
     """Of a baseline: its class in ``memfree.guidance.baselines``, called with its options."""
     text: str = ""
     """Attribute of ``TextTools`` that the class takes before the options."""
+    name: str = ""
+    """What it is, where options are shared."""
+
+    @property
+    def summary(self) -> str:
+        """One line for ``--help``."""
+        return self.name or (self.options.__doc__ or "").split("\n")[0].removesuffix(".")
 
 
 MITIGATIONS = {
-    "none": Entry("no mitigation; with an index, σ_t is recorded", MitigationOptions),
-    "amg": Entry("Anti-Memorization Guidance (Chen et al., 2024)", AMGOptions),
-    "multiplicity": Entry("multiplicity guidance (ours)", MultiplicityOptions),
-    "both": Entry("multiplicity guidance, then AMG", BothOptions),
-    "reject": Entry("draw again while the sample is a copy", RejectOptions),
-    "lower_guidance": Entry(
-        "lower classifier-free guidance", baselines.LowerGuidanceOptions, "LowerGuidance"
-    ),
-    "rt": Entry(
-        "random tokens in the prompt (Somepalli et al., 2023)",
-        baselines.Insertion,
-        "RandomTokens",
-        "words",
-    ),
-    "rna": Entry(
-        "random numbers in the prompt (Somepalli et al., 2023)",
-        baselines.Insertion,
-        "RandomNumbers",
-    ),
-    "cwr": Entry(
-        "repeated words of the prompt (Somepalli et al., 2023)",
-        baselines.Insertion,
-        "RepeatedWords",
-    ),
-    "gni": Entry(
-        "Gaussian noise on the embedding (Somepalli et al., 2023)",
-        baselines.EmbeddingNoiseOptions,
-        "EmbeddingNoise",
-    ),
-    "wen": Entry(
-        "optimised prompt embedding (Wen et al., 2024)",
-        baselines.PromptEmbeddingOptions,
-        "PromptEmbeddingOptimization",
-    ),
-    "ren": Entry(
-        "rescaled cross-attention (Ren et al., 2024)",
-        baselines.AttentionRescalingOptions,
-        "AttentionRescaling",
-        "count_tokens",
-    ),
-    "jain": Entry(
-        "opposite guidance before a transition (Jain et al., 2025)",
-        baselines.OppositeGuidanceOptions,
-        "OppositeGuidance",
-    ),
-    "prss": Entry(
-        "prompt re-anchoring and search (Chen et al., 2025)",
-        baselines.PromptReanchoringOptions,
-        "PromptReanchoring",
-        "prompts",
-    ),
-    "sail": Entry(
-        "optimised initial noise (Jeon et al., 2025)",
-        baselines.SharpnessAwareOptions,
-        "SharpnessAwareInitialization",
-    ),
+    "none": Entry(MitigationOptions),
+    "amg": Entry(AMGOptions),
+    "multiplicity": Entry(MultiplicityOptions),
+    "both": Entry(BothOptions),
+    "reject": Entry(RejectOptions),
+    "lower_guidance": Entry(baselines.LowerGuidanceOptions, "LowerGuidance"),
+    "rt": Entry(baselines.Insertion, "RandomTokens", "words", "Random tokens in the prompt"),
+    "rna": Entry(baselines.Insertion, "RandomNumbers", name="Random numbers in the prompt"),
+    "cwr": Entry(baselines.Insertion, "RepeatedWords", name="Repeated words of the prompt"),
+    "gni": Entry(baselines.EmbeddingNoiseOptions, "EmbeddingNoise"),
+    "wen": Entry(baselines.PromptEmbeddingOptions, "PromptEmbeddingOptimization"),
+    "ren": Entry(baselines.AttentionRescalingOptions, "AttentionRescaling", "count_tokens"),
+    "jain": Entry(baselines.OppositeGuidanceOptions, "OppositeGuidance"),
+    "prss": Entry(baselines.PromptReanchoringOptions, "PromptReanchoring", "prompts"),
+    "sail": Entry(baselines.SharpnessAwareOptions, "SharpnessAwareInitialization"),
 }
 """Every mitigation that ``--mitigation`` names."""
 WITH_AMG = ("amg", "both")

@@ -50,16 +50,13 @@ class Prediction:
     guidance_rescale: float = 0.0
     """How far a combination is scaled to the deviation of its conditional branch (``rescaled``)."""
     step: int = 0
-    """Number of this denoising step, from 0."""
     is_last: bool = False
-    """Whether the sampler has no further step."""
     returned: tuple[Tensor, float | Tensor] | None = None
-    """(offset, gain): the sampler's last step returns offset + gain·x̂_0; None: x̂_0 itself. Gain
-    0: it does not follow the prediction, so that there is no last correction. A gain like x_t is
-    that of each element: where inpainting keeps the given image, it is 0."""
+    """(offset, gain): the last step returns offset + gain·x̂_0; None: x̂_0 itself. Gain like x_t: of
+    each element, 0 where it does not follow the prediction, as outside of an inpainting mask."""
     finish: Callable[[Tensor], Tensor] | None = None
-    """From x̂_0 to what the sampler's last step returns, where it clips or thresholds x̂_0; None:
-    it does not, and ``returned`` holds everywhere."""
+    """From x̂_0 to what the last step returns, where it clips or thresholds x̂_0; None: it does
+    not, and ``returned`` holds everywhere."""
     clean_range: float | None = None
     """With ``finish``: where ``returned`` holds, x̂_0 in ±clean_range."""
     image_range: float | None = None
@@ -67,10 +64,9 @@ class Prediction:
     decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)
     """From x̂_0 to images (B, C, H, W) in [−1, 1]: the identity in pixel space."""
     encode: Encode | None = None
-    """The text encoder; None where there is none."""
+    """The text encoder, if there is one."""
     memory: dict[Any, Any] = field(default_factory=dict)
-    """What guidances keep from earlier steps of this batch, each under a key of its own (itself);
-    the same dictionary at every step, empty at the first."""
+    """What guidances keep from earlier steps of this batch, each under its own key (itself)."""
     active: Tensor | None = None
     """(B,) bool: rows that some guidance of this step changed on purpose."""
     trace: dict[str, Tensor] = field(default_factory=dict)
@@ -133,10 +129,10 @@ class Prediction:
 
     def recorded_at(self, rows: Tensor, **columns: Tensor) -> Prediction:
         """This record with trace columns that have these values, each (len(rows),), in ``rows``."""
-        trace = {}
-        for name, new in columns.items():
-            column = self.trace[name]
-            trace[name] = column.index_copy(0, rows, new.to(column))
+        trace = {
+            name: self.trace[name].index_copy(0, rows, new.to(self.trace[name]))
+            for name, new in columns.items()
+        }
         return self.recorded(**trace)
 
     def activated(self, active: Tensor) -> Prediction:
@@ -172,8 +168,8 @@ def apply(guidance: Guidance | Sequence[Guidance] | None, prediction: Prediction
     """Pass the record down a list of guidances, in order."""
     if guidance is None:
         return prediction
-    for one in guidance if isinstance(guidance, Sequence) else [guidance]:
-        prediction = one(prediction)
+    for change in guidance if isinstance(guidance, Sequence) else [guidance]:
+        prediction = change(prediction)
     return prediction
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from memfree import guidance
 from memfree.guidance import baselines
 from memfree.guidance.options import (
     MITIGATIONS,
@@ -16,11 +18,15 @@ from memfree.guidance.options import (
 
 TYPE_CHECKING = False  # not typing's, whose imports jsonargparse would run for --help
 if TYPE_CHECKING:
-    from memfree.guidance.amg_extensions import SteadyAMG
-    from memfree.guidance.equations import ConstantThreshold, ThresholdSchedule
-    from memfree.guidance.mitigation import Mitigation
-    from memfree.guidance.observer import Cadence, Observer
-    from memfree.guidance.prediction import Guidance
+    from memfree.guidance import (
+        Cadence,
+        ConstantThreshold,
+        Guidance,
+        Mitigation,
+        Observer,
+        SteadyAMG,
+        ThresholdSchedule,
+    )
     from memfree.retrieval import ReferenceIndex
 
 PIXELS: dict[str, float | bool] = {
@@ -47,15 +53,14 @@ and a short step only puts a pattern on the memorized one that the embedding tak
 
 
 def recommended(index: ReferenceIndex, alone: bool) -> dict[str, float | bool]:
-    """The recommended settings for the default similarity of an index.
-
-    Args:
-        index: the references.
-        alone: whether AMG acts without multiplicity guidance.
-    """
+    """The recommended settings for an index; ``alone``: AMG without multiplicity guidance."""
     if index.metric == "l2":
         return PIXELS
     return EMBEDDINGS_ALONE if alone else EMBEDDINGS
+
+
+def _defaults(options: type) -> Any:
+    return field(default_factory=options)
 
 
 @dataclass
@@ -76,24 +81,16 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         ValueError: ``mitigation`` is neither a known name nor an import path.
     """
 
-    lower_guidance: baselines.LowerGuidanceOptions = field(
-        default_factory=baselines.LowerGuidanceOptions
-    )
-    rt: baselines.Insertion = field(default_factory=baselines.Insertion)
-    rna: baselines.Insertion = field(default_factory=baselines.Insertion)
-    cwr: baselines.Insertion = field(default_factory=baselines.Insertion)
-    gni: baselines.EmbeddingNoiseOptions = field(default_factory=baselines.EmbeddingNoiseOptions)
-    wen: baselines.PromptEmbeddingOptions = field(default_factory=baselines.PromptEmbeddingOptions)
-    ren: baselines.AttentionRescalingOptions = field(
-        default_factory=baselines.AttentionRescalingOptions
-    )
-    jain: baselines.OppositeGuidanceOptions = field(
-        default_factory=baselines.OppositeGuidanceOptions
-    )
-    prss: baselines.PromptReanchoringOptions = field(
-        default_factory=baselines.PromptReanchoringOptions
-    )
-    sail: baselines.SharpnessAwareOptions = field(default_factory=baselines.SharpnessAwareOptions)
+    lower_guidance: baselines.LowerGuidanceOptions = _defaults(baselines.LowerGuidanceOptions)
+    rt: baselines.Insertion = _defaults(baselines.Insertion)
+    rna: baselines.Insertion = _defaults(baselines.Insertion)
+    cwr: baselines.Insertion = _defaults(baselines.Insertion)
+    gni: baselines.EmbeddingNoiseOptions = _defaults(baselines.EmbeddingNoiseOptions)
+    wen: baselines.PromptEmbeddingOptions = _defaults(baselines.PromptEmbeddingOptions)
+    ren: baselines.AttentionRescalingOptions = _defaults(baselines.AttentionRescalingOptions)
+    jain: baselines.OppositeGuidanceOptions = _defaults(baselines.OppositeGuidanceOptions)
+    prss: baselines.PromptReanchoringOptions = _defaults(baselines.PromptReanchoringOptions)
+    sail: baselines.SharpnessAwareOptions = _defaults(baselines.SharpnessAwareOptions)
 
     def __post_init__(self) -> None:
         if self.mitigation not in MITIGATIONS and not is_import_path(self.mitigation):
@@ -116,18 +113,14 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
     def build(self, index: ReferenceIndex, latents: ReferenceIndex | None = None) -> list[Guidance]:
         """The guidances, in order; an observer alone where AMG is not among them.
 
-        Args:
-            index: calibrated; what AMG compares with.
-            latents: references of multiplicity guidance where the denoiser does not work on the
-                pixels of ``index``.
+        ``index`` is calibrated: what AMG compares with. ``latents`` are the references of
+        multiplicity guidance where the denoiser does not work on the pixels of ``index``.
         """
-        from memfree.guidance.multiplicity import MultiplicityGuidance
-
         detector = self.anti_memorization if self.mitigation in WITH_AMG else self.observer
         if self.mitigation not in ("multiplicity", "both"):
             return [detector(index)]
         references = latents or index
-        multiplicity = MultiplicityGuidance(
+        multiplicity = guidance.MultiplicityGuidance(
             references, self.strength, self.caption_bandwidth, self.damp_captions
         )
         return [multiplicity, detector(index)]
@@ -149,35 +142,26 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         Raises:
             ValueError: the mitigation needs an index or the text side, and it is missing.
         """
-        from memfree.guidance.baselines.wen_norm import WenNorm
-        from memfree.guidance.mitigation import Guided, Sequential
-
         if self.mitigation in WITH_INDEX and index is None:
             raise ValueError(f"--mitigation {self.mitigation} needs --index")
         steps = int(self.wen_norm_steps)
-        norm = [Guided([WenNorm(steps)])] if steps else []
+        norm = [guidance.Guided([baselines.WenNorm(steps)])] if steps else []
         parts = [*norm, *self._named(text), *self._compared(index, latents)]
-        return parts[0] if len(parts) == 1 else Sequential(parts)
+        return parts[0] if len(parts) == 1 else guidance.Sequential(parts)
 
     def for_pixels(self, index: ReferenceIndex | None) -> Mitigation:
         """The mitigation with its stages, for a model without text.
 
-        Args:
-            index: calibrated references, on the device of the samples; None: a mitigation of your
-                own runs without a trace.
+        Without an index, a mitigation of your own runs without a trace.
         """
-        from memfree.guidance.mitigation import Sequential
-
         own = [] if self.mitigation in MITIGATIONS else self._named(None)
-        return Sequential([*own, *self._compared(index, None)])
+        return guidance.Sequential([*own, *self._compared(index, None)])
 
     def _named(self, text: baselines.TextTools | None) -> list[Mitigation]:
         """The baseline or the class of the user's own that is named; else nothing."""
-        from memfree.guidance.mitigation import mitigation_at
-
         name = self.mitigation
         if name not in MITIGATIONS:
-            return [mitigation_at(name)]
+            return [guidance.mitigation_at(name)]
         entry = MITIGATIONS[name]
         if not entry.baseline:
             return []
@@ -191,27 +175,16 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         self, index: ReferenceIndex | None, latents: ReferenceIndex | None
     ) -> list[Mitigation]:
         """What compares samples with an index: while they are drawn, and when they are finished."""
-        from memfree.guidance.calibration import default_similarity
-        from memfree.guidance.mitigation import Guided, RejectAndResample
-
         if index is None:
             return []
-        guided: list[Mitigation] = [Guided(self.build(index, latents))]
+        guided: list[Mitigation] = [guidance.Guided(self.build(index, latents))]
         if self.mitigation == "reject":
-            end = self.end_threshold(index)
-            guided.append(RejectAndResample(index, default_similarity(index), end))
+            similarity, end = guidance.default_similarity(index), self.end_threshold(index)
+            guided.append(guidance.RejectAndResample(index, similarity, end))
         return guided
 
     def check(self, index: ReferenceIndex | None, text: baselines.TextTools | None) -> None:
-        """Refuse wrong settings where that costs nothing, before anything is drawn or written.
-
-        Args:
-            index: as of ``for_text``, on any device.
-            text: as of ``for_text``; None for a model without text.
-
-        Raises:
-            ValueError: a setting is wrong in itself, or for this index or model.
-        """
+        """Refuse wrong settings where that costs nothing; arguments as of ``for_text``."""
         if index is not None and self.mitigation in WITH_AMG:
             self.anti_memorization(index)
         self._named(text)
@@ -223,63 +196,43 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
 
     def end_threshold(self, index: ReferenceIndex) -> float:
         """λ at t = 0: the index's calibrated threshold."""
-        from memfree.guidance.calibration import calibration_of, default_similarity
-
-        similarity = default_similarity(index)
-        return calibration_of(index, similarity).threshold(self.false_positive_rate)
+        similarity = guidance.default_similarity(index)
+        return guidance.calibration_of(index, similarity).threshold(self.false_positive_rate)
 
     def observer(self, index: ReferenceIndex) -> Observer:
         """What records σ_t against λ_t and changes nothing."""
-        from memfree.guidance.calibration import default_similarity
-        from memfree.guidance.observer import Observer
-
-        similarity, threshold = default_similarity(index), self._threshold(index)
-        return Observer(index, similarity, threshold, self._cadence)
+        similarity, threshold = guidance.default_similarity(index), self._threshold(index)
+        return guidance.Observer(index, similarity, threshold, self._cadence)
 
     def anti_memorization(self, index: ReferenceIndex) -> SteadyAMG:
         """AMG with these settings on the index's calibrated threshold."""
-        from memfree.guidance.amg_extensions import SteadyAMG
-        from memfree.guidance.calibration import default_similarity
-
         this, end = self.resolved(index), self.end_threshold(index)
-        assert this.gate_margin is not None and this.margin_per_doubling is not None
-        assert this.least_scale is not None and this.latched is not None
-        return SteadyAMG(
+        assert this.gate_margin is not None
+        same = "c1 c2 c3 gate_margin gradient gated margin_per_doubling least_scale latched"
+        return guidance.SteadyAMG(
             index,
-            default_similarity(index),
+            guidance.default_similarity(index),
             self._threshold(index),
-            c1=self.c1,
-            c2=self.c2,
-            c3=self.c3,
-            gate_margin=this.gate_margin,
             max_displacement=this.max_displacement or None,
             final_correction=end - this.gate_margin / 4 if self.final_correction else None,
-            gradient=self.gradient,
-            gated=self.gated,
-            margin_per_doubling=this.margin_per_doubling,
-            least_scale=this.least_scale,
-            latched=this.latched,
             cadence=self._cadence,
-            caption_policy=self.caption_policy,
             caption_neighbours=int(self.caption_neighbours),
+            caption_policy=self.caption_policy,
             caption_records=int(self.caption_records),
             caption_bandwidth=float(self.caption_bandwidth),
+            **{name: getattr(this, name) for name in same.split()},
         )
 
     @property
     def _cadence(self) -> Cadence:
-        from memfree.guidance.observer import Cadence
-
-        return Cadence(int(self.cadence), float(self.cadence_always_below))
+        return guidance.Cadence(int(self.cadence), float(self.cadence_always_below))
 
     def _threshold(self, index: ReferenceIndex) -> ThresholdSchedule | ConstantThreshold:
-        from memfree.guidance.equations import ConstantThreshold, ThresholdSchedule
-
         end, ratio = self.end_threshold(index), self.resolved(index).start_ratio
         assert ratio is not None
         if ratio <= 0:
             raise ValueError(f"--mitigation.start_ratio must be above 0, not {ratio:g}")
         if self.schedule == "constant":
-            return ConstantThreshold(end)
+            return guidance.ConstantThreshold(end)
         # A distance's σ is negative: a multiple above 1 is lower. A cosine's is positive.
-        return ThresholdSchedule(end * ratio if end < 0 else end / ratio, end, self.rate)
+        return guidance.ThresholdSchedule(end * ratio if end < 0 else end / ratio, end, self.rate)

@@ -22,8 +22,7 @@ SMALLEST_DISTANCE = 2.0**-24
 class Match:
     """A batch beside its nearest references; σ is higher for nearer and differentiable."""
 
-    sigma: Tensor
-    """(B,) float32."""
+    sigma: Tensor  # (B,) float32
     rows: Tensor
     """(B, k) int64 rows of the index, nearest first, each of another group."""
     vectors: Tensor
@@ -52,7 +51,7 @@ class NormalizedL2:
     """Pixel similarity nL2 (eq. 8): σ = −ℓ2(x̂_0, n_0) / (α · mean ℓ2 to the k nearest groups).
 
     Args:
-        k: how many nearest groups the denominator averages over; k = 50 in the paper.
+        k: how many nearest groups the denominator averages over; 50 in the paper.
         alpha: α of the paper, 0.5.
         differentiate_mean: let the gradient flow through the denominator too. The authors' code
             holds it constant, and so does the default.

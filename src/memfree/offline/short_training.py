@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,8 @@ from memfree.training.trainer import build_trainer
 class DistinctImages(Dataset[dict[str, Any]]):
     """Every distinct image of some parts once, however often the training set repeats it.
 
-    Args:
-        folder: the dataset folder.
-        parts: which parts; an empty one is left out.
-        cache_bytes: keep decoded images in memory if all of them take at most so many bytes.
-
-    Attributes:
-        captions: caption of each image, that of its original record, not one that a duplication
-            plan gave to a copy; None without captions.
-        groups: (N,) int64 number of each image's group.
-
-    Raises:
-        ValueError: all of the parts are empty.
+    Decoded images are kept in memory if all of them take at most ``cache_bytes``. ValueError where
+    all of the parts are empty.
     """
 
     def __init__(
@@ -54,6 +45,7 @@ class DistinctImages(Dataset[dict[str, Any]]):
         self._reader = RecordReader(folder.path, records, folder.image_shape, cache_bytes)
         captions = records["caption"]
         self.captions: list[str] | None = captions.to_pylist() if captions.null_count == 0 else None
+        """Those of the original records, not one that a duplication plan gave to a copy."""
         names = folder.items["group"].take(records["row"]).to_pylist()
         self.groups = torch.from_numpy(np.unique(names, return_inverse=True)[1].astype(np.int64))
 
@@ -76,18 +68,13 @@ class DistinctImages(Dataset[dict[str, Any]]):
         return from_bytes(self._reader.read(range(len(self))))
 
     def loader(self, batch_size: int, steps: int, seed: int) -> DataLoader[Any]:
-        """``steps`` batches; each pass through the images is another permutation by ``seed``.
-
-        Raises:
-            ValueError: a batch would have more images than there are.
-        """
+        """``steps`` batches; each pass through the images is another permutation by ``seed``."""
         if batch_size > len(self):
             raise ValueError(
                 f"--batch_size {batch_size}: there are only {len(self)} images; use fewer"
             )
-        return DataLoader(
-            self, batch_size=None, sampler=_Permutations(len(self), batch_size, steps, seed)
-        )
+        sampler = _Permutations(len(self), batch_size, steps, seed)
+        return DataLoader(self, batch_size=None, sampler=sampler)
 
 
 def originals(records: pa.Table) -> np.ndarray:
@@ -98,7 +85,7 @@ def originals(records: pa.Table) -> np.ndarray:
 
 
 class _Permutations(Sampler[list[int]]):
-    """Batches of numbers; what is left of a permutation is dropped, so that none repeats."""
+    """Batches of numbers; the rest of a permutation is dropped, so that no batch repeats one."""
 
     def __init__(self, count: int, batch_size: int, steps: int, seed: int) -> None:
         self._count, self._batch_size, self._steps, self._seed = count, batch_size, steps, seed
@@ -107,25 +94,20 @@ class _Permutations(Sampler[list[int]]):
         return self._steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        return islice(self._batches(), self._steps)
+
+    def _batches(self) -> Iterator[list[int]]:
         generator = generator_of(self._seed, Stream.DISTINCT_IMAGES)
-        done = 0
-        while done < self._steps:
+        while True:
             order = generator.permutation(self._count)
             for start in range(0, self._count - self._batch_size + 1, self._batch_size):
-                if done == self._steps:
-                    return
                 yield order[start : start + self._batch_size].tolist()
-                done += 1
 
 
 def fit(
     module: pl.LightningModule, loader: DataLoader[Any], steps: int, accelerator: Accelerator
 ) -> float:
-    """Train for ``steps`` batches; the loss at the end, a mean over the last 50 steps.
-
-    Raises:
-        ValueError: there is no such device, or the loss is no longer finite.
-    """
+    """Train for ``steps`` batches; the loss at the end, a mean over the last 50 steps."""
     losses = LossRecord(min(50, steps))
     with quiet(
         ".*does not have many workers.*",

@@ -1,4 +1,4 @@
-"""Small CLIP: a frozen ImageNet network and a text tower, trained on a dataset's captions."""
+"""Small CLIP: a frozen ImageNet network and a text tower, trained on captions of a dataset."""
 
 from __future__ import annotations
 
@@ -28,11 +28,7 @@ PREPROCESSING: dict[str, Any] = {
 
 
 def model_config(options: SmallClipOptions) -> dict[str, Any]:
-    """open_clip's ``model_cfg``: EfficientNet-Lite0 at 64×64 with a linear head, and a transformer.
-
-    Raises:
-        ValueError: the width is not a multiple of 32.
-    """
+    """open_clip's ``model_cfg``: EfficientNet-Lite0 at 64×64 with a linear head, a transformer."""
     if options.text_width % 32:
         raise ValueError(f"--model.text_width {options.text_width}: use a multiple of 32")
     return {
@@ -58,13 +54,9 @@ def model_config(options: SmallClipOptions) -> dict[str, Any]:
 class SmallClipModule(pl.LightningModule):
     """Trains text tower and image head of open_clip's CLIP; the trunk keeps its ImageNet weights.
 
-    A thousand images are too few to learn from nothing what an unseen picture shows, so the trunk
+    A thousand images are too few to learn from scratch what an unseen picture shows, so the trunk
     is EfficientNet-Lite0 with the weights that come as a Python package. Its features of augmented
     views are computed once. A batch is a dictionary with ``row`` (B,) and ``caption``, a list.
-
-    Args:
-        options: model and training.
-        seed: of the weights and of all that training draws.
     """
 
     def __init__(self, options: SmallClipOptions, seed: int = 0) -> None:
@@ -126,9 +118,8 @@ class SmallClipModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, a short warm-up, then a cosine to 0."""
-        return adamw_with_cosine(
-            self, float(self.options.learning_rate), float(self.options.weight_decay)
-        )
+        rate, decay = float(self.options.learning_rate), float(self.options.weight_decay)
+        return adamw_with_cosine(self, rate, decay)
 
 
 def thinned(caption: str, probability: float, generator: torch.Generator) -> str:

@@ -24,13 +24,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def train_tokenizer(captions: Sequence[str], options: ScratchOptions) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair vocabulary is learnt from captions.
-
-    Every byte is a token, so that any prompt can be written.
-
-    Raises:
-        ValueError: there are no captions.
-    """
+    """A CLIP tokenizer with a byte-pair vocabulary learnt from captions; every byte is a token."""
     if not any(captions):
         raise ValueError("a tokenizer needs captions: prepare captioned images")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -55,8 +49,7 @@ def train_tokenizer(captions: Sequence[str], options: ScratchOptions) -> CLIPTok
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, options: ScratchOptions) -> CLIPTextModel:
-    """A CLIP text encoder with fresh weights from torch's global generator."""
+def _text_encoder(tokenizer: CLIPTokenizer, options: ScratchOptions) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -73,8 +66,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, options: ScratchOptions) -> CLI
     )
 
 
-def build_unet(vae: Any, options: ScratchOptions) -> Any:
-    """A conditional U-Net for the autoencoder's latents, with fresh weights."""
+def _unet(vae: Any, options: ScratchOptions) -> Any:
     levels = len(options.block_out_channels)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     heads = [max(1, channels // options.head_dim) for channels in options.block_out_channels]
@@ -95,19 +87,15 @@ def build_unet(vae: Any, options: ScratchOptions) -> Any:
 def build_pipeline(
     vae: Any, captions: Sequence[str], options: ScratchOptions, seed: int
 ) -> StableDiffusionPipeline:
-    """A whole pipeline around a trained autoencoder; its other weights are drawn from ``seed``.
+    """A whole pipeline around a trained AutoencoderKL; its other weights are drawn from ``seed``.
 
-    Args:
-        vae: the AutoencoderKL.
-        captions: what the tokenizer learns its vocabulary from.
-        options: sizes.
-        seed: of the weights.
+    The tokenizer learns its vocabulary from ``captions``.
     """
     tokenizer = train_tokenizer(captions, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = build_text_encoder(tokenizer, options)
-        unet = build_unet(vae, options)
+        text_encoder = _text_encoder(tokenizer, options)
+        unet = _unet(vae, options)
     # The noise schedule of Stable Diffusion.
     scheduler = DDPMScheduler(
         beta_start=0.00085,
@@ -144,13 +132,10 @@ class AutoencoderModule(pl.LightningModule):
             options: shape and training.
             images: (N, 3, H, W) training images in [−1, 1], held in memory.
             seed: of the weights and of all draws.
-            data: which images they are, a JSON value that a checkpoint must agree on.
+            data: identity of the images, a JSON value that a checkpoint must agree on.
         """
         super().__init__()
-        self.options = options
-        self.seed = seed
-        self.data = data
-        self._images = images
+        self.options, self.seed, self.data, self._images = options, seed, data, images
         levels = len(options.block_out_channels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -167,7 +152,7 @@ class AutoencoderModule(pl.LightningModule):
             )
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to be resumed, as JSON values."""
+        """What a checkpoint must agree on to be resumed from, as JSON values."""
         options = {"autoencoder": asdict(self.options), "images": list(self._images.shape)}
         return json.loads(json.dumps({**options, "data": self.data, "seed": self.seed}))
 

@@ -327,10 +327,7 @@ def _guarded(kind: Any, session: Session) -> type:
 
 @contextmanager
 def _adapters_that_fit(pipe: Any, name: str) -> Iterator[None]:
-    """Refuse a LoRA of a model of other shapes in one line, and remove the parts that fitted.
-
-    diffusers lists every layer, and leaves behind what it loaded into other parts of the pipeline.
-    """
+    """Refuse a LoRA of a model of other shapes in one line, and remove the parts that fitted."""
 
     def adapters() -> set[str]:
         return {adapter for part in pipe.get_list_adapters().values() for adapter in part}

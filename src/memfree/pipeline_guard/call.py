@@ -103,8 +103,6 @@ _TEXTS = ("prompt", "prompt_2", "prompt_3")
 _EMBEDS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
 _PER_PROMPT = [f"{sign}{name}" for sign in ("", "negative_") for name in (*_TEXTS, *_EMBEDS)]
 """Arguments with an entry a prompt, where they are a list or a tensor."""
-
-
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
@@ -205,7 +203,7 @@ _UNSUPPORTED = {
 
 
 def check_branches(call: Mapping[str, Any], guidances: Sequence[Guidance], distilled: bool) -> None:
-    """Refuse a guidance that needs the unconditional prediction where the pipeline makes none.
+    """Refuse guidance that needs the unconditional prediction where there is none.
 
     A distilled denoiser (latent consistency) is told the guidance scale and has one prediction.
     """

@@ -19,15 +19,14 @@ from torch import Tensor, nn
 Before = Callable[..., tuple[Any, Any] | None]  # a forward pre-hook with keyword arguments
 After = Callable[..., Any]  # a forward hook with keyword arguments
 
-# The guarded pipeline call that this thread or task is in; None outside of all, and aside.
+# The guarded pipeline call that this thread or task is in; None outside of all, where hooks rest.
 _CALL: ContextVar[object | None] = ContextVar("memfree_guarded_call", default=None)
 _LOCK = threading.Lock()
 
 
 @contextmanager
-def aside() -> Iterator[None]:
-    """Run what is not the guarded call's own: hooks do not fire there."""
-    token = _CALL.set(None)
+def _inside(call: object | None) -> Iterator[None]:
+    token = _CALL.set(call)
     try:
         yield
     finally:
@@ -38,8 +37,8 @@ def aside() -> Iterator[None]:
 def hooked(denoiser: Any, after: After, before: Before | None = None) -> Iterator[None]:
     """Hooks on a denoiser that fire only for calls made in this block, by this thread or task.
 
-    Other pipelines that share the denoiser, in other threads or in callbacks (``aside``), see
-    nothing of them. What the hooks run is not traced by ``torch.compile``, and calls no hook again.
+    Other pipelines that share the denoiser, in other threads or in callbacks, see nothing of them.
+    What the hooks run is not traced by ``torch.compile``, and calls no hook again.
     """
     call = object()
 
@@ -49,18 +48,14 @@ def hooked(denoiser: Any, after: After, before: Before | None = None) -> Iterato
         def run(*given: Any) -> Any:
             if _CALL.get() is not call:
                 return None
-            with aside():
+            with _inside(None):
                 return hook(*given)
 
         # Nothing is compiled where this is not imported, and importing it takes seconds.
         return torch.compiler.disable(run) if "torch._dynamo" in sys.modules else run
 
-    token = _CALL.set(call)
-    try:
-        with _hooks(denoiser, before and only_here(before), only_here(after)):
-            yield
-    finally:
-        _CALL.reset(token)
+    with _inside(call), _hooks(denoiser, before and only_here(before), only_here(after)):
+        yield
 
 
 class Watch:
@@ -137,10 +132,10 @@ class _AroundCompiled:
 
 
 def callback_aside(callback: Any, check: Callable[[], None]) -> Any:
-    """A pipeline's callback that runs ``aside``, then ``check``, and is still taken for one."""
+    """A pipeline's callback that runs outside of the guarded call, and then ``check``."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with aside():
+        with _inside(None):
             result = callback(*args, **kwargs)
         check()
         return result

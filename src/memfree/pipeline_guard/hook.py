@@ -146,10 +146,7 @@ class Draw:
         return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)
 
     def encode(self, captions: Sequence[str]) -> TextConditions:
-        """Captions as the prompts of this call; one function for all steps, which guidances keep.
-
-        Not for the next call of the pipeline: its options may be others.
-        """
+        """Captions as the prompts of this call; guidances keep the results by this function."""
         assert self._like is not None
         _, length, width = self._like.shape
         encoded = self.family.encode(self.pipe, captions, self.call, length)
@@ -189,10 +186,7 @@ class Draw:
     ) -> AbstractContextManager[None]:
         """Where parts of the guard, as an autoencoder, may draw: torch's generators stay in place.
 
-        Args:
-            part: with one autoencoder it draws always or never.
-            drawing: what runs there; third-party code may draw at any step.
-            stream: what is drawn from; None: the draw's own.
+        A part draws always or never; third-party code in ``drawing`` may draw at any step.
         """
         stream, device = stream or self._randomness, self.pipe._execution_device
         if all(type(own).__module__.startswith("memfree.") for own in drawing):
@@ -200,10 +194,7 @@ class Draw:
         return stream.on(device)
 
     def guided(self, view: View, raw: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Rows that are corrected, if any, and the prediction to step with there.
-
-        ``raw`` is what the denoiser returned, all halves.
-        """
+        """Corrected rows and their prediction, if any; ``raw``: all halves as returned."""
         native = self.family.prediction(raw, view.channels)
         uncond, cond = native.chunk(2) if view.twice else (None, native)
         amount = float(getattr(self.pipe, "guidance_rescale", 0.0)) if view.twice else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -33,6 +33,7 @@ class NoiseLevel:
         return not len(self.following)
 
 
+@dataclass
 class NoiseLevels:
     """Follows one pipeline call through its schedule, one denoiser call at a time.
 
@@ -40,13 +41,12 @@ class NoiseLevels:
     timestep of every call must be the one that the schedule has there. The scheduler is only read.
     """
 
-    def __init__(self, scheduler: Any, flow: bool) -> None:
-        self.scheduler = scheduler
-        self.flow = flow
-        self._calls = 0
-        self._schedule = torch.empty(0)
-        self._starts: list[int] = []  # where in the schedule the pipeline may have begun
-        self._planned = 0
+    scheduler: Any
+    flow: bool  # whether the model was trained by flow matching
+    _calls: int = 0
+    _planned: int = 0
+    _schedule: Tensor = field(default_factory=lambda: torch.empty(0))
+    _starts: list[int] = field(default_factory=list)  # where the pipeline may have begun
 
     def next(self, timestep: Tensor | float, planned: int | None = None) -> NoiseLevel:
         """The level of the denoiser call that is being made; the schedule must have its timestep.

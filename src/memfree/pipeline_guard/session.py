@@ -237,20 +237,17 @@ class Session:
         return output, draw
 
     def prepared(self, pipe: Any, latents: Any) -> Any:
-        """What ``prepare_latents`` returned, before the pipeline continues with it.
-
-        Inpainting pipelines return the noise as well, and the given image's latents where the
-        denoiser does not see them.
-        """
-        several = isinstance(latents, tuple)
-        x_T = latents[0] if several else latents
+        """What ``prepare_latents`` returned, before the pipeline continues with it."""
+        # Inpainting pipelines return the noise as well, and the given image's latents where the
+        # denoiser does not see them.
+        x_T, *others = latents if isinstance(latents, tuple) else (latents,)
         height, width = (pipe.vae_scale_factor * side for side in x_T.shape[2:])
         image = torch.zeros(1, 3, height, width, device=self.judge.index.device)
         self.decoder.check_size(image)
         if (draw := _DRAW.get()) is not None:
             draw.latents = x_T
-            if several and len(latents) == 3:
-                draw.given = latents[2]
+            if len(others) == 2:
+                draw.given = others[1]
         return latents
 
     def masked(self, mask_and_image: Any) -> Any:

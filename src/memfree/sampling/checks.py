@@ -72,10 +72,7 @@ def vectors_hash(index: ReferenceIndex) -> str:
 def refuse_text_only(guidance: GuidanceSettings, model: LoadedModel) -> None:
     """Refuse a mitigation of prompts and text embeddings where the model takes no text."""
     if model.pipe is None and guidance.mitigation in TEXT_ONLY:
-        raise ValueError(
-            f"--mitigation {guidance.mitigation} needs a text-to-image model; this one "
-            "makes images from labels or from nothing"
-        )
+        raise ValueError(f"--mitigation {guidance.mitigation} needs a text-to-image model")
 
 
 def refuse_wrong_settings(
@@ -96,19 +93,16 @@ def labels_in_turn(
         if classes is not None:
             raise ValueError("--classes needs a class-conditional model; this one has no classes")
         if guidance_scale != 1:
-            raise ValueError(
-                f"--guidance_scale {guidance_scale:g} needs a class-conditional model; "
-                "leave it at 1 for this one"
-            )
+            option = f"--guidance_scale {guidance_scale:g}"
+            raise ValueError(f"{option} needs a class-conditional model; leave it at 1")
         return None
     if classes is None:
         return list(range(model.num_classes))
     if not classes:
         raise ValueError("--classes is empty; leave it out for all classes in turn")
-    if max(classes) >= model.num_classes:
-        raise ValueError(
-            f"--classes {max(classes)} is not a class of this model: 0 to {model.num_classes - 1}"
-        )
+    largest, last = max(classes), model.num_classes - 1
+    if largest > last:
+        raise ValueError(f"--classes {largest} is not a class of this model: 0 to {last}")
     return classes
 
 
@@ -127,17 +121,14 @@ def latents_for(path: Path | None, model: LoadedModel, guidance: GuidanceSetting
         )
     index = ReferenceIndex.load(path)
     check_latents(index.features, model.pipe.vae, f"--latents {path}")
-    size = math.prod(model.noise_shape)
-    if index.vectors.shape[1] != size:
+    held, size = index.vectors.shape[1], math.prod(model.noise_shape)
+    if held != size:
         raise ValueError(
-            f"--latents {path} holds vectors of {index.vectors.shape[1]} values, the model's "
-            f"latents have {size}: index images of the size that it makes"
+            f"--latents {path} holds vectors of {held} values, the model's latents have {size}: "
+            "index images of the size that it makes"
         )
     if index.captions is None:
-        raise ValueError(
-            f"--latents {path} has no captions, which tell the references of a prompt: index "
-            "captioned images"
-        )
+        raise ValueError(f"--latents {path} has no captions: index captioned images")
     return index
 
 
@@ -170,14 +161,11 @@ def index_for(
 ) -> ReferenceIndex:
     """Load the index; refuse one that cannot guide this model."""
     index = ReferenceIndex.load(path)
-    if tuple(index.image_shape) != tuple(model.image_shape):
-        raise ValueError(
-            f"--index {path} has images of shape {tuple(index.image_shape)}, but the model makes "
-            f"{tuple(model.image_shape)}"
-        )
-    trained_on = model.manifest.get("dataset_hash")
-    known = None not in (trained_on, index.dataset_hash)
-    if known and trained_on != index.dataset_hash and not allow_other_dataset:
+    held, wanted = tuple(index.image_shape), tuple(model.image_shape)
+    if held != wanted:
+        raise ValueError(f"--index {path} has images {held}, but the model makes {wanted}")
+    hashes = {model.manifest.get("dataset_hash"), index.dataset_hash}
+    if None not in hashes and len(hashes) > 1 and not allow_other_dataset:
         raise ValueError(
             f"--index {path} was built from a different dataset than the model: index the model's "
             "dataset or pass --allow_other_dataset true"

@@ -30,10 +30,9 @@ changes of ε̂."""
 class Result:
     """What sampling returns."""
 
-    images: Tensor
-    """(B, C, H, W), as the model makes them: in [−1, 1] if its scheduler clamps."""
+    images: Tensor  # (B, C, H, W), as the model makes them: in [−1, 1] if its scheduler clamps
+    # Columns (steps·B,), step by step: sample, step, t, and TRACE_COLUMNS; None untraced.
     trace: dict[str, Tensor] | None
-    """Columns (steps·B,), step by step: sample, step, t, and ``TRACE_COLUMNS``; None untraced."""
 
 
 def sample(

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -27,12 +27,10 @@ from memfree.guidance.baselines import TextTools
 from memfree.guidance.mitigation import attempts
 from memfree.images import from_bytes, to_bytes
 from memfree.models import LoadedModel
+from memfree.retrieval import ReferenceIndex
 from memfree.sampling.loop import Result, sample
 from memfree.sampling.noise import draw, generators
 from memfree.sampling.sample_run import SampleRun
-
-if TYPE_CHECKING:
-    from memfree.retrieval import ReferenceIndex
 
 
 def redraw(
@@ -133,16 +131,11 @@ def sample_text(
 class SampleBatch:
     """Finished samples, on the CPU."""
 
-    index: Tensor
-    """Sample indices, (B,) int64."""
-    images: Tensor
-    """(B, C, H, W) float32 in [-1, 1], up to overshoot."""
-    conditions: list[int] | list[str] | None
-    """The label or the prompt of each; None without."""
-    trace: dict[str, Tensor] | None
-    """One row a sample and step, column by column; None without guidance."""
-    seconds: float
-    """Wall time of the batch."""
+    index: Tensor  # sample indices, (B,) int64
+    images: Tensor  # (B, C, H, W) float32 in [-1, 1], up to overshoot
+    conditions: list[int] | list[str] | None  # label or prompt of each; None without
+    trace: dict[str, Tensor] | None  # one row a sample and step, by column; None without guidance
+    seconds: float  # wall time of the batch
 
 
 class SamplingModule(LightningModule):
@@ -222,12 +215,12 @@ class SamplingModule(LightningModule):
     def predict_step(self, batch: Tensor, batch_idx: int = 0) -> SampleBatch:
         """Draw the samples whose indices are in ``batch``, (B,) int64."""
         start = time.perf_counter()
-        asked = self.asked_of(batch)
+        conditions = self.asked_of(batch)
 
         def draw_attempt(positions: Tensor, attempt: int) -> Result:
             # One generator a sample draws its initial noise and then what the steps need.
             sources = generators(self.seed, batch.cpu()[positions].tolist(), attempt)
-            here: Any = None if asked is None else [asked[i] for i in positions.tolist()]
+            own: Any = conditions and [conditions[i] for i in positions.tolist()]
             shared: dict[str, Any] = {
                 "noise": draw(self.model.noise_shape, sources).to(self.device),
                 "scheduler": self.scheduler,
@@ -237,12 +230,12 @@ class SamplingModule(LightningModule):
                 "one_call": self.one_call,
             }
             if self.model.pipe is not None:
-                return sample_text(self.model, self.mitigation, here, **shared)
+                return sample_text(self.model, self.mitigation, own, **shared)
             guidances = self.mitigation.guidances()
             return sample(
                 self.denoiser,
                 guidance=guidances or None,
-                conditions=None if here is None else torch.tensor(here, device=self.device),
+                conditions=None if own is None else torch.tensor(own, device=self.device),
                 trace=bool(guidances),
                 **shared,
             )
@@ -252,7 +245,7 @@ class SamplingModule(LightningModule):
         return SampleBatch(
             index=batch.cpu(),
             images=result.images.detach().float().cpu(),
-            conditions=asked,
+            conditions=conditions,
             trace=trace and {name: column.detach().cpu() for name, column in trace.items()},
             seconds=time.perf_counter() - start,
         )

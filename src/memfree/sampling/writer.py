@@ -167,14 +167,12 @@ class SampleProgress(Callback):
             self._active += active_samples(outputs)
             self._line.show(self._done, self.text(), now=self._done == self._total)
 
-    def on_predict_end(self, *_: Any) -> None:
-        """Close the bar."""
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Close the bar, so that what follows has a line of its own."""
         if self._line is not None:
             self._line.close()
 
-    def on_exception(self, *_: Any) -> None:
-        """Close the bar, so that the error has a line of its own."""
-        self.on_predict_end()
+    on_predict_end = on_exception
 
     def text(self) -> str:
         """Rate and share of active samples so far."""

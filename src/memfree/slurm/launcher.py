@@ -15,21 +15,17 @@ LIGHTNING = "Lightning"
 _NUMBER = re.compile(r"[0-9]{1,12}")
 _TASKS_PER_NODE = re.compile(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?")
 _PORTS = 15000, 10000
-"""First port for processes to meet at under SLURM, and how many, as Lightning chooses them."""
+"""First port for processes to meet at under Slurm, and how many, as Lightning chooses them."""
 
 
 @dataclass(frozen=True)
 class Launch:
     """How many processes a launcher has started, and which of them this one is."""
 
-    launcher: str = LIGHTNING
-    """srun, torchrun, mpirun, ... as a user would call it."""
-    rank: int = 0
-    """Number of this process among all, from 0."""
-    size: int | None = 1
-    """All processes; None where the launcher does not say."""
-    local_rank: int | None = None
-    """Number of this process among those of its machine, from 0; None where it is not said."""
+    launcher: str = LIGHTNING  # srun, torchrun, mpirun, ... as a user would call it
+    rank: int = 0  # among all processes
+    size: int | None = 1  # all processes; None where the launcher does not say
+    local_rank: int | None = None  # among those of its machine; None where it is not said
     per_node: tuple[int, ...] = ()
     """Processes on each machine, or one number where all machines have as many; empty: unknown."""
 
@@ -63,69 +59,44 @@ class _Names(NamedTuple):
     rank: str
     size: str
     local_rank: str
-    local_size: str
+    local_size: str = ""
+
+
+def _mpi(name: str) -> _Names:
+    parts = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    return _Names("mpirun", *(f"{name}_COMM_WORLD_{part}" for part in parts))
 
 
 _TORCHRUN = _Names("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_SRUN = _Names("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "")
+_SRUN = _Names("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 _PMI = _Names("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
-# mpirun under SLURM starts its daemons by srun, so that SLURM's variables are the daemon's.
+_JSM = (f"JSM_NAMESPACE_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK"))
+# mpirun under Slurm starts its daemons by srun, so that Slurm's variables are the daemon's.
 _LAUNCHERS = (
-    _Names(
-        "mpirun",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    _Names(
-        "mpirun",
-        "MV2_COMM_WORLD_RANK",
-        "MV2_COMM_WORLD_SIZE",
-        "MV2_COMM_WORLD_LOCAL_RANK",
-        "MV2_COMM_WORLD_LOCAL_SIZE",
-    ),
+    _mpi("OMPI"),
+    _mpi("MV2"),
     _PMI,
     _SRUN,
-    _Names(
-        "jsrun",
-        "JSM_NAMESPACE_RANK",
-        "JSM_NAMESPACE_SIZE",
-        "JSM_NAMESPACE_LOCAL_RANK",
-        "",
-    ),
-    _Names("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", ""),
+    _Names("jsrun", *_JSM),
+    _Names("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
     _Names("the launcher that set RANK", *_TORCHRUN[1:]),
 )
-_STEP_SIZE = "SLURM_STEP_NUM_TASKS"
-"""Tasks of a step, whatever the job has."""
+_STEP_SIZE = "SLURM_STEP_NUM_TASKS"  # tasks of a step, whatever the job has
 _RANKS = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID", "OMPI_COMM_WORLD_NODE_RANK")
 _SIZES = (_STEP_SIZE, "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_STEP_NUM_NODES")
 _SINGLE = {
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "0",
-    "SLURM_NTASKS": "1",
-    "SLURM_NPROCS": "1",
-    "SLURM_NNODES": "1",
-    "SLURM_NTASKS_PER_NODE": "1",
-    "SLURM_TASKS_PER_NODE": "1",
-    "SLURM_STEP_NUM_TASKS": "1",
-    "SLURM_STEP_NUM_NODES": "1",
+    **dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"), "0"),
+    **dict.fromkeys(("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_TASKS_PER_NODE", *_SIZES), "1"),
     "SLURM_STEP_TASKS_PER_NODE": "1",
 }
-"""What SLURM says to a step of one task: the job is still the job, to be requeued for instance."""
+"""What Slurm says to a step of one task: the job is still the job, to be requeued for instance."""
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 _PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_")
 _OF_TORCHRUN = ("GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
 
 
 def launched() -> Launch:
-    """What the environment says about the processes that were started together.
-
-    Raises:
-        ValueError: a variable of a launcher is not a number, or too large.
-    """
+    """The processes that were started together, as the (checked) environment says."""
     check_variables()
     if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
         return _read(_TORCHRUN)
@@ -141,22 +112,15 @@ def launched() -> Launch:
 
 
 def _read(names: _Names) -> Launch:
-    size = os.environ.get(names.size)
+    def number(value: str | None) -> int | None:
+        return None if value is None else int(value)
+
+    size, local_size = os.environ.get(names.size), os.environ.get(names.local_size)
+    per_node: tuple[int, ...] = () if local_size is None else (int(local_size),)
     if names is _SRUN:
-        size = _step_size()
-    local = os.environ.get(names.local_size)
-    per_node: tuple[int, ...] = () if local is None else (int(local),)
-    if names is _SRUN:
-        per_node = _tasks_per_node()
-    rank = int(os.environ[names.rank])
-    local_rank = os.environ.get(names.local_rank)
-    return Launch(
-        names.launcher,
-        rank,
-        None if size is None else int(size),
-        None if local_rank is None else int(local_rank),
-        per_node,
-    )
+        size, per_node = _step_size(), _tasks_per_node()
+    local_rank = number(os.environ.get(names.local_rank))
+    return Launch(names.launcher, int(os.environ[names.rank]), number(size), local_rank, per_node)
 
 
 def _by_lightning() -> Launch | None:
@@ -191,14 +155,13 @@ def _tasks_per_node() -> tuple[int, ...]:
     """Tasks of each node: ``2(x2),1`` is (2, 2, 1), and one number where all have as many."""
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
         if text := os.environ.get(name):
-            found = [_TASKS_PER_NODE.fullmatch(part) for part in text.split(",")]
-            counts = [match for match in found if match is not None]
-            if len(counts) < len(found):
-                raise ValueError(f"environment variable {name}={text!r}: not as SLURM writes it")
-            different = {int(match[1]) for match in counts}
-            if len(different) == 1:
+            matches = [_TASKS_PER_NODE.fullmatch(part) for part in text.split(",")]
+            counts = [(int(match[1]), int(match[2] or 1)) for match in matches if match is not None]
+            if len(counts) < len(matches):
+                raise ValueError(f"environment variable {name}={text!r}: not as Slurm writes it")
+            if len(different := {tasks for tasks, _ in counts}) == 1:
                 return (*different,)
-            return tuple(int(match[1]) for match in counts for _ in range(int(match[2] or 1)))
+            return tuple(tasks for tasks, nodes in counts for _ in range(nodes))
     given = os.environ.get("SLURM_NTASKS_PER_NODE")
     if given is not None:
         return (int(given),)
@@ -207,35 +170,23 @@ def _tasks_per_node() -> tuple[int, ...]:
 
 
 def check_variables() -> None:
-    """Refuse environment variables of launchers that no launcher sets.
-
-    Raises:
-        ValueError: names the variable.
-    """
+    """Refuse environment variables of launchers that no launcher sets; names the variable."""
     for names in (_TORCHRUN, *_LAUNCHERS):
-        size = _checked(names.size, least=1)
-        local_size = _checked(names.local_size, least=1)
-        _check_below(names.rank, names.size, _checked(names.rank), size)
-        smaller = names.size if local_size is None else names.local_size
-        local_rank = _checked(names.local_rank)
-        _check_below(names.local_rank, smaller, local_rank, local_size or size)
+        _check_below(names.rank, names.size)
+        is_local = os.environ.get(names.local_size) is not None
+        _check_below(names.local_rank, names.local_size if is_local else names.size)
     if _in_srun():
-        tasks = _checked(_STEP_SIZE, least=1)
-        _check_below(_SRUN.rank, _STEP_SIZE, _checked(_SRUN.rank), tasks)
-    for name in _RANKS:
+        _check_below(_SRUN.rank, _STEP_SIZE)
+    for name in (*_RANKS, "SLURM_JOB_ID"):
         _checked(name)
     for name in _SIZES:
         _checked(name, least=1)
-    _checked("SLURM_JOB_ID")
 
 
 def check_meeting() -> None:
     """Refuse a place where processes cannot meet; only for those that do.
 
     Kubernetes sets ``MASTER_PORT=tcp://...`` everywhere for a service that is called master.
-
-    Raises:
-        ValueError: names the variable.
     """
     port = _checked("MASTER_PORT", least=1)
     if port is not None and port > 65535:
@@ -258,23 +209,19 @@ def _checked(name: str, least: int = 0) -> int | None:
     return int(value)
 
 
-def _check_below(name: str, limit_name: str, value: int | None, limit: int | None) -> None:
-    if value is not None and limit is not None and value >= limit:
+def _check_below(rank: str, size: str) -> None:
+    number, limit = _checked(rank), _checked(size, least=1)
+    if number is not None and limit is not None and number >= limit:
         raise ValueError(
-            f"environment variable {name} is {value} and {limit_name} {limit}: it must be smaller"
+            f"environment variable {rank} is {number} and {size} {limit}: it must be smaller"
         )
 
 
 def joined(launch: Launch, devices: int, nodes: int = 1) -> bool:
     """Whether the processes that were started together are one run.
 
-    Args:
-        launch: the processes.
-        devices: processes on each machine that the run is to have.
-        nodes: machines that it is to have.
-
-    Returns:
-        False for a run of this process alone, and for one whose further processes Lightning starts.
+    False for a run of this process alone, and for one whose further processes Lightning starts.
+    ``devices``: processes on each machine that the run is to have; ``nodes``: its machines.
 
     Raises:
         ValueError: the run is to have several processes, and others were started, or the variables
@@ -294,7 +241,8 @@ def joined(launch: Launch, devices: int, nodes: int = 1) -> bool:
             raise ValueError(f"{options}: WORLD_SIZE in the environment is {launch.size}")
         return bool({"LOCAL_RANK", "NODE_RANK"} & os.environ.keys()) or nodes > 1
     if launch.size is None:
-        name = next(one.size for one in (_TORCHRUN, *_LAUNCHERS) if one.launcher == launch.launcher)
+        names = (_TORCHRUN, *_LAUNCHERS)
+        name = next(each.size for each in names if each.launcher == launch.launcher)
         raise ValueError(
             f"{options}: {launch.started}, but {name} does not say how many: set it, or start them "
             "by torchrun"
@@ -303,24 +251,14 @@ def joined(launch: Launch, devices: int, nodes: int = 1) -> bool:
         return False
     if launch.size != wanted or launch.per_node not in ((), (devices,)):
         raise ValueError(f"{options}: {launch.started}; {_ways(launch)}")
-    _check_place(launch, devices, nodes, options)
-    return True
-
-
-def _check_place(launch: Launch, devices: int, nodes: int, options: str) -> None:
-    """Refuse a place on this machine that a run of so many devices on each does not have.
-
-    Raises:
-        ValueError: says which place the launcher has given.
-    """
     local = launch.local_rank
-    if local is None or (local < devices and (nodes > 1 or local == launch.rank)):
-        return
-    raise ValueError(
-        f"{options}: {launch.launcher} calls this process number {launch.rank} of all and number "
-        f"{local} of its machine (both from 0), where so many devices on a machine have another: "
-        "give as many as it has started on each machine"
-    )
+    if local is not None and (local >= devices or (nodes == 1 and local != launch.rank)):
+        raise ValueError(
+            f"{options}: {launch.launcher} calls this process number {launch.rank} of all and "
+            f"number {local} of its machine (both from 0), where {devices} devices on a machine "
+            "have another: give as many as it has started on each machine"
+        )
+    return True
 
 
 def _ways(launch: Launch) -> str:
@@ -344,10 +282,8 @@ def _ways(launch: Launch) -> str:
 def advice(launch: Launch, shared_by: str) -> str:
     """What to do where several processes of one launch have met at the same folder.
 
-    Args:
-        launch: the processes.
-        shared_by: option by which several do the command together, ``--trainer.devices`` or
-            ``--part``; empty where it has none.
+    ``shared_by``: option by which several do the command together, ``--trainer.devices`` or
+    ``--part``; empty where it has none.
     """
     if shared_by == "--trainer.devices" and launch.size is not None:
         return f"{launch.started}; {_ways(launch)}, with its own --out"
@@ -360,16 +296,8 @@ def advice(launch: Launch, shared_by: str) -> str:
 def as_one_run(launch: Launch, devices: int, nodes: int = 1) -> Iterator[None]:
     """Make the environment describe this run alone, and restore it afterwards.
 
-    Processes that are one run learn where to meet. In any other run, this code and all libraries
-    see a single process.
-
-    Args:
-        launch: the processes that were started together.
-        devices: processes on each machine that the run is to have.
-        nodes: machines that it is to have.
-
-    Raises:
-        ValueError: the run is to have several processes, and others were started.
+    Processes that are one run (see ``joined``) learn where to meet. In any other run, this code and
+    all libraries see a single process.
     """
     before = {name: value for name, value in os.environ.items() if is_launchers(name)}
     try:
@@ -378,7 +306,7 @@ def as_one_run(launch: Launch, devices: int, nodes: int = 1) -> Iterator[None]:
         elif before.keys() - {*_MEETING}:
             for name in before:
                 del os.environ[name]
-            # SLURM says the number of tasks wherever it says a task's own.
+            # Slurm says the number of tasks wherever it says a task's own.
             said = before.keys() | ({_SRUN.size} if _SRUN.rank in before else set())
             os.environ.update({name: _SINGLE[name] for name in said if name in _SINGLE})
         yield
@@ -392,14 +320,8 @@ def as_one_run(launch: Launch, devices: int, nodes: int = 1) -> Iterator[None]:
 def is_launchers(name: str) -> bool:
     """Whether an environment variable is one by which a launcher tells a process its place."""
     known = {name for names in (_TORCHRUN, *_LAUNCHERS) for name in names[1:] if name}
-    return (
-        name in _SINGLE
-        or name in known
-        or name in _MEETING
-        or name in _RANKS
-        or name in _OF_TORCHRUN
-        or name.startswith(_PREFIXES)
-    )
+    known.update(_SINGLE, _MEETING, _RANKS, _OF_TORCHRUN)
+    return name in known or name.startswith(_PREFIXES)
 
 
 def _meeting(launch: Launch, devices: int) -> Mapping[str, str]:
@@ -423,14 +345,9 @@ def _meeting(launch: Launch, devices: int) -> Mapping[str, str]:
             f"{launch.started}, but not where they meet: set MASTER_ADDR and MASTER_PORT, or start "
             "them by torchrun"
         )
-    return {
-        "RANK": str(launch.rank),
-        "WORLD_SIZE": str(launch.size),
-        "LOCAL_RANK": str(
-            launch.rank % devices if launch.local_rank is None else launch.local_rank
-        ),
-        **place,
-    }
+    local = launch.rank % devices if launch.local_rank is None else launch.local_rank
+    numbers = {"RANK": launch.rank, "WORLD_SIZE": launch.size, "LOCAL_RANK": local}
+    return {**{name: str(number) for name, number in numbers.items()}, **place}
 
 
 def knows_mpi(launch: Launch) -> bool:
@@ -443,22 +360,18 @@ def _slurm_meeting() -> dict[str, str]:
     first, count = _PORTS
     job, step = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     number = int(job or 0) + 1009 * (int(step) if step.isdecimal() else 0)
-    found = {"MASTER_PORT": str(first + number % count)} if job else {}
+    meeting = {"MASTER_PORT": str(first + number % count)} if job else {}
     if nodes := os.environ.get("SLURM_STEP_NODELIST"):
-        found["MASTER_ADDR"] = _first_host(nodes)
-    return found
+        meeting["MASTER_ADDR"] = _first_host(nodes)
+    return meeting
 
 
 def _first_host(nodes: str) -> str:
     """The first of SLURM's list of nodes: ``node[3-5,9],login`` is node3."""
-    found = re.match(r"([^,\[]*)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodes)
-    return "".join(part or "" for part in found.groups()) if found else nodes
+    match = re.match(r"([^,\[]*)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodes)
+    return "".join(part or "" for part in match.groups()) if match else nodes
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process, or the first of those that a launcher started.
-
-    Raises:
-        ValueError: a variable of a launcher is not a number, or too large.
-    """
+    """Whether this is the only process, or the first of those that a launcher started."""
     return launched().rank == 0

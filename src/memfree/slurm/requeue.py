@@ -21,21 +21,17 @@ WARNINGS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") els
 SIGNAL_SECONDS = "MEMFREE_SIGNAL_SECONDS"
 """Environment variable of ``memfree submit``: what --slurm.signal_seconds was."""
 DEFAULT_SIGNAL_SECONDS = 120
-_EXACTNESS = 60.0
-"""Seconds by which SLURM may warn earlier."""
+_EXACTNESS = 60.0  # seconds by which Slurm may warn earlier
 _heeded: ContextVar[bool] = ContextVar("heeded", default=False)
-_ATTEMPTS = 3
-"""Times that SLURM's controller is asked; each waits for its answer for some seconds."""
-_TURN = 5.0
-"""Seconds after which another task of a farm requeues the job: the first may have ended before."""
-_PATIENCE = 60.0
-"""Seconds that the other tasks of a job leave to the first, which requeues it."""
+_ATTEMPTS = 3  # of asking Slurm's controller; each waits for its answer for some seconds
+_TURN = 5.0  # seconds that another task of a farm leaves to the first, which may have ended before
+_PATIENCE = 60.0  # seconds that the other tasks of a job leave to the first, which requeues it
 
 
 def job_id() -> str | None:
-    """Number of the SLURM job that this process is a task of, as ``scontrol`` takes it.
+    """Number of the Slurm job that this process is a task of, as ``scontrol`` takes it.
 
-    None outside SLURM, and in a shell inside an allocation, where nothing can be requeued.
+    None outside Slurm, and in a shell inside an allocation, where nothing can be requeued.
     """
     if "SLURM_PROCID" not in os.environ or "SLURM_JOB_ID" not in os.environ:
         return None
@@ -44,39 +40,32 @@ def job_id() -> str | None:
 
 
 def requeue(goes_on: bool = True) -> str | None:
-    """Put this job back into the queue, if it is still running.
+    """Put this job back into the queue, if it is still running; returns why not, or None.
 
     A job that is warned before its time limit or before it is preempted is running; one that was
     cancelled or has reached its limit is not, and stays what it is.
 
     Args:
-        goes_on: whether its next start goes on. One that begins again is not requeued shortly
+        goes_on: whether its next start resumes. One that begins again is not requeued shortly
             before its time limit, which it would reach every time.
-
-    Returns:
-        None if it is requeued, else why not.
     """
     number = job_id()
     if number is None:
-        return "this is no SLURM job"
+        return "this is not a Slurm job"
     answer = _ask("squeue", "--noheader", "--format=%T %L", "--jobs", number)
     state, _, left = ("" if answer is None else answer.stdout.strip()).partition(" ")
     if state != "RUNNING":
-        return f"SLURM says that job {number} is {state or 'unknown'}"
-    if not goes_on and _seconds(left) <= _warned_seconds() + _EXACTNESS:
+        return f"Slurm says that job {number} is {state or 'unknown'}"
+    given = os.environ.get(SIGNAL_SECONDS, "")
+    warned = float(given) if given.isdecimal() else DEFAULT_SIGNAL_SECONDS
+    if not goes_on and _seconds(left) <= warned + _EXACTNESS:
         return "this command begins again when it is stopped, so it needs a longer time limit"
     answer = _ask("scontrol", "requeue", number)
-    # SLURM ends this job as soon as it has taken the request, scontrol included.
+    # Slurm ends this job as soon as it has taken the request, scontrol included.
     if answer is None or answer.returncode > 0:
         reason = "" if answer is None else answer.stderr.strip()
         return f"scontrol requeue {number} failed {reason}".strip()
     return None
-
-
-def _warned_seconds() -> float:
-    """Seconds before its time limit at which the job is warned."""
-    given = os.environ.get(SIGNAL_SECONDS, "")
-    return float(given) if given.isdecimal() else DEFAULT_SIGNAL_SECONDS
 
 
 def _seconds(left: str) -> float:
@@ -90,7 +79,7 @@ def _seconds(left: str) -> float:
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str] | None:
-    """Output of a command of SLURM's, None if it cannot be had."""
+    """Output of a Slurm command, None if it cannot be had."""
     for attempt in range(_ATTEMPTS):
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
@@ -105,37 +94,30 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str] | None:
 
 @contextmanager
 def requeued_when_warned(goes_on: bool = True) -> Iterator[None]:
-    """Inside a SLURM job: on a warning, requeue the job and end this process at once.
+    """Inside a Slurm job: on a warning, requeue the job and end this process at once.
 
-    For commands that lose nothing when they are killed, which are all: what they have finished is
-    in place, and the requeued job goes on from there. Training puts its own over it while it
-    trains, which saves a checkpoint first (``memfree.training.checkpoints``). Does nothing outside
-    SLURM, nor for a command that another one runs, as a study does: the outer one is what goes on.
-
-    Args:
-        goes_on: see ``requeue``.
+    Commands lose nothing when they are killed: what they have finished is in place, and the
+    requeued job resumes from there. Training installs its own handler while it trains, which saves
+    a checkpoint first (``memfree.training.checkpoints``). Does nothing outside Slurm, nor for a
+    command that another one runs, as a study does: the outer one resumes.
     """
     if job_id() is None or _heeded.get():
         yield
         return
 
-    first = is_first_process()  # later each task of a farm is one by itself
+    first = is_first_process()  # later each task of a farm is the first of its own run
 
     def leave(number: int, *_: object) -> None:
         ignore()
-        name = signal.Signals(number).name
         requeues = is_first_process()
-        if requeues and not first:
+        if not requeues or not first:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(_TURN)
+            # Slurm may end the job with its first task that ends.
+            time.sleep(_TURN if requeues else _PATIENCE)
         if requeues:
             reason = requeue(goes_on)
             what = "the job is requeued" if reason is None else f"not requeued: {reason}"
-            print(f"memfree: {name} came: {what}", file=sys.stderr)
-        else:
-            # SLURM may end the job with its first task that ends.
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(_PATIENCE)
+            print(f"memfree: received {signal.Signals(number).name}: {what}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # Not by an exception: in the middle of anything it might be caught, or wait for others.
@@ -151,10 +133,9 @@ def requeued_when_warned(goes_on: bool = True) -> Iterator[None]:
 
 def ignore() -> None:
     """From now on, heed no further warning: the end has begun."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in WARNINGS:
-        signal.signal(number, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        for number in WARNINGS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow.csv as pa_csv
 from pyarrow import ArrowInvalid
@@ -17,31 +16,25 @@ from memfree.study.results import by_key
 from memfree.study.summary import SCHEMA, Summary
 
 NEEDED = ("conditioning", "factor", "training_seed", "subject", "metric", "value", "count")
+"""Columns that files of older versions have too."""
 
 
 def read_summary(path: Path) -> Summary:
-    """What a study found, as the NAME.csv that ``memfree study`` writes keeps it.
-
-    Files of older versions, with fewer columns, are read too.
-
-    Args:
-        path: the CSV file.
+    """What a study found, from the NAME.csv that ``memfree study`` wrote.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is not the CSV of a study.
     """
     try:
-        found = pa_csv.read_csv(path).to_pylist()
+        rows = pa_csv.read_csv(path).to_pylist()
     except ArrowInvalid as error:
         raise ValueError(f"{path} is not a CSV file: {error}") from error
-    missing = [name for name in NEEDED if not found or name not in found[0]]
-    if missing:
-        raise ValueError(f"{path} is not the CSV of a study: it has no column {missing[0]}")
-    rows: list[dict[str, Any]] = [
-        {**dict.fromkeys(SCHEMA.names), "label": row["conditioning"].replace("_", " "), **row}
-        for row in found
-    ]
+    for name in NEEDED:
+        if not rows or name not in rows[0]:
+            raise ValueError(f"{path} is not the CSV of a study: it has no column {name}")
+    empty = dict.fromkeys(SCHEMA.names)
+    rows = [{**empty, "label": row["conditioning"].replace("_", " "), **row} for row in rows]
     return Summary(path.stem, by_key(rows), rows, 0, 0)
 
 

@@ -16,14 +16,14 @@ from rich.text import Text
 from memfree.evaluation.intervals import Interval
 from memfree.evaluation.page import template
 from memfree.folders.atomic import write_text
-from memfree.study.grid import LADDER, cell_title
+from memfree.study.grid import LADDER, ORACLES, cell_title
 from memfree.study.metrics_shown import (
     DISTANCES,
     MARGINS,
-    ORACLES,
     RATES,
     RATIO,
     SHOWN,
+    Key,
     Measured,
     Values,
     amount_over_seeds,
@@ -35,63 +35,47 @@ from memfree.study.metrics_shown import (
 )
 from memfree.study.summary import MEMORIZED, Summary, rates_by_factor
 
-_WIDTH = 96
-
 
 class Bold(str):
-    """The text of a figure that meets its goal."""
+    """The text of a number that meets its goal."""
 
 
 @dataclass(frozen=True)
 class ResultTable:
-    """A table with its heading and what there is to know about it."""
+    """A table with its heading and a paragraph about it."""
 
     heading: str
     titles: Sequence[str]
     """Of the columns."""
     rows: Sequence[Sequence[str]]
-    """As wide as ``titles``; :class:`Bold` where a figure stands out."""
+    """As wide as ``titles``; :class:`Bold` where a number stands out."""
     text: str = ""
-    """One paragraph."""
 
     def as_markdown(self) -> str:
         """The table below its heading, with an empty line at the end."""
-        text = [textwrap.fill(self.text, _WIDTH), ""] if self.text else []
-        rule = "|---" * len(self.titles) + "|"
-        rows = [_line([*map(_markdown, row)]) for row in self.rows]
-        return "\n".join([f"### {self.heading}", "", *text, _line(self.titles), rule, *rows, ""])
+        text = [textwrap.fill(self.text, 96), ""] if self.text else []
+        rows = [
+            [f"**{cell}**" if isinstance(cell, Bold) else cell for cell in r] for r in self.rows
+        ]
+        lines = [f"| {' | '.join(cells)} |" for cells in [self.titles, *rows]]
+        lines.insert(1, "|---" * len(self.titles) + "|")
+        return "\n".join([f"### {self.heading}", "", *text, *lines, ""])
 
 
-def figure_text(found: Interval, form: str = ".3g", scale: float = 1.0) -> str:
-    """A figure with its interval in parentheses, where it has one.
+def figure_text(number: Interval, form: str = ".3g", scale: float = 1.0) -> str:
+    """A number times ``scale`` in Python's ``form``, with its interval in parentheses if any."""
 
-    Args:
-        found: the figure.
-        form: a format of Python.
-        scale: what it is multiplied by, 100 for per cent.
-    """
-    value = _formatted(scale * found.value, form)
-    if found.low is None or found.high is None:
-        return value
-    low, high = (_formatted(scale * end, form) for end in (found.low, found.high))
-    return f"{value} ({low}–{high})"
+    def formatted(value: float) -> str:
+        return f"{scale * value:{form}}".rstrip(".")  # "#.3g" leaves a point behind three digits
+
+    if number.low is None or number.high is None:
+        return formatted(number.value)
+    return f"{formatted(number.value)} ({formatted(number.low)}–{formatted(number.high)})"
 
 
-def percent_text(found: Interval) -> str:
+def percent_text(rate: Interval) -> str:
     """A rate in per cent with its interval."""
-    return figure_text(found, ".1f", 100)
-
-
-def _formatted(value: float, form: str) -> str:
-    return f"{value:{form}}".rstrip(".")  # "#.3g" leaves a point behind three digits
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _markdown(cell: str) -> str:
-    return f"**{cell}**" if isinstance(cell, Bold) else cell
+    return figure_text(rate, ".1f", 100)
 
 
 def mean_tables(values: Values) -> list[ResultTable]:
@@ -108,16 +92,13 @@ def by_metric(values: Values) -> list[ResultTable]:
     subjects = max((subjects_of(values, *cell) for cell in cells), key=len)
     tables = []
     for metric, title in SHOWN.items():
-        known = [cell for cell in cells if any((*cell, one, metric) in values for one in subjects)]
         rows = [
-            [
-                cell_title(*cell),
-                *(_mean(values.get((*cell, one, metric)), metric) for one in subjects),
-            ]
-            for cell in known
+            [cell_title(*cell), *(_mean(values, (*cell, name, metric)) for name in subjects)]
+            for cell in cells
+            if any((*cell, name, metric) in values for name in subjects)
         ]
         if rows:
-            tables.append(ResultTable(_capital(title), ["", *subjects], rows))
+            tables.append(ResultTable(title[0].upper() + title[1:], ["", *subjects], rows))
     return tables
 
 
@@ -138,7 +119,9 @@ def differences(values: Values, subject: str = "both") -> list[ResultTable]:
                     metric, [own[seed] for seed in seeds], [other[seed] for seed in seeds]
                 )
                 within, total = within + (limit <= margin), total + (not math.isnan(limit))
-                row.append(_difference_text(mean, limit, margin))
+                upper = "one seed" if math.isnan(limit) else f"≤ {100 * limit:+.2f}"
+                text = f"{100 * mean:+.2f} ({upper})"
+                row.append(Bold(text) if limit <= margin else text)
             if any(row[2:]):
                 rows.append(row)
     if not rows:
@@ -159,39 +142,35 @@ def differences(values: Values, subject: str = "both") -> list[ResultTable]:
 
 
 def _mean_and_limit(metric: str, own: list[Measured], other: list[Measured]) -> tuple[float, float]:
-    """Mean over seeds of own − other, and its one-sided 95 % upper limit.
+    """Mean over seeds of own − other, and its one-sided 95 % upper limit, NaN for one seed.
 
-    Rates are subtracted; distances are relative to the other's. One seed has no limit (NaN).
+    Rates are subtracted; distances are relative to the other's.
     """
     pairs = list(zip(own, other, strict=True))
     if metric in DISTANCES:
         each = [a.value / b.value - 1 for a, b in pairs]
-        limit = upper_limit(each)
-    else:
-        each = [a.value - b.value for a, b in pairs]
-        limit = upper_limit_of_rates(own, other)
-    return sum(each) / len(each), limit
+        return sum(each) / len(each), upper_limit(each)
+    each = [a.value - b.value for a, b in pairs]
+    return sum(each) / len(each), upper_limit_of_rates(own, other)
 
 
 def by_cell(values: Values) -> list[ResultTable]:
     """A table a cell: subjects down, metrics across, means over seeds with 95 % intervals."""
     tables = []
-    for label, factor in cells_of(values):
-        subjects = subjects_of(values, label, factor)
-        columns = [
-            metric
-            for metric in SHOWN
-            if any((label, factor, one, metric) in values for one in subjects)
-        ]
-        seeds = max(len(values[label, factor, one, "copies"]) for one in subjects)
+    for cell in cells_of(values):
+        subjects = subjects_of(values, *cell)
+        columns = [m for m in SHOWN if any((*cell, name, m) in values for name in subjects)]
         rows = [
-            [subject, *(_shown(values.get((label, factor, subject, one)), one) for one in columns)]
-            for subject in subjects
+            [name, *(_with_interval(values, (*cell, name, metric)) for metric in columns)]
+            for name in subjects
         ]
-        title = label if factor == LADDER else f"{label}, repeated images × {factor}"
+        known = [(*cell, name, "copies") for name in subjects]
+        seeds = max(len(values[key]) for key in known)
         how_many = f"training seeds: {seeds}" if seeds > 1 else "one training seed, no intervals"
-        heading = f"{title} ({how_many})"
-        tables.append(ResultTable(heading, ["", *(SHOWN[one] for one in columns)], rows))
+        label, factor = cell
+        title = label if factor == LADDER else f"{label}, repeated images × {factor}"
+        titles = ["", *(SHOWN[metric] for metric in columns)]
+        tables.append(ResultTable(f"{title} ({how_many})", titles, rows))
     return tables
 
 
@@ -205,39 +184,27 @@ def printed(values: Values) -> Table:
     for cell in cells_of(values):
         table.add_row(Text(cell_title(*cell), style="bold"))
         for subject in subjects_of(values, *cell):
-            means = [_mean(values.get((*cell, subject, one)), one) for one in known]
+            means = [_mean(values, (*cell, subject, metric)) for metric in known]
             table.add_row(f"  {subject}", *means)
         table.add_section()
     return table
 
 
-def _capital(title: str) -> str:
-    return title[0].upper() + title[1:]
-
-
-def _difference_text(mean: float, limit: float, margin: float) -> str:
-    if math.isnan(limit):
-        return f"{100 * mean:+.2f} (one seed)"
-    text = f"{100 * mean:+.2f} (≤ {100 * limit:+.2f})"
-    return Bold(text) if limit <= margin else text
-
-
-def _mean(by_seed: dict[int, Measured] | None, metric: str) -> str:
+def _mean(values: Values, key: Key) -> str:
     """Mean over seeds: rates in per cent to a tenth, distances to three digits."""
-    if not by_seed:
+    if not (by_seed := values.get(key)):
         return ""
     mean = sum(one.value for one in by_seed.values()) / len(by_seed)
-    if metric in RATES:
+    if key[-1] in RATES:
         return f"{100 * mean:.1f}"
     return f"{mean:#.3g}".rstrip(".") if mean < 999.5 else f"{mean:.0f}"
 
 
-def _shown(by_seed: dict[int, Measured] | None, metric: str) -> str:
-    """Mean over seeds with its interval in parentheses."""
-    if not by_seed:
+def _with_interval(values: Values, key: Key) -> str:
+    if not (by_seed := values.get(key)):
         return ""
-    measured = list(by_seed.values())
-    if metric in RATES:
+    measured = [*by_seed.values()]
+    if key[-1] in RATES:
         return figure_text(rate_over_seeds(measured), ".2f", 100)
     return figure_text(amount_over_seeds(measured), ".2f")
 
@@ -254,14 +221,10 @@ def _ladders(summary: Summary) -> ResultTable:
     for line, points in summary.ladders().items():
         for factor, measured in rates_by_factor(points).items():
             each = [*per_image.get(line, {}).get(int(factor), {}).values()]
+            amount = figure_text(amount_over_seeds(each)) if each else ""
+            near = str(sum(one.count for one in measured))
             rows.append(
-                [
-                    *line,
-                    f"{factor:g}",
-                    figure_text(amount_over_seeds(each)) if each else "",
-                    percent_text(rate_over_seeds(measured)),
-                    str(sum(one.count for one in measured)),
-                ]
+                [*line, f"{factor:g}", amount, percent_text(rate_over_seeds(measured)), near]
             )
     return ResultTable(
         "Copies of an image against its repetitions",
@@ -297,15 +260,14 @@ def _fits(summary: Summary) -> ResultTable:
 def _sizes(summary: Summary) -> ResultTable:
     capacities, percent = summary.capacities(), f"{100 * MEMORIZED:g} %"
     rows = []
-    for line, of in summary.sizes().items():
+    for line, curve in summary.sizes().items():
         capacity = capacities[line]
         crossing = "" if capacity.crossing is None else figure_text(capacity.crossing)
         shares = ", ".join(
-            f"{size}: {percent_text(rate_over_seeds([*seeds.values()]))}"
-            for size, seeds in of.items()
+            f"{size}: {percent_text(rate_over_seeds([*by_seed.values()]))}"
+            for size, by_seed in curve.items()
         )
-        seeds = str(len(capacity.by_seed))
-        rows.append([*line, seeds, capacity.text, crossing, shares])
+        rows.append([*line, str(len(capacity.by_seed)), capacity.text, crossing, shares])
     return ResultTable(
         "Effective model memorization",
         [
@@ -322,20 +284,26 @@ def _sizes(summary: Summary) -> ResultTable:
 
 def _models(summary: Summary) -> ResultTable:
     """Memorization by model, for studies that vary more than repetitions."""
-    metrics = {
-        "copies": "copies, %",
-        RATIO: "d1/d2 < 1/3, %",
-        "second_copies": "second measure, %",
-    }
-    cells = cells_of(summary.values)
+    metrics = {"copies": "copies, %", RATIO: "d1/d2 < 1/3, %", "second_copies": "second measure, %"}
     varied = any(row["size"] or row["conditioning"].endswith("labels") for row in summary.rows)
     rows = []
-    for cell in cells if varied else []:
+    for cell in cells_of(summary.values) if varied else []:
         for subject in subjects_of(summary.values, *cell):
-            found = [summary.values.get((*cell, subject, name)) for name in metrics]
-            shown = [percent_text(rate_over_seeds([*one.values()])) if one else "" for one in found]
+            known = [summary.values.get((*cell, subject, name)) for name in metrics]
+            shown = [percent_text(rate_over_seeds([*one.values()])) if one else "" for one in known]
             rows.append([cell_title(*cell), subject, *shown])
     return ResultTable("Memorization by model", ["model", "subject", *metrics.values()], rows)
+
+
+def as_markdown(summary: Summary) -> str:
+    """All tables, the curves first."""
+    notes = [f"{summary.missing} of {summary.cells} cells are not finished and left out.\n"]
+    tables = [table.as_markdown() for table in _tables(summary)]
+    return "\n".join([*(notes if summary.missing else []), *tables])
+
+
+def _tables(summary: Summary) -> list[ResultTable]:
+    return [*curve_tables(summary), *mean_tables(summary.values)]
 
 
 def write_report(out: Path, summary: Summary, pictures: dict[str, str]) -> None:
@@ -348,57 +316,22 @@ def write_report(out: Path, summary: Summary, pictures: dict[str, str]) -> None:
         summary: what it found.
         pictures: names of PNG files in ``out``, and what each shows.
     """
-    write_text(out / f"{summary.name}.md", as_markdown(summary))
-    write_text(out / f"{summary.name}.html", _page(out, summary, _tables(summary), pictures))
-
-
-def as_markdown(summary: Summary) -> str:
-    """All tables, the curves first."""
-    tables, notes = _tables(summary), list[str]()
-    if summary.missing:
-        notes = [f"{summary.missing} of {summary.cells} cells are not finished and left out.\n"]
-    return "\n".join([*notes, *(table.as_markdown() for table in tables)])
-
-
-def _tables(summary: Summary) -> list[ResultTable]:
-    return [*curve_tables(summary), *mean_tables(summary.values)]
-
-
-def _page(
-    out: Path, summary: Summary, tables: Sequence[ResultTable], pictures: dict[str, str]
-) -> str:
-    done = summary.cells - summary.missing
-    folders = {
-        (row["label"], row["factor"], row["training_seed"], row["subject"]): row["folder"]
-        for row in summary.rows
-    }
-    return template("report.html", "study").render(
+    done = f"{summary.cells - summary.missing} of " if summary.missing else ""
+    finished = " are finished" if summary.missing else ""
+    folders: dict[tuple[str, str], str] = {}
+    for row in summary.rows:
+        cell = f"{cell_title(row['label'], row['factor'])}, seed {row['training_seed']}"
+        folders[cell, row["subject"]] = row["folder"]
+    page = template("report.html", "study").render(
         name=summary.name,
-        lead=f"{done} of {summary.cells} trained models are finished."
-        if summary.missing
-        else f"{summary.cells} trained models.",
+        lead=f"{done}{summary.cells} trained models{finished}.",
         pictures=[
             {"shows": shows, "data": base64.b64encode((out / name).read_bytes()).decode("ascii")}
             for name, shows in pictures.items()
         ],
-        tables=[
-            {
-                "heading": table.heading,
-                "text": table.text,
-                "titles": table.titles,
-                "rows": [
-                    [{"text": cell, "bold": isinstance(cell, Bold)} for cell in row]
-                    for row in table.rows
-                ],
-            }
-            for table in tables
-        ],
-        folders=[
-            {
-                "cell": f"{cell_title(label, factor)}, seed {seed}",
-                "subject": subject,
-                "folder": folder,
-            }
-            for (label, factor, seed, subject), folder in folders.items()
-        ],
+        tables=_tables(summary),
+        is_bold=lambda cell: isinstance(cell, Bold),
+        folders=[(cell, subject, folder) for (cell, subject), folder in folders.items()],
     )
+    write_text(out / f"{summary.name}.md", as_markdown(summary))
+    write_text(out / f"{summary.name}.html", page)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from scipy.special import expit
 from scipy.stats import t as student_t
 
 from memfree.evaluation.intervals import Interval, mean_interval
-from memfree.evaluation.metrics import HELDOUT
-from memfree.study.grid import LADDER, cell_title, without_size
-from memfree.study.metrics_shown import ORACLES, RATIO, Measured, Values, geometric_over_seeds
+from memfree.evaluation.metrics import COPIES_OF_FACTOR, HELDOUT
+from memfree.study.grid import LADDER, ORACLES, cell_title, without_size
+from memfree.study.metrics_shown import RATIO, Measured, Values, geometric_over_seeds
 
 LARGEST_SLOPE = 50.0
 """Logits a doubling beyond which the data are separated: no finite slope fits best."""
@@ -26,15 +26,12 @@ _LARGEST_LOG = 500  # 2 to this power is no number any more
 
 @dataclass(frozen=True)
 class Point:
-    """Copies among the samples of one dose."""
+    """Copies among ``count`` samples of one dose, the copies of an image in the training set."""
 
     factor: float
-    """Records of the repeated images."""
     copies: float
     count: int
-    """Samples."""
     seed: int = 0
-    """Training seed."""
 
 
 @dataclass(frozen=True)
@@ -62,37 +59,29 @@ class Fit:
 
     def band(self, factor: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Ends of the fitted share's interval at each factor (t over seeds); None for one seed."""
-        dose = np.log2(np.asarray(factor, float))
-        each = [mean_interval(self.curves[:, 0] + self.curves[:, 1] * one) for one in dose.ravel()]
-        if any(one.low is None for one in each):
+        if len(self.curves) < 2:
             return None
-        low, high = (
-            expit(np.array(ends, dtype=float)).reshape(dose.shape)
-            for ends in ([one.low for one in each], [one.high for one in each])
-        )
-        return low, high
+        doses = np.log2(np.asarray(factor, float))
+        each = [mean_interval(self.curves[:, 0] + self.curves[:, 1] * dose) for dose in doses]
+        low, high = np.array([(one.low, one.high) for one in each], dtype=float).T
+        return expit(low), expit(high)
 
 
 def fit_logistic(points: Sequence[Point], level: float = 0.95) -> Fit | None:
     """Fit each training seed by maximum likelihood, and take the mean over seeds.
 
-    Args:
-        points: one a factor and training seed.
-        level: two-sided.
-
-    Returns:
-        None where a training seed has no finite best fit, so that no mean stands for all: one
-        factor, no copies, nothing but copies, or factors that separate the two.
+    None where a training seed has no finite best fit, so that no mean stands for all: one factor,
+    no copies, nothing but copies, or factors that separate the two.
     """
     seeds = sorted({point.seed for point in points})
     fits = [_fit_seed([point for point in points if point.seed == seed]) for seed in seeds]
-    found = [fit for fit in fits if fit is not None]
-    if not found or len(found) < len(fits):
+    finite = [fit for fit in fits if fit is not None]
+    if not finite or len(finite) < len(fits):
         return None
-    curves = np.array([beta for beta, _ in found])
+    curves = np.array([beta for beta, _ in finite])
     slope = mean_interval(curves[:, 1], confidence=level)
     # Seeds may agree by chance on a curve that no training tells from a flat one.
-    within = math.hypot(*(half for _, half in found)) / len(found)
+    within = math.hypot(*(half for _, half in finite)) / len(finite)
     over = slope.low is None or slope.high is None or not slope.low <= 0 <= slope.high
     steep = over and abs(slope.value) > within
     return Fit(curves, slope, _midpoint(curves, level) if steep else None)
@@ -143,11 +132,10 @@ def _midpoint(curves: np.ndarray, level: float) -> Interval | None:
     if not curves[:, 1].all():
         return None
     middle = mean_interval(-curves[:, 0] / curves[:, 1], confidence=level)
-    ends = [middle.value if end is None else end for end in (middle.low, middle.high)]
-    if max(map(abs, ends)) > _LARGEST_LOG:
-        return None
     if middle.low is None or middle.high is None:
-        return Interval(2.0**middle.value)
+        return None if abs(middle.value) > _LARGEST_LOG else Interval(2.0**middle.value)
+    if max(abs(middle.low), abs(middle.high)) > _LARGEST_LOG:
+        return None
     return Interval(2.0**middle.value, 2.0**middle.low, 2.0**middle.high)
 
 
@@ -160,7 +148,7 @@ class Capacity:
     """The largest training set that is memorized, among those that were tried."""
 
     largest: int | None
-    """Images of it; None: no set that was tried is memorized."""
+    """Its images; None: no set that was tried is memorized."""
     tried: tuple[int, ...]
     """Sizes in ascending order."""
     crossing: float | None
@@ -169,12 +157,10 @@ class Capacity:
 
     @property
     def text(self) -> str:
-        """As it stands in a table."""
+        """As tables show it."""
         if self.largest is None:
             return f"below {self.tried[0]}"
-        if self.largest == self.tried[-1]:
-            return f"at least {self.largest}"
-        return str(self.largest)
+        return f"{'at least ' if self.largest == self.tried[-1] else ''}{self.largest}"
 
 
 def effective_memorization(rates: Mapping[int, float], memorized: float = MEMORIZED) -> Capacity:
@@ -203,18 +189,15 @@ class Capacities:
 
     @property
     def text(self) -> str:
-        """As it stands in a table: one for all seeds where they agree, else each in order."""
+        """As tables show it: one for all seeds where they agree, else each in order."""
         each = [capacity.text for _, capacity in sorted(self.by_seed.items())]
         return each[0] if len(set(each)) == 1 else ", ".join(each)
 
     @property
     def crossing(self) -> Interval | None:
-        """Geometric mean of the seeds' crossings with Student's interval, which one seed has not.
-
-        None where a seed has no crossing: it lies outside of what was tried.
-        """
+        """Geometric mean of the seeds' crossings; None where one lies outside of what was tried."""
         each = [capacity.crossing for capacity in self.by_seed.values()]
-        known = [one for one in each if one is not None]
+        known = [crossing for crossing in each if crossing is not None]
         return geometric_over_seeds(known) if len(known) == len(each) else None
 
 
@@ -241,83 +224,79 @@ SCHEMA = pa.schema(
 ``folder`` the samples that were measured, or the evaluation, from the study's folder."""
 Line = tuple[str, str]
 """Model and subject: what a curve is of."""
+Curves = dict[Line, dict[int, dict[int, Measured]]]
+"""By line, dose (a factor or a number of images, ascending) and training seed."""
 _AT_FACTOR = "copies_at_factor_"
-_PER_IMAGE = "copies_per_image_of_factor_"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything that a study found.
-
-    Args:
-        name: of the study.
-        values: by model, factor, subject and metric, then by training seed.
-        rows: the same as rows of ``SCHEMA``.
-        missing: cells that are not finished.
-        cells: all its cells.
-    """
+    """Everything that a study found."""
 
     name: str
     values: Values
     rows: list[dict[str, Any]]
+    """The same as ``values``, as rows of ``SCHEMA``."""
     missing: int
+    """Cells that are not finished."""
     cells: int
+    """All cells."""
 
     def doses(self) -> dict[Line, list[Point]]:
         """Copies by factor and training seed, of models that differ in these alone."""
-        found: dict[Line, list[Point]] = defaultdict(list)
-        for (model, factor, subject, name), by_seed in self.values.items():
-            if factor != LADDER and name == "copies" and _is_drawn(subject):
-                found[model, subject] += _points(factor, by_seed)
-        return _with_several_factors(found)
+        return _points(
+            (model, subject, factor, by_seed)
+            for (model, factor, subject, name), by_seed in self.values.items()
+            if factor != LADDER and name == "copies"
+        )
 
     def ladders(self) -> dict[Line, list[Point]]:
         """Copies by factor of models on a ladder: among the samples nearest to such an image."""
-        found: dict[Line, list[Point]] = defaultdict(list)
-        for (model, factor, subject, name), by_seed in self.values.items():
-            if factor == LADDER and name.startswith(_AT_FACTOR) and _is_drawn(subject):
-                found[model, subject] += _points(int(name.removeprefix(_AT_FACTOR)), by_seed)
-        return _with_several_factors(found)
+        return _points(
+            (model, subject, int(name.removeprefix(_AT_FACTOR)), by_seed)
+            for (model, factor, subject, name), by_seed in self.values.items()
+            if factor == LADDER and name.startswith(_AT_FACTOR)
+        )
 
     def fits(self) -> dict[Line, Fit | None]:
         """The logistic curve of each dose-response, None where none can be fitted."""
-        return {
-            line: fit_logistic(points)
-            for line, points in {**self.doses(), **self.ladders()}.items()
-        }
+        lines = {**self.doses(), **self.ladders()}
+        return {line: fit_logistic(points) for line, points in lines.items()}
 
-    def per_image(self) -> dict[Line, dict[int, dict[int, Measured]]]:
+    def per_image(self) -> Curves:
         """Copies of one image by its factor on a ladder, then by training seed."""
-        found: dict[Line, dict[int, dict[int, Measured]]] = defaultdict(dict)
+        curves: Curves = defaultdict(dict)
         for (model, factor, subject, name), by_seed in self.values.items():
-            if factor == LADDER and name.startswith(_PER_IMAGE) and subject != HELDOUT:
-                found[model, subject][int(name.removeprefix(_PER_IMAGE))] = by_seed
-        return {line: dict(sorted(of.items())) for line, of in found.items()}
+            if factor == LADDER and name.startswith(COPIES_OF_FACTOR) and subject != HELDOUT:
+                curves[model, subject][int(name.removeprefix(COPIES_OF_FACTOR))] = by_seed
+        return {line: dict(sorted(curve.items())) for line, curve in curves.items()}
 
-    def sizes(self) -> dict[Line, dict[int, dict[int, Measured]]]:
+    def sizes(self) -> Curves:
         """Share with d_1/d_2 < 1/3 by number of training images, then by training seed."""
-        found: dict[Line, dict[int, dict[int, Measured]]] = defaultdict(dict)
+        curves: Curves = defaultdict(dict)
         for row in self.rows:
             if row["metric"] != RATIO or row["subject"] == HELDOUT or row["size"] is None:
                 continue
             model = without_size(row["label"], row["size"])
             line = cell_title(model, row["factor"]), row["subject"]
-            of = found[line].setdefault(row["size"], {})
-            of[row["training_seed"]] = Measured(row["value"], row["count"])
-        return {line: dict(sorted(of.items())) for line, of in found.items() if len(of) > 1}
+            by_seed = curves[line].setdefault(row["size"], {})
+            by_seed[row["training_seed"]] = Measured(row["value"], row["count"])
+        return {
+            line: dict(sorted(curve.items())) for line, curve in curves.items() if len(curve) > 1
+        }
 
     def capacities(self) -> dict[Line, Capacities]:
         """Effective model memorization of each training seed's models."""
-        found = {}
-        for line, of in self.sizes().items():
+        capacities = {}
+        for line, curve in self.sizes().items():
             rates: dict[int, dict[int, float]] = defaultdict(dict)
-            for size, seeds in of.items():
-                for seed, measured in seeds.items():
+            for size, by_seed in curve.items():
+                for seed, measured in by_seed.items():
                     rates[seed][size] = measured.value
-            found[line] = Capacities(
+            capacities[line] = Capacities(
                 {seed: effective_memorization(known) for seed, known in rates.items()}
             )
-        return found
+        return capacities
 
     @property
     def one_seed(self) -> bool:
@@ -333,18 +312,19 @@ def rates_by_factor(points: Sequence[Point]) -> dict[float, list[Measured]]:
     }
 
 
-def _is_drawn(subject: str) -> bool:
-    """Whether a subject's copies depend on the repetitions of its model's data."""
-    return subject != HELDOUT and subject not in ORACLES
-
-
-def _points(factor: int, by_seed: dict[int, Measured]) -> list[Point]:
-    return [Point(factor, one.value * one.count, one.count, seed) for seed, one in by_seed.items()]
-
-
-def _with_several_factors(found: dict[Line, list[Point]]) -> dict[Line, list[Point]]:
+def _points(
+    measured: Iterable[tuple[str, str, int, dict[int, Measured]]],
+) -> dict[Line, list[Point]]:
+    """Points by line in the order of factors, of lines with several; no oracles, no test images."""
+    lines: dict[Line, list[Point]] = defaultdict(list)
+    for model, subject, factor, by_seed in measured:
+        if subject != HELDOUT and subject not in ORACLES:
+            lines[model, subject] += [
+                Point(factor, one.value * one.count, one.count, seed)
+                for seed, one in by_seed.items()
+            ]
     return {
         line: sorted(points, key=lambda point: point.factor)
-        for line, points in found.items()
+        for line, points in lines.items()
         if len({point.factor for point in points}) > 1
     }

@@ -27,7 +27,7 @@ from memfree.models.module import DiffusionModule
 
 
 class ExponentialMovingAverage(WeightAveraging):
-    """Keeps ``average ← decay · average + (1 − decay) · weights`` after every optimizer step.
+    """Keeps ``average ← decay · average + (1 − decay) · weights`` at every step; decay in [0, 1).
 
     As with Lightning's callback, checkpoints hold the average as ``state_dict`` and validation is
     of the average. Unlike there, the first step is averaged too, in a few fused operations, and the
@@ -35,7 +35,6 @@ class ExponentialMovingAverage(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        """Average with ``decay`` in [0, 1)."""
         super().__init__(use_buffers=False)
         self.decay = decay
         self._update = get_ema_multi_avg_fn(decay)
@@ -89,7 +88,6 @@ class FiniteTraining(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
-        """Check every ``every_n_steps`` optimizer steps."""
         self.every_n_steps = every_n_steps
         self._bad: Tensor | None = None
 
@@ -281,15 +279,13 @@ class StepProgress(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Move the bar every ten steps and at the last."""
         step = trainer.global_step
-        if self._line is not None and (step % 10 == 0 or step == trainer.max_steps):
+        if self._line is not None and (step % 10 == 0 or step == self._line.total):
             loss = trainer.callback_metrics.get("loss")
             self._line.show(step, "" if loss is None else f"loss {float(loss):.4f}")
 
-    def on_train_end(self, *_: Any) -> None:
-        """Leave the finished bar on the screen."""
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Leave the bar as it is, so that what follows has a line of its own."""
         if self._line is not None:
             self._line.close()
 
-    def on_exception(self, *_: Any) -> None:
-        """Close the bar, so that the error has a line of its own."""
-        self.on_train_end()
+    on_train_end = on_exception

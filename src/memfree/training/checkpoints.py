@@ -44,13 +44,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(ModelCheckpoint):
-    """Saves ``folder/step-N.ckpt`` every so many steps and at the end; keeps the newest.
+    """Saves ``folder/step-N.ckpt`` every N optimizer steps and at the end; keeps the newest.
 
     It needs no state to resume, so a folder may be moved between two runs.
     """
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
-        """Save below ``folder`` every ``every_n_steps`` steps."""
         super().__init__(dirpath=folder, every_n_train_steps=every_n_steps, save_top_k=1)
         self._every = every_n_steps
         self._saved_step = 0
@@ -79,7 +78,7 @@ class Checkpoints(ModelCheckpoint):
             logger.save()
         previous = self.best_model_path
         path = str(Path(str(self.dirpath)) / f"step-{trainer.global_step:08d}.ckpt")
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self.best_model_path, self._saved_step = path, trainer.global_step
         if trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -121,7 +120,7 @@ def good_checkpoint(folder: Path) -> Path | None:
             verify_checkpoint(path)
             return path
         except FileNotFoundError:  # the first process has just removed it
-            continue
+            pass
         except ValueError as error:
             damage = damage or error
     if damage is not None:
@@ -279,7 +278,6 @@ def _end_job(trainer: Trainer, saved: str, status: int) -> NoReturn:
 
 
 def _is_last(trainer: Trainer) -> bool:
-    """Whether this batch is the last of the whole training."""
     last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
     return trainer.global_step == trainer.max_steps or (last_batch and last_epoch)

@@ -37,11 +37,8 @@ RECONSTRUCTIONS = "reconstructions.png"
 class Claim:
     """What a folder holds for the training that claims it."""
 
-    found: Found
-    """``open``: to be trained, from a checkpoint if there is one; ``finished``: trained already;
-    ``other``: another model, which ``begin`` deletes."""
-    checkpoint: Path | None = None
-    """The verified checkpoint to resume from, None to start."""
+    found: Found  # open: to be trained; other: another model, which ``begin`` deletes
+    checkpoint: Path | None = None  # verified, to resume from
 
 
 def claim(

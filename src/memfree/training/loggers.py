@@ -82,6 +82,9 @@ class LossLog(CSVLogger):
         self.save()
 
 
+_KEPT = ("sum", "batches", "last_step", "recorded", "epoch")  # by LossRecord in checkpoints
+
+
 class LossRecord(Callback):
     """Logs ``loss``, the mean since the last record, and ``learning_rate``.
 
@@ -93,39 +96,31 @@ class LossRecord(Callback):
     """
 
     def __init__(self, every_n_steps: int) -> None:
-        """Log every ``every_n_steps`` optimizer steps, as the trainer does."""
         self.every_n_steps = every_n_steps
-        self._sum: Tensor | None = None
-        self._batches = 0
-        self._last_step = -1
-        self._recorded: Tensor | None = None
+        self.sum: Tensor | None = None  # since the last record
+        self.batches = 0
+        self.last_step = -1
+        self.recorded: Tensor | None = None
         self.epoch = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Continue the log of the run that is resumed, if this is one."""
         if isinstance(pl_module, DiffusionModule):
             pl_module.logs_loss = False
-        if self._sum is not None:
-            self._sum = self._sum.to(pl_module.device)
+        if self.sum is not None:
+            self.sum = self.sum.to(pl_module.device)
         for logger in trainer.loggers:
             if isinstance(logger, LossLog):
                 logger.keep_before(trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """The sum since the last record, and that record."""
-        return {
-            "sum": self._sum,
-            "batches": self._batches,
-            "last_step": self._last_step,
-            "recorded": self._recorded,
-            "epoch": self.epoch,
-        }
+        return {name: getattr(self, name) for name in _KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume; all ranks begin with the sum of the first, whose mean is logged."""
-        self._sum, self._batches = state_dict["sum"], state_dict["batches"]
-        self._last_step, self._recorded = state_dict["last_step"], state_dict["recorded"]
-        self.epoch = state_dict["epoch"]
+        for name in _KEPT:
+            setattr(self, name, state_dict[name])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
@@ -133,28 +128,28 @@ class LossRecord(Callback):
         """Add this step's loss and log if it is time."""
         # Lightning divides the loss by the number of accumulated batches.
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
-        self._sum = loss if self._sum is None else self._sum + loss
-        self._batches += 1
+        self.sum = loss if self.sum is None else self.sum + loss
+        self.batches += 1
         self.epoch = trainer.current_epoch
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self._last_step:
-            self._recorded = self._sum / self._batches
+        if step % self.every_n_steps == 0 and step != self.last_step:
+            self.recorded = self.sum / self.batches
             for name in ("loss", "train/loss"):
                 shown = name == "loss"
-                pl_module.log(name, self._recorded, prog_bar=shown, logger=False, batch_size=1)
+                pl_module.log(name, self.recorded, prog_bar=shown, logger=False, batch_size=1)
             if trainer.is_global_zero:
                 rate = float(trainer.optimizers[0].param_groups[0]["lr"])
-                record = {"loss": float(self._recorded), "learning_rate": rate}
+                record = {"loss": float(self.recorded), "learning_rate": rate}
                 for logger in trainer.loggers:
                     # Steps are counted from 0 in logs, as by Lightning.
                     logger.log_metrics({"epoch": trainer.current_epoch, **record}, step=step - 1)
-            self._sum, self._batches, self._last_step = None, 0, step
+            self.sum, self.batches, self.last_step = None, 0, step
 
     def last(self) -> float | None:
         """The last record; where there is none yet, the mean of the steps so far, if any."""
-        if self._recorded is None and self._sum is not None:
-            return float(self._sum / self._batches)
-        return None if self._recorded is None else float(self._recorded)
+        if self.recorded is None and self.sum is not None:
+            return float(self.sum / self.batches)
+        return None if self.recorded is None else float(self.recorded)
 
 
 def check_logger(name: LoggerName) -> None:

@@ -107,7 +107,6 @@ def _explained(options: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _devices(options: Mapping[str, Any], count: int) -> Any:
-    """Lightning's ``devices`` where processes of a launcher work together."""
     on_gpus = options.get("accelerator", "auto") in ("auto", "gpu", "cuda")
     seen = CUDAAccelerator.auto_device_count() if on_gpus else 0
     if 0 < seen < count:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,39 +25,29 @@ class KnownPrompts:
 
     def __init__(self) -> None:
         self._known: tuple[Tensor, Tensor, Tensor] | None = None
-        self._seen: Tensor | None = None
-        self._found: Tensor | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def learn(self, embeddings: Tensor, lengths: Sequence[int], unconditional: Tensor) -> None:
-        """Replace what is known.
-
-        Args:
-            embeddings: (B, L, D) of the prompts.
-            lengths: tokens of each, (B,).
-            unconditional: (B, L, D).
-        """
-        self._known = (
-            embeddings.detach(),
-            torch.tensor(list(lengths), dtype=torch.int64, device=embeddings.device),
-            unconditional.detach(),
-        )
-        self._seen = self._found = None
+        """Replace what is known: prompts (B, L, D), their tokens (B,), no prompts (B, L, D)."""
+        tokens = torch.tensor(list(lengths), dtype=torch.int64, device=embeddings.device)
+        self._known = embeddings.detach(), tokens, unconditional.detach()
+        self._last = None
 
     def lengths_of(self, embeddings: Tensor) -> Tensor:
-        """The prompt length of each row of (N, L, D), (N,) int64; 0 where it is no known prompt.
+        """The prompt length of each row of (N, L, D), (N,) int64; 0 where it is not a known prompt.
 
         A row that equals an unconditional embedding counts as no prompt.
         """
         # All layers of a network get the same tensor: it is looked up once.
-        if self._seen is not embeddings or self._found is None:
-            self._seen, self._found = embeddings, self._look_up(embeddings)
-        return self._found
+        if self._last is None or self._last[0] is not embeddings:
+            self._last = embeddings, self._look_up(embeddings)
+        return self._last[1]
 
     def _look_up(self, embeddings: Tensor) -> Tensor:
         nothing = torch.zeros(len(embeddings), dtype=torch.int64, device=embeddings.device)
         if self._known is None:
             return nothing
-        known, lengths, unconditional = (one.to(embeddings.device) for one in self._known)
+        known, lengths, unconditional = (part.to(embeddings.device) for part in self._known)
         place, is_prompt = _equal_row(embeddings, known.to(embeddings.dtype))
         _, is_unconditional = _equal_row(embeddings, unconditional.to(embeddings.dtype))
         return torch.where(is_prompt & ~is_unconditional, lengths[place], nothing)
@@ -66,11 +56,8 @@ class KnownPrompts:
 def _equal_row(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """For each row of (N, L, D), which of the known rows it may equal (N,), and if it does (N,)."""
     if rows.shape[1:] != known.shape[1:]:
-        count = len(rows)
-        return (
-            torch.zeros(count, dtype=torch.int64, device=rows.device),
-            torch.zeros(count, dtype=torch.bool, device=rows.device),
-        )
+        nowhere = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        return nowhere, nowhere.bool()
     first, second = rows.detach().flatten(1), known.flatten(1)
     stride = max(1, first.shape[1] // COMPARED)
     alike = (first[:, None, ::stride] == second[None, :, ::stride]).all(dim=2)
@@ -85,8 +72,8 @@ class AttentionRescaling(Mitigation):
     through Cross Attention", ECCV 2024, arXiv 2403.11052, inference-time mitigation. The authors'
     program masks the unconditional prediction by the prompt's length as well; here it is left
     alone. Conditional rows are those whose ``encoder_hidden_states`` equal an embedding of the last
-    ``embedding`` stage, and not an unconditional one: so it is the same whether the two predictions
-    share a batch or not. Rows of other prompts (a neighbour's caption) are left alone too.
+    ``embedding`` stage, and not an unconditional one, whether or not the two predictions share a
+    batch. Rows of other prompts (a neighbour's caption) are left alone too.
 
     Args:
         count_tokens: prompts → tokens of each, begin and end of text included
@@ -104,23 +91,13 @@ class AttentionRescaling(Mitigation):
         self._lengths: list[int] = []
         self._known = KnownPrompts()
 
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether the options leave every logit as it is."""
-        options = self.options
-        return options.scale == 1 and not options.mask_padding and not options.mask_end
-
     def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
         """Keep how many tokens each prompt has; the prompts stay."""
         self._lengths = list(self._count_tokens(list(prompts)))
         return list(prompts)
 
     def embedding(self, start: Start) -> TextConditions:
-        """Keep the embeddings, to know conditional rows by; they stay.
-
-        Raises:
-            ValueError: the prompts of these embeddings did not pass the ``prompts`` stage.
-        """
+        """Keep the embeddings, to know conditional rows by; prompts must have been seen."""
         conditions = start.conditions
         if conditions.mask is not None:
             lengths = conditions.mask.sum(dim=1).tolist()
@@ -136,17 +113,12 @@ class AttentionRescaling(Mitigation):
         self._known.learn(conditions.embeddings, lengths, start.unconditional.embeddings)
         return conditions
 
-    def around(self, network: Any) -> AbstractContextManager[Any]:
-        """Replace the processors of the cross-attention layers of a UNet2DConditionModel.
-
-        Raises:
-            ValueError: it is another model, or has processors that cannot be rescaled.
-        """
-        return self._around(network)
-
     @contextmanager
-    def _around(self, network: Any) -> Generator[None]:
-        layers = [] if self.changes_nothing else cross_attention_layers(network)
+    def around(self, network: Any) -> Generator[None]:
+        """Replace the processors of the cross-attention layers of a UNet2DConditionModel."""
+        scaled = self.options.scale != 1
+        changes = scaled or self.options.mask_padding or self.options.mask_end
+        layers = cross_attention_layers(network) if changes else []
         before = [layer.processor for layer in layers]
         try:
             for layer, processor in zip(layers, before, strict=True):
@@ -178,10 +150,10 @@ def cross_attention_layers(network: Any) -> list[Any]:
         attention_processor.SlicedAttnProcessor,
         attention_processor.XFormersAttnProcessor,
     )
-    modules: Any = network
+    unet: Any = network
     layers = [
         module
-        for module in modules.modules()
+        for module in unet.modules()
         if isinstance(module, attention_processor.Attention) and module.is_cross_attention
     ]
     for layer in layers:
@@ -240,13 +212,8 @@ def rescaled_attention(
 ) -> Tensor:
     """The layer's output (B, Q, C) with the logits of the first token scaled and others masked.
 
-    Args:
-        attn: the layer.
-        hidden_states: queries' input (B, Q, C).
-        encoder_hidden_states: token vectors (B, L, D).
-        attention_mask: bias of the logits (B, 1, L), or None.
-        lengths: tokens of each prompt with begin and end of text, (B,).
-        options: what is scaled and masked.
+    Queries are made of hidden_states (B, Q, C), keys of the tokens encoder_hidden_states (B, L, D);
+    attention_mask is a bias of the logits (B, 1, L), lengths (B,) are tokens of each prompt.
     """
     assert hidden_states.ndim == 3, "cross-attention of a transformer block has tokens as queries"
     residual = hidden_states

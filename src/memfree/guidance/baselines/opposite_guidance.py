@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,31 +13,29 @@ from memfree.guidance.mitigation import Mitigation
 from memfree.guidance.prediction import Guidance, Prediction
 
 
+@dataclass(eq=False)
 class LowerGuidance(Mitigation):
     """s_0 ← min(s_0, limit): guidance sharpens towards what the prompt alone brings.
 
-    Args:
-        options: the limit.
-
     Raises:
-        ValueError: it is below 1.
+        ValueError: the limit is below 1.
     """
 
-    def __init__(
-        self,
-        options: LowerGuidanceOptions = LowerGuidanceOptions(),  # noqa: B008 - read only
-    ) -> None:
-        if options.guidance_scale < 1:
+    options: LowerGuidanceOptions = field(default_factory=LowerGuidanceOptions)
+
+    def __post_init__(self) -> None:
+        if self.options.guidance_scale < 1:
             raise ValueError(
-                f"--mitigation.guidance_scale must be at least 1, not {options.guidance_scale:g}"
+                "--mitigation.guidance_scale must be at least 1, not "
+                f"{self.options.guidance_scale:g}"
             )
-        self.options = options
 
     def guidance_scale(self, guidance_scale: float) -> float:
         """The smaller of the user's scale and the limit."""
         return min(guidance_scale, self.options.guidance_scale)
 
 
+@dataclass(eq=False)
 class OppositeGuidance(Mitigation):
     """ε̂ = ε_∅ + s·(ε_c − ε_∅) with s ≤ 0 before a transition point, and s = s_0 from there on.
 
@@ -47,36 +45,13 @@ class OppositeGuidance(Mitigation):
     d_t > d_{t−1} < d_{t−2} shows, with d = ‖ε_c − ε_∅‖, is the first guided one; a sample without
     such a minimum is never guided. Their program for opposite and dynamic has another rule, in a
     run of its own before sampling (docs/baselines.md); here the rule is the same for every scale.
-
-    Args:
-        options: transition and scale.
     """
 
-    def __init__(
-        self,
-        options: OppositeGuidanceOptions = OppositeGuidanceOptions(),  # noqa: B008 - read only
-    ) -> None:
-        self.options = options
+    options: OppositeGuidanceOptions = field(default_factory=OppositeGuidanceOptions)
 
     def guidances(self) -> list[Guidance]:
         """The guidance that replaces s_0 before the transition."""
         return [_BeforeTransition(self.options)]
-
-
-class _Passed:
-    """Which samples have passed the transition, and the last two magnitudes of each, (B,)."""
-
-    def __init__(self, batch: int, device: torch.device) -> None:
-        self.passed = torch.zeros(batch, dtype=torch.bool, device=device)
-        # As in the authors' program: no minimum before there are three magnitudes, which are ≥ 0.
-        self.last = torch.full((batch,), -1.0, dtype=torch.float32, device=device)
-        self.second_last = torch.full((batch,), -1.0, dtype=torch.float32, device=device)
-
-    def update(self, current: Tensor) -> Tensor:
-        """Take the magnitudes of this step; returns which samples have passed."""
-        self.passed = self.passed | ((current > self.last) & (self.second_last > self.last))
-        self.second_last, self.last = self.last, current
-        return self.passed
 
 
 class _BeforeTransition:
@@ -104,5 +79,11 @@ class _BeforeTransition:
         if self.options.transition == "static":
             before = prediction.time > self.options.transition_time
             return torch.full((len(x_t),), before, device=x_t.device)
-        state = prediction.memory.setdefault(self, _Passed(len(x_t), x_t.device))
-        return ~state.update(magnitude(prediction, "opposite guidance (jain)"))
+        # passed, d_{t−1}, d_{t−2}. As in the authors' program: no minimum before there are three
+        # magnitudes, which are ≥ 0.
+        never = x_t.new_full((len(x_t),), -1.0, dtype=torch.float32)
+        passed, last, before_last = prediction.memory.get(self, (never > 0, never, never))
+        current = magnitude(prediction, "opposite guidance (jain)")
+        passed = passed | ((current > last) & (before_last > last))
+        prediction.memory[self] = passed, current, last
+        return ~passed

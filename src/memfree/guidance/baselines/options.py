@@ -20,7 +20,7 @@ AtLeastOne = restricted_number_type("AtLeastOne", float, (">=", 1))
 
 @dataclass
 class LowerGuidanceOptions:
-    """Options of lower guidance."""
+    """Lower classifier-free guidance."""
 
     guidance_scale: AtLeastOne = 2.0  # type: ignore[valid-type]
     """Largest s_0 that is used; ours, there is no source. 1, the least, is the conditional model
@@ -29,7 +29,7 @@ class LowerGuidanceOptions:
 
 @dataclass
 class Insertion:
-    """How many words RT, RNA and CWR insert."""
+    """Words inserted into the prompt (Somepalli et al., 2023)."""
 
     count: NonNegativeInt = 4
     """Insertions a prompt; 4 in the authors' programs (1 to 8 in papers), 0 changes nothing."""
@@ -37,7 +37,7 @@ class Insertion:
 
 @dataclass
 class EmbeddingNoiseOptions:
-    """Options of GNI."""
+    """Gaussian noise on the prompt's embedding (Somepalli et al., 2023)."""
 
     strength: NonNegativeFloat = 0.1
     """λ, in units of the embedding's entries; 0.1 in the paper, 0 changes nothing."""
@@ -45,7 +45,7 @@ class EmbeddingNoiseOptions:
 
 @dataclass
 class PromptEmbeddingOptions:
-    """Options of Wen's prompt-embedding optimisation."""
+    """Optimised prompt embedding (Wen et al., 2024)."""
 
     target: NonNegativeFloat = 3.0
     """l: a sample stops where ‖ε_c − ε_∅‖ ≤ l. Tuned for Stable Diffusion 1.4 (papers sweep about
@@ -61,7 +61,7 @@ class PromptEmbeddingOptions:
 
 @dataclass
 class AttentionRescalingOptions:
-    """Options of Ren's attention rescaling."""
+    """Rescaled cross-attention (Ren et al., 2024)."""
 
     scale: PositiveFloat = 1.25
     """c, which multiplies the logits of the begin-of-text token; 1.25 in the authors' command,
@@ -74,7 +74,7 @@ class AttentionRescalingOptions:
 
 @dataclass
 class OppositeGuidanceOptions:
-    """Options of Jain's opposite guidance and transition points."""
+    """Opposite guidance before a transition point (Jain et al., 2025)."""
 
     transition: Literal["static", "dynamic"] = "static"
     """static: at transition_time; dynamic: of each sample, where ‖ε_c − ε_∅‖ has its first local
@@ -89,7 +89,7 @@ class OppositeGuidanceOptions:
 
 @dataclass
 class PromptReanchoringOptions:
-    """Options of PRSS."""
+    """Prompt re-anchoring and semantic search (Chen et al., 2025)."""
 
     alternative: Literal["search", "optimized"] = "search"
     """y_mod: the nearest of given prompts that is not memorized (SS), or the prompt's embedding
@@ -110,7 +110,7 @@ class PromptReanchoringOptions:
 
 @dataclass
 class SharpnessAwareOptions:
-    """Options of SAIL."""
+    """Optimised initial noise (Jeon et al., 2025)."""
 
     threshold: NonNegativeFloat = 8.2
     """l_thres: the first candidate whose loss is at most this is taken. Tuned for Stable Diffusion

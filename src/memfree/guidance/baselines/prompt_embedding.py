@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,41 +16,31 @@ from memfree.guidance.mitigation import Mitigation, Start
 from memfree.guidance.prediction import row_norm
 
 
+@dataclass(eq=False)
 class EmbeddingNoise(Mitigation):
     """GNI: y ← y + λ·N(0, 1) on every entry of the prompt's embedding.
 
     Source: Somepalli et al., arXiv 2305.20086, inference-time mitigation. Their program adds the
     noise to the unconditional embedding as well (it wraps the pipeline's encoding of both); here
     it is the prompt's alone, and the pooled embedding of SDXL stays as it is.
-
-    Args:
-        options: strength.
     """
 
-    def __init__(
-        self,
-        options: EmbeddingNoiseOptions = EmbeddingNoiseOptions(),  # noqa: B008 - read only
-    ) -> None:
-        self.options = options
+    options: EmbeddingNoiseOptions = field(default_factory=EmbeddingNoiseOptions)
 
     def embedding(self, start: Start) -> TextConditions:
         """Add the noise, drawn from each sample's own generator."""
         if self.options.strength == 0:
             return start.conditions
         embeddings = start.conditions.embeddings
-        noise = torch.stack(
-            [
-                torch.randn(embeddings.shape[1:], generator=one, dtype=torch.float32)
-                for one in start.generators
-            ]
-        ).to(embeddings)
+        drawn = [
+            torch.randn(embeddings.shape[1:], generator=generator, dtype=torch.float32)
+            for generator in start.generators
+        ]
+        noise = torch.stack(drawn).to(embeddings)
         return replace(start.conditions, embeddings=embeddings + self.options.strength * noise)
 
 
-EpsDifference = Callable[[TextConditions, Tensor], Tensor]
-"""(conditions (n, ...), their rows of the batch (n,)) → ε_θ(x_T, y) − ε_θ(x_T), (n, ...)."""
-
-
+@dataclass(eq=False)
 class PromptEmbeddingOptimization(Mitigation):
     """Minimise ‖ε_θ(x_T, y) − ε_θ(x_T)‖ over the embedding of the prompt, by AdamW, until below l.
 
@@ -58,17 +48,10 @@ class PromptEmbeddingOptimization(Mitigation):
     ICLR 2024, arXiv 2407.21720, inference-time mitigation. As in the authors' program the first
     (begin-of-text) token gets no gradient and AdamW's weight decay is torch's default. Theirs
     optimises one embedding for the images of a prompt together; here every sample has its own and
-    stops by itself. The pooled embedding of SDXL stays as it is.
-
-    Args:
-        options: threshold, learning rate, iterations.
+    stops on its own. The pooled embedding of SDXL stays as it is.
     """
 
-    def __init__(
-        self,
-        options: PromptEmbeddingOptions = PromptEmbeddingOptions(),  # noqa: B008 - read only
-    ) -> None:
-        self.options = options
+    options: PromptEmbeddingOptions = field(default_factory=PromptEmbeddingOptions)
 
     def embedding(self, start: Start) -> TextConditions:
         """Optimise the embeddings of samples above l; the others keep their bits."""
@@ -88,17 +71,14 @@ class PromptEmbeddingOptimization(Mitigation):
 
 def optimized(
     conditions: TextConditions,
-    difference: EpsDifference,
+    difference: Callable[[TextConditions, Tensor], Tensor],
     options: PromptEmbeddingOptions,
     factor: float = 1.0,
 ) -> tuple[TextConditions, Tensor]:
-    """Wen's optimisation of the embeddings of a batch, each sample by itself.
+    """Wen's optimisation of the embeddings of a batch (B, ...), each sample on its own.
 
-    Args:
-        conditions: encoded prompts, (B, ...).
-        difference: ε_c − ε_∅ of some rows, differentiable in the embeddings.
-        options: threshold, learning rate, iterations.
-        factor: what the threshold is multiplied by (``size_factor``).
+    ``difference`` maps conditions (n, ...) and their rows of the batch (n,) to ε_c − ε_∅, (n, ...),
+    differentiable in the embeddings; the threshold is multiplied by ``factor`` (``size_factor``).
 
     Returns:
         The conditions with new embeddings, and (B,) bool: which were above the threshold at first.
@@ -108,7 +88,7 @@ def optimized(
     above_at_first = torch.zeros(len(original), dtype=torch.bool, device=original.device)
     with torch.inference_mode(False), torch.enable_grad():
         # One parameter a sample: AdamW leaves those without a gradient, the stopped ones, alone.
-        own = [one.detach().float().clone().requires_grad_() for one in original]
+        own = [row.detach().float().clone().requires_grad_() for row in original]
         adam = torch.optim.AdamW(own, lr=options.learning_rate)
         for iteration in range(options.iterations):
             embeddings = torch.stack([own[row] for row in rows.tolist()]).to(original.dtype)
@@ -126,5 +106,5 @@ def optimized(
                 parameter.grad = gradient.clone()
                 parameter.grad[0] = 0
             adam.step()
-        new = torch.stack([one.detach() for one in own]).to(original.dtype)
+        new = torch.stack([row.detach() for row in own]).to(original.dtype)
     return replace(conditions, embeddings=new), above_at_first

@@ -22,10 +22,6 @@ class SemanticSearch:
 
     As in the authors' program of PRSS, the prompt itself is the first candidate; where no candidate
     is below the trigger, the one with the smallest magnitude is taken.
-
-    Args:
-        prompts: candidates for all samples.
-        count: how many of the nearest are tried for a sample.
     """
 
     def __init__(self, prompts: Sequence[str], count: int) -> None:
@@ -38,22 +34,15 @@ class SemanticSearch:
     ) -> tuple[TextConditions, Tensor]:
         """y_mod of a batch at its first step, and which samples are above the trigger.
 
-        Args:
-            prediction: of the first step, with both branches and the text encoder.
-            norm: ‖ε(y) − ε_∅‖ of the prompts, (B,).
-            trigger: magnitude at which the search ends.
-
-        Raises:
-            ValueError: there is no text encoder.
+        ``norm`` (B,) is ‖ε(y) − ε_∅‖ of the prompts.
         """
         if prediction.encode is None:
             raise ValueError("prompt re-anchoring (prss) needs the model's text encoder")
         conditions = prediction.conditions
         assert isinstance(conditions, TextConditions) and prediction.output_uncond is not None
         triggered = norm > trigger
-        embeddings = conditions.embeddings.clone()
-        pooled = None if conditions.pooled is None else conditions.pooled.clone()
-        mask = None if conditions.mask is None else conditions.mask.clone()
+        # The parts of y_mod, which better candidates replace row by row.
+        parts = {name: part.clone() for name, part in _parts(conditions).items()}
         searching = triggered.nonzero().squeeze(1)
         best = norm.clone()
         ranked = self._ranked(prediction.encode, conditions[searching])
@@ -68,14 +57,12 @@ class SemanticSearch:
             better = m < best[searching]
             rows = searching[better]
             best[rows] = m[better]
-            embeddings[rows] = encoded.embeddings[better].to(embeddings)
-            if pooled is not None and encoded.pooled is not None:
-                pooled[rows] = encoded.pooled[better].to(pooled)
-            if mask is not None and encoded.mask is not None:
-                mask[rows] = encoded.mask[better].to(mask)
-            going_on = m > trigger
-            searching, place = searching[going_on], place[going_on]
-        return TextConditions(embeddings, pooled, mask), triggered
+            for name, part in _parts(encoded).items():
+                if name in parts:
+                    parts[name][rows] = part[better].to(parts[name])
+            above = m > trigger
+            searching, place = searching[above], place[above]
+        return TextConditions(**parts), triggered
 
     def _ranked(self, encode: Encode, conditions: TextConditions) -> Tensor:
         """Rows of the candidates for each prompt, nearest first, (n, count) int64."""
@@ -90,6 +77,11 @@ class SemanticSearch:
         # Row by row and stable: a sample's candidates do not depend on its batch.
         order = [row.argsort(descending=True, stable=True)[: self.count] for row in similarity]
         return torch.stack(order)
+
+
+def _parts(conditions: TextConditions) -> dict[str, Tensor]:
+    """Embeddings, and pooled ones and mask where there are any."""
+    return {name: part for name, part in vars(conditions).items() if part is not None}
 
 
 class PromptReanchoring(Mitigation):
@@ -132,21 +124,13 @@ class PromptReanchoring(Mitigation):
 
     def guidances(self) -> list[Guidance]:
         """The guidance that finds y_mod at the first step and re-anchors from there on."""
-        search = None
-        if self.options.alternative == "search":
-            search = SemanticSearch(self.prompts_to_search, self.options.candidates)
-        return [_Reanchoring(self.options, search)]
+        searches = self.options.alternative == "search"
+        search = SemanticSearch(self.prompts_to_search, self.options.candidates)
+        return [_Reanchoring(self.options, search if searches else None)]
 
 
 def reanchoring_scale(m: Tensor, target: float, threshold: float, guidance_scale: float) -> Tensor:
-    """s_pr of PRSS for magnitudes m (n,): 1 at l, s_0 from thr on, linear between.
-
-    Args:
-        m: ‖ε(y_mod) − ε_∅‖.
-        target: l.
-        threshold: thr, above l.
-        guidance_scale: s_0, above 1.
-    """
+    """s_pr of PRSS for magnitudes m (n,): 1 at l, s_0 from thr (above l) on, linear between."""
     c = (guidance_scale * target - threshold) / (guidance_scale - 1)
     return ((m - c) / (threshold - c) * guidance_scale).clamp(max=guidance_scale)
 
@@ -161,8 +145,7 @@ class _Reanchoring:
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
         cond, uncond = branches(prediction, "prompt re-anchoring (prss)")
-        s = prediction.guidance_scale
-        if s <= 1:
+        if (s := prediction.guidance_scale) <= 1:
             raise ValueError(
                 f"prompt re-anchoring (prss) needs --guidance_scale above 1, not {s:g}"
             )
@@ -192,8 +175,8 @@ class _Reanchoring:
         if self.search is not None:
             norm = magnitude(prediction, "prompt re-anchoring (prss)")
             return self.search(prediction, norm, self.options.trigger * factor)
+        assert prediction.output_uncond is not None
         x_t, uncond = prediction.x_t.clone(), prediction.output_uncond
-        assert uncond is not None
         alpha_bar, kind = prediction.alpha_bar.clone(), prediction.prediction_type
 
         def difference(conditions: TextConditions, rows: Tensor) -> Tensor:

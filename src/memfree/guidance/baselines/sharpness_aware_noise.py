@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from memfree.guidance.mitigation import Mitigation, Start
 from memfree.guidance.prediction import row_norm
 
 
+@dataclass(eq=False)
 class SharpnessAwareInitialization(Mitigation):
     """SAIL: minimise ‖Δ(x_T + Δ(x_T)/‖Δ(x_T)‖)‖ + α·‖x_T‖ with Δ = ε_c − ε_∅, by Adam.
 
@@ -25,16 +26,9 @@ class SharpnessAwareInitialization(Mitigation):
     −Δ, here along Δ as for ε. Where no candidate gets below the
     threshold theirs starts again, raises the threshold by 0.1 and so on without an end; here the
     candidate with the smallest loss is taken, so that the cost is bounded.
-
-    Args:
-        options: threshold, weight, learning rate, iterations, candidates.
     """
 
-    def __init__(
-        self,
-        options: SharpnessAwareOptions = SharpnessAwareOptions(),  # noqa: B008 - read only
-    ) -> None:
-        self.options = options
+    options: SharpnessAwareOptions = field(default_factory=SharpnessAwareOptions)
 
     def initial_noise(self, start: Start) -> Tensor:
         """x_T of each sample, from its own candidates; the first below the threshold."""
@@ -77,7 +71,6 @@ class SharpnessAwareInitialization(Mitigation):
         return x.detach()[best].to(start.noise.dtype)
 
     def _loss(self, start: Start, x: Tensor, factor: float) -> Tensor:
-        """(n,) float32."""
         noise = x.to(start.noise.dtype)
         first = start.eps_difference(noise, start.conditions).float()
         length = row_norm(first).clamp(min=torch.finfo(torch.float32).tiny)

@@ -11,33 +11,18 @@ from memfree.diffusion_math import eps_change
 from memfree.guidance.mitigation import Start
 from memfree.guidance.prediction import Prediction, row_norm
 
-REFERENCE_ELEMENTS = 4 * 64 * 64
-"""Elements of the latents of Stable Diffusion 1.4 at 512×512, on which the papers tuned."""
-
 
 def size_factor(shape: tuple[int, ...], per_element: bool) -> float:
-    """What a length tuned on 4×64×64 latents is multiplied by, for latents of another size.
+    """√(elements of a sample (C, H, W) / 16384), for a length tuned on 4×64×64 latents.
 
-    The norm of a vector whose entries have a given root mean square grows with √elements:
-    √(elements / 16384) keeps the threshold on the root mean square, and is 1 at 4×64×64.
-
-    Args:
-        shape: (C, H, W) of one sample.
-        per_element: False keeps the papers' number, whatever the size.
+    It keeps a threshold on the root mean square of the entries; 1 where ``per_element`` is False.
+    The papers tuned on the latents of Stable Diffusion 1.4 at 512×512.
     """
-    return sqrt(prod(shape) / REFERENCE_ELEMENTS) if per_element else 1.0
+    return sqrt(prod(shape) / (4 * 64 * 64)) if per_element else 1.0
 
 
 def magnitude(prediction: Prediction, method: str) -> Tensor:
-    """‖ε_θ(x_t, y) − ε_θ(x_t)‖ of each sample, (B,) float32.
-
-    Args:
-        prediction: of a step with both branches.
-        method: who asks, for the message.
-
-    Raises:
-        ValueError: classifier-free guidance is off, so that there is one branch.
-    """
+    """‖ε_θ(x_t, y) − ε_θ(x_t)‖ of each sample, (B,) float32; ``method`` names who needs it."""
     cond, uncond = branches(prediction, method)
     return eps_norm(prediction, cond.float() - uncond.float())
 
@@ -48,11 +33,7 @@ def eps_norm(prediction: Prediction, change: Tensor) -> Tensor:
 
 
 def branches(prediction: Prediction, method: str) -> tuple[Tensor, Tensor]:
-    """The conditional and the unconditional branch.
-
-    Raises:
-        ValueError: there is one branch.
-    """
+    """The conditional and the unconditional branch; refuses a prediction of one branch."""
     if prediction.output_cond is None or prediction.output_uncond is None:
         raise ValueError(f"{method} needs classifier-free guidance: --guidance_scale above 1")
     return prediction.output_cond, prediction.output_uncond
@@ -97,11 +78,7 @@ class WenNorm:
         return prediction.recorded(wen_norm=self.score())
 
     def score(self) -> Tensor:
-        """(B,) of the last batch.
-
-        Raises:
-            ValueError: nothing was sampled yet.
-        """
+        """(B,) of the last batch; ValueError before any."""
         if not self._norms:
             raise ValueError("Wen's norm has seen no prediction yet")
         return torch.stack(self._norms).mean(dim=0)

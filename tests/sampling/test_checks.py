@@ -1,10 +1,14 @@
-"""An index is another one where anything differs that guidance or the trace makes use of."""
+"""Samplers keep the trained noise schedule; an index is another where anything used differs."""
+
+from typing import get_args
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from memfree.retrieval import ReferenceIndex
-from memfree.sampling.checks import vectors_hash
+from memfree.sampling.checks import build_scheduler, vectors_hash
+from memfree.sampling.sample_run import SchedulerName
 
 IMAGES = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -36,3 +40,18 @@ def test_the_same_index_is_the_same():
 )
 def test_another_index_is_another(changed):
     assert vectors_hash(built(**changed)) != vectors_hash(built())
+
+
+@pytest.mark.parametrize("name", get_args(SchedulerName))
+def test_noise_schedule_is_kept(name):
+    trained = DDPMScheduler(
+        num_train_timesteps=200,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+    )
+    made = build_scheduler(name, trained)
+    assert torch.equal(made.alphas_cumprod, trained.alphas_cumprod)
+    assert made.config.prediction_type == "v_prediction"
+    assert made.config.get("use_karras_sigmas", False) == name.endswith("karras")
+    made.set_timesteps(10)
+    assert len(made.timesteps) == 10
