@@ -138,7 +138,7 @@ def index(
 
     from memfree.out_of_memory import explained_memory
     from memfree.retrieval import ReferenceIndex
-    from memfree.retrieval.features.make import make_features
+    from memfree.retrieval.features.make import HAVE_DTYPE, make_features
     from memfree.retrieval.index_folder import claim_index, read_salt
 
     work = part_of(part)
@@ -169,10 +169,14 @@ def index(
     check_free_space(out, vectors * (1 if pixels else 2) + 100 * len(training.keys))
 
     console = plain_console(stderr=True)
-    ways = _less_memory(features, extractor, batch_size, trainer)
+    less_memory = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
+    if features in HAVE_DTYPE and extractor.dtype == "float32":
+        less_memory.append("--extractor.dtype bfloat16")
+    if not pixels and trainer.accelerator != "cpu":
+        less_memory.append("--trainer.accelerator cpu")
 
     def write(built: ReferenceIndex) -> None:
-        with explained_memory("calibrating", ways):
+        with explained_memory("calibrating", less_memory):
             on_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
             built.to("cuda" if on_gpu else "cpu")
             calibrated = _calibrate(built, folder, batch_size, console)
@@ -182,7 +186,7 @@ def index(
         if warning := too_few_images(len(calibration.keys)):
             console.print(f"{out}: {warning}", soft_wrap=True)
 
-    with explained_memory("indexing", ways):
+    with explained_memory("indexing", less_memory):
         if pixels:
             claim_index(out, folder.hash, extract.describe(), overwrite)
             with counting_bar(console) as progress:
@@ -224,20 +228,6 @@ def _calibrate(
         index.calibrations[similarity.name] = measured.to_json()
         progress.update(task, total=len(images.keys), completed=len(images.keys))
     return calibration_of(index, similarity)
-
-
-def _less_memory(
-    features: FeatureName, extractor: ExtractorOptions, batch_size: int, devices: EmbeddingDevices
-) -> list[str]:
-    """Options that lower the memory of indexing, the best first."""
-    from memfree.retrieval.features.make import HAVE_DTYPE
-
-    ways = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
-    if features in HAVE_DTYPE and extractor.dtype == "float32":
-        ways.append("--extractor.dtype bfloat16")
-    if features != "pixels" and devices.accelerator != "cpu":
-        ways.append("--trainer.accelerator cpu")
-    return ways
 
 
 def _embed(

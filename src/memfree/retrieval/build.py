@@ -153,15 +153,13 @@ def embedded(
     """Embed and hash the images, batch by batch; also returns their (C, H, W)."""
     hashes: list[str] = []
     parts: list[Tensor] = []
-    shapes: set[tuple[int, ...]] = set()
     for batch in origin.batches(batch_size):
         check_images(batch)
         hashes += content_hashes(batch)
         parts.append(features.embed(batch, batch_size).cpu())
-        shapes.add(tuple(batch.shape[1:]))
+        channels, height, width = batch.shape[1:]
         if advance is not None:
             advance(len(batch))
-    ((channels, height, width),) = shapes
     return Embedded(torch.cat(parts), hashes), (channels, height, width)
 
 
