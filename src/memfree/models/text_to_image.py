@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
@@ -33,7 +33,7 @@ class _Cache:
     def __len__(self) -> int:
         return len(self._known)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self
 
 
@@ -82,7 +82,7 @@ class _Shared:
         self.pipe, self.sha256 = pipe, sha256
         self.captions: list[str] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self
 
 
