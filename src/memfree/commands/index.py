@@ -142,20 +142,20 @@ def index(
     from memfree.retrieval.index_folder import claim_index, read_salt
 
     work = part_of(part)
-    images_shown, pixels = features in ("pixels", "latents"), features == "pixels"
-    refusals = {
-        f"--whiten true is for a network's features, as --features efficientnet, not for "
-        f"{features}": whiten and images_shown,
-        f"--hash_keys true needs other --features: {features} show the images": hash_keys
-        and images_shown,
-        "--hash_keys true needs --salt_file": hash_keys and salt_file is None,
-        "--trainer.* needs --features of a network: pixels are not embedded": pixels
-        and trainer != EmbeddingDevices(),
-        "--part needs --features of a network: pixels are not embedded": pixels and not work.whole,
-        "--part and --overwrite true exclude each other: delete --out, or choose": overwrite
-        and not work.whole,
-    }
-    for message, applies in refusals.items():
+    pixels, shown = features == "pixels", features in ("pixels", "latents")
+    network = "needs --features of a network: pixels are not embedded"
+    refusals = [
+        (whiten and shown, f"--whiten true needs --features of a network, not {features}"),
+        (hash_keys and shown, f"--hash_keys true needs other --features: {features} show images"),
+        (hash_keys and salt_file is None, "--hash_keys true needs --salt_file"),
+        (pixels and trainer != EmbeddingDevices(), f"--trainer.* {network}"),
+        (pixels and not work.whole, f"--part {network}"),
+        (
+            overwrite and not work.whole,
+            "--part and --overwrite true exclude each other: delete --out, or choose",
+        ),
+    ]
+    for applies, message in refusals:
         if applies:
             raise ValueError(message)
     refuse_mount_point(out)

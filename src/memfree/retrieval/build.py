@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -219,10 +220,9 @@ def merged(origin: Origin, row: np.ndarray, group: np.ndarray, hashes: Sequence[
     keys = [origin.keys[i] for i in first]
     multiplicity = torch.zeros(len(first), dtype=torch.int64)
     multiplicity.index_add_(0, torch.from_numpy(row), origin.counts)
-    totals: dict[tuple[int, int | None, str | None], int] = {}
+    totals: Counter[tuple[int, int | None, str | None]] = Counter()
     for position, label, caption, count in origin.conditions:
-        condition = (int(row[position]), label, caption)
-        totals[condition] = totals.get(condition, 0) + count
+        totals[int(row[position]), label, caption] += count
     return Items(
         keys,
         torch.from_numpy(group),
