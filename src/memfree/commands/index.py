@@ -138,24 +138,24 @@ def index(
 
     from memfree.out_of_memory import explained_memory
     from memfree.retrieval import ReferenceIndex
-    from memfree.retrieval.features.make import make_features
+    from memfree.retrieval.features.make import HAVE_DTYPE, make_features
     from memfree.retrieval.index_folder import claim_index, read_salt
 
     work = part_of(part)
-    images_shown, pixels = features in ("pixels", "latents"), features == "pixels"
-    refusals = {
-        f"--whiten true is for a network's features, as --features efficientnet, not for "
-        f"{features}": whiten and images_shown,
-        f"--hash_keys true needs other --features: {features} show the images": hash_keys
-        and images_shown,
-        "--hash_keys true needs --salt_file": hash_keys and salt_file is None,
-        "--trainer.* needs --features of a network: pixels are not embedded": pixels
-        and trainer != EmbeddingDevices(),
-        "--part needs --features of a network: pixels are not embedded": pixels and not work.whole,
-        "--part and --overwrite true exclude each other: delete --out, or choose": overwrite
-        and not work.whole,
-    }
-    for message, applies in refusals.items():
+    pixels, shown = features == "pixels", features in ("pixels", "latents")
+    network = "needs --features of a network: pixels are not embedded"
+    refusals = [
+        (whiten and shown, f"--whiten true needs --features of a network, not {features}"),
+        (hash_keys and shown, f"--hash_keys true needs other --features: {features} show images"),
+        (hash_keys and salt_file is None, "--hash_keys true needs --salt_file"),
+        (pixels and trainer != EmbeddingDevices(), f"--trainer.* {network}"),
+        (pixels and not work.whole, f"--part {network}"),
+        (
+            overwrite and not work.whole,
+            "--part and --overwrite true exclude each other: delete --out, or choose",
+        ),
+    ]
+    for applies, message in refusals:
         if applies:
             raise ValueError(message)
     refuse_mount_point(out)
@@ -169,10 +169,14 @@ def index(
     check_free_space(out, vectors * (1 if pixels else 2) + 100 * len(training.keys))
 
     console = plain_console(stderr=True)
-    ways = _less_memory(features, extractor, batch_size, trainer)
+    less_memory = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
+    if features in HAVE_DTYPE and extractor.dtype == "float32":
+        less_memory.append("--extractor.dtype bfloat16")
+    if not pixels and trainer.accelerator != "cpu":
+        less_memory.append("--trainer.accelerator cpu")
 
     def write(built: ReferenceIndex) -> None:
-        with explained_memory("calibrating", ways):
+        with explained_memory("calibrating", less_memory):
             on_gpu = torch.cuda.is_available() and trainer.accelerator != "cpu"
             built.to("cuda" if on_gpu else "cpu")
             calibrated = _calibrate(built, folder, batch_size, console)
@@ -182,7 +186,7 @@ def index(
         if warning := too_few_images(len(calibration.keys)):
             console.print(f"{out}: {warning}", soft_wrap=True)
 
-    with explained_memory("indexing", ways):
+    with explained_memory("indexing", less_memory):
         if pixels:
             claim_index(out, folder.hash, extract.describe(), overwrite)
             with counting_bar(console) as progress:
@@ -224,20 +228,6 @@ def _calibrate(
         index.calibrations[similarity.name] = measured.to_json()
         progress.update(task, total=len(images.keys), completed=len(images.keys))
     return calibration_of(index, similarity)
-
-
-def _less_memory(
-    features: FeatureName, extractor: ExtractorOptions, batch_size: int, devices: EmbeddingDevices
-) -> list[str]:
-    """Options that lower the memory of indexing, the best first."""
-    from memfree.retrieval.features.make import HAVE_DTYPE
-
-    ways = [f"a smaller --batch_size (now {batch_size})"] if batch_size > 1 else []
-    if features in HAVE_DTYPE and extractor.dtype == "float32":
-        ways.append("--extractor.dtype bfloat16")
-    if features != "pixels" and devices.accelerator != "cpu":
-        ways.append("--trainer.accelerator cpu")
-    return ways
 
 
 def _embed(

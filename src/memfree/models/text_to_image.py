@@ -24,17 +24,21 @@ from memfree.models.options import ModelOptions
 from memfree.models.text_pipeline import TextDenoiser, encode, load_pipeline
 
 
-class LatentCache:
-    """Mean and standard deviation of each image's latent, by the row of the image; on the CPU."""
+class _Cache:
+    """Values by key, shared by the module and its average."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._known: dict[Any, Any] = {}
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LatentCache:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self
+
+
+class LatentCache(_Cache):
+    """Mean and standard deviation of each image's latent, by the row of the image; on the CPU."""
 
     def __call__(self, vae: Any, images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """``posterior`` of images (B, 3, H, W); only new rows (B,) are encoded.
@@ -57,17 +61,8 @@ class LatentCache:
         return mean, std
 
 
-class EmbeddingCache:
+class EmbeddingCache(_Cache):
     """Encoded captions by their text, on the device that encodes."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, TextConditions] = {}
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EmbeddingCache:
-        return self
 
     def __call__(self, pipe: Any, captions: Sequence[str]) -> TextConditions:
         """``encode`` of captions; only new ones are encoded."""
@@ -77,6 +72,18 @@ class EmbeddingCache:
             for i, text in enumerate(new):
                 self._known[text] = encoded[slice(i, i + 1)]
         return TextConditions.cat([self._known[text] for text in captions])
+
+
+class _Shared:
+    """Shared by the module and its average: the pipeline with its frozen parts, and captions for
+    previews."""
+
+    def __init__(self, pipe: Any, sha256: str | None) -> None:
+        self.pipe, self.sha256 = pipe, sha256
+        self.captions: list[str] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -281,18 +288,6 @@ class TextToImageModule(DiffusionModule):
             for first in range(0, len(x_t), together)
         ]
         return torch.cat(images) * 2 - 1
-
-
-class _Shared:
-    """Shared by the module and its average: the pipeline with its frozen parts, and captions for
-    previews."""
-
-    def __init__(self, pipe: Any, sha256: str | None) -> None:
-        self.pipe, self.sha256 = pipe, sha256
-        self.captions: list[str] = []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
-        return self
 
 
 def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -153,15 +154,13 @@ def embedded(
     """Embed and hash the images, batch by batch; also returns their (C, H, W)."""
     hashes: list[str] = []
     parts: list[Tensor] = []
-    shapes: set[tuple[int, ...]] = set()
     for batch in origin.batches(batch_size):
         check_images(batch)
         hashes += content_hashes(batch)
         parts.append(features.embed(batch, batch_size).cpu())
-        shapes.add(tuple(batch.shape[1:]))
+        channels, height, width = batch.shape[1:]
         if advance is not None:
             advance(len(batch))
-    ((channels, height, width),) = shapes
     return Embedded(torch.cat(parts), hashes), (channels, height, width)
 
 
@@ -221,10 +220,9 @@ def merged(origin: Origin, row: np.ndarray, group: np.ndarray, hashes: Sequence[
     keys = [origin.keys[i] for i in first]
     multiplicity = torch.zeros(len(first), dtype=torch.int64)
     multiplicity.index_add_(0, torch.from_numpy(row), origin.counts)
-    totals: dict[tuple[int, int | None, str | None], int] = {}
+    totals: Counter[tuple[int, int | None, str | None]] = Counter()
     for position, label, caption, count in origin.conditions:
-        condition = (int(row[position]), label, caption)
-        totals[condition] = totals.get(condition, 0) + count
+        totals[int(row[position]), label, caption] += count
     return Items(
         keys,
         torch.from_numpy(group),

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import secrets
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,11 @@ def hashed(
             "its keys are; index them by another extractor, as SSCD"
         )
     keys = [hashed_key(key, salt) for key in items.keys]
-    totals: dict[tuple[int, int | None, str | None], int] = {}
+    totals: Counter[tuple[int, int | None, str | None]] = Counter()
     for condition in items.conditions.to_pylist():
         caption = condition["caption"] if keep_captions else None
         if condition["label"] is not None or caption is not None:
-            kept = (condition["row"], condition["label"], caption)
-            totals[kept] = totals.get(kept, 0) + condition["count"]
+            totals[condition["row"], condition["label"], caption] += condition["count"]
     # The content hashes go as well: anybody could compute them from an image.
     return Items(
         keys,

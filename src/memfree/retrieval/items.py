@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,16 +104,15 @@ class Items:
         return [best.get(row, (0, ""))[1] for row in range(len(self.keys))]
 
     @cached_property
-    def caption_counts(self) -> dict[int, dict[str, int]]:
+    def caption_counts(self) -> dict[int, Counter[str]]:
         """By group, its training records by caption; rows in order."""
-        counts: dict[int, dict[str, int]] = {}
+        counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
         group = self.group.tolist()
         columns = [self.conditions[name].to_pylist() for name in ("row", "caption", "count")]
         for row, caption, count in zip(*columns, strict=True):
             if caption is not None:
-                of_group = counts.setdefault(group[row], {})
-                of_group[caption] = of_group.get(caption, 0) + count
-        return counts
+                counts[group[row]][caption] += count
+        return dict(counts)
 
     def to(self, device: torch.device) -> None:
         """Move the tensors to a device."""
@@ -129,17 +129,11 @@ def conditions_table(
     totals: Mapping[tuple[int, int | None, str | None], int], keys: Sequence[str]
 ) -> pa.Table:
     """Table ``CONDITIONS`` of records by (row, label, caption), in the order of the rows."""
-    ordered = sorted(totals, key=lambda condition: condition[0])
-    return pa.table(
-        {
-            "row": [condition[0] for condition in ordered],
-            "image_key": [keys[condition[0]] for condition in ordered],
-            "label": [condition[1] for condition in ordered],
-            "caption": [condition[2] for condition in ordered],
-            "count": [totals[condition] for condition in ordered],
-        },
-        schema=CONDITIONS,
-    )
+    rows = [
+        {"row": row, "image_key": keys[row], "label": label, "caption": caption, "count": count}
+        for (row, label, caption), count in sorted(totals.items(), key=lambda item: item[0][0])
+    ]
+    return pa.Table.from_pylist(rows, schema=CONDITIONS)
 
 
 def duplicated_captions(
@@ -158,7 +152,7 @@ def duplicated_captions(
         items: of the index's rows.
         rows: (B, k) rows that a search returned, nearest first.
         policy: see above.
-        m: least records of the most common caption; 20 of 1000 neighbours in the authors' code.
+        m: the most common caption needs more records; 20 of 1000 in the authors' code.
 
     Raises:
         ValueError: the index has no captions, the rows are not (B, k) with k ≥ 1, or m < 0.
@@ -189,11 +183,7 @@ def duplicated_captions(
 
 def _most_common(items: Items, groups: list[int]) -> tuple[str, int]:
     """The most common caption of some groups, nearest first, and its records; ("", 0) of none."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()  # in the order of the neighbours, by which ties are decided
     for number in dict.fromkeys(groups):
-        for caption, count in items.caption_counts.get(number, {}).items():
-            if caption:
-                counts[caption] = counts.get(caption, 0) + count
-    # max keeps the first of equals, and dicts keep the order of the neighbours.
-    best = max(counts, key=lambda caption: counts[caption], default="")
-    return best, counts.get(best, 0)
+        counts.update({c: n for c, n in items.caption_counts.get(number, {}).items() if c})
+    return counts.most_common(1)[0] if counts else ("", 0)

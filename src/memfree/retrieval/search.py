@@ -332,8 +332,8 @@ class FaissReferences:
         wanted = min(size, candidates(k, refs.groups), _MOST)
         if wanted < k:
             return refs.search(queries, k)
-        costs, rows = self._candidates(queries, wanted)
-        limit = kth_group(costs, rows, k, refs.groups) + 2 * self._error(queries)
+        costs, rows, error = self._candidates(queries, wanted)
+        limit = kth_group(costs, rows, k, refs.groups) + 2 * error
         certain = (limit < costs[:, -1:]).squeeze(1) | (wanted == size)
         # Columns beyond the limit are no candidates; of uncertain queries, none are kept.
         keep = (costs <= limit) & certain[:, None]
@@ -347,21 +347,15 @@ class FaissReferences:
             result.rows[~certain], result.scores[~certain] = hits.rows, hits.scores
         return result
 
-    def _candidates(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-        """Approximate costs (B, wanted), ascending, in the units of ``References``; and rows."""
+    def _candidates(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Costs (B, wanted), ascending, in the units of ``References``; rows; error bounds."""
         refs = self.references
         centred = queries - refs.centre
         scores, rows = self._index.search(np.ascontiguousarray(centred.cpu().numpy()), wanted)
         costs = torch.from_numpy(scores).to(queries.device)
         rows = torch.from_numpy(rows).to(queries.device)
         if refs.metric == "cosine":
-            return -costs, rows
-        return costs - centred.square().sum(1, keepdim=True), rows
-
-    def _error(self, queries: Tensor) -> Tensor:
-        """As ``References.error``; FAISS also rounds the query's own square."""
-        refs = self.references
-        if refs.metric == "cosine":
-            return refs.error(queries)
-        square = (queries - refs.centre).square().sum(1, keepdim=True)
-        return refs.error(queries) + 2.0**-20 * square
+            return -costs, rows, refs.error(queries)
+        square = centred.square().sum(1, keepdim=True)
+        # FAISS also rounds the query's own square.
+        return costs - square, rows, refs.error(queries) + 2.0**-20 * square

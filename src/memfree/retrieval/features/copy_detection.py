@@ -106,17 +106,15 @@ class CopyDetectionFeatures(NetworkFeatures):
         self, shape: CopyDetectionShape, weights: dict[str, Tensor], path: Path | None = None
     ) -> None:
         with torch.device("meta"):  # no memory for a network that its weights are not of
-            expected = CopyDetectionNetwork(shape).state_dict()
-        given, wanted = (
-            {name: value.shape for name, value in state.items()} for state in (weights, expected)
-        )
-        if given != wanted:
+            network = CopyDetectionNetwork(shape)
+        try:
+            own = {name: value.clone() for name, value in weights.items()}
+            network.load_state_dict(own, strict=True, assign=True)
+        except RuntimeError as error:
             raise ValueError(
                 "the weights of a copy-detection network do not fit its shape: copy its folder "
                 "whole, or build the index again"
-            )
-        network = CopyDetectionNetwork(shape)
-        network.load_state_dict(weights, strict=True)
+            ) from error
         super().__init__(network, None)
         self.shape = shape
         self.path = path

@@ -48,9 +48,7 @@ class SSCDFeatures(NetworkFeatures):
     Args:
         path: the file, as sscd_disc_mixup.torchscript.pt.
         model: which of the published models it is, which fixes the embedding's length.
-        preprocessing: authors_288 (shorter side 288, ImageNet mean and deviation), authors_320
-            (320×320, the same), dcr (256, centre 224, mean and deviation 0.5: DCR and Wen et al.),
-            dcr_search (256, centre 224, ImageNet), amg (224×224, not normalised).
+        preprocessing: one of ``PREPROCESSINGS``.
         dtype: arithmetic of the network.
         trust_file: load the file whatever its hash is.
 
@@ -90,13 +88,8 @@ class SSCDFeatures(NetworkFeatures):
 
     def describe(self) -> dict[str, Any]:
         """Model, file, its hash, and the preprocessing by name and in full."""
-        return self._describe(
-            "sscd",
-            self.weights_sha256,
-            model=self.model,
-            path=str(self.path),
-            preset=self.preset,
-        )
+        own = {"model": self.model, "path": str(self.path), "preset": self.preset}
+        return self._describe("sscd", self.weights_sha256, **own)
 
     @torch.no_grad()
     def _check_shape(self) -> None:

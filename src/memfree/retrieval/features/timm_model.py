@@ -19,30 +19,6 @@ from memfree.retrieval.features.base import NetworkFeatures, state_hash, unreada
 from memfree.retrieval.features.preprocessing import Preprocessing, as_rgb, resized
 from memfree.retrieval.options import Arithmetic
 
-_BLOCKS_PER_STAGE = (1, 2, 2, 3, 3, 4, 1)
-# The package's names of layers, and timm's: in residual blocks with and without expansion.
-_EXPANDING = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-_NOT_EXPANDING = {
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn1",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
-_OUTSIDE = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-
 
 class TimmFeatures(NetworkFeatures):
     """A timm network's pooled features of length 1, compared by cosine, without its classifier.
@@ -134,7 +110,8 @@ class EfficientNetFeatures(NetworkFeatures):
         self._weights_hash = _weights_hash(path)
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False, exportable=True)
         published = torch.load(path, map_location="cpu", weights_only=True)
-        state = {_timm_name(name): value for name, value in published.items()}
+        # The package names its layers otherwise than timm, but in the same order.
+        state = dict(zip(network.state_dict(), published.values(), strict=True))
         network.load_state_dict(state, strict=True)
         super().__init__(network, preprocessing=None)
 
@@ -164,15 +141,3 @@ class EfficientNetFeatures(NetworkFeatures):
 @lru_cache(maxsize=1)
 def _weights_hash(path: Path) -> str:
     return sha256(path)
-
-
-def _timm_name(name: str) -> str:
-    parts = name.split(".")
-    if parts[0] != "_blocks":
-        return ".".join([_OUTSIDE[parts[0]], *parts[1:]])
-    block, stage = int(parts[1]), 0
-    while block >= _BLOCKS_PER_STAGE[stage]:
-        block -= _BLOCKS_PER_STAGE[stage]
-        stage += 1
-    names = _NOT_EXPANDING if stage == 0 else _EXPANDING
-    return ".".join(["blocks", str(stage), str(block), names[parts[2]], *parts[3:]])
