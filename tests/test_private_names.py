@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "memfree"
-LIGHTNING, DIFFUSERS, EFFICIENTNET = "lightning<2.8", "diffusers<0.44", "the ImageNet weights' keys"
+LIGHTNING, DIFFUSERS = "lightning<2.8", "diffusers<0.44"
 USED = {
     "_actions": "argparse (standard library): options of a parser, for messages",
     "_average_model": f"{LIGHTNING}: the averaged weights of its EMA callback",
@@ -25,8 +25,6 @@ USED = {
     "_orig_mod": "torch: the module below torch.compile",
     "_make_submission_file_text": "submitit<1.6: the script of a job",
     "_submitit_command_str": "submitit<1.6: as above",
-    **dict.fromkeys(("_bn0", "_bn1", "_bn2", "_conv_head", "_conv_stem", "_fc"), EFFICIENTNET),
-    **dict.fromkeys(("_depthwise_conv", "_expand_conv", "_project_conv"), EFFICIENTNET),
 }
 NOT_OF_LIBRARIES = {
     "_exit": "os._exit is documented",
