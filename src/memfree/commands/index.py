@@ -145,7 +145,10 @@ def index(
     pixels, shown = features == "pixels", features in ("pixels", "latents")
     network = "needs --features of a network: pixels are not embedded"
     refusals = [
-        (whiten and shown, f"--whiten true needs --features of a network, not {features}"),
+        (
+            whiten and shown,
+            f"--whiten true is for networks, as --features efficientnet, not for {features}",
+        ),
         (hash_keys and shown, f"--hash_keys true needs other --features: {features} show images"),
         (hash_keys and salt_file is None, "--hash_keys true needs --salt_file"),
         (pixels and trainer != EmbeddingDevices(), f"--trainer.* {network}"),
