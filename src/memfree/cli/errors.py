@@ -22,6 +22,12 @@ _UNKNOWN_KEY = re.compile(r"Group '([^']+)' does not accept option '([^']+)'")
 _REQUIRED = "the following arguments are required: "
 _DENIED = re.compile(r"Importing ('[^']*') is not allowed, denied by .* to allow it\.", re.DOTALL)
 _NO_CLASS = r"\1 is not a set of options: options and configs may not name classes"
+_EXPECTED = re.compile(
+    r"(?:Does not validate against any of the Union subtypes\s+Subtypes: \[(.*?)\]"
+    r"|Expected an? (?:Literal\[(.*?)\]|(.*?))\.)\s+(?:Given|Got) value: ",
+    re.DOTALL,
+)
+"""jsonargparse's words for a value of another type: of a union, of fixed words, or of one type."""
 _TYPE_NOISE = ("<class '", "'>", "jsonargparse.typing.", "jsonargparse.", "typing.")
 _CALLED = {"--font": ("--path", "FONT, with --source emoji")}
 """Options that one may look for by another name, how they are called, and with what."""
@@ -60,7 +66,16 @@ def option_message(message: str, parser: ArgumentParser) -> str:
     message = _DENIED.sub(_NO_CLASS, message)
     for noise in _TYPE_NOISE:
         message = message.replace(noise, "")
+    message = _EXPECTED.sub(_expected, message)
     return f"{message}; see --help"
+
+
+def _expected(match: re.Match[str]) -> str:
+    union, words, one = match.groups()
+    if one:
+        return f"expected {one}, got "
+    names = (union or words).replace("'", "").replace("NoneType", "null")
+    return f"expected one of {names}, got "
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
