@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from memfree.console import say
@@ -76,6 +77,15 @@ def _expected(match: re.Match[str]) -> str:
         return f"expected {one}, got "
     names = (union or words).replace("'", "").replace("NoneType", "null")
     return f"expected one of {names}, got "
+
+
+@contextmanager
+def named_option(option: str) -> Iterator[None]:
+    """Put the option before what is wrong with its value."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

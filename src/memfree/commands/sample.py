@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from memfree.cli.errors import named_option
 from memfree.console import quiet, say
 from memfree.folders.atomic import check_free_space
 from memfree.folders.lock import ALL, one_at_a_time, part_of
@@ -38,21 +37,12 @@ def prompts_in_turn(prompts: PromptOptions, model: LoadedModel) -> list[str] | N
     if len(given) != 1:
         raise ValueError("a text-to-image model needs either --prompts.file or --prompts.dataset")
     if prompts.file is not None:
-        with _named("--prompts.file"):
+        with named_option("--prompts.file"):
             return read_prompts(prompts.file)
     assert prompts.dataset is not None
-    with _named("--prompts.dataset"):
+    with named_option("--prompts.dataset"):
         data = DatasetFolder(prompts.dataset)
         return prompt_set(data, prompts.captions, int(prompts.least_records))
-
-
-@contextmanager
-def _named(option: str) -> Iterator[None]:
-    """Put the option before what is wrong with its value."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{option}: {error}") from error
 
 
 IDLE_RANK = "Total length of .* across ranks is zero.*"

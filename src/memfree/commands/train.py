@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from memfree.cli.errors import named_option
 from memfree.console import counted, quiet, say
 from memfree.data.options import DataOptions
 from memfree.folders.atomic import put_in_place, unfinished
@@ -125,7 +124,7 @@ def train(
     if trainer.max_steps == trainer.max_epochs == -1:
         raise ValueError("give --trainer.max_steps or --trainer.max_epochs: both are -1")
     if trainer.val_check_interval:
-        with _named("--trainer.val_check_interval"):
+        with named_option("--trainer.val_check_interval"):
             records.val_dataloader()
     copy_rate = _copy_rate(trainer, seed)
     # Not devices: a run may resume with another number of them.
@@ -219,15 +218,6 @@ def train(
     fit.strategy.barrier()
 
 
-@contextmanager
-def _named(option: str) -> Iterator[None]:
-    """Put the option before what is wrong with its value."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{option}: {error}") from error
-
-
 def _module(
     model: ModelOptions, data: ShardDataModule, seed: int, stepping: dict[str, Any]
 ) -> DiffusionModule:
@@ -250,7 +240,7 @@ def _module(
             f"--data.path {data.path} has no captions, which --model.pretrained is trained with: "
             "prepare captioned images"
         )
-    with _named("--model.pretrained"):
+    with named_option("--model.pretrained"):
         pipe = load_pipeline(model.pretrained)
     return TextToImageModule(model, pipe, data.image_shape, seed, read, stepping)
 
@@ -310,7 +300,7 @@ def _copy_rate(options: TrainerOptions, seed: int) -> list[pl.Callback]:
     from memfree.retrieval import ReferenceIndex
     from memfree.sampling import CopyRate
 
-    with _named("--trainer.copy_rate_index"):
+    with named_option("--trainer.copy_rate_index"):
         if not options.val_check_interval:
             raise ValueError("pass --trainer.val_check_interval, too: how often to measure")
         index = ReferenceIndex.load(options.copy_rate_index)
