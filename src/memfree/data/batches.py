@@ -30,16 +30,12 @@ _log = logging.getLogger(__name__)
 
 
 def permutation(records: int, seed: int, epoch: int) -> np.ndarray:
-    """(records,) int64: order of an epoch; ranks, workers and batch size play no part."""
+    """(records,) int64: an epoch's order, whatever the ranks, workers and batch size."""
     return generator_of(seed, epoch, Stream.EPOCH).permutation(records)
 
 
 def batches_per_epoch(records: int, batch_size: int, world_size: int) -> int:
-    """Batches of every rank in an epoch, of nearly equal size and at most ``batch_size``.
-
-    Only with ``batch_size`` 1 on several ranks some may hold two, since no rank may be left
-    without a record.
-    """
+    """Batches of nearly equal size on every rank, at most ``batch_size`` (from 1 on, sometimes 2)."""
     if batch_size < 1:
         raise ValueError(f"--data.batch_size {batch_size}: use 1 or more")
     if records < world_size:
@@ -51,7 +47,7 @@ def batches_per_epoch(records: int, batch_size: int, world_size: int) -> int:
 
 
 def global_slice(records: int, batches: int, batch: int) -> tuple[int, int]:
-    """Positions [start, end) in the epoch's order that global batch number ``batch`` takes."""
+    """Positions [start, end) of global batch ``batch`` in the epoch's order."""
     return batch * records // batches, (batch + 1) * records // batches
 
 
@@ -63,18 +59,17 @@ def rank_slice(start: int, end: int, rank: int, world_size: int) -> tuple[int, i
 
 @dataclass(frozen=True)
 class RankOptions:
-    """How the records are dealt out to this rank."""
+    """How records are dealt out to this rank."""
 
     batch_size: int
-    """Largest number of records of a batch on this rank."""
+    """Largest number of records in a batch on this rank."""
     seed: int = 0
     rank: int = 0
     world_size: int = 1
     random_flip: bool = False
     """Mirror each record with probability 1/2."""
     on_error: OnError = "stop"
-    """Stop at what is broken, or leave it out; then each batch carries, as ``skipped``, a
-    :class:`memfree.data.skipped.Skipped` of what was left out for it."""
+    """"skip" leaves broken records out and names them in each batch's ``skipped``."""
 
 
 class RankBatches(Dataset[Batch | Exception]):
@@ -89,7 +84,7 @@ class RankBatches(Dataset[Batch | Exception]):
         return self.batches
 
     def __getitem__(self, place: tuple[int, int]) -> Batch | Exception:
-        """Batch ``number`` of ``epoch``, or its error: raised in a worker, it fills a screen."""
+        """Batch or its error: raised in a worker, its traceback would fill a screen."""
         try:
             return self.batch(*place)
         except (ValueError, OSError) as error:
@@ -100,7 +95,6 @@ class RankBatches(Dataset[Batch | Exception]):
         raise NotImplementedError
 
     def _slice(self, number: int) -> tuple[int, int, float]:
-        """Positions [start, end) of a batch in the epoch's order, and the weight of its loss."""
         first, last = global_slice(self.records, self.batches, number)
         world_size = self._options.world_size
         start, end = rank_slice(first, last, self._options.rank, world_size)
@@ -108,10 +102,7 @@ class RankBatches(Dataset[Batch | Exception]):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """(epoch, number) of the batches that are left of the present epoch.
-
-    ``position`` gives (epoch, batches of it that were trained on).
-    """
+    """(epoch, number) of the batches left; ``position`` returns (epoch, batches trained on)."""
 
     def __init__(self, batches: int, position: Callable[[], tuple[int, int]]) -> None:
         self._batches, self._position = batches, position
@@ -122,13 +113,9 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 class EpochLoader:
-    """A loader that resumes within an epoch; Lightning leaves it as it is.
+    """Data loader that resumes within an epoch at ``position``, (epoch, batches trained on).
 
-    Args:
-        batches: of this rank.
-        num_workers: processes that decode; 0 decodes in this one.
-        position: (epoch, batches of it that were trained on) at present.
-        count: takes each batch before it is handed out.
+    ``count`` receives each batch before it is yielded. Lightning does not rewrap this loader.
     """
 
     def __init__(
@@ -146,11 +133,7 @@ class EpochLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the present epoch.
-
-        Lightning asks for an iterator long before it asks for its first batch, so the position is
-        looked up with that one.
-        """
+        """Rest of the epoch; read lazily, as Lightning requests an iterator long before a batch."""
         if self._loader is None:
             self._loader = DataLoader(
                 self._batches,
@@ -171,7 +154,7 @@ class EpochLoader:
         self._loader = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the position is the trainer's. Tells Lightning that this loader can resume."""
+        """Empty (the trainer keeps the position); tells Lightning that this loader can resume."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -179,10 +162,7 @@ class EpochLoader:
 
 
 class EpochBatches(RankBatches):
-    """Batches of one rank of a dataset folder: each epoch is one permutation of its records.
-
-    Decoded images are kept in memory if all of them take at most ``cache_bytes``.
-    """
+    """Batches of a dataset folder; images are cached if all take at most ``cache_bytes``."""
 
     def __init__(self, folder: DatasetFolder, options: RankOptions, cache_bytes: int = 0) -> None:
         records = folder.part_records("train")
@@ -224,7 +204,6 @@ class EpochBatches(RankBatches):
         return batch
 
     def _readable(self, position: int) -> tuple[np.ndarray, torch.Tensor]:
-        """The first record from ``position`` on, around the end, that can be read."""
         for number in np.roll(self._order, -position):
             numbers, pixels = _read(self._reader, np.array([number]), lambda number, message: None)
             if len(numbers):
@@ -235,7 +214,6 @@ class EpochBatches(RankBatches):
 def _read(
     reader: RecordReader, numbers: np.ndarray, broken: Callable[[int, str], None] | None
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """The records of ``numbers`` that can be read, and their images; ``broken`` takes the rest."""
     if broken is None:
         return numbers, reader.read(numbers.tolist())
     lost: list[int] = []
@@ -256,7 +234,6 @@ def _batch(
     labels: torch.Tensor | None,
     captions: pa.Array | None,
 ) -> Batch:
-    """The images of these records, with what the columns say of them."""
     index = torch.from_numpy(numbers)
     batch: Batch = {
         "image": from_bytes(pixels),
@@ -271,10 +248,7 @@ def _batch(
 
 
 class PartLoader:
-    """Batches of the distinct images of one part, each once, in order; ranks take turns.
-
-    With ``on_error`` skip, an image that cannot be read is left out and named once.
-    """
+    """Each distinct image of a part once, in order; ranks take turns."""
 
     def __init__(
         self, part: DatasetPart, batch_size: int, rank: int, world_size: int, on_error: OnError
@@ -309,19 +283,13 @@ class PartLoader:
 
 
 class ForeignBatches(RankBatches):
-    """Batches of one rank, drawn from shards in an order of their own each epoch.
+    """Batches of one rank from shards without a manifest, in a new order each epoch.
 
-    The shards are shuffled by (seed, epoch) and dealt out to all workers of all ranks; where there
-    are fewer shards than these, everyone reads all shards and takes every N-th record. A worker
-    whose shards end before its share of the epoch begins them again in another order. All ranks
-    get the same number of batches. Order depends on the number of ranks and workers, but not on
-    time: with the same ranks and workers a resumed epoch continues with the batches that were
-    left. Those before are read again, and decoded too where broken records are left out.
-
-    Attributes:
-        missing: local shards that are not there.
-        left_out: what lies beside the shards; each batch carries, as ``left_out``, what was met in
-            them and not used.
+    Shards are shuffled by (seed, epoch) and dealt out to all workers of all ranks; with fewer
+    shards than workers, everyone reads all shards and takes every N-th record. A worker that runs
+    out begins its shards again in another order. The order depends on the number of ranks and
+    workers: with the same numbers, a resumed epoch reads past the batches that were trained on and
+    continues.
     """
 
     def __init__(self, shards: str, stream: StreamOptions, options: RankOptions) -> None:
@@ -349,7 +317,7 @@ class ForeignBatches(RankBatches):
         self._rest: Iterator[Batch] = iter(())
 
     def batch(self, epoch: int, number: int) -> Batch:
-        """See :class:`RankBatches`; quick for the batches that this worker gets in turn."""
+        """See :class:`RankBatches`; fast for the batches that this worker gets in turn."""
         worker = get_worker_info()
         workers = worker.num_workers if worker is not None else 1
         if (epoch, number) != self._next:
@@ -360,7 +328,6 @@ class ForeignBatches(RankBatches):
         return batch
 
     def _batches(self, epoch: int, start: int, workers: int) -> Iterator[Batch]:
-        """Every ``workers``-th batch from ``start`` on; those before are passed over."""
         first = start % workers
         unit = self._options.rank * workers + first
         skipped, left_out = Skipped(), LeftOut()
@@ -391,7 +358,6 @@ class ForeignBatches(RankBatches):
     def _records(
         self, epoch: int, unit: int, units: int, skipped: Skipped, left_out: LeftOut
     ) -> Iterator[TarRecord]:
-        """Records of one worker without end, shuffled within its buffer."""
         shared = len(self._shards) < units
         # Where everyone reads all shards, one of them counts what is broken.
         counter = Skipped() if shared and unit else skipped
@@ -431,7 +397,6 @@ class ForeignBatches(RankBatches):
     def _next_whole(
         self, records: Iterator[TarRecord], skipped: Skipped, left_out: LeftOut
     ) -> tuple[TarRecord, np.ndarray]:
-        """The next record that decodes, and its pixels (C, H, W)."""
         while True:
             record = next(records)
             try:

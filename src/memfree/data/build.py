@@ -48,11 +48,7 @@ def build(
     limit: int = 0,
     labels: LabelPolicy = "own",
 ) -> dict[str, Any]:
-    """Read, group, split, repeat, write; see :func:`memfree.commands.prepare.prepare`.
-
-    Returns:
-        What the manifest says of the result.
-    """
+    """Read, group, split, repeat and write images; returns the manifest's fields."""
     scratch = folder / "pixels.tmp"
     task = progress.add_task("read", total=source.size[0] or None)
     data = ingest(source, framing, scratch, skipped, lambda name: progress.advance(task))
@@ -121,7 +117,6 @@ def build(
 def _compare(
     data: Ingested, near_distance: float, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct image of each source image, and near duplicates among the distinct ones."""
     task = progress.add_task("compare", total=len(data.names))
     image_of, first = distinct(data.pixels)
     pairs = near_pairs(
@@ -136,7 +131,7 @@ def _compare(
 def _joined(
     pairs: np.ndarray, named: Iterable[tuple[str | None, int]], numbers: np.ndarray
 ) -> np.ndarray:
-    """Group of each of ``numbers``: pairs belong together, and what has the same name."""
+    """Group of each of ``numbers``: joins pairs, and images of the same name."""
     leader: dict[str, int] = {}
     links = [
         (leader.setdefault(name, number), number) for name, number in named if name is not None
@@ -148,7 +143,7 @@ def _joined(
 
 @dataclass
 class Items:
-    """The distinct images of a dataset, and which records are made of them."""
+    """Distinct images of a dataset and their records."""
 
     keys: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
@@ -156,14 +151,13 @@ class Items:
     sources: list[int] = field(default_factory=list)
     """Source image that has these pixels, -1 for a near copy."""
     near_copies: dict[int, np.ndarray] = field(default_factory=dict)
-    """Pixels of the rows that are near copies."""
     records: dict[PartName, list[Record]] = field(default_factory=dict)
     num_classes: int | None = None
     repeated: int = 0
-    """Images that the plan chose and repeats."""
+    """Images that the plan repeats."""
 
     def add(self, key: str, group: str, part: PartName, source: int) -> int:
-        """Append a distinct image; returns its row."""
+        """Append a distinct image and return its row."""
         self.keys.append(key)
         self.groups.append(group)
         self.parts.append(part)
@@ -171,7 +165,7 @@ class Items:
         return len(self.keys) - 1
 
     def copies(self) -> list[int]:
-        """Records of each row."""
+        """Number of records of each row."""
         count = Counter(record.row for records in self.records.values() for record in records)
         return [count[row] for row in range(len(self.keys))]
 
@@ -186,11 +180,10 @@ def arrange(
     seed: int,
     labels: LabelPolicy = "own",
 ) -> Items:
-    """Lay out the records: in a random order within each part, near copies after all originals.
+    """Shuffle the records of each part, near copies after all originals.
 
     ``image_of`` (N,) is the distinct image of each source image, ``group_of`` (M,) the group of
-    each of these, ``part_of`` (G,) the part of each group. Held-out images lose their labels where
-    the policy ``labels`` says nothing of the image.
+    each of these, ``part_of`` (G,) the part of each group.
     """
     order = generator_of(seed, Stream.SOURCE_ORDER).permutation(len(image_of)).tolist()
     group_names: dict[int, str] = {}  # what the source calls it, otherwise its first image's key
@@ -227,7 +220,7 @@ def arrange(
 def _repeat(
     items: Items, data: Ingested, plan: DuplicationPlan, policy: LabelPolicy, seed: int
 ) -> None:
-    """Append the plan's copies to the training records, under the labels that ``policy`` gives."""
+    """Append the plan's copies to the training records, with the labels of ``policy``."""
     train = items.records["train"]
     alone = Counter(items.groups[record.row] for record in train)
     places = [place for place, record in enumerate(train) if alone[items.groups[record.row]] == 1]
@@ -259,10 +252,9 @@ def _repeat(
 def _relabelled(
     records: Sequence[Record], policy: LabelPolicy, num_classes: int | None, seed: int
 ) -> tuple[list[Record], int | None]:
-    """Training records under other labels (Gu et al., 2023, "On Memorization in Diffusion Models").
+    """Relabel training records (Gu et al., 2023, "On Memorization in Diffusion Models").
 
-    One label an image; own: as it is; random: drawn uniformly from the source's classes whatever
-    the image shows; unique: a class of its own. Returns the number of classes too.
+    own: as it is; random: drawn uniformly, whatever the image; unique: one class per image.
     """
     if policy == "own":
         return list(records), num_classes
@@ -280,8 +272,6 @@ def _relabelled(
 
 
 class _Conditions:
-    """Labels and captions of copies."""
-
     def __init__(
         self, items: Items, data: Ingested, plan: DuplicationPlan, train: list[Record]
     ) -> None:
@@ -301,7 +291,6 @@ class _Conditions:
             raise ValueError("--plan.conditions varied needs two classes or more")
 
     def original(self, record: Record) -> Record:
-        """The record of an image that is repeated: policy ``key`` changes it as well."""
         if self._policy != "key":
             return record
         label, caption = record.label, record.caption
@@ -312,7 +301,6 @@ class _Conditions:
         return replace(record, label=label, caption=caption)
 
     def of(self, original: Record) -> tuple[int | None, str | None]:
-        """Label and caption of the next copy of ``original``."""
         label, caption = original.label, original.caption
         if self._policy == "varied":
             if label is not None:
@@ -333,7 +321,7 @@ class _Conditions:
         return label
 
     def _new_word(self, image: int) -> str:
-        """The made-up word of an image, which is in no caption and no other image has."""
+        """An image's made-up word, which no caption contains and no other image has."""
         attempt = 0
         while (word := self._plan.word(image, attempt)) in self._words:
             attempt += 1
@@ -382,7 +370,6 @@ def _write_shards(
 
 
 def _write_tables(folder: Path, items: Items, writer: ShardWriter) -> None:
-    """``items.parquet``, ``conditions.parquet`` and the index ``records.parquet``."""
     number_of = Counter(
         (record.row, record.label, record.caption)
         for records in items.records.values()

@@ -20,23 +20,22 @@ READ = "captions are read from NAME.txt, NAME.caption, metadata.jsonl or metadat
 
 
 class FolderCaptions:
-    """Captions of the pictures of one folder, from wherever they stand.
+    """Captions of one folder's pictures: NAME.txt, NAME.caption, metadata.jsonl or .csv.
 
-    ``NAME.txt`` and ``NAME.caption`` beside ``NAME.png`` are its captions. ``metadata.jsonl`` and
-    ``metadata.csv`` are read as Hugging Face's ImageFolder does: ``file_name`` is a path from their
-    own folder, ``text`` or ``caption`` the caption.
+    Metadata is read as Hugging Face's ImageFolder does: ``file_name`` is relative to the metadata
+    file, ``text`` or ``caption`` is the caption.
 
     Args:
-        folder: the folder of the pictures.
-        images: its pictures.
-        others: the other files in it.
-        options: which captions are meant where there is a choice.
-        note: takes files that hold no caption of a picture.
-        foreign: pictures that are not read, and named elsewhere.
+        folder: folder of the pictures.
+        images: pictures to caption.
+        others: all other files in the folder.
+        options: chooses between several captions.
+        note: receives files that hold no caption of a picture.
+        foreign: pictures that are reported elsewhere.
 
     Attributes:
         present: whether any picture has a caption.
-        lost: what is wrong with rows of metadata that belong to no picture.
+        lost: errors in metadata rows that belong to no picture.
     """
 
     def __init__(
@@ -74,12 +73,7 @@ class FolderCaptions:
         self.present = bool(self._beside or self._listed)
 
     def of(self, image: Path) -> str | None:
-        """The caption of a picture; None where no picture has one.
-
-        Raises:
-            ValueError: its text cannot be read, or there is more than one reading of it.
-            FileNotFoundError: it has none, but others do.
-        """
+        """Caption of a picture; None if no picture has any, FileNotFoundError if others have."""
         if not self.present:
             return None
         shown, stem = short(image, 1000), image.with_suffix("")
@@ -145,7 +139,6 @@ def _read_text(file: Path, limit: int = MAX_TEXT_BYTES) -> str:
 
 
 def _rows(file: Path) -> tuple[list[tuple[int, dict[str, Any]]], set[str]]:
-    """(line number, row) of a metadata file, and its columns."""
     text, shown = _read_text(file, MAX_JSON_BYTES), short(file, 1000)
     rows: list[tuple[int, dict[str, Any]]] = []
     columns: set[str] = set()

@@ -32,20 +32,16 @@ from memfree.folders.claim import first_difference
 def epoch_order(
     batches: int, global_batch_size: int, ranks: int, workers: int | None
 ) -> dict[str, Any]:
-    """What the batches of an epoch depend on, beside the records and the seed, as JSON values.
-
-    ``workers`` of each rank, where these deal the shards out; None where they change nothing.
-    """
+    """What an epoch's batches depend on besides records and seed; ``workers`` None: irrelevant."""
     readers = None if workers is None else {"ranks": ranks, "workers": max(workers, 1)}
     return {"batches": batches, "global_batch_size": global_batch_size, "readers": readers}
 
 
 def check_resumable(progress: dict[str, int], stopped: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to resume within an epoch whose batches would be others now (see ``epoch_order``).
+    """Refuse to resume within an epoch whose batches would now differ (see ``epoch_order``).
 
-    ``progress`` are Lightning's counts of the batches of the present epoch, from the checkpoint.
-    Where that stopped at the end of an epoch, they are set to those of an epoch with as many
-    batches as one has now: Lightning would resume behind the batches of the old one.
+    ``progress``: Lightning's batch counts of the current epoch. Where they stand at an epoch's end
+    they are set to the new number of batches; otherwise Lightning would resume at the old one.
     """
 
     def readers(order: dict[str, Any]) -> str:
@@ -83,36 +79,33 @@ Report = TypeVar("Report", Skipped, LeftOut)
 
 
 class ShardDataModule(LightningDataModule):
-    """Batches of the training part of a dataset folder, or of third-party WebDataset shards.
+    """Batches of a dataset folder's training part, or of third-party WebDataset shards.
 
     A batch is a dictionary: ``image`` (B, C, H, W) float32 in [-1, 1]; ``key``, a list of image
     keys; ``row`` (B,) int64, rows of the dataset's items (-1 for foreign shards); ``label`` (B,)
-    int64 if there are labels; ``caption``, a list, if there are captions; ``weight``, a float by
-    which the mean loss of this batch is multiplied, so that the mean over ranks is the mean over
-    the records of all ranks (0 for a batch that only fills in where all records are broken).
+    int64 if there are labels; ``caption``, a list, if there are captions; ``weight``, a float that
+    scales the mean loss of the batch so that the mean over ranks is the mean over all records (0:
+    all broken).
 
-    From a dataset folder, an epoch is one permutation by (seed, epoch) that neither ranks nor
-    workers change, and every record is in it once. Training that was stopped within an epoch
-    continues with the batch that comes next.
-
-    Validation is on the held-out test part, whose batches have no ``weight``: each distinct image
-    once, in order. Shards without a manifest and folders without a test part have no validation.
+    In a dataset folder, an epoch is one permutation by (seed, epoch), whatever the ranks and
+    workers, and a stopped epoch resumes at the next batch. Validation reads each distinct image of
+    the test part once, without ``weight``; foreign shards have none.
 
     Args:
-        path: dataset folder of ``memfree prepare``; or shards without a manifest: a folder of
-            tars, a glob, or addresses with braces (see ``stream``).
-        batch_size: records in a batch on each rank, at most.
+        path: dataset folder, or shards without a manifest: a folder of tars, a glob, or addresses
+            with braces (see ``stream``).
+        batch_size: largest number of records in a batch on each rank.
         seed: of the order.
         num_workers: processes that decode; 0 decodes in the training process.
         cache_bytes: keep decoded images in memory if all take at most this (without workers only).
         random_flip: mirror each record with probability 1/2.
         on_error: stop at a broken record or shard, or skip, name and count it.
         verify: compare the SHA-256 of every shard at the start, not only its size.
-        stream: how shards without a manifest are read.
+        stream: how to read shards without a manifest.
 
     Attributes:
-        skipped: what this rank has left out as broken; on rank 0, of the resumed run too.
-        left_out: what this rank met beside the records, and did not use.
+        skipped: broken records that this rank skipped; on rank 0, of the resumed run too.
+        left_out: unused files that this rank met.
     """
 
     def __init__(
@@ -140,7 +133,7 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def folder(self) -> DatasetFolder | None:
-        """The opened dataset folder, None for foreign shards."""
+        """Opened dataset folder; None for foreign shards."""
         if self._folder is None and not self._is_foreign():
             self._folder = DatasetFolder(Path(self.path), self.verify, self.on_error)
         return self._folder
@@ -170,14 +163,11 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def dataset_hash(self) -> str | None:
-        """Identity of the dataset folder, None for foreign shards."""
+        """Hash of the dataset folder; None for foreign shards."""
         return self.folder.hash if self.folder is not None else None
 
     def identity(self) -> dict[str, Any]:
-        """Which records are read, and in which order, as JSON values.
-
-        Foreign shards have no hash: their address and how they are read stand for them.
-        """
+        """Records and their order as JSON; foreign shards, without a hash, by address and options."""
         read: dict[str, Any] = {
             "hash": self.dataset_hash,
             "seed": self.seed,
@@ -200,11 +190,10 @@ class ShardDataModule(LightningDataModule):
         return EpochBatches(self.folder, options, self.cache_bytes if self.num_workers == 0 else 0)
 
     def _place(self) -> tuple[int, int]:
-        """(rank, number of processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def train_dataloader(self) -> EpochLoader:
-        """Batches of this rank, one epoch an iteration."""
+        """Batches of this rank, one epoch per iteration."""
         rank, world_size = self._place()
         dataset = self.dataset(rank, world_size)
         if isinstance(dataset, ForeignBatches):
@@ -217,7 +206,7 @@ class ShardDataModule(LightningDataModule):
         return self._loader
 
     def val_dataloader(self) -> PartLoader | list[PartLoader]:
-        """Batches of this rank of the test part; in training an empty list where there is none."""
+        """Test batches of this rank; in training an empty list if there are none."""
         folder = self.folder
         if folder is None or not len(folder.part_records("test")):
             if self.trainer is None or self.trainer.state.fn == TrainerFn.VALIDATING:
@@ -229,7 +218,7 @@ class ShardDataModule(LightningDataModule):
         return PartLoader(folder.part("test"), self.batch_size, *self._place(), self.on_error)
 
     def count(self, batch: Batch) -> None:
-        """Count what was left out for a batch, and name it if it is among the first."""
+        """Count and log what was left out of a batch."""
         self.left_out.add(batch.pop("left_out", LeftOut()))
         named = len(self.skipped.messages)
         self.skipped.add(batch.pop("skipped", Skipped()))
@@ -239,16 +228,15 @@ class ShardDataModule(LightningDataModule):
             _log.warning("what else is broken is counted, not named")
 
     def skipped_on_all_ranks(self) -> Skipped:
-        """What all ranks together left out; a collective call."""
+        """Sum of ``skipped`` over all ranks; a collective call."""
         return self.skipped if self.on_error == "stop" else self._gathered(self.skipped)
 
     def left_out_on_all_ranks(self) -> LeftOut:
-        """What all ranks together met and did not use; a collective call."""
+        """Sum of ``left_out`` over all ranks; a collective call."""
         return self._gathered(self.left_out) if self.folder is None else self.left_out
 
     @staticmethod
     def _gathered(report: Report) -> Report:
-        """The sum of the reports of all ranks."""
         if not (distributed.is_available() and distributed.is_initialized()):
             return report
         gathered: list[Any] = [None] * distributed.get_world_size()
@@ -259,7 +247,7 @@ class ShardDataModule(LightningDataModule):
         return total
 
     def teardown(self, stage: str) -> None:
-        """End the workers, and say how much was left out in training."""
+        """End the workers and report what training left out."""
         if stage != "fit":
             return
         if self._loader is not None:
@@ -270,7 +258,7 @@ class ShardDataModule(LightningDataModule):
                 _log.warning("%s", text)
 
     def batches(self, world_size: int) -> int:
-        """Batches of an epoch on each rank."""
+        """Number of batches in an epoch on each rank."""
         folder = self.folder
         records = len(folder.part_records("train")) if folder else self.stream.epoch_records
         return batches_per_epoch(records, self.batch_size, world_size)
@@ -282,7 +270,7 @@ class ShardDataModule(LightningDataModule):
         return epoch_order(batches, self.batch_size * world_size, world_size, workers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What must be the same for a run that resumes; Lightning itself keeps the position."""
+        """What a resumed run must share; Lightning keeps the position."""
         return {
             "identity": self.identity(),
             "order": self._order(),
@@ -290,7 +278,7 @@ class ShardDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume a stopped run; ValueError if its records or the next batches would be others."""
+        """Resume a stopped run; ValueError if its records or next batches would differ."""
         if difference := first_difference(state_dict.get("identity"), self.identity(), "data"):
             raise ValueError(
                 f"the checkpoint was trained on other records than {self.path} gives now: "
@@ -308,7 +296,6 @@ class ShardDataModule(LightningDataModule):
             check_resumable(progress, state_dict["order"], self._order())
 
     def _position(self) -> tuple[int, int]:
-        """(epoch, batches of it that were trained on), from the trainer."""
         trainer = self.trainer
         if trainer is None:
             return 0, 0

@@ -33,16 +33,13 @@ if TYPE_CHECKING:
 def dataset_hash(
     shards: dict[str, str], keys: list[str], groups: list[str], copies: list[int]
 ) -> str:
-    """SHA-256 over the items and the shards' hashes by name."""
+    """SHA-256 over items, and shard hashes by name."""
     value = [sorted(shards.items()), keys, groups, copies]
     return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode()).hexdigest()
 
 
 class SourceHash:
-    """SHA-256 over all images of a source in order: pictures, keys, classes, captions.
-
-    Files that are packed or dated otherwise give the same hash, if their images are the same.
-    """
+    """SHA-256 over a source's pictures, keys, classes and captions, however packed or dated."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -56,17 +53,14 @@ class SourceHash:
         self._digest.update(json.dumps([*about, shape, content]).encode())
 
     def hexdigest(self, class_names: Sequence[str] | None) -> str:
-        """The hash, with the names of the classes."""
+        """Hash including the names of the classes."""
         digest = self._digest.copy()
         digest.update(json.dumps(list(class_names or ())).encode())
         return digest.hexdigest()
 
 
 def files_hash(files: Sequence[Path]) -> str:
-    """SHA-256 over names, sizes and times of files: while it is the same, so is what they hold.
-
-    A file that is written again has another time of change, whatever its owner says of its age.
-    """
+    """SHA-256 over names, sizes, modification and change times: tells whether files changed."""
     value: list[list[str | int]] = []
     for file in files:
         value.append([os.fspath(file)])
@@ -89,22 +83,19 @@ class DatasetFolder:
     """A dataset folder of ``memfree prepare``.
 
     Args:
-        path: the folder.
-        verify: read every shard and compare its SHA-256, instead of comparing sizes only.
+        verify: compare the SHA-256 of every shard instead of its size only.
         on_error: stop at a missing or damaged shard, or warn and continue without it.
 
     Attributes:
-        path: the folder.
         manifest: its ``manifest.json``.
         hash: identity of the dataset, see :func:`dataset_hash`.
         image_shape: (C, H, W) of all images.
         num_classes: number of labels, None without labels.
-        items: table ``image_key, group, copies, part``; its row numbers are the ``row`` of
-            batches.
+        items: table ``image_key, group, copies, part``; batches call its row numbers ``row``.
 
     Raises:
-        FileNotFoundError: there is no such folder, or a file of it is missing.
-        ValueError: it is unfinished, of another kind, or not what its manifest says.
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: it is unfinished, of another kind, or contradicts its manifest.
     """
 
     def __init__(
@@ -155,7 +146,6 @@ class DatasetFolder:
             raise self._error(name, f"is damaged ({error})") from error
 
     def _check(self, name: str, table: pa.Table, ranges: dict[str, range]) -> None:
-        """Refuse a table with a number out of its range, or labels that are no classes."""
         import pyarrow.compute as pc
 
         for column, allowed in {**ranges, "label": range(self.num_classes or 0)}.items():
@@ -165,7 +155,6 @@ class DatasetFolder:
                 raise self._error(name, problem)
 
     def _problems(self, verify: bool) -> Iterator[tuple[str, str]]:
-        """(shard, what is wrong with it)."""
         for name, (size, digest) in self._shards.items():
             path = self.path / name
             if Path(name).name != name or name in ("", "..") or not name.isprintable():
@@ -216,7 +205,7 @@ class DatasetFolder:
         return table
 
     def part_records(self, part: PartName) -> pa.Table:
-        """The rows of :attr:`records` of one part, in the order of the shards."""
+        """Rows of :attr:`records` of one part, in shard order."""
         import pyarrow.compute as pc
 
         return self.records.filter(pc.field("part") == part).combine_chunks()
@@ -255,16 +244,16 @@ class DatasetFolder:
 
 @dataclass
 class DatasetPart:
-    """The distinct images of one part, each once, in a fixed order.
+    """Distinct images of one part, each once, in a fixed order.
 
-    Near copies (crop, flip, brightness, JPEG) are distinct images with a key of their own, in the
-    group of their original; exact copies share the key.
+    Exact copies share a key; near copies (crop, flip, brightness, JPEG) have keys of their own in
+    the group of their original.
     """
 
     name: PartName
     keys: list[str]
     groups: list[str]
-    """Of each image: declared by the source, or found by content."""
+    """Group of each image, declared by the source or found by content."""
     copies: Tensor
     """(N,) int64: records of exactly that image, 1 = not repeated."""
     labels: Tensor | None
@@ -272,7 +261,7 @@ class DatasetPart:
     captions: list[str] | None
     """Caption of the image's first record; None without captions."""
     conditions: pa.Table
-    """``image_key, label, caption, count, part``: all conditions with their numbers of records."""
+    """``image_key, label, caption, count, part``: all conditions with their record counts."""
     rows: Tensor
     """(N,) int64: rows of the dataset's ``items``."""
     reader: RecordReader
@@ -292,16 +281,16 @@ class DatasetPart:
         return images
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """The images in order, (batch_size, C, H, W) float32 in [-1, 1]; the last may be fewer."""
+        """Images in order, (batch_size, C, H, W) float32 in [-1, 1]; the last batch may be smaller."""
         for start in range(0, len(self), batch_size):
             yield from_bytes(self.reader.read(range(start, min(start + batch_size, len(self)))))
 
 
 class RecordReader:
-    """Images of a dataset folder in any order and in any process, checked and decoded.
+    """Checked, decoded images of a dataset folder in any order and process.
 
-    ``records`` are rows of the index, with ``shard, offset, size, crc32, row``. Decoded images are
-    kept, one for all exact copies, if all of them take at most ``cache_bytes``.
+    ``records`` are index rows with ``shard, offset, size, crc32, row``. Decoded images are cached,
+    one for all exact copies, if all take at most ``cache_bytes``.
     """
 
     def __init__(
@@ -333,12 +322,10 @@ class RecordReader:
     def read(
         self, numbers: Iterable[int], broken: Callable[[int, str], None] | None = None
     ) -> Tensor:
-        """Images of these records, (n, C, H, W) uint8.
+        """Images of these index positions, (n, C, H, W) uint8.
 
-        Args:
-            numbers: positions in the index.
-            broken: called with the position and a message for a record that cannot be read, which
-                is then left out; default: raise ValueError or OSError.
+        ``broken``, if given, receives position and message of unreadable records, which are left
+        out.
         """
         import torch
 
@@ -355,7 +342,6 @@ class RecordReader:
         return torch.from_numpy(np.stack(images))
 
     def _image(self, number: int) -> np.ndarray:
-        """(C, H, W) uint8."""
         if self._cached is None:
             return self._decode(number)
         slot = self._slot[number]
@@ -376,7 +362,7 @@ class RecordReader:
         return decode_record(data, name, self.image_shape)
 
     def _file(self, shard: int) -> int:
-        """An open file of this process; the one not used for longest is closed first."""
+        """An open file of this process; closes the least recently used one first."""
         if self._process != os.getpid():  # the parent's descriptors are shared with it: reopen
             self._files, self._process = OrderedDict(), os.getpid()
         if shard not in self._files:
@@ -397,7 +383,6 @@ class RecordReader:
 
 
 def _shape(value: Any) -> tuple[int, int, int]:
-    """(C, H, W), refused if no image is of it."""
     channels, height, width = value
     if not all(type(side) is int and side > 0 for side in value) or (
         channels > 4 or height * width > MAX_PIXELS

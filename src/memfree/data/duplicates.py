@@ -27,12 +27,7 @@ def numbered(names: Iterable[Hashable]) -> np.ndarray:
 
 
 def distinct(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number exact duplicates among images (N, ...) uint8 alike.
-
-    Returns:
-        (N,) int64: number of the distinct image that each one is, by first appearance;
-        and (M,) int64: where each distinct image appears first.
-    """
+    """(N,) int64 number of each image (N, ...) uint8 by content, (M,) int64 first positions."""
     number = numbered(hashlib.sha256(image.tobytes()).digest() for image in pixels)
     return number, np.unique(number, return_index=True)[1]
 
@@ -44,26 +39,25 @@ def near_pairs(
     progress: Callable[[int, int], None] | None = None,
     since: int = 0,
 ) -> np.ndarray:
-    """Pairs of images that are the same picture except for a flip, a shift or its brightness.
+    """Pairs of images that differ only by a flip, a shift or brightness.
 
     The centre of one, without a border of a pixel (1/32 of the side in larger pictures), is
-    compared with the nine windows of that size in the other, and in the other mirrored. Windows
-    are shrunk to 16 x 16 pixels at most; each channel is centred, and the whole is scaled to unit
-    length, which removes brightness, contrast and a cast of colour. The distance is the smallest
-    Euclidean one among the 18: 0 for the same picture, sqrt(2) for unrelated ones; 0.15 is a
-    correlation of 0.989. At 0.15, 9 of the 1.6 million pairs among the 1797 digits count as near
-    duplicates; JPEG and a change of brightness by a fifth stay below it. Pictures without features
-    (contrast below about 4 grey levels) are near duplicates of each other.
+    compared with the nine windows of that size in the other and in its mirror image. Windows are
+    shrunk to at most 16 x 16 pixels, each channel is centred and the whole scaled to unit length,
+    which removes brightness, contrast and colour casts. The distance is the smallest Euclidean one
+    of the 18: 0 for the same picture, sqrt(2) for unrelated ones, 0.15 for a correlation of 0.989.
+    At 0.15, 9 of the 1.6 million pairs of the 1797 digits are near duplicates; JPEG and a fifth
+    more or less brightness stay below. Featureless pictures (contrast below about 4 grey levels)
+    all match each other.
 
-    The search is exact and in blocks: a projection to the 32 strongest directions can only shorten
-    a distance, so what it leaves apart needs no further look. Work grows with the square of N
-    (a minute of one core for 60 000 colour images), memory with N.
+    The search is exact: projecting onto the 32 strongest directions can only shorten a distance.
+    Time grows with N² (a minute on one core for 60 000 colour images), memory with N.
 
     Args:
         pixels: (N, C, H, W) uint8, may be memory-mapped.
         distance: the largest distance of near duplicates; 0 finds none.
         progress: called with (images done, N).
-        since: only pairs whose later image is this or a later one.
+        since: only pairs whose later image has at least this number.
 
     Returns:
         (P, 2) int64 pairs of row numbers, the smaller first, sorted.
@@ -87,12 +81,9 @@ def near_pairs(
 
 
 def group(count: int, pairs: np.ndarray, declared: Sequence[Hashable | None] = ()) -> np.ndarray:
-    """Connected groups of ``count`` images, (count,) int64 numbers by first appearance.
+    """(count,) int64 connected groups, numbered by first appearance.
 
-    Args:
-        count: number of images.
-        pairs: (P, 2) images that belong together.
-        declared: names, or none at all; images with the same name that is not None belong together.
+    ``pairs`` (P, 2) belong together, as do images with the same ``declared`` name other than None.
     """
     leader: dict[Hashable, int] = {}
     same = [
@@ -104,13 +95,11 @@ def group(count: int, pairs: np.ndarray, declared: Sequence[Hashable | None] = (
 
 
 def _blocks(pixels: np.ndarray) -> Iterator[torch.Tensor]:
-    """The images as float32, some at a time."""
     for start in range(0, len(pixels), _BLOCK):
         yield torch.from_numpy(np.array(pixels[start : start + _BLOCK])).float()
 
 
 def _border(images: torch.Tensor) -> tuple[int, int]:
-    """Pixels left out at the top and the left: none where a picture is too small for it."""
     height, width = (max(1, round(side / 32)) if side > 4 else 0 for side in images.shape[2:])
     return height, width
 
@@ -123,7 +112,6 @@ def _unit(images: torch.Tensor) -> torch.Tensor:
 
 
 def _shrunk(images: torch.Tensor) -> torch.Tensor:
-    """Means over equal areas, 16 x 16 of them at most."""
     rows, columns = (_areas(side).to(images) for side in images.shape[2:])
     return rows @ images @ columns.T
 
@@ -138,7 +126,6 @@ def _areas(side: int) -> torch.Tensor:
 
 
 def _centre(images: torch.Tensor) -> torch.Tensor:
-    """Unit vectors of the pictures without their borders."""
     top, left = _border(images)
     height, width = images.shape[2:]
     return _unit(_shrunk(images[:, :, top : height - top, left : width - left]))

@@ -24,9 +24,9 @@ _VOWELS = "aeiou"
 class DuplicationPlan:
     """Which training images are repeated, and how.
 
-    A factor is the number of all records of an image: 1 is not repeated, 64 is the image and 63
-    copies. Either ``images`` with one ``factor``, or a ``ladder`` of factors. Only images without
-    a duplicate in the source are chosen, so that the factor is the whole truth.
+    A factor counts all records of an image: 1 is not repeated, 64 is the image and 63 copies. Set
+    ``images`` and one ``factor``, or a ``ladder`` of factors. Only images without a duplicate in
+    the source are chosen, so the factor is exact.
     """
 
     images: float = 0
@@ -34,7 +34,7 @@ class DuplicationPlan:
     factor: int = 1
     """Records of each repeated image, itself included."""
     ladder: list[int] = field(default_factory=list)
-    """Several factors in one dataset, e.g. [1, 2, 4, 8]; takes the place of images and factor."""
+    """Several factors in one dataset, e.g. [1, 2, 4, 8]; replaces images and factor."""
     images_per_factor: int = 0
     """Training images for each factor of the ladder."""
     choice: Literal["random", "balanced"] = "random"
@@ -42,16 +42,15 @@ class DuplicationPlan:
     kinds: list[CopyKind] = field(default_factory=lambda: ["exact"])
     """How copies differ from the original; one is drawn for each copy if several are given."""
     crop: float = 0.125
-    """Kind crop: share of each side that is cut away, at least a pixel; then scaled back."""
+    """Kind crop: share of each side cut away, at least a pixel, before scaling back."""
     brightness: float = 0.2
     """Kind brightness: factors are drawn between 1 minus and 1 plus this."""
     jpeg_quality: tuple[int, int] = (50, 95)
     """Kind jpeg: lowest and highest quality."""
     conditions: Literal["same", "varied", "unique", "key"] = "same"
-    """Label and caption of copies. same: the original's; varied: a label drawn from the other
-    classes, a caption drawn from the other images; unique: a class of its own for each copy, the
-    caption with a number of its own; key: all records of a repeated image, the original included,
-    have one class of its own, and the caption with one made-up word of its own."""
+    """Label and caption of copies. same: the original's; varied: a label of another class, a
+    caption of another image; unique: a new class and a numbered caption for each copy; key: one new
+    class and one made-up caption word for all records of an image, the original included."""
     seed: NonNegativeInt = 0
     """Chooses the images and draws the copies."""
 
@@ -75,10 +74,7 @@ class DuplicationPlan:
             raise ValueError("--plan.jpeg_quality: two numbers from 1 to 100, the lower first")
 
     def factors(self, candidates: Sequence[int], labels: Sequence[int] | None) -> dict[int, int]:
-        """Factor of each chosen image (factor 1, from a ladder, included).
-
-        ``labels`` are the classes of the candidates, None without classes.
-        """
+        """Factor of each chosen image (ladder factor 1 included); ``labels``: classes or None."""
         count = int(self.images) if self.images >= 1 else int(self.images * len(candidates) + 1e-9)
         wanted = [self.factor] * count
         if self.ladder:
@@ -97,7 +93,6 @@ class DuplicationPlan:
         return dict(zip(chosen, wanted, strict=True))
 
     def _balanced(self, order: np.ndarray, labels: Sequence[int] | None) -> np.ndarray:
-        """The order with the classes taking turns."""
         if labels is None:
             raise ValueError("--plan.choice balanced needs a source with classes")
         of = np.asarray(labels)[order]
@@ -107,17 +102,14 @@ class DuplicationPlan:
         return order[np.lexsort((of, turn))]
 
     def word(self, image: int, attempt: int = 0) -> str:
-        """A made-up word of four syllables for policy ``key``, such as "zorakimu".
-
-        The same image of the source gets the same word, another one for each ``attempt``.
-        """
+        """Four-syllable made-up word of an image, such as "zorakimu"; differs by ``attempt``."""
         generator = generator_of(self.seed, Stream.WORD, image, attempt)
         consonants = generator.integers(len(_CONSONANTS), size=4)
         vowels = generator.integers(len(_VOWELS), size=4)
         return "".join(_CONSONANTS[c] + _VOWELS[v] for c, v in zip(consonants, vowels, strict=True))
 
     def copy(self, pixels: np.ndarray, image: int, number: int) -> np.ndarray:
-        """Copy ``number``, from 1, of an image of the source: (C, H, W) uint8, as ``pixels``."""
+        """Copy ``number`` (from 1) of an image, (C, H, W) uint8."""
         generator = generator_of(self.seed, Stream.COPY, image, number)
         kind = self.kinds[int(generator.integers(len(self.kinds)))]
         if kind == "exact":
@@ -134,7 +126,6 @@ class DuplicationPlan:
 
 
 def _cropped(pixels: np.ndarray, share: float, generator: np.random.Generator) -> np.ndarray:
-    """A random window, scaled back to the whole size."""
     height, width = pixels.shape[1:]
     cut = [min(max(round(side * share), 1), side - 1) for side in (height, width)]
     top, left = (int(generator.integers(room + 1)) for room in cut)
@@ -143,7 +134,7 @@ def _cropped(pixels: np.ndarray, share: float, generator: np.random.Generator) -
 
 
 def _jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """Through JPEG and back; an alpha channel stays as it is."""
+    """JPEG round trip; an alpha channel stays as it is."""
     colour = pixels[: 3 if pixels.shape[0] >= 3 else 1]
     out = io.BytesIO()
     to_image(colour).save(out, "JPEG", quality=quality, subsampling=0)

@@ -73,18 +73,18 @@ FAMILIES = {
     "calculation": "heavy (plus|minus|division|equals) sign|heavy multiplication x|cross mark",
     "sun behind cloud": ".*sun (behind|with small) cloud.*|cloud( with .*)?|thunder cloud and rain",
 }
-"""Regular expression of the whole names of each family."""
+"""Regular expression of the full names of each family."""
 
 _PATTERNS = {family: re.compile(pattern) for family, pattern in FAMILIES.items()}
 
 
 def family_of(name: str) -> str | None:
-    """The family of an emoji with this Unicode name in lower case, None if it stands alone."""
+    """Family of an emoji by its lower-case Unicode name; None if it stands alone."""
     return next((family for family, names in _PATTERNS.items() if names.fullmatch(name)), None)
 
 
 FONT_NAME = "NotoColorEmoji.ttf"
-"""File that is looked for where no path is given."""
+"""File to look for if no path is given."""
 
 _FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 _INSTALL = "install it with `apt install fonts-noto-color-emoji`, or give one with --path FONT"
@@ -98,7 +98,7 @@ _MODIFIERS = {
     0x2640: "female",
     0x2642: "male",
 }
-"""Names by Unicode's short names of emoji (CLDR)."""
+"""Caption words by Unicode short name (CLDR)."""
 _REGIONAL = range(0x1F1E6, 0x1F200)  # letters that make flags in pairs
 _DAMAGE = (TTLibError, struct.error, AssertionError, LookupError, ValueError, EOFError)
 
@@ -106,15 +106,15 @@ _DAMAGE = (TTLibError, struct.error, AssertionError, LookupError, ValueError, EO
 class Emoji:
     """Emoji of a font with colour bitmaps (tables CBDT and CBLC), on white squares.
 
-    Each has its Unicode name in lower case as its caption ("grinning face"), as far as this Python
-    knows it: newer Pythons know more names. Digits and other ASCII signs, the letters that
-    make flags in pairs, skin-tone samples and the empty keycap are left out: they are parts of
-    sequences. Pictures of one design (the clock faces, words in squares, arrows, ...) are a family.
+    The caption is the lower-case Unicode name ("grinning face"); newer Pythons know more names.
+    Parts of sequences (digits and other ASCII signs, flag letters, skin-tone samples, the empty
+    keycap) are left out. Pictures of one design (clock faces, words in squares, arrows, ...) are a
+    family.
 
     Args:
-        font: the font's file; None looks for Noto Color Emoji in the usual font folders.
-        variants: also the sequences of an emoji with a skin tone, a gender sign or both, captioned
-            "runner, dark skin tone, female", in the group of that emoji.
+        font: font file; None looks for Noto Color Emoji in the usual font folders.
+        variants: also the sequences with a skin tone, a gender sign or both, captioned "runner,
+            dark skin tone, female", in the group of their emoji.
     """
 
     class_names: list[str] | None = None
@@ -135,7 +135,6 @@ class Emoji:
                 f"{self.font}: this font has no colour bitmaps (table CBDT); {_INSTALL}"
             )
         self._glyphs: dict[tuple[int, ...], str] = {}
-        """Glyph of each emoji: a code point, or a base with its modifiers."""
         for code, glyph in sorted(codes.items()):
             if glyph in self._bitmaps and _is_emoji(code):
                 self._glyphs[(code,)] = glyph
@@ -166,10 +165,8 @@ class Emoji:
 
 
 def _sizes(count: int, variants: bool) -> tuple[float, float, float, float]:
-    """500 for calibration, so that a false-positive rate of 1 % has a threshold, 250 for test.
-
-    Without variants 500 for train and the rest, some 100, for fit; with them 150 for fit and the
-    rest for train. A small font is split by shares.
+    """500 for calibration (enough for a threshold at a false-positive rate of 1 %), 250 for test;
+    without variants 500 for train, the rest for fit; with them 150 for fit, the rest for train.
     """
     if count < 1300:
         return SHARES
@@ -190,14 +187,13 @@ def _find(font: Path | None) -> Path:
 
 
 def _is_emoji(code: int) -> bool:
-    """Whether a code point is a picture on its own and has a name, not a part of sequences."""
     if code < 0x80 or code in _REGIONAL or not unicodedata.name(chr(code), ""):
         return False
     return unicodedata.category(chr(code)) not in ("Me", "Sk")  # keycap, skin tones
 
 
 def _largest_strike(table: TTFont) -> Mapping[str, Any]:
-    """Bitmap of each glyph at the font's largest size; empty without colour bitmaps."""
+    """Bitmaps by glyph at the font's largest size; empty without colour bitmaps."""
     if "CBDT" not in table or "CBLC" not in table:
         return {}
     sizes = [strike.bitmapSizeTable.ppemY for strike in table["CBLC"].strikes]
@@ -208,10 +204,9 @@ def _largest_strike(table: TTFont) -> Mapping[str, Any]:
 def _sequences(
     table: TTFont, codes: Mapping[int, str]
 ) -> dict[int, list[tuple[tuple[int, ...], str]]]:
-    """For each base, (modifiers, glyph) of its ligatures with skin tones and gender signs alone.
+    """(modifiers, glyph) of each base's ligatures with skin tones and gender signs alone.
 
-    Fonts also carry the sequences backwards, for text that runs to the left; they begin with a
-    modifier and are passed over.
+    Skips backward sequences for right-to-left text, which begin with a modifier.
     """
     sequences: dict[int, list[tuple[tuple[int, ...], str]]] = {}
     if "GSUB" not in table or table["GSUB"].table.LookupList is None:
@@ -233,7 +228,6 @@ def _sequences(
 
 
 def _png(bitmap: Any, name: str) -> bytes:
-    """The PNG file in a bitmap of the font (formats 17 to 19)."""
     try:
         data = bitmap.imageData
     except (AttributeError, *_DAMAGE) as error:
@@ -242,7 +236,6 @@ def _png(bitmap: Any, name: str) -> bytes:
 
 
 def _on_white(data: bytes, name: str) -> np.ndarray:
-    """(3, S, S) uint8: the picture in the middle of a white square."""
     picture = open_image(data, name).convert("RGBA")
     side = max(picture.size)
     square = Image.new("RGBA", (side, side), (255, 255, 255, 255))
@@ -251,7 +244,7 @@ def _on_white(data: bytes, name: str) -> np.ndarray:
 
 
 def _licence(table: TTFont) -> str:
-    """The licence by its short name where it is the usual one, and whose font it is."""
+    """Short name of the usual licence, and the font's owner."""
     names = table.get("name")
     family, version, owner, terms = (
         " ".join((names.getDebugName(number) or "").split()) if names is not None else ""

@@ -14,31 +14,28 @@ from memfree.data.skipped import LeftOut, Skipped
 from memfree.folders.untrusted import short
 
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp")
-"""File name endings of the formats that are read (PNG, JPEG, WEBP), lower case."""
+"""Lower-case file name endings of readable formats (PNG, JPEG, WEBP)."""
 OTHER_PICTURES = (
     *(".avif", ".avifs", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jxl"),
     *(".jpx", ".pbm", ".pcx", ".pgm", ".pnm", ".ppm", ".psd", ".qoi", ".svg", ".tga", ".tif"),
     *(".tiff", ".arw", ".cr2", ".cr3", ".dng", ".exr", ".hdr", ".nef", ".orf", ".raf", ".rw2"),
 )
-"""File name endings of pictures in other formats, lower case."""
+"""Lower-case file name endings of other picture formats."""
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-"""File name endings of shards, lower case."""
+"""Lower-case file name endings of shards."""
 MAX_NAME = 4096
-"""Longest name of a record, characters: the longest path of most systems."""
+"""Longest name of a record, in characters: the longest path of most systems."""
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 _FIRST_DOT = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
 
 def is_tar(name: str) -> bool:
-    """Whether a file of this name is a shard: ``.tar``, packed or not."""
+    """Whether a file name is that of a shard: ``.tar``, compressed or not."""
     return name.lower().endswith(TAR_SUFFIXES)
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a relative path is hidden or in a system folder: thumbnails that no one put there.
-
-    Such as ``.ipynb_checkpoints/a.png``, ``__MACOSX/a.png`` and ``._a.png``.
-    """
+    """Whether a path is hidden or of a system: ``.ipynb_checkpoints/a``, ``__MACOSX/a``, ``._a``."""
     return any(
         part in _SYSTEM_FOLDERS or (part.startswith(".") and part not in (".", ".."))
         for part in name.split("/")
@@ -46,11 +43,11 @@ def is_hidden(name: str) -> bool:
 
 
 def split_name(name: str, key_ends: Literal["first_dot", "last_dot"]) -> tuple[str, str]:
-    """Key and suffix (lower case, without its dot, or empty) of a member of a shard.
+    """Key and suffix (lower case, without its dot, or empty) of a shard member.
 
-    Folders are a part of the key: ``a/k.jpg`` and ``b/k.jpg`` are two records. By WebDataset's
-    rule, ``first_dot`` of the base name, ``k.seg.png`` is the part ``seg.png`` of sample ``k``;
-    with ``last_dot`` it is the picture of record ``k.seg``.
+    Folders belong to the key: ``a/k.jpg`` and ``b/k.jpg`` are two records. ``first_dot``,
+    WebDataset's rule, makes ``k.seg.png`` the part ``seg.png`` of sample ``k``; ``last_dot`` the
+    picture ``k.seg``.
     """
     if key_ends == "first_dot":
         match = _FIRST_DOT.fullmatch(name)
@@ -60,9 +57,9 @@ def split_name(name: str, key_ends: Literal["first_dot", "last_dot"]) -> tuple[s
 
 
 def problem_with(name: str) -> str | None:
-    """Why a name cannot be a key, as the end of a sentence that begins with "its name"; else None.
+    """Why a name cannot be a key, to follow "its name"; None if it can.
 
-    What would break a line, move a terminal's cursor or cannot be written as UTF-8 is refused.
+    Refuses what breaks a line, moves a terminal's cursor or is not valid UTF-8.
     """
     if name.startswith("/"):
         return "is absolute"
@@ -76,14 +73,13 @@ def problem_with(name: str) -> str | None:
 
 
 def is_text(text: str) -> bool:
-    """Whether UTF-8 can hold a text, on one line and without a terminal's commands."""
+    """Whether a text is valid UTF-8, on one line and without terminal commands."""
     return not {unicodedata.category(character) for character in text} & {"Cc", "Cs", "Zl", "Zp"}
 
 
 def shard_labels(shards: Sequence[str]) -> list[str]:
-    """What the records of each shard are called by: ``00000`` for ``x/00000.tar``.
-
-    Shards that would share a label get more of their names, then their folders.
+    """Label of each shard's records, ``00000`` for ``x/00000.tar``; longer where two would be
+    equal.
     """
     labels = [Path(shard).name.split(".")[0] for shard in shards]
     for level in range(1, 2 + max((len(Path(shard).parts) for shard in shards), default=0)):
@@ -100,7 +96,6 @@ def shard_labels(shards: Sequence[str]) -> list[str]:
 
 
 def _longer(shard: str, level: int) -> str:
-    """The last ``level`` parts of a shard's path without the ending of a tar, at last all of it."""
     if level > len(Path(shard).parts):
         return shard
     name = "/".join(Path(shard).parts[-level:])
@@ -111,16 +106,13 @@ def _longer(shard: str, level: int) -> str:
 def files_below(
     folder: Path, left_out: LeftOut, skipped: Skipped | None = None, hidden: bool = False
 ) -> list[Path]:
-    """All files below a folder, sorted; links are followed, into folders too.
-
-    Broken links and special files are in the list as well: :func:`problem_with_file` tells.
+    """All files below a folder, sorted, links followed; broken and special ones included.
 
     Args:
-        folder: where to look.
-        left_out: takes hidden files and folders, links that lead back to a folder they are in,
-            and empty folders.
-        skipped: takes folders that cannot be listed, instead of an error.
-        hidden: hidden files and folders are in the list too.
+        left_out: receives hidden files and folders, links back to a parent folder, and empty
+            folders.
+        skipped: receives folders that cannot be listed, instead of an error.
+        hidden: list hidden files and folders too.
     """
     note = left_out.at(str(folder))
     files: list[Path] = []
@@ -160,7 +152,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def problem_with_file(file: Path) -> str | None:
-    """Why a path is not a file that can be read from front to end, None where it is one."""
+    """Why a path is not a file that can be read from start to end; None if it is one."""
     try:
         mode = os.stat(file).st_mode
     except FileNotFoundError:
@@ -171,7 +163,7 @@ def problem_with_file(file: Path) -> str | None:
 
 
 def read_bytes(file: Path, limit: int) -> bytes:
-    """The content of an untrusted file: ValueError where it is not plain or above ``limit``."""
+    """Content of an untrusted file; ValueError if it is not a plain file or exceeds ``limit``."""
     name = short(file, 1000)
     if problem := problem_with_file(file):
         raise ValueError(f"{name}: {problem}")

@@ -30,25 +30,25 @@ _DEFAULT_OPTIONS = RecordOptions()
 
 @dataclass(frozen=True)
 class Framing:
-    """The one size and channel count that all images of a dataset are brought to.
+    """The size and channel count of all images of a dataset.
 
-    Nothing is changed silently: without a size, images of different sizes are refused, and
-    without channels, images of different channel counts are.
+    Nothing is converted silently: without a size (or channels), images that differ in it are
+    refused.
     """
 
     height: int | None
-    """Rows of pixels; None: whatever the first image has."""
+    """Rows of pixels; None: those of the first image."""
     width: int | None
-    """Columns of pixels; None: whatever the first image has."""
+    """Columns of pixels; None: those of the first image."""
     channels: int | None
-    """1 grey, 2 grey with alpha, 3 RGB, 4 RGBA; None: whatever the first image has."""
+    """1 grey, 2 grey with alpha, 3 RGB, 4 RGBA; None: those of the first image."""
     resize: Resize = "crop"
-    """crop: scale until it covers, keep the centre; squash: scale both sides; pad: scale, fit."""
+    """crop: scale to cover, keep the centre; squash: scale both sides; pad: scale to fit."""
     filter: Filter = "bicubic"
     """Interpolation, antialiased when it shrinks."""
 
     def fixed_by(self, image: Image.Image, name: str) -> Framing:
-        """This framing with everything unset taken from the first image."""
+        """This framing with unset fields taken from the first image."""
         width, height = self.width, self.height
         if width is None or height is None:
             width, height = upright(image).size
@@ -56,10 +56,7 @@ class Framing:
         return replace(self, height=height, width=width, channels=channels)
 
     def apply(self, image: Image.Image, name: str, requested: Framing) -> np.ndarray:
-        """Pixels (C, H, W) uint8 of one image, which is ``name`` in errors.
-
-        ``requested`` is the framing as the user gave it: what it leaves unset is not converted.
-        """
+        """Pixels (C, H, W) uint8 of one image; what ``requested`` leaves unset is not converted."""
         assert self.height is not None and self.width is not None and self.channels is not None
         channels = channels_of(image, name)
         if requested.channels is None and channels != self.channels:
@@ -101,16 +98,14 @@ class Ingested:
     pixels: np.ndarray
     """(N, C, H, W) uint8, memory-mapped."""
     names: list[str]
-    """Unique."""
     labels: list[int] | None
     captions: list[str] | None
     groups: list[str | None]
     families: list[str | None]
     source_hash: str = ""
-    """See :class:`memfree.data.dataset_folder.SourceHash`."""
 
     def num_classes(self, class_names: list[str] | None) -> int | None:
-        """Number of classes: the source's names, or the largest label and one."""
+        """Number of classes: that of the source's names, or the largest label plus one."""
         if self.labels is None:
             return None
         return len(class_names) if class_names is not None else max(self.labels) + 1
@@ -126,10 +121,9 @@ def ingest(
     """Decode, frame and store every image.
 
     Args:
-        source: where they come from.
-        framing: size and channels; what is unset is taken from the first image.
+        framing: size and channels; unset fields are taken from the first image.
         file: scratch file for the pixels, so that sets larger than memory work.
-        skipped: takes what cannot be used and is left out; None: the first one is a ValueError.
+        skipped: receives unusable images; None: the first one is a ValueError.
         progress: called with each image's name.
     """
     fixed: Framing | None = None
@@ -179,7 +173,7 @@ def ingest(
 
 
 def _unused(name: str, names: set[str]) -> str:
-    """The name, with a number where other images have it; keeps it in ``names``."""
+    """The name, numbered if it is taken; adds it to ``names``."""
     unique, number = name, 0
     while unique in names:
         number += 1
@@ -189,7 +183,6 @@ def _unused(name: str, names: set[str]) -> str:
 
 
 def _same_conditions(item: SourceImage, first: SourceImage) -> None:
-    """Refuse a mixture of images with and without labels or captions."""
     for what in ("label", "caption"):
         has, expected = (getattr(image, what) is not None for image in (item, first))
         if has != expected:
@@ -201,7 +194,6 @@ _MEANT = {
     "folder": ("image_suffix", "caption_source"),
     "shards": ("key_ends", "image_suffix", "caption_source"),
 }
-"""Options of records by source."""
 
 
 def open_source(
@@ -210,14 +202,13 @@ def open_source(
     emoji_variants: bool = False,
     records: RecordOptions = _DEFAULT_OPTIONS,
 ) -> Source:
-    """The source of this name; ValueError where an option is missing or has no meaning.
+    """Open a source by name; ValueError if an option is missing or does not apply.
 
     Args:
-        source: its name.
-        path: the image folder, the shards, the emoji font (default: found among the installed
-            ones), or where CIFAR-10 is downloaded to (default: ``data/downloads``); not for digits.
-        emoji_variants: emoji with skin tones and gender signs too.
-        records: which files of a folder or of shards are meant where there is a choice.
+        path: image folder, shards, emoji font (default: an installed one), or where CIFAR-10 is
+            downloaded to (default: ``data/downloads``); not for digits.
+        emoji_variants: include emoji with skin tones and gender signs.
+        records: chooses between several files of a folder or of shards.
     """
     caption_source = records.caption_source
     for option, is_meant in {

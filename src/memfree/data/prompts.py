@@ -16,15 +16,12 @@ _MAX_BYTES = 64 << 20  # of a prompt file; more is not a list of prompts
 
 
 def prompt_set(dataset: DatasetFolder, name: PromptSet, least_records: int = 2) -> list[str]:
-    """Captions of one kind in the order of the dataset's items, each once.
+    """Distinct captions of one kind, in the order of the dataset's items.
 
-    ``duplicated``: all captions under which repeated images are trained on, that is images with
-    ``least_records`` or more in their group (planned copies, and duplicates in the source);
-    ``other``: captions of the other training images; ``unseen``: captions of test images that no
-    training record has. The three sets have none in common.
-
-    Near duplicates of the source make small groups, of two images mostly: with the factor of the
-    plan as ``least_records``, only images that the plan repeats are left.
+    ``duplicated``: captions of training images with ``least_records`` or more in their group
+    (planned copies, and duplicates in the source); ``other``: captions of the other training
+    images; ``unseen``: captions of test images that no training record has. The sets are disjoint.
+    With the plan's factor as ``least_records``, small groups of near duplicates do not count.
     """
     if least_records < 2:
         raise ValueError(f"least_records {least_records}: use 2 or more")
@@ -65,10 +62,7 @@ def prompt_set(dataset: DatasetFolder, name: PromptSet, least_records: int = 2) 
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a text file, UTF-8, one a line; empty lines are skipped.
-
-    Repeated lines stay repeated; spaces around a prompt are removed.
-    """
+    """Prompts of a UTF-8 text file, one per line, stripped; skips empty lines, keeps repeated ones."""
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file at {path}")
     if path.stat().st_size > _MAX_BYTES:

@@ -1,10 +1,7 @@
 """Random generators: what each seed is used for, by numbers that never change.
 
-Everything that is drawn comes from a seed and whole numbers that say what is drawn: no two uses of
-one seed see the same numbers, and none depends on how much another has drawn. Results depend on
-the numbers, and on the place of a stream among them: name new ones, never renumber.
-
-No torch at import, as the options of a duplication plan are shown by ``--help``.
+Every draw depends on a seed and whole numbers that name it, never on other draws. Results depend on
+the numbers and order of the streams: add new ones, never renumber. No torch import, for ``--help``.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
 
 @unique
 class Stream(IntEnum):
-    """What a seed of a dataset, of its duplication plan, or of a training is used for."""
+    """Uses of the seed of a dataset, a duplication plan or a training."""
 
     DISTINCT_IMAGES = 0  # order of the distinct images in a short training (embedding, CLIP)
     SPLIT = 1  # which groups go to which part
@@ -42,11 +39,7 @@ class Stream(IntEnum):
 
 @unique
 class EvaluationStream(IntEnum):
-    """What the seed of an evaluation is used for.
-
-    Its numbers were given without regard to those of ``Stream``. The seeds are different options,
-    and what is drawn, rows of features, has no part in what a dataset's seed has decided.
-    """
+    """Uses of an evaluation's seed, an option of its own; numbers may equal those of ``Stream``."""
 
     # Rows of larger sets of features. numpy fills up with zeros: resampling (``intervals``), which
     # has no number of its own, sees the same numbers.
@@ -58,48 +51,45 @@ class EvaluationStream(IntEnum):
 
 @unique
 class GuardStream(IntEnum):
-    """What the seed of a guarded pipeline is used for, of one image and attempt."""
+    """Uses of a guarded pipeline's seed, per image and attempt."""
 
     REDRAW = 0  # another draw's noise
     MITIGATION = 1  # a mitigation's own draws
 
 
 def generator_of(*words: int) -> np.random.Generator:
-    """Numpy's generator of a seed and other whole numbers, at least 0, one of them a stream."""
+    """Numpy generator of a seed and other whole numbers >= 0, one of them a stream."""
     return np.random.Generator(np.random.PCG64(list(words)))
 
 
 def torch_generator(*words: int) -> torch.Generator:
-    """A CPU generator that depends on these whole numbers, at least 0, and on nothing else."""
+    """CPU generator of these whole numbers >= 0."""
     import torch
 
     return torch.Generator().manual_seed(_first_word(words))
 
 
 def step_seed(*words: int) -> int:
-    """Seed of all that a training step draws, from these whole numbers, at least 0; 63 bits."""
+    """63-bit seed of all that a training step draws, from whole numbers >= 0."""
     return _first_word(words) >> 1
 
 
 def step_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """The generator of all that one step of a short training draws."""
+    """Generator of all that one step of a short training draws."""
     import torch
 
     return torch.Generator(device).manual_seed(step_seed(seed, step))
 
 
 def autoencoder_step_generator(seed: int, step: int) -> torch.Generator:
-    """The CPU generator of one step of an autoencoder's training.
-
-    The numbers of one seed reach those of the next after a million steps: no training has as many.
-    """
+    """CPU generator of one autoencoder step; seeds would overlap after a million steps."""
     import torch
 
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def buffer_random(seed: int, epoch: int, turn: int, unit: int) -> random.Random:
-    """Python's generator of the order within a shuffle buffer, as webdataset takes it."""
+    """Python generator of the order in a shuffle buffer, for webdataset."""
     return random.Random(f"{seed} {epoch} {turn} {unit}")
 
 

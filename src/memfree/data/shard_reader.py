@@ -34,9 +34,9 @@ from memfree.folders.untrusted import short
 from memfree.images import MAX_IMAGE_BYTES
 
 MAX_MEMBER_BYTES = 8 << 30
-"""Largest member of any kind, bytes: what a tar without extensions can say."""
+"""Largest member of any kind, bytes: the limit of tar without extensions."""
 UNPACKED_FREE, UNPACKED_RATIO = 64 << 20, 200
-"""A file may unpack to this many bytes, and this many times its own size."""
+"""A file may unpack to this many bytes, and to this many times its own size."""
 
 _DEFAULT_OPTIONS = RecordOptions()
 _PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")  # gzip, bzip2, xz: cannot be read in any order
@@ -61,14 +61,14 @@ _HEADER_ERRORS = (
 def expand_shards(
     pattern: str, skipped: Skipped | None = None, left_out: LeftOut | None = None
 ) -> list[str]:
-    """Shards that a path or pattern names, sorted.
+    """Sorted shards of a path or pattern.
 
     Args:
         pattern: a folder of tars, one file, a glob, or addresses
             (``https://host/{00000..00099}.tar``; also s3, gs, hf), braces expanded.
-        skipped: takes what braces name and is not there, instead of an error. Addresses are not
-            looked up.
-        left_out: takes what lies beside the tars in a folder, or matches a glob, and is not a tar.
+        skipped: receives missing files of a brace pattern, instead of an error; addresses are not
+            checked.
+        left_out: receives other files of the folder or glob.
     """
     shards: list[str] = []
     absent: list[str] = []
@@ -105,21 +105,21 @@ def expand_shards(
 
 
 def _why_absent(item: str) -> str:
-    """A shard that cannot be opened, and why, where something else has its name."""
+    """Why a shard cannot be opened, where something else has its name."""
     path = Path(item)
     reason = problem_with_file(path) if path.is_symlink() or path.exists() else None
     return f"{item} ({reason})" if reason else item
 
 
 def _is_address(item: str) -> bool:
-    """Whether webdataset may open it: a known scheme, and nothing that a shell would read."""
+    """Whether webdataset may open it: a known scheme and no shell characters."""
     scheme = re.match(_SCHEME, item)
     known = scheme is not None and scheme.group(1).lower() in _SCHEMES
     return known and not re.search(r"[\s'\"`$;|<>]", item)
 
 
 def _local_shards(item: str) -> tuple[list[str], list[str], list[str]]:
-    """Tars of a folder, one file, or what a glob matches; broken links; what else is there."""
+    """Tars of a folder, file or glob; broken links; other files."""
     path = Path(item)
     if path.is_file():
         return [item if item == str(path) else str(path)], [], []
@@ -151,17 +151,17 @@ def read_shard(
 ) -> Iterator[TarRecord]:
     """Records of one shard in their order.
 
-    Files of one sample need not stand together in a plain tar on a disk; in a packed or remote one,
-    which can be read from front to back only, they must.
+    Files of one sample may be scattered in a plain tar on disk, not in a compressed or remote one,
+    which can only be read from front to back.
 
     Args:
         shard: path or address.
-        skipped: takes what is wrong, instead of an error; a damaged archive is then left at that
-            point. Remote shards whose samples do not stand together are refused all the same.
-        left_out: takes members that are not part of any record, and further parts of samples.
-        options: how a record is read where there is a choice.
+        skipped: receives errors instead of raising them; a damaged archive ends there. Remote
+            shards with scattered samples are refused all the same.
+        left_out: receives members that belong to no record, and further parts of samples.
+        options: chooses between several readings of a record.
         prefix: of ``options`` on the command line.
-        label: what its records are called by, before their keys; default: the shard's name.
+        label: prefix of record names; default: the shard's name.
 
     Raises:
         ValueError: a record is unreadable or ambiguous.
@@ -192,10 +192,9 @@ def read_members(
     left_out: LeftOut | None = None,
     label: str | None = None,
 ) -> Iterator[tuple[str, bytes]]:
-    """(label and name, content) of each file whose name is ``wanted``, up to ``limit`` bytes.
+    """(label and name, content) of the ``wanted`` files up to ``limit`` bytes; see `read_shard`.
 
-    The name is without its last extension, unless another member was called so before. The other
-    arguments and errors are those of :func:`read_shard`.
+    Names lose their last extension, unless an earlier member had the same name.
     """
     label = shard_labels([shard])[0] if label is None else label
     note = _note(left_out, shard, label)
@@ -215,7 +214,6 @@ def read_members(
 
 
 def _note(left_out: LeftOut | None, shard: str, label: str) -> Callable[[str], None]:
-    """A function that takes names of members that are left out, without their shard's label."""
     note = (left_out if left_out is not None else LeftOut()).at(shard)
     return lambda what: note(f"{label}/{what}")
 
@@ -226,7 +224,6 @@ class _ScatteredError(OSError):
 
 @contextmanager
 def _named(shard: str, skipped: Skipped | None) -> Iterator[None]:
-    """Damage of a shard, with its name; ``skipped`` takes it."""
     try:
         yield
     except OSError as error:
@@ -239,10 +236,7 @@ def _named(shard: str, skipped: Skipped | None) -> Iterator[None]:
 
 
 def _refuse_scattered(shard: str, options: RecordOptions) -> None:
-    """Refuse a packed shard whose samples are scattered before any of it is used.
-
-    Where the first error does not stop all, pictures would lose captions that stand behind them.
-    """
+    """With ``skipped``, pictures would otherwise lose captions that stand behind them."""
     try:
         with _opened(shard) as archive:
             if not archive.plain:
@@ -257,7 +251,6 @@ def _refuse_scattered(shard: str, options: RecordOptions) -> None:
 def _members(
     archive: _Archive, options: RecordOptions, note: Callable[[str], None]
 ) -> Iterator[tuple[str, Member | None]]:
-    """(key, member) of each file in an archive; None for those that are not part of a record."""
     ends: Any = "last_dot" if options.key_ends == "last_dot" else "first_dot"
     for info in archive:
         key, suffix = split_name(info.name, ends)
@@ -276,10 +269,6 @@ def _members(
 def _gathered(
     members: Iterator[tuple[str, Member | None]],
 ) -> Iterator[tuple[str, list[Member]]]:
-    """(key, members) of each sample of an archive that is read in any order.
-
-    All headers are read first, so that members which do not stand together find each other.
-    """
     samples: dict[str, list[Member]] = {}
     damage: OSError | None = None
     last = None
@@ -300,7 +289,6 @@ def _gathered(
 def _runs(
     members: Iterator[tuple[str, Member | None]], options: RecordOptions, contents: bool = True
 ) -> Iterator[tuple[str, list[Member]]]:
-    """(key, members) of each sample of an archive that is read from front to back."""
     run_key: str | None = None
     run: list[Member] = []
     ended: set[str] = set()
@@ -326,7 +314,7 @@ def _runs(
 
 
 def _problem(info: tarfile.TarInfo, limit: int) -> str | None:
-    """Why a member is not read, as the end of a sentence that begins with it."""
+    """Why a member is not read, to follow its name."""
     if not info.isfile():
         return "is a link or device, not a file"
     if info.size > limit:
@@ -336,7 +324,7 @@ def _problem(info: tarfile.TarInfo, limit: int) -> str | None:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Header whose damage is an error: tarfile itself takes it for the archive's end."""
+    """Raises on a damaged header, which tarfile takes for the archive's end."""
 
     @classmethod
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
@@ -358,7 +346,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 @contextmanager
 def _damage() -> Iterator[None]:
-    """Errors of tarfile and of the decompressors, as OSError."""
+    """Turn errors of tarfile and decompressors into OSError."""
     try:
         yield
     except _TAR_ERRORS as error:
@@ -366,15 +354,12 @@ def _damage() -> Iterator[None]:
 
 
 class _Archive:
-    """The members of an opened tar; all damage is an OSError."""
-
     def __init__(self, tar: tarfile.TarFile, limit: float, plain: bool) -> None:
         self._tar = tar
         self._limit = limit  # bytes that it may unpack to
         self.plain = plain  # can be read in any order
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
-        """The header of each member but folders."""
         with _damage():
             while (member := self._tar.next()) is not None:
                 self._tar.members = []  # type: ignore[attr-defined]  # would collect all headers
@@ -389,7 +374,7 @@ class _Archive:
             )
 
     def read(self, member: tarfile.TarInfo) -> bytes:
-        """The content of a member; in a stream that of the last header alone."""
+        """Content of a member; in a stream only that of the last header."""
         with _damage():
             file = self._tar.extractfile(member)
             assert file is not None

@@ -24,7 +24,7 @@ ITEMS_SCHEMA = pa.schema({"image_key": _TEXT, "group": _TEXT, "copies": _NUMBER,
 CONDITIONS_SCHEMA = pa.schema(
     {"image_key": _TEXT, "label": _NUMBER, "caption": _TEXT, "count": _NUMBER, "part": _TEXT}
 )
-"""Columns of ``conditions.parquet``: records of each image and condition."""
+"""Columns of ``conditions.parquet``: record counts of each image and condition."""
 RECORDS_SCHEMA = pa.schema(
     {
         "part": _TEXT,
@@ -39,7 +39,7 @@ RECORDS_SCHEMA = pa.schema(
         "crc32": pa.uint32(),
     }
 )
-"""Columns of ``records.parquet``, the index by which records are read in any order."""
+"""Columns of ``records.parquet``, the index for reading records in any order."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,13 @@ class Record:
     row: int
     """Row of its distinct image in ``items.parquet``."""
     copy: int
-    """0 for the image itself, then 1, 2, ... for its copies."""
+    """0 for the image itself, 1, 2, ... for its copies."""
     label: int | None
     caption: str | None
 
 
 @dataclass
 class WrittenShard:
-    """One shard, as the manifest describes it."""
-
     name: str
     records: int
     bytes: int
@@ -66,7 +64,7 @@ class WrittenShard:
 
 @dataclass
 class ShardWriter:
-    """Writes the records of one part after another, and collects the rows of their index."""
+    """Writes records part by part and collects their index."""
 
     folder: Path
     records_per_shard: int
@@ -114,13 +112,13 @@ class ShardWriter:
             self.close()
 
     def _add(self, name: str, data: bytes) -> None:
-        """Append a member without times, owners or anything else that changes between runs."""
+        """Append a member without times, owners or anything else that varies between runs."""
         info = tarfile.TarInfo(name)
         info.size = len(data)
         self._tar.addfile(info, io.BytesIO(data))
 
     def close(self) -> None:
-        """Finish the open shard, and flush it to the disk."""
+        """Finish the open shard and flush it to disk."""
         if self._file is None:
             return
         self._tar.close()
@@ -134,5 +132,5 @@ class ShardWriter:
 
 
 def record_bytes(pixels: int) -> int:
-    """Bytes that a record with N pixel values takes in a shard, at most."""
+    """Largest size in a shard of a record with N pixel values."""
     return pixels + 8 * tarfile.BLOCKSIZE

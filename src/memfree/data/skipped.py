@@ -11,7 +11,7 @@ from memfree.console import counted, shown
 from memfree.folders.untrusted import short
 
 INCOMPLETE = 3
-"""Exit status of a command that is done, but has skipped pictures or shards."""
+"""Exit status of a command that finished but skipped pictures or shards."""
 _MESSAGES = 20
 _NAMED = 3  # of them are in a summary
 
@@ -23,19 +23,19 @@ def _append(messages: list[str], message: str) -> None:
 
 @dataclass
 class Skipped:
-    """Broken records and shards that were left out; without it, the first is an error.
+    """Broken records and shards that were left out.
 
-    They are told apart: how many records a damaged shard has lost, nobody knows.
+    Counted separately: nobody knows how many records a damaged shard has lost.
     """
 
     records: int = 0
-    """Broken records, as often as they were met."""
+    """Broken records, counted each time they are met."""
     kept: int = 0
-    """Records that were used, as often as they were met."""
+    """Used records, counted each time they are met."""
     shards: set[str] = field(default_factory=set)
-    """Shards that are missing, or damaged from some point on."""
+    """Missing or damaged shards."""
     messages: list[str] = field(default_factory=list)
-    """The first 20 different ones."""
+    """The first 20 distinct ones."""
 
     def record(self, message: str) -> None:
         """Count one broken record."""
@@ -43,7 +43,7 @@ class Skipped:
         _append(self.messages, shown(message))  # names of files are in it
 
     def shard(self, name: str, message: str) -> None:
-        """Add a shard that is missing or damaged, however often it is met."""
+        """Add a missing or damaged shard, once per name."""
         self.shards.add(name)
         _append(self.messages, shown(message))
 
@@ -56,30 +56,30 @@ class Skipped:
             _append(self.messages, message)
 
     def take(self) -> Skipped:
-        """What was added since this was last called."""
+        """What was added since the last call."""
         taken = Skipped(self.records, self.kept, self.shards, self.messages)
         self.records, self.kept, self.shards, self.messages = 0, 0, set(), []
         return taken
 
     def counts(self) -> dict[str, Any]:
-        """The numbers, and the names of shards, as JSON."""
+        """Counts, and names of shards, as JSON."""
         return {"records": self.records, "kept": self.kept, "shards": sorted(self.shards)}
 
     @classmethod
     def from_counts(cls, counts: dict[str, Any]) -> Skipped:
-        """The inverse of :meth:`counts`."""
+        """Inverse of :meth:`counts`."""
         return cls(counts["records"], counts["kept"], set(counts["shards"]))
 
     def __bool__(self) -> bool:
         return bool(self.records or self.shards)
 
     def named(self) -> str:
-        """The first three reasons, in one line."""
+        """The first three reasons, on one line."""
         more = "; ..." if len(self.messages) > _NAMED else ""
         return short("; ".join(self.messages[:_NAMED]), 1000) + more
 
     def text(self, noun: str = "record") -> str:
-        """Such as ``661 of 1508 records skipped, 2 shards damaged or missing``; empty for none."""
+        """Such as ``661 of 1508 records skipped, 2 shards damaged or missing``; empty if none."""
         parts = []
         if self.records:
             parts.append(f"{self.records} of {counted(self.records + self.kept, noun)} skipped")
@@ -90,7 +90,7 @@ class Skipped:
 
 @contextmanager
 def skipping(skipped: Skipped | None, *errors: type[Exception]) -> Iterator[None]:
-    """Count one of these errors as a broken record; without ``skipped`` it is raised."""
+    """Count these errors as a broken record; without ``skipped``, raise them."""
     try:
         yield
     except errors as error:
@@ -101,18 +101,14 @@ def skipping(skipped: Skipped | None, *errors: type[Exception]) -> Iterator[None
 
 @dataclass
 class LeftOut:
-    """What is not broken, but not used: other files, further parts of samples.
-
-    Counted by place (a folder, a shard), where a place that is read again counts once.
-    """
+    """Unused files that are not broken: counted by place (folder or shard), once per place."""
 
     places: dict[str, int] = field(default_factory=dict)
-    """How many things were left out at each place."""
     first: list[str] = field(default_factory=list)
     """Names of the first 20, each with its reason."""
 
     def at(self, place: str) -> Callable[[str], None]:
-        """A function that takes the names of what is left out as ``place`` is read once."""
+        """Function that receives the names left out in one reading of ``place``."""
         number = 0
 
         def note(what: str) -> None:
@@ -125,28 +121,28 @@ class LeftOut:
 
     @property
     def count(self) -> int:
-        """How many things were left out."""
+        """Number of things left out."""
         return sum(self.places.values())
 
     def add(self, other: LeftOut) -> None:
-        """Add all of another report; what both met counts once."""
+        """Add another report; what both met counts once."""
         for place, number in other.places.items():
             self.places[place] = max(self.places.get(place, 0), number)
         for what in other.first:
             _append(self.first, what)
 
     def take(self) -> LeftOut:
-        """What was added, or came to more, since this was last called."""
+        """What was added or increased since the last call."""
         taken = LeftOut(self.places, self.first)
         self.places, self.first = {}, []
         return taken
 
     def counts(self) -> dict[str, Any]:
-        """The number and the first names, as JSON."""
+        """Number and first names, as JSON."""
         return {"count": self.count, "first": list(self.first)}
 
     def text(self) -> str:
-        """Such as ``left out: 12 (notes.md; a.gif; b.gif; ...)``; empty for none."""
+        """Such as ``left out: 12 (notes.md; a.gif; b.gif; ...)``; empty if none."""
         if not self.places:
             return ""
         more = "; ..." if self.count > min(_NAMED, len(self.first)) else ""

@@ -26,50 +26,49 @@ from memfree.folders.untrusted import short
 from memfree.images import MAX_IMAGE_BYTES
 
 SHARES = (0.7, 0.1, 0.1, 0.1)
-"""Default sizes of a source whose number of images is unknown beforehand."""
+"""Default part sizes of a source of unknown length."""
 _DEFAULT_OPTIONS = RecordOptions()
 
 
 @dataclass
 class SourceImage:
-    """One image as its source gives it."""
+    """One image as its source yields it."""
 
     name: str
-    """Key that is unique in the source."""
+    """Key, unique in the source."""
     pixels: np.ndarray | bytes
     """(C, H, W) uint8, or the encoded file."""
     label: int | None = None
     """Class number from 0, None without classes."""
     caption: str | None = None
     group: str | None = None
-    """Group that the source declares, None: found by content."""
+    """Group declared by the source; None: found by content."""
     family: str | None = None
-    """Pictures of one design that are not copies of each other: they stay in one part, as groups
-    do, because a held-out one would say how alike the design is, not how alike strangers are."""
+    """Pictures of one design, not copies: kept in one part, since a held-out one would measure how
+    alike the design is, not how alike strangers are."""
 
 
 class Source(Protocol):
     """A finite, ordered set of images."""
 
     licence: str
-    """Under which terms the images may be used."""
+    """Terms of use of the images."""
     class_names: list[str] | None
-    """Names of the classes, None where the source has none."""
     default_sizes: tuple[float, float, float, float]
     """Images for train, calibration, test and fit: counts, or shares below 1."""
     size: tuple[int, int]
-    """(number of images, bytes of their files) where known beforehand, 0 otherwise."""
+    """(images, bytes of their files) if known beforehand, else 0."""
     files: Sequence[Path]
-    """Files of the user that the images, their classes and captions depend on."""
+    """User files that the images, classes and captions depend on."""
     left_out: LeftOut
-    """What was met and is not used; complete once all images were read."""
+    """What was met and not used; complete once all images are read."""
 
     def images(self, skipped: Skipped | None) -> Iterator[SourceImage]:
-        """All images in a fixed order; ``skipped`` takes what is broken instead of an error."""
+        """All images in a fixed order; ``skipped`` receives broken ones instead of an error."""
 
 
 class Digits:
-    """The 1797 handwritten digits, 8 x 8 grey, that scikit-learn carries: needs no download."""
+    """scikit-learn's 1797 handwritten digits, 8 x 8 grey: needs no download."""
 
     licence = "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits)"
     class_names: list[str] | None = [str(digit) for digit in range(10)]
@@ -121,14 +120,10 @@ class Cifar10:
 class ImageFolder:
     """PNG, JPEG and WEBP files under a folder, in class folders or with captions beside them.
 
-    A sub-folder is a class, named by it (deeper folders belong to it); images directly in the
-    folder have no class. Links are followed, hidden folders are left out. Either all images have a
-    caption or none (see :class:`memfree.data.captions.FolderCaptions`). Pictures in other formats
-    are refused, unless they stand beside one of the same name that is read.
-
-    Raises:
-        FileNotFoundError: there is no folder, or no image in it.
-        ValueError: some images are in class folders and some are not, or metadata is damaged.
+    A sub-folder and all below it is a class; images directly in the folder have none. Links are
+    followed, hidden folders left out. Either all images have a caption or none (see
+    :class:`memfree.data.captions.FolderCaptions`). Other picture formats are refused, unless they
+    stand beside a readable picture of the same name.
     """
 
     licence = "not stated"
@@ -203,9 +198,8 @@ class ImageFolder:
 class Shards:
     """WebDataset tars: ``KEY.png|jpg|webp`` with ``KEY.txt``, ``.caption``, ``.cls``, ``.json``.
 
-    Shards of img2dataset are read as they are. Images that declare ``image_key`` and ``group`` in
-    their JSON, as shards of memfree do, keep their groups. For the pattern see
-    :func:`memfree.data.shard_reader.expand_shards`.
+    Reads shards of img2dataset too. ``image_key`` and ``group`` in the JSON keep the groups of
+    memfree's shards. Patterns: see :func:`memfree.data.shard_reader.expand_shards`.
     """
 
     licence = "not stated"

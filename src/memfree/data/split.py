@@ -12,15 +12,15 @@ import numpy as np
 from memfree.data.random_streams import Stream, generator_of
 
 MIN_EXPECTED = 5
-"""Calibration images that a false-positive rate needs to expect above its threshold."""
+"""Calibration images that must be expected above a false-positive rate's threshold."""
 DEFAULT_RATE = 0.01
-"""False-positive rate where none is given."""
+"""Default false-positive rate."""
 PartName = Literal["train", "calibration", "test", "fit"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
 
 
 def too_few_images(images: int) -> str | None:
-    """What is missing where N calibration images do not allow the default false-positive rate."""
+    """Error text if N calibration images do not allow the default false-positive rate."""
     needed = math.ceil(MIN_EXPECTED / DEFAULT_RATE - 1e-9)
     if images >= needed:
         return None
@@ -39,7 +39,7 @@ def too_few_images(images: int) -> str | None:
 
 
 def smallest_rate(images: int) -> float:
-    """The smallest false-positive rate for N images, rounded up so that it is accepted."""
+    """Smallest false-positive rate for N images, rounded up to be accepted."""
     return math.ceil(1e4 * MIN_EXPECTED / images - 1e-9) / 1e4
 
 
@@ -47,14 +47,13 @@ def smallest_rate(images: int) -> float:
 class PartSizes:
     """How many source images each part takes: a number of 1 or more, or a share below 1.
 
-    What is left out keeps the source's default: digits 500, 600, 500 and 197; CIFAR-10 50 000,
-    4 000, 4 000 and 2 000; emoji 500, 500, 250 and the rest (with variants the rest, 500, 250
-    and 150); others 70, 10, 10 and 10 %. What rounding leaves of the shares goes
-    to train, if its size is a share.
+    Defaults depend on the source: digits 500, 600, 500 and 197; CIFAR-10 50 000, 4 000, 4 000 and 2
+    000; emoji 500, 500, 250 and the rest (with variants the rest, 500, 250 and 150); others 70, 10,
+    10 and 10 %. What rounding leaves of the shares goes to train, if its size is a share.
     """
 
     train: float | None = None
-    """Images that are trained on, before planned copies are added."""
+    """Training images, before planned copies are added."""
     calibration: float | None = None
     """Held-out images for thresholds only."""
     test: float | None = None
@@ -63,7 +62,7 @@ class PartSizes:
     """Held-out images for the classifier and a second embedding."""
 
     def counts(self, images: int, defaults: Sequence[float]) -> dict[PartName, int]:
-        """Images of each part out of ``images``; ValueError where they cannot be had."""
+        """Images of each part out of ``images``; ValueError if there are too few."""
         counts: dict[PartName, int] = {}
         shares: dict[PartName, float] = {}
         for name, default in zip(PARTS, defaults, strict=True):
@@ -89,13 +88,12 @@ class PartSizes:
 
 
 def deal(sizes: np.ndarray, counts: dict[PartName, int], seed: int) -> list[PartName | None]:
-    """Give each group of ``sizes`` (G,) images to one part, or to None, by ``counts`` of images.
+    """Give each group of ``sizes`` (G,) images to a part or to None, by ``counts`` of images.
 
-    Groups are drawn in a random order until the counts are reached. Of these the larger ones come
-    first, so that single images fill what is left. A group goes to a part drawn in proportion to
-    the room that the parts with enough of it still have; where none has enough, it stays out, and
-    groups that were not drawn fill the gap. With single images among them the counts are met
-    exactly.
+    Groups are drawn at random until the counts are reached, then dealt from the largest down, each
+    to a part drawn in proportion to its remaining room. Where no part has enough room the group
+    stays out, and groups that were not drawn fill the gap; with enough single images the counts are
+    met exactly.
     """
     generator = generator_of(seed, Stream.SPLIT)
     order = generator.permutation(len(sizes))
@@ -119,11 +117,10 @@ def deal(sizes: np.ndarray, counts: dict[PartName, int], seed: int) -> list[Part
 def limited(
     parts: list[PartName | None], sizes: np.ndarray, limit: int, seed: int
 ) -> list[PartName | None]:
-    """Leave training groups out until ``limit`` images remain; held-out parts stay as they are.
+    """Leave training groups out until ``limit`` images remain; see :func:`deal`.
 
-    Groups are kept in a random order of the seed, each if it still fits: a smaller limit keeps a
-    subset of what a larger one keeps, where groups are single images. ``parts`` and ``sizes`` as in
-    :func:`deal`.
+    Groups are kept in a random order of the seed if they still fit: among single images, a smaller
+    limit keeps a subset of a larger one.
     """
     train = [number for number, part in enumerate(parts) if part == "train"]
     images = int(sum(sizes[number] for number in train))

@@ -22,7 +22,7 @@ _MARKS = (
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """A text in UTF-8, or in what its byte-order mark says; ``name`` is its name in errors."""
+    """Text in UTF-8, or as its byte-order mark says; ``name`` is for errors."""
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)
@@ -34,7 +34,7 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def checked_text(text: str, name: str) -> str:
-    """The text itself; ValueError if a wrong encoding has spoilt it."""
+    """The text itself; ValueError if a wrong encoding has damaged it."""
     if "\0" in text:
         raise ValueError(f"{name} has NUL characters; save it as UTF-8")
     if "\N{REPLACEMENT CHARACTER}" in text:
@@ -47,7 +47,7 @@ def checked_text(text: str, name: str) -> str:
 
 
 def caption_of(value: Any, name: str) -> str | None:
-    """A caption that stands in JSON or in a table, None where it is missing."""
+    """Caption from JSON or a table; None if it is missing."""
     if _is_missing(value):
         return None
     endless = isinstance(value, float) and math.isinf(value)
@@ -59,10 +59,7 @@ def caption_of(value: Any, name: str) -> str | None:
 def chosen_caption(
     name: str, captions: Mapping[str, str], source: CaptionSource, option: str
 ) -> str | None:
-    """The caption of a picture out of its ``captions`` by where they stand.
-
-    ``source`` says which is meant (``any``: whichever there is), and ``option`` gives it.
-    """
+    """Caption out of ``captions`` by place; ``source`` chooses, ``option`` is its name in errors."""
     if source != "any":
         return captions.get(source)
     if len({text.strip() for text in captions.values()}) > 1:
@@ -75,11 +72,11 @@ def chosen_caption(
 MAX_TEXT_BYTES = 1 << 20
 """Largest caption, class or JSON member that is read, bytes."""
 MAX_LABEL = 99_999
-"""Largest class number that is believed."""
+"""Largest class number that is accepted."""
 IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
-"""Suffixes of members that are images."""
+"""Suffixes of image members."""
 TEXTS = ("txt", "caption", "cls", "json")
-"""Suffixes of members that say something about one."""
+"""Suffixes of members that describe an image."""
 _OTHER_IMAGES = tuple(suffix[1:] for suffix in OTHER_PICTURES)
 
 
@@ -89,15 +86,15 @@ class Member:
 
     name: str
     suffix: str
-    """What follows the key, lower case; may have dots."""
+    """What follows the key, lower case; may contain dots."""
     read: Callable[[], bytes]
     problem: str | None = None
-    """Why it is not read, as the end of a sentence that begins with its name."""
+    """Why it is not read, to follow its name."""
 
 
 @dataclass
 class TarRecord:
-    """One record of a foreign shard, not yet decoded."""
+    """Undecoded record of a third-party shard."""
 
     name: str
     """Shard and key, for messages and as the image's key; never used as a file name."""
@@ -105,13 +102,11 @@ class TarRecord:
     caption: str | None
     label: int | None
     image_key: str | None
-    """Declared by our own shards."""
+    """Declared by memfree's own shards."""
     group: str | None
-    """Declared by our own shards."""
 
 
 def _ending(suffix: str) -> str:
-    """What follows the last dot."""
     return suffix.rpartition(".")[2]
 
 
@@ -127,7 +122,7 @@ def record_of(
     prefix: str,
     note: Callable[[str], None],
 ) -> TarRecord:
-    """The record of the members that begin with its key; ``note`` takes those that are left out.
+    """Record of the members that share its key; ``note`` receives those left out.
 
     ``prefix`` is that of the options on the command line, such as ``--records.``.
     """
@@ -169,7 +164,6 @@ def record_of(
 
 
 def _image(name: str, members: dict[str, Member], options: RecordOptions, prefix: str) -> Member:
-    """The one member that is the picture."""
     wanted = options.suffix()
     if wanted is not None:
         if wanted not in members:
@@ -208,15 +202,11 @@ def _json(name: str, data: bytes) -> dict[str, Any]:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether JSON says nothing there; pandas writes that as NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _one_label(name: str, stated: str | None, in_json: Any) -> int | None:
-    """The class that .cls states, or else the JSON; both may, if they agree.
-
-    What is not a number in the JSON, such as the name of a class, does not matter beside .cls.
-    """
+    """Class in .cls or else in the JSON; a JSON class name does not matter beside .cls."""
     if stated is None:
         return None if _is_missing(in_json) else _label(name, in_json)
     label = _label(name, stated.strip())
@@ -228,7 +218,7 @@ def _one_label(name: str, stated: str | None, in_json: Any) -> int | None:
 
 
 def _number(value: Any) -> int | float | None:
-    """The number in a JSON value, perhaps written as text; None where there is none, or NaN."""
+    """Number in a JSON value or its text; None if there is none, or NaN."""
     try:
         number = float(value) if isinstance(value, str) else value
     except ValueError:

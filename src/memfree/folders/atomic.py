@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 RANDOM = "[0-9a-f]{24}"
-"""Random part of a temporary name, of which the first third tells the machine. It has no dot, so
-that no temporary name for ``x`` is one for ``x.v2``."""
+"""Random part of a temporary name; its first third tells the machine. Without a dot, so that no
+temporary name of ``x`` is one of ``x.v2``."""
 _TEMPORARY = re.compile(rf"\..+\.({RANDOM}|\d+)\.tmp")  # earlier versions: number of the process
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def try_lock(handle: int) -> bool | None:
-    """Lock an open file if nobody holds it; None where the file system has no locks."""
+    """Lock an open file if nobody holds it; None if the file system has no locks."""
     from filelock import lock_descriptor  # `memfree --help` should not wait for it
 
     try:
@@ -41,7 +41,6 @@ def try_lock(handle: int) -> bool | None:
 
 @contextmanager
 def _new_file(path: Path, mode: int) -> Iterator[Path]:
-    """An empty hidden file beside ``path``, locked; removed at the end if it is left."""
     temporary = _random_name(path, "tmp")
     handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, mode)
     try:
@@ -59,7 +58,6 @@ def _new_file(path: Path, mode: int) -> Iterator[Path]:
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """An empty hidden folder beside ``path``, locked; the caller removes it."""
     while True:
         folder = _random_name(path, "partial")
         folder.mkdir()
@@ -71,7 +69,6 @@ def _new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
-    """Keep others from clearing up a folder, where there are locks; yields whether it exists."""
     try:
         handle = os.open(folder, os.O_RDONLY | _NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
@@ -93,7 +90,7 @@ def _lock(handle: int) -> None:
 
 
 def _is_held(path: Path) -> bool | None:
-    """Whether the process that made a temporary file or folder still runs; None if unknown."""
+    """Whether the process that wrote a temporary file or folder still runs; None if unknown."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _NOFOLLOW)
     except OSError:
@@ -108,9 +105,8 @@ def _is_held(path: Path) -> bool | None:
 
 
 def remove_temporary(*folders: Path, pattern: str = ".*.tmp") -> None:
-    """Remove temporary files that killed processes left in these folders, not below them.
-
-    Only the running command may write them; they need not exist. ``pattern``: which names.
+    """Remove temporary files that match ``pattern`` and that killed processes left in these
+    folders.
     """
     for folder in folders:
         for path in folder.glob(pattern):
@@ -139,7 +135,7 @@ _MESSAGES = {
     "Read-only file system": errno.EROFS,
     "os error 30": errno.EROFS,
 }
-"""Parts of error messages of libraries that write files on their own (safetensors, torch)."""
+"""Error messages of libraries that write files on their own (safetensors, torch)."""
 
 
 @contextmanager
@@ -165,7 +161,6 @@ def explained_storage(out: Path) -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> set[int]:
-    """Storage errors behind an error, as numbers of ``errno``."""
     if isinstance(error, OSError):
         return {error.errno} & (_FULL | _READ_ONLY) if error.errno is not None else set()
     causes = {number for text, number in _MESSAGES.items() if text in str(error)}
@@ -176,7 +171,6 @@ def _causes(error: BaseException) -> set[int]:
 
 
 def _is_within(name: str | Path, out: Path) -> bool:
-    """Whether a file is one that writing ``out`` writes: in it, or hidden beside it."""
     path, place = Path(name).absolute(), out.absolute()
     is_hidden_beside = any(
         part.parent == place.parent and part.name.startswith(f".{place.name}.")
@@ -186,7 +180,7 @@ def _is_within(name: str | Path, out: Path) -> bool:
 
 
 def check_free_space(folder: Path, needed: int) -> None:
-    """Raise OSError where the disk of ``folder``, which need not exist, has too few free bytes."""
+    """Raise OSError if the disk of ``folder``, which need not exist, has too few free bytes."""
     place = folder.absolute()
     existing = next(path for path in (place, *place.parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -198,11 +192,10 @@ def check_free_space(folder: Path, needed: int) -> None:
 
 
 def write_atomic(path: Path, write: Callable[[Path], object], mode: int = 0o666) -> None:
-    """Call ``write`` on an empty temporary file beside ``path``, flush it, then rename it.
+    """Call ``write`` on a temporary file beside ``path``, flush it and rename it.
 
-    Whatever happens, ``path`` holds the old content or the new, whole; after the call the new
-    content survives a loss of power, and so do the folders that were made for it. ``mode``:
-    permissions of the file, less those that the umask takes away.
+    ``path`` holds the old or the new content, whole; once this returns, the new content and new
+    parent folders survive a power loss. ``mode``: permissions of the file, less the umask.
     """
     _make_folder(path.parent)
     with _new_file(path, mode) as temporary:
@@ -223,7 +216,6 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """Make a folder and its parents, and flush their names."""
     if not folder.is_dir():
         _make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -231,7 +223,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or the names in a folder, to the disk."""
+    """Flush a file's content, or the names in a folder, to disk."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:
@@ -249,13 +241,13 @@ def sync(path: Path) -> None:
 
 
 _RESULTS = ("manifest.json", "model_index.json", "pytorch_lora_weights.safetensors")
-"""Every folder that is put in place has one of them."""
+"""Every folder that is put in place has one of these files."""
 _alone: ContextVar[frozenset[Path]] = ContextVar("alone", default=frozenset())
 
 
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Tell ``unfinished`` that no other run writes ``out``: this process holds its lock."""
+    """Tell ``unfinished`` that this process holds the lock of ``out``."""
     token = _alone.set(_alone.get() | {out.resolve()})
     try:
         yield
@@ -265,7 +257,7 @@ def alone(out: Path) -> Iterator[None]:
 
 @contextmanager
 def unfinished(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` to work in, removed afterwards; leftovers of killed runs go first."""
+    """Temporary working folder beside ``out``; removes leftovers of killed runs first."""
     out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     clear_up(out, sole_writer=out in _alone.get())
@@ -281,10 +273,9 @@ def unfinished(out: Path) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, out: Path, overwrite: bool) -> None:
-    """Flush the finished folder to disk and rename it; an old one is moved aside, removed last.
+    """Flush the finished folder and rename it; an old one is moved aside and removed last.
 
-    A run that is killed between the two renames leaves the old one beside ``out``, under a hidden
-    name; ``clear_up`` restores it.
+    A run killed between the two renames leaves the old one hidden beside ``out`` for ``clear_up``.
     """
     out, old = out.resolve(), folder.with_suffix(".old")
     for path in sorted(folder.rglob("*"), reverse=True):  # what is within, before its folder
@@ -308,7 +299,7 @@ def put_in_place(folder: Path, out: Path, overwrite: bool) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Raise ValueError or OSError if a finished folder could not be put in the place of ``out``."""
+    """Raise ValueError or OSError if a finished folder could not replace ``out``."""
     refuse_mount_point(out)
     out = out.resolve()
     missing = [folder for folder in out.parents if not folder.exists()]
@@ -321,14 +312,16 @@ def check_place(out: Path) -> None:
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove those of these folders, the innermost first, that are empty."""
+    """Remove these folders, innermost first, if they are empty."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def refuse_mount_point(out: Path) -> None:
-    """Refuse a mount point, which cannot be replaced, and a folder around one, which it empties."""
+    """Refuse a mount point, which cannot be replaced, or a folder around one, which would be
+    emptied.
+    """
     place = out.resolve()
     if place.is_dir() and _is_mounted(place):
         raise ValueError(
@@ -338,7 +331,6 @@ def refuse_mount_point(out: Path) -> None:
 
 
 def _is_mounted(folder: Path) -> bool:
-    """Whether a file system, or a folder of one, is mounted there or below."""
     if os.path.ismount(folder):
         return True
     try:
@@ -355,10 +347,9 @@ def _is_mounted(folder: Path) -> bool:
 def clear_up(out: Path, sole_writer: bool = False, put_back_only: bool = False) -> None:
     """Undo what killed runs left beside ``out``, and nothing that belongs to another folder.
 
-    A folder that was moved aside and not replaced is put back. Unless ``put_back_only``, what was
-    half-written is removed, and so is a folder moved aside once its replacement is in place.
-    ``sole_writer``: whether this process holds the lock of ``out``, so that runs of which it is
-    unknown whether they ended are not writing there.
+    Puts back a folder that was moved aside and not replaced. Unless ``put_back_only``, removes the
+    rest. ``sole_writer``: this process holds the lock of ``out``, so runs of unknown state have
+    ended.
     """
     out = out.resolve()
     for left, suffix in _leftovers(out, sole_writer):
@@ -370,7 +361,7 @@ def clear_up(out: Path, sole_writer: bool = False, put_back_only: bool = False) 
 
 
 def is_alive(pid: int) -> bool:
-    """Whether another process of this number runs on this machine."""
+    """Whether another process with this number runs on this machine."""
     if pid == os.getpid():
         return False
     try:
@@ -383,10 +374,10 @@ def is_alive(pid: int) -> bool:
 
 
 def _leftovers(out: Path, sole_writer: bool) -> list[tuple[Path, str]]:
-    """Hidden folders of runs that wrote ``out`` and have ended, and the suffix of each.
+    """Hidden folders of ended runs that wrote ``out``, with their suffixes.
 
-    Earlier versions had host and process in the name: ``.NAME.HOST-PID.partial``. A host with a dot
-    is believed only if it is this one: ``.x.v2.node7-12.partial`` is of ``x.v2``, not of ``x``.
+    Earlier versions wrote ``.NAME.HOST-PID.partial``. A host with a dot counts only if it is this
+    one: ``.x.v2.node7-12.partial`` belongs to ``x.v2``, not to ``x``.
     """
     name = re.compile(
         re.escape(f".{out.name}.") + rf"(?:({RANDOM})|(.+)-(\d+))\.(partial|old)", re.DOTALL

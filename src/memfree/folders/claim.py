@@ -1,9 +1,7 @@
 """Claim of an output folder: whether it may be written, resumed, or holds something else.
 
-Data sets, indexes, evaluations, audits, tunings and small networks are put in place when they are
-complete, and what was there is lost: ``claim`` answers for those. Models, samples, studies, the
-demo and pages are filled in place, beside what else is there: their commands call ``check_kind``
-and, for what only they know of (checkpoints, shards, the numbers of a study), ``refuse_other``.
+``claim`` is for folders put in place when complete (what was there is lost). Folders filled in
+place (models, samples, studies, the demo, pages) use ``check_kind`` and ``refuse_other``.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ from memfree.folders.manifest import read_manifest
 from memfree.folders.untrusted import short
 
 Found: TypeAlias = Literal["open", "finished", "other"]
-"""``finished``: what is asked for is there; ``open``: it may be written, or replaced; ``other``: it
-is filled in place, and holds another one that must be deleted first."""
+"""``finished``: already there; ``open``: may be written or replaced; ``other``: filled in place,
+holds another one that must be deleted first."""
 
 HASH = "_sha256"
 _FILES = {
@@ -30,7 +28,6 @@ _FILES = {
     r"picture\.png|report",
     "tuning": r"tune\.json|guidance\.yaml",
 }
-"""Names of what is in a folder of a kind, beside its manifest and configuration."""
 
 
 def claim(
@@ -44,12 +41,11 @@ def claim(
 
     Args:
         out: the folder, which need not exist.
-        kind: what is to be there, as in its manifest.
-        identity: all that the result depends on, JSON values. None: what is there of this kind is
-            replaced, whatever it was made from.
-        overwrite: whether one of another identity may be replaced; None where there is no such
-            option.
-        identity_of: the identity in a manifest of this kind.
+        kind: as in its manifest.
+        identity: all that the result depends on, JSON values; None: replace any result of this
+            kind.
+        overwrite: replace one of another identity; None if there is no such option.
+        identity_of: reads the identity from a manifest of this kind.
 
     Raises:
         ValueError: it holds something else or the user's own files, or is a file or a mount point.
@@ -70,7 +66,7 @@ def claim(
 
 
 def check_kind(out: Path, kind: str) -> dict[str, Any]:
-    """The manifest of a folder of this kind; empty where there is none, whatever else is there."""
+    """Manifest of a folder of this kind; empty if there is none, whatever else is there."""
     _refuse_file(out)
     if not (out / "manifest.json").is_file():
         return {}
@@ -79,7 +75,7 @@ def check_kind(out: Path, kind: str) -> dict[str, Any]:
 
 
 def refuse_other(out: Path, difference: str | None, overwrite: bool | None = None) -> None:
-    """Refuse a folder that holds something else, unless ``overwrite``; name the ways out."""
+    """Refuse a folder with other content unless ``overwrite``; name the ways out."""
     if difference and not overwrite:
         delete = "" if overwrite is None else ", or --overwrite true to delete it"
         raise ValueError(
@@ -102,7 +98,7 @@ def _refuse_file(out: Path) -> None:
 
 @contextmanager
 def or_another() -> Iterator[None]:
-    """Add "use another --out" to what is wrong with a file that says what a folder holds."""
+    """Append "use another --out" to an error in a file that says what a folder holds."""
     try:
         yield
     except ValueError as error:
@@ -110,10 +106,9 @@ def or_another() -> Iterator[None]:
 
 
 def first_difference(present: Any, wanted: Any, name: str = "") -> str | None:
-    """Where two nested dicts of JSON values differ first, None where they are equal.
+    """First difference of two nested JSON dicts, None if equal; absent equals None.
 
-    An absent value equals None. Of a value whose name ends in ``_sha256`` only that it differs is
-    said. ``name``: of the two values, dotted.
+    ``name``: dotted name of both values. Values of ``*_sha256`` are not shown.
     """
     if isinstance(present, dict) and isinstance(wanted, dict):
         for key in [*wanted, *(key for key in present if key not in wanted)]:

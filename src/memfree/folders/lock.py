@@ -22,23 +22,19 @@ from memfree.folders import atomic
 from memfree.slurm.launcher import is_first_process
 
 ORPHAN_WAIT = 60.0
-"""Seconds to wait for what a killed process has started: it notices only after its batch."""
+"""Seconds to wait for a killed process's children, which notice only after their batch."""
 _BEGIN = '{"host":'
-"""What a lock file begins with."""
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 class FolderLock:
     """A lock file at ``path`` that says who holds it; messages name ``what`` it locks.
 
-    The lock is the operating system's (``filelock``): it ends with its process, however that ends,
-    so a file that a killed process left behind is no lock. It also holds between machines on
-    network file systems with locks. On those without, the file itself is the lock: whoever makes it
-    has it, until its process has ended or this very Slurm job was started again. The state of a
-    process on another machine cannot be checked, so the message names the file to delete.
-
-    A file of that name that is not a lock file is neither written nor removed, and links are not
-    followed.
+    The lock is the operating system's (``filelock``), so it ends with its process, and holds
+    between machines on network file systems with locks. On those without, the file itself is the
+    lock until its process has ended or its Slurm job was restarted. A process on another machine
+    cannot be checked, so the message names the file to delete. Other files of that name are left
+    alone, links not followed.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -49,8 +45,7 @@ class FolderLock:
     def acquire(self, wait: float = 0.0) -> None:
         """Take the lock, or raise ValueError with host and process of its holder.
 
-        ``wait``: seconds to wait for a holder that is alive. Where its process has ended and only
-        what it started is left, ``ORPHAN_WAIT`` seconds are waited in any case.
+        ``wait``: seconds to wait for a live holder; children of an ended one get ``ORPHAN_WAIT``.
         """
         start = time.monotonic()
         while not self._try():
@@ -64,7 +59,7 @@ class FolderLock:
             time.sleep(0.05)
 
     def release(self) -> None:
-        """Give the lock up and remove its file; nothing where it is not held."""
+        """Release the lock, if held, and remove its file."""
         if self._file is None:
             return
         with contextlib.suppress(OSError):  # removed while it is still locked: nobody else's
@@ -74,7 +69,7 @@ class FolderLock:
         self._file = None
 
     def is_free(self) -> bool:
-        """Whether nobody holds it; the file that a killed process left behind is removed."""
+        """Whether nobody holds it; removes the file of a killed process."""
         if not self.path.exists():
             return True
         free = self._try()
@@ -82,7 +77,6 @@ class FolderLock:
         return free
 
     def _try(self) -> bool:
-        """Take the lock if it is free."""
         assert self._file is None
         file, is_new = self._open()
         if file is None:
@@ -107,7 +101,6 @@ class FolderLock:
         return locked is None and self._remove_stale() and self._try()
 
     def _open(self) -> tuple[IO[str] | None, bool]:
-        """The file, and whether it was made here; None if it comes and goes."""
         for _ in range(10):
             with contextlib.suppress(FileExistsError):
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)
@@ -117,7 +110,7 @@ class FolderLock:
         return None, False
 
     def _open_existing(self) -> IO[str]:
-        """The file of an earlier process; refuses a link, a FIFO, and somebody's own file."""
+        """Refuses a link, a FIFO and a file that is not a lock."""
         foreign = f"{self.path} is not a lock file of memfree: move it away to write {self.what}"
         flags = os.O_RDWR | getattr(os, "O_NONBLOCK", 0) | _NOFOLLOW
         try:
@@ -137,9 +130,8 @@ class FolderLock:
         return file
 
     def _remove_stale(self) -> bool:
-        """Without locks: remove the file if it is stale; whether it is gone.
-
-        One process at a time: another that has found it stale before would remove the next lock.
+        """Under a lock of its own: another process that found the same file stale would remove the
+        next lock.
         """
         if not _is_stale(read_holder(self.path)):
             return False
@@ -158,7 +150,7 @@ class FolderLock:
 
 
 def read_holder(path: Path) -> dict[str, Any]:
-    """Who holds a lock file: ``host``, ``pid``, ``since``, ``job``; empty where it does not say."""
+    """``host``, ``pid``, ``since`` and ``job`` from a lock file; empty if unreadable."""
     if not path.is_file():  # a fifo would be waited for
         return {}
     try:
@@ -180,14 +172,14 @@ def _ourselves() -> dict[str, Any]:
 
 
 def _process_namespace() -> str | None:
-    """Within what process numbers count: containers may share host name and number 1."""
+    """Scope of process numbers: containers may share host name and number 1."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return None
 
 
 def _job() -> list[str] | None:
-    """Number of the Slurm job and how often it was started again."""
+    """Slurm job number and restart count."""
     number = os.environ.get("SLURM_JOB_ID")
     return None if number is None else [number, os.environ.get("SLURM_RESTART_COUNT", "0")]
 
@@ -222,7 +214,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Part:
-    """Number ``number`` (from 1) of ``of`` disjoint parts that together are the whole."""
+    """Part ``number`` (from 1) of ``of`` disjoint parts."""
 
     number: int = 1
     of: int = 1
@@ -232,11 +224,11 @@ class Part:
 
     @property
     def whole(self) -> bool:
-        """Whether there are no other parts."""
+        """Whether this is the only part."""
         return self.of == 1
 
     def share(self, items: Items) -> Items:
-        """The items of this part: of eight parts, the third has items 3, 11, 19, ..."""
+        """Items of this part: of eight parts, the third has items 3, 11, 19, ..."""
         return items[self.number - 1 :: self.of]  # type: ignore[return-value]
 
 
@@ -244,7 +236,7 @@ WHOLE = Part()
 
 
 def part_of(text: str) -> Part:
-    """The part that ``--part`` names: ``all``, or its number and how many there are, as 3/8."""
+    """Parse ``--part``: ``all``, or its number and their count, as 3/8."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if text == ALL:
         return WHOLE
@@ -254,7 +246,7 @@ def part_of(text: str) -> Part:
 
 
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOSPC, errno.EDQUOT}
-"""What a place answers where no lock file can be made."""
+"""Errors of a place where no lock file can be written."""
 _BEGINNING = 10.0
 """Seconds to wait for other parts, which hold the folder's own lock while they begin."""
 _WAITING = 24 * 3600.0
@@ -263,19 +255,18 @@ _WAITING = 24 * 3600.0
 
 @contextmanager
 def one_writer(out: Path, part: Part = WHOLE) -> Iterator[None]:
-    """Keep other commands from writing the folder ``out``; clear up after killed ones.
+    """Lock the folder ``out`` against other commands; clear up after killed ones.
 
-    The lock file lies beside the folder (that a link leads to), ``.NAME.memfree.lock``, or inside
-    it where nothing may be written beside it. Where neither place can be written there is no lock:
-    what the command then tries to write says so. Of the processes of one distributed run only the
-    first locks. A part has its own lock, ``.NAME.memfree-3-of-8.lock``, beside which other parts of
-    the same division may be written, but nothing else; the folder's lock then guards the beginning.
+    The lock file ``.NAME.memfree.lock`` lies beside the folder (links resolved), or inside it if
+    its parent is read-only; without either there is no lock. Of one distributed run only the first
+    process locks. A part has its own lock, ``.NAME.memfree-3-of-8.lock``, which admits other parts
+    of the same division only; the folder's lock then guards the beginning.
 
-    At first only a folder that a killed run moved aside is put back. The rest of what killed runs
-    left is removed at the end of a command that succeeds: one that is refused touches nothing.
+    A folder that a killed run moved aside is put back at once; other leftovers are removed only
+    when the command succeeds, so one that is refused touches nothing.
 
     Raises:
-        ValueError: another process writes there, or ``out`` is a link in a circle.
+        ValueError: another process writes there, or ``out`` is a circular link.
     """
     if not is_first_process() or out.is_file():
         yield
@@ -291,7 +282,7 @@ def one_writer(out: Path, part: Part = WHOLE) -> Iterator[None]:
 
 @contextmanager
 def one_of_launch(out: Path) -> Iterator[None]:
-    """Refuse another process of one launch that does all of a study; nothing is cleared up."""
+    """Refuse a second process of one launch that does all of a study; clears nothing up."""
     parents = _make_parents(out)
     with _released(_first_writable(out, WHOLE), parents):
         yield
@@ -299,7 +290,7 @@ def one_of_launch(out: Path) -> Iterator[None]:
 
 @contextmanager
 def one_at_a_time(out: Path, part: Part) -> Iterator[None]:
-    """Among the parts that ``one_writer`` admits, do alone what is done once, as to finish."""
+    """Let one part that ``one_writer`` admits at a time do what is done once."""
     waits = not part.whole and is_first_process()
     with _released(_first_writable(out, WHOLE, _WAITING) if waits else None):
         yield
@@ -307,7 +298,6 @@ def one_at_a_time(out: Path, part: Part) -> Iterator[None]:
 
 @contextmanager
 def _released(lock: FolderLock | None, parents: Sequence[Path] = ()) -> Iterator[None]:
-    """Release a lock at the end, and remove the folders that were made for it if still empty."""
     try:
         yield
     finally:
@@ -336,7 +326,7 @@ def _acquire(out: Path, part: Part) -> FolderLock | None:
 
 
 def _clear_up(out: Path, part: Part) -> None:
-    """Remove what killed runs left, unless other parts are being written or begun."""
+    """Remove leftovers of killed runs, unless other parts are being written or begun."""
     whole = None
     if not part.whole:
         try:
@@ -352,7 +342,7 @@ def _clear_up(out: Path, part: Part) -> None:
 
 
 def _parts_at_work(out: Path) -> list[Path]:
-    """Lock files of parts that a process holds; those of killed processes are removed."""
+    """Held lock files of parts; removes those of killed processes."""
     place = _resolved(out)
     beside = place.parent.glob(f"{glob.escape(f'.{place.name}')}.memfree-*-of-*.lock")
     inside = place.glob(".memfree-*-of-*.lock")
@@ -363,7 +353,7 @@ def _parts_at_work(out: Path) -> list[Path]:
 
 
 def _refuse_older_version(out: Path) -> None:
-    """Heed the lock of an earlier version of memfree, ``.NAME.lock``; a killed one's is removed."""
+    """Heed ``.NAME.lock`` of earlier memfree versions; a killed one's is removed."""
     place = _resolved(out)
     for path in (place.parent / f".{place.name}.lock", place / ".lock"):
         # The present lock of a folder with a shorter name.
@@ -381,15 +371,13 @@ def _refuse_if_held(path: Path, out: Path) -> None:
 
 
 def _name(part: Part) -> str:
-    """What the name of a part's lock file ends with.
-
-    The word in it keeps the lock of ``x --part 1/2`` apart from that of a folder ``x.1-of-2``.
+    """The word "memfree" keeps the lock of ``x --part 1/2`` apart from that of a folder
+    ``x.1-of-2``.
     """
     return ".memfree.lock" if part.whole else f".memfree-{part.number}-of-{part.of}.lock"
 
 
 def _first_writable(out: Path, part: Part, wait: float = 0.0) -> FolderLock | None:
-    """The lock of a part beside ``out`` or in it, taken; None where neither can be written."""
     place = _resolved(out)
     for path in (place.parent / f".{place.name}{_name(part)}", place / _name(part)):
         lock = _lock(path, out)
@@ -408,7 +396,7 @@ def _lock(path: Path, out: Path) -> FolderLock:
 
 
 def _make_parents(out: Path) -> list[Path]:
-    """Make the folder that ``out`` will be in; what had to be made, the innermost first."""
+    """Make the parent folders of ``out``; returns new ones, innermost first."""
     place = _resolved(out)
     missing = [folder for folder in place.parents if not folder.exists()]
     with contextlib.suppress(OSError):  # the command's own attempt says why
@@ -417,7 +405,7 @@ def _make_parents(out: Path) -> list[Path]:
 
 
 def _resolved(out: Path) -> Path:
-    """Where ``out`` really is, so that it has one lock by whatever name it is called."""
+    """Real path of ``out``, so that it has one lock under every name."""
     try:
         return out.resolve()
     except (OSError, RuntimeError) as error:

@@ -28,7 +28,7 @@ _BLOCK, _CHUNK = 64 << 20, 1 << 20  # bytes
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits; refuses a FIFO or device, which may never end."""
+    """Hexadecimal SHA-256 of a file; refuses a FIFO or device, which may never end."""
     check_plain(path)
     digest = hashlib.sha256()
     with named(path), open(path, "rb") as file:
@@ -38,10 +38,7 @@ def sha256(path: Path) -> str:
 
 
 def block_checksums(path: Path) -> list[int]:
-    """CRC-32 of every 64 MiB of a file, read by as many threads as there are cores.
-
-    They find damage, not forgery, at about the speed of a disk: four times that of SHA-256.
-    """
+    """CRC-32 of every 64 MiB of a file, in threads: finds damage, not forgery, at a disk's speed."""
     check_plain(path)
 
     def checksum(start: int) -> int:
@@ -69,7 +66,7 @@ _PACKAGES = ("memfree", "torch", "torchvision", "lightning", "diffusers", "numpy
 
 
 def provenance(seed: int | None = None) -> dict[str, Any]:
-    """How a folder was made, for its manifest: command, package versions, commit, device, seed."""
+    """Manifest fields on how a folder was written: command, versions, commit, device, seed."""
     import torch
 
     return {
@@ -88,8 +85,7 @@ def provenance(seed: int | None = None) -> dict[str, Any]:
 def _git_commit() -> str | None:
     """Commit of memfree's own checkout; None for an installed wheel, a copy, or without git.
 
-    Git searches all parent folders for a repository: a wheel in a virtual environment inside
-    somebody's project, or the sources copied into it, would report that project's commit.
+    Git searches parent folders: in somebody's project it would report that project's commit.
     """
     package = Path(__file__).resolve().parents[1]
     root = Path(_git(package, "rev-parse", "--show-toplevel") or "/")
@@ -116,23 +112,14 @@ def _git(folder: Path, *words: str) -> str | None:
 def write_manifest(folder: Path, kind: str, seed: int | None = None, **fields: Any) -> None:
     """Write ``folder/manifest.json``, the last file of a finished folder.
 
-    Args:
-        folder: the folder that is now complete.
-        kind: what it holds, as ``dataset`` or ``index``.
-        seed: seed of the run, None where nothing random happened.
-        fields: what else a reader needs, JSON values.
+    ``kind`` such as ``dataset``; ``seed`` None if nothing is random; ``fields`` JSON values.
     """
     value = {"format": FORMAT_VERSION, "kind": kind, **fields, "made_by": provenance(seed)}
     write_json(folder / "manifest.json", value)
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
-    """Read the manifest of a finished folder of this ``kind``.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is unfinished, of another kind, of a newer format, or not valid JSON.
-    """
+    """Read the manifest of a finished folder of this ``kind``; otherwise ValueError."""
     path = folder / "manifest.json"
     if not folder.is_dir():
         raise FileNotFoundError(f"no {kind} folder at {folder}")
@@ -156,7 +143,7 @@ _resolved: ContextVar[str | None] = ContextVar("resolved", default=None)
 
 @contextmanager
 def resolved_config(text: str) -> Iterator[None]:
-    """Make ``text`` (YAML) the configuration that ``save_config`` writes inside this context."""
+    """Let ``save_config`` write ``text`` (YAML) inside this context."""
     token = _resolved.set(text)
     try:
         yield
@@ -167,9 +154,8 @@ def resolved_config(text: str) -> Iterator[None]:
 def save_config(folder: Path) -> None:
     """Write ``folder/config.yaml``, which replays the running command with ``--config``.
 
-    A function called from a command line calls this once it has accepted ``folder`` as its own and
-    makes something there, never where that is finished already; called from Python it writes
-    nothing. Under several processes only the first writes.
+    Call once ``folder`` is accepted and being written, never if it is finished already. Does
+    nothing when called from Python, nor in any process but the first.
     """
     text = _resolved.get()
     if text is not None and is_first_process():

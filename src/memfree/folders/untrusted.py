@@ -36,7 +36,7 @@ def short(value: object, length: int = 160) -> str:
 
 
 def check_plain(path: Path) -> None:
-    """Refuse a FIFO, socket or device, which may have no end or never begin; links are followed."""
+    """Refuse a FIFO, socket or device, which may have no end or never begin; follows links."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -48,7 +48,7 @@ def check_plain(path: Path) -> None:
 
 
 def check_plain_folder(folder: Path) -> None:
-    """``check_plain`` of every file below a folder that a library will read; links are followed."""
+    """``check_plain`` every file below a folder that a library will read."""
     seen: set[tuple[int, int]] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         status = os.stat(place)
@@ -62,16 +62,10 @@ def check_plain_folder(folder: Path) -> None:
 
 
 def parse_json(text: str | bytes, any_number: bool = False) -> Any:
-    """A JSON value; only what JSON knows, so neither NaN nor numbers beyond float64.
+    """Parse JSON; refuses NaN, numbers beyond float64 and deep nesting with ValueError.
 
-    Args:
-        text: the JSON.
-        any_number: take NaN, infinities and numbers of any size too. Integers stay exact, beyond
-            64 bits as well; those of more than 4000 digits become infinities. A name that an
-            object gives twice with different values has the list of them.
-
-    Raises:
-        ValueError: it is not JSON, is nested too deeply, or has such a number.
+    ``any_number`` accepts NaN, infinities and numbers of any size: integers stay exact up to 4000
+    digits, longer ones become infinities. A name with several values in one object gets their list.
     """
     try:
         value = (
@@ -92,7 +86,6 @@ def parse_json(text: str | bytes, any_number: bool = False) -> Any:
 
 
 def _containers(value: Any) -> list[Any]:
-    """Lists and objects just inside a JSON value."""
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [inner for inner in values if isinstance(inner, (dict, list))]
 
@@ -130,7 +123,7 @@ def _finite(text: str) -> float:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Name the file in an error of reading, as of a bad sector, which does not say it."""
+    """Add the file's name to a read error, as of a bad sector."""
     try:
         yield
     except OSError as error:
@@ -140,7 +133,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """The UTF-8 text of a plain file of at most ``limit`` bytes; errors begin with ``path``."""
+    """UTF-8 text of a plain file of at most ``limit`` bytes; errors begin with ``path``."""
     check_plain(path)
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path} has {size} bytes, the limit is {limit}")
@@ -152,7 +145,7 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES, any_number: bool = False) -> Any:
-    """The JSON value in a file, as ``read_text`` and ``parse_json`` accept it."""
+    """JSON value of a file, see ``read_text`` and ``parse_json``."""
     text = read_text(path, limit)
     try:
         return parse_json(text, any_number)
@@ -162,12 +155,11 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES, any_number: bool = False)
 
 @dataclass(frozen=True)
 class Number:
-    """Shape of a number, not NaN, from ``low`` to ``high``, both included."""
+    """Shape of a number, not NaN, from ``low`` to ``high`` inclusive."""
 
     low: float = -math.inf
     high: float = math.inf
     whole: bool = False
-    """Only integers."""
 
     def __str__(self) -> str:
         ends = f" from {self.low:g}" if self.low > -math.inf else ""
@@ -196,12 +188,9 @@ _KINDS = {str: "text", dict: "an object", list: "a list", bool: "true or false",
 def check_fields(value: Any, shape: Any, name: str) -> None:
     """Refuse a JSON value of another shape, in a message that begins with the field's name.
 
-    Args:
-        value: what ``read_json`` returned.
-        shape: a type or several; ``Number``; ``[shape]``, a list of values of that shape;
-            ``{field: shape}``, an object with these fields among others, where ``Maybe(shape)``
-            may be missing or null; ``{str: shape}``, an object with fields of any name.
-        name: of the value.
+    ``shape``: a type or several; ``Number``; ``[shape]``, a list of such values; ``{field:
+    shape}``, an object with these fields among others (``Maybe(shape)`` may be missing or null); or
+    ``{str: shape}``, an object with any fields of that shape.
     """
     if isinstance(shape, Maybe):
         if value is not None:
@@ -236,15 +225,10 @@ def read_table(
     columns: Mapping[str, pa.DataType] | pa.Schema | None = None,
     nullable: tuple[str, ...] = (),
 ) -> pa.Table:
-    """A parquet file that takes no more memory than 64 MiB or 1000 times its size.
+    """Read a parquet file in at most 64 MiB or 1000 times its size of memory.
 
-    Args:
-        path: the file.
-        columns: name and type of columns that it must have; others are read as well. None: any.
-        nullable: which of them may have missing values.
-
-    Raises:
-        ValueError: it cannot be read, or is otherwise; the message begins with ``path``.
+    ``columns``: names and types of required columns, None: any; ``nullable``: columns that may have
+    missing values. A ValueError begins with ``path``.
     """
     import pyarrow as pa
 
@@ -264,7 +248,6 @@ def read_table(
 
 
 def _read(path: Path, limit: int) -> pa.Table:
-    """The table, in parts whose size is known before they are unpacked."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -284,7 +267,6 @@ def _read(path: Path, limit: int) -> pa.Table:
 
 
 def _check_header(header: pq.FileMetaData, schema: pa.Schema, limit: int) -> None:
-    """Refuse by its header a table of other kinds of columns, or of more than ``limit`` bytes."""
     import pyarrow as pa
 
     bits = 0  # a row
@@ -308,7 +290,6 @@ def _check_header(header: pq.FileMetaData, schema: pa.Schema, limit: int) -> Non
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """Whether values may be of any length: strings and bytes."""
     import pyarrow as pa
 
     return kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
@@ -330,17 +311,14 @@ _OPENED = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")  # ``--config <(command)`
 
 
 def config_files(words: Sequence[str]) -> list[str]:
-    """The files that stand behind ``--config`` on a command line."""
+    """Files behind ``--config`` on a command line."""
     files = [after for word, after in pairwise(words) if word == "--config"]
     prefix = "--config="
     return files + [word.removeprefix(prefix) for word in words if word.startswith(prefix)]
 
 
 def check_config_files(words: Sequence[str]) -> None:
-    """Refuse a ``--config`` that has no end, that nobody writes to, is too large, or not UTF-8.
-
-    A file that is missing is left to the parser.
-    """
+    """Refuse a ``--config`` that is endless, a FIFO without a writer, too large, or not UTF-8."""
     for name in config_files(words):
         path = Path(name)
         try:
@@ -353,10 +331,7 @@ def check_config_files(words: Sequence[str]) -> None:
 
 
 def check_no_further_files(words: Sequence[str], groups: Sequence[str]) -> None:
-    """Refuse a path in place of a set of options, such as ``plan``, which the parser would open.
-
-    YAML that is not well formed is left to the parser.
-    """
+    """Refuse a path in place of an option group such as ``plan``: the parser would open it."""
     options = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
     options |= {word.removeprefix("--"): after for word, after in pairwise(words)}
     for group in groups:
@@ -380,7 +355,6 @@ def check_no_further_files(words: Sequence[str], groups: Sequence[str]) -> None:
 
 
 def _of_group(value: Any, names: list[str]) -> Iterator[Any]:
-    """What an option file gives for a set of options: ``a: {b: …}`` or ``a.b: …``."""
     if not isinstance(value, dict):
         return
     for count in range(1, len(names) + 1):
@@ -392,7 +366,7 @@ def _of_group(value: Any, names: list[str]) -> Iterator[Any]:
 
 
 def load_yaml(text: str) -> Any:
-    """The value of a YAML text that ``check_yaml`` accepts; None where it is not well formed."""
+    """Value of a YAML text that ``check_yaml`` accepts; None if malformed."""
     import yaml  # `memfree --help` should not wait for it
 
     check_yaml(text)
@@ -403,11 +377,7 @@ def load_yaml(text: str) -> Any:
 
 
 def check_yaml(text: str) -> None:
-    """Refuse YAML whose aliases (``*name``) take memory without measure, or with a key twice.
-
-    Of a key that is given twice the parser would take the last. YAML that is not well formed is
-    left to whoever reads it next.
-    """
+    """Refuse YAML with exploding aliases (``*name``) or duplicate keys; ignores malformed YAML."""
     if "*" not in text and ":" not in text:  # neither aliases nor objects
         return
     import yaml  # `memfree --help` should not wait for it
@@ -445,13 +415,13 @@ def check_yaml(text: str) -> None:
 
 
 def _repeated(keys: Iterable[Any]) -> list[str]:
-    """Keys of one object that are there more than once; ``<<`` takes keys from elsewhere."""
+    """Duplicate keys of one object; ``<<`` may repeat keys from elsewhere."""
     count = Counter(key for key in keys if isinstance(key, str) and key != "<<")
     return [key for key, number in count.items() if number > 1]
 
 
 def limit_aliases() -> None:
-    """Put ``check_yaml`` before everything that jsonargparse reads as YAML."""
+    """Apply ``check_yaml`` to everything that jsonargparse reads as YAML."""
     from jsonargparse import get_loader, set_loader
     from yaml import YAMLError
 

@@ -32,8 +32,8 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "feature_extractor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
     "image_encoder": ("CLIPVisionModelWithProjection",),
 }
-"""Classes of the parts of pipelines; others may ask the hub for parts as soon as they are built.
-The scheduler may be any of diffusers'."""
+"""Classes of pipeline parts; others may request hub files when built. Any diffusers scheduler may
+do."""
 _FOLDER_TOKENIZERS = (
     *_TOKENIZERS,
     *(
@@ -44,7 +44,7 @@ _FOLDER_TOKENIZERS = (
     "PreTrainedTokenizerFast",
     "TokenizersBackend",
 )
-"""Tokenizers that a folder of a CLIP may name; all of them read plain files."""
+"""Tokenizers of a CLIP folder; all of them read plain files."""
 _CONFIG_BYTES = 4 << 20
 _LARGEST = 1 << 20  # of any number in a configuration
 _LAYERS = 256  # of any number that a library loops over to build
@@ -68,7 +68,7 @@ _SPARE = 1 << 20  # weights that a network may have beyond its file: buffers, mo
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A configuration of diffusers or transformers, without absurd numbers or names of code."""
+    """Configuration of diffusers or transformers, without absurd numbers or names of code."""
     value = read_json(path, _CONFIG_BYTES)
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a configuration but {short(repr(value), 40)}")
@@ -83,7 +83,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_code(config: dict[str, Any], path: Path) -> None:
-    """Refuse a configuration with keys that name further code, at any depth."""
     for key, value in _values(config):
         if _ATTENTION.fullmatch(key):
             is_harmless = value in _BUILT_IN
@@ -94,12 +93,11 @@ def _refuse_code(config: dict[str, Any], path: Path) -> None:
 
 
 def _says_nothing(value: Any) -> bool:
-    """Whether a key that may name code or files names none."""
     return value is None or value is False
 
 
 def _read_own_config(path: Path) -> dict[str, Any]:
-    """A network's or scheduler's configuration, which names no other file, folder or repository."""
+    """Configuration of a network or scheduler, which names no other file, folder or repository."""
     config = read_config(path)
     for key, value in _values(config):
         if key not in _OWN_NAMES and isinstance(value, str) and {"/", "\\"} & {*value}:
@@ -108,10 +106,7 @@ def _read_own_config(path: Path) -> dict[str, Any]:
 
 
 def check_network(kind: Any, folder: Path) -> None:
-    """Refuse a network that would be much larger than its weights, before it is built.
-
-    ``kind``: its class, of diffusers or transformers; ``folder``: with config.json and safetensors.
-    """
+    """Refuse, before it is built, a network (class ``kind``) much larger than its weights."""
     check_plain_folder(folder)
     config = _read_own_config(folder / "config.json")
     _check_other_files(folder)
@@ -135,7 +130,7 @@ def check_network(kind: Any, folder: Path) -> None:
 
 
 def check_scheduler(folder: Path) -> str:
-    """The class that a scheduler's folder names, once its numbers are sound."""
+    """Class of a scheduler's folder, once its numbers are sound."""
     path = folder / "scheduler_config.json"
     config = _read_own_config(path)
     name, steps = config.get("_class_name"), config.get("num_train_timesteps", 1)
@@ -151,8 +146,7 @@ def check_scheduler(folder: Path) -> str:
 def check_tokenizer(folder: Path, must_be_named: bool = False) -> None:
     """Refuse a tokenizer's folder that names code, other files, or an unknown class.
 
-    ``must_be_named``: whether tokenizer_config.json has to say the class, which would be looked for
-    elsewhere otherwise.
+    ``must_be_named``: tokenizer_config.json must name the class, else sought elsewhere.
     """
     for name in ("tokenizer_config.json", "config.json"):
         path = folder / name
@@ -174,7 +168,7 @@ def check_tokenizer(folder: Path, must_be_named: bool = False) -> None:
 
 
 def _read_tokenizer(path: Path) -> dict[str, Any]:
-    """A tokenizer's configuration; of its numbers, the greatest length is often 10^30."""
+    """The greatest length in a tokenizer's configuration is often 10^30."""
     value = read_json(path, _CONFIG_BYTES, any_number=True)
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a tokenizer's configuration")
@@ -183,7 +177,7 @@ def _read_tokenizer(path: Path) -> dict[str, Any]:
 
 
 def check_pipeline_folder(folder: Path) -> dict[str, Any]:
-    """The ``model_index.json`` of a pipeline whose parts and their configurations are accepted."""
+    """Checked ``model_index.json`` of a pipeline, with the configurations of its parts."""
     path = folder / "model_index.json"
     check_plain_folder(folder)
     index = read_config(path)
@@ -224,7 +218,7 @@ def _check_other_files(folder: Path) -> None:
 
 
 def check_parts(index: dict[str, Any], name: str) -> None:
-    """Refuse a pipeline's list of parts that names anything but the classes they may have."""
+    """Refuse a pipeline's list of parts with classes that are not allowed."""
     kind = index.get("_class_name")
     if not isinstance(kind, str) or not kind.isidentifier():
         raise ValueError(f"{name} does not name a pipeline but {short(repr(kind), 40)}")
@@ -242,7 +236,6 @@ def check_parts(index: dict[str, Any], name: str) -> None:
 
 
 def _kind_of(part: str, library: str, name: str) -> Any:
-    """The class of a part of a pipeline, None where the part may not have it."""
     if part == "safety_checker" and library == "stable_diffusion":
         return StableDiffusionSafetyChecker if name == "StableDiffusionSafetyChecker" else None
     if part == "scheduler":
@@ -255,7 +248,6 @@ def _kind_of(part: str, library: str, name: str) -> Any:
 
 
 def _named(index: dict[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Parts and their library and class; those that a pipeline does without are left out."""
     for part, value in index.items():
         if part.startswith("_") or not isinstance(value, list) or value == [None, None]:
             continue
@@ -267,7 +259,6 @@ def _named(index: dict[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def _values(value: Any, key: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Every value inside a JSON value, with the name nearest to it; lists and objects as well."""
     if key is not None:
         yield key, value
     if isinstance(value, dict):
@@ -279,7 +270,7 @@ def _values(value: Any, key: str | None = None) -> Iterator[tuple[str, Any]]:
 
 
 def _weights(path: Path) -> int:
-    """Numbers in a safetensors file as its header says, no more than its bytes can hold."""
+    """Number of weights by the safetensors header, at most what the file's bytes can hold."""
     try:
         with safe_open(path, framework="pt") as file:  # checks shapes and offsets against the bytes
             names = file.keys()

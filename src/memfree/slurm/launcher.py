@@ -11,37 +11,36 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 LIGHTNING = "Lightning"
-"""Launcher of a process that none of the others started: Lightning's own, or the user's hand."""
+"""Launcher of a process that Lightning or the user started."""
 _NUMBER = re.compile(r"[0-9]{1,12}")
 _TASKS_PER_NODE = re.compile(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?")
 _PORTS = 15000, 10000
-"""First port for processes to meet at under Slurm, and how many, as Lightning chooses them."""
+"""First meeting port under Slurm, and how many, as Lightning chooses them."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes a launcher has started, and which of them this one is."""
+    """How many processes a launcher started, and which of them this is."""
 
     launcher: str = LIGHTNING  # srun, torchrun, mpirun, ... as a user would call it
     rank: int = 0  # among all processes
     size: int | None = 1  # all processes; None where the launcher does not say
     local_rank: int | None = None  # among those of its machine; None where it is not said
     per_node: tuple[int, ...] = ()
-    """Processes on each machine, or one number where all machines have as many; empty: unknown."""
+    """Processes on each machine, or one number if all have as many; empty: unknown."""
 
     @property
     def told(self) -> bool:
-        """Whether the environment says anything of a launcher."""
+        """Whether the environment mentions a launcher."""
         return self != Launch()
 
     @property
     def several(self) -> bool:
-        """Whether there are other processes, as far as is known."""
+        """Whether other processes are known."""
         return self.size is None or self.size > 1
 
     @property
     def started(self) -> str:
-        """What the launcher did, for a message."""
         if self.size is None:
             return f"{self.launcher} started several processes"
         machines = ""
@@ -53,8 +52,6 @@ class Launch:
 
 
 class _Names(NamedTuple):
-    """Environment variables of a launcher."""
-
     launcher: str
     rank: str
     size: str
@@ -89,14 +86,14 @@ _SINGLE = {
     **dict.fromkeys(("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_TASKS_PER_NODE", *_SIZES), "1"),
     "SLURM_STEP_TASKS_PER_NODE": "1",
 }
-"""What Slurm says to a step of one task: the job is still the job, to be requeued for instance."""
+"""Slurm variables of a one-task step; the job itself stays, so that it can be requeued."""
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 _PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_")
 _OF_TORCHRUN = ("GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
 
 
 def launched() -> Launch:
-    """The processes that were started together, as the (checked) environment says."""
+    """Processes that were started together, from the (checked) environment."""
     check_variables()
     if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
         return _read(_TORCHRUN)
@@ -124,7 +121,7 @@ def _read(names: _Names) -> Launch:
 
 
 def _by_lightning() -> Launch | None:
-    """A process that Lightning has started on a machine, or the user on each of several."""
+    """A process started by Lightning on one machine, or by the user on each of several."""
     if not {"LOCAL_RANK", "NODE_RANK"} & os.environ.keys():
         return None
     local, node = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "NODE_RANK"))
@@ -134,25 +131,25 @@ def _by_lightning() -> Launch | None:
 
 
 def _in_srun() -> bool:
-    """Whether srun has started this process, and not a batch script or a shell in an allocation."""
+    """Whether srun started this process, not a batch script or a shell in an allocation."""
     if "SLURM_PROCID" not in os.environ:
         return False
     return "SLURM_STEP_ID" in os.environ or "SLURM_TASK_PID" not in os.environ
 
 
 def _step_size() -> str | None:
-    """Tasks of this step; in the shell that salloc opens, SLURM_NTASKS is the allocation's."""
+    """Tasks of this step; in salloc's shell, SLURM_NTASKS is the allocation's."""
     return os.environ.get(_STEP_SIZE, os.environ.get(_SRUN.size))
 
 
 def _by_srun(names: _Names) -> bool:
-    """Whether srun itself has set the variables that mpirun sets, as it does for MPI programs."""
+    """Whether srun set mpirun's variables, as it does for MPI programs."""
     ours = os.environ.get(names.rank), os.environ.get(names.size)
     return _in_srun() and ours == (os.environ.get(_SRUN.rank), _step_size())
 
 
 def _tasks_per_node() -> tuple[int, ...]:
-    """Tasks of each node: ``2(x2),1`` is (2, 2, 1), and one number where all have as many."""
+    """Parse tasks per node: ``2(x2),1`` is (2, 2, 1); one number if all are equal."""
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
         if text := os.environ.get(name):
             matches = [_TASKS_PER_NODE.fullmatch(part) for part in text.split(",")]
@@ -170,7 +167,7 @@ def _tasks_per_node() -> tuple[int, ...]:
 
 
 def check_variables() -> None:
-    """Refuse environment variables of launchers that no launcher sets; names the variable."""
+    """Refuse malformed launcher variables, by name."""
     for names in (_TORCHRUN, *_LAUNCHERS):
         _check_below(names.rank, names.size)
         is_local = os.environ.get(names.local_size) is not None
@@ -184,10 +181,7 @@ def check_variables() -> None:
 
 
 def check_meeting() -> None:
-    """Refuse a place where processes cannot meet; only for those that do.
-
-    Kubernetes sets ``MASTER_PORT=tcp://...`` everywhere for a service that is called master.
-    """
+    """Refuse a bad meeting place: Kubernetes sets ``MASTER_PORT=tcp://...`` for a service "master"."""
     port = _checked("MASTER_PORT", least=1)
     if port is not None and port > 65535:
         raise ValueError(f"environment variable MASTER_PORT={port}: ports end at 65535")
@@ -196,7 +190,6 @@ def check_meeting() -> None:
 
 
 def _checked(name: str, least: int = 0) -> int | None:
-    """Value of a variable that is a whole number, None where it is not set."""
     value = os.environ.get(name) if name else None
     if value is None:
         return None
@@ -218,14 +211,10 @@ def _check_below(rank: str, size: str) -> None:
 
 
 def joined(launch: Launch, devices: int, nodes: int = 1) -> bool:
-    """Whether the processes that were started together are one run.
+    """Whether the processes started together are one run; ValueError if they do not fit it.
 
-    False for a run of this process alone, and for one whose further processes Lightning starts.
-    ``devices``: processes on each machine that the run is to have; ``nodes``: its machines.
-
-    Raises:
-        ValueError: the run is to have several processes, and others were started, or the variables
-            that say where they meet are spoilt.
+    False for a run of this process alone, or one whose other processes Lightning starts.
+    ``devices``: processes on each machine; ``nodes``: machines.
     """
     wanted = devices * nodes
     if wanted == 1:
@@ -262,7 +251,6 @@ def joined(launch: Launch, devices: int, nodes: int = 1) -> bool:
 
 
 def _ways(launch: Launch) -> str:
-    """Options that fit the processes that were started."""
     assert launch.size is not None
     devices = launch.per_node[0] if launch.per_node else launch.size
     if len(launch.per_node) > 1 or launch.size % devices:
@@ -280,10 +268,9 @@ def _ways(launch: Launch) -> str:
 
 
 def advice(launch: Launch, shared_by: str) -> str:
-    """What to do where several processes of one launch have met at the same folder.
+    """What to do when processes of one launch meet at the same folder.
 
-    ``shared_by``: option by which several do the command together, ``--trainer.devices`` or
-    ``--part``; empty where it has none.
+    ``shared_by``: option that shares the work (``--trainer.devices``, ``--part``), or empty.
     """
     if shared_by == "--trainer.devices" and launch.size is not None:
         return f"{launch.started}; {_ways(launch)}, with its own --out"
@@ -296,8 +283,8 @@ def advice(launch: Launch, shared_by: str) -> str:
 def as_one_run(launch: Launch, devices: int, nodes: int = 1) -> Iterator[None]:
     """Make the environment describe this run alone, and restore it afterwards.
 
-    Processes that are one run (see ``joined``) learn where to meet. In any other run, this code and
-    all libraries see a single process.
+    Processes that are one run (see ``joined``) learn where to meet; all others see a single
+    process.
     """
     before = {name: value for name, value in os.environ.items() if is_launchers(name)}
     try:
@@ -318,14 +305,14 @@ def as_one_run(launch: Launch, devices: int, nodes: int = 1) -> Iterator[None]:
 
 
 def is_launchers(name: str) -> bool:
-    """Whether an environment variable is one by which a launcher tells a process its place."""
+    """Whether a launcher uses this environment variable to tell a process its place."""
     known = {name for names in (_TORCHRUN, *_LAUNCHERS) for name in names[1:] if name}
     known.update(_SINGLE, _MEETING, _RANKS, _OF_TORCHRUN)
     return name in known or name.startswith(_PREFIXES)
 
 
 def _meeting(launch: Launch, devices: int) -> Mapping[str, str]:
-    """Variables by which processes that are one run find each other."""
+    """Variables by which the processes of one run find each other."""
     # Lightning asks jsrun, and MPI where Python knows it, where to meet.
     if launch.launcher in (LIGHTNING, "jsrun") or knows_mpi(launch):
         return {}
@@ -351,12 +338,12 @@ def _meeting(launch: Launch, devices: int) -> Mapping[str, str]:
 
 
 def knows_mpi(launch: Launch) -> bool:
-    """Whether the processes are MPI's, and Python has the package by which they can talk."""
+    """Whether the processes are MPI's and mpi4py can be imported."""
     return launch.launcher == "mpirun" and importlib.util.find_spec("mpi4py") is not None
 
 
 def _slurm_meeting() -> dict[str, str]:
-    """The first node of this step, not of the job; a port of its own for each step."""
+    """First node of this step, not of the job; a port for each step."""
     first, count = _PORTS
     job, step = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     number = int(job or 0) + 1009 * (int(step) if step.isdecimal() else 0)
@@ -367,11 +354,10 @@ def _slurm_meeting() -> dict[str, str]:
 
 
 def _first_host(nodes: str) -> str:
-    """The first of SLURM's list of nodes: ``node[3-5,9],login`` is node3."""
     match = re.match(r"([^,\[]*)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodes)
     return "".join(part or "" for part in match.groups()) if match else nodes
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process, or the first of those that a launcher started."""
+    """Whether this is the only process or the first one of its launch."""
     return launched().rank == 0

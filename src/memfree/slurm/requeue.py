@@ -1,4 +1,4 @@
-"""Requeueing of a Slurm job that is warned of its end."""
+"""Requeue a Slurm job on the warning of its end."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import Any
 from memfree.slurm.launcher import is_first_process
 
 WARNINGS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
-"""What announces the end: USR1 if the job asked for it (``--signal=USR1@120``), else SIGTERM."""
+"""Signals of the end: USR1 if the job requested it (``--signal=USR1@120``), else SIGTERM."""
 SIGNAL_SECONDS = "MEMFREE_SIGNAL_SECONDS"
-"""Environment variable of ``memfree submit``: what --slurm.signal_seconds was."""
+"""Environment variable in which ``memfree submit`` stores --slurm.signal_seconds."""
 DEFAULT_SIGNAL_SECONDS = 120
 _EXACTNESS = 60.0  # seconds by which Slurm may warn earlier
 _heeded: ContextVar[bool] = ContextVar("heeded", default=False)
@@ -29,10 +29,7 @@ _PATIENCE = 60.0  # seconds that the other tasks of a job leave to the first, wh
 
 
 def job_id() -> str | None:
-    """Number of the Slurm job that this process is a task of, as ``scontrol`` takes it.
-
-    None outside Slurm, and in a shell inside an allocation, where nothing can be requeued.
-    """
+    """Slurm job of this task, for ``scontrol``; None outside, or in a shell, not requeueable."""
     if "SLURM_PROCID" not in os.environ or "SLURM_JOB_ID" not in os.environ:
         return None
     array, element = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
@@ -40,14 +37,10 @@ def job_id() -> str | None:
 
 
 def requeue(goes_on: bool = True) -> str | None:
-    """Put this job back into the queue, if it is still running; returns why not, or None.
+    """Requeue this job if it is still running; returns why not, or None.
 
-    A job that is warned before its time limit or before it is preempted is running; one that was
-    cancelled or has reached its limit is not, and stays what it is.
-
-    Args:
-        goes_on: whether its next start resumes. One that begins again is not requeued shortly
-            before its time limit, which it would reach every time.
+    A warned or preempted job runs; a cancelled one, or one at its limit, does not and stays so. A
+    job that does not resume (``goes_on`` false) is not requeued near its time limit: it would loop.
     """
     number = job_id()
     if number is None:
@@ -69,7 +62,7 @@ def requeue(goes_on: bool = True) -> str | None:
 
 
 def _seconds(left: str) -> float:
-    """Time left as squeue writes it, ``[days-][[hours:]minutes:]seconds``; infinite without one."""
+    """Parse squeue's time left, ``[days-][[hours:]minutes:]seconds``; infinite without one."""
     days, _, clock = left.rpartition("-")
     parts = clock.split(":")
     if not all(part.isdecimal() for part in (*parts, days or "0")):
@@ -79,7 +72,6 @@ def _seconds(left: str) -> float:
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str] | None:
-    """Output of a Slurm command, None if it cannot be had."""
     for attempt in range(_ATTEMPTS):
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
@@ -96,10 +88,9 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str] | None:
 def requeued_when_warned(goes_on: bool = True) -> Iterator[None]:
     """Inside a Slurm job: on a warning, requeue the job and end this process at once.
 
-    Commands lose nothing when they are killed: what they have finished is in place, and the
-    requeued job resumes from there. Training installs its own handler while it trains, which saves
-    a checkpoint first (``memfree.training.checkpoints``). Does nothing outside Slurm, nor for a
-    command that another one runs, as a study does: the outer one resumes.
+    Nothing is lost: finished work is in place and the requeued job resumes from there. Training
+    installs its own handler to save a checkpoint first (``memfree.training.checkpoints``). Does
+    nothing in a command that another one runs, as a study does: the outer one resumes.
     """
     if job_id() is None or _heeded.get():
         yield
@@ -132,7 +123,7 @@ def requeued_when_warned(goes_on: bool = True) -> Iterator[None]:
 
 
 def ignore() -> None:
-    """From now on, heed no further warning: the end has begun."""
+    """Ignore further warnings: the end has begun."""
     if threading.current_thread() is threading.main_thread():
         for number in WARNINGS:
             signal.signal(number, signal.SIG_IGN)
@@ -142,7 +133,7 @@ def ignore() -> None:
 def handled(
     handler: Callable[..., Any], numbers: Sequence[signal.Signals] = WARNINGS
 ) -> Iterator[None]:
-    """Let ``handler`` take these signals inside this context; only the main thread can."""
+    """Let ``handler`` receive these signals inside this context; main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
