@@ -35,7 +35,7 @@ def permutation(records: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batches_per_epoch(records: int, batch_size: int, world_size: int) -> int:
-    """Batches of nearly equal size on every rank, at most ``batch_size`` (from 1 on, sometimes 2)."""
+    """Batches per rank, nearly equal and at most ``batch_size`` (if 1, some ranks may get 2)."""
     if batch_size < 1:
         raise ValueError(f"--data.batch_size {batch_size}: use 1 or more")
     if records < world_size:
@@ -67,9 +67,8 @@ class RankOptions:
     rank: int = 0
     world_size: int = 1
     random_flip: bool = False
-    """Mirror each record with probability 1/2."""
     on_error: OnError = "stop"
-    """"skip" leaves broken records out and names them in each batch's ``skipped``."""
+    """Stop at broken records, or leave them out and report them in each batch's ``skipped``."""
 
 
 class RankBatches(Dataset[Batch | Exception]):
@@ -287,9 +286,8 @@ class ForeignBatches(RankBatches):
 
     Shards are shuffled by (seed, epoch) and dealt out to all workers of all ranks; with fewer
     shards than workers, everyone reads all shards and takes every N-th record. A worker that runs
-    out begins its shards again in another order. The order depends on the number of ranks and
-    workers: with the same numbers, a resumed epoch reads past the batches that were trained on and
-    continues.
+    out begins its shards again in another order. With the same ranks and workers, a resumed epoch
+    continues where it stopped, after reading past the records that were trained on.
     """
 
     def __init__(self, shards: str, stream: StreamOptions, options: RankOptions) -> None:
@@ -338,9 +336,7 @@ class ForeignBatches(RankBatches):
             flips = generator.random(high - low) < 0.5
             if number < start:  # trained on before the run was stopped
                 for _ in flips:
-                    if (
-                        self._options.on_error == "stop"
-                    ):  # none was broken, and nothing need be decoded
+                    if self._options.on_error == "stop":  # none was broken: no need to decode
                         next(records)
                     else:
                         self._next_whole(records, skipped, left_out)
@@ -359,7 +355,7 @@ class ForeignBatches(RankBatches):
         self, epoch: int, unit: int, units: int, skipped: Skipped, left_out: LeftOut
     ) -> Iterator[TarRecord]:
         shared = len(self._shards) < units
-        # Where everyone reads all shards, one of them counts what is broken.
+        # Where everyone reads all shards, only one counts broken records.
         counter = Skipped() if shared and unit else skipped
         handler = counter if self._options.on_error == "skip" else None
 

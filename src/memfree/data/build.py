@@ -180,10 +180,9 @@ def arrange(
     seed: int,
     labels: LabelPolicy = "own",
 ) -> Items:
-    """Shuffle the records of each part, near copies after all originals.
+    """Shuffle the records of each part, near copies last; held-out labels depend on ``labels``.
 
-    ``image_of`` (N,) is the distinct image of each source image, ``group_of`` (M,) the group of
-    each of these, ``part_of`` (G,) the part of each group.
+    ``image_of`` (N,): distinct image of each source image; ``group_of`` (M,), ``part_of`` (G,).
     """
     order = generator_of(seed, Stream.SOURCE_ORDER).permutation(len(image_of)).tolist()
     group_names: dict[int, str] = {}  # what the source calls it, otherwise its first image's key
@@ -220,7 +219,6 @@ def arrange(
 def _repeat(
     items: Items, data: Ingested, plan: DuplicationPlan, policy: LabelPolicy, seed: int
 ) -> None:
-    """Append the plan's copies to the training records, with the labels of ``policy``."""
     train = items.records["train"]
     alone = Counter(items.groups[record.row] for record in train)
     places = [place for place, record in enumerate(train) if alone[items.groups[record.row]] == 1]
@@ -252,10 +250,7 @@ def _repeat(
 def _relabelled(
     records: Sequence[Record], policy: LabelPolicy, num_classes: int | None, seed: int
 ) -> tuple[list[Record], int | None]:
-    """Relabel training records (Gu et al., 2023, "On Memorization in Diffusion Models").
-
-    own: as it is; random: drawn uniformly, whatever the image; unique: one class per image.
-    """
+    """own, random or unique labels (Gu et al., 2023, "On Memorization in Diffusion Models")."""
     if policy == "own":
         return list(records), num_classes
     if num_classes is None:

@@ -22,20 +22,9 @@ READ = "captions are read from NAME.txt, NAME.caption, metadata.jsonl or metadat
 class FolderCaptions:
     """Captions of one folder's pictures: NAME.txt, NAME.caption, metadata.jsonl or .csv.
 
-    Metadata is read as Hugging Face's ImageFolder does: ``file_name`` is relative to the metadata
-    file, ``text`` or ``caption`` is the caption.
-
-    Args:
-        folder: folder of the pictures.
-        images: pictures to caption.
-        others: all other files in the folder.
-        options: chooses between several captions.
-        note: receives files that hold no caption of a picture.
-        foreign: pictures that are reported elsewhere.
-
-    Attributes:
-        present: whether any picture has a caption.
-        lost: errors in metadata rows that belong to no picture.
+    Metadata as in Hugging Face's ImageFolder: ``file_name``, relative to its file; ``text`` or
+    ``caption``. ``note`` receives files without a use, ``lost`` collects rows without a picture,
+    and pictures in ``foreign`` are reported elsewhere.
     """
 
     def __init__(

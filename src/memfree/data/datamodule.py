@@ -40,8 +40,8 @@ def epoch_order(
 def check_resumable(progress: dict[str, int], stopped: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to resume within an epoch whose batches would now differ (see ``epoch_order``).
 
-    ``progress``: Lightning's batch counts of the current epoch. Where they stand at an epoch's end
-    they are set to the new number of batches; otherwise Lightning would resume at the old one.
+    At an epoch's end, sets Lightning's batch counts ``progress`` to the new number of batches:
+    otherwise it would resume at the old one.
     """
 
     def readers(order: dict[str, Any]) -> str:
@@ -83,29 +83,24 @@ class ShardDataModule(LightningDataModule):
 
     A batch is a dictionary: ``image`` (B, C, H, W) float32 in [-1, 1]; ``key``, a list of image
     keys; ``row`` (B,) int64, rows of the dataset's items (-1 for foreign shards); ``label`` (B,)
-    int64 if there are labels; ``caption``, a list, if there are captions; ``weight``, a float that
-    scales the mean loss of the batch so that the mean over ranks is the mean over all records (0:
-    all broken).
+    int64 if there are labels; ``caption``, a list, if there are captions; ``weight``, a factor of
+    the batch's mean loss, so that the mean over ranks is the mean over all records (0 if all are
+    broken).
 
-    In a dataset folder, an epoch is one permutation by (seed, epoch), whatever the ranks and
-    workers, and a stopped epoch resumes at the next batch. Validation reads each distinct image of
-    the test part once, without ``weight``; foreign shards have none.
+    An epoch of a dataset folder is one permutation by (seed, epoch), whatever the ranks and
+    workers. Validation reads each distinct test image once, without ``weight``; foreign shards have
+    none.
 
     Args:
         path: dataset folder, or shards without a manifest: a folder of tars, a glob, or addresses
-            with braces (see ``stream``).
+            with braces.
         batch_size: largest number of records in a batch on each rank.
-        seed: of the order.
         num_workers: processes that decode; 0 decodes in the training process.
         cache_bytes: keep decoded images in memory if all take at most this (without workers only).
         random_flip: mirror each record with probability 1/2.
         on_error: stop at a broken record or shard, or skip, name and count it.
         verify: compare the SHA-256 of every shard at the start, not only its size.
         stream: how to read shards without a manifest.
-
-    Attributes:
-        skipped: broken records that this rank skipped; on rank 0, of the resumed run too.
-        left_out: unused files that this rank met.
     """
 
     def __init__(
@@ -167,7 +162,7 @@ class ShardDataModule(LightningDataModule):
         return self.folder.hash if self.folder is not None else None
 
     def identity(self) -> dict[str, Any]:
-        """Records and their order as JSON; foreign shards, without a hash, by address and options."""
+        """Records and their order as JSON; shards without a hash by address and options."""
         read: dict[str, Any] = {
             "hash": self.dataset_hash,
             "seed": self.seed,
@@ -290,7 +285,7 @@ class ShardDataModule(LightningDataModule):
         if trainer is None or trainer.is_global_zero:  # the counts are of all ranks
             self.skipped = Skipped.from_counts(state_dict["skipped"])
         if trainer is not None:
-            # Lightning takes its loops from the same checkpoint, after this.
+            # Lightning restores its loops from the same checkpoint after this.
             loops = trainer._checkpoint_connector._loaded_checkpoint["loops"]["fit_loop"]
             progress = loops["epoch_loop.batch_progress"]["current"]
             check_resumable(progress, state_dict["order"], self._order())

@@ -87,15 +87,9 @@ class DatasetFolder:
         on_error: stop at a missing or damaged shard, or warn and continue without it.
 
     Attributes:
-        manifest: its ``manifest.json``.
         hash: identity of the dataset, see :func:`dataset_hash`.
         image_shape: (C, H, W) of all images.
-        num_classes: number of labels, None without labels.
         items: table ``image_key, group, copies, part``; batches call its row numbers ``row``.
-
-    Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        ValueError: it is unfinished, of another kind, or contradicts its manifest.
     """
 
     def __init__(
@@ -244,11 +238,7 @@ class DatasetFolder:
 
 @dataclass
 class DatasetPart:
-    """Distinct images of one part, each once, in a fixed order.
-
-    Exact copies share a key; near copies (crop, flip, brightness, JPEG) have keys of their own in
-    the group of their original.
-    """
+    """Distinct images of one part, each once, in a fixed order; near copies have their own keys."""
 
     name: PartName
     keys: list[str]
@@ -281,16 +271,15 @@ class DatasetPart:
         return images
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Images in order, (batch_size, C, H, W) float32 in [-1, 1]; the last batch may be smaller."""
+        """Images in order, (batch_size, C, H, W) float32 in [-1, 1]; the last may be fewer."""
         for start in range(0, len(self), batch_size):
             yield from_bytes(self.reader.read(range(start, min(start + batch_size, len(self)))))
 
 
 class RecordReader:
-    """Checked, decoded images of a dataset folder in any order and process.
+    """Decoded images of index rows (``shard, offset, size, crc32, row``), in any process.
 
-    ``records`` are index rows with ``shard, offset, size, crc32, row``. Decoded images are cached,
-    one for all exact copies, if all take at most ``cache_bytes``.
+    Images are cached, one for all exact copies, if all take at most ``cache_bytes``.
     """
 
     def __init__(
@@ -322,11 +311,7 @@ class RecordReader:
     def read(
         self, numbers: Iterable[int], broken: Callable[[int, str], None] | None = None
     ) -> Tensor:
-        """Images of these index positions, (n, C, H, W) uint8.
-
-        ``broken``, if given, receives position and message of unreadable records, which are left
-        out.
-        """
+        """Images of these index positions, (n, C, H, W) uint8; ``broken`` gets unreadable ones."""
         import torch
 
         images = []

@@ -39,7 +39,7 @@ def near_pairs(
     progress: Callable[[int, int], None] | None = None,
     since: int = 0,
 ) -> np.ndarray:
-    """Pairs of images that differ only by a flip, a shift or brightness.
+    """(P, 2) int64 sorted pairs of images that differ only by a flip, a shift or brightness.
 
     The centre of one, without a border of a pixel (1/32 of the side in larger pictures), is
     compared with the nine windows of that size in the other and in its mirror image. Windows are
@@ -51,16 +51,9 @@ def near_pairs(
     all match each other.
 
     The search is exact: projecting onto the 32 strongest directions can only shorten a distance.
-    Time grows with N² (a minute on one core for 60 000 colour images), memory with N.
-
-    Args:
-        pixels: (N, C, H, W) uint8, may be memory-mapped.
-        distance: the largest distance of near duplicates; 0 finds none.
-        progress: called with (images done, N).
-        since: only pairs whose later image has at least this number.
-
-    Returns:
-        (P, 2) int64 pairs of row numbers, the smaller first, sorted.
+    Time grows with N² (a minute on one core for 60 000 colour images), memory with N. ``pixels``:
+    (N, C, H, W) uint8, may be memory-mapped; ``distance``: 0 finds none; ``progress`` receives
+    (images done, N); ``since``: only pairs whose later image has at least this number.
     """
     if distance <= 0 or len(pixels) < 2:
         return np.empty((0, 2), np.int64)

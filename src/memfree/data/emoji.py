@@ -106,15 +106,10 @@ _DAMAGE = (TTLibError, struct.error, AssertionError, LookupError, ValueError, EO
 class Emoji:
     """Emoji of a font with colour bitmaps (tables CBDT and CBLC), on white squares.
 
-    The caption is the lower-case Unicode name ("grinning face"); newer Pythons know more names.
-    Parts of sequences (digits and other ASCII signs, flag letters, skin-tone samples, the empty
-    keycap) are left out. Pictures of one design (clock faces, words in squares, arrows, ...) are a
-    family.
-
-    Args:
-        font: font file; None looks for Noto Color Emoji in the usual font folders.
-        variants: also the sequences with a skin tone, a gender sign or both, captioned "runner,
-            dark skin tone, female", in the group of their emoji.
+    Captions are lower-case Unicode names; newer Pythons know more of them. Parts of sequences
+    (digits, flag letters, skin-tone samples, the empty keycap) are left out. Pictures of one design
+    (clocks, arrows, ...) are a family. ``variants`` adds sequences with a skin tone, a gender sign
+    or both ("runner, dark skin tone, female"), in the group of their emoji.
     """
 
     class_names: list[str] | None = None
@@ -165,9 +160,7 @@ class Emoji:
 
 
 def _sizes(count: int, variants: bool) -> tuple[float, float, float, float]:
-    """500 for calibration (enough for a threshold at a false-positive rate of 1 %), 250 for test;
-    without variants 500 for train, the rest for fit; with them 150 for fit, the rest for train.
-    """
+    """Calibration has 500, enough for a threshold at a false-positive rate of 1 %."""
     if count < 1300:
         return SHARES
     if variants:
@@ -193,7 +186,6 @@ def _is_emoji(code: int) -> bool:
 
 
 def _largest_strike(table: TTFont) -> Mapping[str, Any]:
-    """Bitmaps by glyph at the font's largest size; empty without colour bitmaps."""
     if "CBDT" not in table or "CBLC" not in table:
         return {}
     sizes = [strike.bitmapSizeTable.ppemY for strike in table["CBLC"].strikes]
@@ -204,10 +196,7 @@ def _largest_strike(table: TTFont) -> Mapping[str, Any]:
 def _sequences(
     table: TTFont, codes: Mapping[int, str]
 ) -> dict[int, list[tuple[tuple[int, ...], str]]]:
-    """(modifiers, glyph) of each base's ligatures with skin tones and gender signs alone.
-
-    Skips backward sequences for right-to-left text, which begin with a modifier.
-    """
+    """(modifiers, glyph) by base; skips right-to-left ligatures, which begin with a modifier."""
     sequences: dict[int, list[tuple[tuple[int, ...], str]]] = {}
     if "GSUB" not in table or table["GSUB"].table.LookupList is None:
         return sequences
@@ -244,7 +233,6 @@ def _on_white(data: bytes, name: str) -> np.ndarray:
 
 
 def _licence(table: TTFont) -> str:
-    """Short name of the usual licence, and the font's owner."""
     names = table.get("name")
     family, version, owner, terms = (
         " ".join((names.getDebugName(number) or "").split()) if names is not None else ""

@@ -35,7 +35,7 @@ def is_tar(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a path is hidden or of a system: ``.ipynb_checkpoints/a``, ``__MACOSX/a``, ``._a``."""
+    """Whether a path is hidden or a system's: ``.ipynb_checkpoints/a``, ``__MACOSX/a``, ``._a``."""
     return any(
         part in _SYSTEM_FOLDERS or (part.startswith(".") and part not in (".", ".."))
         for part in name.split("/")
@@ -43,11 +43,10 @@ def is_hidden(name: str) -> bool:
 
 
 def split_name(name: str, key_ends: Literal["first_dot", "last_dot"]) -> tuple[str, str]:
-    """Key and suffix (lower case, without its dot, or empty) of a shard member.
+    """Key (with folders) and suffix (lower case, no dot, or empty) of a shard member.
 
-    Folders belong to the key: ``a/k.jpg`` and ``b/k.jpg`` are two records. ``first_dot``,
-    WebDataset's rule, makes ``k.seg.png`` the part ``seg.png`` of sample ``k``; ``last_dot`` the
-    picture ``k.seg``.
+    ``first_dot``, WebDataset's rule, makes ``k.seg.png`` the part ``seg.png`` of sample ``k``;
+    ``last_dot`` makes it the picture of record ``k.seg``.
     """
     if key_ends == "first_dot":
         match = _FIRST_DOT.fullmatch(name)
@@ -57,10 +56,7 @@ def split_name(name: str, key_ends: Literal["first_dot", "last_dot"]) -> tuple[s
 
 
 def problem_with(name: str) -> str | None:
-    """Why a name cannot be a key, to follow "its name"; None if it can.
-
-    Refuses what breaks a line, moves a terminal's cursor or is not valid UTF-8.
-    """
+    """Why a name (line breaks, terminal commands, bad UTF-8) cannot be a key; else None."""
     if name.startswith("/"):
         return "is absolute"
     if ".." in name.split("/"):
@@ -78,9 +74,7 @@ def is_text(text: str) -> bool:
 
 
 def shard_labels(shards: Sequence[str]) -> list[str]:
-    """Label of each shard's records, ``00000`` for ``x/00000.tar``; longer where two would be
-    equal.
-    """
+    """Label of each shard's records, ``00000`` for ``x/00000.tar``; longer if not unique."""
     labels = [Path(shard).name.split(".")[0] for shard in shards]
     for level in range(1, 2 + max((len(Path(shard).parts) for shard in shards), default=0)):
         taken: dict[str, set[str]] = {}
@@ -108,11 +102,8 @@ def files_below(
 ) -> list[Path]:
     """All files below a folder, sorted, links followed; broken and special ones included.
 
-    Args:
-        left_out: receives hidden files and folders, links back to a parent folder, and empty
-            folders.
-        skipped: receives folders that cannot be listed, instead of an error.
-        hidden: list hidden files and folders too.
+    ``left_out`` receives hidden files, links back to a parent folder, and empty folders;
+    ``skipped`` receives folders that cannot be listed.
     """
     note = left_out.at(str(folder))
     files: list[Path] = []

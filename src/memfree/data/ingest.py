@@ -30,11 +30,7 @@ _DEFAULT_OPTIONS = RecordOptions()
 
 @dataclass(frozen=True)
 class Framing:
-    """The size and channel count of all images of a dataset.
-
-    Nothing is converted silently: without a size (or channels), images that differ in it are
-    refused.
-    """
+    """Size and channel count of all images of a dataset; unset, they must not differ."""
 
     height: int | None
     """Rows of pixels; None: those of the first image."""
@@ -118,13 +114,9 @@ def ingest(
     skipped: Skipped | None,
     progress: Callable[[str], None] | None = None,
 ) -> Ingested:
-    """Decode, frame and store every image.
+    """Decode, frame and store every image in the scratch ``file``, which may exceed memory.
 
-    Args:
-        framing: size and channels; unset fields are taken from the first image.
-        file: scratch file for the pixels, so that sets larger than memory work.
-        skipped: receives unusable images; None: the first one is a ValueError.
-        progress: called with each image's name.
+    ``skipped`` receives unusable images; if None, the first one is a ValueError.
     """
     fixed: Framing | None = None
     items: list[SourceImage] = []
@@ -204,11 +196,8 @@ def open_source(
 ) -> Source:
     """Open a source by name; ValueError if an option is missing or does not apply.
 
-    Args:
-        path: image folder, shards, emoji font (default: an installed one), or where CIFAR-10 is
-            downloaded to (default: ``data/downloads``); not for digits.
-        emoji_variants: include emoji with skin tones and gender signs.
-        records: chooses between several files of a folder or of shards.
+    ``path``: image folder, shards, emoji font (default: an installed one), or where CIFAR-10 is
+    downloaded to (default: ``data/downloads``); not for digits.
     """
     caption_source = records.caption_source
     for option, is_meant in {

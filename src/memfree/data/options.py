@@ -25,7 +25,8 @@ class RecordOptions:
     """Where the key of k.seg.png ends, in shards: first_dot (WebDataset's rule: a part of sample
     k), last_dot (the picture of a record k.seg) or ask: stop if a sample has no other picture."""
     image_suffix: str | None = None
-    """Suffix of the picture in samples with several, such as jpg for k.jpg and the mask k.png."""
+    """Suffix of the picture in samples with several, such as jpg for k.jpg and the mask k.png; the
+    others are left out."""
     caption_source: CaptionSource = "any"
     """Which of several captions to use: txt, caption (files of that ending), json (of a shard's
     record), metadata (of a folder's metadata.jsonl or .csv) or none."""
@@ -37,7 +38,7 @@ class RecordOptions:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How to read shards without a manifest; ignored for a dataset folder."""
+    """How to read shards without a manifest; not for dataset folders."""
 
     epoch_records: int = 0
     """Records in one epoch, over all ranks; required, since the shards do not say."""
@@ -75,7 +76,8 @@ class DataOptions:
     random_flip: bool = False
     """Mirror each record with probability 1/2."""
     on_error: OnError = "stop"
-    """Stop at a broken record or shard, or skip, count and report it, naming the first few."""
+    """Stop at a broken record or shard, or skip and count it; the first few are named, and the
+    number is reported after training."""
     verify: bool = False
     """Compare the SHA-256 of every shard at the start, not only its size."""
     stream: StreamOptions = field(default_factory=StreamOptions)

@@ -62,7 +62,7 @@ def prompt_set(dataset: DatasetFolder, name: PromptSet, least_records: int = 2) 
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a UTF-8 text file, one per line, stripped; skips empty lines, keeps repeated ones."""
+    """Prompts of a UTF-8 text file, one per line, stripped; empty lines are skipped."""
     if not path.is_file():
         raise FileNotFoundError(f"no prompt file at {path}")
     if path.stat().st_size > _MAX_BYTES:

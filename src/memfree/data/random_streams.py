@@ -1,7 +1,7 @@
 """Random generators: what each seed is used for, by numbers that never change.
 
-Every draw depends on a seed and whole numbers that name it, never on other draws. Results depend on
-the numbers and order of the streams: add new ones, never renumber. No torch import, for ``--help``.
+A draw depends on its seed and numbers, never on other draws: add streams, never renumber or reorder
+them. No torch import, for ``--help``.
 """
 
 from __future__ import annotations

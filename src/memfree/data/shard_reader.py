@@ -61,14 +61,9 @@ _HEADER_ERRORS = (
 def expand_shards(
     pattern: str, skipped: Skipped | None = None, left_out: LeftOut | None = None
 ) -> list[str]:
-    """Sorted shards of a path or pattern.
+    """Sorted shards of a folder of tars, a file, a glob, or addresses with braces (not checked).
 
-    Args:
-        pattern: a folder of tars, one file, a glob, or addresses
-            (``https://host/{00000..00099}.tar``; also s3, gs, hf), braces expanded.
-        skipped: receives missing files of a brace pattern, instead of an error; addresses are not
-            checked.
-        left_out: receives other files of the folder or glob.
+    ``skipped`` receives missing files of a brace pattern, ``left_out`` files that are no tars.
     """
     shards: list[str] = []
     absent: list[str] = []
@@ -105,7 +100,6 @@ def expand_shards(
 
 
 def _why_absent(item: str) -> str:
-    """Why a shard cannot be opened, where something else has its name."""
     path = Path(item)
     reason = problem_with_file(path) if path.is_symlink() or path.exists() else None
     return f"{item} ({reason})" if reason else item
@@ -119,7 +113,6 @@ def _is_address(item: str) -> bool:
 
 
 def _local_shards(item: str) -> tuple[list[str], list[str], list[str]]:
-    """Tars of a folder, file or glob; broken links; other files."""
     path = Path(item)
     if path.is_file():
         return [item if item == str(path) else str(path)], [], []
@@ -149,23 +142,12 @@ def read_shard(
     prefix: str = "--records.",
     label: str | None = None,
 ) -> Iterator[TarRecord]:
-    """Records of one shard in their order.
+    """Records of one shard in their order, called by ``label`` (default: the shard's name).
 
     Files of one sample may be scattered in a plain tar on disk, not in a compressed or remote one,
-    which can only be read from front to back.
-
-    Args:
-        shard: path or address.
-        skipped: receives errors instead of raising them; a damaged archive ends there. Remote
-            shards with scattered samples are refused all the same.
-        left_out: receives members that belong to no record, and further parts of samples.
-        options: chooses between several readings of a record.
-        prefix: of ``options`` on the command line.
-        label: prefix of record names; default: the shard's name.
-
-    Raises:
-        ValueError: a record is unreadable or ambiguous.
-        OSError: the archive is.
+    which is read from front to back. ``skipped`` receives errors instead of raising them; a damaged
+    archive ends there, a scattered remote shard is refused all the same. ``left_out`` receives
+    members that belong to no record.
     """
     label = shard_labels([shard])[0] if label is None else label
     note = _note(left_out, shard, label)
@@ -192,10 +174,7 @@ def read_members(
     left_out: LeftOut | None = None,
     label: str | None = None,
 ) -> Iterator[tuple[str, bytes]]:
-    """(label and name, content) of the ``wanted`` files up to ``limit`` bytes; see `read_shard`.
-
-    Names lose their last extension, unless an earlier member had the same name.
-    """
+    """(name, content) of ``wanted`` files up to ``limit`` bytes; see :func:`read_shard`."""
     label = shard_labels([shard])[0] if label is None else label
     note = _note(left_out, shard, label)
     names: set[str] = set()
@@ -228,7 +207,7 @@ def _named(shard: str, skipped: Skipped | None) -> Iterator[None]:
         yield
     except OSError as error:
         message = f"shard {shard}: {short(error)}"
-        # Of a remote shard that is scattered, pictures were used without what stands behind them.
+        # A scattered remote shard has already yielded pictures without their later captions.
         scattered = isinstance(error, _ScatteredError) and _is_address(shard)
         if skipped is None or scattered:
             raise OSError(message) from error
@@ -314,7 +293,6 @@ def _runs(
 
 
 def _problem(info: tarfile.TarInfo, limit: int) -> str | None:
-    """Why a member is not read, to follow its name."""
     if not info.isfile():
         return "is a link or device, not a file"
     if info.size > limit:
@@ -383,7 +361,7 @@ class _Archive:
 
 @contextmanager
 def _opened(shard: str) -> Iterator[_Archive]:
-    # webdataset would run what a file named "pipe:…" says: plain files are opened as files.
+    # webdataset would execute a file named "pipe:…": open plain files as files.
     remote = _is_address(shard)
     if not remote and (problem := problem_with_file(Path(shard))):
         raise OSError(problem)

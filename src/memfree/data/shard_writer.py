@@ -47,7 +47,6 @@ class Record:
     """One record to write."""
 
     row: int
-    """Row of its distinct image in ``items.parquet``."""
     copy: int
     """0 for the image itself, 1, 2, ... for its copies."""
     label: int | None
@@ -56,6 +55,8 @@ class Record:
 
 @dataclass
 class WrittenShard:
+    """One shard, as the manifest describes it."""
+
     name: str
     records: int
     bytes: int
@@ -70,7 +71,6 @@ class ShardWriter:
     records_per_shard: int
     shards: list[WrittenShard] = field(default_factory=list)
     index: list[tuple[Any, ...]] = field(default_factory=list)
-    """Rows of ``RECORDS_SCHEMA``."""
     _part: PartName | None = None
     _count: int = 0
     _file: BinaryIO | None = None

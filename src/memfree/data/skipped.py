@@ -23,10 +23,7 @@ def _append(messages: list[str], message: str) -> None:
 
 @dataclass
 class Skipped:
-    """Broken records and shards that were left out.
-
-    Counted separately: nobody knows how many records a damaged shard has lost.
-    """
+    """Broken records and shards; how many records a damaged shard has lost is unknown."""
 
     records: int = 0
     """Broken records, counted each time they are met."""
@@ -35,7 +32,6 @@ class Skipped:
     shards: set[str] = field(default_factory=set)
     """Missing or damaged shards."""
     messages: list[str] = field(default_factory=list)
-    """The first 20 distinct ones."""
 
     def record(self, message: str) -> None:
         """Count one broken record."""
@@ -105,7 +101,6 @@ class LeftOut:
 
     places: dict[str, int] = field(default_factory=dict)
     first: list[str] = field(default_factory=list)
-    """Names of the first 20, each with its reason."""
 
     def at(self, place: str) -> Callable[[str], None]:
         """Function that receives the names left out in one reading of ``place``."""

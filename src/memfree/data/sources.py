@@ -44,15 +44,13 @@ class SourceImage:
     group: str | None = None
     """Group declared by the source; None: found by content."""
     family: str | None = None
-    """Pictures of one design, not copies: kept in one part, since a held-out one would measure how
-    alike the design is, not how alike strangers are."""
+    """Pictures of one design stay in one part: held-out ones would measure that design."""
 
 
 class Source(Protocol):
     """A finite, ordered set of images."""
 
     licence: str
-    """Terms of use of the images."""
     class_names: list[str] | None
     default_sizes: tuple[float, float, float, float]
     """Images for train, calibration, test and fit: counts, or shares below 1."""
@@ -198,8 +196,7 @@ class ImageFolder:
 class Shards:
     """WebDataset tars: ``KEY.png|jpg|webp`` with ``KEY.txt``, ``.caption``, ``.cls``, ``.json``.
 
-    Reads shards of img2dataset too. ``image_key`` and ``group`` in the JSON keep the groups of
-    memfree's shards. Patterns: see :func:`memfree.data.shard_reader.expand_shards`.
+    JSON ``image_key`` and ``group`` keep the groups of memfree's own shards.
     """
 
     licence = "not stated"

@@ -14,7 +14,6 @@ from memfree.data.random_streams import Stream, generator_of
 MIN_EXPECTED = 5
 """Calibration images that must be expected above a false-positive rate's threshold."""
 DEFAULT_RATE = 0.01
-"""Default false-positive rate."""
 PartName = Literal["train", "calibration", "test", "fit"]
 PARTS: tuple[PartName, ...] = get_args(PartName)
 
@@ -47,9 +46,9 @@ def smallest_rate(images: int) -> float:
 class PartSizes:
     """How many source images each part takes: a number of 1 or more, or a share below 1.
 
-    Defaults depend on the source: digits 500, 600, 500 and 197; CIFAR-10 50 000, 4 000, 4 000 and 2
-    000; emoji 500, 500, 250 and the rest (with variants the rest, 500, 250 and 150); others 70, 10,
-    10 and 10 %. What rounding leaves of the shares goes to train, if its size is a share.
+    Defaults depend on the source: digits 500, 600, 500 and 197; CIFAR-10 50 000, 4 000, 4 000 and
+    2 000; emoji 500, 500, 250 and the rest (with variants the rest, 500, 250 and 150); others 70,
+    10, 10 and 10 %. What rounding leaves of the shares goes to train, if its size is a share.
     """
 
     train: float | None = None
@@ -91,9 +90,8 @@ def deal(sizes: np.ndarray, counts: dict[PartName, int], seed: int) -> list[Part
     """Give each group of ``sizes`` (G,) images to a part or to None, by ``counts`` of images.
 
     Groups are drawn at random until the counts are reached, then dealt from the largest down, each
-    to a part drawn in proportion to its remaining room. Where no part has enough room the group
-    stays out, and groups that were not drawn fill the gap; with enough single images the counts are
-    met exactly.
+    to a part drawn in proportion to its remaining room. Where no part has room the group stays out,
+    and groups that were not drawn fill the gap; enough single images make the counts exact.
     """
     generator = generator_of(seed, Stream.SPLIT)
     order = generator.permutation(len(sizes))
@@ -117,11 +115,7 @@ def deal(sizes: np.ndarray, counts: dict[PartName, int], seed: int) -> list[Part
 def limited(
     parts: list[PartName | None], sizes: np.ndarray, limit: int, seed: int
 ) -> list[PartName | None]:
-    """Leave training groups out until ``limit`` images remain; see :func:`deal`.
-
-    Groups are kept in a random order of the seed if they still fit: among single images, a smaller
-    limit keeps a subset of a larger one.
-    """
+    """Cut training groups to ``limit`` images in a seeded order; smaller limits keep subsets."""
     train = [number for number, part in enumerate(parts) if part == "train"]
     images = int(sum(sizes[number] for number in train))
     if limit > images:

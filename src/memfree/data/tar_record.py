@@ -59,7 +59,7 @@ def caption_of(value: Any, name: str) -> str | None:
 def chosen_caption(
     name: str, captions: Mapping[str, str], source: CaptionSource, option: str
 ) -> str | None:
-    """Caption out of ``captions`` by place; ``source`` chooses, ``option`` is its name in errors."""
+    """Caption by place: ``source`` chooses between ``captions``, ``option`` is its name."""
     if source != "any":
         return captions.get(source)
     if len({text.strip() for text in captions.values()}) > 1:
@@ -72,9 +72,7 @@ def chosen_caption(
 MAX_TEXT_BYTES = 1 << 20
 """Largest caption, class or JSON member that is read, bytes."""
 MAX_LABEL = 99_999
-"""Largest class number that is accepted."""
 IMAGES = tuple(suffix[1:] for suffix in SUFFIXES)
-"""Suffixes of image members."""
 TEXTS = ("txt", "caption", "cls", "json")
 """Suffixes of members that describe an image."""
 _OTHER_IMAGES = tuple(suffix[1:] for suffix in OTHER_PICTURES)
@@ -102,7 +100,6 @@ class TarRecord:
     caption: str | None
     label: int | None
     image_key: str | None
-    """Declared by memfree's own shards."""
     group: str | None
 
 
@@ -122,10 +119,7 @@ def record_of(
     prefix: str,
     note: Callable[[str], None],
 ) -> TarRecord:
-    """Record of the members that share its key; ``note`` receives those left out.
-
-    ``prefix`` is that of the options on the command line, such as ``--records.``.
-    """
+    """Record of the members that share its key; ``note`` receives those left out."""
     shown = short(name)
     by_suffix: dict[str, Member] = {}
     for member in members:
@@ -218,7 +212,6 @@ def _one_label(name: str, stated: str | None, in_json: Any) -> int | None:
 
 
 def _number(value: Any) -> int | float | None:
-    """Number in a JSON value or its text; None if there is none, or NaN."""
     try:
         number = float(value) if isinstance(value, str) else value
     except ValueError:

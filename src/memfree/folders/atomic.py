@@ -105,9 +105,7 @@ def _is_held(path: Path) -> bool | None:
 
 
 def remove_temporary(*folders: Path, pattern: str = ".*.tmp") -> None:
-    """Remove temporary files that match ``pattern`` and that killed processes left in these
-    folders.
-    """
+    """Remove temporary files that match ``pattern`` and whose process was killed."""
     for folder in folders:
         for path in folder.glob(pattern):
             if not _TEMPORARY.fullmatch(path.name) or _is_held(path):
@@ -319,9 +317,7 @@ def remove_empty(folders: Sequence[Path]) -> None:
 
 
 def refuse_mount_point(out: Path) -> None:
-    """Refuse a mount point, which cannot be replaced, or a folder around one, which would be
-    emptied.
-    """
+    """Refuse a mount point, which cannot be replaced, or a folder around one."""
     place = out.resolve()
     if place.is_dir() and _is_mounted(place):
         raise ValueError(
@@ -347,9 +343,8 @@ def _is_mounted(folder: Path) -> bool:
 def clear_up(out: Path, sole_writer: bool = False, put_back_only: bool = False) -> None:
     """Undo what killed runs left beside ``out``, and nothing that belongs to another folder.
 
-    Puts back a folder that was moved aside and not replaced. Unless ``put_back_only``, removes the
-    rest. ``sole_writer``: this process holds the lock of ``out``, so runs of unknown state have
-    ended.
+    Puts back a folder that was moved aside and not replaced; unless ``put_back_only``, removes the
+    rest. ``sole_writer``: this process holds the lock of ``out``, so no other run writes there.
     """
     out = out.resolve()
     for left, suffix in _leftovers(out, sole_writer):

@@ -30,11 +30,10 @@ _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 class FolderLock:
     """A lock file at ``path`` that says who holds it; messages name ``what`` it locks.
 
-    The lock is the operating system's (``filelock``), so it ends with its process, and holds
-    between machines on network file systems with locks. On those without, the file itself is the
-    lock until its process has ended or its Slurm job was restarted. A process on another machine
-    cannot be checked, so the message names the file to delete. Other files of that name are left
-    alone, links not followed.
+    The lock is the operating system's (``filelock``): it ends with its process, and holds between
+    machines on network file systems with locks. On those without, the file itself is the lock until
+    its process ends or its Slurm job restarts. A process on another machine cannot be checked, so
+    the message names the file to delete. Links and other files of that name are left alone.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -83,7 +82,7 @@ class FolderLock:
             return False
         try:
             locked = atomic.try_lock(file.fileno())
-            # Removed by its holder since it was opened, or another's by now: try again.
+            # Its holder has removed or replaced it since it was opened: try again.
             if is_new if locked is None else locked and _is_same_file(file, self.path):
                 file.truncate(0)
                 file.write(json.dumps(_ourselves()))
@@ -130,9 +129,7 @@ class FolderLock:
         return file
 
     def _remove_stale(self) -> bool:
-        """Under a lock of its own: another process that found the same file stale would remove the
-        next lock.
-        """
+        """Guarded: another process that found the same file stale would remove the next lock."""
         if not _is_stale(read_holder(self.path)):
             return False
         guard = self.path.with_name(f"{self.path.name}.stale")
@@ -371,9 +368,7 @@ def _refuse_if_held(path: Path, out: Path) -> None:
 
 
 def _name(part: Part) -> str:
-    """The word "memfree" keeps the lock of ``x --part 1/2`` apart from that of a folder
-    ``x.1-of-2``.
-    """
+    """The word "memfree" tells part 1/2 of ``x`` from a folder ``x.1-of-2``."""
     return ".memfree.lock" if part.whole else f".memfree-{part.number}-of-{part.of}.lock"
 
 

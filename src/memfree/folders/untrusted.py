@@ -253,7 +253,7 @@ def _read(path: Path, limit: int) -> pa.Table:
 
     schema = pq.read_schema(path)
     text = [field.name for field in schema if _is_text(field.type)]
-    # Texts stay numbers of a dictionary until it is known how long they are together.
+    # Texts stay dictionary indices until their total length is known.
     with pq.ParquetFile(path, read_dictionary=text) as file:
         _check_header(file.metadata, schema, limit)
         parts, size = [], 0

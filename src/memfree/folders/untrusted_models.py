@@ -32,8 +32,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "feature_extractor": ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
     "image_encoder": ("CLIPVisionModelWithProjection",),
 }
-"""Classes of pipeline parts; others may request hub files when built. Any diffusers scheduler may
-do."""
+"""Allowed classes of pipeline parts (others may request hub files); any scheduler of diffusers."""
 _FOLDER_TOKENIZERS = (
     *_TOKENIZERS,
     *(
@@ -44,7 +43,7 @@ _FOLDER_TOKENIZERS = (
     "PreTrainedTokenizerFast",
     "TokenizersBackend",
 )
-"""Tokenizers of a CLIP folder; all of them read plain files."""
+"""Tokenizers that a CLIP's folder may name; all of them read plain files."""
 _CONFIG_BYTES = 4 << 20
 _LARGEST = 1 << 20  # of any number in a configuration
 _LAYERS = 256  # of any number that a library loops over to build
@@ -146,7 +145,7 @@ def check_scheduler(folder: Path) -> str:
 def check_tokenizer(folder: Path, must_be_named: bool = False) -> None:
     """Refuse a tokenizer's folder that names code, other files, or an unknown class.
 
-    ``must_be_named``: tokenizer_config.json must name the class, else sought elsewhere.
+    ``must_be_named``: tokenizer_config.json must name the class, else sought in other files.
     """
     for name in ("tokenizer_config.json", "config.json"):
         path = folder / name

@@ -41,6 +41,7 @@ class Launch:
 
     @property
     def started(self) -> str:
+        """What the launcher did, for a message."""
         if self.size is None:
             return f"{self.launcher} started several processes"
         machines = ""
@@ -68,7 +69,7 @@ _TORCHRUN = _Names("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_
 _SRUN = _Names("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 _PMI = _Names("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 _JSM = (f"JSM_NAMESPACE_{part}" for part in ("RANK", "SIZE", "LOCAL_RANK"))
-# mpirun under Slurm starts its daemons by srun, so that Slurm's variables are the daemon's.
+# mpirun under Slurm starts its daemons by srun: Slurm's variables are the daemon's.
 _LAUNCHERS = (
     _mpi("OMPI"),
     _mpi("MV2"),
@@ -126,7 +127,7 @@ def _by_lightning() -> Launch | None:
         return None
     local, node = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "NODE_RANK"))
     size = os.environ.get("WORLD_SIZE")
-    # Of a process of a further machine the rank is known to Lightning alone; it is not the first.
+    # Only Lightning knows the rank of a process on another machine; it is not the first.
     return Launch(LIGHTNING, local or node, None if size is None else int(size), local)
 
 
@@ -181,7 +182,7 @@ def check_variables() -> None:
 
 
 def check_meeting() -> None:
-    """Refuse a bad meeting place: Kubernetes sets ``MASTER_PORT=tcp://...`` for a service "master"."""
+    """Refuse a bad meeting place, such as ``MASTER_PORT=tcp://...`` of a Kubernetes "master"."""
     port = _checked("MASTER_PORT", least=1)
     if port is not None and port > 65535:
         raise ValueError(f"environment variable MASTER_PORT={port}: ports end at 65535")
@@ -281,11 +282,7 @@ def advice(launch: Launch, shared_by: str) -> str:
 
 @contextmanager
 def as_one_run(launch: Launch, devices: int, nodes: int = 1) -> Iterator[None]:
-    """Make the environment describe this run alone, and restore it afterwards.
-
-    Processes that are one run (see ``joined``) learn where to meet; all others see a single
-    process.
-    """
+    """Let the environment describe this run alone: where to meet if ``joined``, or one process."""
     before = {name: value for name, value in os.environ.items() if is_launchers(name)}
     try:
         if joined(launch, devices, nodes):
@@ -293,7 +290,7 @@ def as_one_run(launch: Launch, devices: int, nodes: int = 1) -> Iterator[None]:
         elif before.keys() - {*_MEETING}:
             for name in before:
                 del os.environ[name]
-            # Slurm says the number of tasks wherever it says a task's own.
+            # Slurm sets the number of tasks wherever it sets a task's own.
             said = before.keys() | ({_SRUN.size} if _SRUN.rank in before else set())
             os.environ.update({name: _SINGLE[name] for name in said if name in _SINGLE})
         yield
@@ -313,7 +310,7 @@ def is_launchers(name: str) -> bool:
 
 def _meeting(launch: Launch, devices: int) -> Mapping[str, str]:
     """Variables by which the processes of one run find each other."""
-    # Lightning asks jsrun, and MPI where Python knows it, where to meet.
+    # Lightning gets the meeting place from jsrun, and from MPI if mpi4py is there.
     if launch.launcher in (LIGHTNING, "jsrun") or knows_mpi(launch):
         return {}
     place = {name: os.environ[name] for name in _MEETING if name in os.environ}

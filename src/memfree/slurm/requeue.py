@@ -29,7 +29,7 @@ _PATIENCE = 60.0  # seconds that the other tasks of a job leave to the first, wh
 
 
 def job_id() -> str | None:
-    """Slurm job of this task, for ``scontrol``; None outside, or in a shell, not requeueable."""
+    """Slurm job of this task, as ``scontrol`` takes it; None if there is nothing to requeue."""
     if "SLURM_PROCID" not in os.environ or "SLURM_JOB_ID" not in os.environ:
         return None
     array, element = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
@@ -54,7 +54,7 @@ def requeue(goes_on: bool = True) -> str | None:
     if not goes_on and _seconds(left) <= warned + _EXACTNESS:
         return "this command begins again when it is stopped, so it needs a longer time limit"
     answer = _ask("scontrol", "requeue", number)
-    # Slurm ends this job as soon as it has taken the request, scontrol included.
+    # Slurm ends this job, scontrol included, once it has accepted the request.
     if answer is None or answer.returncode > 0:
         reason = "" if answer is None else answer.stderr.strip()
         return f"scontrol requeue {number} failed {reason}".strip()
@@ -111,7 +111,7 @@ def requeued_when_warned(goes_on: bool = True) -> Iterator[None]:
             print(f"memfree: received {signal.Signals(number).name}: {what}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not by an exception: in the middle of anything it might be caught, or wait for others.
+        # No exception: it could be caught, or wait for others.
         os._exit(128 + number)
 
     token = _heeded.set(True)
