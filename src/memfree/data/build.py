@@ -250,7 +250,7 @@ def _repeat(
 def _relabelled(
     records: Sequence[Record], policy: LabelPolicy, num_classes: int | None, seed: int
 ) -> tuple[list[Record], int | None]:
-    """own, random or unique labels (Gu et al., 2023, "On Memorization in Diffusion Models")."""
+    """Labels own, random or unique (Gu et al., 2023, "On Memorization in Diffusion Models")."""
     if policy == "own":
         return list(records), num_classes
     if num_classes is None:

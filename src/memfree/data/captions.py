@@ -23,8 +23,8 @@ class FolderCaptions:
     """Captions of one folder's pictures: NAME.txt, NAME.caption, metadata.jsonl or .csv.
 
     Metadata as in Hugging Face's ImageFolder: ``file_name``, relative to its file; ``text`` or
-    ``caption``. ``note`` receives files without a use, ``lost`` collects rows without a picture,
-    and pictures in ``foreign`` are reported elsewhere.
+    ``caption``. ``note`` receives files without a use, ``lost`` errors in rows without a picture;
+    pictures in ``foreign`` are reported elsewhere.
     """
 
     def __init__(

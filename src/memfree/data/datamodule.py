@@ -84,12 +84,10 @@ class ShardDataModule(LightningDataModule):
     A batch is a dictionary: ``image`` (B, C, H, W) float32 in [-1, 1]; ``key``, a list of image
     keys; ``row`` (B,) int64, rows of the dataset's items (-1 for foreign shards); ``label`` (B,)
     int64 if there are labels; ``caption``, a list, if there are captions; ``weight``, a factor of
-    the batch's mean loss, so that the mean over ranks is the mean over all records (0 if all are
-    broken).
+    the batch's mean loss that makes the mean over ranks that over all records (0: all are broken).
 
     An epoch of a dataset folder is one permutation by (seed, epoch), whatever the ranks and
-    workers. Validation reads each distinct test image once, without ``weight``; foreign shards have
-    none.
+    workers. Validation reads each distinct test image once, without ``weight``.
 
     Args:
         path: dataset folder, or shards without a manifest: a folder of tars, a glob, or addresses

@@ -97,7 +97,7 @@ def skipping(skipped: Skipped | None, *errors: type[Exception]) -> Iterator[None
 
 @dataclass
 class LeftOut:
-    """Unused files that are not broken: counted by place (folder or shard), once per place."""
+    """Unused files that are not broken, by folder or shard; one read again counts once."""
 
     places: dict[str, int] = field(default_factory=dict)
     first: list[str] = field(default_factory=list)
