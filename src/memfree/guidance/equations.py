@@ -1,7 +1,7 @@
 """Equations 10 to 19 of Chen, Liu and Xu (CVPR 2024), in their order.
 
-Eq. 8 and 9 are ``similarity.py``. ``amg.py`` adds up eq. 10; eq. 11 is the sampler's own step with
-that prediction; the clean estimate of eq. 12 is ``diffusion_math.predicted_x_0``.
+Eq. 8 and 9 are in ``similarity.py``, eq. 10 is summed in ``amg.py``, eq. 11 is the sampler's step,
+eq. 12 (the clean estimate) is ``diffusion_math.predicted_x_0``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
 
 GRID_STEPS = 250
-"""The paper counts t on a grid of 250 sampling steps; other grids are mapped onto it."""
+"""The paper counts t on a grid of 250 sampling steps; others are mapped onto it."""
 
 
 def gate(sigma: Tensor, threshold: float | Tensor) -> Tensor:
@@ -35,8 +35,7 @@ def despecification_scale(
 ) -> Tensor:
     """s_1 = clip(c_1·σ_t, 0, s_0 − 1) (eq. 13), (B,); 0 where s_0 ≤ 1.
 
-    ``strength`` (B,) is what the similarity makes of σ_t. ``least_scale``, for all or (B,), is what
-    s_1 leaves of s_0 at least: 1 in the paper, the conditional prediction.
+    ``strength`` (B,) is the similarity's form of σ_t; ``least_scale`` generalises the 1 of s_0 − 1.
     """
     most = (guidance_scale - torch.as_tensor(least_scale).to(strength)).clamp(min=0)
     return torch.minimum((c_1 * strength).clamp(min=0), most)
@@ -77,10 +76,9 @@ def sigma_gradient(
     rows: Tensor,
     through: Through,
 ) -> Tensor:
-    """∇_{x_t} σ_t of some rows of the batch, (n, ...) float32; neighbours are not differentiated.
+    """∇_{x_t} σ_t of ``rows`` (n,) against rows (n, k) of the index, (n, ...) float32.
 
-    ``neighbours`` (n, k) are rows of the index, those of each of the ``rows`` (n,); ``through``:
-    x̂_0 alone, or the denoiser as well, which is called again on both branches.
+    ``through``: x̂_0 alone, or the denoiser as well, which is called again on both branches.
     """
     with torch.inference_mode(False), torch.enable_grad():
         neighbours = neighbours.clone()
@@ -98,7 +96,6 @@ def sigma_gradient(
 
 
 def _clean_estimate_of(prediction: Prediction, x_t: Tensor, rows: Tensor) -> Tensor:
-    """x̂_0 of other noisy samples at this step, from the denoiser on both branches again."""
     cond = uncond = None
     if prediction.output_cond is not None and prediction.conditions is not None:
         cond = prediction.denoise(x_t, prediction.conditions[rows])
@@ -128,7 +125,6 @@ class ThresholdSchedule:
             raise ValueError(f"rate of the threshold must be above 0, not {self.rate:g}")
 
     def __call__(self, time: float) -> float:
-        """λ at ``time`` in [0, 1], 1 being pure noise."""
         return self.start + (self.end - self.start) * math.exp(-self.rate * GRID_STEPS * time)
 
 
@@ -139,12 +135,11 @@ class ConstantThreshold:
     value: float
 
     def __call__(self, time: float) -> float:
-        """λ, whatever the time."""
         return self.value
 
 
 def check_at_least_0(**strengths: float) -> None:
-    """Refuse a negative strength by its name."""
+    """Refuse negative values, by name."""
     for name, value in strengths.items():
         if value < 0:
             raise ValueError(f"{name} must be at least 0, not {value:g}")

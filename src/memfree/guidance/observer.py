@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cadence:
-    """At which steps neighbours are searched: every n steps, and at every step near the end.
+    """Steps at which neighbours are searched: every n-th, and every one near the end.
 
-    Fewer searches cost less where decoding and embedding are a large part of a step (latents). The
-    risk: a sample that comes near an image between two searches is guided up to n − 1 steps late,
-    and an active one is steered away from the neighbour of the last search.
+    Fewer searches are cheaper where decoding and embedding dominate a step (latents), but a sample
+    that nears an image between two searches is guided up to n − 1 steps late, and an active one
+    moves away from the last neighbour found.
     """
 
     every: int = 1
@@ -45,7 +45,7 @@ EVERY_STEP = Cadence()
 
 @dataclass(frozen=True)
 class Detection:
-    """σ_t beside λ_t of this step, before anything is changed."""
+    """σ_t beside λ_t of this step, before any change."""
 
     match: Match
     threshold: float
@@ -60,9 +60,9 @@ class Steering:
     rows: Tensor
     """The active rows, int64: G_spe and G_dup act on them."""
     near: Tensor
-    """Rows that G_sim acts on; in the paper the same."""
+    """Rows that G_sim acts on; in the paper the active ones."""
     match: Match
-    """What G_spe and G_dup steer away from; in the paper the nearest image of this step."""
+    """What G_spe and G_dup steer away from; in the paper this step's nearest image."""
     gate: Tensor
     """(B,): the σ above which the gate opened to ``match``; λ_t in the paper."""
     opens_above: Tensor
@@ -72,18 +72,11 @@ class Steering:
 
 
 class Observer:
-    """Detects as AMG does, records σ_t and λ_t in the trace, and changes nothing.
-
-    Args:
-        index: references, on the device of the samples.
-        similarity: σ.
-        threshold: λ_t, a function of time in [0, 1].
-        cadence: when neighbours are searched.
-    """
+    """Detect as AMG does and record σ_t and λ_t in the trace, without changing the prediction."""
 
     @property
     def calls_denoiser(self) -> bool:
-        """Whether the denoiser may be called again; a guidance without this property may."""
+        """Whether the denoiser may be called again; assumed of guidances without this property."""
         return False
 
     def __init__(
@@ -100,10 +93,7 @@ class Observer:
 
     @torch.no_grad()
     def detect(self, prediction: Prediction) -> Detection:
-        """Search the neighbours of x̂_0 of the combined prediction (eq. 8, 9 and 12).
-
-        Between two searches (``cadence``) the last match stands, against the present threshold.
-        """
+        """Match x̂_0 (eq. 8, 9 and 12); between two searches (``cadence``) the last match stands."""
         memory = prediction.memory
         if self not in memory or self.cadence.searches(prediction):
             images = prediction.decode(prediction.clean_estimate())
@@ -111,14 +101,13 @@ class Observer:
         return Detection(memory[self], self.threshold(prediction.time))
 
     def __call__(self, prediction: Prediction) -> Prediction:
-        """Record σ, λ and the nearest row."""
         return recorded(prediction, self.detect(prediction))
 
 
 def recorded(
     prediction: Prediction, detection: Detection, steering: Steering | None = None
 ) -> Prediction:
-    """The record with σ_t, λ_t and the nearest row in its trace, and with what is steered."""
+    """The record with σ_t, λ_t, the nearest row and what is steered in its trace."""
     sigma = detection.match.sigma
     columns = {"sigma": sigma, "lambda": torch.full_like(sigma, detection.threshold)}
     columns["nearest"] = detection.match.rows[:, 0]
