@@ -32,10 +32,10 @@ _Known = dict[int, tuple[Tensor, Tensor]]
 class AskedRecords:
     """m(y) = m − Σ_c (1 − K(y, c))·m_c of the nearest image's group, at least 1.
 
-    m: the group's records; m_c: those with caption c; K: ``caption_kernel``. Records with other
-    captions did not teach the model to answer the prompt with this image; those without a caption
-    count under every prompt, as in ``CaptionWeights``. Without prompts, captions, a text encoder or
-    ``bandwidth``, m(y) = m.
+    m: the group's records; m_c: those with caption c; K: ``caption_kernel``. Other captions did not
+    teach the model to answer the prompt with this image; records without one count under every
+    prompt, as in ``CaptionWeights``. Without prompts, captions, text encoder or ``bandwidth``, m(y)
+    = m.
     """
 
     def __init__(self, index: ReferenceIndex, bandwidth: float | None = None) -> None:
@@ -73,9 +73,7 @@ class AskedRecords:
     def _encoded(
         self, prediction: Prediction, group: int, counts: Mapping[str, int]
     ) -> tuple[Tensor, Tensor]:
-        """A group's sentence vectors (C, D) and records (C,), cached per batch for concurrent
-        threads.
-        """
+        """Sentence vectors (C, D) and records (C,), cached per batch: threads' encoders may differ."""
         encode = prediction.encode
         assert encode is not None
         if self not in prediction.memory:
@@ -104,8 +102,8 @@ class Call:
 def nearest_call(prediction: Prediction, owner: object, call: Call, called: Tensor) -> Call:
     """Each sample's call at its highest σ among the steps at which it was ``called`` (B,) bool.
 
-    Caption deduplication thus keeps the caption of the image that was left behind, not of the one
-    nearest now. σ is −∞ for samples never called. The prediction's memory keeps it under ``owner``.
+    Caption deduplication thus keeps the caption of the image left behind, not of the one nearest
+    now.
     """
     key = (owner, "nearest call")
     never = torch.full_like(call.match.sigma, -torch.inf)
@@ -158,9 +156,8 @@ def move_below(
     since another may come near. Rows at or below the target keep their bits.
 
     Args:
-        x_0: (B, ...), images or what ``decode`` turns into images.
+        x_0: (B, ...), images or what ``decode`` turns into images (B, C, H, W) in [−1, 1].
         image_range: keeps x_0 in ±image_range; None: no limit.
-        decode: x_0 → images (B, C, H, W) in [−1, 1].
         offset: like x_0, added before decoding.
         free: like x_0, bool: elements that may move, such as those that inpainting draws.
     """
@@ -209,27 +206,23 @@ def _never_zero(gradient: Tensor, anywhere: Tensor) -> Tensor:
 class SteadyAMG(AntiMemorizationGuidance):
     """AMG with memfree's additions (docs/method.md gives the reasons); ``recommended`` builds it.
 
-    The defaults are the paper's method. ``AntiMemorizationGuidance`` and ``NeighbourConditions``
-    describe the other arguments.
+    The defaults are the paper's method; for other arguments see ``AntiMemorizationGuidance`` and
+    ``NeighbourConditions``.
 
     Args:
         gate_margin: the gate opens at λ_t − gate_margin, in units of σ.
         max_displacement: the most that G_sim moves x̂_0 per step (rms); None: no limit.
         final_correction: the last step moves what is still above this σ just below it; None: off.
-        gated: False opens the gate to every sample at every step (ablation of eq. 10). With
-            ``NormalizedL2`` only G_sim then acts below λ_t: c_1 and c_2 multiply the excess of σ_t
-            over the gate, which is 0 there.
-        margin_per_doubling: the margin is gate_margin + margin_per_doubling·log_2 m, with m records
-            of the nearest image: the more often the model saw it, the likelier a sample will copy
-            it, long before it is near.
-        least_scale: lower bound of what despecification and deduplication leave of s_0 where the
-            nearest image is repeated. 1 (paper): the conditional prediction, which for the prompt
-            of one memorized image is that image; 0: down to the unconditional one.
+        gated: False opens the gate to every sample at every step (ablation of eq. 10). Below λ_t,
+            ``NormalizedL2`` then has G_sim alone: c_1 and c_2 multiply an excess of σ_t that is 0.
+        margin_per_doubling: adds margin_per_doubling·log_2 m to the margin, with m records of the
+            nearest image: the more often the model saw it, the earlier a sample heads for a copy.
+        least_scale: what despecification and deduplication leave of s_0 at least near a repeated
+            image. 1 (paper): the conditional prediction, for a prompt of one memorized image that
+            image; 0: down to the unconditional one.
         latched: a sample whose gate a repeated image opened keeps G_spe and G_dup, at the highest σ
-            so far, to the end. Otherwise its prompt calls it back as soon as the gate closes, and
-            it ends at the threshold.
-        caption_bandwidth: m counts the records that fit the prompt, by a kernel of this bandwidth
-            (``AskedRecords``); None: all records.
+            so far, to the end; otherwise its prompt calls it back when the gate closes.
+        caption_bandwidth: m counts the records that fit the prompt (``AskedRecords``); None: all.
     """
 
     def __init__(
@@ -329,9 +322,7 @@ class SteadyAMG(AntiMemorizationGuidance):
     def _correct_last(
         self, prediction: Prediction, sigma: Tensor, active: Tensor, target: float
     ) -> Prediction:
-        """Move returned rows below ``target``; remeasure only changed ones: decoding latents is
-        slow.
-        """
+        """Move returned rows below ``target``; measure only changed ones: decoding is costly."""
         x_0 = prediction.clean_estimate()
         offset, gain = prediction.returned or (torch.zeros_like(x_0), 1.0)
         free = None  # every element follows the prediction

@@ -23,7 +23,6 @@ class Calibration:
     """σ of n held-out images against an index: the null of "this image is not a copy"."""
 
     similarity: str
-    """Name of the measured similarity."""
     sigmas: Tensor
     """(n,) float32, ascending."""
 
@@ -42,7 +41,7 @@ class Calibration:
         return math.floor(rate * (len(self.sigmas) + 1) + 1e-9)
 
     def p_values(self, sigma: Tensor) -> Tensor:
-        """(1 + number of calibration images at least as similar) / (n + 1), for σ (B,); float64."""
+        """(1 + calibration images at least as similar) / (n + 1), for σ (B,); float64."""
         n = len(self.sigmas)
         below = torch.searchsorted(self.sigmas, sigma.detach().float().cpu().contiguous())
         return (1 + n - below).double() / (n + 1)
@@ -61,8 +60,7 @@ class Calibration:
     def rate_limits(self, false_positive_rate: float, level: float = 0.95) -> tuple[float, float]:
         """Two-sided limits of the share of real images above the threshold.
 
-        The share above the k-th largest of n σ's is Beta(k, n + 1 − k): 0.4 to 1.9 % at 1 % and n =
-        600.
+        The share above the k-th largest of n σ's is Beta(k, n + 1 − k): 0.4–1.9 % at 1 %, n = 600.
         """
         rank = self._rank(false_positive_rate)
         rest = len(self.sigmas) + 1 - rank
@@ -75,7 +73,7 @@ class Calibration:
         return rate_text(false_positive_rate, limits, len(self.sigmas))
 
     def to_json(self) -> dict[str, Any]:
-        """JSON value for ``calibration.json``; its thresholds and intervals are for readers only."""
+        """JSON value for ``calibration.json``; its thresholds and intervals are for readers."""
         n, thresholds = len(self.sigmas), []
         for rate in (0.001, 0.01, 0.05, 0.5):
             if rate >= MIN_EXPECTED / n:
@@ -122,10 +120,7 @@ def nearest(
     batch_size: int = 256,
     each: Callable[[Match], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """σ (n,) and row (n,) of the nearest reference of images (n, C, H, W), on the CPU.
-
-    ``each`` receives every batch's match, on the index's device.
-    """
+    """σ and row of the nearest reference of images (n, C, H, W), each (n,), on the CPU."""
     sigmas, rows = [], []
     for batch in images.split(batch_size):
         match = similarity(index, batch.to(index.device))
@@ -153,12 +148,7 @@ class Judge:
     def __call__(
         self, images: Tensor, batch_size: int, each: Callable[[Match], None] | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Judge images (n, C, H, W) in [−1, 1]; ``each`` as in ``nearest``.
-
-        Returns:
-            On the CPU, each (n,): σ (float64), nearest row, p-value, and whether σ exceeds the
-                threshold.
-        """
+        """σ (float64), nearest row, p-value and σ > threshold of images in [−1, 1], on the CPU."""
         sigma, row = nearest(self.index, self.similarity, images, batch_size, each)
         sigma = sigma.double()
         return sigma, row, self.calibration.p_values(sigma), sigma > self.threshold
@@ -167,7 +157,7 @@ class Judge:
 def measure(
     index: ReferenceIndex, similarity: Similarity, images: Tensor, batch_size: int = 256
 ) -> Calibration:
-    """Calibrate on held-out images (N, C, H, W) in [−1, 1], which the model was never trained on."""
+    """Calibrate on images (N, C, H, W) in [−1, 1] that the model was never trained on."""
     if not len(images):
         raise ValueError("no calibration images: thresholds need held-out images")
     sigma, _ = nearest(index, similarity, images, batch_size)
@@ -188,7 +178,7 @@ def calibrate(
 
 
 def calibration_of(index: ReferenceIndex, similarity: Similarity) -> Calibration:
-    """The index's calibration; a ValueError says if it has none or changed since."""
+    """The index's calibration; ValueError if there is none or the index changed since."""
     value = index.calibrations.get(similarity.name)
     if value is None:
         raise ValueError(

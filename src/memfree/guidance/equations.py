@@ -35,7 +35,7 @@ def despecification_scale(
 ) -> Tensor:
     """s_1 = clip(c_1·σ_t, 0, s_0 − 1) (eq. 13), (B,); 0 where s_0 ≤ 1.
 
-    ``strength`` (B,) is the similarity's form of σ_t; ``least_scale`` generalises the 1 of s_0 − 1.
+    ``strength`` (B,) is the similarity's form of σ_t; ``least_scale`` stands for the 1 of s_0 − 1.
     """
     most = (guidance_scale - torch.as_tensor(least_scale).to(strength)).clamp(min=0)
     return torch.minimum((c_1 * strength).clamp(min=0), most)
@@ -76,10 +76,7 @@ def sigma_gradient(
     rows: Tensor,
     through: Through,
 ) -> Tensor:
-    """∇_{x_t} σ_t of ``rows`` (n,) against rows (n, k) of the index, (n, ...) float32.
-
-    ``through``: x̂_0 alone, or the denoiser as well, which is called again on both branches.
-    """
+    """∇_{x_t} σ_t of ``rows`` (n,) against ``neighbours`` (n, k) of the index, (n, ...) float32."""
     with torch.inference_mode(False), torch.enable_grad():
         neighbours = neighbours.clone()
         if through == "denoiser":
@@ -125,6 +122,7 @@ class ThresholdSchedule:
             raise ValueError(f"rate of the threshold must be above 0, not {self.rate:g}")
 
     def __call__(self, time: float) -> float:
+        """λ at ``time`` in [0, 1], 1 being pure noise."""
         return self.start + (self.end - self.start) * math.exp(-self.rate * GRID_STEPS * time)
 
 
@@ -135,6 +133,7 @@ class ConstantThreshold:
     value: float
 
     def __call__(self, time: float) -> float:
+        """λ, whatever the time."""
         return self.value
 
 

@@ -27,12 +27,11 @@ class Start:
     noise: Tensor
     """x_T (B, C, H, W), standard normal."""
     conditions: TextConditions
-    """The encoded prompts, (B, ...)."""
+    """Encoded prompts, (B, ...)."""
     unconditional: TextConditions
     """The encoded empty (or negative) prompt of each sample, (B, ...)."""
     denoise: Callable[[Tensor, TextConditions], Tensor]
-    """(x_T (b, ...), conditions (b, ...)) → output like x_T at the first timestep,
-    differentiable."""
+    """(x_T (b, ...), conditions (b, ...)) → output at the first timestep, differentiable."""
     alpha_bar: Tensor
     """ᾱ of the first timestep, 0-d float32."""
     prediction_type: PredictionType
@@ -172,7 +171,7 @@ class Guided(Mitigation):
 
 
 class RejectAndResample(Mitigation):
-    """Redraw a sample while its σ is above ``threshold``, the index's own calibrated one."""
+    """Redraw a sample while its σ is above ``threshold``, the index's calibrated one."""
 
     def __init__(self, index: ReferenceIndex, similarity: Similarity, threshold: float) -> None:
         self.index = index
@@ -191,7 +190,6 @@ def attempts(
     """Number and positions (b,) of each attempt at drawing: all, then those still rejected.
 
     ``budget`` is the most draws of a sample, the first included; the last is kept in any case.
-    ``rejected`` maps positions (b,) of the last attempt to (b,) bool.
     """
     positions = torch.arange(count)
     yield 0, positions

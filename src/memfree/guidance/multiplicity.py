@@ -33,8 +33,8 @@ def caption_kernel(cosine: Tensor, bandwidth: float) -> Tensor:
 class LabelWeights:
     """Records of each reference under a label: m_i(y), the records of i with label y.
 
-    Deduplicated, a group has one record with the label of any of its records: m_i(y) / Σ_group m,
-    over all labels, as in ``CaptionWeights``. Records without a label count under every label.
+    Deduplicated, a group has one record with any of its labels: m_i(y) / Σ_group m, over all
+    labels, as in ``CaptionWeights``. Records without a label count under every label.
     """
 
     def __init__(self, index: ReferenceIndex) -> None:
@@ -76,9 +76,8 @@ class LabelWeights:
 class CaptionWeights:
     """Records weighed by caption: m_i(y) = Σ_c K(y, c)·(records of i with caption c).
 
-    K is ``caption_kernel``. Deduplicated, a group has one record with the caption of any of its
-    records: m_i(y) / Σ_group m. Records without a caption count under every prompt, as in
-    ``AskedRecords``: any prompt may call them.
+    K is ``caption_kernel``. Deduplicated, a group has one record with any of its captions: m_i(y) /
+    Σ_group m. Records without a caption count under every prompt, as in ``AskedRecords``.
     """
 
     def __init__(self, index: ReferenceIndex, bandwidth: float) -> None:
@@ -120,8 +119,8 @@ class CaptionWeights:
         """Share that deduplication leaves of the records captioned with the prompt, (B,).
 
         Σ_i m_i(y)/m_i / Σ_i m_i(y) over references i with caption y: 1 if none is repeated or has
-        this caption, 1/m for the caption of one image of m records. Records without a caption are
-        left out.
+        this caption, 1/m for a caption of one image with m records alone. Uncaptioned records do
+        not count.
         """
         records = (self._cosine(prompts, encode) > SAME).float()[:, self._caption] * self._count
         total = records.sum(dim=1)
@@ -141,15 +140,15 @@ EXACT_CANDIDATES = 32
 MAX_ELEMENTS = 1 << 26
 """Largest (samples × references) or (samples × candidates × D) tensor held at once."""
 ROUNDING = 2.0**-24
-"""Half a unit in the last place of 1 in float32: the precision of a mean with weights of sum 1."""
+"""Half a unit in the last place of 1 in float32: a mean's precision if weights sum to 1."""
 
 
 class EmpiricalPosterior:
     """E[x_0 | x_t] over weighted references: the optimal denoiser of the empirical distribution.
 
-    μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i. References are centred
-    and the leading candidates' distances recomputed from exact differences, as the expanded square
-    alone loses the answer in float32 at small noise.
+    μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i.
+    References are centred, and leading candidates get exact differences: at small noise the expanded
+    square alone loses the answer in float32.
     """
 
     def __init__(self, references: References) -> None:
@@ -197,8 +196,7 @@ class EmpiricalPosterior:
         """Σ_i w_i·r_i (B, D) of the centred references; w (B, N) differences of posterior weights.
 
         Weights of sum below ``ROUNDING`` count as 0: CPUs are slow on denormals. A CPU multiplies
-        only the references with a weight, few at little noise or for one label; a GPU would wait to
-        know which.
+        only references with a weight; a GPU would have to wait to know which.
         """
         count = weights.shape[1]
         weights = weights.masked_fill(weights.abs() < ROUNDING / count, 0.0)
@@ -224,10 +222,9 @@ class MultiplicityGuidance:
             for conditional use), on the device of the samples.
         strength: κ; 1 is the difference itself, 0 changes nothing.
         caption_bandwidth: how far captions other than the prompt count; see ``CaptionWeights``.
-        damped: a caption of repeated images counts as after deduplication, also where it is that of
-            one image alone, whose weight the posterior cannot change: ε_c ← ε_u + e(y)·(ε_c − ε_u),
-            e(y) of ``CaptionWeights.share_of_first_records``. Captions of other images change
-            nothing, exactly.
+        damped: ε_c ← ε_u + e(y)·(ε_c − ε_u), e(y) of ``CaptionWeights.share_of_first_records``, for
+            captions of one repeated image alone, where all weight is on that image and μ_1 = μ_m.
+            Exactly nothing changes for images that are not repeated.
     """
 
     def __init__(

@@ -21,10 +21,9 @@ class NeighbourConditions:
     """y_N of samples: the label of the nearest image, or a caption chosen by a policy.
 
     Args:
-        policy: ``nearest`` (the paper) or ``most_common`` (the authors' code), see
-            ``retrieval.items.duplicated_captions``. Labels are always the nearest image's.
-        neighbours: k, distinct groups whose captions ``most_common`` counts; a similarity with
-            fewer (eq. 9 has one) is searched again, only for samples that need y_N.
+        policy: ``nearest`` (the paper) or ``most_common`` (the authors' code), for captions only.
+        neighbours: k, distinct groups that ``most_common`` counts; where the similarity has fewer
+            (eq. 9 has one), they are searched again, for the samples that need y_N.
         records: take the most common caption if more training records have it, else the nearest's.
     """
 

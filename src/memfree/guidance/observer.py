@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 class Cadence:
     """Steps at which neighbours are searched: every n-th, and every one near the end.
 
-    Fewer searches are cheaper where decoding and embedding dominate a step (latents), but a sample
-    that nears an image between two searches is guided up to n − 1 steps late, and an active one
-    moves away from the last neighbour found.
+    Fewer searches are cheaper where decoding and embedding dominate a step (latents), but guidance
+    may begin n − 1 steps late, and an active sample moves away from the last neighbour found.
     """
 
     every: int = 1
@@ -72,11 +71,14 @@ class Steering:
 
 
 class Observer:
-    """Detect as AMG does and record σ_t and λ_t in the trace, without changing the prediction."""
+    """Detect as AMG does and record σ_t and λ_t in the trace, without changing the prediction.
+
+    ``index`` is on the device of the samples, ``threshold`` a function of time in [0, 1].
+    """
 
     @property
     def calls_denoiser(self) -> bool:
-        """Whether the denoiser may be called again; assumed of guidances without this property."""
+        """Whether the denoiser may be called again; assumed of guidances without this."""
         return False
 
     def __init__(
@@ -93,7 +95,7 @@ class Observer:
 
     @torch.no_grad()
     def detect(self, prediction: Prediction) -> Detection:
-        """Match x̂_0 (eq. 8, 9 and 12); between two searches (``cadence``) the last match stands."""
+        """Match x̂_0 (eq. 8, 9, 12); between two searches (``cadence``) the last match stands."""
         memory = prediction.memory
         if self not in memory or self.cadence.searches(prediction):
             images = prediction.decode(prediction.clean_estimate())
@@ -101,6 +103,7 @@ class Observer:
         return Detection(memory[self], self.threshold(prediction.time))
 
     def __call__(self, prediction: Prediction) -> Prediction:
+        """Record σ, λ and the nearest row."""
         return recorded(prediction, self.detect(prediction))
 
 

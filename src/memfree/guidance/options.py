@@ -1,6 +1,4 @@
-"""Mitigations by name: the options of each and the class it builds. No torch: ``--help`` reads
-this.
-"""
+"""Mitigations by name: their options and classes. No torch: ``--help`` is made of this file."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ from memfree.guidance.baselines import options as baselines
 from memfree.retrieval.options import CaptionPolicy
 
 Through = Literal["clean_estimate", "denoiser"]
-"""What the gradient is taken through: x̂_0 with ε̂ held constant, or the denoiser too."""
+"""Gradient through x̂_0 with ε̂ held constant, or through the denoiser too."""
 CAPTION_NEIGHBOURS = 10
 """k of ``most_common``; 1000 in the authors' code, of LAION's two billion images."""
 CAPTION_RECORDS = 5
@@ -74,7 +72,7 @@ class MultiplicityOptions(_CaptionKernel):
     strength: NonNegativeFloat = 1.5
     """κ of multiplicity guidance."""
     damp_captions: bool = True
-    """Text-to-image: a caption of repeated images counts as after deduplication: 1/m for one image
+    """Text-to-image: captions of repeated images count as after deduplication: 1/m for one image
     with m records."""
 
 
@@ -109,8 +107,8 @@ class AMGOptions(_CaptionKernel):
     embeddings 0.6 after multiplicity guidance and 2 without."""
     least_scale: ClosedUnitInterval | None = None
     """What c1 and c2 leave of the guidance scale near a repeated image. 1 (paper): the conditional
-    prediction; 0: down to the unconditional one, for prompts of one memorized image. None: 1,
-    embeddings 0."""
+    prediction; 0: the unconditional one, for prompts of one memorized image. None: 1, embeddings
+    0."""
     latched: bool | None = None
     """Keep c1 and c2 to the end once a repeated image opened a sample's gate, so that its prompt
     does not call it back. None: false, embeddings true."""
@@ -192,9 +190,7 @@ def record_paths(name: str) -> dict[str, str]:
 
 
 def sampling_options(subject: Mapping[str, Any]) -> dict[str, Any]:
-    """``sample.py`` options of a study's subject: ``mitigation``, its options, or ``wen.target``
-    (old).
-    """
+    """``sample.py`` options of a study's subject; ``wen.target`` is an old name of ``target``."""
     own = record_paths(subject.get("mitigation", "none"))
     paths = (path for name in MITIGATIONS for path in record_paths(name).values())
     record = {path.split(".")[0] for path in paths}

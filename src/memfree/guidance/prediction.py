@@ -24,7 +24,7 @@ class Prediction:
     """One denoising step in the denoiser's own parameterisation (ε, v or x_0).
 
     AMG's guidances are differences of predictions, which are linear: the paper's ε formulas hold
-    for v with every ε replaced by the model's output.
+    for v with the model's output in place of ε.
     """
 
     x_t: Tensor
@@ -36,7 +36,6 @@ class Prediction:
     output: Tensor
     """The combined prediction, like x_t; the sampler steps with it."""
     output_cond: Tensor | None
-    """The conditional branch; None without conditions."""
     output_uncond: Tensor | None
     """The unconditional branch; None where it is not needed (s_0 = 1)."""
     conditions: Conditions | None
@@ -44,7 +43,6 @@ class Prediction:
     guidance_scale: float
     """s_0 of classifier-free guidance; 1 means the conditional prediction alone."""
     prediction_type: PredictionType
-    """What ``output`` is, as in ``scheduler.config.prediction_type``."""
     denoise: Callable[[Tensor, Conditions | None], Tensor]
     """The denoiser at this step's t: (rows of x_t, their conditions or None) → output."""
     guidance_rescale: float = 0.0
@@ -52,9 +50,8 @@ class Prediction:
     step: int = 0
     is_last: bool = False
     returned: tuple[Tensor, float | Tensor] | None = None
-    """(offset, gain): the last step returns offset + gain·x̂_0; None: x̂_0. Gain may be
-    elementwise, like x_t: 0 where it does not follow the prediction, as outside of an inpainting
-    mask."""
+    """(offset, gain): the last step returns offset + gain·x̂_0; None: x̂_0. A gain like x_t is 0
+    where an element does not follow the prediction, as outside of an inpainting mask."""
     finish: Callable[[Tensor], Tensor] | None = None
     """x̂_0 → what the last step returns, if that clips or thresholds; None: ``returned`` holds."""
     clean_range: float | None = None
@@ -64,7 +61,6 @@ class Prediction:
     decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)
     """x̂_0 → images (B, C, H, W) in [−1, 1]: the identity in pixel space."""
     encode: Encode | None = None
-    """The text encoder, if any."""
     memory: dict[Any, Any] = field(default_factory=dict)
     """What guidances keep from earlier steps of this batch, each under its own key (itself)."""
     active: Tensor | None = None

@@ -48,8 +48,8 @@ EMBEDDINGS: dict[str, float | bool] = {
 }
 """For ``EmbeddingSimilarity``, a cosine: 1 for the same image."""
 EMBEDDINGS_ALONE: dict[str, float | bool] = {**EMBEDDINGS, "max_displacement": 2.0}
-"""For AMG alone: G_sim has to choose another picture; a short step would only add a pattern that
-the embedding takes for a change."""
+"""For AMG alone: G_sim must choose another picture, and short steps only add a pattern that the
+embedding takes for a change."""
 
 
 def recommended(index: ReferenceIndex, alone: bool) -> dict[str, float | bool]:
@@ -109,8 +109,8 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
     def build(self, index: ReferenceIndex, latents: ReferenceIndex | None = None) -> list[Guidance]:
         """The guidances, in order; an observer takes AMG's place where it is not among them.
 
-        ``index`` is calibrated; ``latents`` are the references of multiplicity guidance where the
-        denoiser does not work on the pixels of ``index``.
+        ``index`` is calibrated; ``latents`` replaces it for multiplicity guidance outside of pixel
+        space.
         """
         detector = self.anti_memorization if self.mitigation in WITH_AMG else self.observer
         if self.mitigation not in ("multiplicity", "both"):
@@ -130,8 +130,8 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         """The mitigation with all its stages, for a text-to-image model.
 
         Args:
-            index: calibrated references, on the device of the samples. An observer follows whatever
-                does not detect copies itself, so that every trace has σ_t.
+            index: calibrated references, on the samples' device; an observer traces σ_t if nothing
+                else does.
             text: the model's tokenizer, and the prompts that PRSS searches.
             latents: references of multiplicity guidance, in the denoiser's own space.
         """

@@ -50,11 +50,8 @@ class Similarity(Protocol):
 class NormalizedL2:
     """Pixel similarity nL2 (eq. 8): σ = −ℓ2(x̂_0, n_0) / (α · mean ℓ2 to the k nearest groups).
 
-    Args:
-        k: nearest groups in the denominator's mean; 50 in the paper.
-        alpha: α, 0.5 in the paper.
-        differentiate_mean: let the gradient flow through the denominator too; the authors' code
-            does not.
+    k = 50 and α = 0.5 in the paper. ``differentiate_mean`` lets the gradient flow through the
+    denominator, which the authors' code and the default hold constant.
     """
 
     def __init__(self, k: int = 50, alpha: float = 0.5, differentiate_mean: bool = False) -> None:
@@ -64,6 +61,7 @@ class NormalizedL2:
         self.name = f"nl2-k{k}-a{alpha:g}"
 
     def __call__(self, index: ReferenceIndex, images: Tensor) -> Match:
+        """Match images (B, C, H, W) in [−1, 1]; the index needs k groups."""
         features = index.features(images)
         vectors = features.detach()
         hits = index.search(vectors, self.k)
@@ -89,7 +87,7 @@ class NormalizedL2:
         return _nl2(nearest, all_k, self.alpha)
 
     def strength(self, sigma: Tensor, threshold: Tensor) -> Tensor:
-        """Excess of σ over the gate: σ of eq. 8 is never positive, so c·σ itself would be 0."""
+        """Excess of σ over the gate: σ of eq. 8 is never positive, so c·σ would be 0."""
         return (sigma - threshold).clamp(min=0)
 
 
@@ -104,6 +102,7 @@ class EmbeddingSimilarity:
     name = "cosine"
 
     def __call__(self, index: ReferenceIndex, images: Tensor) -> Match:
+        """Match images (B, C, H, W) in [−1, 1]."""
         features = index.features(images)
         vectors = features.detach()
         hits = index.search(vectors, 1)

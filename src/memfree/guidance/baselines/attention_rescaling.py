@@ -21,20 +21,20 @@ COMPARED = 512
 
 
 class KnownPrompts:
-    """The embeddings of a batch's prompts with their lengths, and of its unconditional prompts."""
+    """Embeddings of a batch's prompts with their lengths, and of its unconditional prompts."""
 
     def __init__(self) -> None:
         self._known: tuple[Tensor, Tensor, Tensor] | None = None
         self._last: tuple[Tensor, Tensor] | None = None
 
     def learn(self, embeddings: Tensor, lengths: Sequence[int], unconditional: Tensor) -> None:
-        """Replace all: prompts (B, L, D), their token counts (B,), unconditional prompts (B, L, D)."""
+        """Replace prompts (B, L, D), their token counts (B,) and no prompts (B, L, D)."""
         tokens = torch.tensor(list(lengths), dtype=torch.int64, device=embeddings.device)
         self._known = embeddings.detach(), tokens, unconditional.detach()
         self._last = None
 
     def lengths_of(self, embeddings: Tensor) -> Tensor:
-        """Prompt length of each row of (N, L, D), (N,) int64; 0 for unknown or unconditional rows."""
+        """Prompt length of each row of (N, L, D), (N,) int64; 0 where it is not a known prompt."""
         # All layers of a network receive the same tensor: look it up once.
         if self._last is None or self._last[0] is not embeddings:
             self._last = embeddings, self._look_up(embeddings)
@@ -67,14 +67,9 @@ class AttentionRescaling(Mitigation):
 
     Source: Ren et al., "Unveiling and Mitigating Memorization in Text-to-image Diffusion Models
     through Cross Attention", ECCV 2024, arXiv 2403.11052, inference-time mitigation. The authors'
-    program also masks the unconditional prediction by the prompt's length; here it is left alone,
-    as are rows of other prompts (a neighbour's caption). Conditional rows are those whose
-    ``encoder_hidden_states`` equal an embedding of the last ``embedding`` stage that is not an
-    unconditional one, whether or not the two predictions share a batch.
-
-    Args:
-        count_tokens: prompts → tokens of each, begin and end of text included
-            (``TextTools.count_tokens``); not used where the conditions carry masks.
+    program also masks the unconditional prediction; here only rows whose ``encoder_hidden_states``
+    equal a prompt of the last ``embedding`` stage change, in shared batches too. ``count_tokens``
+    counts begin and end of text (``TextTools.count_tokens``); masks of the conditions replace it.
     """
 
     def __init__(

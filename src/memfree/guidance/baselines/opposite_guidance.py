@@ -37,10 +37,9 @@ class OppositeGuidance(Mitigation):
 
     Source: Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause
     Memorization", CVPR 2025, arXiv 2411.16738. As in the authors' program for dynamic points, the
-    step that shows d_t > d_{t−1} < d_{t−2}, d = ‖ε_c − ε_∅‖, is the first guided one; a sample
-    without such a minimum is never guided. Their program for opposite and dynamic has another rule,
-    in a run of its own before sampling (docs/baselines.md); here the rule is the same for every
-    scale.
+    step that shows d_t > d_{t−1} < d_{t−2}, d = ‖ε_c − ε_∅‖, is the first guided one; without such
+    a minimum none is. Their program for opposite and dynamic finds the point in a run of its own
+    (docs/baselines.md).
     """
 
     options: OppositeGuidanceOptions = field(default_factory=OppositeGuidanceOptions)
@@ -72,7 +71,7 @@ class _BeforeTransition:
         if self.options.transition == "static":
             before = prediction.time > self.options.transition_time
             return torch.full((len(x_t),), before, device=x_t.device)
-        # passed, d_{t−1}, d_{t−2}; as in the authors' program, a minimum takes three magnitudes ≥ 0.
+        # passed, d_{t−1}, d_{t−2}; a minimum takes three magnitudes (≥ 0), as in theirs.
         never = x_t.new_full((len(x_t),), -1.0, dtype=torch.float32)
         passed, last, before_last = prediction.memory.get(self, (never > 0, never, never))
         current = magnitude(prediction, "opposite guidance (jain)")

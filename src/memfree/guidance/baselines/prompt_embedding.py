@@ -20,9 +20,8 @@ from memfree.guidance.prediction import row_norm
 class EmbeddingNoise(Mitigation):
     """GNI: y ← y + λ·N(0, 1) on every entry of the prompt's embedding.
 
-    Source: Somepalli et al., arXiv 2305.20086, inference-time mitigation. Their program also adds
-    noise to the unconditional embedding; here only the prompt's changes, and not SDXL's pooled
-    embedding.
+    Source: Somepalli et al., arXiv 2305.20086. Their program adds noise to the unconditional
+    embedding too; here only the prompt's changes, without SDXL's pooled embedding.
     """
 
     options: EmbeddingNoiseOptions = field(default_factory=EmbeddingNoiseOptions)
@@ -45,10 +44,9 @@ class PromptEmbeddingOptimization(Mitigation):
     """Minimise ‖ε_θ(x_T, y) − ε_θ(x_T)‖ over the embedding of the prompt, by AdamW, until below l.
 
     Source: Wen et al., "Detecting, Explaining, and Mitigating Memorization in Diffusion Models",
-    ICLR 2024, arXiv 2407.21720, inference-time mitigation. As in the authors' program the
-    begin-of-text token gets no gradient and AdamW keeps torch's weight decay. Theirs optimises one
-    embedding for all images of a prompt; here each sample has its own. SDXL's pooled embedding
-    stays.
+    ICLR 2024, arXiv 2407.21720. As in the authors' program the begin-of-text token gets no gradient
+    and AdamW has torch's weight decay. Theirs optimises one embedding for all images of a prompt;
+    here each sample has its own. SDXL's pooled embedding stays as it is.
     """
 
     options: PromptEmbeddingOptions = field(default_factory=PromptEmbeddingOptions)

@@ -81,15 +81,14 @@ def _parts(conditions: TextConditions) -> dict[str, Tensor]:
 class PromptReanchoring(Mitigation):
     """PRSS: classifier-free guidance with another prompt y_mod, anchored at the memorized one.
 
-    With m = ‖ε(y_mod) − ε_∅‖, c = (s·l − thr)/(s − 1) and s_pr = min((m − c)/(thr − c)·s, s): ε̂ =
-    ε(y) + s_pr·(ε(y_mod) − ε(y)) + (s − s_pr)·(ε(y_mod) − ε_∅) where m > l, and ε̂ = ε_∅ +
-    s·(ε(y_mod) − ε_∅) elsewhere. At m = l both are equal (s_pr = 1).
+    With m = ‖ε(y_mod) − ε_∅‖, c = (s·l − thr)/(s − 1) and s_pr = min((m − c)/(thr − c)·s, s):
+    ε̂ = ε(y) + s_pr·(ε(y_mod) − ε(y)) + (s − s_pr)·(ε(y_mod) − ε_∅) where m > l, and
+    ε̂ = ε_∅ + s·(ε(y_mod) − ε_∅) elsewhere. At m = l both are equal (s_pr = 1).
 
     Source: Chen et al., "Enhancing Privacy-Utility Trade-offs to Mitigate Memorization in Diffusion
-    Models", CVPR 2025, arXiv 2504.18032, prompt re-anchoring (PR) and semantic prompt search (SS),
-    as in the authors' program. Theirs searches 25 alternatives by a language model; here the
-    nearest of the given ``prompts``, by the mean of their token vectors (not needed for
-    ``optimized``).
+    Models", CVPR 2025, arXiv 2504.18032, prompt re-anchoring (PR) and semantic prompt search (SS).
+    Their language model writes 25 alternatives to a prompt; here they are the nearest of the given
+    ``prompts``, by the mean of their token vectors (not needed for ``optimized``).
     """
 
     def __init__(

@@ -92,9 +92,7 @@ class RandomTokens(_InsertedWords):
 
     Source: Somepalli et al., "Understanding and Mitigating Copying in Diffusion Models", NeurIPS
     2023, arXiv 2305.20086; ``rand_word_add`` of the authors' program draws token numbers below
-    49400.
-
-    ``words`` is the vocabulary, one text per token, or returns it on first use
+    49400. ``words`` is the vocabulary, a text per token, or returns it on first use
     (``TextTools.words``).
     """
 
@@ -120,8 +118,7 @@ class RandomTokens(_InsertedWords):
 class RepeatedWords(_InsertedWords):
     """CWR, caption word repetition: insert words of the prompt again, at random places.
 
-    Source: Somepalli et al., arXiv 2305.20086; ``rand_word_repeat`` of the authors' program. Words
-    are separated by spaces; an empty prompt stays empty.
+    Source: Somepalli et al., arXiv 2305.20086; ``rand_word_repeat`` of the authors' program.
     """
 
     def word(self, prompt: str, generator: torch.Generator) -> str:

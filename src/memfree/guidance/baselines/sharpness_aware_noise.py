@@ -21,10 +21,10 @@ class SharpnessAwareInitialization(Mitigation):
     The first term is a finite difference for the difference of the Hessians along that of the
     scores. Source: Jeon, Kim and No, "Understanding and Mitigating Memorization in Generative
     Models via Sharpness of Probability Landscapes", ICML 2025, arXiv 2412.04140, algorithm 2. The
-    authors' program takes the inner Δ, the step, at the initial noise in every iteration; here at
-    the present x_T. Under v-prediction theirs steps along −Δ, here along Δ as for ε. Without a
-    candidate below the threshold theirs restarts with a threshold raised by 0.1, without end; here
-    the smallest loss wins.
+    authors' program keeps the inner Δ at the initial noise; here it is at the present x_T. Under
+    v-prediction theirs steps along −Δ, here along Δ as for ε. Without a candidate below the
+    threshold theirs restarts with the threshold raised by 0.1, without end; here the smallest loss
+    wins, at a bounded cost.
     """
 
     options: SharpnessAwareOptions = field(default_factory=SharpnessAwareOptions)

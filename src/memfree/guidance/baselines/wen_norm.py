@@ -13,7 +13,7 @@ from memfree.guidance.prediction import Prediction, row_norm
 
 
 def size_factor(shape: tuple[int, ...], per_element: bool) -> float:
-    """√(elements of a sample (C, H, W) / 16384): scales lengths tuned on SD 1.4's 4×64×64 latents."""
+    """√(elements of a sample (C, H, W) / 16384), for lengths tuned on SD 1.4's latents."""
     return sqrt(prod(shape) / (4 * 64 * 64)) if per_element else 1.0
 
 
@@ -37,7 +37,7 @@ def branches(prediction: Prediction, method: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def wen_norm(start: Start) -> Tensor:
-    """‖ε_θ(x_T, y) − ε_θ(x_T)‖ of each sample before sampling, (B,) float32; higher: memorized.
+    """‖ε_θ(x_T, y) − ε_θ(x_T)‖ before sampling, (B,) float32; higher: more likely memorized.
 
     Source: Wen et al., "Detecting, Explaining, and Mitigating Memorization in Diffusion Models",
     ICLR 2024, arXiv 2407.21720, the detection metric with one step.
@@ -49,7 +49,7 @@ class WenNorm:
     """Observes the mean of ‖ε_c − ε_∅‖ over the first ``steps``, and changes nothing.
 
     Source: Wen et al., arXiv 2407.21720 (1, 10 or 50 steps; they also average over a prompt's
-    images). The mean is the trace column ``wen_norm``, and kept for the last batch (``score``).
+    images). The mean is in the trace as ``wen_norm``, and kept for the last batch.
     """
 
     calls_denoiser = False
@@ -62,6 +62,7 @@ class WenNorm:
 
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
+        """Record the mean so far."""
         if prediction.step == 0:
             self._norms = []
         if prediction.step < self.steps:
