@@ -43,8 +43,7 @@ class AntiMemorizationGuidance(Observer):
         gradient: take ∇_{x_t} σ_t through x̂_0 with ε̂ held constant, or through the denoiser too.
     """
 
-    least_scale = 1.0
-    """What G_spe and G_dup leave of s_0 at least (eq. 13, 15)."""
+    least_scale = 1.0  # What G_spe and G_dup leave of s_0 at least (eq. 13, 15)
 
     def __init__(
         self,

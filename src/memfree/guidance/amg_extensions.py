@@ -73,7 +73,7 @@ class AskedRecords:
     def _encoded(
         self, prediction: Prediction, group: int, counts: Mapping[str, int]
     ) -> tuple[Tensor, Tensor]:
-        """Sentence vectors (C, D) and records (C,), cached per batch: threads' encoders may differ."""
+        """Sentence vectors (C, D) and records (C,) of a group; threads may use other encoders."""
         encode = prediction.encode
         assert encode is not None
         if self not in prediction.memory:
@@ -95,15 +95,12 @@ class Call:
     """A batch's nearest images, and how often the model saw those under the prompts."""
 
     match: Match
-    records: Tensor
-    """(B,): m(y) of each nearest image."""
+    records: Tensor  # (B,): m(y) of each nearest image
 
 
 def nearest_call(prediction: Prediction, owner: object, call: Call, called: Tensor) -> Call:
-    """Each sample's call at its highest σ among the steps at which it was ``called`` (B,) bool.
-
-    Caption deduplication thus keeps the caption of the image left behind, not of the one nearest
-    now.
+    """Each sample's call at its highest σ while ``called`` (B,): its caption stays that of the
+    image left.
     """
     key = (owner, "nearest call")
     never = torch.full_like(call.match.sigma, -torch.inf)
@@ -130,10 +127,7 @@ def where(mask: Tensor, call: Call, other: Call) -> Call:
 
 
 def limit_displacement(g_sim: Tensor, alpha_bar: Tensor, max_displacement: float) -> Tensor:
-    """Shorten G_sim (B, ...) so that x̂_0 moves by at most ``max_displacement`` (rms).
-
-    Adding G to ε̂ moves x̂_0 by −√((1−ᾱ)/ᾱ)·G, which grows without bound towards noise.
-    """
+    """Shorten G_sim (B, ...): adding G moves x̂_0 by −√((1−ᾱ)/ᾱ)·G, unbounded towards noise."""
     moved = g_sim.flatten(1).square().mean(dim=1).sqrt() * ((1 - alpha_bar) / alpha_bar).sqrt()
     factor = (max_displacement / moved.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
     return per_sample(factor, g_sim) * g_sim
@@ -206,7 +200,7 @@ def _never_zero(gradient: Tensor, anywhere: Tensor) -> Tensor:
 class SteadyAMG(AntiMemorizationGuidance):
     """AMG with memfree's additions (docs/method.md gives the reasons); ``recommended`` builds it.
 
-    The defaults are the paper's method; for other arguments see ``AntiMemorizationGuidance`` and
+    The defaults are the paper's method. Other arguments: ``AntiMemorizationGuidance``,
     ``NeighbourConditions``.
 
     Args:

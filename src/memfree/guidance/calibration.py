@@ -23,8 +23,7 @@ class Calibration:
     """σ of n held-out images against an index: the null of "this image is not a copy"."""
 
     similarity: str
-    sigmas: Tensor
-    """(n,) float32, ascending."""
+    sigmas: Tensor  # (n,) float32, ascending
 
     def threshold(self, false_positive_rate: float) -> float:
         """The σ above which an image is called a copy (p ≤ rate); the rate is in [5/n, 1)."""
@@ -58,10 +57,7 @@ class Calibration:
         return float(self.sigmas[low]), float(self.sigmas[high])
 
     def rate_limits(self, false_positive_rate: float, level: float = 0.95) -> tuple[float, float]:
-        """Two-sided limits of the share of real images above the threshold.
-
-        The share above the k-th largest of n σ's is Beta(k, n + 1 − k): 0.4–1.9 % at 1 %, n = 600.
-        """
+        """Limits of the share of real images above the threshold: Beta(k, n + 1 − k), k-th σ of n."""
         rank = self._rank(false_positive_rate)
         rest = len(self.sigmas) + 1 - rank
         low, high = (float(betaincinv(rank, rest, tail)) for tail in _tails(level))

@@ -21,8 +21,7 @@ from memfree.guidance.similarity import Similarity
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
 
-GRID_STEPS = 250
-"""The paper counts t on a grid of 250 sampling steps; others are mapped onto it."""
+GRID_STEPS = 250  # The paper counts t on a grid of 250 sampling steps; others are mapped onto it
 
 
 def gate(sigma: Tensor, threshold: float | Tensor) -> Tensor:
@@ -110,12 +109,9 @@ class ThresholdSchedule:
     The paper's values for nL2 are a = −1.95, b = −1.5, c = 0.025.
     """
 
-    start: float
-    """a: the value towards pure noise."""
-    end: float
-    """b: the value at t = 0."""
-    rate: float = 0.025
-    """c, above 0, per step of the 250-step grid."""
+    start: float  # a: the value towards pure noise
+    end: float  # b: the value at t = 0
+    rate: float = 0.025  # c, above 0, per step of the 250-step grid
 
     def __post_init__(self) -> None:
         if self.rate <= 0:

@@ -24,19 +24,14 @@ if TYPE_CHECKING:
 class Start:
     """The state before the first denoising step of a batch of text-to-image samples."""
 
-    noise: Tensor
-    """x_T (B, C, H, W), standard normal."""
-    conditions: TextConditions
-    """Encoded prompts, (B, ...)."""
-    unconditional: TextConditions
-    """The encoded empty (or negative) prompt of each sample, (B, ...)."""
+    noise: Tensor  # x_T (B, C, H, W), standard normal
+    conditions: TextConditions  # Encoded prompts, (B, ...)
+    unconditional: TextConditions  # The encoded empty (or negative) prompt of each sample, (B, ...)
     denoise: Callable[[Tensor, TextConditions], Tensor]
     """(x_T (b, ...), conditions (b, ...)) → output at the first timestep, differentiable."""
-    alpha_bar: Tensor
-    """ᾱ of the first timestep, 0-d float32."""
+    alpha_bar: Tensor  # ᾱ of the first timestep, 0-d float32
     prediction_type: PredictionType
-    guidance_scale: float
-    """s_0 of classifier-free guidance."""
+    guidance_scale: float  # s_0 of classifier-free guidance
     generators: Sequence[torch.Generator]
     """One CPU generator per sample, for all that a mitigation draws; never the global one."""
 
@@ -53,7 +48,7 @@ class Mitigation:
     """
 
     def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
-        """Change the prompts of a batch; one generator per sample."""
+        """Change a batch's prompts, with one generator per sample."""
         return list(prompts)
 
     def embedding(self, start: Start) -> TextConditions:
@@ -189,7 +184,7 @@ def attempts(
 ) -> Iterator[tuple[int, Tensor]]:
     """Number and positions (b,) of each attempt at drawing: all, then those still rejected.
 
-    ``budget`` is the most draws of a sample, the first included; the last is kept in any case.
+    Each sample has at most ``budget`` draws, the first included; the last is kept in any case.
     """
     positions = torch.arange(count)
     yield 0, positions

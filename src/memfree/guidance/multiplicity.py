@@ -119,8 +119,8 @@ class CaptionWeights:
         """Share that deduplication leaves of the records captioned with the prompt, (B,).
 
         Σ_i m_i(y)/m_i / Σ_i m_i(y) over references i with caption y: 1 if none is repeated or has
-        this caption, 1/m for a caption of one image with m records alone. Uncaptioned records do
-        not count.
+        this caption, 1/m for a caption of one image with m records alone. Uncaptioned ones are left
+        out.
         """
         records = (self._cosine(prompts, encode) > SAME).float()[:, self._caption] * self._count
         total = records.sum(dim=1)
@@ -135,8 +135,7 @@ class CaptionWeights:
         return cosines(prompts.sentence(), self._sentences)
 
 
-EXACT_CANDIDATES = 32
-"""Leading references with exact differences in the softmax."""
+EXACT_CANDIDATES = 32  # Leading references with exact differences in the softmax
 MAX_ELEMENTS = 1 << 26
 """Largest (samples × references) or (samples × candidates × D) tensor held at once."""
 ROUNDING = 2.0**-24
@@ -147,8 +146,8 @@ class EmpiricalPosterior:
     """E[x_0 | x_t] over weighted references: the optimal denoiser of the empirical distribution.
 
     μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i.
-    References are centred, and leading candidates get exact differences: at small noise the expanded
-    square alone loses the answer in float32.
+    References are centred and leading candidates get exact differences: at small noise the expanded
+    square loses the answer in float32.
     """
 
     def __init__(self, references: References) -> None:

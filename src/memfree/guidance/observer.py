@@ -24,10 +24,8 @@ class Cadence:
     may begin n − 1 steps late, and an active sample moves away from the last neighbour found.
     """
 
-    every: int = 1
-    """n: search at steps 0, n, 2n, ..."""
-    always_below: float = 0.3
-    """Search at every step from this time on (1 is noise, 0 the image)."""
+    every: int = 1  # n: search at steps 0, n, 2n, ..
+    always_below: float = 0.3  # Search at every step from this time on (1 is noise, 0 the image)
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -54,20 +52,13 @@ class Detection:
 class Steering:
     """Which samples of a batch are steered at a step, and away from what (eq. 10)."""
 
-    active: Tensor
-    """(B,) bool: 1{σ_t > λ_t}."""
-    rows: Tensor
-    """The active rows, int64: G_spe and G_dup act on them."""
-    near: Tensor
-    """Rows that G_sim acts on; in the paper the active ones."""
-    match: Match
-    """What G_spe and G_dup steer away from; in the paper this step's nearest image."""
-    gate: Tensor
-    """(B,): the σ above which the gate opened to ``match``; λ_t in the paper."""
-    opens_above: Tensor
-    """(B,): the σ above which the gate opens at this step; λ_t in the paper."""
-    least_scale: Tensor
-    """(B,): what G_spe and G_dup leave of s_0 at least; 1 in the paper."""
+    active: Tensor  # (B,) bool: 1{σ_t > λ_t}
+    rows: Tensor  # The active rows, int64: G_spe and G_dup act on them
+    near: Tensor  # Rows that G_sim acts on; in the paper the active ones
+    match: Match  # What G_spe and G_dup steer away from; in the paper this step's nearest image
+    gate: Tensor  # (B,): the σ above which the gate opened to ``match``; λ_t in the paper
+    opens_above: Tensor  # (B,): the σ above which the gate opens at this step; λ_t in the paper
+    least_scale: Tensor  # (B,): what G_spe and G_dup leave of s_0 at least; 1 in the paper
 
 
 class Observer:

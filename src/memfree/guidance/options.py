@@ -23,8 +23,7 @@ Through = Literal["clean_estimate", "denoiser"]
 """Gradient through x̂_0 with ε̂ held constant, or through the denoiser too."""
 CAPTION_NEIGHBOURS = 10
 """k of ``most_common``; 1000 in the authors' code, of LAION's two billion images."""
-CAPTION_RECORDS = 5
-"""m of ``most_common``; 20 in the authors' code."""
+CAPTION_RECORDS = 5  # m of ``most_common``; 20 in the authors' code
 
 
 @dataclass
@@ -72,8 +71,8 @@ class MultiplicityOptions(_CaptionKernel):
     strength: NonNegativeFloat = 1.5
     """κ of multiplicity guidance."""
     damp_captions: bool = True
-    """Text-to-image: captions of repeated images count as after deduplication: 1/m for one image
-    with m records."""
+    """Text-to-image: captions of repeated images count as if deduplicated, 1/m for one image of
+    m."""
 
 
 @dataclass
@@ -107,8 +106,7 @@ class AMGOptions(_CaptionKernel):
     embeddings 0.6 after multiplicity guidance and 2 without."""
     least_scale: ClosedUnitInterval | None = None
     """What c1 and c2 leave of the guidance scale near a repeated image. 1 (paper): the conditional
-    prediction; 0: the unconditional one, for prompts of one memorized image. None: 1, embeddings
-    0."""
+    prediction; 0: the unconditional, for prompts of one memorized image. None: 1, embeddings 0."""
     latched: bool | None = None
     """Keep c1 and c2 to the end once a repeated image opened a sample's gate, so that its prompt
     does not call it back. None: false, embeddings true."""
@@ -126,14 +124,11 @@ class BothOptions(AMGOptions, MultiplicityOptions):
 class Entry(NamedTuple):
     """One mitigation."""
 
-    options: type
-    """Its dataclass of options."""
+    options: type  # Its dataclass of options
     baseline: str = ""
     """Of a baseline: its class in ``memfree.guidance.baselines``, called with its options."""
-    text: str = ""
-    """Attribute of ``TextTools`` that the class takes before the options."""
-    name: str = ""
-    """The summary, where options are shared."""
+    text: str = ""  # Attribute of ``TextTools`` that the class takes before the options
+    name: str = ""  # The summary, where options are shared
 
     @property
     def summary(self) -> str:

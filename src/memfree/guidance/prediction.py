@@ -27,17 +27,12 @@ class Prediction:
     for v with the model's output in place of ε.
     """
 
-    x_t: Tensor
-    """Noisy samples (B, ...), variance preserving: √ᾱ·x_0 + √(1−ᾱ)·ε."""
-    alpha_bar: Tensor
-    """ᾱ_t of this step, 0-d float32, from the scheduler; kept inside (0, 1)."""
-    time: float
-    """Timestep over the number of training timesteps, in [0, 1]: 1 is noise."""
-    output: Tensor
-    """The combined prediction, like x_t; the sampler steps with it."""
+    x_t: Tensor  # Noisy samples (B, ...), variance preserving: √ᾱ·x_0 + √(1−ᾱ)·ε
+    alpha_bar: Tensor  # ᾱ_t of this step, 0-d float32, from the scheduler; kept inside (0, 1)
+    time: float  # Timestep over the number of training timesteps, in [0, 1]: 1 is noise
+    output: Tensor  # The combined prediction, like x_t; the sampler steps with it
     output_cond: Tensor | None
-    output_uncond: Tensor | None
-    """The unconditional branch; None where it is not needed (s_0 = 1)."""
+    output_uncond: Tensor | None  # The unconditional branch; None where it is not needed (s_0 = 1)
     conditions: Conditions | None
     """The user's conditions y (B, ...): labels (B,) int64, or encoded prompts."""
     guidance_scale: float
@@ -54,8 +49,7 @@ class Prediction:
     where an element does not follow the prediction, as outside of an inpainting mask."""
     finish: Callable[[Tensor], Tensor] | None = None
     """x̂_0 → what the last step returns, if that clips or thresholds; None: ``returned`` holds."""
-    clean_range: float | None = None
-    """With ``finish``: ``returned`` holds for x̂_0 in ±clean_range."""
+    clean_range: float | None = None  # With ``finish``: ``returned`` holds for x̂_0 in ±clean_range
     image_range: float | None = None
     """Finished x_0 are clamped to ±image_range (1 for pixels); None: no clamp."""
     decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)

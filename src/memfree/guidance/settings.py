@@ -109,8 +109,7 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
     def build(self, index: ReferenceIndex, latents: ReferenceIndex | None = None) -> list[Guidance]:
         """The guidances, in order; an observer takes AMG's place where it is not among them.
 
-        ``index`` is calibrated; ``latents`` replaces it for multiplicity guidance outside of pixel
-        space.
+        ``index`` is calibrated; ``latents`` replaces it for multiplicity guidance in latent space.
         """
         detector = self.anti_memorization if self.mitigation in WITH_AMG else self.observer
         if self.mitigation not in ("multiplicity", "both"):
@@ -130,10 +129,9 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         """The mitigation with all its stages, for a text-to-image model.
 
         Args:
-            index: calibrated references, on the samples' device; an observer traces σ_t if nothing
-                else does.
+            index: calibrated references, on the samples' device; with one, every trace has σ_t.
             text: the model's tokenizer, and the prompts that PRSS searches.
-            latents: references of multiplicity guidance, in the denoiser's own space.
+            latents: multiplicity guidance's references, in the denoiser's own space.
         """
         if self.mitigation in WITH_INDEX and index is None:
             raise ValueError(f"--mitigation {self.mitigation} needs --index")

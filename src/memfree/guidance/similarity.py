@@ -23,10 +23,8 @@ class Match:
     """A batch beside its nearest references; σ is higher for nearer and differentiable."""
 
     sigma: Tensor  # (B,) float32
-    rows: Tensor
-    """(B, k) int64 rows of the index, nearest first, each of another group."""
-    vectors: Tensor
-    """(B, D): the search vectors, without gradient, to search further neighbours."""
+    rows: Tensor  # (B, k) int64 rows of the index, nearest first, each of another group
+    vectors: Tensor  # (B, D): the search vectors, without gradient, to search further neighbours
 
 
 class Similarity(Protocol):

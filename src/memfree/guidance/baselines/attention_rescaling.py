@@ -16,8 +16,7 @@ from memfree.guidance.mitigation import Mitigation, Start
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-COMPARED = 512
-"""Entries that tell rows apart before they are compared as a whole."""
+COMPARED = 512  # Entries that tell rows apart before they are compared as a whole
 
 
 class KnownPrompts:

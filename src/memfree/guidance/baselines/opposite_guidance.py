@@ -38,7 +38,7 @@ class OppositeGuidance(Mitigation):
     Source: Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause
     Memorization", CVPR 2025, arXiv 2411.16738. As in the authors' program for dynamic points, the
     step that shows d_t > d_{t−1} < d_{t−2}, d = ‖ε_c − ε_∅‖, is the first guided one; without such
-    a minimum none is. Their program for opposite and dynamic finds the point in a run of its own
+    a minimum none is. Their opposite and dynamic program takes a separate run to find the point
     (docs/baselines.md).
     """
 

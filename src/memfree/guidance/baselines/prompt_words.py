@@ -92,8 +92,7 @@ class RandomTokens(_InsertedWords):
 
     Source: Somepalli et al., "Understanding and Mitigating Copying in Diffusion Models", NeurIPS
     2023, arXiv 2305.20086; ``rand_word_add`` of the authors' program draws token numbers below
-    49400. ``words`` is the vocabulary, a text per token, or returns it on first use
-    (``TextTools.words``).
+    49400. ``words`` has a text per token, or returns them on first use (``TextTools.words``).
     """
 
     def __init__(

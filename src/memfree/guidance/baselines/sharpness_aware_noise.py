@@ -24,7 +24,7 @@ class SharpnessAwareInitialization(Mitigation):
     authors' program keeps the inner Δ at the initial noise; here it is at the present x_T. Under
     v-prediction theirs steps along −Δ, here along Δ as for ε. Without a candidate below the
     threshold theirs restarts with the threshold raised by 0.1, without end; here the smallest loss
-    wins, at a bounded cost.
+    wins.
     """
 
     options: SharpnessAwareOptions = field(default_factory=SharpnessAwareOptions)
