@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
     from memfree.retrieval.options import CaptionPolicy
 
-_Known = dict[int, tuple[Tensor, Tensor]]
-"""By group: the sentence vectors of its captions and their records."""
+_Known = dict[int, tuple[Tensor, Tensor]]  # By group: its captions' sentence vectors and records
 
 
 class AskedRecords:
@@ -99,9 +98,7 @@ class Call:
 
 
 def nearest_call(prediction: Prediction, owner: object, call: Call, called: Tensor) -> Call:
-    """Each sample's call at its highest σ while ``called`` (B,): its caption stays that of the
-    image left.
-    """
+    """The call at the highest σ while ``called`` (B,): captions stay those of the image left."""
     key = (owner, "nearest call")
     never = torch.full_like(call.match.sigma, -torch.inf)
     before = prediction.memory.get(
@@ -200,8 +197,7 @@ def _never_zero(gradient: Tensor, anywhere: Tensor) -> Tensor:
 class SteadyAMG(AntiMemorizationGuidance):
     """AMG with memfree's additions (docs/method.md gives the reasons); ``recommended`` builds it.
 
-    The defaults are the paper's method. Other arguments: ``AntiMemorizationGuidance``,
-    ``NeighbourConditions``.
+    The defaults are the paper's method.
 
     Args:
         gate_margin: the gate opens at λ_t − gate_margin, in units of σ.

@@ -57,7 +57,7 @@ class Calibration:
         return float(self.sigmas[low]), float(self.sigmas[high])
 
     def rate_limits(self, false_positive_rate: float, level: float = 0.95) -> tuple[float, float]:
-        """Limits of the share of real images above the threshold: Beta(k, n + 1 − k), k-th σ of n."""
+        """Two-sided limits of the share of real images above the threshold, Beta(k, n + 1 − k)."""
         rank = self._rank(false_positive_rate)
         rest = len(self.sigmas) + 1 - rank
         low, high = (float(betaincinv(rank, rest, tail)) for tail in _tails(level))

@@ -27,13 +27,11 @@ class Start:
     noise: Tensor  # x_T (B, C, H, W), standard normal
     conditions: TextConditions  # Encoded prompts, (B, ...)
     unconditional: TextConditions  # The encoded empty (or negative) prompt of each sample, (B, ...)
-    denoise: Callable[[Tensor, TextConditions], Tensor]
-    """(x_T (b, ...), conditions (b, ...)) → output at the first timestep, differentiable."""
+    denoise: Callable[[Tensor, TextConditions], Tensor]  # (x_T, y) → output; differentiable
     alpha_bar: Tensor  # ᾱ of the first timestep, 0-d float32
     prediction_type: PredictionType
     guidance_scale: float  # s_0 of classifier-free guidance
-    generators: Sequence[torch.Generator]
-    """One CPU generator per sample, for all that a mitigation draws; never the global one."""
+    generators: Sequence[torch.Generator]  # One per sample, on the CPU; never the global one
 
     def eps_difference(self, noise: Tensor, conditions: TextConditions) -> Tensor:
         """ε_θ(x_T, y) − ε_θ(x_T) (B, C, H, W), whose norm is large for memorized prompts (Wen)."""

@@ -118,9 +118,9 @@ class CaptionWeights:
     def share_of_first_records(self, prompts: TextConditions, encode: Encode | None) -> Tensor:
         """Share that deduplication leaves of the records captioned with the prompt, (B,).
 
-        Σ_i m_i(y)/m_i / Σ_i m_i(y) over references i with caption y: 1 if none is repeated or has
-        this caption, 1/m for a caption of one image with m records alone. Uncaptioned ones are left
-        out.
+        Σ_i m_i(y)/m_i / Σ_i m_i(y) over references i with caption y, uncaptioned records left out:
+        1 if none is repeated or has this caption, 1/m for a caption of one image with m records
+        alone.
         """
         records = (self._cosine(prompts, encode) > SAME).float()[:, self._caption] * self._count
         total = records.sum(dim=1)
@@ -136,10 +136,8 @@ class CaptionWeights:
 
 
 EXACT_CANDIDATES = 32  # Leading references with exact differences in the softmax
-MAX_ELEMENTS = 1 << 26
-"""Largest (samples × references) or (samples × candidates × D) tensor held at once."""
-ROUNDING = 2.0**-24
-"""Half a unit in the last place of 1 in float32: a mean's precision if weights sum to 1."""
+MAX_ELEMENTS = 1 << 26  # Of (samples × references) or (samples × candidates × D) at once
+ROUNDING = 2.0**-24  # Half a unit in the last place of 1 in float32, of weights that sum to 1
 
 
 class EmpiricalPosterior:

@@ -24,7 +24,7 @@ class Cadence:
     may begin n − 1 steps late, and an active sample moves away from the last neighbour found.
     """
 
-    every: int = 1  # n: search at steps 0, n, 2n, ..
+    every: int = 1  # n: search at steps 0, n, 2n, ...
     always_below: float = 0.3  # Search at every step from this time on (1 is noise, 0 the image)
 
     def __post_init__(self) -> None:

@@ -19,10 +19,8 @@ from memfree.data.split import DEFAULT_RATE
 from memfree.guidance.baselines import options as baselines
 from memfree.retrieval.options import CaptionPolicy
 
-Through = Literal["clean_estimate", "denoiser"]
-"""Gradient through x̂_0 with ε̂ held constant, or through the denoiser too."""
-CAPTION_NEIGHBOURS = 10
-"""k of ``most_common``; 1000 in the authors' code, of LAION's two billion images."""
+Through = Literal["clean_estimate", "denoiser"]  # ∇σ through x̂_0 with ε̂ constant, or both
+CAPTION_NEIGHBOURS = 10  # k of ``most_common``; 1000 in the authors' code, for two billion images
 CAPTION_RECORDS = 5  # m of ``most_common``; 20 in the authors' code
 
 
@@ -71,8 +69,7 @@ class MultiplicityOptions(_CaptionKernel):
     strength: NonNegativeFloat = 1.5
     """κ of multiplicity guidance."""
     damp_captions: bool = True
-    """Text-to-image: captions of repeated images count as if deduplicated, 1/m for one image of
-    m."""
+    """Text-to-image: captions of repeated images count as if deduplicated, 1/m for one of m."""
 
 
 @dataclass
@@ -125,8 +122,7 @@ class Entry(NamedTuple):
     """One mitigation."""
 
     options: type  # Its dataclass of options
-    baseline: str = ""
-    """Of a baseline: its class in ``memfree.guidance.baselines``, called with its options."""
+    baseline: str = ""  # A class of ``memfree.guidance.baselines``, called with its options
     text: str = ""  # Attribute of ``TextTools`` that the class takes before the options
     name: str = ""  # The summary, where options are shared
 

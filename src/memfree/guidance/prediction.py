@@ -33,34 +33,25 @@ class Prediction:
     output: Tensor  # The combined prediction, like x_t; the sampler steps with it
     output_cond: Tensor | None
     output_uncond: Tensor | None  # The unconditional branch; None where it is not needed (s_0 = 1)
-    conditions: Conditions | None
-    """The user's conditions y (B, ...): labels (B,) int64, or encoded prompts."""
-    guidance_scale: float
-    """s_0 of classifier-free guidance; 1 means the conditional prediction alone."""
+    conditions: Conditions | None  # The user's y (B, ...): labels (B,) int64, or encoded prompts
+    guidance_scale: float  # s_0 of classifier-free guidance; 1: the conditional branch alone
     prediction_type: PredictionType
-    denoise: Callable[[Tensor, Conditions | None], Tensor]
-    """The denoiser at this step's t: (rows of x_t, their conditions or None) → output."""
-    guidance_rescale: float = 0.0
-    """How far the combination is rescaled to its conditional branch (``rescaled``)."""
+    denoise: Callable[[Tensor, Conditions | None], Tensor]  # At this t: (x_t rows, y) → output
+    guidance_rescale: float = 0.0  # Strength of ``rescaled``
     step: int = 0
     is_last: bool = False
     returned: tuple[Tensor, float | Tensor] | None = None
     """(offset, gain): the last step returns offset + gain·x̂_0; None: x̂_0. A gain like x_t is 0
     where an element does not follow the prediction, as outside of an inpainting mask."""
     finish: Callable[[Tensor], Tensor] | None = None
-    """x̂_0 → what the last step returns, if that clips or thresholds; None: ``returned`` holds."""
+    """x̂_0 → what the last step returns, if that clips or thresholds; None: ``returned``."""
     clean_range: float | None = None  # With ``finish``: ``returned`` holds for x̂_0 in ±clean_range
-    image_range: float | None = None
-    """Finished x_0 are clamped to ±image_range (1 for pixels); None: no clamp."""
-    decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)
-    """x̂_0 → images (B, C, H, W) in [−1, 1]: the identity in pixel space."""
+    image_range: float | None = None  # Finished x_0 are clamped to ±image_range; pixels: 1
+    decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)  # x̂_0 → images in [−1, 1]
     encode: Encode | None = None
-    memory: dict[Any, Any] = field(default_factory=dict)
-    """What guidances keep from earlier steps of this batch, each under its own key (itself)."""
-    active: Tensor | None = None
-    """(B,) bool: rows that some guidance of this step changed on purpose."""
-    trace: dict[str, Tensor] = field(default_factory=dict)
-    """Columns (B,) recorded by this step's guidances."""
+    memory: dict[Any, Any] = field(default_factory=dict)  # Of earlier steps, by guidance
+    active: Tensor | None = None  # (B,) bool: rows that this step's guidances changed
+    trace: dict[str, Tensor] = field(default_factory=dict)  # Columns (B,) of this step
 
     def __post_init__(self) -> None:
         # Zero terminal SNR, or no noise: guidances divide by √ᾱ and √(1−ᾱ).

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 SMALLEST_DISTANCE = 2.0**-24
-"""Replaces a mean distance of 0 in eq. 8: below what float32 tells apart in [−1, 1]."""
+"""Stands for a mean of 0 in eq. 8; less than float32 resolves in [−1, 1]."""
 
 
 @dataclass(frozen=True)

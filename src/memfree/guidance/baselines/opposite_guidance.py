@@ -38,8 +38,8 @@ class OppositeGuidance(Mitigation):
     Source: Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause
     Memorization", CVPR 2025, arXiv 2411.16738. As in the authors' program for dynamic points, the
     step that shows d_t > d_{t−1} < d_{t−2}, d = ‖ε_c − ε_∅‖, is the first guided one; without such
-    a minimum none is. Their opposite and dynamic program takes a separate run to find the point
-    (docs/baselines.md).
+    a minimum none is. Their opposite and dynamic program has another rule, in a separate run
+    (docs/baselines.md); here the rule is the same for every scale.
     """
 
     options: OppositeGuidanceOptions = field(default_factory=OppositeGuidanceOptions)

@@ -23,8 +23,7 @@ class SharpnessAwareInitialization(Mitigation):
     Models via Sharpness of Probability Landscapes", ICML 2025, arXiv 2412.04140, algorithm 2. The
     authors' program keeps the inner Δ at the initial noise; here it is at the present x_T. Under
     v-prediction theirs steps along −Δ, here along Δ as for ε. Without a candidate below the
-    threshold theirs restarts with the threshold raised by 0.1, without end; here the smallest loss
-    wins.
+    threshold theirs restarts with the threshold raised by 0.1; here the smallest loss wins.
     """
 
     options: SharpnessAwareOptions = field(default_factory=SharpnessAwareOptions)
