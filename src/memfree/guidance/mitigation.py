@@ -180,10 +180,7 @@ class RejectAndResample(Mitigation):
 def attempts(
     count: int, budget: int, rejected: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Number and positions (b,) of each attempt at drawing: all, then those still rejected.
-
-    Each sample has at most ``budget`` draws, the first included; the last is kept in any case.
-    """
+    """Number and positions (b,) of ``budget`` attempts at most: all samples, then the rejected."""
     positions = torch.arange(count)
     yield 0, positions
     for attempt in range(1, budget):

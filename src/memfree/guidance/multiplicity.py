@@ -119,8 +119,7 @@ class CaptionWeights:
         """Share that deduplication leaves of the records captioned with the prompt, (B,).
 
         Σ_i m_i(y)/m_i / Σ_i m_i(y) over references i with caption y, uncaptioned records left out:
-        1 if none is repeated or has this caption, 1/m for a caption of one image with m records
-        alone.
+        1 if none is repeated or has this caption, 1/m if one image with m records alone has it.
         """
         records = (self._cosine(prompts, encode) > SAME).float()[:, self._caption] * self._count
         total = records.sum(dim=1)
@@ -143,9 +142,8 @@ ROUNDING = 2.0**-24  # Half a unit in the last place of 1 in float32, of weights
 class EmpiricalPosterior:
     """E[x_0 | x_t] over weighted references: the optimal denoiser of the empirical distribution.
 
-    μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i.
-    References are centred and leading candidates get exact differences: at small noise the expanded
-    square loses the answer in float32.
+    μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i, in float32: references
+    are centred and leading candidates get exact differences, as small noise defeats expanded squares.
     """
 
     def __init__(self, references: References) -> None:

@@ -62,10 +62,7 @@ class Steering:
 
 
 class Observer:
-    """Detect as AMG does and record σ_t and λ_t in the trace, without changing the prediction.
-
-    ``index`` is on the device of the samples, ``threshold`` a function of time in [0, 1].
-    """
+    """Record σ_t and λ_t (a function of time in [0, 1]) as AMG detects them, changing nothing."""
 
     @property
     def calls_denoiser(self) -> bool:

@@ -69,7 +69,7 @@ class MultiplicityOptions(_CaptionKernel):
     strength: NonNegativeFloat = 1.5
     """κ of multiplicity guidance."""
     damp_captions: bool = True
-    """Text-to-image: captions of repeated images count as if deduplicated, 1/m for one of m."""
+    """Text-to-image: captions of repeated images count as if deduplicated; m records: 1/m."""
 
 
 @dataclass
@@ -152,7 +152,7 @@ MITIGATIONS = {
 WITH_AMG = ("amg", "both")
 WITH_INDEX = ("amg", "multiplicity", "both", "reject")
 TEXT_ONLY = tuple(name for name, entry in MITIGATIONS.items() if entry.baseline)
-"""The field's baselines (docs/baselines.md), for text-to-image models only."""
+"""Baselines of docs/baselines.md, for text-to-image models only."""
 
 
 def is_import_path(name: str) -> bool:

@@ -107,10 +107,7 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         return replace(self, **unset)  # type: ignore[arg-type]
 
     def build(self, index: ReferenceIndex, latents: ReferenceIndex | None = None) -> list[Guidance]:
-        """The guidances, in order; an observer takes AMG's place where it is not among them.
-
-        ``index`` is calibrated; ``latents`` replaces it for multiplicity guidance in latent space.
-        """
+        """Guidances in order, AMG or an observer last; ``latents``: for multiplicity guidance."""
         detector = self.anti_memorization if self.mitigation in WITH_AMG else self.observer
         if self.mitigation not in ("multiplicity", "both"):
             return [detector(index)]

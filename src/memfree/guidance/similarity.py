@@ -48,8 +48,7 @@ class Similarity(Protocol):
 class NormalizedL2:
     """Pixel similarity nL2 (eq. 8): σ = −ℓ2(x̂_0, n_0) / (α · mean ℓ2 to the k nearest groups).
 
-    k = 50 and α = 0.5 in the paper. ``differentiate_mean`` lets the gradient flow through the
-    denominator, which the authors' code and the default hold constant.
+    The paper has k = 50 and α = 0.5; its code and the default do not differentiate the denominator.
     """
 
     def __init__(self, k: int = 50, alpha: float = 0.5, differentiate_mean: bool = False) -> None:

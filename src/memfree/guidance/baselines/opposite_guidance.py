@@ -37,9 +37,9 @@ class OppositeGuidance(Mitigation):
 
     Source: Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause
     Memorization", CVPR 2025, arXiv 2411.16738. As in the authors' program for dynamic points, the
-    step that shows d_t > d_{t−1} < d_{t−2}, d = ‖ε_c − ε_∅‖, is the first guided one; without such
-    a minimum none is. Their opposite and dynamic program has another rule, in a separate run
-    (docs/baselines.md); here the rule is the same for every scale.
+    step that shows d_t > d_{t−1} < d_{t−2}, d = ‖ε_c − ε_∅‖, is the first guided one; a sample
+    without such a minimum is never guided. Their opposite dynamic program has another rule
+    (docs/baselines.md).
     """
 
     options: OppositeGuidanceOptions = field(default_factory=OppositeGuidanceOptions)

@@ -76,8 +76,7 @@ class OppositeGuidanceOptions:
     """Opposite guidance before a transition point (Jain et al., 2025)."""
 
     transition: Literal["static", "dynamic"] = "static"
-    """static: at transition_time; dynamic: per sample, at the first local minimum of ‖ε_c −
-    ε_∅‖."""
+    """static: at transition_time; dynamic: at each sample's first local minimum of ‖ε_c − ε_∅‖."""
     transition_time: ClosedUnitInterval = 0.65
     """Static: guidance starts at this share of the training timesteps, 1 being noise. Authors: 0.65
     for opposite guidance, 0.5 for no guidance; 1 changes nothing."""
@@ -92,7 +91,7 @@ class PromptReanchoringOptions:
 
     alternative: Literal["search", "optimized"] = "search"
     """y_mod: the nearest given prompt that is not memorized (SS), or the prompt's embedding
-    optimised as Wen does."""
+    optimised by Wen's method."""
     trigger: NonNegativeFloat = 1.0
     """Mitigate a sample if ‖ε_c − ε_∅‖ is above this at the first step, and seek y_mod below it; 1
     in the authors' README."""

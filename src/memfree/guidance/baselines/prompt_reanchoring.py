@@ -18,11 +18,7 @@ from memfree.guidance.prediction import Guidance, Prediction, combine
 
 
 class SemanticSearch:
-    """Tries the nearest candidates in turn until ‖ε(y_mod) − ε_∅‖ is at most a trigger.
-
-    As in the authors' program of PRSS, the prompt itself is the first candidate, and the smallest
-    magnitude wins where no candidate is below the trigger.
-    """
+    """Tries the prompt, then its nearest candidates until ‖ε(y_mod) − ε_∅‖ ≤ trigger."""
 
     def __init__(self, prompts: Sequence[str], count: int) -> None:
         self.prompts = list(prompts)

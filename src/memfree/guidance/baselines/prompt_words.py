@@ -21,10 +21,7 @@ def _draw_below(bound: int, generator: torch.Generator) -> int:
 
 
 class TextTools:
-    """A pipeline's tokenizer (Hugging Face's; the first one of SDXL), for RT, Ren and PRSS.
-
-    ``prompts`` are those that PRSS searches, such as training captions.
-    """
+    """A Hugging Face tokenizer (SDXL: the first one) and the ``prompts`` that PRSS searches."""
 
     def __init__(self, tokenizer: Any, prompts: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
@@ -77,10 +74,7 @@ class _InsertedWords(Mitigation):
 
 
 class RandomNumbers(_InsertedWords):
-    """RNA: insert random numbers from 0 to 99999 at random places of the prompt.
-
-    Source: Somepalli et al., arXiv 2305.20086; ``rand_numb_add`` of the authors' program.
-    """
+    """RNA: insert numbers from 0 to 99999 (Somepalli et al., arXiv 2305.20086: ``rand_numb_add``)."""
 
     def word(self, prompt: str, generator: torch.Generator) -> str:
         """A number."""
@@ -91,8 +85,8 @@ class RandomTokens(_InsertedWords):
     """RT: insert random tokens of the tokenizer's vocabulary at random places of the prompt.
 
     Source: Somepalli et al., "Understanding and Mitigating Copying in Diffusion Models", NeurIPS
-    2023, arXiv 2305.20086; ``rand_word_add`` of the authors' program draws token numbers below
-    49400. ``words`` has a text per token, or returns them on first use (``TextTools.words``).
+    2023, arXiv 2305.20086; ``rand_word_add`` of their program draws token numbers below 49400.
+    ``words`` has a text per token, or returns them on first use (``TextTools.words``).
     """
 
     def __init__(
@@ -115,10 +109,7 @@ class RandomTokens(_InsertedWords):
 
 
 class RepeatedWords(_InsertedWords):
-    """CWR, caption word repetition: insert words of the prompt again, at random places.
-
-    Source: Somepalli et al., arXiv 2305.20086; ``rand_word_repeat`` of the authors' program.
-    """
+    """CWR: insert the prompt's words again (arXiv 2305.20086: ``rand_word_repeat``)."""
 
     def word(self, prompt: str, generator: torch.Generator) -> str:
         """A word of the original prompt."""
