@@ -33,8 +33,8 @@ class AskedRecords:
 
     m: the group's records; m_c: those with caption c; K: ``caption_kernel``. Other captions did not
     teach the model to answer the prompt with this image; records without one count under every
-    prompt, as in ``CaptionWeights``. All count without prompts, captions, text encoder or
-    ``bandwidth``.
+    prompt, as in ``CaptionWeights``. Without prompts, captions, a text encoder or ``bandwidth``,
+    all records count.
     """
 
     def __init__(self, index: ReferenceIndex, bandwidth: float | None = None) -> None:

@@ -142,8 +142,9 @@ ROUNDING = 2.0**-24  # Half a unit in the last place of 1 in float32, of weights
 class EmpiricalPosterior:
     """E[x_0 | x_t] over weighted references: the optimal denoiser of the empirical distribution.
 
-    μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i, in float32: references
-    are centred and leading candidates get exact differences, as small noise defeats expanded squares.
+    μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i, of centred references.
+    Leading candidates get exact differences: at little noise float32 is too coarse for expanded
+    squares alone.
     """
 
     def __init__(self, references: References) -> None:
@@ -217,9 +218,9 @@ class MultiplicityGuidance:
             for conditional use), on the device of the samples.
         strength: κ; 1 is the difference itself, 0 changes nothing.
         caption_bandwidth: how far captions other than the prompt count; see ``CaptionWeights``.
-        damped: ε_c ← ε_u + e(y)·(ε_c − ε_u), e(y) of ``CaptionWeights.share_of_first_records``, for
-            captions of one repeated image alone, where all weight is on that image and μ_1 = μ_m.
-            Exactly nothing changes for images that are not repeated.
+        damped: a caption of repeated images counts as after deduplication, ε_c ← ε_u + e(y)·(ε_c −
+            ε_u), e(y) of ``CaptionWeights.share_of_first_records``; other captions change nothing,
+            exactly. It helps where one image has all the weight, as there μ_1 = μ_m.
     """
 
     def __init__(

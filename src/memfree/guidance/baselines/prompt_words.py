@@ -74,7 +74,7 @@ class _InsertedWords(Mitigation):
 
 
 class RandomNumbers(_InsertedWords):
-    """RNA: insert numbers from 0 to 99999 (Somepalli et al., arXiv 2305.20086: ``rand_numb_add``)."""
+    """RNA: insert numbers from 0 to 99999 (arXiv 2305.20086: ``rand_numb_add``)."""
 
     def word(self, prompt: str, generator: torch.Generator) -> str:
         """A number."""
