@@ -1,4 +1,4 @@
-"""Anti-Memorization Guidance (Chen, Liu, Xu, CVPR 2024): the paper and nothing else."""
+"""Anti-Memorization Guidance as published (Chen, Liu, Xu, CVPR 2024)."""
 
 from __future__ import annotations
 
@@ -35,18 +35,15 @@ class AntiMemorizationGuidance(Observer):
     """ε̂ ← ε̂ + 1{σ_t > λ_t}·(G_spe + G_dup + G_sim), for each sample (eq. 10).
 
     Args:
-        index: references.
         similarity: ``NormalizedL2`` (eq. 8) or ``EmbeddingSimilarity`` (eq. 9).
-        threshold: λ_t, a function of time in [0, 1] (eq. 19).
-        c1: strength of despecification (eq. 13); 0 switches it off.
-        c2: strength of caption deduplication (eq. 15); 0 switches it off.
-        c3: strength of dissimilarity guidance (eq. 17); 0 switches it off.
+        threshold: λ_t as a function of time in [0, 1] (eq. 19).
+        c1: strength of despecification (eq. 13); like c2 and c3, 0 switches it off.
+        c2: strength of caption deduplication (eq. 15).
+        c3: strength of dissimilarity guidance (eq. 17).
         gradient: take ∇_{x_t} σ_t through x̂_0 with ε̂ held constant, or through the denoiser too.
-        cadence: when neighbours are searched; see ``Cadence``.
     """
 
-    least_scale = 1.0
-    """What G_spe and G_dup leave of s_0 at least (eq. 13, 15)."""
+    least_scale = 1.0  # What G_spe and G_dup leave of s_0 at least (eq. 13, 15)
 
     def __init__(
         self,
@@ -95,7 +92,7 @@ class AntiMemorizationGuidance(Observer):
         return self.finish(guided, detection, steering)
 
     def steering(self, prediction: Prediction, detection: Detection) -> Steering:
-        """Which samples are steered (eq. 10): those above λ_t, away from their nearest image."""
+        """Steer samples above λ_t (eq. 10), away from their nearest image."""
         threshold = torch.full_like(detection.match.sigma, detection.threshold)
         active = gate(detection.match.sigma, threshold)
         rows = active.nonzero().squeeze(1)
@@ -120,11 +117,11 @@ class AntiMemorizationGuidance(Observer):
         return prediction.with_output_change(change, rows).recorded_at(rows, s1=s_1, s2=s_2)
 
     def g_sim(self, prediction: Prediction, match: Match, rows: Tensor) -> Tensor:
-        """G_sim (eq. 17) of ``rows``; the gradient is at x̂_0 as it was detected."""
+        """G_sim (eq. 17) of ``rows``; the gradient is taken at x̂_0 as detected."""
         of, through = match.rows[rows], self.gradient
         gradient = sigma_gradient(prediction, self.index, self.similarity, of, rows, through)
         return dissimilarity(self.c3, prediction.alpha_bar, gradient)
 
     def finish(self, prediction: Prediction, found: Detection, steering: Steering) -> Prediction:
-        """What follows the correction; in the paper nothing."""
+        """A hook after the correction; the paper does nothing here."""
         return prediction

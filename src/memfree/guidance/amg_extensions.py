@@ -25,17 +25,16 @@ if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
     from memfree.retrieval.options import CaptionPolicy
 
-_Known = dict[int, tuple[Tensor, Tensor]]
-"""By group, the sentence vectors of its captions and their records."""
+_Known = dict[int, tuple[Tensor, Tensor]]  # By group: its captions' sentence vectors and records
 
 
 class AskedRecords:
     """m(y) = m − Σ_c (1 − K(y, c))·m_c of the nearest image's group, at least 1.
 
-    m are the group's records, m_c those with caption c, K is ``caption_kernel``. Records with other
-    captions than the prompt did not teach the model to answer it with this image; those without a
-    caption count under every prompt, as in ``CaptionWeights``. Without prompts, captions, a text
-    encoder or a ``bandwidth`` all records count: m(y) = m.
+    m: the group's records; m_c: those with caption c; K: ``caption_kernel``. Other captions did not
+    teach the model to answer the prompt with this image; records without one count under every
+    prompt, as in ``CaptionWeights``. Without prompts, captions, a text encoder or ``bandwidth``,
+    all records count.
     """
 
     def __init__(self, index: ReferenceIndex, bandwidth: float | None = None) -> None:
@@ -56,7 +55,7 @@ class AskedRecords:
         groups = self.index.group.to(nearest.device)[nearest]
         groups, order = torch.where(wanted & (records > 1), groups, -1).sort(stable=True)
         start = 0
-        # The host waits for the device once: the samples of a group stand together in ``order``.
+        # The host waits for the device once: samples of a group are adjacent in ``order``.
         for group, samples in Counter(groups.tolist()).items():
             same, start = order[start : start + samples], start + samples
             if counts := self.index.items.caption_counts.get(group):
@@ -73,10 +72,7 @@ class AskedRecords:
     def _encoded(
         self, prediction: Prediction, group: int, counts: Mapping[str, int]
     ) -> tuple[Tensor, Tensor]:
-        """Sentence vectors (C, D) of a group's captions and their records (C,), kept an encoder.
-
-        Every batch keeps to its own encoder, whatever other threads ask for.
-        """
+        """Sentence vectors (C, D) and records (C,) of a group; threads may use other encoders."""
         encode = prediction.encode
         assert encode is not None
         if self not in prediction.memory:
@@ -95,20 +91,14 @@ class AskedRecords:
 
 @dataclass(frozen=True)
 class Call:
-    """A batch beside its nearest images, and how often the model saw those under the prompts."""
+    """A batch's nearest images, and how often the model saw those under the prompts."""
 
     match: Match
-    records: Tensor
-    """(B,): m(y) of each nearest image."""
+    records: Tensor  # (B,): m(y) of each nearest image
 
 
 def nearest_call(prediction: Prediction, owner: object, call: Call, called: Tensor) -> Call:
-    """The call of each sample at its highest σ among the steps at which it was ``called`` (B,).
-
-    Caption deduplication then keeps its caption to the end: that of the image that was left
-    behind, not of whichever is nearest now. σ is −∞ for samples that were never called. The memory
-    of the prediction keeps the call of ``owner`` from step to step.
-    """
+    """The call at the highest σ while ``called`` (B,): captions stay those of the image left."""
     key = (owner, "nearest call")
     never = torch.full_like(call.match.sigma, -torch.inf)
     before = prediction.memory.get(
@@ -119,7 +109,7 @@ def nearest_call(prediction: Prediction, owner: object, call: Call, called: Tens
 
 
 def where(mask: Tensor, call: Call, other: Call) -> Call:
-    """The rows of one call where ``mask`` (B,) is true, those of another elsewhere."""
+    """The rows of ``call`` where ``mask`` (B,) is true, those of ``other`` elsewhere."""
 
     def chosen(ours: Tensor, theirs: Tensor) -> Tensor:
         return torch.where(mask if ours.ndim == 1 else mask[:, None], ours, theirs)
@@ -134,10 +124,7 @@ def where(mask: Tensor, call: Call, other: Call) -> Call:
 
 
 def limit_displacement(g_sim: Tensor, alpha_bar: Tensor, max_displacement: float) -> Tensor:
-    """Shorten G_sim (B, ...) so that x̂_0 moves by at most ``max_displacement``, its rms.
-
-    Adding G to ε̂ moves x̂_0 by −√((1−ᾱ)/ᾱ)·G, which grows without bound towards noise.
-    """
+    """Shorten G_sim (B, ...): adding G moves x̂_0 by −√((1−ᾱ)/ᾱ)·G, unbounded towards noise."""
     moved = g_sim.flatten(1).square().mean(dim=1).sqrt() * ((1 - alpha_bar) / alpha_bar).sqrt()
     factor = (max_displacement / moved.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
     return per_sample(factor, g_sim) * g_sim
@@ -156,23 +143,14 @@ def move_below(
 ) -> Tensor:
     """Move clean estimates along −∇σ until every σ is at most ``target``, by Newton steps.
 
-    A step of (σ − target)/‖∇σ‖² reaches the target exactly where σ is linear; the neighbour is
-    searched again each time, since another may come near. It is the smallest change that leaves
-    the copy region: a last resort, after guidance has done what it could.
+    A step of (σ − target)/‖∇σ‖² is exact where σ is linear; each step searches the neighbour again,
+    since another may come near. Rows at or below the target keep their bits.
 
     Args:
-        index: the references.
-        similarity: σ.
-        x_0: clean estimates (B, ...): images, or what ``decode`` makes images of.
-        target: σ to reach.
-        image_range: keep x_0 in ±image_range; None: no limit.
-        decode: from x_0 to images (B, C, H, W) in [−1, 1].
-        iterations: the most steps taken.
-        offset: like x_0, added to it before it is decoded.
-        free: like x_0, bool: which elements may move, such as those that inpainting draws.
-
-    Returns:
-        The moved estimates, like x_0; rows at or below the target keep their bits.
+        x_0: (B, ...), images or what ``decode`` turns into images (B, C, H, W) in [−1, 1].
+        image_range: keeps x_0 in ±image_range; None: no limit.
+        offset: like x_0, added before decoding.
+        free: like x_0, bool: elements that may move, such as those that inpainting draws.
     """
     x_0 = x_0.clone()
     rows = torch.arange(len(x_0), device=x_0.device)
@@ -191,11 +169,11 @@ def move_below(
             gradient = gradient * free[rows]
         gradient = _never_zero(gradient, anywhere)
         if image_range is not None:
-            # Pixels at the edge of the range cannot move outwards: the others do it.
+            # Pixels at the edge of the range cannot move outwards: the others must.
             outwards = (x_0[rows] * -gradient.sign()) >= image_range
             gradient = _never_zero(gradient.masked_fill(outwards, 0.0), anywhere)
         square = gradient.flatten(1).square().sum(dim=1)
-        # 1 % past the target, so that rounding does not leave a sample on the line.
+        # 1 % past the target, so that rounding does not leave a sample at it.
         step = per_sample((excess + 0.01 * abs(target)) / square, gradient) * gradient
         if free is not None:
             step = step * free[rows]
@@ -205,42 +183,36 @@ def move_below(
 
 
 def _any_direction(like: Tensor) -> Tensor:
-    """A fixed direction of length 1, as one row of ``like`` (B, ...)."""
     generator = torch.Generator().manual_seed(0)
     anywhere = torch.randn(like.shape[1:], generator=generator, dtype=torch.float32).to(like)
     return anywhere / anywhere.norm()
 
 
 def _never_zero(gradient: Tensor, anywhere: Tensor) -> Tensor:
-    """The gradient, or any direction where there is none: on top of a reference, none is wrong."""
+    """The gradient, or any direction where it is 0: on top of a reference all lead away."""
     zero = per_sample(gradient.flatten(1).abs().amax(dim=1) < 1e-6, gradient)
     return torch.where(zero, anywhere, gradient)
 
 
 class SteadyAMG(AntiMemorizationGuidance):
-    """AMG with what memfree adds to it; ``recommended`` is this one (docs/method.md says why).
+    """AMG with memfree's additions (docs/method.md gives the reasons); ``recommended`` builds it.
 
-    With the defaults it is the paper's method; arguments that are not listed are as of
-    ``AntiMemorizationGuidance`` and ``NeighbourConditions``.
+    The defaults are the paper's method.
 
     Args:
         gate_margin: the gate opens at λ_t − gate_margin, in units of σ.
-        max_displacement: G_sim moves x̂_0 by at most this root mean square a step; None: no limit.
-        final_correction: move what is still above this σ at the last step just below it.
-        gated: False opens the gate to every sample at every step: the ablation of eq. 10. With
-            ``NormalizedL2`` only G_sim then acts below λ_t: c_1 and c_2 multiply how far σ_t is
-            above the gate, which is 0 there.
-        margin_per_doubling: the margin is gate_margin + margin_per_doubling·log_2 m, with m records
-            of the nearest image. That a sample will copy an image is the more likely the more often
-            the model saw it, long before it is near.
-        least_scale: what despecification and deduplication leave of s_0 at least where the nearest
-            image is repeated. 1 in the paper: the conditional prediction, which for a prompt that
-            belongs to one memorized image is that image. 0: down to the unconditional prediction.
-        latched: a sample whose gate was opened by a repeated image keeps its G_spe and G_dup, at
-            the highest σ so far, to the end. Without it, a sample that has left a memorized image
-            is called back by its prompt as soon as the gate closes, and ends at the threshold.
-        caption_bandwidth: m counts the records that the sample's prompt asks for, by a kernel of
-            this bandwidth (``AskedRecords``). None: all of them, whatever the prompt.
+        max_displacement: the most that G_sim moves x̂_0 per step (rms); None: no limit.
+        final_correction: the last step moves what is still above this σ just below it; None: off.
+        gated: False opens the gate to every sample at every step (ablation of eq. 10). Below λ_t,
+            ``NormalizedL2`` then has G_sim alone: c_1 and c_2 multiply an excess of σ_t that is 0.
+        margin_per_doubling: adds margin_per_doubling·log_2 m to the margin, with m records of the
+            nearest image: the more often the model saw it, the earlier a sample heads for a copy.
+        least_scale: what despecification and deduplication leave of s_0 at least near a repeated
+            image. 1 (paper): the conditional prediction, for a prompt of one memorized image that
+            image; 0: down to the unconditional one.
+        latched: a sample whose gate a repeated image opened keeps G_spe and G_dup, at the highest σ
+            so far, to the end; otherwise its prompt calls it back when the gate closes.
+        caption_bandwidth: m counts the records that fit the prompt (``AskedRecords``); None: all.
     """
 
     def __init__(
@@ -284,7 +256,7 @@ class SteadyAMG(AntiMemorizationGuidance):
         )
 
     def steering(self, prediction: Prediction, detection: Detection) -> Steering:
-        """Samples above λ_t less the margin, and those that a repeated image once held."""
+        """Steer samples above λ_t less the margin, and those latched to a repeated image."""
         match, threshold = detection.match, detection.threshold
         may_open = self.opens(detection, self.records.all(match))
         now = Call(match, self.records(prediction, match, may_open))
@@ -316,7 +288,7 @@ class SteadyAMG(AntiMemorizationGuidance):
         return gate(sigma, detection.threshold - self.margin(records))
 
     def margin(self, records: Tensor) -> Tensor:
-        """How far below λ_t the gate opens, (B,), by the records of the nearest image."""
+        """How far below λ_t the gate opens, (B,), by the nearest image's records."""
         margin = torch.full_like(records, self.gate_margin)
         if self.margin_per_doubling == 0:
             return margin
@@ -330,7 +302,7 @@ class SteadyAMG(AntiMemorizationGuidance):
         return limit_displacement(g_sim, prediction.alpha_bar, self.max_displacement)
 
     def finish(self, prediction: Prediction, found: Detection, steering: Steering) -> Prediction:
-        """The last correction, at the last step."""
+        """Apply the final correction at the last step."""
         if not prediction.is_last or self.final_correction is None:
             return prediction
         return self._correct_last(
@@ -340,11 +312,7 @@ class SteadyAMG(AntiMemorizationGuidance):
     def _correct_last(
         self, prediction: Prediction, sigma: Tensor, active: Tensor, target: float
     ) -> Prediction:
-        """Move the clean estimates that the sampler is about to return below ``target``.
-
-        Only rows that guidance or the limits of an image changed since ``sigma`` are measured
-        again: in latents most have their own σ already, which costs a decoding and an embedding.
-        """
+        """Move returned rows below ``target``; measure only changed ones: decoding is costly."""
         x_0 = prediction.clean_estimate()
         offset, gain = prediction.returned or (torch.zeros_like(x_0), 1.0)
         free = None  # every element follows the prediction
@@ -383,7 +351,7 @@ class SteadyAMG(AntiMemorizationGuidance):
                 change = change / gain
             return prediction.with_clean_change(change, rows).activated(above)
 
-        # x̂_0 stays in ±clean_range. What is moved is gain·x̂_0: there, the range is one number.
+        # x̂_0 stays in ±clean_range; gain·x̂_0 is moved, where the range is one number.
         each = torch.as_tensor(gain, device=returned.device).expand_as(returned)[rows]
         furthest = prediction.clean_range * float(each.abs().max())
         moved = below(

@@ -1,4 +1,4 @@
-"""Calibration: thresholds on σ from held-out images, at a stated false-positive rate; p-values."""
+"""Calibration: thresholds on σ from held-out images at a stated false-positive rate; p-values."""
 
 from __future__ import annotations
 
@@ -23,16 +23,10 @@ class Calibration:
     """σ of n held-out images against an index: the null of "this image is not a copy"."""
 
     similarity: str
-    """Name of the similarity that was measured."""
-    sigmas: Tensor
-    """(n,) float32, ascending."""
+    sigmas: Tensor  # (n,) float32, ascending
 
     def threshold(self, false_positive_rate: float) -> float:
-        """The σ above which an image is called a copy: "σ > threshold" says the same as "p ≤ rate".
-
-        Raises:
-            ValueError: the rate is not in [5/n, 1).
-        """
+        """The σ above which an image is called a copy (p ≤ rate); the rate is in [5/n, 1)."""
         n = len(self.sigmas)
         if not MIN_EXPECTED / n <= false_positive_rate < 1:
             raise ValueError(
@@ -46,7 +40,7 @@ class Calibration:
         return math.floor(rate * (len(self.sigmas) + 1) + 1e-9)
 
     def p_values(self, sigma: Tensor) -> Tensor:
-        """(1 + number of calibration images at least as similar) / (n + 1), for σ (B,); float64."""
+        """(1 + calibration images at least as similar) / (n + 1), for σ (B,); float64."""
         n = len(self.sigmas)
         below = torch.searchsorted(self.sigmas, sigma.detach().float().cpu().contiguous())
         return (1 + n - below).double() / (n + 1)
@@ -54,11 +48,7 @@ class Calibration:
     def threshold_interval(
         self, false_positive_rate: float, level: float = 0.95
     ) -> tuple[float, float]:
-        """Interval of the σ that the rate of real images exceeds, between two calibration σ's.
-
-        How many of n images lie above that σ is binomial, whatever its distribution; the interval
-        ends at the smallest and largest of them.
-        """
+        """Interval of the threshold in σ: how many of n images exceed it is binomial."""
         n = len(self.sigmas)
         fewest, most = (
             max(math.ceil(bdtrik(tail, n, false_positive_rate)), 0) for tail in _tails(level)
@@ -67,11 +57,7 @@ class Calibration:
         return float(self.sigmas[low]), float(self.sigmas[high])
 
     def rate_limits(self, false_positive_rate: float, level: float = 0.95) -> tuple[float, float]:
-        """Two-sided limits of the share of real images above the threshold.
-
-        The threshold is the k-th largest of n calibration σ's, and the share above it in the
-        population is Beta(k, n + 1 − k): 0.4 to 1.9 % for a rate of 1 % and 600 images.
-        """
+        """Two-sided limits of the share of real images above the threshold, Beta(k, n + 1 − k)."""
         rank = self._rank(false_positive_rate)
         rest = len(self.sigmas) + 1 - rank
         low, high = (float(betaincinv(rank, rest, tail)) for tail in _tails(level))
@@ -83,7 +69,7 @@ class Calibration:
         return rate_text(false_positive_rate, limits, len(self.sigmas))
 
     def to_json(self) -> dict[str, Any]:
-        """JSON value for ``calibration.json``: σ's, and thresholds with intervals to read."""
+        """JSON value for ``calibration.json``; its thresholds and intervals are for readers."""
         n, thresholds = len(self.sigmas), []
         for rate in (0.001, 0.01, 0.05, 0.5):
             if rate >= MIN_EXPECTED / n:
@@ -100,11 +86,7 @@ class Calibration:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Calibration:
-        """The inverse of ``to_json``.
-
-        Raises:
-            ValueError: the value is not what ``to_json`` writes.
-        """
+        """The inverse of ``to_json``; refuses anything else with a ValueError."""
         try:
             sigmas = torch.tensor(value["sigmas"], dtype=torch.float32).sort().values
             name = str(value["similarity"])
@@ -120,7 +102,7 @@ def _tails(level: float) -> tuple[float, float]:
 
 
 def rate_text(rate: float, limits: Sequence[float], images: int | None = None) -> str:
-    """A false-positive rate with its ``Calibration.rate_limits``, and from how many images."""
+    """A false-positive rate with its ``Calibration.rate_limits`` and the number of images."""
     low, high = (f"{100 * end:.2g}" for end in limits)
     source = "" if images is None else f", from {images:,} images"
     return f"{100 * rate:g} % ({low}–{high} %{source})"
@@ -134,10 +116,7 @@ def nearest(
     batch_size: int = 256,
     each: Callable[[Match], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """σ (n,) and the row (n,) of the nearest reference for images (n, C, H, W), on the CPU.
-
-    ``each`` is called with what is found for each batch, on the index's device.
-    """
+    """σ and row of the nearest reference of images (n, C, H, W), each (n,), on the CPU."""
     sigmas, rows = [], []
     for batch in images.split(batch_size):
         match = similarity(index, batch.to(index.device))
@@ -165,12 +144,7 @@ class Judge:
     def __call__(
         self, images: Tensor, batch_size: int, each: Callable[[Match], None] | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Judge images (n, C, H, W) in [−1, 1]; ``each`` as of ``nearest``.
-
-        Returns:
-            On the CPU, each (n,): σ (float64), the nearest reference's row, the p-value, and
-            whether σ is above the threshold.
-        """
+        """σ (float64), nearest row, p-value and σ > threshold of images in [−1, 1], on the CPU."""
         sigma, row = nearest(self.index, self.similarity, images, batch_size, each)
         sigma = sigma.double()
         return sigma, row, self.calibration.p_values(sigma), sigma > self.threshold
@@ -179,7 +153,7 @@ class Judge:
 def measure(
     index: ReferenceIndex, similarity: Similarity, images: Tensor, batch_size: int = 256
 ) -> Calibration:
-    """σ of held-out images (N, C, H, W) in [−1, 1] that the model was never trained on."""
+    """Calibrate on images (N, C, H, W) in [−1, 1] that the model was never trained on."""
     if not len(images):
         raise ValueError("no calibration images: thresholds need held-out images")
     sigma, _ = nearest(index, similarity, images, batch_size)
@@ -192,7 +166,7 @@ def calibrate(
     calibration_images: Tensor,
     false_positive_rate: float = DEFAULT_RATE,
 ) -> float:
-    """Measure held-out images, keep the result with the index, return the threshold in σ."""
+    """Measure held-out images, store the result in the index and return the threshold in σ."""
     calibration = measure(index, similarity, calibration_images)
     threshold = calibration.threshold(false_positive_rate)
     index.calibrations[similarity.name] = calibration.to_json()
@@ -200,11 +174,7 @@ def calibrate(
 
 
 def calibration_of(index: ReferenceIndex, similarity: Similarity) -> Calibration:
-    """The calibration kept with the index.
-
-    Raises:
-        ValueError: the index was not calibrated for this similarity, or not since it was changed.
-    """
+    """The index's calibration; ValueError if there is none or the index changed since."""
     value = index.calibrations.get(similarity.name)
     if value is None:
         raise ValueError(
@@ -220,11 +190,7 @@ def calibration_of(index: ReferenceIndex, similarity: Similarity) -> Calibration
 
 
 def default_similarity(index: ReferenceIndex) -> Similarity:
-    """NormalizedL2 for an index of distances, EmbeddingSimilarity for one of cosines.
-
-    Raises:
-        ValueError: an index of distances has one group: σ would be the same for every image.
-    """
+    """NormalizedL2 for an index of distances (2 groups or more), else EmbeddingSimilarity."""
     if index.metric != "l2":
         return EmbeddingSimilarity()
     groups = int(index.group.max()) + 1

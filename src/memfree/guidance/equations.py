@@ -1,7 +1,7 @@
 """Equations 10 to 19 of Chen, Liu and Xu (CVPR 2024), in their order.
 
-Eq. 8 and 9 are ``similarity.py``. ``amg.py`` adds up eq. 10; eq. 11 is the sampler's own step with
-that prediction; the clean estimate of eq. 12 is ``diffusion_math.predicted_x_0``.
+Eq. 8 and 9 are in ``similarity.py``, eq. 10 is summed in ``amg.py``, eq. 11 is the sampler's step,
+eq. 12 (the clean estimate) is ``diffusion_math.predicted_x_0``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from memfree.guidance.similarity import Similarity
 if TYPE_CHECKING:
     from memfree.retrieval import ReferenceIndex
 
-GRID_STEPS = 250
-"""The paper counts t on a grid of 250 sampling steps; other grids are mapped onto it."""
+GRID_STEPS = 250  # The paper counts t on a grid of 250 sampling steps; others are mapped onto it
 
 
 def gate(sigma: Tensor, threshold: float | Tensor) -> Tensor:
@@ -35,8 +34,7 @@ def despecification_scale(
 ) -> Tensor:
     """s_1 = clip(c_1·σ_t, 0, s_0 − 1) (eq. 13), (B,); 0 where s_0 ≤ 1.
 
-    ``strength`` (B,) is what the similarity makes of σ_t. ``least_scale``, for all or (B,), is what
-    s_1 leaves of s_0 at least: 1 in the paper, the conditional prediction.
+    ``strength`` (B,) is the similarity's form of σ_t; ``least_scale`` stands for the 1 of s_0 − 1.
     """
     most = (guidance_scale - torch.as_tensor(least_scale).to(strength)).clamp(min=0)
     return torch.minimum((c_1 * strength).clamp(min=0), most)
@@ -77,11 +75,7 @@ def sigma_gradient(
     rows: Tensor,
     through: Through,
 ) -> Tensor:
-    """∇_{x_t} σ_t of some rows of the batch, (n, ...) float32; neighbours are not differentiated.
-
-    ``neighbours`` (n, k) are rows of the index, those of each of the ``rows`` (n,); ``through``:
-    x̂_0 alone, or the denoiser as well, which is called again on both branches.
-    """
+    """∇_{x_t} σ_t of ``rows`` (n,) against ``neighbours`` (n, k) of the index, (n, ...) float32."""
     with torch.inference_mode(False), torch.enable_grad():
         neighbours = neighbours.clone()
         if through == "denoiser":
@@ -98,7 +92,6 @@ def sigma_gradient(
 
 
 def _clean_estimate_of(prediction: Prediction, x_t: Tensor, rows: Tensor) -> Tensor:
-    """x̂_0 of other noisy samples at this step, from the denoiser on both branches again."""
     cond = uncond = None
     if prediction.output_cond is not None and prediction.conditions is not None:
         cond = prediction.denoise(x_t, prediction.conditions[rows])
@@ -116,12 +109,9 @@ class ThresholdSchedule:
     The paper's values for nL2 are a = −1.95, b = −1.5, c = 0.025.
     """
 
-    start: float
-    """a: the value towards pure noise."""
-    end: float
-    """b: the value at t = 0."""
-    rate: float = 0.025
-    """c, above 0, per step of the 250-step grid."""
+    start: float  # a: the value towards pure noise
+    end: float  # b: the value at t = 0
+    rate: float = 0.025  # c, above 0, per step of the 250-step grid
 
     def __post_init__(self) -> None:
         if self.rate <= 0:
@@ -144,7 +134,7 @@ class ConstantThreshold:
 
 
 def check_at_least_0(**strengths: float) -> None:
-    """Refuse a negative strength by its name."""
+    """Refuse negative values, by name."""
     for name, value in strengths.items():
         if value < 0:
             raise ValueError(f"{name} must be at least 0, not {value:g}")

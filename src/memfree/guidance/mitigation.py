@@ -1,4 +1,4 @@
-"""Mitigation: what changes prompts, noise, guidance or acceptance of a draw, and combinations."""
+"""Mitigation: stages that change prompts, noise, guidance or acceptance, and combinations."""
 
 from __future__ import annotations
 
@@ -22,24 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Start:
-    """What is known before the first denoising step of a batch of text-to-image samples."""
+    """The state before the first denoising step of a batch of text-to-image samples."""
 
-    noise: Tensor
-    """x_T (B, C, H, W), standard normal."""
-    conditions: TextConditions
-    """The encoded prompts, (B, ...)."""
-    unconditional: TextConditions
-    """The encoded empty (or negative) prompt of each sample, (B, ...)."""
-    denoise: Callable[[Tensor, TextConditions], Tensor]
-    """The denoiser at the first timestep: (x_T (b, ...), conditions (b, ...)) → output like x_T,
-    differentiable where gradients are enabled."""
-    alpha_bar: Tensor
-    """ᾱ of the first timestep, 0-d float32."""
+    noise: Tensor  # x_T (B, C, H, W), standard normal
+    conditions: TextConditions  # Encoded prompts, (B, ...)
+    unconditional: TextConditions  # The encoded empty (or negative) prompt of each sample, (B, ...)
+    denoise: Callable[[Tensor, TextConditions], Tensor]  # (x_T, y) → output; differentiable
+    alpha_bar: Tensor  # ᾱ of the first timestep, 0-d float32
     prediction_type: PredictionType
-    guidance_scale: float
-    """s_0 of classifier-free guidance."""
-    generators: Sequence[torch.Generator]
-    """One CPU generator a sample, for all that a mitigation draws; never the global one."""
+    guidance_scale: float  # s_0 of classifier-free guidance
+    generators: Sequence[torch.Generator]  # One per sample, on the CPU; never the global one
 
     def eps_difference(self, noise: Tensor, conditions: TextConditions) -> Tensor:
         """ε_θ(x_T, y) − ε_θ(x_T) (B, C, H, W), whose norm is large for memorized prompts (Wen)."""
@@ -50,12 +42,11 @@ class Start:
 class Mitigation:
     """A way to keep a model from copying: six stages, each of which changes nothing by default.
 
-    The sampling module, the guard and studies run the stages in the order of this class. Stages
-    act on a whole batch and leave samples independent of each other.
+    They run in the order of this class, on whole batches, and leave samples independent.
     """
 
     def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
-        """Change the prompts of a batch; one generator a sample."""
+        """Change a batch's prompts, with one generator per sample."""
         return list(prompts)
 
     def embedding(self, start: Start) -> TextConditions:
@@ -67,7 +58,7 @@ class Mitigation:
         return start.noise
 
     def changes_start(self) -> bool:
-        """Whether the embedding or the initial noise may be changed, which takes a ``Start``."""
+        """Whether embedding or initial noise may change, which takes a ``Start``."""
         own = type(self)
         return (
             own.embedding is not Mitigation.embedding
@@ -92,11 +83,7 @@ class Mitigation:
 
 
 def mitigation_at(path: str) -> Mitigation:
-    """The user's own mitigation at ``package.module.Name``, whose module runs.
-
-    Raises:
-        ValueError: it is neither a ``Mitigation`` nor a class of such without arguments.
-    """
+    """Import ``package.module.Name``: a mitigation, or a class of one without arguments."""
     value = imported(path)
     if isinstance(value, Mitigation):
         return value
@@ -111,7 +98,7 @@ def mitigation_at(path: str) -> Mitigation:
 
 
 class Sequential(Mitigation):
-    """Several mitigations, in order: at each stage, what one leaves is the next one's."""
+    """Several mitigations in order: each stage passes its result to the next mitigation."""
 
     def __init__(self, mitigations: Sequence[Mitigation]) -> None:
         self.mitigations = list(mitigations)
@@ -158,7 +145,7 @@ class Sequential(Mitigation):
         return [guidance for mitigation in self.mitigations for guidance in mitigation.guidances()]
 
     def accept(self, images: Tensor) -> Tensor:
-        """Kept are the images that all accept."""
+        """Keep the images that all accept."""
         kept = super().accept(images)
         for mitigation in self.mitigations:
             kept = kept & mitigation.accept(images)
@@ -166,24 +153,18 @@ class Sequential(Mitigation):
 
 
 class Guided(Mitigation):
-    """Changes predictions alone, by guidances in order: AMG, an observer."""
+    """Changes predictions alone, by guidances in order."""
 
     def __init__(self, guidances: Sequence[Guidance]) -> None:
         self._guidances = list(guidances)
 
     def guidances(self) -> list[Guidance]:
-        """Those that were given."""
+        """The given guidances."""
         return list(self._guidances)
 
 
 class RejectAndResample(Mitigation):
-    """Draws a sample again while its σ is above ``threshold``: while it is a copy.
-
-    Args:
-        index: references, on the device of the samples.
-        similarity: σ.
-        threshold: the index's own calibrated one.
-    """
+    """Redraw a sample while its σ is above ``threshold``, the index's calibrated one."""
 
     def __init__(self, index: ReferenceIndex, similarity: Similarity, threshold: float) -> None:
         self.index = index
@@ -199,13 +180,7 @@ class RejectAndResample(Mitigation):
 def attempts(
     count: int, budget: int, rejected: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[int, Tensor]]:
-    """Number and positions (b,) of each attempt at drawing: all, then what is still rejected.
-
-    Args:
-        count: samples.
-        budget: maximal draws of a sample, including the first; the last is kept in any case.
-        rejected: positions (b,) of the attempt before → (b,) bool.
-    """
+    """Number and positions (b,) of ``budget`` attempts at most: all samples, then the rejected."""
     positions = torch.arange(count)
     yield 0, positions
     for attempt in range(1, budget):

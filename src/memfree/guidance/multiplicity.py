@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 
 
 def caption_kernel(cosine: Tensor, bandwidth: float) -> Tensor:
-    """K: 1 for equal captions, else exp(−(1 − cos)/bandwidth), of sentence vectors' cosines.
-
-    With bandwidth 0, K is 0 for captions that are not equal.
-    """
+    """K = exp(−(1 − cos)/bandwidth) of sentence vectors' cosines; 1 for equal captions."""
     equal = cosine > SAME
     if bandwidth == 0:
         return equal.float()
@@ -34,11 +31,10 @@ def caption_kernel(cosine: Tensor, bandwidth: float) -> Tensor:
 
 
 class LabelWeights:
-    """Records of each reference under a label.
+    """Records of each reference under a label: m_i(y), the records of i with label y.
 
-    m_i(y) is the number of records of i with label y. Deduplicated, a group has one record, whose
-    label is any of its records': m_i(y) / Σ_group m, over all labels, as in ``CaptionWeights``.
-    Records without a label count under every label.
+    Deduplicated, a group has one record with any of its labels: m_i(y) / Σ_group m, over all
+    labels, as in ``CaptionWeights``. Records without a label count under every label.
     """
 
     def __init__(self, index: ReferenceIndex) -> None:
@@ -48,13 +44,13 @@ class LabelWeights:
         labelled = torch.zeros(count, dtype=torch.int64, device=label.device)
         labelled.index_add_(0, self._row, records)
         unlabelled = (index.multiplicity.to(labelled) - labelled).clamp(min=0)
-        # Double, as float32 would round the shares of large groups before their logarithm.
+        # Double: float32 would round the shares of large groups before their logarithm.
         group = index.group_multiplicity.to(label.device).double()
         m = (records + unlabelled[self._row]).double()
         self._log_m, self._log_1 = m.log().float(), (m / group[self._row]).log().float()
         self._any_log_m = unlabelled.double().log().float()
         self._any_log_1 = (unlabelled / group).log().float()
-        # Where each label's records begin in the rows above, for the host to cut them out.
+        # Where each label's records lie in the rows above, known to the host.
         numbers = torch.bincount(label, minlength=index.num_classes or 0).tolist()
         self._slices = [
             slice(end - n, end) for n, end in zip(numbers, accumulate(numbers), strict=True)
@@ -78,14 +74,10 @@ class LabelWeights:
 
 
 class CaptionWeights:
-    """Records of each reference, weighed by how well their captions fit a prompt.
+    """Records weighed by caption: m_i(y) = Σ_c K(y, c)·(records of i with caption c).
 
-    m_i(y) = Σ_c K(y, c)·(records of i with caption c), K of ``caption_kernel``. Deduplicated, a
-    group has one record, whose caption is any of its records': m_i(y) / Σ_group m. Records without
-    a caption count under every prompt, as in ``AskedRecords``: any may call them.
-
-    Raises:
-        ValueError: the index has no captions, or the bandwidth is negative.
+    K is ``caption_kernel``. Deduplicated, a group has one record with any of its captions: m_i(y) /
+    Σ_group m. Records without a caption count under every prompt, as in ``AskedRecords``.
     """
 
     def __init__(self, index: ReferenceIndex, bandwidth: float) -> None:
@@ -113,25 +105,21 @@ class CaptionWeights:
         self._encoder: object = None
 
     def __call__(self, prompts: TextConditions, encode: Encode | None) -> tuple[Tensor, Tensor]:
-        """Log-weights for one record a group and for all records, each (len(prompts), N).
-
-        ``encode`` is the text encoder of the prompts; captions are encoded by it once.
-        """
+        """Log-weights for one record a group and for all records, each (len(prompts), N)."""
         kernel = caption_kernel(self._cosine(prompts, encode), self.bandwidth)
         m = self._uncaptioned.repeat(len(prompts), 1)
         m.index_add_(1, self._row, kernel[:, self._caption] * self._count)
         log_m = m.log()
         log_1 = log_m - self._log_group
-        # Where no record fits, all references weigh the same in both: nothing is corrected.
+        # Where no record fits, equal weights in both correct nothing.
         none = (m.sum(dim=1) == 0)[:, None]
         return log_1.masked_fill(none, 0.0), log_m.masked_fill(none, 0.0)
 
     def share_of_first_records(self, prompts: TextConditions, encode: Encode | None) -> Tensor:
-        """Among the records whose caption is the prompt, the share that deduplication leaves, (B,).
+        """Share that deduplication leaves of the records captioned with the prompt, (B,).
 
-        Σ_i m_i(y)/m_i / Σ_i m_i(y), over the references i with caption y: 1 where none of them is
-        repeated or none has this caption, 1/m for the caption of one image of m records alone.
-        Records without a caption are left out: none was learned with this prompt.
+        Σ_i m_i(y)/m_i / Σ_i m_i(y) over references i with caption y, uncaptioned records left out:
+        1 if none is repeated or has this caption, 1/m if one image with m records alone has it.
         """
         records = (self._cosine(prompts, encode) > SAME).float()[:, self._caption] * self._count
         total = records.sum(dim=1)
@@ -139,7 +127,6 @@ class CaptionWeights:
         return torch.where(total > 0, left / total.clamp(min=1), 1.0)
 
     def _cosine(self, prompts: TextConditions, encode: Encode | None) -> Tensor:
-        """Cosines (B, captions) of the sentence vectors of prompts and captions."""
         if encode is None:
             raise ValueError("captions cannot be compared with prompts without a text encoder")
         if self._sentences is None or self._encoder != encode:
@@ -147,23 +134,17 @@ class CaptionWeights:
         return cosines(prompts.sentence(), self._sentences)
 
 
-EXACT_CANDIDATES = 32
-"""How many leading references get exact differences in the softmax."""
-MAX_ELEMENTS = 1 << 26
-"""Largest (samples × references) or (samples × candidates × D) tensor held at once."""
-ROUNDING = 2.0**-24
-"""Half a unit in the last place of 1 in float32: the weights of a posterior sum to 1, so
-differences of weights that add up to less are below the precision of its mean."""
+EXACT_CANDIDATES = 32  # Leading references with exact differences in the softmax
+MAX_ELEMENTS = 1 << 26  # Of (samples × references) or (samples × candidates × D) at once
+ROUNDING = 2.0**-24  # Half a unit in the last place of 1 in float32, of weights that sum to 1
 
 
 class EmpiricalPosterior:
     """E[x_0 | x_t] over weighted references: the optimal denoiser of the empirical distribution.
 
-    μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i.
-
-    References (of an index, prepared for search) are centred, and the leading candidates' distances
-    are recomputed from exact differences: at small noise the expanded square alone loses the answer
-    in float32.
+    μ_w(x_t) = Σ_i softmax_i(−‖x_t − √ᾱ r_i‖² / (2(1−ᾱ)) + log w_i) · r_i, of centred references.
+    Leading candidates get exact differences: at little noise float32 is too coarse for expanded
+    squares alone.
     """
 
     def __init__(self, references: References) -> None:
@@ -182,7 +163,7 @@ class EmpiricalPosterior:
     def refined(
         self, logits: Tensor, shifted: Tensor, alpha_bar: Tensor, log_weights: Tensor
     ) -> Tensor:
-        """``logits`` with exact differences for those that lead among references of weight > 0."""
+        """``logits`` with exact differences for the leading references of weight > 0."""
         alpha_bar = bounded(alpha_bar)
         counted = logits.masked_fill(log_weights == -torch.inf, -torch.inf)
         top, rows = counted.topk(min(EXACT_CANDIDATES, logits.shape[1]), dim=1)
@@ -210,10 +191,8 @@ class EmpiricalPosterior:
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Σ_i w_i·r_i (B, D) of the centred references; w (B, N) differences of posterior weights.
 
-        Weights that add up to less than ``ROUNDING`` count as 0: a CPU takes many times as long for
-        products with denormal numbers. At little noise, or among the images of one label, few
-        references are left, and a CPU multiplies these alone; a GPU would have to wait to know
-        which.
+        Weights of sum below ``ROUNDING`` count as 0: CPUs are slow on denormals. A CPU multiplies
+        only references with a weight; a GPU would have to wait to know which.
         """
         count = weights.shape[1]
         weights = weights.masked_fill(weights.abs() < ROUNDING / count, 0.0)
@@ -230,24 +209,18 @@ class EmpiricalPosterior:
 class MultiplicityGuidance:
     """x̂_0 ← x̂_0 + κ·(μ_1(x_t) − μ_m(x_t)) in each branch of classifier-free guidance.
 
-    m counts the records of each reference; 1 gives every group of references one record, shared in
-    proportion: m_i / Σ_group m. The conditional branch counts the records of its own label alone,
-    or weighs records by how their captions fit the prompt. Where every group has one record nothing
-    changes, exactly. Where a caption belongs to one repeated image alone and no other caption
-    counts, it cannot help, as all the weight is on that image: ``damped`` helps there.
+    m counts the records of each reference; 1 gives every group one record, shared in proportion:
+    m_i / Σ_group m. The conditional branch counts its own label's records alone, or weighs records
+    by how their captions fit the prompt. Where every group has one record nothing changes, exactly.
 
     Args:
         index: references in the denoiser's own space, with multiplicities (and labels or captions
             for conditional use), on the device of the samples.
         strength: κ; 1 is the difference itself, 0 changes nothing.
         caption_bandwidth: how far captions other than the prompt count; see ``CaptionWeights``.
-        damped: a prompt that is the caption of repeated images counts only as much as their
-            captions would after deduplication: ε_c ← ε_u + e(y)·(ε_c − ε_u), e(y) of
-            ``CaptionWeights.share_of_first_records``: exactly nothing changes for captions of
-            images that are not repeated.
-
-    Raises:
-        ValueError: the strength is negative, or the index is not of pixels or latents.
+        damped: a caption of repeated images counts as after deduplication, ε_c ← ε_u + e(y)·(ε_c −
+            ε_u), e(y) of ``CaptionWeights.share_of_first_records``; other captions change nothing,
+            exactly. It helps where one image has all the weight, as there μ_1 = μ_m.
     """
 
     def __init__(
@@ -290,7 +263,7 @@ class MultiplicityGuidance:
 
     @torch.no_grad()
     def __call__(self, prediction: Prediction) -> Prediction:
-        """Correct both branches and recombine them; further denoiser calls are corrected too."""
+        """Correct both branches and recombine them; later denoiser calls are corrected too."""
         values, size = prediction.x_t.shape[1:].numel(), self.index.vectors.shape[1]
         if values != size:
             raise ValueError(
@@ -327,7 +300,6 @@ class MultiplicityGuidance:
         uncond: Tensor | None,
         denoise: Callable[[Tensor, None], Tensor],
     ) -> Tensor:
-        """The conditional output (B, ...) with each prompt's influence times its e(y)."""
         if self not in prediction.memory:
             assert isinstance(prediction.conditions, TextConditions)
             share = self._captions.share_of_first_records(prediction.conditions, prediction.encode)
@@ -371,7 +343,6 @@ class MultiplicityGuidance:
     def _conditional_weights(
         self, prediction: Prediction, conditions: Conditions
     ) -> tuple[Tensor, Tensor]:
-        """Log-weights (len(conditions), N) of the references under each condition."""
         if isinstance(conditions, TextConditions):
             return self._captions(conditions, prediction.encode)
         if self._labels is None:

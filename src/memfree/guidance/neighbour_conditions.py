@@ -20,19 +20,11 @@ if TYPE_CHECKING:
 class NeighbourConditions:
     """y_N of samples: the label of the nearest image, or a caption chosen by a policy.
 
-    ``most_common`` needs k neighbours. Where the similarity has fewer (eq. 9 has one), they are
-    searched again, of the samples alone that y_N is asked of.
-
     Args:
-        index: references with labels or captions.
-        policy: ``nearest`` (the paper) or ``most_common`` (the authors' code); see
-            ``retrieval.items.duplicated_captions``. Labels are always the nearest image's.
-        neighbours: k, distinct groups whose captions ``most_common`` counts.
-        records: the most common caption is taken if more training records have it, else the
-            nearest image's.
-
-    Raises:
-        ValueError: k or records is out of range.
+        policy: ``nearest`` (the paper) or ``most_common`` (the authors' code), for captions only.
+        neighbours: k, distinct groups that ``most_common`` counts; where the similarity has fewer
+            (eq. 9 has one), they are searched again, for the samples that need y_N.
+        records: take the most common caption if more training records have it, else the nearest's.
     """
 
     def __init__(
@@ -55,7 +47,7 @@ class NeighbourConditions:
         self.records = records
 
     def __call__(self, prediction: Prediction, match: Match, rows: Tensor) -> Conditions:
-        """y_N of some rows of the batch, one each; refuses an index without labels or captions."""
+        """y_N of ``rows``, one each."""
         if not isinstance(prediction.conditions, TextConditions):
             if self.index.labels is None:
                 raise ValueError("c2 needs an index with labels: build it on a labelled data set")

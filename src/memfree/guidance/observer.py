@@ -18,17 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cadence:
-    """At which steps neighbours are searched: every n steps, and at every step near the end.
+    """Steps at which neighbours are searched: every n-th, and every one near the end.
 
-    Fewer searches cost less where decoding and embedding are a large part of a step (latents). The
-    risk: a sample that comes near an image between two searches is guided up to n − 1 steps late,
-    and an active one is steered away from the neighbour of the last search.
+    Fewer searches are cheaper where decoding and embedding dominate a step (latents), but guidance
+    may begin n − 1 steps late, and an active sample moves away from the last neighbour found.
     """
 
-    every: int = 1
-    """n: search at steps 0, n, 2n, ..."""
-    always_below: float = 0.3
-    """Search at every step from this time on (1 is noise, 0 the image)."""
+    every: int = 1  # n: search at steps 0, n, 2n, ...
+    always_below: float = 0.3  # Search at every step from this time on (1 is noise, 0 the image)
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -45,7 +42,7 @@ EVERY_STEP = Cadence()
 
 @dataclass(frozen=True)
 class Detection:
-    """σ_t beside λ_t of this step, before anything is changed."""
+    """σ_t beside λ_t of this step, before any change."""
 
     match: Match
     threshold: float
@@ -55,35 +52,21 @@ class Detection:
 class Steering:
     """Which samples of a batch are steered at a step, and away from what (eq. 10)."""
 
-    active: Tensor
-    """(B,) bool: 1{σ_t > λ_t}."""
-    rows: Tensor
-    """The active rows, int64: G_spe and G_dup act on them."""
-    near: Tensor
-    """Rows that G_sim acts on; in the paper the same."""
-    match: Match
-    """What G_spe and G_dup steer away from; in the paper the nearest image of this step."""
-    gate: Tensor
-    """(B,): the σ above which the gate opened to ``match``; λ_t in the paper."""
-    opens_above: Tensor
-    """(B,): the σ above which the gate opens at this step; λ_t in the paper."""
-    least_scale: Tensor
-    """(B,): what G_spe and G_dup leave of s_0 at least; 1 in the paper."""
+    active: Tensor  # (B,) bool: 1{σ_t > λ_t}
+    rows: Tensor  # The active rows, int64: G_spe and G_dup act on them
+    near: Tensor  # Rows that G_sim acts on; in the paper the active ones
+    match: Match  # What G_spe and G_dup steer away from; in the paper this step's nearest image
+    gate: Tensor  # (B,): the σ above which the gate opened to ``match``; λ_t in the paper
+    opens_above: Tensor  # (B,): the σ above which the gate opens at this step; λ_t in the paper
+    least_scale: Tensor  # (B,): what G_spe and G_dup leave of s_0 at least; 1 in the paper
 
 
 class Observer:
-    """Detects as AMG does, records σ_t and λ_t in the trace, and changes nothing.
-
-    Args:
-        index: references, on the device of the samples.
-        similarity: σ.
-        threshold: λ_t, a function of time in [0, 1].
-        cadence: when neighbours are searched.
-    """
+    """Record σ_t and λ_t (a function of time in [0, 1]) as AMG detects them, changing nothing."""
 
     @property
     def calls_denoiser(self) -> bool:
-        """Whether the denoiser may be called again; a guidance without this property may."""
+        """Whether the denoiser may be called again; assumed of guidances without this."""
         return False
 
     def __init__(
@@ -100,10 +83,7 @@ class Observer:
 
     @torch.no_grad()
     def detect(self, prediction: Prediction) -> Detection:
-        """Search the neighbours of x̂_0 of the combined prediction (eq. 8, 9 and 12).
-
-        Between two searches (``cadence``) the last match stands, against the present threshold.
-        """
+        """Match x̂_0 (eq. 8, 9, 12); between two searches (``cadence``) the last match stands."""
         memory = prediction.memory
         if self not in memory or self.cadence.searches(prediction):
             images = prediction.decode(prediction.clean_estimate())
@@ -118,7 +98,7 @@ class Observer:
 def recorded(
     prediction: Prediction, detection: Detection, steering: Steering | None = None
 ) -> Prediction:
-    """The record with σ_t, λ_t and the nearest row in its trace, and with what is steered."""
+    """The record with σ_t, λ_t, the nearest row and what is steered in its trace."""
     sigma = detection.match.sigma
     columns = {"sigma": sigma, "lambda": torch.full_like(sigma, detection.threshold)}
     columns["nearest"] = detection.match.rows[:, 0]

@@ -21,56 +21,37 @@ from memfree.diffusion_math import (
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the denoiser said at one step, in its own parameterisation (ε, v or x_0).
+    """One denoising step in the denoiser's own parameterisation (ε, v or x_0).
 
-    The guidances of AMG are differences of predictions, which are linear: the paper's ε formulas
-    hold for v as they stand, with every ε replaced by the model's output.
+    AMG's guidances are differences of predictions, which are linear: the paper's ε formulas hold
+    for v with the model's output in place of ε.
     """
 
-    x_t: Tensor
-    """Noisy samples (B, ...), variance preserving: √ᾱ·x_0 + √(1−ᾱ)·ε."""
-    alpha_bar: Tensor
-    """ᾱ_t of this step, 0-d float32, from the scheduler; kept inside (0, 1)."""
-    time: float
-    """Timestep over the number of training timesteps, in [0, 1]: 1 is noise."""
-    output: Tensor
-    """The combined prediction, like x_t; the sampler steps with it."""
+    x_t: Tensor  # Noisy samples (B, ...), variance preserving: √ᾱ·x_0 + √(1−ᾱ)·ε
+    alpha_bar: Tensor  # ᾱ_t of this step, 0-d float32, from the scheduler; kept inside (0, 1)
+    time: float  # Timestep over the number of training timesteps, in [0, 1]: 1 is noise
+    output: Tensor  # The combined prediction, like x_t; the sampler steps with it
     output_cond: Tensor | None
-    """The conditional branch; None without conditions."""
-    output_uncond: Tensor | None
-    """The unconditional branch; None where the combination does not need it (s_0 = 1)."""
-    conditions: Conditions | None
-    """The user's conditions y (B, ...): labels (B,) int64, or encoded prompts."""
-    guidance_scale: float
-    """s_0 of classifier-free guidance; 1 means the conditional prediction alone."""
+    output_uncond: Tensor | None  # The unconditional branch; None where it is not needed (s_0 = 1)
+    conditions: Conditions | None  # The user's y (B, ...): labels (B,) int64, or encoded prompts
+    guidance_scale: float  # s_0 of classifier-free guidance; 1: the conditional branch alone
     prediction_type: PredictionType
-    """What ``output`` is, as in ``scheduler.config.prediction_type``."""
-    denoise: Callable[[Tensor, Conditions | None], Tensor]
-    """The denoiser at this step's t: (rows of x_t, their conditions or None) → output."""
-    guidance_rescale: float = 0.0
-    """How far a combination is scaled to the deviation of its conditional branch (``rescaled``)."""
+    denoise: Callable[[Tensor, Conditions | None], Tensor]  # At this t: (x_t rows, y) → output
+    guidance_rescale: float = 0.0  # Strength of ``rescaled``
     step: int = 0
     is_last: bool = False
     returned: tuple[Tensor, float | Tensor] | None = None
-    """(offset, gain): the last step returns offset + gain·x̂_0; None: x̂_0 itself. Gain like x_t: of
-    each element, 0 where it does not follow the prediction, as outside of an inpainting mask."""
+    """(offset, gain): the last step returns offset + gain·x̂_0; None: x̂_0. A gain like x_t is 0
+    where an element does not follow the prediction, as outside of an inpainting mask."""
     finish: Callable[[Tensor], Tensor] | None = None
-    """From x̂_0 to what the last step returns, where it clips or thresholds x̂_0; None: it does
-    not, and ``returned`` holds everywhere."""
-    clean_range: float | None = None
-    """With ``finish``: where ``returned`` holds, x̂_0 in ±clean_range."""
-    image_range: float | None = None
-    """Finished x_0 are clamped to ±image_range (1 for pixels); None: they are not."""
-    decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)
-    """From x̂_0 to images (B, C, H, W) in [−1, 1]: the identity in pixel space."""
+    """x̂_0 → what the last step returns, if that clips or thresholds; None: ``returned``."""
+    clean_range: float | None = None  # With ``finish``: ``returned`` holds for x̂_0 in ±clean_range
+    image_range: float | None = None  # Finished x_0 are clamped to ±image_range; pixels: 1
+    decode: Callable[[Tensor], Tensor] = field(default=lambda x_0: x_0)  # x̂_0 → images in [−1, 1]
     encode: Encode | None = None
-    """The text encoder, if there is one."""
-    memory: dict[Any, Any] = field(default_factory=dict)
-    """What guidances keep from earlier steps of this batch, each under its own key (itself)."""
-    active: Tensor | None = None
-    """(B,) bool: rows that some guidance of this step changed on purpose."""
-    trace: dict[str, Tensor] = field(default_factory=dict)
-    """Columns (B,) that the guidances of this step recorded."""
+    memory: dict[Any, Any] = field(default_factory=dict)  # Of earlier steps, by guidance
+    active: Tensor | None = None  # (B,) bool: rows that this step's guidances changed
+    trace: dict[str, Tensor] = field(default_factory=dict)  # Columns (B,) of this step
 
     def __post_init__(self) -> None:
         # Zero terminal SNR, or no noise: guidances divide by √ᾱ and √(1−ᾱ).
@@ -112,11 +93,10 @@ class Prediction:
         return rescaled(output, cond, self.guidance_rescale)
 
     def with_branches(self, cond: Tensor | None, uncond: Tensor | None) -> Prediction:
-        """This record with other branches, and with what they change of the combination.
+        """This record with other branches, and their change of the combination added to ``output``.
 
-        What earlier guidances made of ``output`` stays: the change is added to it. Where it is
-        still the combination of the branches, it becomes that of the new ones, to the bit; where
-        the combination is the same, so is ``output``.
+        What earlier guidances changed stays. An ``output`` equal to the combination becomes the new
+        one to the bit; an unchanged combination leaves ``output`` as it is.
         """
         before = self.combined(self.output_cond, self.output_uncond)
         after = self.combined(cond, uncond)
@@ -128,7 +108,7 @@ class Prediction:
         return replace(self, trace={**self.trace, **columns})
 
     def recorded_at(self, rows: Tensor, **columns: Tensor) -> Prediction:
-        """This record with trace columns that have these values, each (len(rows),), in ``rows``."""
+        """This record with values (len(rows),) of trace columns replaced in ``rows``."""
         trace = {
             name: self.trace[name].index_copy(0, rows, new.to(self.trace[name]))
             for name, new in columns.items()
@@ -160,7 +140,7 @@ class Guidance(Protocol):
     """Anything that changes a prediction: AMG, multiplicity guidance, an observer, a baseline."""
 
     def __call__(self, prediction: Prediction) -> Prediction:
-        """Return the record corrected; rows without a correction keep their bits."""
+        """Return the corrected record; rows without a correction keep their bits."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""GuidanceSettings: every option of guidance, their recommended values, and what they build."""
+"""GuidanceSettings: all options of guidance, their recommended values, and what they build."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ EMBEDDINGS: dict[str, float | bool] = {
 }
 """For ``EmbeddingSimilarity``, a cosine: 1 for the same image."""
 EMBEDDINGS_ALONE: dict[str, float | bool] = {**EMBEDDINGS, "max_displacement": 2.0}
-"""The same for AMG on its own: without multiplicity guidance, G_sim has to choose another picture,
-and a short step only puts a pattern on the memorized one that the embedding takes for a change."""
+"""For AMG alone: G_sim must choose another picture, and short steps only add a pattern that the
+embedding takes for a change."""
 
 
 def recommended(index: ReferenceIndex, alone: bool) -> dict[str, float | bool]:
@@ -66,19 +66,15 @@ def _defaults(options: type) -> Any:
 @dataclass
 class _Named:
     mitigation: str = "none"
-    """A name of ``options.MITIGATIONS``, or the import path of a ``Mitigation`` of your own."""
+    """A name of ``options.MITIGATIONS``, or the import path of your own ``Mitigation``."""
 
 
 @dataclass
 class GuidanceSettings(BothOptions, RejectOptions, _Named):
     """Which guidance steers the sampler, and how hard (docs/method.md explains the defaults).
 
-    The record that sample folders keep: the options of every mitigation, of which those of the
-    named one act. Settings that are None have a recommended value for pixels and one for
-    embeddings.
-
-    Raises:
-        ValueError: ``mitigation`` is neither a known name nor an import path.
+    Sample folders keep this record. Only the options of the named mitigation act; those that are
+    None have a recommended value for pixels and one for embeddings.
     """
 
     lower_guidance: baselines.LowerGuidanceOptions = _defaults(baselines.LowerGuidanceOptions)
@@ -100,7 +96,7 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
             )
 
     def resolved(self, index: ReferenceIndex | None) -> GuidanceSettings:
-        """The same with the recommended values for this index where nothing is set."""
+        """These settings with the recommended values for this index where unset."""
         if index is None:
             return self
         unset = {
@@ -111,11 +107,7 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         return replace(self, **unset)  # type: ignore[arg-type]
 
     def build(self, index: ReferenceIndex, latents: ReferenceIndex | None = None) -> list[Guidance]:
-        """The guidances, in order; an observer alone where AMG is not among them.
-
-        ``index`` is calibrated: what AMG compares with. ``latents`` are the references of
-        multiplicity guidance where the denoiser does not work on the pixels of ``index``.
-        """
+        """Guidances in order, AMG or an observer last; ``latents``: for multiplicity guidance."""
         detector = self.anti_memorization if self.mitigation in WITH_AMG else self.observer
         if self.mitigation not in ("multiplicity", "both"):
             return [detector(index)]
@@ -134,13 +126,9 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         """The mitigation with all its stages, for a text-to-image model.
 
         Args:
-            index: calibrated references, on the device of the samples; with one, whatever does not
-                detect copies itself is followed by an observer, so that every trace has σ_t.
-            text: the model's tokenizer, and prompts for PRSS to search.
-            latents: references of multiplicity guidance, in the denoiser's own space.
-
-        Raises:
-            ValueError: the mitigation needs an index or the text side, and it is missing.
+            index: calibrated references, on the samples' device; with one, every trace has σ_t.
+            text: the model's tokenizer, and the prompts that PRSS searches.
+            latents: multiplicity guidance's references, in the denoiser's own space.
         """
         if self.mitigation in WITH_INDEX and index is None:
             raise ValueError(f"--mitigation {self.mitigation} needs --index")
@@ -150,15 +138,11 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         return parts[0] if len(parts) == 1 else guidance.Sequential(parts)
 
     def for_pixels(self, index: ReferenceIndex | None) -> Mitigation:
-        """The mitigation with its stages, for a model without text.
-
-        Without an index, a mitigation of your own runs without a trace.
-        """
+        """The mitigation for a model without text; without an index, your own has no trace."""
         own = [] if self.mitigation in MITIGATIONS else self._named(None)
         return guidance.Sequential([*own, *self._compared(index, None)])
 
     def _named(self, text: baselines.TextTools | None) -> list[Mitigation]:
-        """The baseline or the class of the user's own that is named; else nothing."""
         name = self.mitigation
         if name not in MITIGATIONS:
             return [guidance.mitigation_at(name)]
@@ -174,7 +158,6 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
     def _compared(
         self, index: ReferenceIndex | None, latents: ReferenceIndex | None
     ) -> list[Mitigation]:
-        """What compares samples with an index: while they are drawn, and when they are finished."""
         if index is None:
             return []
         guided: list[Mitigation] = [guidance.Guided(self.build(index, latents))]
@@ -184,14 +167,14 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         return guided
 
     def check(self, index: ReferenceIndex | None, text: baselines.TextTools | None) -> None:
-        """Refuse wrong settings where that costs nothing; arguments as of ``for_text``."""
+        """Refuse wrong settings before anything costly; arguments as in ``for_text``."""
         if index is not None and self.mitigation in WITH_AMG:
             self.anti_memorization(index)
         self._named(text)
 
     @property
     def needs_captions(self) -> bool:
-        """Whether AMG steers away from captions (eq. 15): of text-to-image, if s_0 is above 1."""
+        """Whether AMG steers away from captions (eq. 15), in text-to-image with s_0 above 1."""
         return self.mitigation in WITH_AMG and self.c2 > 0
 
     def end_threshold(self, index: ReferenceIndex) -> float:
@@ -200,7 +183,7 @@ class GuidanceSettings(BothOptions, RejectOptions, _Named):
         return guidance.calibration_of(index, similarity).threshold(self.false_positive_rate)
 
     def observer(self, index: ReferenceIndex) -> Observer:
-        """What records σ_t against λ_t and changes nothing."""
+        """The observer of σ_t against λ_t."""
         similarity, threshold = guidance.default_similarity(index), self._threshold(index)
         return guidance.Observer(index, similarity, threshold, self._cadence)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 SMALLEST_DISTANCE = 2.0**-24
-"""What stands for a mean distance of 0 in eq. 8: below what float32 tells apart in [−1, 1]."""
+"""Stands for a mean of 0 in eq. 8; less than float32 resolves in [−1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,8 @@ class Match:
     """A batch beside its nearest references; σ is higher for nearer and differentiable."""
 
     sigma: Tensor  # (B,) float32
-    rows: Tensor
-    """(B, k) int64 rows of the index, nearest first, each of another group."""
-    vectors: Tensor
-    """(B, D): what was searched for, without gradient; for who needs further neighbours."""
+    rows: Tensor  # (B, k) int64 rows of the index, nearest first, each of another group
+    vectors: Tensor  # (B, D): the search vectors, without gradient, to search further neighbours
 
 
 class Similarity(Protocol):
@@ -43,18 +41,14 @@ class Similarity(Protocol):
         ...
 
     def strength(self, sigma: Tensor, threshold: Tensor) -> Tensor:
-        """What c_1 and c_2 multiply in eq. 13 and 15, (B,), ≥ 0 for active samples."""
+        """What c_1 and c_2 multiply in eq. 13 and 15, (B,); ≥ 0 for active samples."""
         ...
 
 
 class NormalizedL2:
     """Pixel similarity nL2 (eq. 8): σ = −ℓ2(x̂_0, n_0) / (α · mean ℓ2 to the k nearest groups).
 
-    Args:
-        k: how many nearest groups the denominator averages over; 50 in the paper.
-        alpha: α of the paper, 0.5.
-        differentiate_mean: let the gradient flow through the denominator too. The authors' code
-            holds it constant, and so does the default.
+    The paper has k = 50 and α = 0.5; its code and the default do not differentiate the denominator.
     """
 
     def __init__(self, k: int = 50, alpha: float = 0.5, differentiate_mean: bool = False) -> None:
@@ -64,12 +58,12 @@ class NormalizedL2:
         self.name = f"nl2-k{k}-a{alpha:g}"
 
     def __call__(self, index: ReferenceIndex, images: Tensor) -> Match:
-        """Match images (B, C, H, W); an index of fewer than k groups is refused by its search."""
+        """Match images (B, C, H, W) in [−1, 1]; the index needs k groups."""
         features = index.features(images)
         vectors = features.detach()
         hits = index.search(vectors, self.k)
         if not features.requires_grad:
-            # The search's own distances are exact; nothing is gained by another gather.
+            # The search's own distances are exact: no need to gather again.
             return Match(_nl2(hits.scores[:, 0], hits.scores, self.alpha), hits.rows, vectors)
         return Match(self._differentiable(index, features, hits.rows), hits.rows, vectors)
 
@@ -90,7 +84,7 @@ class NormalizedL2:
         return _nl2(nearest, all_k, self.alpha)
 
     def strength(self, sigma: Tensor, threshold: Tensor) -> Tensor:
-        """How far σ is above the gate: σ of eq. 8 is never positive, so c·σ itself would be 0."""
+        """Excess of σ over the gate: σ of eq. 8 is never positive, so c·σ would be 0."""
         return (sigma - threshold).clamp(min=0)
 
 
@@ -131,7 +125,7 @@ def _cosine(index: ReferenceIndex, features: Tensor, rows: Tensor) -> Tensor:
 
 
 def _unit(directions: Tensor) -> Tensor:
-    """Directions (n, D) of length 1; one that looks random, but is fixed, in place of a zero."""
+    """Directions (n, D) of length 1; a fixed one that looks random replaces a zero."""
     number = torch.arange(1, directions.shape[1] + 1, device=directions.device)
     anywhere = (number.to(directions) ** 2).cos()
     zero = (directions == 0).all(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The field's mitigations and one detector, each with its source and its defaults."""
+"""The field's mitigations and one detector, each with its source and defaults."""
 
 import lazy_loader
 

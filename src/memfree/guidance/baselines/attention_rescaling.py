@@ -1,4 +1,4 @@
-"""Ren's mitigation: cross-attention is drawn from the prompt's tail to its first token."""
+"""Ren's mitigation: shift cross-attention from the prompt's tail to its first token."""
 
 from __future__ import annotations
 
@@ -16,29 +16,25 @@ from memfree.guidance.mitigation import Mitigation, Start
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-COMPARED = 512
-"""Entries by which rows are told apart before they are compared as a whole."""
+COMPARED = 512  # Entries that tell rows apart before they are compared as a whole
 
 
 class KnownPrompts:
-    """The embeddings of a batch's prompts with their lengths, and of its unconditional prompts."""
+    """Embeddings of a batch's prompts with their lengths, and of its unconditional prompts."""
 
     def __init__(self) -> None:
         self._known: tuple[Tensor, Tensor, Tensor] | None = None
         self._last: tuple[Tensor, Tensor] | None = None
 
     def learn(self, embeddings: Tensor, lengths: Sequence[int], unconditional: Tensor) -> None:
-        """Replace what is known: prompts (B, L, D), their tokens (B,), no prompts (B, L, D)."""
+        """Replace prompts (B, L, D), their token counts (B,) and no prompts (B, L, D)."""
         tokens = torch.tensor(list(lengths), dtype=torch.int64, device=embeddings.device)
         self._known = embeddings.detach(), tokens, unconditional.detach()
         self._last = None
 
     def lengths_of(self, embeddings: Tensor) -> Tensor:
-        """The prompt length of each row of (N, L, D), (N,) int64; 0 where it is not a known prompt.
-
-        A row that equals an unconditional embedding counts as no prompt.
-        """
-        # All layers of a network get the same tensor: it is looked up once.
+        """Prompt length of each row of (N, L, D), (N,) int64; 0 where it is not a known prompt."""
+        # All layers of a network receive the same tensor: look it up once.
         if self._last is None or self._last[0] is not embeddings:
             self._last = embeddings, self._look_up(embeddings)
         return self._last[1]
@@ -54,7 +50,7 @@ class KnownPrompts:
 
 
 def _equal_row(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row of (N, L, D), which of the known rows it may equal (N,), and if it does (N,)."""
+    """For each row of (N, L, D): which known row it may equal (N,), and whether it does (N,)."""
     if rows.shape[1:] != known.shape[1:]:
         nowhere = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         return nowhere, nowhere.bool()
@@ -70,15 +66,9 @@ class AttentionRescaling(Mitigation):
 
     Source: Ren et al., "Unveiling and Mitigating Memorization in Text-to-image Diffusion Models
     through Cross Attention", ECCV 2024, arXiv 2403.11052, inference-time mitigation. The authors'
-    program masks the unconditional prediction by the prompt's length as well; here it is left
-    alone. Conditional rows are those whose ``encoder_hidden_states`` equal an embedding of the last
-    ``embedding`` stage, and not an unconditional one, whether or not the two predictions share a
-    batch. Rows of other prompts (a neighbour's caption) are left alone too.
-
-    Args:
-        count_tokens: prompts → tokens of each, begin and end of text included
-            (``TextTools.count_tokens``); not used where the conditions carry masks.
-        options: what is rescaled and masked.
+    program also masks the unconditional prediction; here only rows whose ``encoder_hidden_states``
+    equal a prompt of the last ``embedding`` stage change, in shared batches too. ``count_tokens``
+    counts begin and end of text (``TextTools.count_tokens``); masks of the conditions replace it.
     """
 
     def __init__(
@@ -92,12 +82,12 @@ class AttentionRescaling(Mitigation):
         self._known = KnownPrompts()
 
     def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
-        """Keep how many tokens each prompt has; the prompts stay."""
+        """Store each prompt's number of tokens; the prompts stay."""
         self._lengths = list(self._count_tokens(list(prompts)))
         return list(prompts)
 
     def embedding(self, start: Start) -> TextConditions:
-        """Keep the embeddings, to know conditional rows by; prompts must have been seen."""
+        """Store the embeddings, which identify conditional rows; needs ``prompts`` first."""
         conditions = start.conditions
         if conditions.mask is not None:
             lengths = conditions.mask.sum(dim=1).tolist()
@@ -130,11 +120,7 @@ class AttentionRescaling(Mitigation):
 
 
 def cross_attention_layers(network: Any) -> list[Any]:
-    """The cross-attention layers (diffusers' ``Attention``) of a UNet2DConditionModel.
-
-    Raises:
-        ValueError: it is another model, or has processors that cannot be rescaled.
-    """
+    """The cross-attention layers (diffusers' ``Attention``) of a UNet2DConditionModel."""
     from diffusers import UNet2DConditionModel
     from diffusers.models import attention_processor
 
@@ -166,8 +152,6 @@ def cross_attention_layers(network: Any) -> list[Any]:
 
 
 class _Rescaled:
-    """An attention processor: the original's output, but for conditional rows."""
-
     def __init__(
         self, original: Any, known: KnownPrompts, options: AttentionRescalingOptions
     ) -> None:
@@ -212,8 +196,8 @@ def rescaled_attention(
 ) -> Tensor:
     """The layer's output (B, Q, C) with the logits of the first token scaled and others masked.
 
-    Queries are made of hidden_states (B, Q, C), keys of the tokens encoder_hidden_states (B, L, D);
-    attention_mask is a bias of the logits (B, 1, L), lengths (B,) are tokens of each prompt.
+    Queries are from hidden_states (B, Q, C), keys from the tokens encoder_hidden_states (B, L, D);
+    attention_mask is a bias of the logits (B, 1, L), lengths (B,) the tokens of each prompt.
     """
     assert hidden_states.ndim == 3, "cross-attention of a transformer block has tokens as queries"
     residual = hidden_states

@@ -1,4 +1,4 @@
-"""Guidance scales below the usual: a lower one, and opposite guidance (Jain et al., 2025)."""
+"""Lower guidance scales: a limit, and opposite guidance (Jain et al., 2025)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from memfree.guidance.prediction import Guidance, Prediction
 
 @dataclass(eq=False)
 class LowerGuidance(Mitigation):
-    """s_0 ← min(s_0, limit): guidance sharpens towards what the prompt alone brings.
-
-    Raises:
-        ValueError: the limit is below 1.
-    """
+    """s_0 ← min(s_0, limit), at least 1: guidance sharpens towards what the prompt alone brings."""
 
     options: LowerGuidanceOptions = field(default_factory=LowerGuidanceOptions)
 
@@ -40,11 +36,10 @@ class OppositeGuidance(Mitigation):
     """ε̂ = ε_∅ + s·(ε_c − ε_∅) with s ≤ 0 before a transition point, and s = s_0 from there on.
 
     Source: Jain et al., "Classifier-Free Guidance inside the Attraction Basin May Cause
-    Memorization", CVPR 2025, arXiv 2411.16738: static and dynamic transition points, opposite
-    guidance. As in the authors' program for the dynamic one, the step at which
-    d_t > d_{t−1} < d_{t−2} shows, with d = ‖ε_c − ε_∅‖, is the first guided one; a sample without
-    such a minimum is never guided. Their program for opposite and dynamic has another rule, in a
-    run of its own before sampling (docs/baselines.md); here the rule is the same for every scale.
+    Memorization", CVPR 2025, arXiv 2411.16738. As in the authors' program for dynamic points, the
+    step that shows d_t > d_{t−1} < d_{t−2}, d = ‖ε_c − ε_∅‖, is the first guided one; a sample
+    without such a minimum is never guided. Their opposite dynamic program has another rule
+    (docs/baselines.md).
     """
 
     options: OppositeGuidanceOptions = field(default_factory=OppositeGuidanceOptions)
@@ -55,8 +50,6 @@ class OppositeGuidance(Mitigation):
 
 
 class _BeforeTransition:
-    """Recombines the branches with another scale in the samples before their transition."""
-
     calls_denoiser = False
 
     def __init__(self, options: OppositeGuidanceOptions) -> None:
@@ -74,13 +67,11 @@ class _BeforeTransition:
         return replace(prediction, output=output).activated(before)
 
     def _before(self, prediction: Prediction) -> Tensor:
-        """(B,) bool: samples that have not reached their transition."""
         x_t = prediction.x_t
         if self.options.transition == "static":
             before = prediction.time > self.options.transition_time
             return torch.full((len(x_t),), before, device=x_t.device)
-        # passed, d_{t−1}, d_{t−2}. As in the authors' program: no minimum before there are three
-        # magnitudes, which are ≥ 0.
+        # passed, d_{t−1}, d_{t−2}; a minimum takes three magnitudes (≥ 0), as in theirs.
         never = x_t.new_full((len(x_t),), -1.0, dtype=torch.float32)
         passed, last, before_last = prediction.memory.get(self, (never > 0, never, never))
         current = magnitude(prediction, "opposite guidance (jain)")

@@ -1,4 +1,4 @@
-"""Options of the baselines: no torch here, so that ``--help`` is quick."""
+"""Options of the baselines; no torch, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from jsonargparse.typing import (
 )
 
 AtLeastOne = restricted_number_type("AtLeastOne", float, (">=", 1))
-"""s_0 from 1 on."""
 
 
 @dataclass
@@ -23,8 +22,8 @@ class LowerGuidanceOptions:
     """Lower classifier-free guidance."""
 
     guidance_scale: AtLeastOne = 2.0  # type: ignore[valid-type]
-    """Largest s_0 that is used; ours, there is no source. 1, the least, is the conditional model
-    alone: diffusers takes no smaller one for less guidance, but for none."""
+    """Largest s_0 used; ours, without a source. 1, the least, is the conditional model alone:
+    diffusers reads anything below as no guidance at all."""
 
 
 @dataclass
@@ -32,7 +31,7 @@ class Insertion:
     """Words inserted into the prompt (Somepalli et al., 2023)."""
 
     count: NonNegativeInt = 4
-    """Insertions a prompt; 4 in the authors' programs (1 to 8 in papers), 0 changes nothing."""
+    """Insertions per prompt; 4 in the authors' programs (1 to 8 in papers), 0 changes nothing."""
 
 
 @dataclass
@@ -48,15 +47,15 @@ class PromptEmbeddingOptions:
     """Optimised prompt embedding (Wen et al., 2024)."""
 
     target: NonNegativeFloat = 3.0
-    """l: a sample stops where ‖ε_c − ε_∅‖ ≤ l. Tuned for Stable Diffusion 1.4 (papers sweep about
-    1 to 7); a large one changes nothing."""
+    """l: a sample stops where ‖ε_c − ε_∅‖ ≤ l. Tuned for Stable Diffusion 1.4 (papers sweep about 1
+    to 7); a large one changes nothing."""
     learning_rate: PositiveFloat = 0.05
     """Of AdamW; 0.05 in the authors' program."""
     iterations: NonNegativeInt = 10
-    """Steps of AdamW at most; 10 in the authors' program."""
+    """Most steps of AdamW; 10 in the authors' program."""
     per_element: bool = True
-    """Multiply l by √(elements of a latent / 16384): the same number at 4×64×64, the same root
-    mean square elsewhere. False takes l as it is."""
+    """Multiply l by √(elements of a latent / 16384): unchanged at 4×64×64, the same root mean
+    square elsewhere. False: l as it is."""
 
 
 @dataclass
@@ -64,10 +63,10 @@ class AttentionRescalingOptions:
     """Rescaled cross-attention (Ren et al., 2024)."""
 
     scale: PositiveFloat = 1.25
-    """c, which multiplies the logits of the begin-of-text token; 1.25 in the authors' command,
-    1.1 to 1.35 in papers, 1 leaves them."""
+    """c, which multiplies the logits of the begin-of-text token; 1.25 in the authors' command, 1.1
+    to 1.35 in papers, 1 leaves them."""
     mask_padding: bool = True
-    """Mask the tokens behind the prompt's end of text."""
+    """Mask the tokens after the prompt's end of text."""
     mask_end: bool = False
     """Mask the end of text too; the authors' command does not."""
 
@@ -77,14 +76,13 @@ class OppositeGuidanceOptions:
     """Opposite guidance before a transition point (Jain et al., 2025)."""
 
     transition: Literal["static", "dynamic"] = "static"
-    """static: at transition_time; dynamic: of each sample, where ‖ε_c − ε_∅‖ has its first local
-    minimum."""
+    """static: at transition_time; dynamic: at each sample's first local minimum of ‖ε_c − ε_∅‖."""
     transition_time: ClosedUnitInterval = 0.65
-    """Static: guidance starts at this share of the training timesteps, 1 being noise. The authors'
-    commands: 0.65 for opposite guidance, 0.5 for none; 1 changes nothing."""
+    """Static: guidance starts at this share of the training timesteps, 1 being noise. Authors: 0.65
+    for opposite guidance, 0.5 for no guidance; 1 changes nothing."""
     scale_before: float = -2.0
-    """s_0 before the transition. The authors': −2 (opposite), 0 (none) with a static transition;
-    1 (the conditional prediction alone) with a dynamic one, −7.5 for opposite and dynamic."""
+    """s_0 before the transition. Authors: static −2 (opposite) or 0 (none); dynamic 1 (the
+    conditional prediction alone) or −7.5 (opposite)."""
 
 
 @dataclass
@@ -92,20 +90,20 @@ class PromptReanchoringOptions:
     """Prompt re-anchoring and semantic search (Chen et al., 2025)."""
 
     alternative: Literal["search", "optimized"] = "search"
-    """y_mod: the nearest of given prompts that is not memorized (SS), or the prompt's embedding
-    optimised as Wen does."""
+    """y_mod: the nearest given prompt that is not memorized (SS), or the prompt's embedding
+    optimised by Wen's method."""
     trigger: NonNegativeFloat = 1.0
-    """A sample is mitigated if ‖ε_c − ε_∅‖ is above this at the first step, and y_mod is sought
-    below it; 1 in the authors' README."""
+    """Mitigate a sample if ‖ε_c − ε_∅‖ is above this at the first step, and seek y_mod below it; 1
+    in the authors' README."""
     target: PositiveFloat = 3.0
-    """l: y_mod alone is guided to below it, re-anchoring is used above; 3 in their README."""
+    """l: below it y_mod alone is guided to, above it re-anchoring is used; 3 in their README."""
     threshold: PositiveFloat = 5.0
-    """thr: from here on re-anchoring has its full strength, s_pr = s_0; 5 in their README."""
+    """thr: re-anchoring has full strength from here, s_pr = s_0; 5 in their README."""
     candidates: PositiveInt = 25
-    """Search: how many of the nearest prompts are tried; 25 in the authors' program."""
+    """Search: how many nearest prompts are tried; 25 in the authors' program."""
     per_element: bool = True
-    """Multiply the three by √(elements of a latent / 16384): the same numbers at 4×64×64, the same
-    root mean square elsewhere. False takes them as they are."""
+    """Multiply trigger, target and threshold by √(elements of a latent / 16384): unchanged at
+    4×64×64, the same root mean square elsewhere. False: as they are."""
 
 
 @dataclass
@@ -113,16 +111,16 @@ class SharpnessAwareOptions:
     """Optimised initial noise (Jeon et al., 2025)."""
 
     threshold: NonNegativeFloat = 8.2
-    """l_thres: the first candidate whose loss is at most this is taken. Tuned for Stable Diffusion
-    1.4, where 0.05·‖x_T‖ alone is about 6.4; a large one changes nothing."""
+    """l_thres: take the first candidate whose loss is at most this. Tuned for Stable Diffusion 1.4,
+    where 0.05·‖x_T‖ alone is about 6.4; a large one changes nothing."""
     gaussianity: NonNegativeFloat = 0.05
     """α, the weight of ‖x_T‖; 0.05 in the authors' program for Stable Diffusion 1, 0.01 for 2."""
     learning_rate: PositiveFloat = 0.05
     """Of Adam; 0.05 in the authors' program."""
     iterations: PositiveInt = 10
-    """Evaluations of the loss at most; 10 in the authors' program."""
+    """Most evaluations of the loss; 10 in the authors' program."""
     candidates: PositiveInt = 8
-    """Noises optimised together for a sample, its own x_T the first; 8 in the authors' program."""
+    """Noises optimised together per sample, its own x_T first; 8 in the authors' program."""
     per_element: bool = True
-    """Multiply the threshold and the length of the difference step by √(elements / 16384): the
-    same numbers at 4×64×64, the same root mean square elsewhere. False takes them as they are."""
+    """Multiply the threshold and the length of the difference step by √(elements / 16384):
+    unchanged at 4×64×64, the same root mean square elsewhere. False: as they are."""

@@ -1,4 +1,4 @@
-"""Changed prompt embeddings: Gaussian noise (Somepalli et al.), optimized (Wen et al.)."""
+"""Changed prompt embeddings: Gaussian noise (Somepalli et al.), optimised (Wen et al.)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from memfree.guidance.prediction import row_norm
 class EmbeddingNoise(Mitigation):
     """GNI: y ← y + λ·N(0, 1) on every entry of the prompt's embedding.
 
-    Source: Somepalli et al., arXiv 2305.20086, inference-time mitigation. Their program adds the
-    noise to the unconditional embedding as well (it wraps the pipeline's encoding of both); here
-    it is the prompt's alone, and the pooled embedding of SDXL stays as it is.
+    Source: Somepalli et al., arXiv 2305.20086. Their program adds noise to the unconditional
+    embedding too; here only the prompt's changes, without SDXL's pooled embedding.
     """
 
     options: EmbeddingNoiseOptions = field(default_factory=EmbeddingNoiseOptions)
@@ -45,10 +44,9 @@ class PromptEmbeddingOptimization(Mitigation):
     """Minimise ‖ε_θ(x_T, y) − ε_θ(x_T)‖ over the embedding of the prompt, by AdamW, until below l.
 
     Source: Wen et al., "Detecting, Explaining, and Mitigating Memorization in Diffusion Models",
-    ICLR 2024, arXiv 2407.21720, inference-time mitigation. As in the authors' program the first
-    (begin-of-text) token gets no gradient and AdamW's weight decay is torch's default. Theirs
-    optimises one embedding for the images of a prompt together; here every sample has its own and
-    stops on its own. The pooled embedding of SDXL stays as it is.
+    ICLR 2024, arXiv 2407.21720. As in the authors' program the begin-of-text token gets no gradient
+    and AdamW has torch's weight decay. Theirs optimises one embedding for all images of a prompt;
+    here each sample has its own. SDXL's pooled embedding stays as it is.
     """
 
     options: PromptEmbeddingOptions = field(default_factory=PromptEmbeddingOptions)
@@ -75,19 +73,16 @@ def optimized(
     options: PromptEmbeddingOptions,
     factor: float = 1.0,
 ) -> tuple[TextConditions, Tensor]:
-    """Wen's optimisation of the embeddings of a batch (B, ...), each sample on its own.
+    """Wen's optimisation of embeddings (B, ...), and (B,) bool: which were above the threshold.
 
-    ``difference`` maps conditions (n, ...) and their rows of the batch (n,) to ε_c − ε_∅, (n, ...),
-    differentiable in the embeddings; the threshold is multiplied by ``factor`` (``size_factor``).
-
-    Returns:
-        The conditions with new embeddings, and (B,) bool: which were above the threshold at first.
+    ``difference`` maps conditions (n, ...) and their rows of the batch (n,) to ε_c − ε_∅ (n, ...);
+    ``factor`` multiplies the threshold (``size_factor``). Samples are optimised separately.
     """
     original = conditions.embeddings
     rows = torch.arange(len(original), device=original.device)
     above_at_first = torch.zeros(len(original), dtype=torch.bool, device=original.device)
     with torch.inference_mode(False), torch.enable_grad():
-        # One parameter a sample: AdamW leaves those without a gradient, the stopped ones, alone.
+        # One parameter per sample: AdamW skips the stopped ones, which have no gradient.
         own = [row.detach().float().clone().requires_grad_() for row in original]
         adam = torch.optim.AdamW(own, lr=options.learning_rate)
         for iteration in range(options.iterations):

@@ -1,4 +1,4 @@
-"""PRSS: the memorized prompt becomes the anchor that guidance moves away from."""
+"""PRSS: guidance moves away from the memorized prompt, which becomes its anchor."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ from memfree.guidance.prediction import Guidance, Prediction, combine
 
 
 class SemanticSearch:
-    """Tries the nearest candidates in turn until ‖ε(y_mod) − ε_∅‖ is at most a trigger.
-
-    As in the authors' program of PRSS, the prompt itself is the first candidate; where no candidate
-    is below the trigger, the one with the smallest magnitude is taken.
-    """
+    """Tries the prompt, then its nearest candidates until ‖ε(y_mod) − ε_∅‖ ≤ trigger."""
 
     def __init__(self, prompts: Sequence[str], count: int) -> None:
         self.prompts = list(prompts)
@@ -32,16 +28,12 @@ class SemanticSearch:
     def __call__(
         self, prediction: Prediction, norm: Tensor, trigger: float
     ) -> tuple[TextConditions, Tensor]:
-        """y_mod of a batch at its first step, and which samples are above the trigger.
-
-        ``norm`` (B,) is ‖ε(y) − ε_∅‖ of the prompts.
-        """
+        """y_mod at the first step and which samples trigger, given ``norm`` (B,) = ‖ε(y) − ε_∅‖."""
         if prediction.encode is None:
             raise ValueError("prompt re-anchoring (prss) needs the model's text encoder")
         conditions = prediction.conditions
         assert isinstance(conditions, TextConditions) and prediction.output_uncond is not None
         triggered = norm > trigger
-        # The parts of y_mod, which better candidates replace row by row.
         parts = {name: part.clone() for name, part in _parts(conditions).items()}
         searching = triggered.nonzero().squeeze(1)
         best = norm.clone()
@@ -65,7 +57,6 @@ class SemanticSearch:
         return TextConditions(**parts), triggered
 
     def _ranked(self, encode: Encode, conditions: TextConditions) -> Tensor:
-        """Rows of the candidates for each prompt, nearest first, (n, count) int64."""
         wanted = conditions.sentence()
         if self._sentences is None and len(wanted):
             self._sentences = sentences(encode, self.prompts)
@@ -80,7 +71,6 @@ class SemanticSearch:
 
 
 def _parts(conditions: TextConditions) -> dict[str, Tensor]:
-    """Embeddings, and pooled ones and mask where there are any."""
     return {name: part for name, part in vars(conditions).items() if part is not None}
 
 
@@ -92,16 +82,9 @@ class PromptReanchoring(Mitigation):
     ε̂ = ε_∅ + s·(ε(y_mod) − ε_∅) elsewhere. At m = l both are equal (s_pr = 1).
 
     Source: Chen et al., "Enhancing Privacy-Utility Trade-offs to Mitigate Memorization in Diffusion
-    Models", CVPR 2025, arXiv 2504.18032, prompt re-anchoring (PR) and semantic prompt search (SS),
-    as in the authors' program. They let a language model write 25 alternatives to every prompt;
-    here the alternatives are the nearest among given prompts, by the mean of their token vectors.
-
-    Args:
-        prompts: candidates of the search; not needed for ``optimized``.
-        options: thresholds, and where y_mod comes from.
-
-    Raises:
-        ValueError: l is not below thr, or there is nothing to search.
+    Models", CVPR 2025, arXiv 2504.18032, prompt re-anchoring (PR) and semantic prompt search (SS).
+    Their language model writes 25 alternatives to a prompt; here they are the nearest of the given
+    ``prompts``, by the mean of their token vectors (not needed for ``optimized``).
     """
 
     def __init__(
@@ -136,8 +119,6 @@ def reanchoring_scale(m: Tensor, target: float, threshold: float, guidance_scale
 
 
 class _Reanchoring:
-    """Keeps y_mod and the triggered samples of a batch in the memory of its predictions."""
-
     def __init__(self, options: PromptReanchoringOptions, search: SemanticSearch | None) -> None:
         self.options = options
         self.search = search
@@ -170,7 +151,6 @@ class _Reanchoring:
         return replace(prediction, output=output).activated(triggered)
 
     def _alternatives(self, prediction: Prediction, factor: float) -> tuple[TextConditions, Tensor]:
-        """y_mod (B, ...) and which samples are above the trigger, (B,) bool, at the first step."""
         assert isinstance(prediction.conditions, TextConditions)
         if self.search is not None:
             norm = magnitude(prediction, "prompt re-anchoring (prss)")

@@ -21,10 +21,7 @@ def _draw_below(bound: int, generator: torch.Generator) -> int:
 
 
 class TextTools:
-    """The tokenizer of a pipeline (Hugging Face's; the first one of SDXL), for RT, Ren and PRSS.
-
-    ``prompts`` are those among which PRSS searches alternatives, such as training captions.
-    """
+    """A Hugging Face tokenizer (SDXL: the first one) and the ``prompts`` that PRSS searches."""
 
     def __init__(self, tokenizer: Any, prompts: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
@@ -32,7 +29,7 @@ class TextTools:
 
     @classmethod
     def of(cls, tokenizer: Any, index: ReferenceIndex | None) -> TextTools:
-        """The tokenizer, and the captions of the index, where it has any, for prompts."""
+        """The tokenizer, with the captions of the index as prompts."""
         captions = None if index is None else index.captions
         return cls(tokenizer, sorted(set(captions or ())))
 
@@ -55,16 +52,12 @@ class TextTools:
 
 @dataclass(eq=False)
 class _InsertedWords(Mitigation):
-    """Inserts words before, between or after those of a prompt, every place alike."""
-
     options: Insertion = field(default_factory=Insertion)
 
     def word(self, prompt: str, generator: torch.Generator) -> str:
-        """Draw a word for a prompt."""
         raise NotImplementedError
 
     def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
-        """Insert ``count`` words in every prompt."""
         return [
             self._inserted(prompt, generator)
             for prompt, generator in zip(prompts, generators, strict=True)
@@ -81,11 +74,7 @@ class _InsertedWords(Mitigation):
 
 
 class RandomNumbers(_InsertedWords):
-    """RNA: insert random numbers from 0 to 99999 at random places of the prompt.
-
-    Source: Somepalli et al., arXiv 2305.20086, inference-time mitigation; ``rand_numb_add`` of the
-    authors' program.
-    """
+    """RNA: insert numbers from 0 to 99999 (arXiv 2305.20086: ``rand_numb_add``)."""
 
     def word(self, prompt: str, generator: torch.Generator) -> str:
         """A number."""
@@ -96,11 +85,8 @@ class RandomTokens(_InsertedWords):
     """RT: insert random tokens of the tokenizer's vocabulary at random places of the prompt.
 
     Source: Somepalli et al., "Understanding and Mitigating Copying in Diffusion Models", NeurIPS
-    2023, arXiv 2305.20086, inference-time mitigation; ``rand_word_add`` of the authors' program
-    draws token numbers below 49400 and decodes them.
-
-    ``words`` is the vocabulary to draw from, one text a token, or what returns it on first use
-    (``TextTools.words``).
+    2023, arXiv 2305.20086; ``rand_word_add`` of their program draws token numbers below 49400.
+    ``words`` has a text per token, or returns them on first use (``TextTools.words``).
     """
 
     def __init__(
@@ -123,14 +109,10 @@ class RandomTokens(_InsertedWords):
 
 
 class RepeatedWords(_InsertedWords):
-    """CWR, caption word repetition: insert words of the prompt again, at random places.
-
-    Source: Somepalli et al., arXiv 2305.20086, inference-time mitigation; ``rand_word_repeat`` of
-    the authors' program. Words are those between spaces of the prompt; an empty prompt stays empty.
-    """
+    """CWR: insert the prompt's words again (arXiv 2305.20086: ``rand_word_repeat``)."""
 
     def word(self, prompt: str, generator: torch.Generator) -> str:
-        """A word of the prompt as it was given."""
+        """A word of the original prompt."""
         words = prompt.split(" ")
         return words[_draw_below(len(words), generator)]
 

@@ -1,4 +1,4 @@
-"""SAIL: the initial noise is optimised until the model's probability is less sharp there."""
+"""SAIL: optimise the initial noise until the model's probability is less sharp there."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from memfree.guidance.prediction import row_norm
 class SharpnessAwareInitialization(Mitigation):
     """SAIL: minimise ‖Δ(x_T + Δ(x_T)/‖Δ(x_T)‖)‖ + α·‖x_T‖ with Δ = ε_c − ε_∅, by Adam.
 
-    The first term stands for the difference of the Hessians along the difference of the scores, by
-    one finite difference. Source: Jeon, Kim and No, "Understanding and Mitigating Memorization in
-    Generative Models via Sharpness of Probability Landscapes", ICML 2025, arXiv 2412.04140,
-    algorithm 2. The authors' program takes the inner Δ, which gives the step, at the initial noise
-    in every iteration; here it is taken at the present x_T. Under v-prediction theirs steps along
-    −Δ, here along Δ as for ε. Where no candidate gets below the
-    threshold theirs starts again, raises the threshold by 0.1 and so on without an end; here the
-    candidate with the smallest loss is taken, so that the cost is bounded.
+    The first term is a finite difference for the difference of the Hessians along that of the
+    scores. Source: Jeon, Kim and No, "Understanding and Mitigating Memorization in Generative
+    Models via Sharpness of Probability Landscapes", ICML 2025, arXiv 2412.04140, algorithm 2. The
+    authors' program keeps the inner Δ at the initial noise; here it is at the present x_T. Under
+    v-prediction theirs steps along −Δ, here along Δ as for ε. Without a candidate below the
+    threshold theirs restarts with the threshold raised by 0.1; here the smallest loss wins.
     """
 
     options: SharpnessAwareOptions = field(default_factory=SharpnessAwareOptions)
@@ -55,7 +53,6 @@ class SharpnessAwareInitialization(Mitigation):
         return self._optimized(candidates)
 
     def _optimized(self, start: Start) -> Tensor:
-        """The candidate (of a batch of candidates) that is taken."""
         factor = size_factor(tuple(start.noise.shape[1:]), self.options.per_element)
         x = start.noise.float().clone().requires_grad_()
         adam = torch.optim.Adam([x], lr=self.options.learning_rate)

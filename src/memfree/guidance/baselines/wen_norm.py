@@ -13,16 +13,12 @@ from memfree.guidance.prediction import Prediction, row_norm
 
 
 def size_factor(shape: tuple[int, ...], per_element: bool) -> float:
-    """√(elements of a sample (C, H, W) / 16384), for a length tuned on 4×64×64 latents.
-
-    It keeps a threshold on the root mean square of the entries; 1 where ``per_element`` is False.
-    The papers tuned on the latents of Stable Diffusion 1.4 at 512×512.
-    """
+    """√(elements of a sample (C, H, W) / 16384), for lengths tuned on SD 1.4's latents."""
     return sqrt(prod(shape) / (4 * 64 * 64)) if per_element else 1.0
 
 
 def magnitude(prediction: Prediction, method: str) -> Tensor:
-    """‖ε_θ(x_t, y) − ε_θ(x_t)‖ of each sample, (B,) float32; ``method`` names who needs it."""
+    """‖ε_θ(x_t, y) − ε_θ(x_t)‖ of each sample, (B,) float32; ``method`` is named in errors."""
     cond, uncond = branches(prediction, method)
     return eps_norm(prediction, cond.float() - uncond.float())
 
@@ -41,23 +37,19 @@ def branches(prediction: Prediction, method: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def wen_norm(start: Start) -> Tensor:
-    """‖ε_θ(x_T, y) − ε_θ(x_T)‖ of each sample before sampling, (B,) float32.
+    """‖ε_θ(x_T, y) − ε_θ(x_T)‖ before sampling, (B,) float32; higher: more likely memorized.
 
     Source: Wen et al., "Detecting, Explaining, and Mitigating Memorization in Diffusion Models",
-    ICLR 2024, arXiv 2407.21720, the detection metric with one step. Higher: more likely memorized.
+    ICLR 2024, arXiv 2407.21720, the detection metric with one step.
     """
     return row_norm(start.eps_difference(start.noise, start.conditions))
 
 
 class WenNorm:
-    """Observes the mean of ‖ε_c − ε_∅‖ over the first steps, and changes nothing.
+    """Observes the mean of ‖ε_c − ε_∅‖ over the first ``steps``, and changes nothing.
 
-    Source: Wen et al., arXiv 2407.21720 (1, 10 or 50 steps; they also average over images of one
-    prompt). It is recorded as ``wen_norm`` in the trace of a prediction, and kept for the batch
-    that was sampled last.
-
-    Args:
-        steps: how many steps, from the first.
+    Source: Wen et al., arXiv 2407.21720 (1, 10 or 50 steps; they also average over a prompt's
+    images). The mean is in the trace as ``wen_norm``, and kept for the last batch.
     """
 
     calls_denoiser = False
@@ -78,7 +70,7 @@ class WenNorm:
         return prediction.recorded(wen_norm=self.score())
 
     def score(self) -> Tensor:
-        """(B,) of the last batch; ValueError before any."""
+        """The mean (B,) of the last batch; ValueError before any."""
         if not self._norms:
             raise ValueError("Wen's norm has seen no prediction yet")
         return torch.stack(self._norms).mean(dim=0)
