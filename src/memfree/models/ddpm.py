@@ -1,4 +1,4 @@
-"""DDPM of pixels: network, noise schedule, and the module that trains them."""
+"""Pixel-space DDPM: the network, its noise schedule, and the training module."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from memfree.models.options import ModelOptions, NetworkOptions, NoiseOptions
 
 
 def build_scheduler(options: NoiseOptions) -> Any:
-    """Build the diffusers scheduler that ``options`` describe.
+    """Build the diffusers scheduler of ``options``.
 
     Raises:
-        ValueError: diffusers has no such scheduler, or it does not work with cumulative alphas
-            (flow matching, and schedulers that are trained on continuous noise levels).
+        ValueError: diffusers has no such scheduler, or it does not use cumulative alphas (flow
+            matching, continuous noise levels).
     """
     name = f"--model.noise.scheduler {options.scheduler}"
     scheduler_class: Any = scheduler_class_named(options.scheduler)
@@ -45,7 +45,7 @@ def build_scheduler(options: NoiseOptions) -> Any:
 
 
 def scheduler_class_named(name: str) -> type[SchedulerMixin]:
-    """The diffusers scheduler class of this name; ValueError for a name of anything else."""
+    """Return the diffusers scheduler class of this name; ValueError for anything else."""
     # Names without "Scheduler" are not looked up: attributes of diffusers import lazily.
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
@@ -56,14 +56,10 @@ def scheduler_class_named(name: str) -> type[SchedulerMixin]:
 def build_network(
     options: NetworkOptions, image_shape: tuple[int, int, int], num_classes: int | None = None
 ) -> Any:
-    """Build the U-Net with fresh weights from torch's global generator.
+    """Build a U-Net for images (C, H, W), with fresh weights from torch's global generator.
 
-    Returns:
-        A diffusers UNet2DModel for images of (C, H, W) ``image_shape``: unconditional, or with
-        ``num_classes + 1`` labels, the last of which is the null label "no class".
-
-    Raises:
-        ValueError: the options do not fit together or to the image.
+    With ``num_classes`` it has one more label, the last: "no class". ValueError if the options do
+    not fit together or do not fit the image.
     """
     _check(options, image_shape)
     channels, height, width = image_shape
@@ -115,8 +111,9 @@ def _check(options: NetworkOptions, image_shape: tuple[int, int, int]) -> None:
 class DDPMModule(DiffusionModule):
     """Trains a U-Net to predict ε or v, unconditionally or with labels.
 
-    A batch is a dict: ``image`` (B, C, H, W) in [-1, 1]; ``label`` (B,) int64 for a
-    class-conditional model; optionally ``weight``, a number or (B,), which multiplies the loss.
+    A batch is a dict: ``image`` (B, C, H, W) in [-1, 1]; ``label`` (B,) int64, 0 to num_classes −
+    1, for a class-conditional model; optionally ``weight``, a number or (B,), which multiplies the
+    loss.
     """
 
     def __init__(
@@ -128,14 +125,6 @@ class DDPMModule(DiffusionModule):
         data: dict[str, Any] | None = None,
         stepping: dict[str, Any] | None = None,
     ) -> None:
-        """Build the network with weights drawn from ``seed``; see ``DiffusionModule``.
-
-        Args:
-            num_classes: labels are 0 to num_classes − 1; needed by a class-conditional model.
-
-        Raises:
-            ValueError: options that do not fit together, or no labels for a conditional model.
-        """
         super().__init__(options, image_shape, seed, data, stepping)
         self.keep_arguments(num_classes=num_classes)
         options = self.options
@@ -182,7 +171,7 @@ class DDPMModule(DiffusionModule):
         return pipeline(unet=self.network, scheduler=self.noise_scheduler)
 
     def sampled(self, x_t: Tensor, scheduler: Any, steps: int) -> Tensor:
-        """Images by DDIM; labels are 0, 1, 2, ... in turn."""
+        """Draw images with DDIM; labels cycle through 0, 1, 2, ..."""
         labels = None
         if self.num_classes is not None:
             labels = torch.arange(len(x_t), device=x_t.device) % self.num_classes

@@ -20,10 +20,7 @@ XL: Any = StableDiffusionXLPipeline
 
 
 def load_pipeline(name: str | Path) -> Any:
-    """Load a Stable-Diffusion-style pipeline: SD 1.x, 2.x or SDXL, in float32 on the CPU.
-
-    Args:
-        name: a diffusers folder, a model folder of memfree, or a name on the hub.
+    """Load an SD 1.x, 2.x or SDXL pipeline from a folder or the hub, in float32 on the CPU.
 
     Raises:
         ValueError: it is not such a pipeline, or lacks a part.
@@ -58,7 +55,6 @@ def load_pipeline(name: str | Path) -> Any:
 
 
 def _check_parts(folder: Path, name: str) -> None:
-    """Refuse a folder whose index lacks a part, which diffusers reports in many words."""
     try:
         parts = check_pipeline_folder(folder)
     except (ValueError, OSError) as error:
@@ -78,7 +74,7 @@ def _refuse_missing(kind: Any, is_missing: Callable[[str], bool], name: str) -> 
 
 
 def check_pipeline(pipe: Any, name: str) -> None:
-    """Refuse what is not a whole Stable Diffusion (XL) pipeline for text-to-image."""
+    """Refuse anything but a whole Stable Diffusion (XL) text-to-image pipeline."""
     if not isinstance(pipe, PIPELINES):
         raise ValueError(
             f"{name} is a {type(pipe).__name__}: only StableDiffusionPipeline and "
@@ -93,9 +89,9 @@ def check_pipeline(pipe: Any, name: str) -> None:
 
 
 def encode(pipe: Any, prompts: Sequence[str]) -> TextConditions:
-    """Encode prompts with the pipeline's text encoders; gradients flow where they are enabled.
+    """Encode prompts; gradients flow where enabled.
 
-    An empty prompt becomes the pipeline's own unconditional one: zeros, if SDXL is configured so.
+    An empty prompt becomes the pipeline's own unconditional one: zeros if SDXL is configured so.
     """
     device = pipe.text_encoder.device
     if isinstance(pipe, XL):
@@ -116,10 +112,8 @@ def encode(pipe: Any, prompts: Sequence[str]) -> TextConditions:
 class TextDenoiser(nn.Module):
     """A conditional U-Net with the calling convention of ``Denoiser``, for encoded prompts.
 
-    Args:
-        network: the UNet2DConditionModel.
-        image_size: (H, W) of the images, which SDXL's network is told.
-        null: the encoded empty prompt, a batch of 1; used where no conditions are given.
+    ``image_size`` (H, W) is passed to SDXL's network; ``null``, the encoded empty prompt as a batch
+    of 1, is used where no conditions are given.
     """
 
     def __init__(
@@ -153,5 +147,5 @@ class TextDenoiser(nn.Module):
         )[0]
 
     def unconditional(self, count: int, device: torch.device) -> TextConditions | None:
-        """The encoded empty prompt, (count, ...), if it was given."""
+        """The encoded empty prompt, (count, ...), or None."""
         return None if self.null is None else self.null.to(device).expand(count)

@@ -93,14 +93,13 @@ class Stored:
 def hashed_key(key: str, salt: str) -> str:
     """HMAC-SHA256 of an image key under the owner's salt, as hexadecimal digits.
 
-    Whoever has the salt and the list of keys finds the key of a hit; nobody else can tell whether a
-    given key is in the index.
+    Salt and list of keys reveal the key of a hit; nobody else can tell whether a key is indexed.
     """
     return hmac.new(salt.encode(), key.encode(), hashlib.sha256).hexdigest()
 
 
 def read_salt(path: Path) -> str:
-    """The salt in a file; a random one is written there, readable by its owner, if it is new."""
+    """Read a file's salt; a new file gets a random one, readable by its owner."""
     if not os.path.lexists(path):
 
         def write(temporary: Path) -> None:
@@ -154,12 +153,8 @@ def _notice(features: Features) -> str:
 def save(index: Stored, folder: Path, overwrite: bool = False) -> None:
     """Write an index folder beside its place, then rename it there.
 
-    An index of the same data in the same place is replaced, and with ``overwrite`` one of other
-    data.
-
-    Raises:
-        ValueError: the folder holds something else, or another index and not ``overwrite``.
-        OSError: the disk has too little room.
+    It replaces an index of the same data, and with ``overwrite`` one of other data; ValueError for
+    anything else in the folder.
     """
     folder = folder.absolute()
     vectors, items, content_hash = index.vectors, index.items, None
@@ -228,11 +223,8 @@ def claim_index(
 ) -> Found:
     """Accept ``out`` as the place of an index.
 
-    ``images_hash`` is that of the dataset folder, or of the contents of an index of tensors.
-
-    Raises:
-        ValueError: it holds something else, or an index of other images or features and not
-            ``overwrite``.
+    ``images_hash`` is that of the dataset folder or of an index's tensors. ValueError if ``out``
+    holds something else, or without ``overwrite`` an index of other images or features.
     """
     identity_here = _made_from({"dataset_hash": images_hash, "features": features})
     return claim(out, "index", None if overwrite else identity_here, overwrite, _made_from)
@@ -253,13 +245,13 @@ def save_calibrations(folder: Path, calibrations: dict[str, dict[str, Any]]) -> 
 
 
 def calibration_hash(name: str, record: dict[str, Any]) -> str:
-    """SHA-256 of a record of ``calibration.json``, except its own."""
+    """SHA-256 of a record of ``calibration.json``, without its own hash."""
     rest = {field: value for field, value in record.items() if field != "sha256"}
     return hashlib.sha256(json.dumps([name, rest], sort_keys=True).encode()).hexdigest()
 
 
 def _sealed(calibrations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The records with their hashes: the file is replaced alone, without the manifest."""
+    """Add a hash to each record, as the file is replaced alone, without the manifest."""
     return {
         name: {**record, "sha256": calibration_hash(name, record)}
         for name, record in calibrations.items()
@@ -269,19 +261,13 @@ def _sealed(calibrations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
 def load(
     folder: Path, weights: Path | None = None, trust_file: bool = False, verify: bool = True
 ) -> Stored:
-    """Open an index folder. Nothing in it is executed, and sizes are checked before allocation.
+    """Open an index folder. Nothing in it is executed; sizes are checked before allocation.
 
     Args:
-        folder: what ``save`` wrote.
-        weights: where the extractor's file or folder is now, if it was moved; it must have the
-            same weights.
+        weights: where moved weights of the extractor are now; they must be the same.
         trust_file: run the TorchScript file of an SSCD extractor whatever its hash is.
-        verify: read the vectors once and compare their checksums, at the speed of the disk. The
-            environment variable ``MEMFREE_SKIP_CHECKSUMS=1`` turns it off in every command.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or the extractor's weights are not in place.
-        ValueError: it is unfinished, damaged, of another kind, or its files contradict each other.
+        verify: read the vectors once and compare checksums, at disk speed. The environment variable
+            ``MEMFREE_SKIP_CHECKSUMS=1`` turns it off in every command.
     """
     manifest = read_manifest(folder, "index")
     check_fields(manifest, _MANIFEST, f"{folder}/manifest.json")
@@ -329,7 +315,6 @@ def load(
 
 
 def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
-    """Memory-map the (rows, dimension) float32 array if its header and size say just that."""
     try:
         check_plain(path)
         # Copy-on-write: torch wants a writable array, the file stays as it is.
@@ -356,7 +341,6 @@ def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
 
 
 def _verify_vectors(path: Path, vectors: Tensor, expected: Any) -> None:
-    """Compare the file's checksums, which indexes of earlier versions do not have."""
     if expected is not None and block_checksums(path) != expected:
         raise ValueError(
             f"{path} is damaged: it does not have the checksums of manifest.json; build the index "
@@ -400,7 +384,6 @@ def _read_items(folder: Path, rows: int, groups: int, num_classes: int | None) -
 
 
 def _read_table(path: Path, schemas: list[pa.Schema]) -> pa.Table:
-    """Read a parquet file of exactly one of these schemas."""
     try:
         table = read_table(path, schemas[-1], _NULLABLE)
     except FileNotFoundError:

@@ -42,7 +42,7 @@ class Groups:
     """Which rows belong together."""
 
     group: Tensor
-    """(N,) int64 group number of every row, 0 to count − 1, all of them used."""
+    """(N,) int64 group number of every row, 0 to count − 1, all used."""
     count: int
     first: Tensor
     """(count,) int64, one row of every group."""
@@ -51,7 +51,7 @@ class Groups:
 
     @classmethod
     def of(cls, group: Tensor) -> Groups:
-        """Sort out the rows of a (N,) int64 tensor of group numbers."""
+        """Find one row of each group, and the others, from (N,) int64 group numbers."""
         count = int(group.max()) + 1
         rows = torch.arange(len(group), device=group.device)
         first = torch.full((count,), len(group), dtype=torch.int64, device=group.device)
@@ -61,20 +61,18 @@ class Groups:
 
     @property
     def singletons(self) -> bool:
-        """Whether every row is a group of its own."""
+        """Whether every row is its own group."""
         return len(self.others) == 0
 
 
 class References:
-    """Reference vectors prepared for search on one device.
+    """Reference vectors (N, D) float32 prepared for search; for ``cosine`` of length 1.
 
-    Distances come in two passes. The expanded square ‖r‖² − 2 q·r of *centred* vectors is one
-    matrix product, but loses digits where a query is close to a reference. So it only selects: all
-    rows whose approximate score lies within twice its error bound of the k-th best group's are
-    kept, which cannot lose a true neighbour, and their scores are computed again from differences.
-
-    ``vectors`` are (N, D) float32, for ``cosine`` of length 1. Without ``keep_centred`` every
-    exhaustive search centres them again, part by part, unless ``centred`` was used.
+    Distances take two passes. The expanded square ‖r‖² − 2 q·r of *centred* vectors is one matrix
+    product, but loses digits where a query is close to a reference. So it only selects all rows
+    whose approximate score lies within twice its error bound of the k-th best group's, which cannot
+    lose a true neighbour; their scores are then computed from differences. Without ``keep_centred``
+    exhaustive searches centre the vectors again, part by part, unless ``centred`` was used.
     """
 
     def __init__(
@@ -102,7 +100,7 @@ class References:
         return self.metric == "cosine" or self.keep_centred or self._centred is not None
 
     def centred_parts(self) -> Iterator[Tensor]:
-        """The centred vectors in parts of bounded size; each may overwrite the one before."""
+        """Centred vectors in parts of bounded size; each may overwrite the one before."""
         if self._has_centred:
             yield from self.centred.split(_rows(self.vectors))
             return
@@ -135,7 +133,7 @@ class References:
         return self._exhaustive(queries, costs, k)
 
     def _leading(self, queries: Tensor, costs: Tensor, k: int) -> tuple[Hits, Tensor]:
-        """Hits among a fixed number of lowest costs, and which are certain to be all, (B,) bool."""
+        """Hits among a fixed number of lowest costs, and (B,) bool: certainly all."""
         # Sizes do not depend on the data, so that an accelerator need not wait for the host.
         size = len(self.vectors)
         wanted = min(size, candidates(k, self.groups))
@@ -157,7 +155,6 @@ class References:
         return Hits(rows.gather(1, order), scores.gather(1, order)), certain
 
     def _exhaustive(self, queries: Tensor, costs: Tensor, k: int) -> Hits:
-        """Hits among all rows that may be among the nearest."""
         error = self.error(queries)
         best = costs if self.groups.singletons else self._best_of_group(costs)
         limit = best.topk(k, dim=1, largest=False).values[:, -1:] + 2 * error
@@ -221,7 +218,6 @@ class References:
         return factor * reference * (2 * query + reference)
 
     def _best_of_group(self, costs: Tensor) -> Tensor:
-        """Lowest cost of each group (B, groups)."""
         groups = self.groups
         best = costs[:, groups.first]
         index = groups.group[groups.others].expand(len(costs), -1)
@@ -239,7 +235,7 @@ class References:
         return scores
 
     def select(self, queries: Tensor, query: Tensor, row: Tensor, k: int) -> Hits:
-        """Score candidate pairs exactly and keep the best member of the k best groups a query.
+        """Score candidate pairs exactly; keep the best member of each query's k best groups.
 
         Ties go to the lower row. Every query needs candidates from at least k groups.
         """
@@ -265,12 +261,12 @@ class References:
 
 
 def candidates(k: int, groups: Groups) -> int:
-    """How many rows of lowest cost usually hold the k nearest groups."""
+    """Number of lowest-cost rows that usually hold the k nearest groups."""
     return (k if groups.singletons else 2 * k) + MARGIN
 
 
 def first_of_group(group: Tensor) -> Tensor:
-    """Where a number occurs first in its row of ``group`` (B, n), (B, n) bool."""
+    """First occurrence of each number in its row of ``group`` (B, n), as (B, n) bool."""
     order = group.argsort(dim=1, stable=True)
     ordered = group.gather(1, order)
     new = torch.ones_like(ordered, dtype=torch.bool)
@@ -307,9 +303,9 @@ def _mean(vectors: Tensor) -> Tensor:
 class FaissReferences:
     """Search of a flat FAISS index, on a GPU if FAISS sees one, with the results of ``References``.
 
-    FAISS finds candidates by approximate scores, which are then scored exactly. Queries whose
-    candidates are not certain to hold all neighbours (very large groups, ties beyond the margin)
-    are searched again exhaustively. FAISS keeps its own, centred copy of the vectors.
+    FAISS selects candidates by approximate score, which are then scored exactly. Queries whose
+    candidates may miss neighbours (very large groups, ties beyond the margin) are searched again
+    exhaustively. FAISS keeps its own centred copy of the vectors.
     """
 
     def __init__(self, references: References):

@@ -1,4 +1,4 @@
-"""CLIP features, from open_clip or a folder of an untrusted CLIP."""
+"""CLIP features, from open_clip or an untrusted local CLIP folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MODEL = (
 _PREPROCESSING = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
 _TOKENIZER = ("clean", "strip_sep_token", "reduction_mask", "additional_special_tokens")
 _NAMES_A_HUB = ("hf_model_name",)
-"""Makes open_clip ask the hub for a text tower's configuration."""
+"""Option that makes open_clip fetch a text tower's configuration from the hub."""
 
 
 def load_clip(folder: Path) -> Any:
@@ -39,7 +39,7 @@ def load_clip(folder: Path) -> Any:
 
     Raises:
         ValueError: the configuration names code, a hub or an unknown option, does not fit the
-            weights, or cannot be read; one line that names the folder.
+            weights, or cannot be read.
     """
     import open_clip  # takes seconds, which nobody else should wait for
 
@@ -51,7 +51,7 @@ def load_clip(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of such a folder: open_clip's own, or one whose files are in the folder."""
+    """Load such a folder's tokenizer: open_clip's own, or one with files in the folder."""
     from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 
     from memfree.folders.untrusted_models import check_tokenizer
@@ -75,7 +75,6 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The ``model_cfg`` of a folder, if its options only build open_clip's own networks."""
     import timm
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
@@ -110,7 +109,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _part(config: dict[str, Any], name: str, known: tuple[str, ...], path: Path) -> dict[str, Any]:
-    """A nested set of options, all of them known."""
     part = config.get(name)
     if part is None and name == "tokenizer_kwargs":
         return {}
@@ -144,19 +142,11 @@ def _check_size(open_clip: Any, name: str, folder: Path) -> None:
 class CLIPFeatures(NetworkFeatures):
     """CLIP image embeddings of length 1, compared by cosine; the text tower is not kept.
 
-    The preprocessing is the one that open_clip states for model and weights.
-
     Args:
-        model: open_clip's name of the architecture, as ViT-B-32; not used if ``path`` is a folder.
-        pretrained: open_clip's name of published weights, as laion2b_s34b_b79k (downloaded).
-        path: instead, a local checkpoint (safetensors, or a state dict that is loaded with
+        model: open_clip's architecture, e.g. ViT-B-32; not used if ``path`` is a folder.
+        pretrained: open_clip's published weights, e.g. laion2b_s34b_b79k (downloaded).
+        path: instead, a local checkpoint (safetensors, or a state dict loaded with
             ``weights_only``), or a folder with open_clip_config.json and a checkpoint.
-        dtype: arithmetic of the network.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the options contradict each other, name nothing that exists, or the weights are
-            of another model.
     """
 
     def __init__(

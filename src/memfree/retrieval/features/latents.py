@@ -13,7 +13,7 @@ from memfree.retrieval.options import Arithmetic
 
 
 class LatentFeatures(Features):
-    """The mode of a VAE's posterior as a latent diffusion model takes it, compared by L2 distance.
+    """A VAE's posterior mode as a latent diffusion model uses it, compared by L2 distance.
 
     z = (mode − shift_factor) · scaling_factor, flattened: c·h·w float32. Images are not resized.
     They can be decoded from latents, so an index of them holds the training set. ``vae`` is a
@@ -75,10 +75,10 @@ class LatentFeatures(Features):
         return self.latents(images).flatten(1)
 
     def are_of(self, vae: Any) -> bool:
-        """Whether another autoencoder encodes to the same latents, by its encoder's weights.
+        """Whether another autoencoder's encoder weights give the same latents.
 
-        Up to the rounding of half precision: a pipeline in float16 has not the hash of the folder
-        it was loaded from. Weights that are offloaded to no device count as equal.
+        Up to half-precision rounding, which changes the hash of a float16 pipeline. Weights
+        offloaded to no device count as equal.
         """
         other = getattr(vae, "_orig_mod", vae)  # under torch.compile
         if scaling(other) != (self.scaling_factor, self.shift_factor):
@@ -114,10 +114,7 @@ def scaling(vae: Any) -> tuple[float, float]:
 
 
 def check_latents(features: Features, vae: Any, name: str) -> None:
-    """Refuse references of multiplicity guidance that are not latents of a pipeline's ``vae``.
-
-    ``name`` is the option that the message begins with.
-    """
+    """Refuse references other than latents of the pipeline's ``vae``; ``name`` is the option."""
     if not isinstance(features, LatentFeatures):
         raise ValueError(
             f"{name} is an index of {features.describe()['name']}, not of latents: give one that "

@@ -1,4 +1,4 @@
-"""Make a feature extractor from options, or again from its description in an index folder."""
+"""Making a feature extractor from options, or from its description in an index folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _APPLIES: dict[FeatureName, tuple[str, ...]] = {
 }
 """Options of each extractor."""
 HAVE_DTYPE = tuple(name for name, options in _APPLIES.items() if "dtype" in options)
-"""Features whose network can work in another arithmetic than float32."""
+"""Features whose network supports arithmetic other than float32."""
 _DESCRIBED: dict[str, FeatureName] = {
     "pixels": "pixels",
     "efficientnet-lite0": "efficientnet",
@@ -41,7 +41,7 @@ _DESCRIBED: dict[str, FeatureName] = {
     "vae-latents": "latents",
     "copy-detection": "copy_detection",
 }
-"""Names in descriptions; ``whitened`` is made from another extractor."""
+"""Names in descriptions; ``whitened`` wraps another extractor."""
 _ARGUMENTS: dict[FeatureName, tuple[Callable[..., Features], tuple[str, ...]]] = {
     "pixels": (PixelFeatures, ()),
     "efficientnet": (EfficientNetFeatures, ()),
@@ -99,16 +99,15 @@ def features_from(
     weights: Path | None = None,
     trust_file: bool = False,
 ) -> Features:
-    """Make the extractor again that ``describe()`` and ``tensors()`` came from.
+    """Rebuild the extractor that wrote ``describe()`` and ``tensors()``.
 
-    Only extractors of this package are made, by name; nothing in the description is executed, and
-    a TorchScript file that it names needs ``trust_file`` as any other. ``weights`` is where the
-    file or folder of the weights is now, if it was moved.
+    Only this package's extractors are built, by name; nothing in the description is executed, and a
+    TorchScript file that it names still needs ``trust_file``. ``weights`` is the new place of moved
+    weights.
 
     Raises:
-        FileNotFoundError: the weights are not where the description says.
-        ValueError: the name is unknown, or the description is not what this version would write
-            (other preprocessing or other weights), so distances would not be comparable.
+        ValueError: the name is unknown, or this version would write another description (other
+            preprocessing or weights), so distances would not be comparable.
     """
     name = description.get("name")
     try:
@@ -155,7 +154,7 @@ def _described(name: FeatureName, fields: dict[str, Any], tensors: dict[str, Ten
 
 @contextmanager
 def _cached_repositories(description: dict[str, Any]) -> Iterator[None]:
-    """Take a repository that an index, not the user, names (``hf-hub:…``) from the cache only."""
+    """Take a repository named by an index, not the user (``hf-hub:…``), from the cache only."""
     model = str(description["model"])
     if ":" not in model:
         yield

