@@ -16,12 +16,8 @@ from memfree.models.options import ModelOptions, NetworkOptions, NoiseOptions
 
 
 def build_scheduler(options: NoiseOptions) -> Any:
-    """Build the diffusers scheduler of ``options``.
-
-    Raises:
-        ValueError: diffusers has no such scheduler, or it does not use cumulative alphas (flow
-            matching, continuous noise levels).
-    """
+    """Build the diffusers scheduler of ``options``; ValueError if it has another kind of noise
+    (flow matching, continuous levels) or does not exist."""
     name = f"--model.noise.scheduler {options.scheduler}"
     scheduler_class: Any = scheduler_class_named(options.scheduler)
     wanted = {key: value for key, value in asdict(options).items() if key != "scheduler"}
@@ -56,11 +52,8 @@ def scheduler_class_named(name: str) -> type[SchedulerMixin]:
 def build_network(
     options: NetworkOptions, image_shape: tuple[int, int, int], num_classes: int | None = None
 ) -> Any:
-    """Build a U-Net for images (C, H, W), with fresh weights from torch's global generator.
-
-    With ``num_classes`` it has one more label, the last: "no class". ValueError if the options do
-    not fit together or do not fit the image.
-    """
+    """U-Net for images (C, H, W), with weights from torch's global generator; the last of
+    ``num_classes + 1`` labels is "no class"."""
     _check(options, image_shape)
     channels, height, width = image_shape
     attention = options.attention
@@ -109,12 +102,9 @@ def _check(options: NetworkOptions, image_shape: tuple[int, int, int]) -> None:
 
 
 class DDPMModule(DiffusionModule):
-    """Trains a U-Net to predict ε or v, unconditionally or with labels.
-
-    A batch is a dict: ``image`` (B, C, H, W) in [-1, 1]; ``label`` (B,) int64, 0 to num_classes −
-    1, for a class-conditional model; optionally ``weight``, a number or (B,), which multiplies the
-    loss.
-    """
+    """Trains a U-Net to predict ε or v, unconditionally or with labels. A batch is a dict:
+    ``image`` (B, C, H, W) in [-1, 1]; ``label`` (B,) int64, 0 to num_classes − 1, for a
+    class-conditional model; optionally ``weight``, a number or (B,), which multiplies the loss."""
 
     def __init__(
         self,

@@ -56,12 +56,9 @@ def posterior(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decode scaled latents to images (B, 3, H, W), about in [−1, 1]; differentiable.
-
-    Runs in the weights' dtype even under autocast: SDXL's autoencoder overflows in float16, and
-    bfloat16 images have fewer shades than they are saved with. ``vae`` may be an
-    ``AutoencoderTiny``.
-    """
+    """Decode scaled latents to images (B, 3, H, W), about in [−1, 1]; differentiable. Runs in the
+    weights' dtype even under autocast: SDXL's autoencoder overflows in float16, and bfloat16 images
+    have fewer shades than they are saved with. ``vae`` may be an ``AutoencoderTiny``."""
     scale, shift = scaling(vae)
     with torch.autocast(latents.device.type, enabled=False):
         return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0].float()
@@ -154,13 +151,8 @@ class Denoiser(nn.Module):
         self.num_classes = num_classes
 
     def forward(self, x_t: Tensor, t: Tensor | int, conditions: Tensor | None = None) -> Tensor:
-        """Predict (B, C, H, W) what the scheduler's ``config.prediction_type`` says.
-
-        Args:
-            x_t: noisy images (B, C, H, W).
-            t: one timestep for all, 0-d or int, or one each, (B,).
-            conditions: labels (B,) int64 with ``num_classes`` for "no class", or None.
-        """
+        """Predict (B, C, H, W) what ``config.prediction_type`` says, at timesteps t, 0-d or (B,);
+        of the labels (B,) int64, ``num_classes`` is "no class"."""
         if self.num_classes is None and conditions is not None:
             raise ValueError("conditions were given, but the model is unconditional")
         if conditions is None:
@@ -181,11 +173,8 @@ class LoadedModel:
     denoiser: nn.Module
     """Called as ``denoiser(x_t, t, conditions)``; frozen, on the CPU."""
     scheduler: Any
-    """The diffusers scheduler saved with the model."""
     image_shape: tuple[int, int, int]
-    """(C, H, W)."""
     num_classes: int | None
-    """None without classes."""
     manifest: dict[str, Any]
     """The folder's ``manifest.json``; empty for a diffusers folder without one."""
     pipe: Any = None
@@ -222,14 +211,8 @@ class LoadedModel:
 
 
 def load_model(folder: Path, decoder: Path | None = None) -> LoadedModel:
-    """Load a model folder written by training, or a Stable-Diffusion-style pipeline.
-
-    Args:
-        decoder: folder of an AutoencoderTiny for a text-to-image model's latents.
-
-    Raises:
-        ValueError: it is not a finished model folder, or its parts do not belong together.
-    """
+    """Load a model folder written by training, or a Stable-Diffusion-style pipeline. ``decoder`` is
+    the folder of an AutoencoderTiny for a text-to-image model's latents."""
     folder = Path(folder)
     is_pipeline = (folder / "model_index.json").is_file()
     manifest = {} if is_pipeline else read_manifest(folder, "model")

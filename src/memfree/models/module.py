@@ -41,13 +41,10 @@ class DiffusionModule(pl.LightningModule, ABC):
     epoch, batch number and rank, so a resumed run repeats an uninterrupted one.
 
     Attributes:
-        network: the denoising network, a diffusers model.
-        noise_scheduler: the diffusers scheduler of training, saved with the model.
         alphas_cumprod: ᾱ_t of every training timestep, (T,) float32.
         has_averaged_weights: whether averaged weights were loaded and not trained since.
-        average: the copy with averaged weights, not a submodule; None without one.
         logs_loss: whether every step logs its loss, which costs part of a millisecond;
-            ``memfree.training.loggers.LossRecord``, which logs means, turns it off.
+            ``LossRecord``, which logs means, turns it off.
     """
 
     network: nn.Module
@@ -67,12 +64,10 @@ class DiffusionModule(pl.LightningModule, ABC):
         """Keep what all modules share; a subclass then calls ``set_network``.
 
         Args:
-            options: network, noise schedule, optimization; a checkpoint has them as a mapping.
             image_shape: (C, H, W) of the training images.
             seed: seeds the weights and all random numbers of training.
-            data: JSON values that identify the images (hash, order, augmentation); a checkpoint of
-                other data is not resumed.
-            stepping: how the Trainer steps (clipping, accumulation, precision); recorded like
+            data: JSON values that identify the images; a checkpoint of other data is not resumed.
+            stepping: how the Trainer steps (clipping, accumulation, precision), recorded like
                 ``data``.
         """
         super().__init__()
@@ -109,15 +104,8 @@ class DiffusionModule(pl.LightningModule, ABC):
         weights_only: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Load a checkpoint, with averaged weights if it has them; arguments are Lightning's.
-
-        Averages are those of ``ExponentialMovingAverage`` or Lightning's ``WeightAveraging``.
-        ``weights_only`` keeps code in the file from running.
-
-        Raises:
-            ValueError: not a checkpoint of such a module; one without its arguments (memfree of
-                November 2026 or earlier); or arguments of another model.
-        """
+        """Load a checkpoint, with averaged weights if it has them (``ExponentialMovingAverage`` or
+        Lightning's ``WeightAveraging``). ``weights_only`` keeps code in the file from running."""
         if isinstance(checkpoint_path, (str, Path)) and "://" not in str(checkpoint_path):
             kept = _kept_arguments(Path(checkpoint_path), weights_only)
             if not ({"options", "image_shape"} <= {*kept, *kwargs} or hparams_file):
@@ -167,7 +155,7 @@ class DiffusionModule(pl.LightningModule, ABC):
 
     @abstractmethod
     def _pipeline(self) -> Any:
-        """Return the diffusers pipeline with the module's own weights."""
+        """The diffusers pipeline with the module's own weights."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -195,11 +183,9 @@ class DiffusionModule(pl.LightningModule, ABC):
         """Draw images (B, C, H, W) in [−1, 1] from pure noise."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Weighted mean squared error of the prediction at random noise levels, 0-d.
-
-        Logged as ``train/loss``, of this rank alone, and not in the progress bar, for which
-        Lightning would wait for the device after every step.
-        """
+        """Weighted mean squared error of the prediction at random noise levels, 0-d. Logged as
+        ``train/loss``, of this rank alone, and not in the progress bar, for which Lightning would
+        wait for the device after every step."""
         loss = self.loss(batch, self.step_generator(batch_idx))
         if self.logs_loss:
             self.log("train/loss", loss, on_step=True, on_epoch=False)
@@ -240,12 +226,10 @@ class DiffusionModule(pl.LightningModule, ABC):
         return (prediction.float() - training_target(x_0, noise, alpha_bar, kind)).square()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean squared error at noise levels ``VALIDATED_AT`` with noise fixed per image, 0-d.
-
-        Equal up to rounding however images are batched and divided among ranks. Logged as
-        ``val/loss``, the mean over all ranks, of averaged weights if any. ``row`` (B,) int64 fixes
-        an image's noise, without it the place in the batches does; ``weight`` is not used.
-        """
+        """Mean squared error at levels ``VALIDATED_AT`` with noise fixed per image by ``row``,
+        without it by place in the batches. Logged as ``val/loss``, the mean over all ranks, of
+        averaged weights if any; equal up to rounding however images are batched. ``weight`` is not
+        used."""
         count = len(batch["image"])
         places = range(batch_idx * count, (batch_idx + 1) * count)
         rows = batch["row"].tolist() if "row" in batch else places

@@ -20,12 +20,7 @@ XL: Any = StableDiffusionXLPipeline
 
 
 def load_pipeline(name: str | Path) -> Any:
-    """Load an SD 1.x, 2.x or SDXL pipeline from a folder or the hub, in float32 on the CPU.
-
-    Raises:
-        ValueError: it is not such a pipeline, or lacks a part.
-        OSError: no pipeline has this name.
-    """
+    """Load an SD 1.x, 2.x or SDXL pipeline from a folder or the hub, in float32 on the CPU."""
     source = pipeline_folder(Path(name))
     local = source.is_dir()
     if local and not (source / "model_index.json").is_file():
@@ -89,10 +84,8 @@ def check_pipeline(pipe: Any, name: str) -> None:
 
 
 def encode(pipe: Any, prompts: Sequence[str]) -> TextConditions:
-    """Encode prompts; gradients flow where enabled.
-
-    An empty prompt becomes the pipeline's own unconditional one: zeros if SDXL is configured so.
-    """
+    """Encode prompts; gradients flow where enabled. An empty prompt becomes the pipeline's own
+    unconditional one: zeros if SDXL is configured so."""
     device = pipe.text_encoder.device
     if isinstance(pipe, XL):
         embeddings, _, pooled, _ = pipe.encode_prompt(
@@ -111,10 +104,8 @@ def encode(pipe: Any, prompts: Sequence[str]) -> TextConditions:
 
 class TextDenoiser(nn.Module):
     """A conditional U-Net with the calling convention of ``Denoiser``, for encoded prompts.
-
     ``image_size`` (H, W) is passed to SDXL's network; ``null``, the encoded empty prompt as a batch
-    of 1, is used where no conditions are given.
-    """
+    of 1, is used where no conditions are given."""
 
     def __init__(
         self, network: Any, image_size: tuple[int, int], null: TextConditions | None = None

@@ -87,12 +87,10 @@ PREVIEW_PIXELS = 1 << 20
 
 
 class TextToImageModule(DiffusionModule):
-    """Trains the U-Net of a pipeline, or adapters in it, to denoise latents given captions.
-
-    A batch is a dict: ``image`` (B, 3, H, W) in [-1, 1]; ``caption``, B strings; ``row`` (B,)
-    int64, the image's number, for the cache; optionally ``weight``. The autoencoder is frozen, as
-    is the text encoder unless ``finetune.train_text_encoder``.
-    """
+    """Trains the U-Net of a pipeline, or adapters in it, to denoise latents given captions. A batch
+    is a dict: ``image`` (B, 3, H, W) in [-1, 1]; ``caption``, B strings; ``row`` (B,) int64, the
+    image's number, for the cache; optionally ``weight``. The autoencoder is frozen, as is the text
+    encoder unless ``finetune.train_text_encoder``."""
 
     def __init__(
         self,
@@ -103,13 +101,8 @@ class TextToImageModule(DiffusionModule):
         data: dict[str, Any] | None = None,
         stepping: dict[str, Any] | None = None,
     ) -> None:
-        """Split a pipeline into trained and frozen parts; see ``DiffusionModule``.
-
-        Args:
-            pipe: a Stable Diffusion (XL) pipeline, whose networks are trained in place; None: that
-                of ``options.pretrained``, for ``load_from_checkpoint``.
-            image_shape: (3, H, W) of the training images; required.
-        """
+        """Split a pipeline into trained and frozen parts; see ``DiffusionModule``. ``pipe`` is
+        trained in place; None: that of ``options.pretrained``, for ``load_from_checkpoint``."""
         if image_shape is None:
             raise ValueError("image_shape is missing: (3, H, W) of the training images")
         super().__init__(options, image_shape, seed, data, stepping)
@@ -273,10 +266,8 @@ class TextToImageModule(DiffusionModule):
 
 
 def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Min-SNR-γ loss weights (B,) (Hang et al., ICCV 2023, arXiv 2303.09556, section 3.4).
-
-    min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v, with SNR = ᾱ/(1 − ᾱ).
-    """
+    """Min-SNR-γ loss weights (B,) (Hang et al., ICCV 2023, arXiv 2303.09556, section 3.4). min(SNR,
+    γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v, with SNR = ᾱ/(1 − ᾱ)."""
     snr = alpha_bar / (1 - alpha_bar)
     capped = snr.clamp(max=gamma)
     return capped / (snr + 1) if prediction_type == "v_prediction" else capped / snr

@@ -165,10 +165,8 @@ def embedded(
 
 
 def assemble(origin: Origin, images: Embedded, batch_size: int) -> tuple[Tensor, Items]:
-    """Vectors (rows, D) and items of an index, one row for identical images.
-
-    Without declared groups the images are read again to find near copies.
-    """
+    """Vectors (rows, D) and items, one row for identical images, read again if groups are to be
+    found."""
     assert len(images.hashes) == len(images.vectors) == len(origin.keys)
     row = numbered(images.hashes)
     kept = torch.from_numpy(np.unique(row, return_index=True)[1])
@@ -195,10 +193,8 @@ def near_copies(images: Tensor, since: int = 0) -> np.ndarray:
 
 
 def joined_by_copies(row: np.ndarray, names: Sequence[object]) -> np.ndarray:
-    """Group of every row (rows,), where an image with copies joins all their groups.
-
-    ``row`` (N,) is the row of every image by first appearance; ``names`` are N declared groups.
-    """
+    """Group of every row (rows,), where an image with copies joins all their groups. ``row`` (N,)
+    is the row of every image by first appearance; ``names`` are N declared groups."""
     first = np.unique(row, return_index=True)[1]
     copies = np.stack([first[row], np.arange(len(row))], axis=1)
     # In tuples, as None is a name here.
@@ -206,10 +202,8 @@ def joined_by_copies(row: np.ndarray, names: Sequence[object]) -> np.ndarray:
 
 
 def merged(origin: Origin, row: np.ndarray, group: np.ndarray, hashes: Sequence[str]) -> Items:
-    """Items of an index, adding up images that share a row.
-
-    ``row`` (N,) and ``hashes`` are per image, ``group`` is per row; rows count by first appearance.
-    """
+    """Items of an index, adding up images that share a row. ``row`` (N,) and ``hashes`` are per
+    image, ``group`` is per row; rows count by first appearance."""
     _, first = np.unique(row, return_index=True)
     keys = [origin.keys[i] for i in first]
     multiplicity = torch.zeros(len(first), dtype=torch.int64)

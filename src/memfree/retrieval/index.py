@@ -50,7 +50,6 @@ class ReferenceIndex:
 
     Attributes:
         vectors: (rows, D) float32, possibly memory-mapped; of length 1 for ``cosine``.
-        items: keys, groups, multiplicities and conditions of the rows.
         image_shape: (C, H, W) of the images.
         dataset_hash: hash of the dataset folder, None for an index of bare tensors.
         calibrations: by similarity name, JSON that ``memfree.guidance.calibrate`` stores here.
@@ -275,17 +274,14 @@ class ReferenceIndex:
         keys: Sequence[str] | None = None,
         batch_size: int = 256,
     ) -> ReferenceIndex:
-        """Return a new index with more images, which must be calibrated again.
-
-        An indexed image adds to its row's multiplicity and conditions; others become rows at the
-        end. This index, and guidances that hold it, do not change.
+        """Return a new index with more images, which must be calibrated again. An indexed image
+        adds to its row's multiplicity and conditions; others become rows at the end.
 
         Args:
             images: (N, C, H, W) in [-1, 1], of the index's shape.
             captions, labels, counts: as in ``build``; labels exactly if the index has labels.
-            groups: group of every image: equal values belong together, also with the indexed image
-                whose key they are. None: near copies are found by their pixels, among the new
-                images and, in an index of pixels, the old ones.
+            groups: group of every image; a value may be the key of an indexed image. None: near
+                copies are found by their pixels, in an index of pixels among the old images too.
             keys: name of every image; None: free numbers.
 
         Raises:
@@ -370,10 +366,8 @@ class ReferenceIndex:
 
     def remove(self, keys: Iterable[str]) -> ReferenceIndex:
         """Return a new index without the images of these keys and their copies, as for opt-outs.
-
         Other rows of their groups stay together. The new index must be calibrated again. ValueError
-        if a key is unknown or no image is left.
-        """
+        if a key is unknown or no image is left."""
         gone = {keys} if isinstance(keys, str) else set(keys)
         if unknown := gone - set(self.keys):
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -407,13 +401,11 @@ class ReferenceIndex:
     def hashed(
         self, salt: str, keep_captions: bool = False, keep_shards: bool = False
     ) -> ReferenceIndex:
-        """Return a new index that names no image, for parties who may not hold them.
-
-        Keys become ``index_folder.hashed_key``; images cannot be added.
+        """Return a new index that names no image, for parties who may not hold them. Keys become
+        ``index_folder.hashed_key``; images cannot be added.
 
         Args:
-            salt: 16 characters or more, kept by the owner of the images, who traces a hit with it
-                and the list of keys.
+            salt: 16 characters or more, kept by the owner, who traces hits with it and the keys.
             keep_captions: keep the captions, which may name people.
             keep_shards: keep the names of the shards.
 

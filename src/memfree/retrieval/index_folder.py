@@ -91,10 +91,8 @@ class Stored:
 
 
 def hashed_key(key: str, salt: str) -> str:
-    """HMAC-SHA256 of an image key under the owner's salt, as hexadecimal digits.
-
-    Salt and list of keys reveal the key of a hit; nobody else can tell whether a key is indexed.
-    """
+    """HMAC-SHA256 of an image key under the owner's salt, as hexadecimal digits. Salt and list of
+    keys reveal the key of a hit; nobody else can tell whether a key is indexed."""
     return hmac.new(salt.encode(), key.encode(), hashlib.sha256).hexdigest()
 
 
@@ -151,11 +149,9 @@ def _notice(features: Features) -> str:
 
 
 def save(index: Stored, folder: Path, overwrite: bool = False) -> None:
-    """Write an index folder beside its place, then rename it there.
-
-    It replaces an index of the same data, and with ``overwrite`` one of other data; ValueError for
-    anything else in the folder.
-    """
+    """Write an index folder beside its place, then rename it there. It replaces an index of the
+    same data, and with ``overwrite`` one of other data; ValueError for anything else in the
+    folder."""
     folder = folder.absolute()
     vectors, items, content_hash = index.vectors, index.items, None
     if index.dataset_hash is None:  # tells indexes of bare tensors apart
@@ -221,11 +217,9 @@ def _write_arrays(index: Stored, folder: Path) -> None:
 def claim_index(
     out: Path, images_hash: str | None, features: dict[str, Any], overwrite: bool
 ) -> Found:
-    """Accept ``out`` as the place of an index.
-
-    ``images_hash`` is that of the dataset folder or of an index's tensors. ValueError if ``out``
-    holds something else, or without ``overwrite`` an index of other images or features.
-    """
+    """Accept ``out`` as the place of an index. ``images_hash`` is that of the dataset folder or of
+    an index's tensors. ValueError if ``out`` holds something else, or without ``overwrite`` an
+    index of other images or features."""
     identity_here = _made_from({"dataset_hash": images_hash, "features": features})
     return claim(out, "index", None if overwrite else identity_here, overwrite, _made_from)
 

@@ -38,7 +38,6 @@ class Items:
     conditions: pa.Table
     """``CONDITIONS``: records of a row by label and caption; empty for unconditional data."""
     num_classes: int | None
-    """Number of classes, None without labels."""
     shards: list[str | None] = field(default_factory=list)
     """Shard of the first record of every row, None if unknown."""
     contents: list[str | None] = field(default_factory=list)
@@ -139,21 +138,14 @@ def conditions_table(
 def duplicated_captions(
     items: Items, rows: Tensor, policy: CaptionPolicy = "nearest", m: int = 20
 ) -> list[str]:
-    """Caption that each query is suspected to copy, B captions.
+    """Caption that each query is suspected to copy, for rows (B, k) of a search, nearest first.
 
     ``nearest`` is the paper's: the caption of the nearest image. ``most_common`` is the authors'
-    code: the caption of most neighbours if more than m have it, else the nearest image's. Their
-    neighbours are records, with copies one by one; here copies are one row with a count, and only
-    the nearest of near copies is returned. So a neighbour counts with all training records of its
-    group under each of their captions; ties go to the nearer image. An image without a caption
-    gives that of most records in its group, or "".
-
-    Args:
-        rows: (B, k) rows returned by a search, nearest first.
-        m: records that the most common caption must exceed; 20 of 1000 in the authors' code.
-
-    Raises:
-        ValueError: the index has no captions, or rows or m is out of range.
+    code: the caption of most neighbours if more than m (20 of 1000 there) have it, else the nearest
+    image's. Their neighbours are records, with copies one by one; here copies are one row with a
+    count, and only the nearest of near copies is returned. So a neighbour counts with all training
+    records of its group under each of their captions; ties go to the nearer image. An image without
+    a caption gives that of most records in its group, or "".
     """
     if items.captions is None:
         raise ValueError("the index has no captions: build it from captioned images")

@@ -26,12 +26,8 @@ _MOST = 2048  # neighbours that FAISS returns on a GPU, at most
 
 @dataclass
 class Hits:
-    """Nearest references of B queries, best first.
-
-    Attributes:
-        rows: (B, k) int64 rows of the index.
-        scores: (B, k) float32: L2 distances, or cosine similarities.
-    """
+    """Nearest references of B queries, best first: (B, k) int64 rows of the index, and (B, k)
+    float32 scores, L2 distances or cosine similarities."""
 
     rows: Tensor
     scores: Tensor
@@ -205,11 +201,9 @@ class References:
             return total
 
     def error(self, queries: Tensor) -> Tensor:
-        """Bound (B, 1) on the rounding error of approximate costs.
-
-        The probabilistic bound of a D-term product, u·√D·‖q‖·‖r‖ (Higham and Mary, 2019), times a
-        generous constant, with u the rounding unit of float32.
-        """
+        """Bound (B, 1) on the rounding error of approximate costs. The probabilistic bound of a
+        D-term product, u·√D·‖q‖·‖r‖ (Higham and Mary, 2019), times a generous constant, with u the
+        rounding unit of float32."""
         factor = 8 * 2.0**-24 * (self.vectors.shape[1] ** 0.5 + 1)
         if self.metric == "cosine":
             return queries.new_full((len(queries), 1), factor)
@@ -235,10 +229,8 @@ class References:
         return scores
 
     def select(self, queries: Tensor, query: Tensor, row: Tensor, k: int) -> Hits:
-        """Score candidate pairs exactly; keep the best member of each query's k best groups.
-
-        Ties go to the lower row. Every query needs candidates from at least k groups.
-        """
+        """Score candidate pairs exactly; keep the best member of each query's k best groups. Ties
+        go to the lower row. Every query needs candidates from at least k groups."""
         order = row.argsort(stable=True)
         query, row = query[order], row[order]
         scores = self.exact_scores(queries, query, row)
@@ -302,11 +294,9 @@ def _mean(vectors: Tensor) -> Tensor:
 
 class FaissReferences:
     """Search of a flat FAISS index, on a GPU if FAISS sees one, with the results of ``References``.
-
     FAISS selects candidates by approximate score, which are then scored exactly. Queries whose
     candidates may miss neighbours (very large groups, ties beyond the margin) are searched again
-    exhaustively. FAISS keeps its own centred copy of the vectors.
-    """
+    exhaustively. FAISS keeps its own centred copy of the vectors."""
 
     def __init__(self, references: References):
         self.references = references

@@ -25,11 +25,7 @@ Metric = Literal["l2", "cosine"]
 
 class Features(nn.Module, ABC):
     """A frozen, differentiable map from images (B, C, H, W) in [-1, 1] to vectors (B, D) float32.
-
-    Attributes:
-        metric: how two vectors are compared: ``l2`` (distance) or ``cosine`` (similarity).
-        reveals_images: whether images can be reconstructed from their vectors.
-    """
+    They are compared by ``metric``; ``reveals_images``: images can be reconstructed from them."""
 
     metric: Metric
     reveals_images: bool = False
@@ -112,10 +108,8 @@ def unreadable(message: str, *further: type[Exception]) -> Iterator[None]:
 
 class NetworkFeatures(Features):
     """A network's embedding of length 1, compared by cosine; differentiable in the images.
-
     ``network`` maps prepared images (B, 3, h, w) to embeddings (B, D) in ``dtype`` arithmetic; it
-    is frozen here, and embeddings are always float32.
-    """
+    is frozen here, and embeddings are always float32."""
 
     metric: Metric = "cosine"
 

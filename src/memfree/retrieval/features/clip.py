@@ -36,11 +36,7 @@ _NAMES_A_HUB = ("hf_model_name",)
 
 def load_clip(folder: Path) -> Any:
     """Build the CLIP of a folder with ``open_clip_config.json`` and a checkpoint, on the CPU.
-
-    Raises:
-        ValueError: the configuration names code, a hub or an unknown option, does not fit the
-            weights, or cannot be read.
-    """
+    ValueError for a configuration that names code, a hub or an unknown option."""
     import open_clip  # takes seconds, which nobody else should wait for
 
     name = f"local-dir:{folder.absolute()}"

@@ -54,11 +54,9 @@ class CopyDetectionShape:
 
 
 class CopyDetectionNetwork(nn.Module):
-    """A small residual network with smooth layers: group norm, SiLU, average and GeM pooling.
-
-    Group norm treats each image alone, so training and use agree. Strides are averages, so
-    gradients with respect to pixels have no checkerboard.
-    """
+    """A small residual network with smooth layers: group norm, SiLU, average and GeM pooling. Group
+    norm treats each image alone, so training and use agree. Strides are averages, so gradients with
+    respect to pixels have no checkerboard."""
 
     def __init__(self, shape: CopyDetectionShape) -> None:
         super().__init__()
@@ -96,11 +94,9 @@ class _Block(nn.Module):
 
 
 class CopyDetectionFeatures(NetworkFeatures):
-    """Embedding of a copy-detection network, of length 1, compared by cosine.
-
-    Trained by ``memfree train-embedding`` with SSCD's recipe (Pizzi et al., CVPR 2022). An index
-    holds the weights, so it does not need the folder ``path``.
-    """
+    """Embedding of a copy-detection network, of length 1, compared by cosine. Trained by ``memfree
+    train-embedding`` with SSCD's recipe (Pizzi et al., CVPR 2022). An index holds the weights, so
+    it does not need the folder ``path``."""
 
     def __init__(
         self, shape: CopyDetectionShape, weights: dict[str, Tensor], path: Path | None = None

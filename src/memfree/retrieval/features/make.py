@@ -58,12 +58,8 @@ def _make(name: FeatureName, fields: dict[str, Any]) -> Features:
 
 
 def make_features(name: FeatureName, options: ExtractorOptions) -> Features:
-    """Make the extractor of this name.
-
-    Raises:
-        FileNotFoundError: its weights are not there.
-        ValueError: an option is missing, does not apply, or does not fit the weights.
-    """
+    """Make the extractor of this name; ValueError if an option is missing, does not apply, or does
+    not fit the weights."""
     given, default = asdict(options), asdict(ExtractorOptions())
     for option, value in given.items():
         if value != default[option] and option not in _APPLIES[name]:
@@ -103,11 +99,8 @@ def features_from(
 
     Only this package's extractors are built, by name; nothing in the description is executed, and a
     TorchScript file that it names still needs ``trust_file``. ``weights`` is the new place of moved
-    weights.
-
-    Raises:
-        ValueError: the name is unknown, or this version would write another description (other
-            preprocessing or weights), so distances would not be comparable.
+    weights. ValueError if this version would write another description (other preprocessing or
+    weights): distances would not be comparable.
     """
     name = description.get("name")
     try:

@@ -91,11 +91,9 @@ class TimmFeatures(NetworkFeatures):
 
 
 class EfficientNetFeatures(NetworkFeatures):
-    """Pooled features of EfficientNet-Lite0 (ImageNet), 1280 numbers, compared by cosine.
-
-    The weights ship in a Python package. Images are resized to 64×64, bilinear with antialiasing,
-    and scaled as in the network's training, (u8 − 127)/128.
-    """
+    """Pooled features of EfficientNet-Lite0 (ImageNet), 1280 numbers, compared by cosine. The
+    weights ship in a Python package. Images are resized to 64×64, bilinear with antialiasing, and
+    scaled as in the network's training, (u8 − 127)/128."""
 
     size = 64
     """Height and width in pixels to which images are resized."""
