@@ -16,8 +16,7 @@ from memfree.models.options import ModelOptions, NetworkOptions, NoiseOptions
 
 
 def build_scheduler(options: NoiseOptions) -> Any:
-    """Build the diffusers scheduler of ``options``; ValueError if it has another kind of noise
-    (flow matching, continuous levels) or does not exist."""
+    """Build the diffusers scheduler of ``options``; ValueError without cumulative alphas."""
     name = f"--model.noise.scheduler {options.scheduler}"
     scheduler_class: Any = scheduler_class_named(options.scheduler)
     wanted = {key: value for key, value in asdict(options).items() if key != "scheduler"}
@@ -52,8 +51,7 @@ def scheduler_class_named(name: str) -> type[SchedulerMixin]:
 def build_network(
     options: NetworkOptions, image_shape: tuple[int, int, int], num_classes: int | None = None
 ) -> Any:
-    """U-Net for images (C, H, W), with weights from torch's global generator; the last of
-    ``num_classes + 1`` labels is "no class"."""
+    """U-Net with weights from torch's global generator; the last label is "no class"."""
     _check(options, image_shape)
     channels, height, width = image_shape
     attention = options.attention
@@ -102,9 +100,8 @@ def _check(options: NetworkOptions, image_shape: tuple[int, int, int]) -> None:
 
 
 class DDPMModule(DiffusionModule):
-    """Trains a U-Net to predict ε or v, unconditionally or with labels. A batch is a dict:
-    ``image`` (B, C, H, W) in [-1, 1]; ``label`` (B,) int64, 0 to num_classes − 1, for a
-    class-conditional model; optionally ``weight``, a number or (B,), which multiplies the loss."""
+    """Trains a U-Net to predict ε or v on batches of ``image`` (B, C, H, W) in [-1, 1], ``label``
+    (B,) int64 if class-conditional, and optionally ``weight``, a number or (B,), of the loss."""
 
     def __init__(
         self,

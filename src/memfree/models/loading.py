@@ -43,7 +43,7 @@ def latent_shape(vae: Any, image_shape: tuple[int, int, int]) -> tuple[int, int,
 def pixels_per_latent(autoencoder: Any) -> int:
     """Image pixels per latent along height and width."""
     config = autoencoder.config
-    # Of an AutoencoderTiny, block_out_channels are the decoder's.
+    # An AutoencoderTiny's block_out_channels are the decoder's.
     return getattr(config, "upsampling_scaling_factor", 2) ** (len(config.block_out_channels) - 1)
 
 
@@ -56,9 +56,8 @@ def posterior(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decode scaled latents to images (B, 3, H, W), about in [−1, 1]; differentiable. Runs in the
-    weights' dtype even under autocast: SDXL's autoencoder overflows in float16, and bfloat16 images
-    have fewer shades than they are saved with. ``vae`` may be an ``AutoencoderTiny``."""
+    """Decode scaled latents to images (B, 3, H, W), about in [−1, 1]; differentiable. Keeps the
+    weights' dtype under autocast: SDXL's VAE overflows in float16, and bfloat16 loses shades."""
     scale, shift = scaling(vae)
     with torch.autocast(latents.device.type, enabled=False):
         return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0].float()
@@ -77,9 +76,9 @@ def load_network(kind: Any, folder: Path) -> Any:
                 folder,
                 use_safetensors=True,
                 local_files_only=True,
-                # The default needs accelerate, and asks for it at every load where that is missing.
+                # The default needs accelerate, and warns at every load without it.
                 low_cpu_mem_usage=False,
-                # By default random weights take the place of those that do not fit.
+                # By default random weights replace those that do not fit.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -151,8 +150,7 @@ class Denoiser(nn.Module):
         self.num_classes = num_classes
 
     def forward(self, x_t: Tensor, t: Tensor | int, conditions: Tensor | None = None) -> Tensor:
-        """Predict (B, C, H, W) what ``config.prediction_type`` says, at timesteps t, 0-d or (B,);
-        of the labels (B,) int64, ``num_classes`` is "no class"."""
+        """Predict (B, C, H, W) at timesteps t, 0-d or (B,); label ``num_classes`` is "no class"."""
         if self.num_classes is None and conditions is not None:
             raise ValueError("conditions were given, but the model is unconditional")
         if conditions is None:
@@ -211,8 +209,8 @@ class LoadedModel:
 
 
 def load_model(folder: Path, decoder: Path | None = None) -> LoadedModel:
-    """Load a model folder written by training, or a Stable-Diffusion-style pipeline. ``decoder`` is
-    the folder of an AutoencoderTiny for a text-to-image model's latents."""
+    """Load a trained model folder or Stable-Diffusion-style pipeline; ``decoder`` is the folder of
+    an AutoencoderTiny for a text-to-image model's latents."""
     folder = Path(folder)
     is_pipeline = (folder / "model_index.json").is_file()
     manifest = {} if is_pipeline else read_manifest(folder, "model")

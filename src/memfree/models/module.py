@@ -38,13 +38,10 @@ class DiffusionModule(pl.LightningModule, ABC):
     """A network that learns to predict ε or v, and the diffusers pipeline that it becomes.
 
     What a step draws (noise, noise levels, dropped conditions, dropout) depends only on seed,
-    epoch, batch number and rank, so a resumed run repeats an uninterrupted one.
-
-    Attributes:
-        alphas_cumprod: ᾱ_t of every training timestep, (T,) float32.
-        has_averaged_weights: whether averaged weights were loaded and not trained since.
-        logs_loss: whether every step logs its loss, which costs part of a millisecond;
-            ``LossRecord``, which logs means, turns it off.
+    epoch, batch number and rank, so a resumed run repeats an uninterrupted one. ``alphas_cumprod``
+    (T,) is ᾱ_t; ``has_averaged_weights``: averaged weights were loaded and not trained since;
+    ``logs_loss``, off under ``LossRecord``, logs every step's loss, which costs part of a
+    millisecond.
     """
 
     network: nn.Module
@@ -104,8 +101,8 @@ class DiffusionModule(pl.LightningModule, ABC):
         weights_only: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Load a checkpoint, with averaged weights if it has them (``ExponentialMovingAverage`` or
-        Lightning's ``WeightAveraging``). ``weights_only`` keeps code in the file from running."""
+        """Load a checkpoint, with averaged weights if any; ``weights_only`` runs none of its
+        code."""
         if isinstance(checkpoint_path, (str, Path)) and "://" not in str(checkpoint_path):
             kept = _kept_arguments(Path(checkpoint_path), weights_only)
             if not ({"options", "image_shape"} <= {*kept, *kwargs} or hparams_file):
@@ -183,9 +180,8 @@ class DiffusionModule(pl.LightningModule, ABC):
         """Draw images (B, C, H, W) in [−1, 1] from pure noise."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Weighted mean squared error of the prediction at random noise levels, 0-d. Logged as
-        ``train/loss``, of this rank alone, and not in the progress bar, for which Lightning would
-        wait for the device after every step."""
+        """Weighted mean squared error at random noise levels, 0-d. Logged as ``train/loss``, of
+        this rank alone; in the progress bar Lightning would wait for the device each step."""
         loss = self.loss(batch, self.step_generator(batch_idx))
         if self.logs_loss:
             self.log("train/loss", loss, on_step=True, on_epoch=False)
@@ -226,10 +222,9 @@ class DiffusionModule(pl.LightningModule, ABC):
         return (prediction.float() - training_target(x_0, noise, alpha_bar, kind)).square()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean squared error at levels ``VALIDATED_AT`` with noise fixed per image by ``row``,
-        without it by place in the batches. Logged as ``val/loss``, the mean over all ranks, of
-        averaged weights if any; equal up to rounding however images are batched. ``weight`` is not
-        used."""
+        """Mean squared error at levels ``VALIDATED_AT`` with noise fixed per ``row``, else per
+        place in the batches. Logged as ``val/loss``, the mean over all ranks, of averaged weights
+        if any; equal up to rounding however images are batched. ``weight`` is ignored."""
         count = len(batch["image"])
         places = range(batch_idx * count, (batch_idx + 1) * count)
         rows = batch["row"].tolist() if "row" in batch else places

@@ -226,8 +226,8 @@ class SmallClipOptions:
     image_dropout: ClosedUnitInterval = 0.3
     """Dropout of the trunk's features."""
     views: PositiveInt = 8
-    """Augmented views of each image, computed by the trunk once before training; the first is the
-    image itself."""
+    """Augmented views of each image that the trunk sees once, before training; the first is the
+    image."""
     learning_rate: PositiveFloat = 1e-3
     """Highest learning rate of AdamW; it falls to 0 along a cosine."""
     weight_decay: NonNegativeFloat = 0.2

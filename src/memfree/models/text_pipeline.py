@@ -84,8 +84,7 @@ def check_pipeline(pipe: Any, name: str) -> None:
 
 
 def encode(pipe: Any, prompts: Sequence[str]) -> TextConditions:
-    """Encode prompts; gradients flow where enabled. An empty prompt becomes the pipeline's own
-    unconditional one: zeros if SDXL is configured so."""
+    """Encode prompts, with gradients where enabled; SDXL may encode the empty prompt as zeros."""
     device = pipe.text_encoder.device
     if isinstance(pipe, XL):
         embeddings, _, pooled, _ = pipe.encode_prompt(
@@ -103,9 +102,8 @@ def encode(pipe: Any, prompts: Sequence[str]) -> TextConditions:
 
 
 class TextDenoiser(nn.Module):
-    """A conditional U-Net with the calling convention of ``Denoiser``, for encoded prompts.
-    ``image_size`` (H, W) is passed to SDXL's network; ``null``, the encoded empty prompt as a batch
-    of 1, is used where no conditions are given."""
+    """A conditional U-Net called like ``Denoiser``. SDXL's network is told ``image_size`` (H, W);
+    ``null``, the encoded empty prompt as a batch of 1, is used without conditions."""
 
     def __init__(
         self, network: Any, image_size: tuple[int, int], null: TextConditions | None = None

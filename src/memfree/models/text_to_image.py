@@ -88,9 +88,9 @@ PREVIEW_PIXELS = 1 << 20
 
 class TextToImageModule(DiffusionModule):
     """Trains the U-Net of a pipeline, or adapters in it, to denoise latents given captions. A batch
-    is a dict: ``image`` (B, 3, H, W) in [-1, 1]; ``caption``, B strings; ``row`` (B,) int64, the
-    image's number, for the cache; optionally ``weight``. The autoencoder is frozen, as is the text
-    encoder unless ``finetune.train_text_encoder``."""
+    has ``image`` (B, 3, H, W) in [-1, 1], ``caption``, ``row`` (B,) int64, the image's number for
+    the cache, and optionally ``weight``. The text encoder is frozen unless
+    ``finetune.train_text_encoder``."""
 
     def __init__(
         self,

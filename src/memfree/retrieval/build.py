@@ -104,7 +104,7 @@ class Origin:
             keys=list(part.keys),
             counts=part.copies.cpu().long(),
             groups=list(part.groups),
-            # A condition counts only if the image is trained on; the table may name other parts'.
+            # A condition counts only if the image is trained on; the table may list others.
             conditions=[
                 (position[key], label, caption, count)
                 for key, label, caption, count in zip(*columns, strict=True)
@@ -123,7 +123,7 @@ def check_images(images: Tensor) -> None:
     if not images.is_floating_point():
         raise ValueError(f"images must be float in [-1, 1], not {images.dtype}: use u8/127.5 - 1")
     low, high = (float(value) for value in images.aminmax())
-    if not (low >= -1.001 and high <= 1.001):  # also what NaN fails
+    if not (low >= -1.001 and high <= 1.001):  # false for NaN too
         raise ValueError(f"images must be finite and in [-1, 1], but span {low:g} … {high:g}")
 
 
@@ -165,8 +165,7 @@ def embedded(
 
 
 def assemble(origin: Origin, images: Embedded, batch_size: int) -> tuple[Tensor, Items]:
-    """Vectors (rows, D) and items, one row for identical images, read again if groups are to be
-    found."""
+    """Vectors (rows, D) and items, one row for identical images; undeclared groups are found."""
     assert len(images.hashes) == len(images.vectors) == len(origin.keys)
     row = numbered(images.hashes)
     kept = torch.from_numpy(np.unique(row, return_index=True)[1])
@@ -193,17 +192,16 @@ def near_copies(images: Tensor, since: int = 0) -> np.ndarray:
 
 
 def joined_by_copies(row: np.ndarray, names: Sequence[object]) -> np.ndarray:
-    """Group of every row (rows,), where an image with copies joins all their groups. ``row`` (N,)
-    is the row of every image by first appearance; ``names`` are N declared groups."""
+    """Group of every row; an image with copies joins all their groups. ``row`` (N,) is each
+    image's."""
     first = np.unique(row, return_index=True)[1]
     copies = np.stack([first[row], np.arange(len(row))], axis=1)
-    # In tuples, as None is a name here.
+    # In tuples: None is a valid name.
     return connected(len(row), copies, [(name,) for name in names])[first]
 
 
 def merged(origin: Origin, row: np.ndarray, group: np.ndarray, hashes: Sequence[str]) -> Items:
-    """Items of an index, adding up images that share a row. ``row`` (N,) and ``hashes`` are per
-    image, ``group`` is per row; rows count by first appearance."""
+    """Items of an index, adding up images that share a row; ``group`` is per row."""
     _, first = np.unique(row, return_index=True)
     keys = [origin.keys[i] for i in first]
     multiplicity = torch.zeros(len(first), dtype=torch.int64)

@@ -29,9 +29,8 @@ _FOLDER = re.compile("[0-9a-f]{16}")  # a ``_digest``
 
 
 class EmbeddedParts:
-    """Embedded batches of a dataset's train part, one file each, until the index is written.
-    Batches are fixed, so vectors do not depend on the number of processes or on earlier kills.
-    ``root`` holds the parts of an index, with a subfolder for each extractor and dataset."""
+    """Embedded batches of a train part, one file each, until the index is written. Batches are
+    fixed, so vectors do not depend on the number of processes or on earlier kills."""
 
     def __init__(
         self, root: Path, features: Features, dataset: DatasetFolder, count: int, batch_size: int
@@ -168,8 +167,7 @@ def embed(
     advance: Callable[[int], None] = lambda count: None,
     work: Part = WHOLE,
 ) -> None:
-    """Embed a train part's missing batches; every process of ``trainer`` calls it, has ``workers``
-    decoding processes, and calls ``advance`` with the size of each batch it embeds."""
+    """Embed a train part's missing batches; every process of ``trainer`` calls it."""
     if parts.missing(work):
         trainer.predict(
             EmbeddingModule(features, parts, advance),
@@ -182,8 +180,8 @@ def embed(
 def whitened(
     dataset: DatasetFolder, features: Features, root: Path, batch_size: int, device: torch.device
 ) -> Whitened:
-    """Whiten an extractor on the fit part; the projection is stored with the parts. Later processes
-    and resumed runs share it: on some devices a second fit differs."""
+    """Whiten an extractor on the fit part. Later processes and resumed runs read the stored
+    projection: on some devices a second fit differs."""
     path = root / f"whitening-{_digest([identity(features.describe()), dataset.hash])}.safetensors"
     if path.is_file():
         with unreadable(f"{path} is damaged; delete it and start again"):

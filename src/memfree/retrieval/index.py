@@ -208,17 +208,9 @@ class ReferenceIndex:
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> Hits:
-        """Find the nearest member of each of the k nearest distinct groups.
-
-        Args:
-            queries: finite vectors (B, D), or images (B, C, H, W) in [-1, 1], which are embedded
-                first.
-            k: 1 … number of groups.
-
-        Returns:
-            rows and scores, best first, on the index's device: L2 distances or cosine similarities,
-            exact to float32; of equal scores the lower row comes first.
-        """
+        """Find the nearest member of each of the k nearest distinct groups, for finite vectors (B,
+        D) or images (B, C, H, W) in [-1, 1], which are embedded first. Hits are on the index's
+        device, best first, and exact to float32; of equal scores the lower row comes first."""
         references = self.references
         if not 1 <= k <= references.groups.count:
             raise ValueError(
@@ -365,9 +357,8 @@ class ReferenceIndex:
         )
 
     def remove(self, keys: Iterable[str]) -> ReferenceIndex:
-        """Return a new index without the images of these keys and their copies, as for opt-outs.
-        Other rows of their groups stay together. The new index must be calibrated again. ValueError
-        if a key is unknown or no image is left."""
+        """Return a new index without images of these keys and their copies, as for opt-outs. Other
+        rows of their groups stay together. The new index must be calibrated again."""
         gone = {keys} if isinstance(keys, str) else set(keys)
         if unknown := gone - set(self.keys):
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""

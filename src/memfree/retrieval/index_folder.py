@@ -51,7 +51,7 @@ from memfree.retrieval.items import CONDITIONS, Items, conditions_table
 SKIP_VARIABLE = "MEMFREE_SKIP_CHECKSUMS"
 _SHORTEST_SALT = 16  # characters: with fewer, keys can be found out by trying salts
 _LONGEST_SALT = 1 << 16  # bytes of its file
-_LABEL_BYTES = 1 << 30  # that the counts of all labels may take beside a small index
+_LABEL_BYTES = 1 << 30  # limit on the counts of all labels, for a small index
 _CHECKED = 1 << 24  # numbers checked at a time
 _NULLABLE = ("shard", "content", "label", "caption")
 ITEMS = pa.schema(
@@ -127,7 +127,7 @@ def hashed(
         caption = condition["caption"] if keep_captions else None
         if condition["label"] is not None or caption is not None:
             totals[condition["row"], condition["label"], caption] += condition["count"]
-    # The content hashes go as well: anybody could compute them from an image.
+    # Drop content hashes too: anybody could compute them from an image.
     return Items(
         keys,
         items.group.cpu(),
@@ -149,9 +149,8 @@ def _notice(features: Features) -> str:
 
 
 def save(index: Stored, folder: Path, overwrite: bool = False) -> None:
-    """Write an index folder beside its place, then rename it there. It replaces an index of the
-    same data, and with ``overwrite`` one of other data; ValueError for anything else in the
-    folder."""
+    """Write an index folder beside its place, then rename it there; it replaces an index of the
+    same data, and with ``overwrite`` one of other data, but nothing else."""
     folder = folder.absolute()
     vectors, items, content_hash = index.vectors, index.items, None
     if index.dataset_hash is None:  # tells indexes of bare tensors apart
@@ -189,7 +188,7 @@ def save(index: Stored, folder: Path, overwrite: bool = False) -> None:
 
 
 def _write_arrays(index: Stored, folder: Path) -> None:
-    # Not through a memory map: where the disk becomes full, that ends the process by a signal.
+    # Not through a memory map: on a full disk a signal would end the process.
     with open(folder / "vectors.npy", "wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": tuple(index.vectors.shape)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -217,9 +216,8 @@ def _write_arrays(index: Stored, folder: Path) -> None:
 def claim_index(
     out: Path, images_hash: str | None, features: dict[str, Any], overwrite: bool
 ) -> Found:
-    """Accept ``out`` as the place of an index. ``images_hash`` is that of the dataset folder or of
-    an index's tensors. ValueError if ``out`` holds something else, or without ``overwrite`` an
-    index of other images or features."""
+    """Accept ``out`` as the place of an index; ValueError if it holds something else, or, without
+    ``overwrite``, an index of other images or features."""
     identity_here = _made_from({"dataset_hash": images_hash, "features": features})
     return claim(out, "index", None if overwrite else identity_here, overwrite, _made_from)
 
@@ -346,7 +344,7 @@ def _verify_vectors(path: Path, vectors: Tensor, expected: Any) -> None:
 
 
 def _read_items(folder: Path, rows: int, groups: int, num_classes: int | None) -> Items:
-    size = (folder / "vectors.npy").stat().st_blocks * 512  # what is really there
+    size = (folder / "vectors.npy").stat().st_blocks * 512  # allocated, not just declared
     # Indexes of memfree's first version do not know their rows' contents.
     table = _read_table(folder / "items.parquet", [ITEMS, ITEMS.remove(5)])
     if table.num_rows != rows:

@@ -41,8 +41,8 @@ class Items:
     shards: list[str | None] = field(default_factory=list)
     """Shard of the first record of every row, None if unknown."""
     contents: list[str | None] = field(default_factory=list)
-    """SHA-256 of every row's pixels (``build.content_hashes``), which recognises an image that is
-    added again; None if unknown."""
+    """SHA-256 of every row's pixels (``build.content_hashes``), to recognise added copies; or
+    None."""
 
     def __post_init__(self) -> None:
         unknown: list[str | None] = [None] * len(self.keys)
@@ -69,7 +69,6 @@ class Items:
         return pairs % len(self.keys), pairs // len(self.keys), records
 
     def _most_frequent_labels(self) -> Tensor | None:
-        """(rows,) int64 most frequent label, ties to the lower; 0 for a row without any."""
         if self.label_records is None:
             return None
         rows, labels, records = self.label_records
@@ -155,10 +154,10 @@ def duplicated_captions(
         raise ValueError(f"m is {m}, but must be 0 or more")
     if policy == "nearest":
         rows = rows[:, :1]
-    # Of these rows alone: an index may have millions.
+    # Only these rows: an index may have millions.
     rows = rows.to(items.group.device)
     captions = []
-    # Both in one copy, for which the host waits.
+    # One copy for both, as the host waits for it.
     for neighbours, numbers in zip(*torch.stack([rows, items.group[rows]]).tolist(), strict=True):
         caption = items.captions[neighbours[0]]
         if not caption:
@@ -172,7 +171,6 @@ def duplicated_captions(
 
 
 def _most_common(items: Items, groups: list[int]) -> tuple[str, int]:
-    """Most common caption of groups, nearest first, and its records; ("", 0) for none."""
     counts: Counter[str] = Counter()  # in the order of the neighbours, by which ties are decided
     for number in dict.fromkeys(groups):
         counts.update({c: n for c, n in items.caption_counts.get(number, {}).items() if c})

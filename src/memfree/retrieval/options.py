@@ -47,8 +47,7 @@ class ExtractorOptions:
     deviation), authors_320 (320x320, the same), dcr (256, centre 224, mean and deviation 0.5),
     dcr_search (256, centre 224, ImageNet), amg (224x224, not normalised)."""
     trust_file: bool = False
-    """Load the SSCD file, which is a program, even if its SHA-256 is not on the list of known
-    files."""
+    """Load the SSCD file, which is a program, even if its SHA-256 is not on the known list."""
     seed: int = 0
     """Seed of timm's random weights, used without path and pretrained."""
     dtype: Arithmetic = "float32"

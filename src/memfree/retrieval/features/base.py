@@ -24,8 +24,8 @@ Metric = Literal["l2", "cosine"]
 
 
 class Features(nn.Module, ABC):
-    """A frozen, differentiable map from images (B, C, H, W) in [-1, 1] to vectors (B, D) float32.
-    They are compared by ``metric``; ``reveals_images``: images can be reconstructed from them."""
+    """A frozen, differentiable map from images (B, C, H, W) in [-1, 1] to vectors (B, D) float32,
+    compared by ``metric``. ``reveals_images``: images can be reconstructed from vectors."""
 
     metric: Metric
     reveals_images: bool = False
@@ -107,9 +107,8 @@ def unreadable(message: str, *further: type[Exception]) -> Iterator[None]:
 
 
 class NetworkFeatures(Features):
-    """A network's embedding of length 1, compared by cosine; differentiable in the images.
-    ``network`` maps prepared images (B, 3, h, w) to embeddings (B, D) in ``dtype`` arithmetic; it
-    is frozen here, and embeddings are always float32."""
+    """A frozen network's embedding of length 1, compared by cosine; differentiable in the images.
+    It maps prepared images (B, 3, h, w) to (B, D), in ``dtype`` arithmetic but float32 vectors."""
 
     metric: Metric = "cosine"
 

@@ -35,9 +35,8 @@ _NAMES_A_HUB = ("hf_model_name",)
 
 
 def load_clip(folder: Path) -> Any:
-    """Build the CLIP of a folder with ``open_clip_config.json`` and a checkpoint, on the CPU.
-    ValueError for a configuration that names code, a hub or an unknown option."""
-    import open_clip  # takes seconds, which nobody else should wait for
+    """Build an open_clip folder's CLIP on the CPU; ValueError if it names code or a hub."""
+    import open_clip  # slow: takes seconds
 
     name = f"local-dir:{folder.absolute()}"
     _read_config(folder)
@@ -120,7 +119,6 @@ def _check_keys(config: dict[str, Any], known: tuple[str, ...], name: str) -> No
 
 
 def _check_size(open_clip: Any, name: str, folder: Path) -> None:
-    """Refuse a configuration of a much larger network than the weights beside it."""
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth")]
     size = max((path.stat().st_size for path in files if path.is_file()), default=0)
     root = logging.getLogger()
@@ -162,7 +160,7 @@ class CLIPFeatures(NetworkFeatures):
             if is_folder:
                 check_plain_folder(self.path)
             elif not self.path.is_file():
-                raise ValueError(f"{self.path} is not a plain file")  # a device would have no end
+                raise ValueError(f"{self.path} is not a plain file")  # a device never ends
         self.model = None if is_folder else model
         self.pretrained = pretrained
         tower, config = self._load()
@@ -170,7 +168,7 @@ class CLIPFeatures(NetworkFeatures):
         super().__init__(tower, Preprocessing.of_open_clip(config), dtype)
 
     def _load(self) -> tuple[Any, dict[str, Any]]:
-        import open_clip  # takes seconds, which nobody else should wait for
+        import open_clip  # slow: takes seconds
 
         if self.model is None:
             if self.path is None:

@@ -17,7 +17,7 @@ from memfree.retrieval.features.preprocessing import resized
 
 WEIGHTS = "copy_detection.safetensors"
 _GROUPS = 8
-_LARGEST = 4096  # of any number in a description, so that a damaged one allocates no memory
+_LARGEST = 4096  # number in a description, so that a damaged one allocates no memory
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class CopyDetectionShape:
 
 class CopyDetectionNetwork(nn.Module):
     """A small residual network with smooth layers: group norm, SiLU, average and GeM pooling. Group
-    norm treats each image alone, so training and use agree. Strides are averages, so gradients with
-    respect to pixels have no checkerboard."""
+    norm treats images alone, so training and use agree; strides are averages, so pixel gradients
+    have no checkerboard."""
 
     def __init__(self, shape: CopyDetectionShape) -> None:
         super().__init__()
@@ -94,14 +94,13 @@ class _Block(nn.Module):
 
 
 class CopyDetectionFeatures(NetworkFeatures):
-    """Embedding of a copy-detection network, of length 1, compared by cosine. Trained by ``memfree
-    train-embedding`` with SSCD's recipe (Pizzi et al., CVPR 2022). An index holds the weights, so
-    it does not need the folder ``path``."""
+    """Embedding of a copy-detection network, of length 1, compared by cosine. Trained with SSCD's
+    recipe (Pizzi et al., CVPR 2022). An index holds the weights and does not need ``path``."""
 
     def __init__(
         self, shape: CopyDetectionShape, weights: dict[str, Tensor], path: Path | None = None
     ) -> None:
-        with torch.device("meta"):  # no memory for a network that its weights are not of
+        with torch.device("meta"):  # no memory before the weights are checked
             network = CopyDetectionNetwork(shape)
         try:
             own = {name: value.clone() for name, value in weights.items()}

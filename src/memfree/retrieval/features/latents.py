@@ -13,10 +13,10 @@ from memfree.retrieval.options import Arithmetic
 
 
 class LatentFeatures(Features):
-    """A VAE's posterior mode as a latent diffusion model uses it, compared by L2 distance. z =
-    (mode − shift_factor) · scaling_factor, flattened: c·h·w float32. Images are not resized. They
-    can be decoded from latents, so an index of them holds the training set. ``vae`` is a diffusers
-    AutoencoderKL, frozen here; without its folder ``path``, loading an index needs ``weights``."""
+    """A VAE's posterior mode as a latent diffusion model uses it, compared by L2 distance: z =
+    (mode − shift_factor) · scaling_factor, flattened, c·h·w float32. Images are not resized, and
+    can be decoded from an index. Without the VAE's folder ``path``, loading an index needs
+    ``weights``."""
 
     metric: Metric = "l2"
     reveals_images = True
@@ -37,7 +37,7 @@ class LatentFeatures(Features):
     @classmethod
     def from_folder(cls, path: Path | str, dtype: Arithmetic = "float32") -> LatentFeatures:
         """Load the VAE of a diffusers folder: a pipeline's, or its ``vae`` subfolder."""
-        # These take seconds, which nobody else should wait for.
+        # Slow imports: they take seconds.
         from diffusers import AutoencoderKL
 
         from memfree.folders.untrusted_models import check_network
@@ -72,9 +72,8 @@ class LatentFeatures(Features):
         return self.latents(images).flatten(1)
 
     def are_of(self, vae: Any) -> bool:
-        """Whether another autoencoder's encoder weights give the same latents. Up to half-precision
-        rounding, which changes the hash of a float16 pipeline. Weights offloaded to no device count
-        as equal."""
+        """Whether another autoencoder's encoder weights give the same latents, up to half-precision
+        rounding. Weights offloaded to no device count as equal."""
         other = getattr(vae, "_orig_mod", vae)  # under torch.compile
         if scaling(other) != (self.scaling_factor, self.shift_factor):
             return False

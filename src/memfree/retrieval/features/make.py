@@ -58,8 +58,7 @@ def _make(name: FeatureName, fields: dict[str, Any]) -> Features:
 
 
 def make_features(name: FeatureName, options: ExtractorOptions) -> Features:
-    """Make the extractor of this name; ValueError if an option is missing, does not apply, or does
-    not fit the weights."""
+    """Make the extractor of this name; ValueError for missing or inapplicable options."""
     given, default = asdict(options), asdict(ExtractorOptions())
     for option, value in given.items():
         if value != default[option] and option not in _APPLIES[name]:
@@ -95,13 +94,10 @@ def features_from(
     weights: Path | None = None,
     trust_file: bool = False,
 ) -> Features:
-    """Rebuild the extractor that wrote ``describe()`` and ``tensors()``.
-
-    Only this package's extractors are built, by name; nothing in the description is executed, and a
-    TorchScript file that it names still needs ``trust_file``. ``weights`` is the new place of moved
-    weights. ValueError if this version would write another description (other preprocessing or
-    weights): distances would not be comparable.
-    """
+    """Rebuild the extractor that wrote ``describe()`` and ``tensors()``, with ``weights`` if they
+    moved. Nothing in the description is executed, and a TorchScript file still needs
+    ``trust_file``. ValueError if this version would write another description: distances would not
+    compare."""
     name = description.get("name")
     try:
         if name == "whitened":

@@ -23,9 +23,8 @@ _TIMM_FITS: dict[str, Fit] = {"squash": "exact", "border": "longer"}
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, crop and normalise images (B, 3, H, W) in [-1, 1] of any size. Resizing is
-    antialiased and, unlike PIL's, neither rounds to bytes nor clips the overshoot of bicubic
-    interpolation: both would stop gradients."""
+    """Resize, crop and normalise images (B, 3, H, W) in [-1, 1] of any size. Unlike PIL, it neither
+    rounds to bytes nor clips bicubic overshoot: both would stop gradients."""
 
     resize: tuple[int, int]
     """Height and width that ``fit`` refers to, in pixels."""

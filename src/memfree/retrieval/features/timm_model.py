@@ -23,12 +23,9 @@ from memfree.retrieval.options import Arithmetic
 class TimmFeatures(NetworkFeatures):
     """A timm network's pooled features of length 1, compared by cosine, without its classifier.
 
-    Images are preprocessed by the network's own data configuration in timm.
-
     Args:
-        model: timm's name, e.g. resnet18.a1_in1k.
-        path: local weights: safetensors, or a state dict loaded with ``weights_only``; a classifier
-            in it is ignored.
+        model: timm's name, e.g. resnet18.a1_in1k, which also fixes the preprocessing.
+        path: local weights: safetensors, or a state dict loaded with ``weights_only``.
         pretrained: instead, timm's published weights (downloaded).
         seed: without either, seeds random weights, as a baseline.
     """
@@ -91,9 +88,9 @@ class TimmFeatures(NetworkFeatures):
 
 
 class EfficientNetFeatures(NetworkFeatures):
-    """Pooled features of EfficientNet-Lite0 (ImageNet), 1280 numbers, compared by cosine. The
-    weights ship in a Python package. Images are resized to 64×64, bilinear with antialiasing, and
-    scaled as in the network's training, (u8 − 127)/128."""
+    """Pooled features of EfficientNet-Lite0 (ImageNet), 1280 numbers, compared by cosine. Weights
+    come from a Python package. Images are resized to 64×64 and scaled as in training, (u8 −
+    127)/128."""
 
     size = 64
     """Height and width in pixels to which images are resized."""
@@ -103,7 +100,7 @@ class EfficientNetFeatures(NetworkFeatures):
         self._weights_hash = _weights_hash(path)
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False, exportable=True)
         published = torch.load(path, map_location="cpu", weights_only=True)
-        # The package names its layers otherwise than timm, but in the same order.
+        # Layer names differ from timm's; their order is the same.
         state = dict(zip(network.state_dict(), published.values(), strict=True))
         network.load_state_dict(state, strict=True)
         super().__init__(network, preprocessing=None)
