@@ -51,7 +51,7 @@ def scheduler_class_named(name: str) -> type[SchedulerMixin]:
 def build_network(
     options: NetworkOptions, image_shape: tuple[int, int, int], num_classes: int | None = None
 ) -> Any:
-    """U-Net with weights from torch's global generator; the last label is "no class"."""
+    """Build a U-Net with weights from torch's global generator; the last label is "no class"."""
     _check(options, image_shape)
     channels, height, width = image_shape
     attention = options.attention

@@ -101,8 +101,7 @@ class DiffusionModule(pl.LightningModule, ABC):
         weights_only: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Load a checkpoint, with averaged weights if any; ``weights_only`` runs none of its
-        code."""
+        """Load a checkpoint, with averaged weights if any; ``weights_only`` runs no code of it."""
         if isinstance(checkpoint_path, (str, Path)) and "://" not in str(checkpoint_path):
             kept = _kept_arguments(Path(checkpoint_path), weights_only)
             if not ({"options", "image_shape"} <= {*kept, *kwargs} or hparams_file):

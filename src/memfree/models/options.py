@@ -227,7 +227,7 @@ class SmallClipOptions:
     """Dropout of the trunk's features."""
     views: PositiveInt = 8
     """Augmented views of each image that the trunk sees once, before training; the first is the
-    image."""
+    image itself."""
     learning_rate: PositiveFloat = 1e-3
     """Highest learning rate of AdamW; it falls to 0 along a cosine."""
     weight_decay: NonNegativeFloat = 0.2

@@ -95,9 +95,8 @@ def features_from(
     trust_file: bool = False,
 ) -> Features:
     """Rebuild the extractor that wrote ``describe()`` and ``tensors()``, with ``weights`` if they
-    moved. Nothing in the description is executed, and a TorchScript file still needs
-    ``trust_file``. ValueError if this version would write another description: distances would not
-    compare."""
+    moved. Nothing in the description is executed; a TorchScript file still needs ``trust_file``.
+    ValueError if this version would write another description: distances would not compare."""
     name = description.get("name")
     try:
         if name == "whitened":
