@@ -1,4 +1,4 @@
-"""DDPM of pixels: network, noise schedule, and the module that trains them."""
+"""Pixel-space DDPM: the network, its noise schedule, and the training module."""
 
 from __future__ import annotations
 
@@ -16,12 +16,7 @@ from memfree.models.options import ModelOptions, NetworkOptions, NoiseOptions
 
 
 def build_scheduler(options: NoiseOptions) -> Any:
-    """Build the diffusers scheduler that ``options`` describe.
-
-    Raises:
-        ValueError: diffusers has no such scheduler, or it does not work with cumulative alphas
-            (flow matching, and schedulers that are trained on continuous noise levels).
-    """
+    """Build the diffusers scheduler of ``options``; ValueError without cumulative alphas."""
     name = f"--model.noise.scheduler {options.scheduler}"
     scheduler_class: Any = scheduler_class_named(options.scheduler)
     wanted = {key: value for key, value in asdict(options).items() if key != "scheduler"}
@@ -45,7 +40,7 @@ def build_scheduler(options: NoiseOptions) -> Any:
 
 
 def scheduler_class_named(name: str) -> type[SchedulerMixin]:
-    """The diffusers scheduler class of this name; ValueError for a name of anything else."""
+    """Return the diffusers scheduler class of this name; ValueError for anything else."""
     # Names without "Scheduler" are not looked up: attributes of diffusers import lazily.
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
@@ -56,15 +51,7 @@ def scheduler_class_named(name: str) -> type[SchedulerMixin]:
 def build_network(
     options: NetworkOptions, image_shape: tuple[int, int, int], num_classes: int | None = None
 ) -> Any:
-    """Build the U-Net with fresh weights from torch's global generator.
-
-    Returns:
-        A diffusers UNet2DModel for images of (C, H, W) ``image_shape``: unconditional, or with
-        ``num_classes + 1`` labels, the last of which is the null label "no class".
-
-    Raises:
-        ValueError: the options do not fit together or to the image.
-    """
+    """Build a U-Net with weights from torch's global generator; the last label is "no class"."""
     _check(options, image_shape)
     channels, height, width = image_shape
     attention = options.attention
@@ -113,11 +100,8 @@ def _check(options: NetworkOptions, image_shape: tuple[int, int, int]) -> None:
 
 
 class DDPMModule(DiffusionModule):
-    """Trains a U-Net to predict ε or v, unconditionally or with labels.
-
-    A batch is a dict: ``image`` (B, C, H, W) in [-1, 1]; ``label`` (B,) int64 for a
-    class-conditional model; optionally ``weight``, a number or (B,), which multiplies the loss.
-    """
+    """Trains a U-Net to predict ε or v on batches of ``image`` (B, C, H, W) in [-1, 1], ``label``
+    (B,) int64 if class-conditional, and optionally ``weight``, a number or (B,), of the loss."""
 
     def __init__(
         self,
@@ -128,14 +112,6 @@ class DDPMModule(DiffusionModule):
         data: dict[str, Any] | None = None,
         stepping: dict[str, Any] | None = None,
     ) -> None:
-        """Build the network with weights drawn from ``seed``; see ``DiffusionModule``.
-
-        Args:
-            num_classes: labels are 0 to num_classes − 1; needed by a class-conditional model.
-
-        Raises:
-            ValueError: options that do not fit together, or no labels for a conditional model.
-        """
         super().__init__(options, image_shape, seed, data, stepping)
         self.keep_arguments(num_classes=num_classes)
         options = self.options
@@ -182,7 +158,7 @@ class DDPMModule(DiffusionModule):
         return pipeline(unet=self.network, scheduler=self.noise_scheduler)
 
     def sampled(self, x_t: Tensor, scheduler: Any, steps: int) -> Tensor:
-        """Images by DDIM; labels are 0, 1, 2, ... in turn."""
+        """Draw images with DDIM; labels cycle through 0, 1, 2, ..."""
         labels = None
         if self.num_classes is not None:
             labels = torch.arange(len(x_t), device=x_t.device) % self.num_classes

@@ -39,14 +39,9 @@ def quiet_bars() -> Iterator[None]:
 
 
 def export_model(folder: Path, exported: Any, seed: int, **fields: Any) -> None:
-    """Write ``folder/diffusers`` (safetensors) and ``folder/manifest.json`` of kind ``model``.
-
-    The new model is complete on disk before it replaces an older one, and the manifest is absent
-    while the two are exchanged. ``fields`` are further manifest fields, JSON values.
-
-    Raises:
-        OSError: too little disk space.
-    """
+    """Write ``folder/diffusers`` (safetensors) and ``manifest.json`` with ``fields`` (JSON). The
+    new model is complete on disk before it replaces an older one; the manifest is absent
+    meanwhile."""
     modules = [part for part in exported.components.values() if isinstance(part, nn.Module)]
     size = sum(p.numel() * p.element_size() for part in modules for p in part.parameters())
     check_free_space(folder, size + 1_000_000)

@@ -1,4 +1,4 @@
-"""Loading a trained model as a denoiser: diffusers folders, small decoders."""
+"""Loading a trained model as a denoiser: diffusers folders and small decoders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from memfree.retrieval.features.latents import scaling
 
 
 def latent_shape(vae: Any, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(C, h, w) of the latents of images (3, H, W); ValueError if they do not fit."""
+    """Latent shape (C, h, w) of images (3, H, W); ValueError if they do not fit."""
     channels, height, width = image_shape
     factor = pixels_per_latent(vae)
     if channels != vae.config.in_channels:
@@ -41,9 +41,9 @@ def latent_shape(vae: Any, image_shape: tuple[int, int, int]) -> tuple[int, int,
 
 
 def pixels_per_latent(autoencoder: Any) -> int:
-    """Pixels of height and of width of one latent."""
+    """Image pixels per latent along height and width."""
     config = autoencoder.config
-    # Of an AutoencoderTiny, block_out_channels are the decoder's.
+    # An AutoencoderTiny's block_out_channels are the decoder's.
     return getattr(config, "upsampling_scaling_factor", 2) ** (len(config.block_out_channels) - 1)
 
 
@@ -56,19 +56,15 @@ def posterior(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Images (B, 3, H, W), about in [−1, 1], of scaled latents; differentiable.
-
-    In the weights' dtype, whatever autocast says: Stable Diffusion XL's autoencoder overflows in
-    float16, and bfloat16 images have fewer shades than they are saved with. ``vae`` may be an
-    ``AutoencoderTiny``.
-    """
+    """Decode scaled latents to images (B, 3, H, W), about in [−1, 1]; differentiable. Keeps the
+    weights' dtype under autocast: SDXL's VAE overflows in float16, and bfloat16 loses shades."""
     scale, shift = scaling(vae)
     with torch.autocast(latents.device.type, enabled=False):
         return vae.decode((latents / scale + shift).to(vae.dtype), return_dict=False)[0].float()
 
 
 def load_network(kind: Any, folder: Path) -> Any:
-    """Load a network of the diffusers class ``kind``, in float32 on the CPU; else ValueError."""
+    """Load a diffusers network in float32 on the CPU; ValueError if it does not load."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no network: train the model again or copy it whole")
     with _silent():
@@ -80,9 +76,9 @@ def load_network(kind: Any, folder: Path) -> Any:
                 folder,
                 use_safetensors=True,
                 local_files_only=True,
-                # The default needs accelerate, and asks for it at every load where that is missing.
+                # The default needs accelerate, and warns at every load without it.
                 low_cpu_mem_usage=False,
-                # By default random weights take the place of those that do not fit.
+                # By default random weights replace those that do not fit.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -101,7 +97,6 @@ def load_network(kind: Any, folder: Path) -> Any:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Silence diffusers' logs of what is reported here in one line."""
     names = ("models.modeling_utils", "configuration_utils")
     logs = [logging.getLogger(f"diffusers.{name}") for name in names]
     for log in logs:
@@ -114,7 +109,7 @@ def _silent() -> Iterator[None]:
 
 
 def load_decoder(folder: Path, vae: Any) -> Any:
-    """Load ``--decoder``, an AutoencoderTiny such as TAESD of the latents of ``vae``, frozen."""
+    """Load ``--decoder``, a frozen AutoencoderTiny such as TAESD, for the latents of ``vae``."""
     name = f"--decoder {folder}"
     config = folder / "config.json"
     if not config.is_file() or read_config(config).get("_class_name") != "AutoencoderTiny":
@@ -125,10 +120,7 @@ def load_decoder(folder: Path, vae: Any) -> Any:
 
 
 def check_decoder(decoder: Any, vae: Any, name: str) -> None:
-    """Refuse what does not decode the latents of ``vae`` to images of the same size.
-
-    ``name`` is what the message calls the decoder.
-    """
+    """Refuse a decoder that does not map latents of ``vae`` to images of the same size."""
     if not hasattr(decoder, "decode") or not hasattr(decoder, "config"):
         raise ValueError(f"{name} is a {type(decoder).__name__}, not an autoencoder")
     own, wanted = (
@@ -152,22 +144,13 @@ class Denoiser(nn.Module):
     """A U-Net with one calling convention for unconditional and class-conditional models."""
 
     def __init__(self, network: Any, num_classes: int | None = None) -> None:
-        """Wrap a UNet2DModel, which has ``num_classes + 1`` embeddings or is unconditional."""
+        """Wrap a UNet2DModel with ``num_classes + 1`` embeddings, or an unconditional one."""
         super().__init__()
         self.network = network
         self.num_classes = num_classes
 
     def forward(self, x_t: Tensor, t: Tensor | int, conditions: Tensor | None = None) -> Tensor:
-        """Predict what the scheduler's ``config.prediction_type`` says, (B, C, H, W).
-
-        Args:
-            x_t: noisy images (B, C, H, W).
-            t: timestep of all, 0-d or int, or of each, (B,).
-            conditions: labels (B,) int64, ``num_classes`` meaning none, or None.
-
-        Raises:
-            ValueError: labels for an unconditional model.
-        """
+        """Predict (B, C, H, W) at timesteps t, 0-d or (B,); label ``num_classes`` is "no class"."""
         if self.num_classes is None and conditions is not None:
             raise ValueError("conditions were given, but the model is unconditional")
         if conditions is None:
@@ -175,7 +158,7 @@ class Denoiser(nn.Module):
         return self.network(x_t, t, class_labels=conditions, return_dict=False)[0]
 
     def unconditional(self, count: int, device: torch.device) -> Tensor | None:
-        """The label that means none, (count,) int64; None for an unconditional model."""
+        """The "no class" label, (count,) int64; None for an unconditional model."""
         if self.num_classes is None:
             return None
         return torch.full((count,), self.num_classes, device=device)
@@ -183,33 +166,30 @@ class Denoiser(nn.Module):
 
 @dataclass
 class LoadedModel:
-    """A model folder in memory."""
+    """A model folder, loaded."""
 
     denoiser: nn.Module
     """Called as ``denoiser(x_t, t, conditions)``; frozen, on the CPU."""
     scheduler: Any
-    """The diffusers scheduler saved with the model."""
     image_shape: tuple[int, int, int]
-    """(C, H, W)."""
     num_classes: int | None
-    """None for a model without classes."""
     manifest: dict[str, Any]
-    """``manifest.json`` of the folder; empty for a diffusers folder without one."""
+    """The folder's ``manifest.json``; empty for a diffusers folder without one."""
     pipe: Any = None
-    """The whole pipeline of a text-to-image model, None for a pixel model."""
+    """The pipeline of a text-to-image model, None for a pixel model."""
     decoder: Any = None
-    """A small decoder of its latents for clean estimates; None: the pipeline's own autoencoder."""
+    """A small decoder for clean estimates; None: the pipeline's own autoencoder."""
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the denoiser denoises: images or latents."""
+        """(C, H, W) of what is denoised: images or latents."""
         if self.pipe is None:
             return self.image_shape
         return latent_shape(self.pipe.vae, self.image_shape)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextConditions:
-        """Encoded prompts, in full precision: rounded, one would differ from batch to batch."""
+        """Encode prompts in full precision: rounded, an encoding would depend on its batch."""
         with torch.autocast(self.pipe.text_encoder.device.type, enabled=False):
             return encode(self.pipe, prompts)
 
@@ -220,25 +200,17 @@ class LoadedModel:
                 part.to(device)
 
     def decode(self, x_0: Tensor) -> Tensor:
-        """Images (B, C, H, W) of clean samples; differentiable."""
+        """Decode clean samples to images (B, C, H, W); differentiable."""
         return x_0 if self.pipe is None else decode_latents(self.pipe.vae, x_0)
 
     def decode_estimate(self, x_0: Tensor) -> Tensor:
-        """Images of clean estimates, by the small decoder if there is one."""
+        """Decode clean estimates, with the small decoder if there is one."""
         return self.decode(x_0) if self.decoder is None else decode_latents(self.decoder, x_0)
 
 
 def load_model(folder: Path, decoder: Path | None = None) -> LoadedModel:
-    """Load the model folder that training left behind, or a Stable-Diffusion-style pipeline.
-
-    Args:
-        folder: the model.
-        decoder: folder of an AutoencoderTiny of a text-to-image model's latents.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is not a finished model folder, or its parts do not belong together.
-    """
+    """Load a trained model folder or Stable-Diffusion-style pipeline; ``decoder`` is the folder of
+    an AutoencoderTiny for a text-to-image model's latents."""
     folder = Path(folder)
     is_pipeline = (folder / "model_index.json").is_file()
     manifest = {} if is_pipeline else read_manifest(folder, "model")

@@ -37,18 +37,11 @@ Normal = Callable[[Sequence[int]], Tensor]
 class DiffusionModule(pl.LightningModule, ABC):
     """A network that learns to predict ε or v, and the diffusers pipeline that it becomes.
 
-    What a step draws (noise, noise levels, dropped conditions, dropout) depends only on the seed,
-    the epoch, the batch's number and the rank, so a resumed run repeats an uninterrupted one.
-
-    Attributes:
-        network: the denoising network, a diffusers model.
-        noise_scheduler: the diffusers scheduler of training, saved with the model.
-        alphas_cumprod: ᾱ_t of every training timestep, (T,) float32.
-        has_averaged_weights: whether a checkpoint with averaged weights was loaded and not trained
-            since.
-        average: the copy with averaged weights, which is not a submodule; None without one.
-        logs_loss: whether every step logs its loss, which costs part of a millisecond;
-            ``memfree.training.loggers.LossRecord``, which logs means, sets it to False.
+    What a step draws (noise, noise levels, dropped conditions, dropout) depends only on seed,
+    epoch, batch number and rank, so a resumed run repeats an uninterrupted one. ``alphas_cumprod``
+    (T,) is ᾱ_t; ``has_averaged_weights``: averaged weights were loaded and not trained since;
+    ``logs_loss``, off under ``LossRecord``, logs every step's loss, which costs part of a
+    millisecond.
     """
 
     network: nn.Module
@@ -65,19 +58,14 @@ class DiffusionModule(pl.LightningModule, ABC):
         data: dict[str, Any] | None = None,
         stepping: dict[str, Any] | None = None,
     ) -> None:
-        """Keep what all modules have; a subclass then calls ``set_network``.
+        """Keep what all modules share; a subclass then calls ``set_network``.
 
         Args:
-            options: network, noise schedule, optimization; a checkpoint has them as a mapping.
             image_shape: (C, H, W) of the training images.
-            seed: seed of weights and of all random numbers of training.
-            data: JSON values that identify the images (hash, order, augmentation); a checkpoint of
-                other data is not resumed.
-            stepping: how the Trainer takes a step (clipping, accumulation, precision); recorded
-                like ``data``.
-
-        Raises:
-            ValueError: options that do not fit together.
+            seed: seeds the weights and all random numbers of training.
+            data: JSON values that identify the images; a checkpoint of other data is not resumed.
+            stepping: how the Trainer steps (clipping, accumulation, precision), recorded like
+                ``data``.
         """
         super().__init__()
         options = ModelOptions.of(options)
@@ -113,16 +101,7 @@ class DiffusionModule(pl.LightningModule, ABC):
         weights_only: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Make the module of a checkpoint, with its averaged weights if the training had them.
-
-        They are those of ``ExponentialMovingAverage`` or Lightning's own ``WeightAveraging``.
-        Arguments are Lightning's; ``weights_only`` keeps code in the file from running.
-
-        Raises:
-            ValueError: not a checkpoint of such a module; one without its arguments (memfree of
-                November 2026 or earlier); or arguments of another model.
-            OSError: the file cannot be read.
-        """
+        """Load a checkpoint, with averaged weights if any; ``weights_only`` runs no code of it."""
         if isinstance(checkpoint_path, (str, Path)) and "://" not in str(checkpoint_path):
             kept = _kept_arguments(Path(checkpoint_path), weights_only)
             if not ({"options", "image_shape"} <= {*kept, *kwargs} or hparams_file):
@@ -162,14 +141,11 @@ class DiffusionModule(pl.LightningModule, ABC):
             self.set_average(None)
 
     def on_train_start(self) -> None:
-        """From here on the weights are those in training."""
+        """Note that the weights are no longer averaged ones."""
         self.has_averaged_weights = False
 
     def pipeline(self, averaged: bool = True) -> Any:
-        """The model as a diffusers pipeline, with ``ExponentialMovingAverage``'s weights if any.
-
-        Without ``averaged`` it has the weights in training.
-        """
+        """Return a diffusers pipeline with averaged weights if any, else those in training."""
         average = self.average if averaged else None
         return (self if average is None else average)._pipeline()
 
@@ -188,11 +164,11 @@ class DiffusionModule(pl.LightningModule, ABC):
 
     @abstractmethod
     def clean(self, batch: dict[str, Any], normal: Normal) -> Tensor:
-        """What is noised of a batch, x_0 (B, C, h, w); ``normal`` draws noise of a shape."""
+        """Clean samples x_0 (B, C, h, w) of a batch; ``normal`` draws noise of a shape."""
 
     @abstractmethod
     def conditions(self, batch: dict[str, Any], dropped: Tensor | None) -> Any:
-        """Labels or encoded captions of a batch, without the ``dropped`` ones, (B,) bool."""
+        """Labels or encoded captions of a batch, without the ``dropped`` (B,) bool ones."""
 
     @abstractmethod
     def predict_noise(self, x_t: Tensor, t: Tensor, conditions: Any) -> Tensor:
@@ -200,31 +176,25 @@ class DiffusionModule(pl.LightningModule, ABC):
 
     @abstractmethod
     def sampled(self, x_t: Tensor, scheduler: Any, steps: int) -> Tensor:
-        """Images (B, C, H, W) in [−1, 1] from pure noise."""
+        """Draw images (B, C, H, W) in [−1, 1] from pure noise."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Weighted mean squared error of the prediction at random noise levels, 0-d.
-
-        Logged as ``train/loss`` (``logs_loss``), of this rank alone, and not in the progress bar,
-        for which Lightning would wait for the device after every step.
-        """
+        """Weighted mean squared error at random noise levels, 0-d. Logged as ``train/loss``, of
+        this rank alone; in the progress bar Lightning would wait for the device each step."""
         loss = self.loss(batch, self.step_generator(batch_idx))
         if self.logs_loss:
             self.log("train/loss", loss, on_step=True, on_epoch=False)
         return loss
 
     def step_generator(self, batch_idx: int) -> torch.Generator:
-        """The generator of this step's draws; also seeds the global one if dropout uses it."""
+        """Return this step's generator; also seed the global one if dropout uses it."""
         seed = step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
         if self.options.network.dropout:
             torch.manual_seed(seed)
         return torch.Generator(self.device).manual_seed(seed)
 
     def loss(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """Loss of a batch, 0-d: mean over images of weight · mean over elements of the square.
-
-        All random numbers are drawn from ``generator``, which is on the batch's device.
-        """
+        """Mean over images of weight · mean squared error, 0-d; draws only from ``generator``."""
         images: Tensor = batch["image"]
         count, device = len(images), images.device
 
@@ -251,13 +221,9 @@ class DiffusionModule(pl.LightningModule, ABC):
         return (prediction.float() - training_target(x_0, noise, alpha_bar, kind)).square()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean squared error at the noise levels ``VALIDATED_AT`` with noise fixed by image, 0-d.
-
-        Equal up to rounding however images are batched and divided among ranks. Logged as
-        ``val/loss``, the mean over all images of all ranks, of the averaged weights if there are.
-        ``row`` (B,) int64 in the batch says which image has which noise, otherwise the place in
-        the batches does; ``weight`` is not used.
-        """
+        """Mean squared error at levels ``VALIDATED_AT`` with noise fixed per ``row``, else per
+        place in the batches. Logged as ``val/loss``, the mean over all ranks, of averaged weights
+        if any; equal up to rounding however images are batched. ``weight`` is ignored."""
         count = len(batch["image"])
         places = range(batch_idx * count, (batch_idx + 1) * count)
         rows = batch["row"].tolist() if "row" in batch else places
@@ -282,7 +248,7 @@ class DiffusionModule(pl.LightningModule, ABC):
 
     @torch.no_grad()
     def preview(self, count: int, steps: int, seed: int) -> Tensor:
-        """Samples (count, C, H, W) in [−1, 1] from fixed noise by DDIM, to look at."""
+        """Draw preview samples (count, C, H, W) in [−1, 1] with DDIM from fixed noise."""
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn((count, *self.noise_shape), generator=generator, dtype=torch.float32)
         config = self.noise_scheduler.config
@@ -307,7 +273,7 @@ class DiffusionModule(pl.LightningModule, ABC):
         )
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to be resumed, as JSON values."""
+        """JSON values that a checkpoint must agree on to be resumed."""
         options = asdict(self.options)
         # Compiling, checkpointing and caching change speed, not the model.
         options.pop("compile")
@@ -325,7 +291,7 @@ class DiffusionModule(pl.LightningModule, ABC):
         return json.loads(json.dumps(identity))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write into the checkpoint which model it is of."""
+        """Record in the checkpoint which model it belongs to."""
         checkpoint[CHECKPOINT_KEY] = self.identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -337,7 +303,6 @@ class DiffusionModule(pl.LightningModule, ABC):
 
 
 def _kept_arguments(path: Path, weights_only: bool) -> dict[str, Any]:
-    """Arguments of the module in a checkpoint; empty where an earlier memfree wrote it."""
     check_plain(path)
     try:
         checkpoint = torch.load(path, "cpu", weights_only=weights_only, mmap=True)
@@ -357,11 +322,7 @@ def adamw(
     weight_decay: float = 0.0,
     fused: bool | None = None,
 ) -> dict[str, Any]:
-    """Return AdamW and its schedule by steps, as ``configure_optimizers`` does.
-
-    ``parameters`` may be groups with their own weight decay; ``schedule`` is ``warm_up(...)`` or
-    one of torch's.
-    """
+    """AdamW (groups or parameters) with a per-step schedule, for ``configure_optimizers``."""
     # Plain floats: a checkpoint with jsonargparse's would not load with weights_only.
     optimizer = torch.optim.AdamW(
         parameters, lr=float(rate), weight_decay=float(weight_decay), fused=fused
@@ -373,7 +334,7 @@ def adamw(
 
 
 def warm_up(warm: int, total: float | None) -> Callable[[Optimizer], LRScheduler]:
-    """Linear warm-up over ``warm`` steps, then a cosine to 0 at ``total``, or constant for None."""
+    """Linear warm-up over ``warm`` steps, then a cosine to 0 at ``total``; None: constant."""
 
     def factor(step: int) -> float:
         if step < warm:

@@ -40,7 +40,7 @@ class NoiseOptions:
     """The noise schedule and what the network predicts."""
 
     scheduler: str = "DDPMScheduler"
-    """diffusers scheduler that is saved with the model; training uses its noise levels."""
+    """diffusers scheduler saved with the model; training uses its noise levels."""
     num_train_timesteps: PositiveInt = 1000
     """Number of noise levels."""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "linear"
@@ -61,17 +61,16 @@ class FineTuneOptions:
 
     lora_rank: NonNegativeInt = 0
     """Rank of low-rank adapters in the U-Net's attention, which alone are trained (Hu et al.,
-    2022); 0: the whole U-Net is trained."""
+    2022); 0 trains the whole U-Net."""
     lora_alpha: NonNegativeFloat = 0.0
-    """Adapters count lora_alpha / lora_rank; 0: as much as the rank."""
+    """Scale of the adapters is lora_alpha / lora_rank; 0: lora_alpha equals the rank."""
     train_text_encoder: bool = False
     """Whether the text encoder is trained with the U-Net."""
     min_snr_gamma: NonNegativeFloat = 0.0
-    """Cap of the signal-to-noise ratio in the weight of the loss (Hang et al., 2023; 5 there); 0:
-    all noise levels weigh the same."""
+    """Cap of the signal-to-noise ratio in the loss weight (Hang et al., 2023, use 5); 0: all noise
+    levels weigh the same."""
     gradient_checkpointing: bool = False
-    """Whether activations of the U-Net are computed again instead of kept: less memory,
-    more time."""
+    """Whether U-Net activations are recomputed rather than kept: less memory, more time."""
     cache: bool = False
     """Whether latents and, if the text encoder is frozen, text embeddings are kept in memory."""
 
@@ -84,13 +83,13 @@ class ModelOptions:
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     pretrained: str | None = None
     """Stable-Diffusion-style pipeline to fine-tune with captions: a diffusers folder, a model
-    folder, or a name on the hub (SD 1.x, 2.x, SDXL). Its network and noise schedule then replace
-    the two options above. Without it a pixel model is trained from scratch."""
+    folder, or a name on the hub (SD 1.x, 2.x, SDXL). It brings its own network and noise schedule,
+    replacing the two options above. Without it a pixel model is trained from scratch."""
     finetune: FineTuneOptions = field(default_factory=FineTuneOptions)
     class_conditional: bool = False
-    """Whether a pixel model is told the label; needs a labelled dataset folder."""
+    """Whether a pixel model is conditioned on labels; needs a labelled dataset folder."""
     label_dropout: ClosedUnitInterval = 0.1
-    """Share of training labels replaced by "no class", or of captions by the empty one, for
+    """Share of training labels or captions replaced by "no class" or the empty caption, for
     classifier-free guidance."""
     learning_rate: PositiveFloat = 1e-3
     """Highest learning rate of AdamW, reached after the warm-up."""
@@ -99,15 +98,15 @@ class ModelOptions:
     warmup_steps: NonNegativeInt = 100
     """Optimizer steps over which the learning rate rises linearly."""
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: down to 0 at the last step along a cosine, or constant."""
+    """After the warm-up: a cosine down to 0 at the last step, or constant."""
     ema_decay: ClosedUnitInterval = 0.995
-    """Decay a step, below 1, of the average of the weights, which is what is saved; 0: none."""
+    """Decay per step, below 1, of the averaged weights, which are the ones saved; 0: no average."""
     compile: bool = False
     """Whether torch.compile compiles the network."""
 
     @classmethod
     def of(cls, given: ModelOptions | Mapping[str, Any]) -> ModelOptions:
-        """Options as they are, or from the mapping of ``dataclasses.asdict``."""
+        """Return options as they are, or build them from a ``dataclasses.asdict`` mapping."""
         if isinstance(given, ModelOptions):
             return given
         parts = {"network": NetworkOptions, "noise": NoiseOptions, "finetune": FineTuneOptions}
@@ -123,8 +122,8 @@ class AutoencoderOptions:
     """Shape and training of the autoencoder (diffusers AutoencoderKL)."""
 
     block_out_channels: list[PositiveInt] = field(default_factory=lambda: [16, 32, 64])
-    """Channels of each resolution, finest first; every further one halves the image: three make
-    8x8 latents of 32x32 images."""
+    """Channels of each resolution, finest first; every further one halves the image: three turn
+    32x32 images into 8x8 latents."""
     latent_channels: PositiveInt = 4
     """Channels of the latents."""
     norm_num_groups: PositiveInt = 8
@@ -132,13 +131,13 @@ class AutoencoderOptions:
     steps: PositiveInt = 3000
     """Optimizer steps."""
     batch_size: PositiveInt = 32
-    """Images of a step."""
+    """Images per step."""
     learning_rate: PositiveFloat = 2e-3
     """Highest learning rate of AdamW: a linear rise over a tenth of the steps, then a cosine."""
     kl_weight: NonNegativeFloat = 1e-4
     """Weight of the Kullback-Leibler term, which keeps latents near a standard normal."""
     shift: int = 3
-    """Images are moved by up to this many pixels and mirrored, so that few images suffice."""
+    """Images are shifted by up to this many pixels and mirrored, so that few images suffice."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class ScratchOptions:
     """Sizes of the small text-to-image model."""
 
     vocabulary: PositiveInt = 2000
-    """Tokens of the byte-pair vocabulary, at most."""
+    """Maximum number of tokens in the byte-pair vocabulary."""
     tokens: PositiveInt = 24
     """Length of an encoded prompt; longer ones are cut."""
     text_width: PositiveInt = 128
@@ -170,7 +169,7 @@ class AugmentationOptions:
     smallest_crop: ClosedUnitInterval = 0.4
     """Smallest share of the area that a crop keeps, above 0."""
     shift: ClosedUnitInterval = 0.1
-    """Largest shift as a share of the side; what is uncovered repeats the border."""
+    """Largest shift as a share of the side; uncovered pixels repeat the border."""
     rotation: NonNegativeFloat = 10.0
     """Largest rotation, in degrees."""
     flip: ClosedUnitInterval = 0.5
@@ -180,12 +179,12 @@ class AugmentationOptions:
     gray: ClosedUnitInterval = 0.1
     """Probability of a gray image."""
     blur: NonNegativeFloat = 0.06
-    """Largest standard deviation of a Gaussian blur as a share of the side; half are blurred. A
-    diffusion model's predictions at high noise are blurred."""
+    """Largest standard deviation of a Gaussian blur as a share of the side; half the images are
+    blurred, as a diffusion model's predictions at high noise are."""
     noise: NonNegativeFloat = 0.4
-    """Largest standard deviation of added noise, where pixels go from -1 to 1; half have noise."""
+    """Largest standard deviation of added noise, for pixels in -1 to 1; half the images get it."""
     jpeg: ClosedUnitInterval = 0.25
-    """Probability of a way through JPEG at quality 20 to 90."""
+    """Probability of JPEG compression at quality 20 to 90."""
 
 
 @dataclass(frozen=True)
@@ -217,17 +216,17 @@ class SmallClipOptions:
     text_width: PositiveInt = 128
     """Width of the text transformer, a multiple of 32."""
     text_layers: PositiveInt = 2
-    """Its layers."""
+    """Layers of the text transformer."""
     context_length: PositiveInt = 24
-    """Tokens of a caption that are read, start and end included."""
+    """Tokens read of a caption, start and end included."""
     temperature: PositiveFloat = 0.1
-    """Temperature of the contrastive loss at the start; it is learned."""
+    """Initial temperature of the contrastive loss; it is learned."""
     word_dropout: ClosedUnitInterval = 0.3
-    """Probability that a word of a caption is left out; at least one stays."""
+    """Probability that a caption's word is left out; at least one stays."""
     image_dropout: ClosedUnitInterval = 0.3
     """Dropout of the trunk's features."""
     views: PositiveInt = 8
-    """Augmented views of each image that the trunk sees, once, before training; the first is the
+    """Augmented views of each image that the trunk sees once, before training; the first is the
     image itself."""
     learning_rate: PositiveFloat = 1e-3
     """Highest learning rate of AdamW; it falls to 0 along a cosine."""
@@ -241,10 +240,7 @@ LoggerName = Literal["csv", "tensorboard", "wandb", "none"]
 
 @dataclass(frozen=True)
 class Devices:
-    """Where a command runs: options of the Lightning Trainer.
-
-    ``TrainerOptions`` of train has the same four among its others, where ``--help`` shows them.
-    """
+    """Where a command runs: the Lightning Trainer's options, also part of ``TrainerOptions``."""
 
     accelerator: str = "auto"
     """auto, cpu, gpu, mps or another name that Lightning knows."""
@@ -257,4 +253,4 @@ class Devices:
 
 
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
-"""Of short trainings, which run on one device."""
+"""For short trainings, which run on one device."""

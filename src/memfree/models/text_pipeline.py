@@ -20,15 +20,7 @@ XL: Any = StableDiffusionXLPipeline
 
 
 def load_pipeline(name: str | Path) -> Any:
-    """Load a Stable-Diffusion-style pipeline: SD 1.x, 2.x or SDXL, in float32 on the CPU.
-
-    Args:
-        name: a diffusers folder, a model folder of memfree, or a name on the hub.
-
-    Raises:
-        ValueError: it is not such a pipeline, or lacks a part.
-        OSError: no pipeline has this name.
-    """
+    """Load an SD 1.x, 2.x or SDXL pipeline from a folder or the hub, in float32 on the CPU."""
     source = pipeline_folder(Path(name))
     local = source.is_dir()
     if local and not (source / "model_index.json").is_file():
@@ -58,7 +50,6 @@ def load_pipeline(name: str | Path) -> Any:
 
 
 def _check_parts(folder: Path, name: str) -> None:
-    """Refuse a folder whose index lacks a part, which diffusers reports in many words."""
     try:
         parts = check_pipeline_folder(folder)
     except (ValueError, OSError) as error:
@@ -78,7 +69,7 @@ def _refuse_missing(kind: Any, is_missing: Callable[[str], bool], name: str) -> 
 
 
 def check_pipeline(pipe: Any, name: str) -> None:
-    """Refuse what is not a whole Stable Diffusion (XL) pipeline for text-to-image."""
+    """Refuse anything but a whole Stable Diffusion (XL) text-to-image pipeline."""
     if not isinstance(pipe, PIPELINES):
         raise ValueError(
             f"{name} is a {type(pipe).__name__}: only StableDiffusionPipeline and "
@@ -93,10 +84,7 @@ def check_pipeline(pipe: Any, name: str) -> None:
 
 
 def encode(pipe: Any, prompts: Sequence[str]) -> TextConditions:
-    """Encode prompts with the pipeline's text encoders; gradients flow where they are enabled.
-
-    An empty prompt becomes the pipeline's own unconditional one: zeros, if SDXL is configured so.
-    """
+    """Encode prompts, with gradients where enabled; SDXL may encode the empty prompt as zeros."""
     device = pipe.text_encoder.device
     if isinstance(pipe, XL):
         embeddings, _, pooled, _ = pipe.encode_prompt(
@@ -114,13 +102,8 @@ def encode(pipe: Any, prompts: Sequence[str]) -> TextConditions:
 
 
 class TextDenoiser(nn.Module):
-    """A conditional U-Net with the calling convention of ``Denoiser``, for encoded prompts.
-
-    Args:
-        network: the UNet2DConditionModel.
-        image_size: (H, W) of the images, which SDXL's network is told.
-        null: the encoded empty prompt, a batch of 1; used where no conditions are given.
-    """
+    """A conditional U-Net called like ``Denoiser``. SDXL's network is told ``image_size`` (H, W);
+    ``null``, the encoded empty prompt as a batch of 1, is used without conditions."""
 
     def __init__(
         self, network: Any, image_size: tuple[int, int], null: TextConditions | None = None
@@ -153,5 +136,5 @@ class TextDenoiser(nn.Module):
         )[0]
 
     def unconditional(self, count: int, device: torch.device) -> TextConditions | None:
-        """The encoded empty prompt, (count, ...), if it was given."""
+        """The encoded empty prompt, (count, ...), or None."""
         return None if self.null is None else self.null.to(device).expand(count)

@@ -25,8 +25,6 @@ from memfree.models.text_pipeline import TextDenoiser, encode, load_pipeline
 
 
 class _Cache:
-    """Values by key, shared by the module and its average."""
-
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
 
@@ -38,14 +36,10 @@ class _Cache:
 
 
 class LatentCache(_Cache):
-    """Mean and standard deviation of each image's latent, by the row of the image; on the CPU."""
+    """Mean and standard deviation of each image's latent by image row; on the CPU."""
 
     def __call__(self, vae: Any, images: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``posterior`` of images (B, 3, H, W); only new rows (B,) are encoded.
-
-        Raises:
-            ValueError: foreign shards, whose records have no rows.
-        """
+        """``posterior`` of images (B, 3, H, W), encoding only new rows (B,)."""
         numbers = rows.tolist()
         if min(numbers) < 0:
             raise ValueError(
@@ -65,7 +59,7 @@ class EmbeddingCache(_Cache):
     """Encoded captions by their text, on the device that encodes."""
 
     def __call__(self, pipe: Any, captions: Sequence[str]) -> TextConditions:
-        """``encode`` of captions; only new ones are encoded."""
+        """``encode`` captions, only new ones."""
         new = [text for text in dict.fromkeys(captions) if text not in self._known]
         if new:
             encoded = encode(pipe, new)
@@ -75,8 +69,7 @@ class EmbeddingCache(_Cache):
 
 
 class _Shared:
-    """Shared by the module and its average: the pipeline with its frozen parts, and captions for
-    previews."""
+    """Shared by a module and its average: the pipeline, and captions for previews."""
 
     def __init__(self, pipe: Any, sha256: str | None) -> None:
         self.pipe, self.sha256 = pipe, sha256
@@ -87,19 +80,17 @@ class _Shared:
 
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-"""The layers that get low-rank adapters: all projections of the U-Net's attention."""
+"""Layers that get low-rank adapters: all projections of the U-Net's attention."""
 ENCODERS = ("text_encoder", "text_encoder_2")
 PREVIEW_PIXELS = 1 << 20
-"""Pixels of previews drawn together, so that large ones fit beside a model in training."""
+"""Pixels of previews drawn at once, so that large ones fit beside a model in training."""
 
 
 class TextToImageModule(DiffusionModule):
-    """Trains the U-Net of a pipeline, or adapters in it, to denoise latents given captions.
-
-    A batch is a dict: ``image`` (B, 3, H, W) in [-1, 1]; ``caption``, B strings; ``row`` (B,)
-    int64, which image it is, for the cache; optionally ``weight``. The autoencoder is frozen, and
-    so is the text encoder unless ``finetune.train_text_encoder``.
-    """
+    """Trains the U-Net of a pipeline, or adapters in it, to denoise latents given captions. A batch
+    has ``image`` (B, 3, H, W) in [-1, 1], ``caption``, ``row`` (B,) int64, the image's number for
+    the cache, and optionally ``weight``. The text encoder is frozen unless
+    ``finetune.train_text_encoder``."""
 
     def __init__(
         self,
@@ -110,18 +101,8 @@ class TextToImageModule(DiffusionModule):
         data: dict[str, Any] | None = None,
         stepping: dict[str, Any] | None = None,
     ) -> None:
-        """Take a pipeline apart into what is trained and what is frozen; see ``DiffusionModule``.
-
-        Args:
-            pipe: StableDiffusionPipeline or StableDiffusionXLPipeline, whose networks are trained
-                in place; None: that of ``options.pretrained``, for ``load_from_checkpoint``.
-            image_shape: (3, H, W) of the training images; required.
-
-        Raises:
-            ValueError: no image_shape, images that do not fit the autoencoder, options that
-                contradict each other, or no pipeline.
-            OSError: no pipeline has the name ``options.pretrained``.
-        """
+        """Split a pipeline into trained and frozen parts; see ``DiffusionModule``. ``pipe`` is
+        trained in place; None: that of ``options.pretrained``, for ``load_from_checkpoint``."""
         if image_shape is None:
             raise ValueError("image_shape is missing: (3, H, W) of the training images")
         super().__init__(options, image_shape, seed, data, stepping)
@@ -174,7 +155,7 @@ class TextToImageModule(DiffusionModule):
         self.embedding_cache = EmbeddingCache() if choice.cache and not trained else None
 
     def on_fit_start(self) -> None:
-        """Move what is frozen to the device."""
+        """Move frozen parts to the device."""
         for name in ("vae", *ENCODERS):
             if getattr(self._shared.pipe, name, None) is not None:
                 getattr(self._shared.pipe, name).to(self.device)
@@ -187,7 +168,7 @@ class TextToImageModule(DiffusionModule):
         return latent_shape(self._shared.pipe.vae, self.image_shape)
 
     def clean(self, batch: dict[str, Any], normal: Normal) -> Tensor:
-        """Scaled latents drawn from the autoencoder's posterior, (B, C, h, w)."""
+        """Draw scaled latents (B, C, h, w) from the autoencoder's posterior."""
         images, vae = batch["image"], self._shared.pipe.vae
         with torch.autocast(images.device.type, enabled=False):
             if self.latent_cache is None:
@@ -197,11 +178,7 @@ class TextToImageModule(DiffusionModule):
         return mean + std * normal(mean.shape[1:])
 
     def conditions(self, batch: dict[str, Any], dropped: Tensor | None) -> TextConditions:
-        """The encoded captions, the empty one where dropped.
-
-        Raises:
-            ValueError: the data has no captions.
-        """
+        """Encode the captions, the empty one where dropped; ValueError without captions."""
         if "caption" not in batch:
             raise ValueError(
                 "fine-tuning text-to-image needs captions, and the data has none: prepare "
@@ -234,15 +211,14 @@ class TextToImageModule(DiffusionModule):
         return error
 
     def facts(self) -> dict[str, Any]:
-        """The class of its pipeline."""
+        """The pipeline's class."""
         return {"pipeline": type(self._shared.pipe).__name__, "num_classes": None}
 
     def identity(self) -> dict[str, Any]:
-        """As of every module, and the hash of a local pipeline that is fine-tuned."""
+        """Add the hash of the local pipeline that is fine-tuned."""
         return {**super().identity(), "pretrained_sha256": self._shared.sha256}
 
     def _live(self) -> Any:
-        """The pipeline around this module's own networks."""
         pipe = copy.copy(self._shared.pipe)
         pipe.unet = self.network
         for name, encoder in zip(ENCODERS, self.text_encoders, strict=False):
@@ -250,7 +226,6 @@ class TextToImageModule(DiffusionModule):
         return pipe
 
     def _pipeline(self) -> Any:
-        """The pipeline to save: adapters are merged into a copy of the U-Net."""
         pipe = self._live()
         if self.options.finetune.lora_rank:
             merged: Any = copy.deepcopy(self.network)
@@ -260,14 +235,14 @@ class TextToImageModule(DiffusionModule):
         return pipe
 
     def save_adapters(self, folder: Path) -> None:
-        """Write the adapters alone, as ``pipe.load_lora_weights(folder)`` reads them."""
+        """Write the adapters alone, for ``pipe.load_lora_weights(folder)``."""
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.network))
         type(self._shared.pipe).save_lora_weights(
             folder, unet_lora_layers=layers, safe_serialization=True
         )
 
     def sampled(self, x_t: Tensor, scheduler: Any, steps: int) -> Tensor:
-        """Images by DDIM, of captions of the first batch in turn."""
+        """Draw images with DDIM, cycling through captions of the first batch."""
         pipe = self._live()
         pipe.scheduler = scheduler
         pipe.set_progress_bar_config(disable=True)
@@ -291,10 +266,8 @@ class TextToImageModule(DiffusionModule):
 
 
 def min_snr_weight(alpha_bar: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Min-SNR-γ weights (B,) of the loss (Hang et al., ICCV 2023, arXiv 2303.09556, section 3.4).
-
-    min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v, with SNR = ᾱ/(1 − ᾱ).
-    """
+    """Min-SNR-γ loss weights (B,) (Hang et al., ICCV 2023, arXiv 2303.09556, section 3.4). min(SNR,
+    γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v, with SNR = ᾱ/(1 − ᾱ)."""
     snr = alpha_bar / (1 - alpha_bar)
     capped = snr.clamp(max=gamma)
     return capped / (snr + 1) if prediction_type == "v_prediction" else capped / snr

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from memfree.data import DatasetFolder
 
 Condition = tuple[int, int | None, str | None, int]
-"""Position of an image, its label, its caption, and how many records carry them."""
+"""Position of an image, its label, its caption, and the number of records with them."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Origin:
     """N images in a fixed order, not yet merged or grouped."""
 
     batches: Callable[[int], Iterator[Tensor]]
-    """Called with a batch size, streams the images (b, C, H, W) in [-1, 1] in order."""
+    """Streams the images (b, C, H, W) in [-1, 1] in order, for a batch size."""
     keys: list[str]
     counts: Tensor
     """(N,) int64 training records of every image."""
@@ -39,7 +39,7 @@ class Origin:
     conditions: list[Condition]
     num_classes: int | None
     shards: list[str | None]
-    """Shard of every image's first record, None where it is not known."""
+    """Shard of every image's first record, None if unknown."""
     dataset_hash: str | None = None
 
     @classmethod
@@ -53,7 +53,7 @@ class Origin:
         captions: Sequence[str] | None,
         num_classes: int | None,
     ) -> Origin:
-        """Images (N, C, H, W); arguments of ``ReferenceIndex.build``, checked here."""
+        """Take images (N, C, H, W); checks the arguments of ``ReferenceIndex.build``."""
         check_images(images)
         size = len(images)
         given = {"keys": keys, "groups": groups, "counts": counts, "labels": labels}
@@ -84,7 +84,7 @@ class Origin:
 
     @classmethod
     def of_dataset(cls, dataset: DatasetFolder) -> Origin:
-        """The train part of a dataset folder, with its own keys, groups, copies and conditions."""
+        """Take a dataset's train part, with its own keys, groups, copies and conditions."""
         part = dataset.part("train")
         if not part.keys:
             raise ValueError(f"{dataset.path} has no training images to index")
@@ -104,7 +104,7 @@ class Origin:
             keys=list(part.keys),
             counts=part.copies.cpu().long(),
             groups=list(part.groups),
-            # A condition counts only if the image is trained on; the table may name other parts'.
+            # A condition counts only if the image is trained on; the table may list others.
             conditions=[
                 (position[key], label, caption, count)
                 for key, label, caption, count in zip(*columns, strict=True)
@@ -117,13 +117,13 @@ class Origin:
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse what cannot be a stack of images (N, C, H, W) in [-1, 1]."""
+    """Refuse anything but images (N, C, H, W) in [-1, 1]."""
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images must be (N, C, H, W) and not empty, not {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"images must be float in [-1, 1], not {images.dtype}: use u8/127.5 - 1")
     low, high = (float(value) for value in images.aminmax())
-    if not (low >= -1.001 and high <= 1.001):  # also what NaN fails
+    if not (low >= -1.001 and high <= 1.001):  # false for NaN too
         raise ValueError(f"images must be finite and in [-1, 1], but span {low:g} … {high:g}")
 
 
@@ -137,7 +137,7 @@ def _checked_classes(labels: Tensor, num_classes: int | None) -> int:
 
 @dataclass
 class Embedded:
-    """N images as an index needs them, in the order of their origin."""
+    """N embedded images, in the order of their origin."""
 
     vectors: Tensor
     """(N, D) float32 on the CPU."""
@@ -151,7 +151,7 @@ def embedded(
     batch_size: int,
     advance: Callable[[int], None] | None = None,
 ) -> tuple[Embedded, tuple[int, int, int]]:
-    """Embed and hash the images, batch by batch; also returns their (C, H, W)."""
+    """Embed and hash the images, batch by batch; also return their (C, H, W)."""
     hashes: list[str] = []
     parts: list[Tensor] = []
     for batch in origin.batches(batch_size):
@@ -165,10 +165,7 @@ def embedded(
 
 
 def assemble(origin: Origin, images: Embedded, batch_size: int) -> tuple[Tensor, Items]:
-    """Vectors (rows, D) and items of an index: one row for identical images.
-
-    The images are read again to find near copies if no groups are declared.
-    """
+    """Vectors (rows, D) and items, one row for identical images; undeclared groups are found."""
     assert len(images.hashes) == len(images.vectors) == len(origin.keys)
     row = numbered(images.hashes)
     kept = torch.from_numpy(np.unique(row, return_index=True)[1])
@@ -195,27 +192,16 @@ def near_copies(images: Tensor, since: int = 0) -> np.ndarray:
 
 
 def joined_by_copies(row: np.ndarray, names: Sequence[object]) -> np.ndarray:
-    """Group of every row (rows,), where an image that has copies joins all their groups.
-
-    Args:
-        row: (N,) row of every image, by first appearance; identical images share one.
-        names: N declared group names.
-    """
+    """Group of every row; an image with copies joins all their groups. ``row`` (N,) is each
+    image's."""
     first = np.unique(row, return_index=True)[1]
     copies = np.stack([first[row], np.arange(len(row))], axis=1)
-    # In tuples, as None is a name here.
+    # In tuples: None is a valid name.
     return connected(len(row), copies, [(name,) for name in names])[first]
 
 
 def merged(origin: Origin, row: np.ndarray, group: np.ndarray, hashes: Sequence[str]) -> Items:
-    """Items of an index, where images that share a row add up.
-
-    Args:
-        origin: the N images.
-        row: (N,) row of every image, numbered by first appearance.
-        group: (rows,) group of every row.
-        hashes: content hash of every image.
-    """
+    """Items of an index, adding up images that share a row; ``group`` is per row."""
     _, first = np.unique(row, return_index=True)
     keys = [origin.keys[i] for i in first]
     multiplicity = torch.zeros(len(first), dtype=torch.int64)

@@ -29,18 +29,8 @@ _FOLDER = re.compile("[0-9a-f]{16}")  # a ``_digest``
 
 
 class EmbeddedParts:
-    """Embedded batches of a dataset's train part, one file each, until the index is written.
-
-    Batches are fixed, whichever process embeds them, so that vectors are the same however many
-    processes there are and wherever an earlier run was killed.
-
-    Args:
-        root: folder of all parts of an index; each extractor and dataset has its own in it.
-        features: the extractor.
-        dataset: the dataset folder.
-        count: number of images.
-        batch_size: images per batch.
-    """
+    """Embedded batches of a train part, one file each, until the index is written. Batches are
+    fixed, so vectors do not depend on the number of processes or on earlier kills."""
 
     def __init__(
         self, root: Path, features: Features, dataset: DatasetFolder, count: int, batch_size: int
@@ -61,7 +51,7 @@ class EmbeddedParts:
         return self.folder / f"batch-{batch:08d}.safetensors"
 
     def missing(self, work: Part = WHOLE) -> list[int]:
-        """Batches, of all or of this part of them, that are not embedded yet."""
+        """Batches, of all or of this part, that are not embedded yet."""
         done = {path.name for path in self.folder.glob("batch-*.safetensors")}
         share = work.share(range(self.batches))
         return [batch for batch in share if self.path(batch).name not in done]
@@ -73,7 +63,7 @@ class EmbeddedParts:
         write_atomic(self.path(batch), partial(safetensors.torch.save_file, tensors))
 
     def read(self) -> Embedded:
-        """All batches in order; ValueError if a file was damaged or replaced."""
+        """Read all batches in order; ValueError if a file was damaged or replaced."""
         vectors: Tensor | None = None
         hashes: list[str] = []
         for batch in range(self.batches):
@@ -91,7 +81,7 @@ class EmbeddedParts:
         return Embedded(vectors, hashes)
 
     def forget(self) -> None:
-        """Remove them, and those of other extractors for this index; nothing else."""
+        """Remove these parts and those of other extractors for this index, nothing else."""
         root = self.folder.parent
         folders = [path for path in root.glob("*") if _FOLDER.fullmatch(path.name)]
         for folder in (root, *folders):
@@ -118,7 +108,7 @@ class EmbeddingModule(LightningModule):
         self.advance = advance
 
     def predict_step(self, batch: tuple[int, Tensor], batch_idx: int = 0) -> int:
-        """Embed one batch, its number and its images (B, C, H, W) uint8; returns the number."""
+        """Embed a batch, its number and images (B, C, H, W) uint8; return the number."""
         number, pixels = batch
         vectors = self.features(from_bytes(pixels)).float().cpu()
         self.parts.write(number, vectors, content_hashes(from_bytes(pixels.cpu())))
@@ -127,7 +117,7 @@ class EmbeddingModule(LightningModule):
 
 
 class MissingBatches(LightningDataModule):
-    """The batches that are missing, a contiguous range of them for each process."""
+    """The missing batches, a contiguous range for each process."""
 
     def __init__(self, images: DatasetPart, parts: EmbeddedParts, workers: int, work: Part) -> None:
         super().__init__()
@@ -140,7 +130,7 @@ class MissingBatches(LightningDataModule):
         self.missing: list[int] = []
 
     def setup(self, stage: str) -> None:
-        """Let rank 0 say what is missing."""
+        """Let rank 0 decide which batches are missing."""
         assert self.trainer is not None
         if self.trainer.is_global_zero:
             self.missing = self.parts.missing(self.work)
@@ -155,8 +145,6 @@ class MissingBatches(LightningDataModule):
 
 
 class _Batches(Dataset):
-    """Decoded batches by their position among ``numbers``."""
-
     def __init__(self, part: DatasetPart, parts: EmbeddedParts, numbers: list[int]) -> None:
         self.part = part
         self.parts = parts
@@ -179,11 +167,7 @@ def embed(
     advance: Callable[[int], None] = lambda count: None,
     work: Part = WHOLE,
 ) -> None:
-    """Embed what is missing of a dataset's train part; every process of ``trainer`` calls it.
-
-    Each has ``workers`` processes to decode images, and calls ``advance`` with the size of every
-    batch that it embedded.
-    """
+    """Embed a train part's missing batches; every process of ``trainer`` calls it."""
     if parts.missing(work):
         trainer.predict(
             EmbeddingModule(features, parts, advance),
@@ -196,11 +180,8 @@ def embed(
 def whitened(
     dataset: DatasetFolder, features: Features, root: Path, batch_size: int, device: torch.device
 ) -> Whitened:
-    """Whiten an extractor on the fit part; the projection is kept with the parts.
-
-    So later processes and resumed runs have the very same one: on some devices a second fit
-    differs.
-    """
+    """Whiten an extractor on the fit part. Later processes and resumed runs read the stored
+    projection: on some devices a second fit differs."""
     path = root / f"whitening-{_digest([identity(features.describe()), dataset.hash])}.safetensors"
     if path.is_file():
         with unreadable(f"{path} is damaged; delete it and start again"):
@@ -212,7 +193,7 @@ def whitened(
 
 
 def parts_folder(out: Path) -> Path:
-    """Where the parts of the index folder ``out`` are kept: a hidden folder beside it."""
+    """Return the hidden folder beside ``out`` that holds the parts of its index."""
     out = out.resolve()
     return out.parent / f".{out.name}.parts"
 

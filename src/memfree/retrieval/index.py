@@ -38,25 +38,23 @@ if TYPE_CHECKING:
 
 Backend = Literal["auto", "torch", "faiss"]
 _SMALL = 1 << 29
-"""Elements of the vectors (2 GB) up to which a CPU keeps a second, centred copy of them."""
+"""Vector elements (2 GB) up to which a CPU keeps a second, centred copy."""
 
 
 class ReferenceIndex:
     """Feature vectors of distinct training images, searched by group.
 
-    Made by ``build`` or ``load``. Rows are distinct images with their number of copies; rows of the
-    same group (near copies, declared or found) count as one neighbour. Search is not
+    Create it with ``build`` or ``load``. Rows are distinct images with their number of copies; rows
+    of a group (near copies, declared or found) count as one neighbour. Search is not
     differentiable: take gradients through ``features(images)`` and ``vectors[hits.rows]``.
 
     Attributes:
         vectors: (rows, D) float32, possibly memory-mapped; of length 1 for ``cosine``.
-        features: the extractor of the vectors.
-        items: keys, groups, multiplicities and conditions of the rows.
         image_shape: (C, H, W) of the images.
         dataset_hash: hash of the dataset folder, None for an index of bare tensors.
         calibrations: by similarity name, JSON that ``memfree.guidance.calibrate`` stores here.
-        backend: ``torch`` (matrix products on the index's device; ``auto`` is the same) or
-            ``faiss``, which keeps a copy of the vectors and is slower on a CPU. Results are equal.
+        backend: ``torch`` (same as ``auto``) or ``faiss``, which keeps a copy of the vectors and is
+            slower on a CPU. Results are equal.
     """
 
     def __init__(
@@ -92,25 +90,19 @@ class ReferenceIndex:
         batch_size: int = 256,
         advance: Callable[[int], None] | None = None,
     ) -> ReferenceIndex:
-        """Index images; identical ones become one row, their counts and conditions are added up.
+        """Index images; identical ones become one row that adds up counts and conditions.
 
         Args:
-            images: (N, C, H, W) in [-1, 1]; or a dataset folder, whose train part has its own
-                keys, groups, counts, labels and captions.
+            images: (N, C, H, W), finite, in [-1, 1]; or a dataset folder, whose train part has its
+                own keys, groups, counts, labels and captions.
             features: the extractor; None: ``PixelFeatures()``.
-            captions: caption of every image.
             labels: (N,) int64 class of every image.
             groups: group of every image, hashable values or a (N,) tensor. None: near copies are
                 found by their pixels, as ``memfree prepare`` does (``data.duplicates.near_pairs``).
             counts: (N,) int64 training records of every image; None: 1 each.
             keys: name of every image; None: ``image-00000000`` and so on.
-            num_classes: number of classes; None: the highest label + 1.
-            batch_size: images to embed at a time.
+            num_classes: None: the highest label + 1.
             advance: called with the number of images of every finished batch.
-
-        Raises:
-            ValueError: the images are not finite (N, C, H, W) in [-1, 1], or an argument does not
-                have one entry per image.
         """
         features = features if features is not None else PixelFeatures()
         if isinstance(images, Tensor):
@@ -135,7 +127,7 @@ class ReferenceIndex:
     def of_embedded(
         cls, dataset: DatasetFolder, features: Features, images: Embedded
     ) -> ReferenceIndex:
-        """Index a dataset's train part that was embedded before (``retrieval.embed``)."""
+        """Index a dataset's train part that is already embedded (``retrieval.embed``)."""
         vectors, items = assemble(Origin.of_dataset(dataset), images, batch_size=256)
         return cls(vectors, features.cpu(), items, dataset.image_shape, dataset.hash)
 
@@ -165,22 +157,22 @@ class ReferenceIndex:
 
     @property
     def multiplicity(self) -> Tensor:
-        """(rows,) int64: training records of exactly that image."""
+        """(rows,) int64 training records of exactly that image."""
         return self.items.multiplicity
 
     @property
     def group_multiplicity(self) -> Tensor:
-        """(rows,) int64: training records of the row's whole group."""
+        """(rows,) int64 training records of the row's whole group."""
         return self.items.group_multiplicity
 
     @property
     def labels(self) -> Tensor | None:
-        """(rows,) int64: the most frequent label of every row, None without labels."""
+        """(rows,) int64 most frequent label of every row, None without labels."""
         return self.items.labels
 
     @property
     def label_counts(self) -> Tensor | None:
-        """(rows, num_classes) int64: records of a row by label, or None; computed at every call."""
+        """(rows, num_classes) int64 records of a row by label, or None; computed at every call."""
         return self.items.label_counts
 
     @property
@@ -194,7 +186,7 @@ class ReferenceIndex:
         return self.items.num_classes
 
     def to(self, device: torch.device | str) -> ReferenceIndex:
-        """Move the index and its extractor to a device; returns itself."""
+        """Move the index and its extractor to a device; return itself."""
         device = torch.device(device)
         if device != self.vectors.device:
             self.vectors = self.vectors.to(device)
@@ -205,7 +197,7 @@ class ReferenceIndex:
 
     @property
     def references(self) -> References:
-        """Vectors prepared for search: centred, with norms and groups; made at the first use."""
+        """Vectors prepared for search: centred, with norms and groups; built at first use."""
         if self._references is None:
             small = self.vectors.numel() <= _SMALL or self.device.type != "cpu"
             keep_centred = small and self.backend != "faiss"
@@ -216,20 +208,9 @@ class ReferenceIndex:
 
     @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> Hits:
-        """Find the nearest member of each of the k nearest distinct groups.
-
-        Args:
-            queries: vectors (B, D), or images (B, C, H, W) in [-1, 1], which are embedded first.
-            k: number of groups to find, at most as many as there are.
-
-        Returns:
-            rows and scores, best first, on the index's device: L2 distances or cosine
-            similarities, exact to float32; of equal scores the lower row comes first.
-
-        Raises:
-            ValueError: k is not in 1 … number of groups, or the queries have another shape or are
-                not finite.
-        """
+        """Find the nearest member of each of the k nearest distinct groups, for finite vectors (B,
+        D) or images (B, C, H, W) in [-1, 1], which are embedded first. Hits are on the index's
+        device, best first, and exact to float32; of equal scores the lower row comes first."""
         references = self.references
         if not 1 <= k <= references.groups.count:
             raise ValueError(
@@ -261,7 +242,7 @@ class ReferenceIndex:
         return functional.normalize(queries, dim=1) if self.metric == "cosine" else queries
 
     def images(self, rows: Tensor) -> Tensor:
-        """The images (len(rows), C, H, W) in [-1, 1] of some rows; only of an index of pixels."""
+        """The images (len(rows), C, H, W) in [-1, 1] of rows; only of an index of pixels."""
         if not isinstance(self.features, PixelFeatures):
             raise ValueError(
                 f"an index of {self.features.describe()['name']} features holds no images; "
@@ -285,19 +266,15 @@ class ReferenceIndex:
         keys: Sequence[str] | None = None,
         batch_size: int = 256,
     ) -> ReferenceIndex:
-        """A new index with more images, which must be calibrated again.
-
-        An image that is already indexed adds to its row's multiplicity and conditions; others
-        become rows at the end. This index, and guidances that hold it, do not change.
+        """Return a new index with more images, which must be calibrated again. An indexed image
+        adds to its row's multiplicity and conditions; others become rows at the end.
 
         Args:
             images: (N, C, H, W) in [-1, 1], of the index's shape.
-            captions, labels, counts: as in ``build``; labels just if the index has labels.
-            groups: group of every image: equal values belong together, and with the indexed image
-                whose key they are. None: near copies are found by their pixels, among the new
-                images, and in an index of pixels among the old ones too.
+            captions, labels, counts: as in ``build``; labels exactly if the index has labels.
+            groups: group of every image; a value may be the key of an indexed image. None: near
+                copies are found by their pixels, in an index of pixels among the old images too.
             keys: name of every image; None: free numbers.
-            batch_size: images to embed at a time.
 
         Raises:
             ValueError: as in ``build``, a key stands for another image, or the index does not know
@@ -338,7 +315,6 @@ class ReferenceIndex:
         )
 
     def _contents(self) -> list[str]:
-        """Content hash of every row."""
         if isinstance(self.features, PixelFeatures):
             parts = self.vectors.split(4096)
             shaped = (part.reshape(len(part), *self.image_shape) for part in parts)
@@ -352,7 +328,6 @@ class ReferenceIndex:
         return contents
 
     def _group_names(self, more: Origin) -> list[object]:
-        """Group name of every old row and new image; a new one may name an old image's key."""
         old = [("indexed", number) for number in self.group.tolist()]
         if more.groups is None:
             return [*old, *(("alone", position) for position in range(len(more.keys)))]
@@ -360,14 +335,12 @@ class ReferenceIndex:
         return [*old, *(of_key.get(str(name), ("declared", name)) for name in more.groups)]
 
     def _near(self, images: Tensor) -> np.ndarray:
-        """Pairs (P, 2) of rows that are near copies, each with a new row."""
         if not isinstance(self.features, PixelFeatures):  # the old images are not known
             return near_copies(images) + len(self)
         old = self.vectors.cpu().reshape(-1, *self.image_shape)
         return near_copies(torch.cat([old, images.cpu().float()]), since=len(self))
 
     def _with(self, more: Origin) -> Origin:
-        """Old rows, each with its records, followed by the new images."""
         items, old = self.items, len(self)
         names = ("row", "label", "caption", "count")
         columns = [items.conditions[name].to_pylist() for name in names]
@@ -384,13 +357,8 @@ class ReferenceIndex:
         )
 
     def remove(self, keys: Iterable[str]) -> ReferenceIndex:
-        """A new index without the images of these keys and their copies, as for opt-outs.
-
-        Other rows of their groups stay together. The new index must be calibrated again.
-
-        Raises:
-            ValueError: a key is unknown, or no image would be left.
-        """
+        """Return a new index without images of these keys and their copies, as for opt-outs. Other
+        rows of their groups stay together. The new index must be calibrated again."""
         gone = {keys} if isinstance(keys, str) else set(keys)
         if unknown := gone - set(self.keys):
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
@@ -424,18 +392,17 @@ class ReferenceIndex:
     def hashed(
         self, salt: str, keep_captions: bool = False, keep_shards: bool = False
     ) -> ReferenceIndex:
-        """A new index that names no image, for parties who may not hold them.
-
-        Keys are replaced by ``index_folder.hashed_key``; images cannot be added.
+        """Return a new index that names no image, for parties who may not hold them. Keys become
+        ``index_folder.hashed_key``; images cannot be added.
 
         Args:
-            salt: 16 characters or more that the owner of the images keeps; with it and the list of
-                keys a hit is traced back.
+            salt: 16 characters or more, kept by the owner, who traces hits with it and the keys.
             keep_captions: keep the captions, which may name people.
             keep_shards: keep the names of the shards.
 
         Raises:
-            ValueError: the salt is short, or images can be had from the vectors (pixels, latents).
+            ValueError: the salt is short, or images can be decoded from the vectors (pixels,
+                latents).
         """
         items = index_folder.hashed(self.items, self.features, salt, keep_captions, keep_shards)
         parts = replace(self._stored(), items=items, calibrations=dict(self.calibrations))

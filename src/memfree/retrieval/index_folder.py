@@ -51,7 +51,7 @@ from memfree.retrieval.items import CONDITIONS, Items, conditions_table
 SKIP_VARIABLE = "MEMFREE_SKIP_CHECKSUMS"
 _SHORTEST_SALT = 16  # characters: with fewer, keys can be found out by trying salts
 _LONGEST_SALT = 1 << 16  # bytes of its file
-_LABEL_BYTES = 1 << 30  # that the counts of all labels may take beside a small index
+_LABEL_BYTES = 1 << 30  # limit on the counts of all labels, for a small index
 _CHECKED = 1 << 24  # numbers checked at a time
 _NULLABLE = ("shard", "content", "label", "caption")
 ITEMS = pa.schema(
@@ -91,16 +91,13 @@ class Stored:
 
 
 def hashed_key(key: str, salt: str) -> str:
-    """HMAC-SHA256 of an image key under the owner's salt, as hexadecimal digits.
-
-    Whoever has the salt and the list of keys finds the key of a hit; nobody else can tell whether a
-    given key is in the index.
-    """
+    """HMAC-SHA256 of an image key under the owner's salt, as hexadecimal digits. Salt and list of
+    keys reveal the key of a hit; nobody else can tell whether a key is indexed."""
     return hmac.new(salt.encode(), key.encode(), hashlib.sha256).hexdigest()
 
 
 def read_salt(path: Path) -> str:
-    """The salt in a file; a random one is written there, readable by its owner, if it is new."""
+    """Read a file's salt; a new file gets a random one, readable by its owner."""
     if not os.path.lexists(path):
 
         def write(temporary: Path) -> None:
@@ -130,7 +127,7 @@ def hashed(
         caption = condition["caption"] if keep_captions else None
         if condition["label"] is not None or caption is not None:
             totals[condition["row"], condition["label"], caption] += condition["count"]
-    # The content hashes go as well: anybody could compute them from an image.
+    # Drop content hashes too: anybody could compute them from an image.
     return Items(
         keys,
         items.group.cpu(),
@@ -152,15 +149,8 @@ def _notice(features: Features) -> str:
 
 
 def save(index: Stored, folder: Path, overwrite: bool = False) -> None:
-    """Write an index folder beside its place, then rename it there.
-
-    An index of the same data in the same place is replaced, and with ``overwrite`` one of other
-    data.
-
-    Raises:
-        ValueError: the folder holds something else, or another index and not ``overwrite``.
-        OSError: the disk has too little room.
-    """
+    """Write an index folder beside its place, then rename it there; it replaces an index of the
+    same data, and with ``overwrite`` one of other data, but nothing else."""
     folder = folder.absolute()
     vectors, items, content_hash = index.vectors, index.items, None
     if index.dataset_hash is None:  # tells indexes of bare tensors apart
@@ -198,7 +188,7 @@ def save(index: Stored, folder: Path, overwrite: bool = False) -> None:
 
 
 def _write_arrays(index: Stored, folder: Path) -> None:
-    # Not through a memory map: where the disk becomes full, that ends the process by a signal.
+    # Not through a memory map: on a full disk a signal would end the process.
     with open(folder / "vectors.npy", "wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": tuple(index.vectors.shape)}
         np.lib.format.write_array_header_1_0(file, header)
@@ -226,14 +216,8 @@ def _write_arrays(index: Stored, folder: Path) -> None:
 def claim_index(
     out: Path, images_hash: str | None, features: dict[str, Any], overwrite: bool
 ) -> Found:
-    """Accept ``out`` as the place of an index.
-
-    ``images_hash`` is that of the dataset folder, or of the contents of an index of tensors.
-
-    Raises:
-        ValueError: it holds something else, or an index of other images or features and not
-            ``overwrite``.
-    """
+    """Accept ``out`` as the place of an index; ValueError if it holds something else, or, without
+    ``overwrite``, an index of other images or features."""
     identity_here = _made_from({"dataset_hash": images_hash, "features": features})
     return claim(out, "index", None if overwrite else identity_here, overwrite, _made_from)
 
@@ -253,13 +237,13 @@ def save_calibrations(folder: Path, calibrations: dict[str, dict[str, Any]]) -> 
 
 
 def calibration_hash(name: str, record: dict[str, Any]) -> str:
-    """SHA-256 of a record of ``calibration.json``, except its own."""
+    """SHA-256 of a record of ``calibration.json``, without its own hash."""
     rest = {field: value for field, value in record.items() if field != "sha256"}
     return hashlib.sha256(json.dumps([name, rest], sort_keys=True).encode()).hexdigest()
 
 
 def _sealed(calibrations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The records with their hashes: the file is replaced alone, without the manifest."""
+    """Add a hash to each record, as the file is replaced alone, without the manifest."""
     return {
         name: {**record, "sha256": calibration_hash(name, record)}
         for name, record in calibrations.items()
@@ -269,19 +253,13 @@ def _sealed(calibrations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
 def load(
     folder: Path, weights: Path | None = None, trust_file: bool = False, verify: bool = True
 ) -> Stored:
-    """Open an index folder. Nothing in it is executed, and sizes are checked before allocation.
+    """Open an index folder. Nothing in it is executed; sizes are checked before allocation.
 
     Args:
-        folder: what ``save`` wrote.
-        weights: where the extractor's file or folder is now, if it was moved; it must have the
-            same weights.
+        weights: where moved weights of the extractor are now; they must be the same.
         trust_file: run the TorchScript file of an SSCD extractor whatever its hash is.
-        verify: read the vectors once and compare their checksums, at the speed of the disk. The
-            environment variable ``MEMFREE_SKIP_CHECKSUMS=1`` turns it off in every command.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or the extractor's weights are not in place.
-        ValueError: it is unfinished, damaged, of another kind, or its files contradict each other.
+        verify: read the vectors once and compare checksums, at disk speed. The environment variable
+            ``MEMFREE_SKIP_CHECKSUMS=1`` turns it off in every command.
     """
     manifest = read_manifest(folder, "index")
     check_fields(manifest, _MANIFEST, f"{folder}/manifest.json")
@@ -329,7 +307,6 @@ def load(
 
 
 def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
-    """Memory-map the (rows, dimension) float32 array if its header and size say just that."""
     try:
         check_plain(path)
         # Copy-on-write: torch wants a writable array, the file stays as it is.
@@ -356,7 +333,6 @@ def _map_vectors(path: Path, rows: int, dimension: int) -> Tensor:
 
 
 def _verify_vectors(path: Path, vectors: Tensor, expected: Any) -> None:
-    """Compare the file's checksums, which indexes of earlier versions do not have."""
     if expected is not None and block_checksums(path) != expected:
         raise ValueError(
             f"{path} is damaged: it does not have the checksums of manifest.json; build the index "
@@ -368,7 +344,7 @@ def _verify_vectors(path: Path, vectors: Tensor, expected: Any) -> None:
 
 
 def _read_items(folder: Path, rows: int, groups: int, num_classes: int | None) -> Items:
-    size = (folder / "vectors.npy").stat().st_blocks * 512  # what is really there
+    size = (folder / "vectors.npy").stat().st_blocks * 512  # allocated, not just declared
     # Indexes of memfree's first version do not know their rows' contents.
     table = _read_table(folder / "items.parquet", [ITEMS, ITEMS.remove(5)])
     if table.num_rows != rows:
@@ -400,7 +376,6 @@ def _read_items(folder: Path, rows: int, groups: int, num_classes: int | None) -
 
 
 def _read_table(path: Path, schemas: list[pa.Schema]) -> pa.Table:
-    """Read a parquet file of exactly one of these schemas."""
     try:
         table = read_table(path, schemas[-1], _NULLABLE)
     except FileNotFoundError:

@@ -32,18 +32,17 @@ class Items:
     keys: list[str]
     """Image key of every row."""
     group: Tensor
-    """(rows,) int64 group numbers, 0 to groups − 1, all of them used."""
+    """(rows,) int64 group numbers, 0 to groups − 1, all used."""
     multiplicity: Tensor
     """(rows,) int64 training records of every row, at least 1."""
     conditions: pa.Table
     """``CONDITIONS``: records of a row by label and caption; empty for unconditional data."""
     num_classes: int | None
-    """Number of classes, None without labels."""
     shards: list[str | None] = field(default_factory=list)
-    """Shard of the first record of every row, None where it is not known."""
+    """Shard of the first record of every row, None if unknown."""
     contents: list[str | None] = field(default_factory=list)
-    """SHA-256 of every row's pixels (``build.content_hashes``), by which an image that is added
-    again is recognised; None where it is not known."""
+    """SHA-256 of every row's pixels (``build.content_hashes``), to recognise added copies; or
+    None."""
 
     def __post_init__(self) -> None:
         unknown: list[str | None] = [None] * len(self.keys)
@@ -70,7 +69,6 @@ class Items:
         return pairs % len(self.keys), pairs // len(self.keys), records
 
     def _most_frequent_labels(self) -> Tensor | None:
-        """(rows,) int64: the label of most records, ties to the lower; 0 for a row without any."""
         if self.label_records is None:
             return None
         rows, labels, records = self.label_records
@@ -105,7 +103,7 @@ class Items:
 
     @cached_property
     def caption_counts(self) -> dict[int, Counter[str]]:
-        """By group, its training records by caption; rows in order."""
+        """Training records by caption for every group; rows in order."""
         counts: defaultdict[int, Counter[str]] = defaultdict(Counter)
         group = self.group.tolist()
         columns = [self.conditions[name].to_pylist() for name in ("row", "caption", "count")]
@@ -139,23 +137,14 @@ def conditions_table(
 def duplicated_captions(
     items: Items, rows: Tensor, policy: CaptionPolicy = "nearest", m: int = 20
 ) -> list[str]:
-    """Caption that each query is suspected to copy, B captions.
+    """Caption that each query is suspected to copy, for rows (B, k) of a search, nearest first.
 
-    ``nearest`` is the paper's: the caption of the nearest image. ``most_common`` is that of the
-    authors' code: the caption of most neighbours if more than m have it, else the nearest image's.
-    The authors' neighbours are records, each copy of an image one of them; here copies are one row
-    with a count, and of near copies only the nearest is returned. So a neighbour counts with all
-    training records of its group under each of their captions; of equally common captions the
-    nearer image's is taken. An image without any gives that of its group's most records, or "".
-
-    Args:
-        items: of the index's rows.
-        rows: (B, k) rows that a search returned, nearest first.
-        policy: see above.
-        m: the most common caption needs more records; 20 of 1000 in the authors' code.
-
-    Raises:
-        ValueError: the index has no captions, the rows are not (B, k) with k ≥ 1, or m < 0.
+    ``nearest`` is the paper's: the caption of the nearest image. ``most_common`` is the authors'
+    code: the caption of most neighbours if more than m (20 of 1000 there) have it, else the nearest
+    image's. Their neighbours are records, with copies one by one; here copies are one row with a
+    count, and only the nearest of near copies is returned. So a neighbour counts with all training
+    records of its group under each of their captions; ties go to the nearer image. An image without
+    a caption gives that of most records in its group, or "".
     """
     if items.captions is None:
         raise ValueError("the index has no captions: build it from captioned images")
@@ -165,10 +154,10 @@ def duplicated_captions(
         raise ValueError(f"m is {m}, but must be 0 or more")
     if policy == "nearest":
         rows = rows[:, :1]
-    # Of these rows alone: an index may have millions.
+    # Only these rows: an index may have millions.
     rows = rows.to(items.group.device)
     captions = []
-    # Both in one copy, for which the host waits.
+    # One copy for both, as the host waits for it.
     for neighbours, numbers in zip(*torch.stack([rows, items.group[rows]]).tolist(), strict=True):
         caption = items.captions[neighbours[0]]
         if not caption:
@@ -182,7 +171,6 @@ def duplicated_captions(
 
 
 def _most_common(items: Items, groups: list[int]) -> tuple[str, int]:
-    """The most common caption of some groups, nearest first, and its records; ("", 0) of none."""
     counts: Counter[str] = Counter()  # in the order of the neighbours, by which ties are decided
     for number in dict.fromkeys(groups):
         counts.update({c: n for c, n in items.caption_counts.get(number, {}).items() if c})

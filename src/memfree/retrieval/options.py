@@ -30,27 +30,26 @@ FeatureName = Literal["pixels", "efficientnet", "sscd", "clip", "timm", "latents
 
 @dataclass(frozen=True)
 class ExtractorOptions:
-    """What a feature extractor is made of."""
+    """Options of a feature extractor."""
 
     path: Path | None = None
     """Local weights. sscd: the TorchScript file; clip: a checkpoint, or a folder with
     open_clip_config.json; timm: safetensors or a state dict; latents: a VAE or pipeline folder;
     copy_detection: the folder of `memfree train-embedding`."""
     model: str | None = None
-    """Architecture, by open_clip's name (clip: ViT-B-32 by default) or timm's (timm)."""
+    """Architecture: open_clip's name (clip: ViT-B-32 by default) or timm's (timm)."""
     pretrained: str | None = None
-    """Published weights instead of a path, downloaded. clip: open_clip's tag; timm: true."""
+    """Published weights to download instead of a path. clip: open_clip's tag; timm: true."""
     sscd_model: SSCDModel = "disc_mixup"
-    """Which of the published SSCD models the file is."""
+    """The published SSCD model in the file."""
     preprocessing: SSCDPreprocessing = "authors_288"
     """How images are prepared for SSCD: authors_288 (shorter side 288, ImageNet mean and
     deviation), authors_320 (320x320, the same), dcr (256, centre 224, mean and deviation 0.5),
     dcr_search (256, centre 224, ImageNet), amg (224x224, not normalised)."""
     trust_file: bool = False
-    """Load the SSCD file, which is a program, although its SHA-256 is not on the list of known
-    files."""
+    """Load the SSCD file, which is a program, even if its SHA-256 is not on the known list."""
     seed: int = 0
-    """Seed of timm's random weights, where neither path nor pretrained is given."""
+    """Seed of timm's random weights, used without path and pretrained."""
     dtype: Arithmetic = "float32"
     """Arithmetic of the network; vectors are float32 in any case."""
 

@@ -20,18 +20,14 @@ _SCORES_SHARE = 16
 MARGIN = 32
 """Candidates beyond k, for rounding and for several members of a group."""
 _PART = 1 << 23  # elements of a temporary of reference vectors: 32 MB of float32
-_CACHED = 1 << 20  # the same where it is filled again and again: 4 MB
-_MOST = 2048  # neighbours that FAISS returns on a GPU, at most
+_CACHED = 1 << 20  # the same for a reused buffer: 4 MB
+_MOST = 2048  # most neighbours that FAISS returns on a GPU
 
 
 @dataclass
 class Hits:
-    """Nearest references of B queries, best first.
-
-    Attributes:
-        rows: (B, k) int64 rows of the index.
-        scores: (B, k) float32: L2 distances, or cosine similarities.
-    """
+    """Nearest references of B queries, best first: (B, k) int64 rows of the index, and (B, k)
+    float32 scores, L2 distances or cosine similarities."""
 
     rows: Tensor
     scores: Tensor
@@ -42,7 +38,7 @@ class Groups:
     """Which rows belong together."""
 
     group: Tensor
-    """(N,) int64 group number of every row, 0 to count − 1, all of them used."""
+    """(N,) int64 group number of every row, 0 to count − 1, all used."""
     count: int
     first: Tensor
     """(count,) int64, one row of every group."""
@@ -51,7 +47,7 @@ class Groups:
 
     @classmethod
     def of(cls, group: Tensor) -> Groups:
-        """Sort out the rows of a (N,) int64 tensor of group numbers."""
+        """Find one row of each group, and the others, from (N,) int64 group numbers."""
         count = int(group.max()) + 1
         rows = torch.arange(len(group), device=group.device)
         first = torch.full((count,), len(group), dtype=torch.int64, device=group.device)
@@ -61,20 +57,18 @@ class Groups:
 
     @property
     def singletons(self) -> bool:
-        """Whether every row is a group of its own."""
+        """Whether every row is its own group."""
         return len(self.others) == 0
 
 
 class References:
-    """Reference vectors prepared for search on one device.
+    """Reference vectors (N, D) float32 prepared for search; for ``cosine`` of length 1.
 
-    Distances come in two passes. The expanded square ‖r‖² − 2 q·r of *centred* vectors is one
-    matrix product, but loses digits where a query is close to a reference. So it only selects: all
-    rows whose approximate score lies within twice its error bound of the k-th best group's are
-    kept, which cannot lose a true neighbour, and their scores are computed again from differences.
-
-    ``vectors`` are (N, D) float32, for ``cosine`` of length 1. Without ``keep_centred`` every
-    exhaustive search centres them again, part by part, unless ``centred`` was used.
+    Distances take two passes. The expanded square ‖r‖² − 2 q·r of *centred* vectors is one matrix
+    product, but loses digits near a reference. So it only selects all rows whose approximate score
+    lies within twice its error bound of the k-th best group's, which loses no true neighbour; their
+    scores are then computed from differences. Without ``keep_centred`` exhaustive searches centre
+    the vectors part by part, unless ``centred`` was used.
     """
 
     def __init__(
@@ -102,15 +96,15 @@ class References:
         return self.metric == "cosine" or self.keep_centred or self._centred is not None
 
     def centred_parts(self) -> Iterator[Tensor]:
-        """The centred vectors in parts of bounded size; each may overwrite the one before."""
+        """Centred vectors in parts of bounded size; each may overwrite the one before."""
         if self._has_centred:
             yield from self.centred.split(_rows(self.vectors))
             return
-        # As small as a CPU's cache, into the same memory: a third of the time of new temporaries.
+        # A reused buffer of a CPU's cache size takes a third of the time of new temporaries.
         rows = max(1, _CACHED // max(1, self.vectors.shape[1]))
         buffer = torch.empty_like(self.vectors[:rows])
         for part in self.vectors.split(rows):
-            if torch.is_grad_enabled():  # autograd keeps what it multiplied with
+            if torch.is_grad_enabled():  # autograd keeps operands
                 yield part - self.centre
             else:
                 yield torch.sub(part, self.centre, out=buffer[: len(part)])
@@ -135,7 +129,6 @@ class References:
         return self._exhaustive(queries, costs, k)
 
     def _leading(self, queries: Tensor, costs: Tensor, k: int) -> tuple[Hits, Tensor]:
-        """Hits among a fixed number of lowest costs, and which are certain to be all, (B,) bool."""
         # Sizes do not depend on the data, so that an accelerator need not wait for the host.
         size = len(self.vectors)
         wanted = min(size, candidates(k, self.groups))
@@ -157,13 +150,12 @@ class References:
         return Hits(rows.gather(1, order), scores.gather(1, order)), certain
 
     def _exhaustive(self, queries: Tensor, costs: Tensor, k: int) -> Hits:
-        """Hits among all rows that may be among the nearest."""
         error = self.error(queries)
         best = costs if self.groups.singletons else self._best_of_group(costs)
         limit = best.topk(k, dim=1, largest=False).values[:, -1:] + 2 * error
         query, row = torch.nonzero(costs <= limit, as_tuple=True)
         if not self.groups.singletons:
-            # Of a group, only members that may be its nearest go on to the second pass.
+            # Only members that may be a group's nearest continue to the second pass.
             near = best[query, self.groups.group[row]] + 2 * error[query, 0]
             keep = costs[query, row] <= near
             query, row = query[keep], row[keep]
@@ -208,11 +200,8 @@ class References:
             return total
 
     def error(self, queries: Tensor) -> Tensor:
-        """Bound (B, 1) on the rounding error of approximate costs.
-
-        The probabilistic bound of a D-term product, u·√D·‖q‖·‖r‖ (Higham and Mary, 2019), times a
-        generous constant, with u the rounding unit of float32.
-        """
+        """Bound (B, 1) on approximate costs' rounding error: u·√D·‖q‖·‖r‖ of a D-term product
+        (Higham and Mary, 2019) times a generous constant, with u float32's rounding unit."""
         factor = 8 * 2.0**-24 * (self.vectors.shape[1] ** 0.5 + 1)
         if self.metric == "cosine":
             return queries.new_full((len(queries), 1), factor)
@@ -221,7 +210,6 @@ class References:
         return factor * reference * (2 * query + reference)
 
     def _best_of_group(self, costs: Tensor) -> Tensor:
-        """Lowest cost of each group (B, groups)."""
         groups = self.groups
         best = costs[:, groups.first]
         index = groups.group[groups.others].expand(len(costs), -1)
@@ -239,10 +227,7 @@ class References:
         return scores
 
     def select(self, queries: Tensor, query: Tensor, row: Tensor, k: int) -> Hits:
-        """Score candidate pairs exactly and keep the best member of the k best groups a query.
-
-        Ties go to the lower row. Every query needs candidates from at least k groups.
-        """
+        """Score candidates of at least k groups a query exactly; keep the k best groups' best."""
         order = row.argsort(stable=True)
         query, row = query[order], row[order]
         scores = self.exact_scores(queries, query, row)
@@ -265,12 +250,12 @@ class References:
 
 
 def candidates(k: int, groups: Groups) -> int:
-    """How many rows of lowest cost usually hold the k nearest groups."""
+    """Number of lowest-cost rows that usually hold the k nearest groups."""
     return (k if groups.singletons else 2 * k) + MARGIN
 
 
 def first_of_group(group: Tensor) -> Tensor:
-    """Where a number occurs first in its row of ``group`` (B, n), (B, n) bool."""
+    """First occurrence of each number in its row of ``group`` (B, n), as (B, n) bool."""
     order = group.argsort(dim=1, stable=True)
     ordered = group.gather(1, order)
     new = torch.ones_like(ordered, dtype=torch.bool)
@@ -305,12 +290,9 @@ def _mean(vectors: Tensor) -> Tensor:
 
 
 class FaissReferences:
-    """Search of a flat FAISS index, on a GPU if FAISS sees one, with the results of ``References``.
-
-    FAISS finds candidates by approximate scores, which are then scored exactly. Queries whose
-    candidates are not certain to hold all neighbours (very large groups, ties beyond the margin)
-    are searched again exhaustively. FAISS keeps its own, centred copy of the vectors.
-    """
+    """FAISS search, on a GPU if there is one, with the results of ``References``: approximate
+    candidates are scored exactly, and queries whose candidates may miss neighbours (very large
+    groups, many ties) are searched exhaustively. FAISS keeps a centred copy of the vectors."""
 
     def __init__(self, references: References):
         self.references = references
@@ -335,7 +317,7 @@ class FaissReferences:
         costs, rows, error = self._candidates(queries, wanted)
         limit = kth_group(costs, rows, k, refs.groups) + 2 * error
         certain = (limit < costs[:, -1:]).squeeze(1) | (wanted == size)
-        # Columns beyond the limit are no candidates; of uncertain queries, none are kept.
+        # Drop columns beyond the limit, and all of uncertain queries.
         keep = (costs <= limit) & certain[:, None]
         query, column = torch.nonzero(keep[certain], as_tuple=True)
         result = Hits(rows.new_empty(len(queries), k), costs.new_empty(len(queries), k))
@@ -348,7 +330,6 @@ class FaissReferences:
         return result
 
     def _candidates(self, queries: Tensor, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Costs (B, wanted), ascending, in the units of ``References``; rows; error bounds."""
         refs = self.references
         centred = queries - refs.centre
         scores, rows = self._index.search(np.ascontiguousarray(centred.cpu().numpy()), wanted)

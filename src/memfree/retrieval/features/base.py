@@ -24,12 +24,8 @@ Metric = Literal["l2", "cosine"]
 
 
 class Features(nn.Module, ABC):
-    """A frozen, differentiable map from images (B, C, H, W) in [-1, 1] to vectors (B, D) float32.
-
-    Attributes:
-        metric: comparison of two vectors: ``l2`` (distance) or ``cosine`` (similarity).
-        reveals_images: whether images can be reconstructed from their vectors.
-    """
+    """A frozen, differentiable map from images (B, C, H, W) in [-1, 1] to vectors (B, D) float32,
+    compared by ``metric``. ``reveals_images``: images can be reconstructed from vectors."""
 
     metric: Metric
     reveals_images: bool = False
@@ -39,7 +35,7 @@ class Features(nn.Module, ABC):
         """JSON values that identify the extractor, its preprocessing and its weights."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors that an index stores beside ``describe()`` to make the extractor again."""
+        """Tensors that an index stores beside ``describe()`` to rebuild the extractor."""
         return {}
 
     @property
@@ -77,7 +73,7 @@ class PixelFeatures(Features):
 
 
 def identity(description: dict[str, Any]) -> dict[str, Any]:
-    """The description without the paths of its files: equal ones have comparable vectors."""
+    """The description without file paths: equal ones have comparable vectors."""
     kept = {name: value for name, value in description.items() if name != "path"}
     if isinstance(kept.get("base"), dict):
         kept["base"] = identity(kept["base"])
@@ -96,12 +92,12 @@ UNREADABLE: tuple[type[Exception], ...] = (
     pickle.UnpicklingError,
     safetensors.SafetensorError,
 )
-"""Raised by libraries for a file without weights, or with weights of another model."""
+"""What libraries raise for a file without weights, or with another model's."""
 
 
 @contextmanager
 def unreadable(message: str, *further: type[Exception]) -> Iterator[None]:
-    """Turn ``UNREADABLE`` and further errors into a ValueError of one line: message and reason."""
+    """Turn ``UNREADABLE`` and further errors into a one-line ValueError: message and reason."""
     try:
         yield
     except (*UNREADABLE, *further) as error:
@@ -111,11 +107,8 @@ def unreadable(message: str, *further: type[Exception]) -> Iterator[None]:
 
 
 class NetworkFeatures(Features):
-    """A network's embedding of length 1, compared by cosine; differentiable in the images.
-
-    ``network`` maps prepared images (B, 3, h, w) to embeddings (B, D) and is frozen here. ``dtype``
-    is its arithmetic; embeddings are float32 in any case.
-    """
+    """A frozen network's embedding of length 1, compared by cosine; differentiable in the images.
+    It maps prepared images (B, 3, h, w) to (B, D), in ``dtype`` arithmetic but float32 vectors."""
 
     metric: Metric = "cosine"
 
@@ -132,11 +125,11 @@ class NetworkFeatures(Features):
         self.eval()
 
     def train(self, mode: bool = True) -> NetworkFeatures:
-        """Stay in evaluation mode: the statistics of the weights are part of the extractor."""
+        """Stay in evaluation mode: the weights' statistics are part of the extractor."""
         return super().train(False)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images (B, 1 or 3, H, W) in [-1, 1] as the network's input."""
+        """Turn images (B, 1 or 3, H, W) in [-1, 1] into the network's input."""
         assert self.preprocessing is not None
         return self.preprocessing(images)
 
@@ -178,14 +171,13 @@ def state_hash(module: nn.Module) -> str:
 
 
 class Whitened(Features):
-    """Features after subtracting a mean and projecting on whitened principal directions.
+    """Features minus a mean, projected on whitened principal directions.
 
-    On small or uniform data an ImageNet network's raw cosine similarity is high for every pair of
-    images (digits: 0.68 in the median). Whitening on images of the same kind (the ``fit`` part of
-    a dataset, which is neither trained on nor judged) spreads them out: y = W·(f(x) − m), W of D
-    directions divided by their standard deviation, then length 1.
-
-    The extractor's ``pooled`` output is used if it has one; ``projection`` (D, d) is W's transpose.
+    On small or uniform data an ImageNet network's raw cosine similarity is high for every pair
+    (digits: 0.68 in the median). Whitening on images of the same kind (a dataset's ``fit`` part,
+    neither trained on nor judged) spreads them out: y = W·(f(x) − m), with W of D directions
+    divided by their standard deviation, then scaled to length 1. f is the extractor's ``pooled``
+    output if it has one; ``projection`` (D, d) is Wᵀ.
     """
 
     metric: Metric = "cosine"
@@ -208,14 +200,9 @@ class Whitened(Features):
         """Fit mean and directions to images (N, C, H, W) in [-1, 1].
 
         Args:
-            features: the extractor to whiten.
-            images: at least 3, neither trained on nor judged.
-            components: most directions, of the largest variance; also at most N/3, so that their
+            images: at least 3, neither trained on nor judged, and not all alike to the extractor.
+            components: upper limit on directions, largest variance first; also at most N/3, so that
                 variances are not noise, and none of negligible variance.
-            batch_size: images to embed at a time.
-
-        Raises:
-            ValueError: there are fewer than 3 images, or they all look the same to the extractor.
         """
         if len(images) < 3:
             raise ValueError(f"whitening needs at least 3 images, not {len(images)}")
@@ -232,7 +219,7 @@ class Whitened(Features):
 
     @classmethod
     def from_tensors(cls, features: Features, tensors: dict[str, Tensor]) -> Whitened:
-        """Make the extractor again from ``tensors()``; ValueError if they do not fit together."""
+        """Rebuild the extractor from ``tensors()``; ValueError if they do not fit together."""
         mean, projection = tensors.get("mean"), tensors.get("projection")
         if (
             mean is None
@@ -253,7 +240,7 @@ class Whitened(Features):
         return {"mean": self.mean, "projection": self.projection}
 
     def describe(self) -> dict[str, Any]:
-        """The extractor underneath, and a hash of mean and projection."""
+        """The inner extractor, and a hash of mean and projection."""
         digest = hashlib.sha256()
         for value in (self.mean, self.projection):
             digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -267,5 +254,4 @@ class Whitened(Features):
 
 
 def _raw(features: Features, images: Tensor) -> Tensor:
-    """Features before normalisation if the extractor has them."""
     return getattr(features, "pooled", features)(images)

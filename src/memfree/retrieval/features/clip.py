@@ -1,4 +1,4 @@
-"""CLIP features, from open_clip or a folder of an untrusted CLIP."""
+"""CLIP features, from open_clip or an untrusted local CLIP folder."""
 
 from __future__ import annotations
 
@@ -31,17 +31,12 @@ _MODEL = (
 _PREPROCESSING = ("size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
 _TOKENIZER = ("clean", "strip_sep_token", "reduction_mask", "additional_special_tokens")
 _NAMES_A_HUB = ("hf_model_name",)
-"""Makes open_clip ask the hub for a text tower's configuration."""
+"""Option that makes open_clip fetch a text tower's configuration from the hub."""
 
 
 def load_clip(folder: Path) -> Any:
-    """Build the CLIP of a folder with ``open_clip_config.json`` and a checkpoint, on the CPU.
-
-    Raises:
-        ValueError: the configuration names code, a hub or an unknown option, does not fit the
-            weights, or cannot be read; one line that names the folder.
-    """
-    import open_clip  # takes seconds, which nobody else should wait for
+    """Build an open_clip folder's CLIP on the CPU; ValueError if it names code or a hub."""
+    import open_clip  # slow: takes seconds
 
     name = f"local-dir:{folder.absolute()}"
     _read_config(folder)
@@ -51,7 +46,7 @@ def load_clip(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of such a folder: open_clip's own, or one whose files are in the folder."""
+    """Load such a folder's tokenizer: open_clip's own, or one with files in the folder."""
     from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer, SimpleTokenizer
 
     from memfree.folders.untrusted_models import check_tokenizer
@@ -75,7 +70,6 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The ``model_cfg`` of a folder, if its options only build open_clip's own networks."""
     import timm
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
@@ -110,7 +104,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _part(config: dict[str, Any], name: str, known: tuple[str, ...], path: Path) -> dict[str, Any]:
-    """A nested set of options, all of them known."""
     part = config.get(name)
     if part is None and name == "tokenizer_kwargs":
         return {}
@@ -126,7 +119,6 @@ def _check_keys(config: dict[str, Any], known: tuple[str, ...], name: str) -> No
 
 
 def _check_size(open_clip: Any, name: str, folder: Path) -> None:
-    """Refuse a configuration of a much larger network than the weights beside it."""
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth")]
     size = max((path.stat().st_size for path in files if path.is_file()), default=0)
     root = logging.getLogger()
@@ -144,19 +136,11 @@ def _check_size(open_clip: Any, name: str, folder: Path) -> None:
 class CLIPFeatures(NetworkFeatures):
     """CLIP image embeddings of length 1, compared by cosine; the text tower is not kept.
 
-    The preprocessing is the one that open_clip states for model and weights.
-
     Args:
-        model: open_clip's name of the architecture, as ViT-B-32; not used if ``path`` is a folder.
-        pretrained: open_clip's name of published weights, as laion2b_s34b_b79k (downloaded).
-        path: instead, a local checkpoint (safetensors, or a state dict that is loaded with
+        model: open_clip's architecture, e.g. ViT-B-32; not used if ``path`` is a folder.
+        pretrained: open_clip's published weights, e.g. laion2b_s34b_b79k (downloaded).
+        path: instead, a local checkpoint (safetensors, or a state dict loaded with
             ``weights_only``), or a folder with open_clip_config.json and a checkpoint.
-        dtype: arithmetic of the network.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the options contradict each other, name nothing that exists, or the weights are
-            of another model.
     """
 
     def __init__(
@@ -176,7 +160,7 @@ class CLIPFeatures(NetworkFeatures):
             if is_folder:
                 check_plain_folder(self.path)
             elif not self.path.is_file():
-                raise ValueError(f"{self.path} is not a plain file")  # a device would have no end
+                raise ValueError(f"{self.path} is not a plain file")  # a device never ends
         self.model = None if is_folder else model
         self.pretrained = pretrained
         tower, config = self._load()
@@ -184,7 +168,7 @@ class CLIPFeatures(NetworkFeatures):
         super().__init__(tower, Preprocessing.of_open_clip(config), dtype)
 
     def _load(self) -> tuple[Any, dict[str, Any]]:
-        import open_clip  # takes seconds, which nobody else should wait for
+        import open_clip  # slow: takes seconds
 
         if self.model is None:
             if self.path is None:

