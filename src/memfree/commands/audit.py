@@ -38,13 +38,10 @@ class Audit:
     pictures: Tensor
     """(≤ pairs, C, H, W) in [−1, 1]: the first images of the table."""
     facts: dict[str, str]
-    """What was compared and how, for display."""
     warning: str
     """Why there cannot be any discoveries; empty where there can."""
     skipped: Skipped
-    """Pictures and shards that could not be judged."""
     left_out: LeftOut
-    """Other files beside the pictures."""
 
 
 def audit(
@@ -59,17 +56,15 @@ def audit(
 ) -> int:
     """Judge images from anywhere: is each a copy of an indexed image, and how sure is that?
 
-    Every image gets its nearest indexed image, the similarity, and a p-value: the share of held-out
-    real images that are as near. Discoveries are the copies by Benjamini and Hochberg's procedure
-    at the false discovery rate over all images; the verdict `copy` judges each image on its own at
-    the false-positive rate. Images are scaled and cropped to the index's size, as by `memfree
-    prepare`. Exits with status 3 where pictures or shards could not be judged; they are named.
+    The p-value of an image is the share of held-out real images as near to the index. Discoveries
+    hold over all images (Benjamini and Hochberg, at the false discovery rate); the verdict `copy`
+    is of one image, at the false-positive rate. Images are scaled and cropped to the index's size.
+    Exits with status 3 where pictures or shards could not be judged; they are named.
 
     Args:
         images: folder, image file, tar shards or sample folder; `memfree audit IMAGES` is enough.
         index: calibrated reference index folder.
-        out: folder for audit.parquet and index.html, which shows images beside their nearest
-            training images; by default only the table is printed.
+        out: folder for audit.parquet and index.html with nearest images; default: only print.
         dataset: dataset folder of the index, to show training images that the index lacks.
         false_discovery_rate: expected share of wrong discoveries.
         false_positive_rate: share of real images that the verdict on one image may call copies.

@@ -101,10 +101,9 @@ def index(
 ) -> None:
     """Index the training images of a dataset folder and calibrate thresholds on held-out images.
 
-    Copies of an image become one row with their number. The calibration part, never trained on,
-    gives the thresholds at stated false-positive rates that are stored with the index. The index
-    holds training images or features of them: treat it like the training set. Networks save their
-    batches until the index is written: the same command resumes a killed run.
+    Copies of an image become one row with their number; the calibration part, never trained on,
+    gives thresholds at stated false-positive rates. The index holds training images or their
+    features: treat it like the training set. With a network the same command resumes a killed run.
 
     Args:
         dataset: folder that `memfree prepare` wrote.
@@ -114,12 +113,11 @@ def index(
             similarity; latents (of a VAE, L2 distance); copy_detection (of `memfree
             train-embedding`, cosine similarity).
         extractor: options of the features.
-        whiten: whiten a network's features on the dataset's fit part, which spreads small or
-            uniform images out.
+        whiten: whiten a network's features on the fit part: spreads small or uniform images out.
         batch_size: images to embed at a time.
         workers: processes that read and decode images, for each process that embeds.
-        hash_keys: write an index for parties who may not hold the images: keys are hashed with the
-            salt; captions and shard names are left out. Not for pixels or latents.
+        hash_keys: for parties who may not hold the images: keys are hashed with the salt, captions
+            and shard names left out. Not for pixels or latents.
         salt_file: file with the salt, to be kept secret; written if it does not exist.
         part: all, or a part of the batches as 3/8 (the third of eight), for concurrent jobs on one
             dataset; the one that finds all embedded writes the index.

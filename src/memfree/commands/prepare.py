@@ -62,10 +62,9 @@ def prepare(
 ) -> int:
     """Write a dataset folder: shards for training, three held-out parts, and a manifest.
 
-    Exact and near duplicates are grouped, whole groups are dealt out to the parts, and the planned
-    copies are added to the training part. The folder appears when it is complete; a stopped run
-    starts over. The same arguments give the same bytes. Exits with status 3 where broken pictures
-    or shards were skipped; they are named.
+    Groups of exact and near duplicates stay in one part; planned copies are added to the training
+    part. The folder appears complete; a stopped run starts over. The same arguments give the same
+    bytes. Exits with status 3 where broken pictures or shards were skipped; they are named.
 
     Args:
         out: the dataset folder.
@@ -89,8 +88,8 @@ def prepare(
         on_error: stop at the first broken image or missing shard, or skip and count it.
         licence: terms of the images, kept in the manifest; default: what the source says.
         emoji_variants: include skin tones and gender signs, each in the group of its emoji.
-        limit: train on N images of the training part only, 0: on all of it. Held-out parts do not
-            change, and a smaller limit takes a subset of a larger one's images.
+        limit: train on N training images (0: all), a subset of any larger limit's; the held-out
+            parts do not change.
         labels: own: the source's; random: each training image gets one of the source's labels at
             random; unique: each gets a label of its own. With the last two, copies share their
             image's label (see plan) and held-out images have none.

@@ -88,8 +88,8 @@ def predict(
     Args:
         model: model folder that train.py wrote, or a Stable-Diffusion-style diffusers folder.
         out: folder for the samples; new, empty, or this very run's.
-        index: reference index of the training images; required by amg, multiplicity, both and
-            reject. Without one, other samples have no trace of their similarity.
+        index: reference index of the training images, for amg, multiplicity, both and reject, and
+            to trace the similarity of other samples.
         count: number of samples.
         batch_size: samples drawn together on a device.
         seed: seed of the run; sample i depends on (seed, i).
@@ -99,16 +99,14 @@ def predict(
         classes: one label, as 3, or several that are taken in turn, as [0,1]; default: all.
         prompts: the prompts of a text-to-image model.
         latents: index of the training images' latents, for multiplicity guidance of text-to-image.
-        decoder: folder of an AutoencoderTiny of the model's latents, which decodes the clean
-            estimates compared with the index: cheaper, but it may miss or delay detections and so
-            guidance. The last step and the images use the model's own autoencoder.
+        decoder: folder of an AutoencoderTiny that decodes estimates for the index: cheaper, but may
+            miss or delay detections. The last step and the images use the model's autoencoder.
         guidance: the mitigation and its strengths.
         batches_per_shard: batches per shard; a killed run repeats at most these.
-        part: all, or a part of the samples as 3/8 (the third of eight), for concurrent jobs that
-            fill one folder; the last finishes it.
+        part: all, or as 3/8 the third of eight parts, for concurrent jobs; the last finishes.
         allow_other_dataset: accept an index of other images than the model was trained on.
-        one_call: both branches of classifier-free guidance in one call of the network, in two
-            where memory is short. false: always in two, to reproduce the bits of such samples.
+        one_call: classifier-free guidance in one network call, in two where memory is short;
+            false: always in two, to reproduce the bits of such samples.
         trainer: devices.
     """
     from memfree.models import load_model

@@ -40,8 +40,7 @@ def scratch(
 
     Args:
         dataset: captioned dataset folder that `memfree prepare` wrote, of RGB images.
-        out: model folder to write: diffusers/, manifest.json and reconstructions.png, test images
-            above their reconstructions.
+        out: model folder: diffusers/, manifest.json and reconstructions.png (test images).
         model: sizes of text encoder and U-Net.
         autoencoder: shape and training of the autoencoder.
         accelerator: kind of device: auto, cpu, gpu, mps, ...

@@ -42,11 +42,10 @@ def study(
 ) -> None:
     """Train models on repeated images, sample them in many ways, and compare.
 
-    Each cell of the grids is one trained model: prepared, indexed, trained, sampled once for each
-    subject from the same noise, and evaluated. Cells share common work, such as a data set. A
-    stopped study resumes. Several processes may each take a part of the cells; the one that finds
-    all of them finished writes the tables. A plan with training, counts, prompt_sets or noise_seed
-    studies a text-to-image model: memfree study PLAN.yaml --help shows its options.
+    Each cell of the grids is one model: prepared, indexed, trained, sampled for each subject from
+    the same noise, and evaluated; cells share common work. A stopped study resumes. Of processes
+    that share the cells, the one that finds all finished writes the tables. For a text-to-image
+    plan (training, counts, prompt_sets or noise_seed) see memfree study PLAN.yaml --help.
 
     Args:
         name: of the study; its results are NAME.csv, .parquet, .md, .png and .html in out, and
@@ -61,14 +60,12 @@ def study(
         steps: optimizer steps of a model.
         count: samples of a subject.
         guidance_scale: classifier-free guidance scale of models that are told a label.
-        oracle: compare with the same network trained on the deduplicated images, at equal steps and
-            at equal epochs.
+        oracle: compare with training on the deduplicated images, at equal steps and equal epochs.
         models: networks of the grid, by name: options of train.py. An existing study accepts more.
         options: further options of the commands, except those that the study sets itself.
-        shared_data: whether conditionings that change no label share a data set; false: each
-            prepares its own.
-        part: all; a part of the cells as 3/8 (the third of eight), for concurrent processes or
-            jobs; or none, to tabulate what is finished.
+        shared_data: whether conditionings that change no label share a data set.
+        part: all; as 3/8 the third of eight parts of the cells, for concurrent jobs; or none, to
+            tabulate what is finished.
         dry_run: check and print the commands, their number and how long they may take, and stop.
     """
     from memfree.study.results import summarise
@@ -109,16 +106,14 @@ def text_study(
 ) -> None:
     """Train a small text-to-image model with repeated images, sample it in many ways, and compare.
 
-    Trains all it needs, without a download: captioned emoji, a Stable Diffusion from scratch, an
-    embedding that guides and another that judges, a CLIP. All subjects start from the same noise.
-    Copies are judged by the guiding measure, by pixels, and by the second embedding. A stopped
-    study resumes. Several processes may each take a part of the prompt sets.
+    Without downloads, trains a Stable Diffusion on captioned emoji, two embeddings (one guides,
+    one judges) and a CLIP. All subjects start from the same noise. Copies are judged by the guiding
+    measure, by pixels, and by the second embedding. A stopped study resumes.
 
     Args:
         name: of the study; its results are NAME.csv, .parquet, .md, .png, -rows.png, and, if a
             subject is called none, -detection.png.
-        subjects: ways to sample, by name: a mitigation and its options; and at_most, for
-            subjects too slow, or too unimportant, for all samples of a prompt set.
+        subjects: ways to sample, by name: a mitigation and its options; at_most limits slow ones.
         out: folder for everything; studies of the same data share it.
         training: the model.
         counts: samples by prompt set.

@@ -53,14 +53,13 @@ class SlurmOptions:
     """Memory of each machine, as 64G."""
     time: str | None = None
     """Time limit: minutes, hours:minutes:seconds or days-hours:minutes:seconds (in quotes in YAML);
-    default: the partition's. A job that reaches it is requeued and resumes; prepare, evaluate,
-    audit, tune and train-... start over and need a limit that suffices."""
+    default: the partition's. At the limit a job is requeued and resumes, but prepare, evaluate,
+    audit, tune and train-... start over."""
     signal_seconds: PositiveInt = DEFAULT_SIGNAL_SECONDS
-    """Seconds before the time limit, or before preemption where the cluster allows, at which the
-    job is warned, saves and is requeued; SLURM is exact to half a minute."""
+    """Seconds before the time limit, or preemption where the cluster allows, at which the job is
+    warned, saves and is requeued; exact to half a minute."""
     array: PositiveInt = 1
-    """Jobs that share the command's work: sample, index of a network, or study. Each does its
-    --part of it; the last to end finishes the folder."""
+    """Jobs that share sample, index of a network, or study by --part; the last one finishes."""
     array_parallelism: PositiveInt = 256
     """Jobs of an array that may run at the same time."""
     requeue: bool = True

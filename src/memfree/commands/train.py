@@ -51,15 +51,14 @@ class TrainerOptions:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """Arithmetic of the network; auto: bf16-mixed on GPUs that have it, else 32-true."""
     accumulate_grad_batches: PositiveInt = 1
-    """Batches whose gradients are summed for one optimizer step, at most an epoch; the last step of
-    an epoch takes the rest."""
+    """Batches summed in one optimizer step, at most an epoch; its last step takes the rest."""
     gradient_clip_val: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0: not clipped."""
     log_every_n_steps: PositiveInt = 50
     """Optimizer steps between two records of the loss."""
     logger: LoggerName = "csv"
-    """Where the loss is recorded, below out/logs: csv, tensorboard, wandb (Weights & Biases;
-    WANDB_MODE=offline runs without a network) or none."""
+    """Format of the losses in out/logs: csv, tensorboard, none or wandb (Weights & Biases; for work
+    without a network set WANDB_MODE=offline)."""
     checkpoint_every_n_steps: PositiveInt = 500
     """Optimizer steps between two checkpoints; only the newest is kept."""
     sample_grid_every_n_steps: NonNegativeInt = 500
@@ -67,8 +66,7 @@ class TrainerOptions:
     val_check_interval: NonNegativeInt = 0
     """Batches between measurements of val/loss on the data's test part; 0: none."""
     copy_rate_index: Path | None = None
-    """Calibrated reference index; with val_check_interval, the share of copies among a few samples
-    is recorded as val/copy_rate."""
+    """Calibrated reference index; with val_check_interval, a few samples give val/copy_rate."""
     copy_rate_samples: PositiveInt = 64
     """Number of such samples, always from the same noise."""
     enable_progress_bar: bool = True
@@ -85,8 +83,8 @@ def train(
 ) -> None:
     """Train a diffusion model and save it as a diffusers folder.
 
-    The same command resumes from the newest checkpoint, or does nothing if the model is finished. A
-    folder with another model is refused. SIGTERM saves a checkpoint and ends the training after the
+    The same command again resumes from the newest checkpoint, or does nothing if it is finished;
+    another model's folder is refused. SIGTERM saves a checkpoint and ends the training after the
     optimizer step (on several GPUs: after every fifth); a SLURM job warned of its end is requeued.
 
     Args:
@@ -97,9 +95,6 @@ def train(
         trainer: Training length, hardware and logging.
         seed: Seed of the weights and of all noise in training.
         overwrite: Delete a model of another dataset or configuration in out.
-
-    Raises:
-        ValueError: also for a loss that is no longer finite.
     """
     from memfree.data import ShardDataModule
     from memfree.models import export_model

@@ -62,10 +62,9 @@ def tune(
 ) -> None:
     """Find the smallest guidance strengths that leave no copy on a trial batch.
 
-    Multiplies c_1, c_2 and c_3 by each scale, from the smallest up, draws a trial batch with the
-    last correction switched off, and stops at the first scale without a copy by the calibrated
-    threshold. Tune on other noise and, where you can, on another model and other duplicated images
-    than those that you report.
+    Multiplies c_1, c_2 and c_3 by each scale, from the smallest up, draws without the last
+    correction, and stops at the first scale without a copy by the calibrated threshold. Tune on
+    other noise and, where you can, another model and duplicated images than you report.
 
     Args:
         model: model folder that train.py wrote.
@@ -81,8 +80,7 @@ def tune(
         prompts: prompts of a text-to-image model; take those whose images it copies.
         latents: index of the training images' latents, for both of text-to-image.
         scales: multiples of the strengths, tried from the smallest up.
-        guidance: what is tuned (mitigation amg or both), the strengths that are multiplied, and
-            everything else.
+        guidance: mitigation amg or both, the strengths to multiply, and everything else.
         allow_other_dataset: accept an index of other images than the model was trained on.
     """
     import torch
