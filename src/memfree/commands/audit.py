@@ -64,7 +64,8 @@ def audit(
     Args:
         images: folder, image file, tar shards or sample folder; `memfree audit IMAGES` is enough.
         index: calibrated reference index folder.
-        out: folder for audit.parquet and index.html with nearest images; default: only print.
+        out: folder for audit.parquet and index.html, which shows images beside their nearest
+            training images; default: only the printed table.
         dataset: dataset folder of the index, to show training images that the index lacks.
         false_discovery_rate: expected share of wrong discoveries.
         false_positive_rate: share of real images that the verdict on one image may call copies.

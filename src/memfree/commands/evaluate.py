@@ -35,13 +35,17 @@ def evaluate(
         index: calibrated reference index folder of that dataset.
         samples: sample folders by name: --samples.unguided FOLDER --samples.amg FOLDER.
         out: folder to write; a complete evaluation replaces an earlier one there.
-        false_positive_rate: share of real images called copies; at least 5 / calibration images.
-        other_rates: further false-positive rates; those too small for calibration are left out.
-        reference: samples to compare others with, noise by noise; the first if it is missing.
-        other_data: samples of models trained on another dataset on purpose, as the deduplicated.
+        false_positive_rate: share of real images that the verdict may call copies; at least
+            5 / (number of calibration images).
+        other_rates: further false-positive rates; those too small for the calibration set are left out.
+        reference: samples that others of the same noise are compared with, pair by pair; the
+            first ones where none are called unguided.
+        other_data: samples whose model was trained on another dataset on purpose, such as the
+            deduplicated one.
         second_embedding: folder of `memfree train-embedding` as second measure, of another seed
             than the index's; default: whitened EfficientNet, or pixels for an embedding's index.
-        clip: folder of a CLIP (`memfree train-clip` or open_clip) to score captioned samples.
+        clip: folder of a CLIP (`memfree train-clip`, or any that open_clip loads from a folder) to
+            score captioned samples.
         batch_size: images measured at a time.
         seed: for bootstrap, subsets and cross-validation.
     """

@@ -88,8 +88,8 @@ def predict(
     Args:
         model: model folder that train.py wrote, or a Stable-Diffusion-style diffusers folder.
         out: folder for the samples; new, empty, or this very run's.
-        index: reference index of the training images, for amg, multiplicity, both and reject, and
-            to trace the similarity of other samples.
+        index: reference index of the training images, required by amg, multiplicity, both and
+            reject. Without one, other samples have no trace of their similarity.
         count: number of samples.
         batch_size: samples drawn together on a device.
         seed: seed of the run; sample i depends on (seed, i).
@@ -99,11 +99,12 @@ def predict(
         classes: one label, as 3, or several that are taken in turn, as [0,1]; default: all.
         prompts: the prompts of a text-to-image model.
         latents: index of the training images' latents, for multiplicity guidance of text-to-image.
-        decoder: folder of an AutoencoderTiny that decodes estimates for the index: cheaper, but may
-            miss or delay detections. The last step and the images use the model's autoencoder.
+        decoder: folder of an AutoencoderTiny of the model's latents, which decodes the clean
+            estimates compared with the index: cheaper, but it may miss or delay detections and so
+            guidance. The last step and the images use the model's own autoencoder.
         guidance: the mitigation and its strengths.
         batches_per_shard: batches per shard; a killed run repeats at most these.
-        part: all, or as 3/8 the third of eight parts, for concurrent jobs; the last finishes.
+        part: all, or as 3/8 the third of eight parts, for jobs that fill one folder together.
         allow_other_dataset: accept an index of other images than the model was trained on.
         one_call: classifier-free guidance in one network call, in two where memory is short;
             false: always in two, to reproduce the bits of such samples.

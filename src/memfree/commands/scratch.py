@@ -40,7 +40,8 @@ def scratch(
 
     Args:
         dataset: captioned dataset folder that `memfree prepare` wrote, of RGB images.
-        out: model folder: diffusers/, manifest.json and reconstructions.png (test images).
+        out: model folder to write: diffusers/, manifest.json and reconstructions.png, test images
+            above their reconstructions.
         model: sizes of text encoder and U-Net.
         autoencoder: shape and training of the autoencoder.
         accelerator: kind of device: auto, cpu, gpu, mps, ...

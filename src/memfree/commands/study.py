@@ -63,7 +63,7 @@ def study(
         oracle: compare with training on the deduplicated images, at equal steps and equal epochs.
         models: networks of the grid, by name: options of train.py. An existing study accepts more.
         options: further options of the commands, except those that the study sets itself.
-        shared_data: whether conditionings that change no label share a data set.
+        shared_data: whether conditionings that change no label share a data set; false: one for each.
         part: all; as 3/8 the third of eight parts of the cells, for concurrent jobs; or none, to
             tabulate what is finished.
         dry_run: check and print the commands, their number and how long they may take, and stop.
@@ -113,7 +113,8 @@ def text_study(
     Args:
         name: of the study; its results are NAME.csv, .parquet, .md, .png, -rows.png, and, if a
             subject is called none, -detection.png.
-        subjects: ways to sample, by name: a mitigation and its options; at_most limits slow ones.
+        subjects: ways to sample, by name: a mitigation and its options; and at_most, for
+            subjects too slow, or too unimportant, for all samples of a prompt set.
         out: folder for everything; studies of the same data share it.
         training: the model.
         counts: samples by prompt set.

@@ -54,12 +54,13 @@ class SlurmOptions:
     time: str | None = None
     """Time limit: minutes, hours:minutes:seconds or days-hours:minutes:seconds (in quotes in YAML);
     default: the partition's. At the limit a job is requeued and resumes, but prepare, evaluate,
-    audit, tune and train-... start over."""
+    audit, tune and train-... start over and need a limit that suffices."""
     signal_seconds: PositiveInt = DEFAULT_SIGNAL_SECONDS
     """Seconds before the time limit, or preemption where the cluster allows, at which the job is
     warned, saves and is requeued; exact to half a minute."""
     array: PositiveInt = 1
-    """Jobs that share sample, index of a network, or study by --part; the last one finishes."""
+    """Jobs that share sample, index of a network, or study by --part each; the last to end finishes
+    the folder."""
     array_parallelism: PositiveInt = 256
     """Jobs of an array that may run at the same time."""
     requeue: bool = True

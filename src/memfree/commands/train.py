@@ -51,7 +51,7 @@ class TrainerOptions:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """Arithmetic of the network; auto: bf16-mixed on GPUs that have it, else 32-true."""
     accumulate_grad_batches: PositiveInt = 1
-    """Batches summed in one optimizer step, at most an epoch; its last step takes the rest."""
+    """Batches summed for one optimizer step, at most an epoch's; its last step takes the rest."""
     gradient_clip_val: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0: not clipped."""
     log_every_n_steps: PositiveInt = 50
@@ -66,7 +66,8 @@ class TrainerOptions:
     val_check_interval: NonNegativeInt = 0
     """Batches between measurements of val/loss on the data's test part; 0: none."""
     copy_rate_index: Path | None = None
-    """Calibrated reference index; with val_check_interval, a few samples give val/copy_rate."""
+    """Calibrated reference index; with val_check_interval, the share of a few samples that it calls
+    copies is recorded as val/copy_rate."""
     copy_rate_samples: PositiveInt = 64
     """Number of such samples, always from the same noise."""
     enable_progress_bar: bool = True

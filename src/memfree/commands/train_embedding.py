@@ -35,9 +35,10 @@ def train_embedding(
     """Train a small copy-detection embedding on the images of a dataset folder.
 
     SSCD's recipe (Pizzi et al., CVPR 2022): embeddings of changed copies of an image agree, others
-    spread out. For data without a working copy detector, such as icons of 32 pixels. `memfree index
-    --features copy_detection --extractor.path OUT` calibrates it on images outside train and fit.
-    Judge a mitigation that it guides by another measure. Takes minutes.
+    spread out. For data without a working copy detector, such as icons of 32 pixels. It sees the
+    distinct train and fit images only: `memfree index --features copy_detection --extractor.path
+    OUT` calibrates it on unseen images. Judge a mitigation that it guides by another
+    measure. Takes minutes.
 
     Args:
         dataset: folder that `memfree prepare` wrote.
