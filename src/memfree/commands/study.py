@@ -63,7 +63,7 @@ def study(
         oracle: compare with training on the deduplicated images, at equal steps and equal epochs.
         models: networks of the grid, by name: options of train.py. An existing study accepts more.
         options: further options of the commands, except those that the study sets itself.
-        shared_data: whether conditionings that change no label share a data set; false: one for each.
+        shared_data: whether conditionings that change no label share a data set, or have one each.
         part: all; as 3/8 the third of eight parts of the cells, for concurrent jobs; or none, to
             tabulate what is finished.
         dry_run: check and print the commands, their number and how long they may take, and stop.

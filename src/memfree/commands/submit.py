@@ -59,8 +59,8 @@ class SlurmOptions:
     """Seconds before the time limit, or preemption where the cluster allows, at which the job is
     warned, saves and is requeued; exact to half a minute."""
     array: PositiveInt = 1
-    """Jobs that share sample, index of a network, or study by --part each; the last to end finishes
-    the folder."""
+    """Jobs that share sample, index of a network, or study, each by its --part; the last to end
+    finishes the folder."""
     array_parallelism: PositiveInt = 256
     """Jobs of an array that may run at the same time."""
     requeue: bool = True
