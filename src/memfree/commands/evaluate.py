@@ -37,7 +37,7 @@ def evaluate(
         out: folder to write; a complete evaluation replaces an earlier one there.
         false_positive_rate: share of real images that the verdict may call copies; at least
             5 / (number of calibration images).
-        other_rates: further false-positive rates, except those too small for the calibration images.
+        other_rates: further false-positive rates, except those too small for the calibration set.
         reference: samples that others of the same noise are compared with, pair by pair; the
             first ones where none are called unguided.
         other_data: samples whose model was trained on another dataset on purpose, such as the
