@@ -41,12 +41,8 @@ if TYPE_CHECKING:
 
 
 def as_options(words: Sequence[str], option: str | None) -> list[str]:
-    """The words of a command, with the free one, the first or the last, as a value of ``option``.
-
-    It goes to the front, wherever it stood: of a file with options and an option beside it, the
-    option wins. A last word is free where the one before it is not an option that waits for a
-    value.
-    """
+    """Turn the free word of a command, its first or last, into ``option``, put first so that an
+    explicit option wins; a last word is not free after an option that waits for a value."""
     given = list(words)
     if option is None or not given:
         return given
@@ -59,16 +55,11 @@ def as_options(words: Sequence[str], option: str | None) -> list[str]:
 
 
 TEXT_PLAN = {"training", "counts", "prompt_sets", "noise_seed"}
-"""Options that a study's plan of a text-to-image model has, and a grid has not."""
+"""Options of a text-to-image study's plan that a grid does not have."""
 
 
 def command_of(name: str, words: Sequence[str]) -> Command:
-    """The command of a verb; ``study`` runs plans of two kinds, each with options of its own.
-
-    Args:
-        name: the verb; ``text-study`` is the former name of ``study`` for text-to-image plans.
-        words: its options, ``--config FILE`` among them.
-    """
+    """The command of a verb; a text-to-image plan of ``study`` has options of its own."""
     if name not in ("study", "text-study"):
         return COMMANDS[name]
     check_config_files(words)
@@ -82,18 +73,17 @@ def command_of(name: str, words: Sequence[str]) -> Command:
 
 
 class Command(NamedTuple):
-    """One command: where its function is, imported only when it is called."""
+    """A command: where its function is, imported only when it is called."""
 
     function: str
     help: str
     positional: str | None = None
-    """Option that a word without dashes stands for."""
     one_writer: bool = True
-    """Whether it alone may write the folder of its --out; a study's commands lock their own."""
+    """Whether it locks the folder of its --out; a study's commands lock their own."""
     goes_on: bool = True
-    """Whether a run that was stopped resumes; others begin again."""
+    """Whether a stopped run resumes; others start over."""
     libraries: tuple[str, ...] = ("torch", "lightning.pytorch", "diffusers")
-    """What its work takes seconds to import, once its options are known to be right."""
+    """Slow imports, made once its options are known to be right."""
 
 
 def _command(verb: str, text: str, place: str = "", **options: Any) -> tuple[str, Command]:
@@ -127,10 +117,9 @@ COMMANDS = dict(
         _command("demo", "induce, measure and remove memorization on digits", libraries=()),
     ]
 )
-"""Verbs of ``memfree``."""
 
 SCRIPTS = ("train", "sample")
-"""Commands that a checkout has as scripts too: ``python train.py`` is ``memfree train``."""
+"""Commands that a checkout also has as scripts: ``python train.py`` is ``memfree train``."""
 
 
 def run(
@@ -141,29 +130,25 @@ def run(
 ) -> Any:
     """Call a typed function with arguments from the command line and from YAML files.
 
-    Every parameter is an option; fields of dataclasses are options below it
-    (``--data.batch_size``). ``--config FILE`` reads options from YAML, several files layer, and
-    what stands later on the line wins. The function itself saves the resolved configuration beside
-    what it makes, by ``memfree.folders.manifest.save_config``: it knows whether it makes anything.
+    Every parameter is an option; dataclass fields are options below it (``--data.batch_size``).
+    ``--config FILE`` reads YAML, several files layer, and the later word on the line wins. The
+    function saves its resolved configuration (``memfree.folders.manifest.save_config``).
 
     Args:
-        function: annotated and documented; its docstring and those of its dataclasses are the
-            text of ``--help``.
+        function: annotated; its docstring and those of its dataclasses are the text of ``--help``.
         args: the command line without the program's name, None for ``sys.argv[1:]``.
         prog: the name in the usage line, None for the script's.
-        one_writer: whether no other command may write to the folder of an option ``--out``
-            meanwhile (``memfree.folders.lock``).
+        one_writer: lock the folder of an option ``--out`` meanwhile (``memfree.folders.lock``).
 
     Raises:
-        SystemExit: with status 2 and one line on stderr for an unknown or wrong option, for a
-            ValueError or OSError of the function, and where memory runs out; with 130 after Ctrl-C.
-            The environment variable MEMFREE_DEBUG=1 adds the traceback.
+        SystemExit: status 2 and one line on stderr for a wrong option, the function's ValueError
+            or OSError, or too little memory; 130 after Ctrl-C. MEMFREE_DEBUG=1 adds a traceback.
     """
     return guarded(lambda: _run(function, args, prog, one_writer))
 
 
 def run_command(name: str, args: Sequence[str] | None = None, prog: str | None = None) -> Any:
-    """``run`` the function of a command, and import its libraries once its options are right."""
+    """``run`` a command's function and import its libraries once its options are right."""
     given = as_options(sys.argv[1:] if args is None else args, COMMANDS[name].positional)
     if name == "text-study":
         print("memfree: text-study is now memfree study PLAN.yaml", file=sys.stderr)
@@ -202,10 +187,7 @@ def load(command: Command) -> Callable[..., Any]:
 
 @contextmanager
 def _interrupt_leaves() -> Iterator[None]:
-    """Let Ctrl-C end the process while libraries are imported.
-
-    As an exception in the middle of an import it would abort torch, or be caught on its way.
-    """
+    """Let Ctrl-C end the process during imports: an exception there aborts torch or gets caught."""
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
@@ -248,21 +230,20 @@ _SECTIONS = re.compile(r"^\s*(?:Args|Returns|Raises|Yields|Examples?):\s*$", re.
 
 def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
     """The parser of a typed function's options, ``--config`` among them."""
-    # Not above: a script is in the care of ``guarded`` before anything slow is imported.
+    # Imported here: ``guarded`` must already run when anything slow is imported.
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     limit_aliases()
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True,
-        # Importing a module runs it: a configuration may name no class but those of the options,
-        # which the parser names to itself.
+        # Importing a module runs it, so a configuration may name only the classes of the options.
         import_path_denylist=["*"],
         import_path_allowlist=["memfree"],
         instantiate_subclass_spec_in_any=False,
     )
     settings: dict[str, Any] = {
         "prog": prog,
-        # Up to its first section: the rest is the text of the options.
+        # Up to its first section: the rest documents the options.
         "description": re.split(_SECTIONS, inspect.getdoc(function) or "", maxsplit=1)[0].strip(),
         "exit_on_error": False,
         "allow_abbrev": False,
@@ -282,12 +263,12 @@ def parser_of(function: Callable[..., Any], prog: str | None) -> ArgumentParser:
 
 
 def parsed(parser: ArgumentParser, words: Sequence[str], defaults: bool = True) -> Namespace:
-    """The options that the words of a command line give; a ValueError names what is wrong."""
+    """The options that a command line gives; a ValueError names what is wrong."""
     check_config_files(words)
     check_no_further_files(words, list(parser.groups or {}))
     try:
         config = parser.parse_args(list(words), defaults=defaults)
-    # ImportError: jsonargparse's, for a class that a configuration within another one names.
+    # ImportError: jsonargparse's, for a class named in a nested configuration.
     except (argparse.ArgumentError, ImportError) as error:
         raise ValueError(option_message(str(error), parser)) from error
     except RecursionError:
@@ -323,14 +304,14 @@ def _run(
     with _as_one_run(launch, config), explained_memory("running", batches):
         arguments = parser.instantiate(config)
         arguments.pop("config", None)
-        if "part" in config:  # the folder is that of all parts
+        if "part" in config:  # all parts share the folder
             config["part"] = ALL
         with resolved_config(parser.dump(config)), _writing(arguments, lock, launch):
             return function(**arguments)
 
 
 def _as_one_run(launch: Launch, config: Namespace) -> AbstractContextManager[None]:
-    """Take the processes of a launcher as the options --trainer.* say: one run, or one each."""
+    """Treat a launcher's processes as --trainer.* says: as one run, or as one run each."""
     devices, nodes = 1, config.get("trainer.num_nodes", 1)
     if launch.told and "trainer.devices" in config:
         from memfree.training.trainer import device_count, means_all_started
@@ -338,14 +319,14 @@ def _as_one_run(launch: Launch, config: Namespace) -> AbstractContextManager[Non
         given = config["trainer.devices"]
         devices = device_count(launch, config["trainer.accelerator"], given)
         if means_all_started(launch, given):
-            # A separate run forgets torchrun, after which it would mean all devices.
+            # A separate run forgets torchrun, and auto would then mean all devices.
             config["trainer.devices"] = devices
     return as_one_run(launch, devices, nodes)
 
 
 @contextmanager
 def _writing(arguments: Any, lock: bool, launch: Launch) -> Iterator[None]:
-    """Be the only writer of ``--out``, or of a part of it; name it where it cannot be written."""
+    """Be the only writer of ``--out`` or of a part of it; name it where it cannot be written."""
     from memfree.folders.atomic import explained_storage
     from memfree.folders.lock import one_of_launch, one_writer
 

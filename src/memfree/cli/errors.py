@@ -1,4 +1,4 @@
-"""Error messages: what a user can fix ends a command in one line and an exit status."""
+"""Error messages: errors that users can fix end a command with one line and an exit status."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _EXPECTED = re.compile(
     r"|Expected an? (?:Literal\[(.*?)\]|(.*?))\.)\s+(?:Given|Got) value: ",
     re.DOTALL,
 )
-"""jsonargparse's words for a value of another type: of a union, of fixed words, or of one type."""
+"""jsonargparse's messages for a wrong type: of a union, of fixed words, or of one type."""
 _TYPE_NOISE = ("<class '", "'>", "jsonargparse.typing.", "jsonargparse.", "typing.")
 _CALLED = {"--font": ("--path", "FONT, with --source emoji")}
-"""Options that one may look for by another name, how they are called, and with what."""
+"""Options that users may look for by another name: what they are called, and with what."""
 
 
 def options_of(parser: ArgumentParser) -> list[str]:
-    """All options of a parser as they are typed, ``--help`` and ``-h`` included."""
+    """All options of a parser as typed, ``--help`` and ``-h`` included."""
     options = [option for action in parser._actions for option in action.option_strings]
-    new = getattr(parser, "new_options", ())  # of mitigations, whose old names are not suggested
+    new = getattr(parser, "new_options", ())  # never suggest old names of mitigations
     return [*new, *(option for option in options if not option.startswith("--guidance."))]
 
 
 def option_message(message: str, parser: ArgumentParser) -> str:
-    """Say jsonargparse's message in terms of the options on the command line."""
+    """Rephrase jsonargparse's message in terms of command-line options."""
     if message.startswith(_REQUIRED):
         names = message.removeprefix(_REQUIRED).split(", ")
         return f"missing option {', '.join('--' + name for name in names)}; see --help"
@@ -60,7 +60,7 @@ def option_message(message: str, parser: ArgumentParser) -> str:
     if message.startswith('Parser key "'):
         key, _, reason = message.removeprefix('Parser key "').partition('"')
         message = f"--{key}:{reason.lstrip(':')}"
-    # What each type of a union says of a value repeats what the list of types says.
+    # The message of each type in a union repeats the list of types.
     before, errors, after = message.partition("Errors:\n")
     if errors:
         message = f"{before}Given value: {after.rpartition('Given value: ')[2]}"
@@ -81,7 +81,7 @@ def _expected(match: re.Match[str]) -> str:
 
 @contextmanager
 def named_option(option: str) -> Iterator[None]:
-    """Put the option before what is wrong with its value."""
+    """Put the option's name before an error about its value."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -89,13 +89,13 @@ def named_option(option: str) -> Iterator[None]:
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """The nearest known word as a question to append, or nothing where none is near."""
+    """The nearest known word as a question to append; empty where none is near."""
     near = difflib.get_close_matches(word, known, n=1)
     return f", did you mean {near[0]}?" if near else ""
 
 
 def unknown_command(word: str, known: list[str]) -> str:
-    """What is wrong with a word that is not one of the known commands."""
+    """The message for a word that is not a known command."""
     near = did_you_mean(word, known)
     return f"unknown command {word!r}{near}; commands are {', '.join(known)}"
 
@@ -105,18 +105,16 @@ INTERRUPTED = "memfree: interrupted"
 
 
 def guarded(call: Callable[[], Any], goes_on: bool = True) -> Any:
-    """Report errors that the user can fix as one line, and exit with their status.
+    """Report errors that the user can fix as one line and exit with their status.
 
-    Args:
-        call: what to do.
-        goes_on: whether what it had done is kept when it is stopped and started again.
+    ``goes_on``: whether a stopped ``call`` resumes when it is started again.
     """
     try:
         check_variables()  # importing Lightning reads them
         with requeued_when_warned(goes_on):
             return call()
     except BrokenPipeError:
-        # The reader of our output has gone (``| head``); the interpreter must not flush to it.
+        # Our output's reader has gone (``| head``); the interpreter must not flush to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except _fixable() as error:
@@ -133,7 +131,7 @@ def guarded(call: Callable[[], Any], goes_on: bool = True) -> Any:
 
 
 def _fixable() -> tuple[type[Exception], ...]:
-    """Errors that a user can fix; those of heavy modules only if they are imported at all."""
+    """Errors that a user can fix; those of heavy modules only if they are already imported."""
     heavy = {
         "memfree.out_of_memory": "ExplainedOutOfMemoryError",
         "lightning.fabric.utilities.exceptions": "MisconfigurationException",
@@ -144,7 +142,7 @@ def _fixable() -> tuple[type[Exception], ...]:
 
 
 def message_of(error: Exception) -> str:
-    """What an error says, without Python's ``[Errno 2]`` and Lightning's addresses."""
+    """An error's message without Python's ``[Errno 2]`` and Lightning's addresses."""
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (ValueError, OSError, RuntimeError)):
@@ -160,7 +158,7 @@ def _exit_interrupted() -> NoReturn:
 
 
 def exit_with_error(message: str) -> NoReturn:
-    """End the process with status 2 and ``message`` as the one line of it."""
+    """End the process with status 2 and ``message`` on one line of stderr."""
     line = re.sub(" {2,}", " ", " ".join(message.splitlines()).replace("\t", " ")).strip()
     say(f"memfree: error: {line}", stderr=True)
     raise SystemExit(2)

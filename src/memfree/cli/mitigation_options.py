@@ -1,9 +1,7 @@
-"""``--mitigation NAME`` and ``--mitigation.OPTION``: the options of the chosen mitigation alone.
+"""``--mitigation NAME`` and ``--mitigation.OPTION``: only the options of the chosen mitigation.
 
-Commands take ``GuidanceSettings``, the record of all mitigations' options. Here options of the
-chosen mitigation become fields of that record, on the command line and in option files, and are
-written back under their own names. The record's own names, such as ``--guidance.wen.target``, are
-the command line's old ones: they work for one release.
+They become fields of ``GuidanceSettings``, the record of all mitigations' options, and are saved
+under their own names. Old names, such as ``--guidance.wen.target``, work for one release.
 """
 
 from __future__ import annotations
@@ -26,37 +24,36 @@ from memfree.guidance.options import MITIGATIONS, MitigationOptions, is_import_p
 from memfree.guidance.settings import GuidanceSettings
 
 PARAMETER = "guidance"
-"""The parameter of a command that takes ``GuidanceSettings``."""
+"""The parameter of commands that takes ``GuidanceSettings``."""
 _NAME, _OLD_NAME = "mitigation.name", f"{PARAMETER}.mitigation"
 _OPTION = re.compile(rf"--(config|allow_code|(mitigation|{PARAMETER})(\.[\w.]+)?)")
 _RUNS_CODE = "runs the code that it names: allow it by --allow_code true on the command line"
 
 
 class _Given(NamedTuple):
-    """A word of a command line, an option of guidance, or an option file that has some."""
+    """A word of a command line, guidance options, or an option file with some."""
 
     word: str = ""
-    """Any other word, as it stands."""
     options: dict[str, Any] = {}
-    """Options of guidance by dotted name: ``mitigation.name``, ``guidance.c1``."""
+    """Guidance options by dotted name: ``mitigation.name``, ``guidance.c1``."""
     others: dict[str, Any] | None = None
-    """Of an option file: its other options."""
+    """The other options of an option file."""
 
 
 class MitigationParser(ArgumentParser):
-    """A parser of a function with ``GuidanceSettings``; ``default``: of ``--mitigation``."""
+    """Parser of a function with ``GuidanceSettings``; ``default`` is that of ``--mitigation``."""
 
     new_options = ("--mitigation", "--allow_code")
-    """Options that are no actions of the parser, for messages."""
+    """Options without an action in the parser, for messages."""
     old_names = ""
-    """A line about the old names in what was parsed last; empty where there were none."""
+    """A line about the old names used in the last parse; may be empty."""
 
     def __init__(self, default: str, **settings: Any) -> None:
         super().__init__(**settings)
         self.default = default
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """Parse words, options of the mitigation that they choose among them."""
+        """Parse words, among them the options of the mitigation that they choose."""
         try:
             given = list(_given(sys.argv[1:] if args is None else args))
             chosen = _chosen(given)
@@ -84,13 +81,12 @@ class MitigationParser(ArgumentParser):
         own = {"mitigation": "name", **{path: option for option, path in paths.items()}}
         options["mitigation"] = {own[path]: record[path] for path in own if path in record}
         for path, value in record.items():
-            # Of another mitigation: it does nothing, but is a part of the samples' identity.
+            # Of another mitigation: without effect, but part of the samples' identity.
             if path not in own and value != _default(path):
                 options[f"{PARAMETER}.{path}"] = value
         return yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
 
     def _of_mitigation(self, name: str) -> ArgumentParser:
-        """The parser of one mitigation's options, for ``--mitigation NAME --help``."""
         parser = ArgumentParser(prog=f"{self.prog} --mitigation {name}", usage="%(prog)s [options]")
         entry = MITIGATIONS.get(name)
         parser.description = entry.summary if entry else "a mitigation of your own"
@@ -100,7 +96,7 @@ class MitigationParser(ArgumentParser):
         return parser
 
     def _overview(self) -> ArgumentParser:
-        """This parser with the common options of mitigations alone, for ``--help``."""
+        """This parser with only the options common to all mitigations, for ``--help``."""
         for name, group in (self.groups or {}).items():
             if name.split(".")[0] == PARAMETER:
                 group.title = group.description = None
@@ -132,7 +128,7 @@ class _Lines(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 def _add_options(group: Any, options: type, own: bool = False) -> None:
-    """Add the fields of a dataclass with their docs, all or those that not every mitigation has."""
+    """Add a dataclass's fields with their docs; ``own``: not those that every mitigation has."""
     shared = {one.name for one in fields(MitigationOptions)} if own else set()
     described = [docstring_parser.parse_from_object(kind) for kind in options.__mro__[:-1]]
     texts = {one.arg_name: one.description for docs in described for one in docs.params}
@@ -144,7 +140,6 @@ def _add_options(group: Any, options: type, own: bool = False) -> None:
 
 
 def _given(words: Sequence[str]) -> Iterator[_Given]:
-    """The words of a command line, with the options of guidance apart."""
     rest = iter(words)
     for word in rest:
         option, equals, value = word.partition("=")
@@ -160,7 +155,7 @@ def _given(words: Sequence[str]) -> Iterator[_Given]:
 
 
 def _option_file(name: str) -> _Given:
-    """An option file, or its text; one without options of guidance is left to the parser."""
+    """Read an option file or its text; one without guidance options is left to the parser."""
     path, text = Path(name), name
     try:
         if "\n" not in name and not name.lstrip().startswith("{") and path.exists():
@@ -180,7 +175,6 @@ def _is_about(key: Any) -> bool:
 
 
 def _about(options: Mapping[Any, Any]) -> dict[str, Any]:
-    """Options of guidance by dotted name."""
     about = _flat({str(key): value for key, value in options.items() if _is_about(key)})
     if "mitigation" in about:
         about[_NAME] = about.pop("mitigation")
@@ -196,13 +190,13 @@ def _flat(options: Any, name: str = "") -> dict[str, Any]:
 
 
 def _chosen(given: Sequence[_Given]) -> str:
-    """The mitigation that is named last; empty where none is."""
+    """The mitigation named last; empty where there is none."""
     names = [one.options[key] for one in given for key in (_OLD_NAME, _NAME) if key in one.options]
     return str(names[-1]) if names else ""
 
 
 def _check_name(name: str, given: Sequence[_Given]) -> None:
-    """Refuse a mitigation that is unknown, or whose code nobody allowed to run."""
+    """Refuse an unknown mitigation, or one whose code the user has not allowed to run."""
     allowed = ""
     for one in given:
         if "allow_code" in one.options:
@@ -223,10 +217,9 @@ def _check_name(name: str, given: Sequence[_Given]) -> None:
 
 
 def _words(one: _Given, name: str) -> list[str]:
-    """Words for the parser of the record."""
     if one.word:
         return [one.word]
-    # A file's options are those of the mitigation that it names itself.
+    # A file's options belong to the mitigation that it names.
     name = str(one.options.get(_NAME, name))
     record = {
         f"{PARAMETER}.{_path(option, name)}" if option.startswith("mitigation.") else option: value
@@ -252,20 +245,20 @@ def _path(option: str, name: str) -> str:
 
 
 def _new_names(name: str) -> dict[str, str]:
-    """By field of the record, the option of the chosen mitigation."""
+    """Maps fields of the record to options of the chosen mitigation."""
     own = {path: f"mitigation.{option}" for option, path in record_paths(name).items()}
     return {"mitigation": "mitigation", **own}
 
 
 def _old_names(given: Sequence[_Given], name: str) -> str:
-    """One line that names the new options for old ones; empty where there are none."""
+    """A line that names the new options for old ones; may be empty."""
     used = [
         (option.partition(".")[2], value)
         for one in given
         for option, value in one.options.items()
         if option.startswith(f"{PARAMETER}.")
     ]
-    # Of the record of a whole run, what is not the default.
+    # Only what is not the default, for a whole run's record.
     changed = [path for path, value in used if value != _default(path)]
     old = list(dict.fromkeys(changed or [path for path, _ in used]))
     if not old:
@@ -280,7 +273,6 @@ def _old_names(given: Sequence[_Given], name: str) -> str:
 
 
 def _default(path: str) -> Any:
-    """The default of a field of the record; None where it has no such field."""
     value: Any = GuidanceSettings()
     for name in path.split("."):
         value = getattr(value, name, None)

@@ -1,4 +1,4 @@
-"""Chains of commands: each printed as a user would type it, then run in this process."""
+"""Chains of commands: each is printed as a user would type it, then run in this process."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a chain; running it again when it is finished does nothing, or the same."""
+    """A command of a chain; running it again once it is finished changes nothing."""
 
     command: str
     """A verb of ``memfree``."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options by name, without the dashes; a list or tuple is written in brackets."""
+    """Options by name without dashes; a list or tuple is written in brackets."""
 
     def arguments(self) -> list[str]:
-        """The options as words of a command line."""
+        """The options as command-line words."""
         return [f"--{name}={_word(value)}" for name, value in self.options.items()]
 
     def words(self) -> list[str]:
-        """The program and its options, as ``sys.argv`` has them."""
+        """The program and its options, as in ``sys.argv``."""
         script = [f"{self.command}.py"] if self.command in SCRIPTS else ["memfree", self.command]
         return [*script, *self.arguments()]
 
@@ -41,11 +41,7 @@ class Stage:
         return shlex.join((["python"] if self.command in SCRIPTS else []) + self.words())
 
     def check(self) -> None:
-        """Parse the options as the command itself will, and do nothing; no folder need exist yet.
-
-        Raises:
-            ValueError: an option is unknown or has a wrong value; the message ends with the line.
-        """
+        """Parse the options as the command will, and nothing else; a ValueError shows the line."""
         try:
             parsed(_parser(self.command), self.arguments())
         except ValueError as error:
@@ -53,12 +49,12 @@ class Stage:
             raise ValueError(f"{message} (in: {self.line()})") from error
 
     def run(self) -> Any:
-        """Run it in this process; a failure ends the process with the command's own one line.
+        """Run it in this process and return its result; a failure ends the process with one line.
 
-        Returns what the command returns: for some an exit status, which is no failure of a chain.
+        The result may be an exit status, which does not fail a chain.
         """
         before = sys.argv
-        sys.argv = self.words()  # manifests and reports name this command, not the whole chain
+        sys.argv = self.words()  # manifests and reports name this command, not the chain
         try:
             return run_command(self.command, self.arguments(), prog=self.line().split(" --")[0])
         finally:
@@ -66,7 +62,7 @@ class Stage:
 
 
 def run_stages(stages: list[Stage], console: Console) -> float:
-    """Run a chain, one after another; the seconds it took."""
+    """Run a chain in order; returns the seconds it took."""
     begin = time.perf_counter()
     for number, stage in enumerate(stages, 1):
         console.rule(
@@ -80,7 +76,7 @@ def run_stages(stages: list[Stage], console: Console) -> float:
     return time.perf_counter() - begin
 
 
-@functools.cache  # a study asks for the same one hundreds of times
+@functools.cache  # a study needs the same one hundreds of times
 def _parser(command: str) -> ArgumentParser:
     return parser_of(load(COMMANDS[command]), None)
 

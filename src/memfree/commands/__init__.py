@@ -1,1 +1,1 @@
-"""Commands of ``memfree``: one file a verb."""
+"""Commands of ``memfree``, one file per verb."""

@@ -31,20 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Audit:
-    """The result, most suspicious images first."""
+    """The result of an audit, most suspicious images first."""
 
     table: pa.Table
     """One row per image; columns as in ``audit.parquet``."""
     pictures: Tensor
     """(≤ pairs, C, H, W) in [−1, 1]: the first images of the table."""
     facts: dict[str, str]
-    """What was compared and how, to be shown."""
     warning: str
-    """Why there are no discoveries where there cannot be any; empty otherwise."""
+    """Why there cannot be any discoveries; empty where there can."""
     skipped: Skipped
-    """Pictures and shards that could not be judged."""
     left_out: LeftOut
-    """Other files beside the pictures."""
 
 
 def audit(
@@ -57,33 +54,23 @@ def audit(
     pairs: PositiveInt = 40,
     batch_size: PositiveInt = 256,
 ) -> int:
-    """Give a verdict on images from anywhere: is one a copy of an indexed image, and how sure?
+    """Judge images from anywhere: is each a copy of an indexed image, and how sure is that?
 
-    Every image gets the nearest indexed image, its similarity, and a p-value: the share of held-out
-    real images that are as near. Over all images, discoveries are those that Benjamini and
-    Hochberg's procedure calls copies at the false discovery rate; the verdict `copy` is that of one
-    image on its own at the false-positive rate. Images of another size are scaled and cropped to
-    the index's, as `memfree prepare` does by default.
+    The p-value of an image is the share of held-out real images as near to the index. Discoveries
+    hold over all images (Benjamini and Hochberg, at the false discovery rate); the verdict `copy`
+    is of one image, at the false-positive rate. Images are scaled and cropped to the index's size.
+    Exits with status 3 where pictures or shards could not be judged; they are named.
 
     Args:
         images: folder, image file, tar shards or sample folder; `memfree audit IMAGES` is enough.
         index: calibrated reference index folder.
         out: folder for audit.parquet and index.html, which shows images beside their nearest
-            training images; by default only the table is printed.
-        dataset: dataset folder of the index, to show training images where the index holds none.
-        false_discovery_rate: share of discoveries that may be wrong, expected.
-        false_positive_rate: share of real images that the verdict on a single image may call
-            copies.
-        pairs: most suspicious images to show on the page; half of them in the terminal.
+            training images; default: only the printed table.
+        dataset: dataset folder of the index, to show training images that the index lacks.
+        false_discovery_rate: expected share of wrong discoveries.
+        false_positive_rate: share of real images that the verdict on one image may call copies.
+        pairs: most suspicious images on the page; half of them in the terminal.
         batch_size: images measured at a time.
-
-    Returns:
-        the exit status: 0, or 3 where pictures or shards could not be judged; they are named.
-
-    Raises:
-        FileNotFoundError: a folder is missing, or there is no image.
-        ValueError: the index is not calibrated or not for that rate, or ``out`` holds something
-            else.
     """
     from pyarrow import parquet
 
@@ -97,7 +84,7 @@ def audit(
     result = measure(
         references, images, false_discovery_rate, false_positive_rate, pairs, batch_size
     )
-    # Written before it is printed: what a terminal cannot show must not lose the audit.
+    # Write before printing: a terminal's encoding error must not lose the audit.
     if out is not None:
         keys = result.table["nearest_key"].to_pylist()[:pairs]
         nearest = _nearest_images(references, data, keys)
@@ -133,7 +120,7 @@ def measure(
     pairs: int = 40,
     batch_size: int = 256,
 ) -> Audit:
-    """Measure all images against the index; arguments as of ``audit``."""
+    """Measure all images against the index; arguments as in ``audit``."""
     import torch
 
     from memfree.evaluation.audited_images import AuditedImages
@@ -143,7 +130,7 @@ def measure(
 
     similarity = default_similarity(index)
     calibration = calibration_of(index, similarity)
-    calibration.threshold(false_positive_rate)  # refuses a rate before anything is read
+    calibration.threshold(false_positive_rate)  # refuses a wrong rate before reading
     source = AuditedImages(images, index.image_shape)
     names: list[str] = []
     parts: list[Neighbours] = []
@@ -154,7 +141,7 @@ def measure(
         )
         names += batch_names
         parts.append(found)
-        # Only the pictures that are shown are kept; equal ones stay in their order.
+        # Keep only the pictures shown; equal ones stay in order.
         top, top_sigma = torch.cat([top, batch]), np.concatenate([top_sigma, found.sigma])
         kept = np.argsort(-top_sigma, kind="stable")[:pairs]
         top, top_sigma = top[torch.from_numpy(kept)], top_sigma[kept]
@@ -208,7 +195,6 @@ def _facts(
     fewest: int,
     rates: tuple[float, float],
 ) -> dict[str, str]:
-    """What was compared and how, by name."""
     shape = " × ".join(str(side) for side in index.image_shape)
     n, (discovery_rate, rate) = len(calibration.sigmas), rates
     skipped = [source.skipped.text("image"), *source.skipped.messages]
@@ -237,7 +223,7 @@ def _facts(
 
 
 def _warning(p_value: np.ndarray, n: int, fewest: int) -> str:
-    """Why there may be no discovery with n calibration images; empty if that says something."""
+    """Why n calibration images may allow no discovery; empty where the result speaks for itself."""
     if fewest > len(p_value):
         return (
             f"No discovery is possible: with {n} calibration images no p-value is below 1/{n + 1}. "
@@ -271,7 +257,7 @@ def _print(result: Audit, rows: int, console: Console) -> None:
 def _nearest_images(
     index: ReferenceIndex, data: DatasetFolder | None, keys: list[str]
 ) -> dict[str, Tensor]:
-    """Training images by key, as far as the index or the dataset holds them."""
+    """Training images by key, where the index or the dataset holds them."""
     import torch
 
     from memfree.evaluation.writer import training_images

@@ -12,9 +12,9 @@ from memfree.folders.claim import check_kind
 from memfree.folders.manifest import save_config, write_manifest
 
 SAMPLES = {"unguided": "none", "amg": "amg", "both": "both"}
-"""Sample folders of the demo and the mitigation of each."""
+"""The demo's sample folders and their mitigations."""
 DENOISING_STEPS = 40
-"""Fewer than the default: two slow cores should not need more than six minutes."""
+"""Fewer than the default, so that two slow cores need at most six minutes."""
 
 
 def demo(
@@ -28,10 +28,9 @@ def demo(
 ) -> None:
     """Train on digits of which some are repeated, show that they are copied, and stop it.
 
-    Runs the steps that README.md explains, on scikit-learn's 1797 handwritten digits (no
-    download): prepare, index, train, sample three times from the same noise (unguided; with
-    Anti-Memorization Guidance; with multiplicity guidance and AMG), evaluate, report. Each
-    command is printed before it runs. Stopped and started again, it resumes where it was.
+    Runs the steps of README.md on scikit-learn's 1797 handwritten digits (no download): prepare,
+    index, train, sample three times from the same noise (unguided; Anti-Memorization Guidance;
+    multiplicity guidance and AMG), evaluate, report. Prints each command; resumes when restarted.
 
     Args:
         out: folder for all results.

@@ -27,36 +27,27 @@ def evaluate(
 ) -> None:
     """Measure how much samples copy, and how good they are, against held-out images.
 
-    Writes metrics.json, per_sample.parquet, and what `memfree report` draws. The test images of
-    the dataset are measured as if they were samples; they are the subject `heldout`.
-    `read_metrics` reads the result.
+    Writes metrics.json (see `read_metrics`), per_sample.parquet, and what `memfree report` draws.
+    The dataset's test images are measured like samples, as the subject `heldout`.
 
     Args:
         dataset: dataset folder that the model was trained on.
-        index: reference index folder of that dataset, calibrated.
-        samples: sample folders by a name of your choice: --samples.unguided FOLDER
-            --samples.amg FOLDER.
-        out: folder to write; an earlier evaluation there is replaced when this one is complete.
+        index: calibrated reference index folder of that dataset.
+        samples: sample folders by name: --samples.unguided FOLDER --samples.amg FOLDER.
+        out: folder to write; a complete evaluation replaces an earlier one there.
         false_positive_rate: share of real images that the verdict may call copies; at least
             5 / (number of calibration images).
-        other_rates: further false-positive rates to report copies at; those that are too small
-            for the calibration images are left out.
-        reference: the samples that others of the same noise are compared with, pair by pair; the
+        other_rates: further false-positive rates, except those too small for the calibration set.
+        reference: samples that others of the same noise are compared with, pair by pair; the
             first ones where none are called unguided.
-        other_data: names of samples whose model was trained on another dataset on purpose, such
-            as the deduplicated one.
-        second_embedding: folder of `memfree train-embedding` that is the second measure, of
-            another seed than the index's; by default whitened EfficientNet, or pixels where the
-            index is of an embedding.
+        other_data: samples whose model was trained on another dataset on purpose, such as the
+            deduplicated one.
+        second_embedding: folder of `memfree train-embedding` as second measure, of another seed
+            than the index's; default: whitened EfficientNet, or pixels for an embedding's index.
         clip: folder of a CLIP (`memfree train-clip`, or any that open_clip loads from a folder) to
-            score samples that have captions.
+            score captioned samples.
         batch_size: images measured at a time.
         seed: for bootstrap, subsets and cross-validation.
-
-    Raises:
-        FileNotFoundError: a folder is missing.
-        ValueError: a folder is unfinished or of other data, the index is not calibrated, or there
-            are no held-out images.
     """
     from memfree.evaluation import memorization
     from memfree.evaluation.agreement import ClipScorer, class_metrics, clip_metrics

@@ -80,7 +80,7 @@ class EmbeddingDevices(Devices):
     """Where images are embedded: options of the Lightning Trainer."""
 
     devices: int | str = 1
-    """How many devices, or auto; each has its own process."""
+    """Number of devices, or auto; each has its own process."""
     strategy: str = "auto"
     """auto or ddp: images are divided among the devices."""
 
@@ -101,13 +101,9 @@ def index(
 ) -> None:
     """Index the training images of a dataset folder and calibrate thresholds on held-out images.
 
-    Copies of an image become one row with their number. The calibration part, which is never
-    trained on, says how near a real image comes to the training set: thresholds at stated
-    false-positive rates are stored with the index. The index holds training images or features of
-    them: treat it like the training set.
-
-    Networks embed in batches that are kept on disk until the index is written: started again with
-    the same command, a run that was killed resumes.
+    Copies of an image become one row with their number; the calibration part, never trained on,
+    gives thresholds at stated false-positive rates. The index holds training images or their
+    features: treat it like the training set. With a network the same command resumes a killed run.
 
     Args:
         dataset: folder that `memfree prepare` wrote.
@@ -117,22 +113,16 @@ def index(
             similarity; latents (of a VAE, L2 distance); copy_detection (of `memfree
             train-embedding`, cosine similarity).
         extractor: options of the features.
-        whiten: whiten a network's features on the dataset's fit part, which spreads small or
-            uniform images out.
+        whiten: whiten a network's features on the fit part: spreads small or uniform images out.
         batch_size: images to embed at a time.
-        workers: processes that read and decode images beside each process that embeds.
-        hash_keys: write an index for parties who may not hold the images: keys are hashed with the
-            salt, captions and shard names are left out. Not for pixels or latents.
-        salt_file: file with the salt, which you keep to yourself; written if it does not exist.
-        part: all, or a part of the batches as 3/8 (the third of eight), for jobs that embed one
-            dataset at the same time; the one that finds all embedded writes the index.
+        workers: processes that read and decode images, for each process that embeds.
+        hash_keys: for parties who may not hold the images: keys are hashed with the salt, captions
+            and shard names left out. Not for pixels or latents.
+        salt_file: file with the salt, to be kept secret; written if it does not exist.
+        part: all, or a part of the batches as 3/8 (the third of eight), for concurrent jobs on one
+            dataset; the one that finds all embedded writes the index.
         trainer: devices of a network's features.
-        overwrite: replace an index of another dataset or of other features too.
-
-    Raises:
-        ValueError: an option is wrong, the dataset is unfinished or has no calibration images, or
-            the out folder holds something else.
-        FileNotFoundError: the extractor's weights are not there.
+        overwrite: also replace an index of another dataset or of other features.
     """
     import torch
 
@@ -163,12 +153,12 @@ def index(
             raise ValueError(message)
     refuse_mount_point(out)
     if salt_file is not None and salt_file.exists():
-        read_salt(salt_file)  # refuses what is not a salt before the work
+        read_salt(salt_file)  # refuses a wrong file before the work
     folder = DatasetFolder(dataset)
     training, calibration = folder.part("train"), folder.part("calibration")
     extract = make_features(features, extractor)
     vectors = extract.embed(torch.zeros(1, *folder.image_shape)).numel() * len(training.keys) * 4
-    # A network's vectors are on the disk twice, as parts and in the index.
+    # A network's vectors are on disk twice, as parts and in the index.
     check_free_space(out, vectors * (1 if pixels else 2) + 100 * len(training.keys))
 
     console = plain_console(stderr=True)
@@ -220,7 +210,7 @@ def index(
 def _calibrate(
     index: ReferenceIndex, folder: DatasetFolder, batch_size: int, console: Console
 ) -> Calibration:
-    """Store with the index how near held-out images come to it by its own similarity."""
+    """Store with the index how near held-out images are to it by its own similarity."""
     from memfree.guidance.calibration import calibration_of, default_similarity, measure
 
     images = folder.part("calibration")
@@ -246,7 +236,7 @@ def _embed(
     console: Console,
 ) -> tuple[Features, EmbeddedParts]:
     """Embed the train part, or this part of the work; returns the extractor and the batches."""
-    # Lightning takes seconds to import, which an index of pixels need not wait for.
+    # Imported here: Lightning takes seconds, and pixels do not need it.
     from memfree.retrieval.embed import EmbeddedParts, embed, parts_folder, whitened
     from memfree.retrieval.index_folder import claim_index
     from memfree.training.trainer import build_trainer
@@ -272,7 +262,7 @@ def _embed(
         return features, parts
     bar = counting_bar(console if is_first_process() else plain_console(quiet=True))
     with quiet(*_QUIET), bar as progress:
-        # The first process counts its own share; the others' are as large.
+        # The first process counts its own share; all are of equal size.
         rows = sum(len(parts.rows(batch)) for batch in parts.missing(work))
         task = progress.add_task("embed", total=rows)
         embed(

@@ -60,11 +60,11 @@ def prepare(
     records: RecordOptions = _NO_CHOICE,
     overwrite: bool = False,
 ) -> int:
-    """Write a dataset folder: shards for training, three held-out parts, and what was done.
+    """Write a dataset folder: shards for training, three held-out parts, and a manifest.
 
-    Exact and near duplicates in the source are grouped first; whole groups are dealt out to the
-    parts; then the planned copies are added to the training part. The folder appears when it is
-    complete; a run that was stopped begins again. The same arguments give the same bytes.
+    Groups of exact and near duplicates stay in one part; planned copies are added to the training
+    part. The folder appears complete; a stopped run starts over. The same arguments give the same
+    bytes. Exits with status 3 where broken pictures or shards were skipped; they are named.
 
     Args:
         out: the dataset folder.
@@ -74,12 +74,10 @@ def prepare(
             metadata.csv) or shards (WebDataset tars, for instance img2dataset's).
         path: the image folder; the shards: a folder, a file, a glob, or addresses with braces; or
             the font of emoji, if not the installed Noto Color Emoji.
-        image_size: height and width of all images, one number for a square; without it all
-            images must have the same size.
+        image_size: height and width, or one number for a square; default: all must have one size.
         resize: crop keeps the centre, squash scales both sides, pad adds black borders.
         interpolation: how pixels are resized, always antialiased.
-        channels: 1 grey, 2 grey with alpha, 3 RGB, 4 RGBA; default: those of the first image,
-            which all must have.
+        channels: 1 grey, 2 grey with alpha, 3 RGB, 4 RGBA; default: the first image's, for all.
         parts: images of each part.
         plan: which training images are repeated, and how.
         seed: for the split and the order.
@@ -89,21 +87,14 @@ def prepare(
         records_per_shard: records in each tar.
         on_error: stop at the first broken image or missing shard, or skip and count it.
         licence: terms of the images, kept in the manifest; default: what the source says.
-        emoji_variants: emoji with skin tones and gender signs too, each in the group of its emoji.
-        limit: train on N images of the training part only, 0: on all of it. Held-out parts stay
-            as they are, and a smaller limit takes a subset of a larger one's images.
-        labels: own: as the source has them; random: each training image gets one of the source's
-            labels, drawn whatever it shows; unique: each gets a label of its own. With the last
-            two, copies share their image's label (see plan) and held-out images have none.
-        records: which files of a folder or of shards are meant where there is a choice.
-        overwrite: replace the dataset folder that is there.
-
-    Returns:
-        the exit status: 0, or 3 where broken pictures or shards were skipped; they are named.
-
-    Raises:
-        ValueError: an option is wrong, or ``out`` holds something else.
-        OSError: the source is not there, a file is damaged, or the disk is full.
+        emoji_variants: include skin tones and gender signs, each in the group of its emoji.
+        limit: train on N training images (0: all), a subset of any larger limit's; the held-out
+            parts do not change.
+        labels: own: the source's; random: each training image gets one of the source's labels at
+            random; unique: each gets a label of its own. With the last two, copies share their
+            image's label (see plan) and held-out images have none.
+        records: which files of a folder or of shards to use where there is a choice.
+        overwrite: replace an existing dataset folder.
     """
     from memfree.data.ingest import open_source
     from memfree.data.shard_writer import record_bytes
@@ -127,7 +118,7 @@ def prepare(
         "on_error": on_error,
         "licence": licence,
     }
-    # Absent where they are the default, so that recipes of earlier versions stay as they were.
+    # Absent if default, so that recipes of earlier versions stay valid.
     later: dict[str, Any] = {"emoji_variants": emoji_variants, "limit": limit}
     if labels != "own":
         later["labels"] = labels
@@ -136,7 +127,7 @@ def prepare(
     recipe |= {name: value for name, value in later.items() if value}
     recipe = json.loads(json.dumps(recipe))
     console = plain_console(stderr=True)
-    identity = None if overwrite else recipe  # made again, also where it was made in this way
+    identity = None if overwrite else recipe  # rebuild, even from the same recipe
     reopen = partial(open_source, source, path, emoji_variants, records)
     if claim(out, "dataset", identity, overwrite, lambda known: known.get("recipe")) == "finished":
         _check_whole(out)
@@ -150,7 +141,7 @@ def prepare(
     from memfree.data.build import build
     from memfree.data.ingest import Framing
 
-    listed = files_hash(opened.files)  # before they are read: what changes meanwhile is noticed
+    listed = files_hash(opened.files)  # before reading, to notice changes meanwhile
     count, size = opened.size
     framing = Framing(height, width, channels, resize, interpolation)
     values = (height or 1) * (width or 1) * (channels or 3)
@@ -192,7 +183,6 @@ def prepare(
 
 
 def _status(skipped: Any) -> int:
-    """Exit status where the manifest says that this was skipped."""
     lost = isinstance(skipped, dict) and (skipped.get("images") or skipped.get("shards"))
     return INCOMPLETE if lost else 0
 
@@ -213,7 +203,7 @@ def _result(facts: dict[str, Any], skipped: Skipped | None, other: LeftOut) -> s
 
 
 def _check_whole(out: Path) -> None:
-    """Refuse to call a folder done that has lost files since, or whose files were changed."""
+    """Refuse to call a folder finished that has since lost files or had them changed."""
     from memfree.data.dataset_folder import DatasetFolder
 
     try:
@@ -230,7 +220,7 @@ def _check_source(
     reopen: Callable[[], Source],
     on_error: Literal["stop", "skip"],
 ) -> None:
-    """Refuse to call a folder done whose source has changed; it need not exist any more."""
+    """Refuse to call a folder finished whose source has changed; the source may be gone."""
 
     def changed(error: Exception | None = None) -> ValueError:
         option = f"--path {path}" if path is not None else f"--source {source}"
@@ -248,10 +238,10 @@ def _check_source(
         raise changed(error) from error
     about = read_manifest(out, "dataset").get("source")
     about = about if isinstance(about, dict) else {}
-    same = list(opened.size) == about.get("size")  # all that earlier versions wrote
+    same = list(opened.size) == about.get("size")  # earlier versions wrote only this
     if same and "hash" in about and files_hash(opened.files) != about.get("files_hash"):
         digest = SourceHash()
-        try:  # read all of it
+        try:
             for image in opened.images(Skipped() if on_error == "skip" else None):
                 digest.add(image)
         except (ValueError, OSError) as error:

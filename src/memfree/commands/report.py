@@ -17,16 +17,11 @@ from memfree.folders.untrusted import short
 def report(evaluation: Path, out: Path | None = None) -> None:
     """Write an evaluation as one HTML page that needs no network, and a picture for a README.
 
-    The page holds the pictures, so it contains training images; share it as you would the data.
+    The page contains training images; share it as you would the data.
 
     Args:
         evaluation: folder that `memfree evaluate` wrote.
-        out: folder for index.html and picture.png; `report` in the evaluation's folder by default.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is unfinished, damaged, or not an evaluation, or ``out`` holds something
-            else.
+        out: folder for index.html and picture.png; default: `report` in the evaluation's folder.
     """
     from memfree.evaluation import page
     from memfree.evaluation.folder import EvaluationFolder

@@ -1,4 +1,4 @@
-"""``sample.py``: draw samples from a model, with or without a mitigation."""
+"""``memfree sample``: draw samples from a model, with or without a mitigation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def prompts_in_turn(prompts: PromptOptions, model: LoadedModel) -> list[str] | N
 
 
 IDLE_RANK = "Total length of .* across ranks is zero.*"
-"""A warning that is none: on resumption a rank may have nothing left to do."""
+"""A spurious warning: on resumption a rank may have nothing left to do."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class SamplingDevices(Devices):
     strategy: str = "auto"
     """auto or ddp: samples are divided among the devices."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Arithmetic of the network; decoded images, the similarity and its gradient stay in
-    float32."""
+    """Arithmetic of the network; images, similarity and its gradient stay in float32."""
 
 
 def predict(
@@ -83,14 +82,13 @@ def predict(
 ) -> None:
     """Draw samples from a trained model, with or without a mitigation of memorization.
 
-    Stopped at any time and started again with the same command, it draws what is missing. Sample i
-    starts from the same noise in every run of the same seed, so that runs differ by their guidance
-    alone.
+    The same command resumes a stopped run. Sample i starts from the same noise in every run of the
+    same seed, so that runs differ by their guidance alone.
 
     Args:
         model: model folder that train.py wrote, or a Stable-Diffusion-style diffusers folder.
         out: folder for the samples; new, empty, or this very run's.
-        index: reference index of the training images; required by amg, multiplicity, both and
+        index: reference index of the training images, required by amg, multiplicity, both and
             reject. Without one, other samples have no trace of their similarity.
         count: number of samples.
         batch_size: samples drawn together on a device.
@@ -102,21 +100,15 @@ def predict(
         prompts: the prompts of a text-to-image model.
         latents: index of the training images' latents, for multiplicity guidance of text-to-image.
         decoder: folder of an AutoencoderTiny of the model's latents, which decodes the clean
-            estimates that are compared with the index: cheaper, but it may miss or delay
-            detections, so guidance may start later. The last step and the images use the model's
-            own autoencoder.
+            estimates compared with the index: cheaper, but it may miss or delay detections and so
+            guidance. The last step and the images use the model's own autoencoder.
         guidance: the mitigation and its strengths.
-        batches_per_shard: batches written together as one shard; a killed run repeats at most
-            these.
-        part: all, or a part of the samples as 3/8 (the third of eight), for jobs that fill one
-            folder at the same time; the last finishes it.
+        batches_per_shard: batches per shard; a killed run repeats at most these.
+        part: all, or as 3/8 the third of eight parts, for jobs that fill one folder together.
         allow_other_dataset: accept an index of other images than the model was trained on.
-        one_call: both branches of classifier-free guidance in one call of the network, in two
-            where memory is short. false: always in two, for the bits of samples drawn so.
+        one_call: classifier-free guidance in one network call, in two where memory is short;
+            false: always in two, to reproduce the bits of such samples.
         trainer: devices.
-
-    Raises:
-        ValueError: the options contradict each other, the model or a folder.
     """
     from memfree.models import load_model
     from memfree.models.export import pipeline_folder
@@ -146,7 +138,7 @@ def predict(
     checks.refuse_wrong_settings(guidance, loaded, reference)
     references = checks.latents_for(latents, loaded, guidance)
     sampler = checks.scheduler_for(scheduler, loaded, steps)
-    # Without text and index nothing is to be done or recorded, but for a mitigation of the user's.
+    # Without text and index only a user's mitigation has anything to do or record.
     unguided = reference is None and loaded.pipe is None and guidance.mitigation in MITIGATIONS
 
     run = SampleRun(

@@ -34,25 +34,19 @@ def scratch(
 ) -> None:
     """Build a small Stable Diffusion from scratch, for work without pretrained weights.
 
-    Trains an autoencoder on the images of the train and fit parts and a tokenizer on the training
-    captions; text encoder and U-Net get fresh weights. The result is an ordinary diffusers folder,
-    which train.py --model.pretrained then trains with --model.finetune.train_text_encoder true.
-    Run again, the command resumes, or does nothing if it is finished.
+    Trains an autoencoder on the train and fit images and a tokenizer on the training captions; text
+    encoder and U-Net get fresh weights. Writes an ordinary diffusers folder, for train.py
+    --model.pretrained with --model.finetune.train_text_encoder true. The same command resumes.
 
     Args:
         dataset: captioned dataset folder that `memfree prepare` wrote, of RGB images.
         out: model folder to write: diffusers/, manifest.json and reconstructions.png, test images
-            above what the autoencoder makes of them.
+            above their reconstructions.
         model: sizes of text encoder and U-Net.
         autoencoder: shape and training of the autoencoder.
         accelerator: kind of device: auto, cpu, gpu, mps, ...
         seed: of all weights and draws.
-        overwrite: whether a model of another data set or configuration in out is deleted.
-
-    Raises:
-        ValueError: the images are not RGB or have no captions, options do not fit, or out holds
-            another model.
-        OSError: a folder cannot be read or written.
+        overwrite: delete a model of another data set or configuration in out.
     """
     import torch
 
@@ -73,7 +67,7 @@ def scratch(
     if not captions:
         raise ValueError(f"--dataset {dataset}: all captions of its training images are empty")
     images = torch.cat([training.images(), data.part("fit").images()])
-    # A checkpoint of the one training must agree on the whole build.
+    # The one training's checkpoint must agree on the whole build.
     build = {"dataset_hash": data.hash, "model": asdict(model)}
     module = AutoencoderModule(autoencoder, images, seed, build)
     latents = latent_shape(module.network, data.image_shape)
@@ -85,7 +79,7 @@ def scratch(
         return
     try:
         build_pipeline(module.network, captions, model, seed)
-    except Exception as error:  # whatever diffusers and transformers make of sizes that do not fit
+    except Exception as error:  # of diffusers or transformers, for sizes that do not fit
         if ran_out(error):
             raise
         raise ValueError(f"--model.* makes no text-to-image model: {short(error)}") from error
@@ -133,13 +127,13 @@ def scratch(
 
 
 def _captions(data: DatasetFolder) -> list[str]:
-    """Captions of the training records in a fixed order, each once."""
+    """Distinct captions of the training records in a fixed order."""
     captions = data.part("train").conditions["caption"].to_pylist()
     return sorted({caption for caption in captions if caption})
 
 
 def _error(vae: Any, images: Tensor, picture: Path | None = None) -> float:
-    """Root mean square error of reconstructions of images (N, 3, H, W); a picture of the first."""
+    """Root mean square error of reconstructions of images (N, 3, H, W); draws the first ones."""
     import torch
     from torchvision.utils import make_grid, save_image
 

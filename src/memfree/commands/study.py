@@ -42,13 +42,10 @@ def study(
 ) -> None:
     """Train models on repeated images, sample them in many ways, and compare.
 
-    Each cell of the grids is one trained model: it is prepared, indexed, trained, sampled once for
-    each subject from the same noise, and evaluated. What cells have in common, such as a data set,
-    is made once. Folders have fixed names, and what is finished is not done again, so a study
-    resumes where it stopped. Several processes may each take a part of the cells; the one that
-    finds all of them finished writes the tables. A plan with training, counts, prompt_sets or
-    noise_seed studies a text-to-image model instead: memfree study PLAN.yaml --help shows its
-    options.
+    Each cell of the grids is one model: prepared, indexed, trained, sampled for each subject from
+    the same noise, and evaluated; cells share common work. A stopped study resumes. Of processes
+    that share the cells, the one that finds all finished writes the tables. For a text-to-image
+    plan (training, counts, prompt_sets or noise_seed) see memfree study PLAN.yaml --help.
 
     Args:
         name: of the study; its results are NAME.csv, .parquet, .md, .png and .html in out, and
@@ -56,26 +53,20 @@ def study(
         grids: which models; a union of grids.
         subjects: ways to sample, by name: a mitigation and its options.
         out: folder for all data sets, models, samples and results; studies of the same numbers may
-            share it. Its config.yaml and manifest.json are of the study that was summarised last.
+            share it. Its config.yaml and manifest.json are of the study summarised last.
         training_seeds: each draws its own split, repeated images, weights and noise.
         source: of the images, see memfree prepare.
         duplicated: training images that are repeated; of a ladder, those of each factor.
         steps: optimizer steps of a model.
         count: samples of a subject.
         guidance_scale: classifier-free guidance scale of models that are told a label.
-        oracle: compare with the same network trained on the deduplicated images, at equal steps and
-            at equal epochs.
-        models: networks of the grid, by name: options of train.py. More may be added to an existing
-            study.
+        oracle: compare with training on the deduplicated images, at equal steps and equal epochs.
+        models: networks of the grid, by name: options of train.py. An existing study accepts more.
         options: further options of the commands, except those that the study sets itself.
-        shared_data: whether conditionings that change no label share a data set; false: each
-            prepares its own.
-        part: all; a part of the cells as 3/8 (the third of eight), for processes or jobs that do
-            a study together; or none, to tabulate what is finished.
+        shared_data: whether conditionings that change no label share a data set, or have one each.
+        part: all; as 3/8 the third of eight parts of the cells, for concurrent jobs; or none, to
+            tabulate what is finished.
         dry_run: check and print the commands, their number and how long they may take, and stop.
-
-    Raises:
-        ValueError: an option is wrong, or out holds a study of other numbers.
     """
     from memfree.study.results import summarise
 
@@ -115,17 +106,15 @@ def text_study(
 ) -> None:
     """Train a small text-to-image model with repeated images, sample it in many ways, and compare.
 
-    Captioned emoji, a Stable Diffusion from scratch, an embedding that guides and another that
-    judges, a CLIP: all are trained here, without a download. Every subject draws its samples from
-    the same noise. Copies are judged by the measure that guides, by pixels, and by the second
-    embedding. Folders have fixed names and what is finished is not done again, so a study resumes
-    where it stopped. Several processes may each take a part of the prompt sets.
+    Without downloads, trains a Stable Diffusion on captioned emoji, two embeddings (one guides,
+    one judges) and a CLIP. All subjects start from the same noise. Copies are judged by the guiding
+    measure, by pixels, and by the second embedding. A stopped study resumes.
 
     Args:
         name: of the study; its results are NAME.csv, .parquet, .md, .png, -rows.png, and, if a
             subject is called none, -detection.png.
         subjects: ways to sample, by name: a mitigation and its options; and at_most, for
-            subjects that are too slow, or matter too little, for all samples of a prompt set.
+            subjects too slow, or too unimportant, for all samples of a prompt set.
         out: folder for everything; studies of the same data share it.
         training: the model.
         counts: samples by prompt set.
@@ -139,7 +128,6 @@ def text_study(
         dry_run: check and print the commands, their number and how long they may take, and stop.
 
     Raises:
-        ValueError: an option is wrong; before anything runs.
         FileNotFoundError: the working directory is not the repository's.
     """
     from memfree.study.text_results import summarise
@@ -191,7 +179,6 @@ def _title(number: int, cells: Sequence[Any], console: Console) -> None:
 
 
 def _print(plan: Plan, cells: Sequence[Any], console: Console) -> None:
-    """The plan: each command where it is run first, and the size of it all."""
     printed: set[str] = set()
     for number, cell in enumerate(cells, 1):
         _title(number, cells, console)

@@ -33,7 +33,7 @@ _NO_LIGHTNING = ("bash", "interactive")
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What a job asks SLURM for; names are those of ``sbatch``."""
+    """What a job requests from SLURM; names are those of ``sbatch``."""
 
     partition: str | None = None
     """Partition, or several separated by commas; the cluster's default otherwise."""
@@ -53,14 +53,14 @@ class SlurmOptions:
     """Memory of each machine, as 64G."""
     time: str | None = None
     """Time limit: minutes, hours:minutes:seconds or days-hours:minutes:seconds (in quotes in YAML);
-    by default the partition's. A job that reaches it is requeued and resumes; prepare, evaluate,
-    audit, tune and train-... begin again when they are stopped, and need a limit that suffices."""
+    default: the partition's. At the limit a job is requeued and resumes, but prepare, evaluate,
+    audit, tune and train-... start over and need a limit that suffices."""
     signal_seconds: PositiveInt = DEFAULT_SIGNAL_SECONDS
-    """Seconds before the time limit, or before preemption where the cluster allows, at which the
-    job is warned, saves and is requeued; SLURM is exact to half a minute."""
+    """Seconds before the time limit, or preemption where the cluster allows, at which the job is
+    warned, saves and is requeued; exact to half a minute."""
     array: PositiveInt = 1
-    """Jobs that share the command's work: sample, index of a network, or study. Each does its
-    --part of it; the last to end finishes the folder."""
+    """Jobs that share sample, index of a network, or study, each by its --part; the last to end
+    finishes the folder."""
     array_parallelism: PositiveInt = 256
     """Jobs of an array that may run at the same time."""
     requeue: bool = True
@@ -98,7 +98,7 @@ class SlurmOptions:
         return self.tasks_per_node or self.gpus_per_node or 1
 
     def parameters(self, command: str) -> dict[str, object]:
-        """The options as submitit takes them; what it does not know goes to sbatch as it is."""
+        """The options as submitit takes them; unknown ones go to sbatch unchanged."""
         same = (
             *("partition", "account", "qos", "nodes", "gpus_per_node", "cpus_per_task"),
             *("array_parallelism", "constraint", "exclude"),
@@ -106,7 +106,7 @@ class SlurmOptions:
         # Since SLURM 22.05 srun does not take it from the job.
         cores = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"] if self.cpus_per_task else []
         rest = {
-            # USR2, its default, is taken by submitit itself.
+            # submitit itself uses USR2, its default.
             "signal": f"USR1@{self.signal_seconds}",
             "requeue" if self.requeue else "no-requeue": True,
             "time": self.time,
@@ -118,7 +118,7 @@ class SlurmOptions:
             "ntasks_per_node": self.tasks,
             "job_name": self.job_name or f"memfree-{command}",
             "setup": [f"export {SIGNAL_SECONDS}={self.signal_seconds}", *cores, *self.setup],
-            # Else submitit asks for five minutes, and for a key that some clusters refuse.
+            # Else submitit requests five minutes, and a key that some clusters refuse.
             "time": None,
             "wckey": None,
             "stderr_to_stdout": True,
@@ -131,7 +131,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 _SAYS_WHERE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_UMASK")
-"""Variables by which SLURM's commands find SLURM, inside a job and elsewhere."""
+"""Variables that tell SLURM's commands where SLURM is, inside a job and elsewhere."""
 _DEVICES = (
     "CUDA_VISIBLE_DEVICES",
     "ROCR_VISIBLE_DEVICES",
@@ -143,10 +143,10 @@ _DEVICES = (
 
 @dataclass(frozen=True)
 class Submission:
-    """One command with its whole configuration, as YAML, and what its job asks for.
+    """A command with its whole configuration, as YAML, and what its job requests.
 
-    The configuration is written beside the logs, and the job reads it from there: what the files of
-    the command line become later does not change a job that waits or starts again.
+    The job reads the configuration from beside the logs: later edits of the files on the command
+    line do not change a job that waits or restarts.
     """
 
     command: str
@@ -155,7 +155,7 @@ class Submission:
 
     @property
     def path(self) -> Path:
-        """Where the configuration is written; the same one has the same name."""
+        """Where the configuration is written; equal ones share a name."""
         digest = hashlib.sha256(self.configuration.encode()).hexdigest()[:8]
         return self.slurm.logs.absolute() / f"{self.command}-{digest}.yaml"
 
@@ -166,7 +166,7 @@ class Submission:
 
     @property
     def parts(self) -> list[str]:
-        """What each job of an array is told by --part; a single job is told nothing."""
+        """The --part of each job of an array; empty for a single job."""
         of = int(self.slurm.array)
         return [f"{number}/{of}" for number in range(1, of + 1)] if of > 1 else []
 
@@ -174,18 +174,18 @@ class Submission:
         """The batch script."""
         executor = self._executor(_Unsubmitted)
         if self.parts:
-            executor.parameters["map_count"] = len(self.parts)  # as submitit's own submission does
+            executor.parameters["map_count"] = len(self.parts)  # like submitit's own submission
         return executor._make_submission_file_text(executor._submitit_command_str, "")
 
     def submit(self) -> str:
-        """Submit the job, or the array of jobs; its number."""
+        """Submit the job or array; returns its number."""
         if SlurmExecutor.affinity() < 0:
             raise ValueError(
                 "there is no SLURM here (no command srun): submit on a machine of the cluster"
             )
         write_text(self.path, self.configuration)
         executor = self._executor(SlurmExecutor)
-        # submitit pickles the name of this function and the strings, nothing else of ours.
+        # submitit pickles only the name of this function and the strings.
         words = self.command, str(self.path), os.getcwd()
         try:
             with outside_of_job():
@@ -195,7 +195,7 @@ class Submission:
                 else:
                     job = executor.submit(run_in_job, *words)
         except FailedJobError as error:
-            # The last thing that sbatch said.
+            # The last line of sbatch.
             lines = [line for line in str(error).splitlines() if line.strip()] or ["sbatch failed"]
             reason = re.sub(r"^sbatch: (error|fatal): ", "", lines[-1])
             raise ValueError(f"SLURM refused the job: {reason}") from error
@@ -207,17 +207,17 @@ class Submission:
         return executor
 
     def log(self, number: str) -> Path:
-        """The log of the job's first task, of an array its first job's."""
+        """The log of the first task of the job, or of an array's first job."""
         job = f"{number}_0" if self.parts else number
         return self.slurm.logs / job / f"{job}_0_log.out"
 
 
 @contextmanager
 def outside_of_job() -> Iterator[None]:
-    """Inside a job, hide what SLURM has said to that one from sbatch, which would pass it on.
+    """Inside a job, hide its SLURM variables from sbatch, which would pass them to the new job.
 
-    The new job would have its CPU binding, its memory a CPU or its devices beside its own. What a
-    user says to sbatch is kept: where SLURM is, and the options of SBATCH_*.
+    These are CPU binding, memory per CPU and devices. What users tell sbatch is kept: where SLURM
+    is, and the options of SBATCH_*.
     """
     if "SLURM_JOB_ID" not in os.environ:
         yield
@@ -234,7 +234,7 @@ def outside_of_job() -> Iterator[None]:
 
 
 class _Unsubmitted(SlurmExecutor):
-    """Writes scripts only, also where there is no SLURM."""
+    """Writes scripts only, even without SLURM."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -242,7 +242,7 @@ class _Unsubmitted(SlurmExecutor):
 
 
 def run_in_job(command: str, configuration: str, folder: str, part: str | None = None) -> None:
-    """Run a command, or a part of it, in a job, in the folder where it was submitted."""
+    """Run a command, or a part of it, in a job, from the folder where it was submitted."""
     os.chdir(folder)
     options = {"config": configuration} | ({} if part is None else {"part": part})
     status = Stage(command, options).run()
@@ -265,7 +265,7 @@ memfree submit COMMAND --help explains all options."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Submit what the words after ``memfree submit`` say, and print how to follow it."""
+    """Submit the command after ``memfree submit``, and print how to follow the job."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(OVERVIEW)
         return
@@ -298,19 +298,19 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, bool]:
-    """What the command line of a command asks for, and whether it is only to be shown."""
+    """What a command line requests, and whether only to show it."""
     given = as_options(arguments, COMMANDS[command].positional)
     if any(word.partition("=")[0] == "--allow_code" for word in given):
         raise ValueError("--allow_code is for the command line: a job has its options in a file")
     function = load(command_of(command, given))
     parser = parser_of(function, f"memfree submit {command}")
     parser.add_argument("--slurm", type=SlurmOptions, default=SlurmOptions())
-    own_dry_run = "--dry_run" in options_of(parser)  # a study's, which here means the job's
+    own_dry_run = "--dry_run" in options_of(parser)  # a study's; here it means the job's
     if not own_dry_run:
         text = "Whether the batch script is only printed."
         parser.add_argument("--dry_run", type=bool, default=False, help=text)
     config = parsed(parser, given)
-    # The functions' own classes check what no type says.
+    # The functions' own classes check more than types.
     slurm: SlurmOptions = parser.instantiate(config).slurm
     dry_run = config.pop("dry_run")
     if own_dry_run:
@@ -319,14 +319,13 @@ def submission_of(command: str, arguments: Sequence[str]) -> tuple[Submission, b
     _check_array(parser, command, config, slurm)
     _set_devices(parser, config, given, command, slurm)
     own = parser_of(function, command)
-    # With what is null: it need not be the default.
+    # Includes null values, which need not be the default.
     return Submission(command, own.dump(config, skip_unset=False), slurm), dry_run
 
 
 def _check_array(
     parser: ArgumentParser, command: str, config: Namespace, slurm: SlurmOptions
 ) -> None:
-    """Refuse an array of what has no parts, or of a part."""
     if slurm.array == 1:
         return
     option = f"--slurm.array {slurm.array}"
@@ -345,7 +344,7 @@ def _set_devices(
     command: str,
     slurm: SlurmOptions,
 ) -> None:
-    """Let the command use the processes of the job; what the user has given must be the same."""
+    """Give the command the job's processes; conflicting values of the user are refused."""
     by_tasks = "--slurm.tasks_per_node" if slurm.tasks_per_node else "--slurm.gpus_per_node"
     # Plain numbers: the configuration is written as YAML.
     wanted = (

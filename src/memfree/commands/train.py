@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 ADVICE = (
-    # Reading is a small part of a step here, and small sets are read without workers.
+    # Reading is a small part of a step; small sets need no workers.
     ".*does not have many workers.*",
     "Checkpoint directory .* exists and is not empty.*",
     ".*smaller than the logging interval.*",
 )
-"""Lightning's warnings that do not apply."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +51,25 @@ class TrainerOptions:
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """Arithmetic of the network; auto: bf16-mixed on GPUs that have it, else 32-true."""
     accumulate_grad_batches: PositiveInt = 1
-    """Batches whose gradients are added up for one optimizer step, at most those of an epoch; the
-    last step of an epoch takes the rest of it."""
+    """Batches summed for one optimizer step, at most an epoch's; its last step takes the rest."""
     gradient_clip_val: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0: not clipped."""
     log_every_n_steps: PositiveInt = 50
     """Optimizer steps between two records of the loss."""
     logger: LoggerName = "csv"
-    """Where the loss is recorded, below out/logs: csv, tensorboard, wandb (Weights & Biases; set
-    WANDB_MODE=offline to run without a network) or none."""
+    """Format of the losses in out/logs: csv, tensorboard, none or wandb (Weights & Biases; for work
+    without a network set WANDB_MODE=offline)."""
     checkpoint_every_n_steps: PositiveInt = 500
     """Optimizer steps between two checkpoints; only the newest is kept."""
     sample_grid_every_n_steps: NonNegativeInt = 500
     """Optimizer steps between two sample grids from fixed noise; 0: none."""
     val_check_interval: NonNegativeInt = 0
-    """Batches between two measurements of the loss of the data's test part, recorded as val/loss;
-    0: none."""
+    """Batches between measurements of val/loss on the data's test part; 0: none."""
     copy_rate_index: Path | None = None
-    """Calibrated reference index: with val_check_interval, the share of a few samples that it calls
+    """Calibrated reference index; with val_check_interval, the share of a few samples that it calls
     copies is recorded as val/copy_rate."""
     copy_rate_samples: PositiveInt = 64
-    """How many samples, always from the same noise."""
+    """Number of such samples, always from the same noise."""
     enable_progress_bar: bool = True
     """Whether a progress bar with the loss is shown."""
 
@@ -87,24 +84,18 @@ def train(
 ) -> None:
     """Train a diffusion model and save it as a diffusers folder.
 
-    The same command again resumes from the newest checkpoint, or does nothing if the model is
-    finished. A folder that holds another model is refused. SIGTERM saves a checkpoint and ends the
-    training after the optimizer step (with several GPUs: after every fifth); a SLURM job that is
-    warned of its end is requeued as well.
+    The same command again resumes from the newest checkpoint, or does nothing if it is finished;
+    another model's folder is refused. SIGTERM saves a checkpoint and ends the training after the
+    optimizer step (on several GPUs: after every fifth); a SLURM job warned of its end is requeued.
 
     Args:
         data: The dataset folder and how its records are read.
         out: Model folder to write: checkpoints, logs, sample grids, and at the end diffusers/
-            (averaged weights), lora/ (adapters, if those were trained) and manifest.json.
+            (averaged weights), lora/ (adapters, if trained) and manifest.json.
         model: The model and how its weights are found.
         trainer: Training length, hardware and logging.
         seed: Seed of the weights and of all noise in training.
-        overwrite: Whether a model of another dataset or configuration in out is deleted.
-
-    Raises:
-        ValueError: options that do not fit, a folder that holds another model, or a loss that is
-            no longer finite.
-        OSError: a folder that cannot be read or written.
+        overwrite: Delete a model of another dataset or configuration in out.
     """
     from memfree.data import ShardDataModule
     from memfree.models import export_model
@@ -127,7 +118,7 @@ def train(
         with named_option("--trainer.val_check_interval"):
             records.val_dataloader()
     copy_rate = _copy_rate(trainer, seed)
-    # Not devices: a run may resume with another number of them.
+    # Without devices: a run may resume on another number of them.
     accumulated, precision = trainer.accumulate_grad_batches, _precision(trainer)
     stepping = {
         "precision": precision,
@@ -179,7 +170,7 @@ def train(
             with explained_memory("training", _less_memory(records, model, trainer)):
                 fit.fit(module, datamodule=records, ckpt_path=claimed.checkpoint, weights_only=True)
         except NotFiniteError:
-            # All ranks end alike: one line for the user.
+            # All ranks fail alike: one line for the user.
             if fit.is_global_zero:
                 raise
             raise SystemExit(2) from None
@@ -221,7 +212,6 @@ def train(
 def _module(
     model: ModelOptions, data: ShardDataModule, seed: int, stepping: dict[str, Any]
 ) -> DiffusionModule:
-    """A pixel model from nothing, or a pretrained text-to-image pipeline to fine-tune."""
     from memfree.models import DDPMModule
     from memfree.models.text_pipeline import load_pipeline
     from memfree.models.text_to_image import TextToImageModule
@@ -290,7 +280,7 @@ def _callbacks(
         callbacks.append(SampleGrid(out / GRIDS, options.sample_grid_every_n_steps, seed=seed))
     if options.enable_progress_bar:
         callbacks.append(StepProgress())
-    # Last: it may save what the others keep in checkpoints.
+    # Last, so that it saves the state of the others.
     return [*callbacks, Preemption()]
 
 

@@ -17,7 +17,7 @@ from memfree.folders.manifest import sha256, write_manifest
 from memfree.models.options import Accelerator, SmallClipOptions
 
 PARTS: tuple[PartName, ...] = ("train", "calibration", "fit")
-"""Never test, whose pairs say what the score is worth."""
+"""Never test, whose pairs validate the score."""
 WEIGHTS = "open_clip_model.safetensors"
 
 
@@ -34,9 +34,9 @@ def train_clip(
     """Train a small CLIP on the captioned images of a dataset folder.
 
     For data without a published CLIP: open_clip's own model class with a frozen EfficientNet-Lite0
-    (ImageNet) as image trunk. It sees train, calibration and fit pairs; the test pairs then show
-    whether its score tells true captions from others at all. The folder is what
-    `open_clip.create_model("local-dir:OUT")` loads. Takes minutes.
+    (ImageNet) as image trunk. Trains on train, calibration and fit pairs; the test pairs show
+    whether its score tells true captions from others. `open_clip.create_model("local-dir:OUT")`
+    loads the folder. Takes minutes.
 
     Args:
         dataset: folder that `memfree prepare` wrote, with captions.
@@ -47,10 +47,6 @@ def train_clip(
         seed: of weights, order and augmentation.
         accelerator: device to train on.
         overwrite: replace another CLIP in out.
-
-    Raises:
-        ValueError: there are no captions, an option is wrong, or out holds something else.
-        OSError: a folder cannot be read or written.
     """
     import safetensors.torch
 

@@ -34,11 +34,11 @@ def train_embedding(
 ) -> None:
     """Train a small copy-detection embedding on the images of a dataset folder.
 
-    SSCD's recipe (Pizzi et al., CVPR 2022): embeddings of two changed copies of an image agree,
-    those of different images spread out. For data on which no published copy detector works, such
-    as icons of 32 pixels. It sees the distinct train and fit images, never calibration or test
-    images: `memfree index --features copy_detection --extractor.path OUT` calibrates it on unseen
-    images. Judge a mitigation that it guides by another measure. Takes minutes.
+    SSCD's recipe (Pizzi et al., CVPR 2022): embeddings of changed copies of an image agree, others
+    spread out. For data without a working copy detector, such as icons of 32 pixels. It sees the
+    distinct train and fit images only: `memfree index --features copy_detection --extractor.path
+    OUT` calibrates it on unseen images. Judge a mitigation that it guides by another
+    measure. Takes minutes.
 
     Args:
         dataset: folder that `memfree prepare` wrote.
@@ -52,10 +52,6 @@ def train_embedding(
         seed: seed of weights, order and augmentation.
         accelerator: device to train on.
         overwrite: replace another embedding in out.
-
-    Raises:
-        ValueError: an option is wrong, or out holds something else.
-        OSError: a folder cannot be read or written.
     """
     import safetensors.torch
 

@@ -37,9 +37,9 @@ class Trial:
     copies: float
     """Share of samples above the calibrated threshold."""
     duplicated_share: float
-    """Share whose nearest image is one that is repeated in the training set."""
+    """Share whose nearest image is repeated in the training set."""
     active: float
-    """Share of samples that were guided at some step."""
+    """Share of samples guided at some step."""
     displacement: float
     """Root mean square difference to the unguided sample of the same noise, images in [−1, 1]."""
 
@@ -62,10 +62,9 @@ def tune(
 ) -> None:
     """Find the smallest guidance strengths that leave no copy on a trial batch.
 
-    Multiplies c_1, c_2 and c_3 by each scale, from the smallest up, draws a trial batch from
-    seeds of its own with the last correction switched off, and stops at the first scale that
-    leaves no copy by the calibrated threshold. Tune on other noise and, where you can, on another
-    model and other duplicated images than those that you report.
+    Multiplies c_1, c_2 and c_3 by each scale, from the smallest up, draws without the last
+    correction, and stops at the first scale without a copy by the calibrated threshold. Tune on
+    other noise and, where you can, another model and duplicated images than you report.
 
     Args:
         model: model folder that train.py wrote.
@@ -81,8 +80,7 @@ def tune(
         prompts: prompts of a text-to-image model; take those whose images it copies.
         latents: index of the training images' latents, for both of text-to-image.
         scales: multiples of the strengths, tried from the smallest up.
-        guidance: what is tuned (mitigation amg or both), the strengths that are multiplied, and
-            everything else.
+        guidance: mitigation amg or both, the strengths to multiply, and everything else.
         allow_other_dataset: accept an index of other images than the model was trained on.
     """
     import torch
@@ -137,7 +135,7 @@ def tune(
     console.print(table(trials))
     tuned = None
     if chosen is not None:
-        # Options of amg and both have the names of their fields.
+        # Options of amg and both are named like their fields.
         own = {name: getattr(chosen, name) for name in record_paths(chosen.mitigation)}
         tuned = {
             "steps": int(steps),
@@ -145,9 +143,7 @@ def tune(
             "guidance_scale": float(guidance_scale),
             "mitigation": {"name": chosen.mitigation, **own},
         }
-    with unfinished(
-        out
-    ) as partial:  # replaces an earlier tuning, also where this one found nothing
+    with unfinished(out) as partial:  # replaces an earlier tuning, even if this one found nothing
         write_json(partial / "tune.json", [asdict(trial) for trial in trials])
         save_config(partial)
         if tuned is not None:
