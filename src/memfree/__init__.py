@@ -18,7 +18,7 @@ _PUBLIC = {
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, each imported at its first use: some take seconds."""
+    """Import a public name at its first use: some take seconds."""
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'memfree' has no attribute {name!r}")
@@ -29,10 +29,7 @@ def with_moved_names(
 ) -> Callable[[str], Any]:
     """A package's ``__getattr__`` that finds moved names, with a warning, until the next release.
 
-    Args:
-        package: its name.
-        attribute: its own ``__getattr__``; None: it has none.
-        moved: by name, the module that has it now.
+    ``attribute``: the package's own ``__getattr__``, if any. ``moved``: new module by name.
     """
 
     def get(name: str) -> Any:

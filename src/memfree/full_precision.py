@@ -11,10 +11,10 @@ import torch
 
 
 class _Setting:
-    """Precision of float32 products on one backend, ``ieee`` while anyone needs it.
+    """Precision of float32 products on one backend: ``ieee`` while any thread needs it.
 
-    The setting belongs to the process, so threads share one hold: the first sets it, the last
-    restores it. Other threads' products are exact, too, for that long.
+    The setting belongs to the process: the first thread sets it, the last one restores it, and
+    other threads' products are exact meanwhile too.
     """
 
     def __init__(self, matmul: Any) -> None:
