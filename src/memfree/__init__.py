@@ -27,10 +27,7 @@ def __getattr__(name: str) -> Any:
 def with_moved_names(
     package: str, attribute: Callable[[str], Any] | None, moved: Mapping[str, str]
 ) -> Callable[[str], Any]:
-    """A package's ``__getattr__`` that finds moved names, with a warning, until the next release.
-
-    ``attribute``: the package's own ``__getattr__``, if any. ``moved``: new module by name.
-    """
+    """A package's ``__getattr__`` that finds moved names, with a warning, for one release."""
 
     def get(name: str) -> Any:
         if name not in moved:

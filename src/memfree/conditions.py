@@ -39,9 +39,7 @@ class TextConditions:
         return self._each(lambda value: value.expand(count, *value.shape[1:]))
 
     def sentence(self) -> Tensor:
-        """(B, D) float32 of length 1: the mean of the token vectors (of all, or of those in the
-        mask).
-        """
+        """(B, D) float32 of length 1: the mean of the token vectors, or of those in the mask."""
         tokens = self.embeddings.float()
         if self.mask is not None:
             tokens = tokens * self.mask.to(tokens)[..., None]  # its length is normalised away
@@ -66,11 +64,8 @@ class TextConditions:
         )
 
 
-Conditions = Tensor | TextConditions
-"""Labels (B,) int64, or encoded prompts; both are indexed by rows."""
-
-Encode = Callable[[Sequence[str]], TextConditions]
-"""A text encoder: texts → conditions, one for each."""
+Conditions = Tensor | TextConditions  # labels (B,) int64, or encoded prompts; indexed by rows
+Encode = Callable[[Sequence[str]], TextConditions]  # texts → conditions, one for each
 
 ENCODED_AT_ONCE = 64
 

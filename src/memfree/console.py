@@ -30,7 +30,7 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 
 
 SRUN_UNUSED = "The .srun. command is available.*"
-"""Lightning's warning wherever SLURM is installed but not used."""
+"""Lightning's warning if SLURM is installed but unused."""
 
 
 @contextmanager
@@ -65,10 +65,9 @@ PLAIN_INTERVAL = 10.0  # seconds between lines of ``ProgressLine`` outside a ter
 
 
 class ProgressLine:
-    """Progress of one task: a bar in a terminal, elsewhere an occasional line.
+    """Progress of one task: a bar named ``doing`` in a terminal, elsewhere an occasional ``line``.
 
-    ``doing`` labels the bar; ``line``, such as "step {} of {}", takes the number done and the
-    total, which may be unknown.
+    ``line``, such as "step {} of {}", takes the number done and the total, which may be unknown.
     """
 
     def __init__(
@@ -109,8 +108,7 @@ _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 def shown(text: str, encoding: str = "utf-8", keep: str = "") -> str:
     r"""Make untrusted text safe for a terminal: nothing moves the cursor or hides other text.
 
-    Spaces, joiners and letters of any kind stay, and so do control characters in ``keep``.
-    Characters outside ``encoding`` are escaped, as ``\u03c3``.
+    Spaces, joiners, all letters and ``keep`` stay; what ``encoding`` lacks becomes ``\u03c3``.
     """
     if not (text.isascii() and text.isprintable()):
         text = "".join(
@@ -155,7 +153,6 @@ class _PlainConsole(Console):
 def plain_console(stderr: bool = False, **options: Any) -> Console:
     """A console without markup: ``[bold]`` is not a style, nor ``:cat:`` a picture.
 
-    Output passes through ``shown``; rich's ``Text`` in a table should do so before, since its width
-    is measured. ``options`` are those of rich's ``Console``.
+    Output passes through ``shown``; rich's ``Text`` in a table should do so first, for its width.
     """
     return _PlainConsole(stderr=stderr, markup=False, emoji=False, **options)

@@ -93,8 +93,7 @@ def alpha_bar_at(scheduler, timestep: Tensor | int, step_index: int) -> Tensor:
     With sigmas (Euler, DPM-Solver++, UniPC; Karras or not), whose timesteps are rounded, from σ at
     ``step_index``: ᾱ = 1/(1 + σ²). From the scale of the denoiser's input for second-order
     schedulers, which may hide the σ of midpoints (Heun, KDPM2, DPM-Solver SDE). Otherwise from
-    ``alphas_cumprod`` (DDPM, DDIM, PNDM). ``timestep`` is entry ``step_index`` of
-    ``scheduler.timesteps``.
+    ``alphas_cumprod`` (DDPM, DDIM, PNDM) at ``timestep``.
     """
     if hasattr(scheduler, "state_in_first_order"):
         return bounded(alpha_bar_of_input(scheduler, timestep))

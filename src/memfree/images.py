@@ -27,10 +27,7 @@ _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zli
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
-    """Decode one PNG, JPEG or WEBP image.
-
-    ValueError starts with ``name`` if the image is too large, damaged or of another format.
-    """
+    """Decode one PNG, JPEG or WEBP image; ValueError, starting with ``name``, if it is refused."""
     if len(data) > MAX_IMAGE_BYTES:
         raise ValueError(f"{name}: {len(data)} bytes are more than the limit {MAX_IMAGE_BYTES}")
     try:
@@ -71,10 +68,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def channels_of(image: Image.Image, name: str) -> int:
-    """Number of 8-bit channels that hold the image without loss: a palette counts as colour.
-
-    ValueError starts with ``name`` if it has more than 8 bits per channel.
-    """
+    """8-bit channels that hold the image without loss; ValueError if 8 bits are too few."""
     if image.info.get(_BITS) == 16 and image.mode in _CHANNELS:
         raise ValueError(f"{name}: 16 bits a channel, not 8; convert it first")
     if "transparency" in image.info and image.mode in _WITH_ALPHA:
@@ -85,8 +79,7 @@ def channels_of(image: Image.Image, name: str) -> int:
 
 
 def with_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Convert to 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels; lost alpha turns white.
-    """
+    """Convert to 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels; lost alpha is white."""
     mode = _MODES[channels]
     transparent = image.mode in ("LA", "RGBA") or "transparency" in image.info
     if image.mode == mode and "transparency" not in image.info:

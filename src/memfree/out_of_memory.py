@@ -17,11 +17,7 @@ class ExplainedOutOfMemoryError(torch.OutOfMemoryError):
 
 @contextmanager
 def explained_memory(doing: str, ways: Sequence[str]) -> Iterator[None]:
-    """Raise ExplainedOutOfMemoryError if memory runs out in this block.
-
-    ``doing``: such as "training". ``ways`` to use less, best first, such as "a smaller --batch_size
-    (now 64)".
-    """
+    """Explain running out of memory while ``doing`` something; ``ways`` lower it, best first."""
     try:
         yield
     except ExplainedOutOfMemoryError:

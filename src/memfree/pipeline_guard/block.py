@@ -73,40 +73,37 @@ def guard(
 ) -> Iterator[GuardReport]:
     """Guide and judge every call of a diffusers pipeline inside a ``with`` block.
 
-    Prompts, schedulers, LoRAs, batch sizes and generators work as before. A forward hook on the
-    denoiser passes each prediction through the guidance (Chen, Liu, Xu, 2024, eq. 10), and finished
-    images are compared with the index. Images without active guidance are bit-identical to the
-    unguarded pipeline's. Supported: Stable Diffusion 1, 2 and XL with their img2img, inpainting and
-    ControlNet pipelines, latent consistency models, PixArt, and Stable Diffusion 3 with its img2img
-    pipeline.
+    A forward hook on the denoiser passes each prediction through the guidance (Chen, Liu, Xu, 2024,
+    eq. 10), and finished images are compared with the index. Prompts, schedulers, LoRAs, batches
+    and generators work as before; without active guidance, images are bit-identical. Supported:
+    Stable Diffusion 1, 2 and XL with their img2img, inpainting and ControlNet pipelines, latent
+    consistency models, PixArt, and Stable Diffusion 3 with its img2img pipeline.
 
-    Copies of the pipeline made in the block are guarded until it ends; other pipelines that share
-    the denoiser (``from_pipe``) are not, which a warning and the report tell. The pipeline is
-    restored after the block, also after an exception.
+    Copies of the pipeline made in the block are guarded until it ends; for other pipelines that
+    share the denoiser (``from_pipe``), a warning and the report say that they are not. The pipeline
+    is restored after the block, also after an exception.
 
     Args:
         index: calibrated references; moved, like ``decoder`` and ``latents``, to the pipeline's
             device for the block.
-        guidance: one, several in order, or settings. None: the recommended AMG (without its caption
-            term if captions or a text encoder are missing), or only the guidances of
-            ``mitigation``. An empty list only judges. Settings run all stages of the mitigation
-            they name; their budget is for ``reject``.
-        mitigation: a mitigation to run with all its stages, or its import path; its guidances
-            precede ``guidance``.
-        on_copy: for a finished image that is a copy, ``keep`` returns it with its verdict,
-            ``refuse`` puts None in its place, ``resample`` redraws it with other seeds and refuses
-            what is still a copy when the budget is spent. Images with a None among them are a list.
-        budget: maximum draws of an image, including the first, for ``resample`` and for images that
-            the mitigation rejects.
-        false_positive_rate: of the verdicts, and of guidance settings that leave it at its default;
-            within the range of the index's calibration.
+        guidance: one, several in order, or settings, which run all stages of the mitigation they
+            name. None: the recommended AMG (without its caption term if captions or a text encoder
+            are missing), or only the guidances of ``mitigation``. An empty list only judges.
+        mitigation: one to run with all its stages, or its import path; its guidances come first.
+        on_copy: for finished images that are copies, ``keep`` returns them with their verdicts,
+            ``refuse`` returns None instead, ``resample`` redraws them with other seeds and refuses
+            what is still a copy when the budget is spent. With a None, images are a list.
+        budget: maximum draws of an image, the first included, for ``resample`` and for images that
+            the mitigation rejects (``reject`` in settings has its own).
+        false_positive_rate: of the verdicts and, if they leave it at its default, guidance
+            settings; within the range of the index's calibration.
         decoder: a cheaper autoencoder of the same latents for clean estimates, such as
-            ``AutoencoderTiny``. Guidance may start later or earlier with it. The last step's
-            correction and the verdicts always use the pipeline's own.
-        chunk_size: latents decoded and finished images judged at a time; None: the whole batch.
-            During sampling, all images of a step are embedded together.
-        seed: for redraws and the mitigation; the first draw uses the call's generators. None: a new
-            one for each block, in ``report.seed``.
+            ``AutoencoderTiny``. Guidance may start at another step. The last step's correction and
+            the verdicts use the pipeline's own.
+        chunk_size: latents decoded and finished images judged at a time; None: the whole batch. All
+            images of a sampling step are embedded together.
+        seed: for redraws and the mitigation; first draws use the call's generators. None: a new one
+            for each block, in ``report.seed``.
         latents: references in the denoiser's latent space for multiplicity guidance.
 
     Yields:
@@ -257,8 +254,6 @@ def _moved(device: Any, decoder: Any, *indexes: ReferenceIndex | None) -> Iterat
 
 
 def _guarded(kind: Any, session: Session) -> type:
-    """The subclass keeps the name of the pipeline's class."""
-
     class Guarded(kind):  # type: ignore[misc]
         __module__, __qualname__, __doc__ = kind.__module__, kind.__qualname__, kind.__doc__
         _memfree_guarded = True
@@ -320,8 +315,6 @@ def _guarded(kind: Any, session: Session) -> type:
 
 @contextmanager
 def _adapters_that_fit(pipe: Any, name: str) -> Iterator[None]:
-    """Explain in one line a LoRA for a model of other shapes, and remove the parts that loaded."""
-
     def adapters() -> set[str]:
         return {adapter for part in pipe.get_list_adapters().values() for adapter in part}
 

@@ -104,11 +104,7 @@ _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one pipeline call by name, for subclasses of pipelines too.
-
-    A subclass may pass arguments on as ``*args`` and ``**kw`` with its own defaults, so only what
-    the caller gave is passed; other names and defaults are those of the class that declares them.
-    """
+    """Arguments of one pipeline call by name; a subclass's own defaults stay unless given."""
 
     kind: Any  # the pipeline's class
     given: Mapping[str, Any]  # what is passed on
@@ -199,10 +195,7 @@ _UNSUPPORTED = {
 
 
 def check_branches(call: Mapping[str, Any], guidances: Sequence[Guidance], distilled: bool) -> None:
-    """Refuse guidance that needs the unconditional prediction if the call makes none.
-
-    A distilled denoiser (latent consistency) takes the scale as input and makes one prediction.
-    """
+    """Refuse guidance that needs the unconditional prediction if the call makes none."""
     scale = call.get("guidance_scale")
     if not distilled and (scale is None or scale > 1):
         return
@@ -274,7 +267,6 @@ def _spread(value: Any, prompts: list[int], count: int) -> Any:
 
 
 def _controls(value: Any, prompts: list[int], count: int) -> Any:
-    """A single control image applies to all prompts."""
     alone = isinstance(value, (Tensor, np.ndarray)) and value.ndim < 4
     return value if alone else _spread(value, prompts, count)
 

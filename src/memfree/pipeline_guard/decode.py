@@ -19,9 +19,8 @@ from memfree.retrieval.features.latents import check_latents
 class Decoder:
     """Decodes with the pipeline's autoencoder, estimates with ``small`` if given; differentiable.
 
-    ``chunk_size``: latents decoded at a time (None: the whole batch); for gradients each chunk is
-    decoded again, so only one chunk's activations are held. ``latents``: references that must be in
-    the same latent space.
+    ``chunk_size``: latents decoded at a time (None: all); for gradients each chunk is decoded
+    again, which holds one chunk's activations. ``latents``: references in the same latent space.
     """
 
     def __init__(
@@ -114,16 +113,12 @@ class Decoder:
         return images
 
 
-_OFFLOADING = ("_hf_hook", "_diffusers_hook")
-"""Where accelerate and diffusers keep the hooks that move a module between devices."""
+_OFFLOADING = ("_hf_hook", "_diffusers_hook")  # of accelerate and diffusers
 _REPLACED = (*_OFFLOADING, "forward", "_old_forward")
 
 
 def without_offloading(model: Any) -> Any:
-    """A copy of a model with all weights in memory and without offloading hooks.
-
-    Those hooks refer to the pipeline's other models, which would be copied too.
-    """
+    """A copy of a model, all in memory; offloading hooks would copy the pipeline's other models."""
     modules = model.named_modules()
     hooked = {
         name: vars(part) for name, part in modules if any(h in vars(part) for h in _OFFLOADING)

@@ -37,8 +37,7 @@ def _inside(call: object | None) -> Iterator[None]:
 def hooked(denoiser: Any, after: After, before: Before | None = None) -> Iterator[None]:
     """Hook a denoiser for calls made in this block by this thread or task only.
 
-    Other pipelines, threads and callbacks that share the denoiser are unaffected. ``torch.compile``
-    does not trace what the hooks run, and denoiser calls inside a hook trigger no hooks.
+    ``torch.compile`` does not trace what the hooks run, and no hook fires inside a hook.
     """
     call = object()
 
@@ -82,9 +81,7 @@ def watched(denoiser: Any, called: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def _hooks(denoiser: Any, before: Before | None, after: After | None) -> Iterator[None]:
-    """After ``compile()``, torch ignores new hooks and traces old ones, and offers no public way
-    around the compiled call; torch 2.x keeps it in ``_compiled_call_impl``.
-    """
+    """After ``compile()`` torch ignores new hooks; 2.x calls ``_compiled_call_impl`` instead."""
     if getattr(denoiser, "_compiled_call_impl", None) is None:
         with ExitStack() as stack:
             if after is not None:
@@ -196,9 +193,8 @@ class Signature:
 class CacheCheck:
     """Refuses a denoiser that caches results between calls; create it before the first call.
 
-    Guidance calls the denoiser for other captions, so a cache (DeepCache, TeaCache, T-GATE,
-    diffusers' own) would mix up their outputs. A third-party cache is recognised by the tensors
-    that a call leaves behind, apart from weights and buffers.
+    Calls for other captions would spoil a cache (DeepCache, TeaCache, T-GATE, diffusers'). Those of
+    third parties are recognised by tensors that a call leaves besides weights and buffers.
     """
 
     def __init__(self, denoiser: Any) -> None:
@@ -206,7 +202,7 @@ class CacheCheck:
         self._before = {id(tensor): tensor for _, tensor in _kept_tensors(denoiser)}
 
     def __call__(self) -> None:
-        """ValueError if the first call left a cache."""
+        """Raise ValueError if a cache is on; to be called after the first call."""
         if (cache := next(self._caches(), None)) is not None:
             raise ValueError(
                 f"memfree.guard: the denoiser caches what it computes ({cache[0]}), which further "

@@ -51,8 +51,7 @@ class Family:
     ) -> TextConditions:
         """Encode captions as the pipeline would with the call's options, as ``length`` vectors.
 
-        CLIP encodes chunks of fixed length. Captions are padded with chunks of the empty text to
-        the length of long prompts, as tools for long prompts do.
+        CLIP encodes fixed chunks; up to ``length``, captions are padded with chunks of empty text.
         """
         encoded = self._encode(pipe, list(captions), call)
         if (chunk := encoded.embeddings.shape[1]) < length:
@@ -169,8 +168,7 @@ SUPPORTED: dict[type[Family], list[str]] = {
         *(f"LatentConsistencyModel{start}Pipeline" for start in ("", "Img2Img")),
     ],
 }
-"""Supported diffusers pipelines (and subclasses) by family; their names say what they start from.
-"""
+"""Supported diffusers pipelines by family, subclasses included; names say what they start from."""
 
 _FURTHER_NETWORK = "the guard is not tested with the further network that feeds its denoiser"
 REFUSED = {

@@ -28,26 +28,21 @@ from memfree.retrieval import ReferenceIndex
 class AntiMemorizationGuider(ClassifierFreeGuidance):
     """Classifier-free guidance that passes each prediction through guidances such as AMG.
 
-    It gets x_t and conditions from the modular Stable Diffusion XL pipeline and a hook on its
-    denoiser. It never sees finished images, so it gives no verdicts and redraws nothing (audit the
+    It needs a modular Stable Diffusion XL pipeline, from which, with a hook on its denoiser, it
+    gets x_t and conditions. It sees no finished images, so it neither judges nor redraws (audit the
     images, or guard a ``StableDiffusionXLPipeline``). Of a mitigation it runs only guidances, and
-    it is not saved with the pipeline. The interface is experimental in diffusers.
+    it is not saved with the pipeline. Guiders are experimental in diffusers.
 
     Args:
-        pipe: the modular pipeline with loaded components; afterwards call
-            ``pipe.update_components(guider=guider)``.
+        pipe: with loaded components; then call ``pipe.update_components(guider=guider)``.
         index: calibrated references on the pipeline's device.
         guidance: one or several, in order.
         guidance_scale: s_0; at 1 only the conditional prediction is used.
-        decoder: a cheaper autoencoder of the same latents, as in ``guard``, on the pipeline's
-            device.
+        decoder: a cheaper autoencoder of the same latents, as in ``guard``, on the same device.
         chunk_size: latents decoded at a time; None: the whole batch.
 
     Attributes:
         report: its trace is filled by each pipeline call; it has no verdicts.
-
-    Raises:
-        ValueError: the pipeline or its scheduler is not supported.
     """
 
     def __init__(

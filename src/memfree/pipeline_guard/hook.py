@@ -47,8 +47,7 @@ class Draw:
     """One call of the pipeline, seen from its denoiser.
 
     Rows with an active guidance get the corrected prediction in both halves of the classifier-free
-    batch, so that the pipeline's ``u + s·(c − u)`` returns it unchanged in any precision and
-    multistep schedulers keep it in their history. All other rows stay unchanged.
+    batch: ``u + s·(c − u)`` returns it unchanged in any precision, and multistep schedulers keep it.
     """
 
     pipe: Any
@@ -97,8 +96,7 @@ class Draw:
             self.levels.check_followed(bool(getattr(self.pipe, "interrupt", False)))
 
     def callbacks_aside(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments with callbacks run unguarded, which must not replace parts of the pipeline.
-        """
+        """The arguments with callbacks run unguarded; these must not replace pipeline parts."""
         parts = {name: getattr(self.pipe, name) for name in (self.family.denoiser, "scheduler")}
 
         def check() -> None:
@@ -182,10 +180,7 @@ class Draw:
     def own_randomness(
         self, part: str, drawing: Sequence[Any], stream: OwnRandomness | None = None
     ) -> AbstractContextManager[None]:
-        """Let a part of the guard draw random numbers without advancing torch's generators.
-
-        memfree's parts draw always or never; third-party code in ``drawing`` may draw at any step.
-        """
+        """Let guard parts draw without moving torch's generators; third-party code may draw too."""
         stream, device = stream or self._randomness, self.pipe._execution_device
         if all(type(own).__module__.startswith("memfree.") for own in drawing):
             return stream.if_drawn(device, self.decoder.draws, part)

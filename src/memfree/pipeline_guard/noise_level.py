@@ -33,11 +33,7 @@ class NoiseLevel:
 
 @dataclass
 class NoiseLevels:
-    """Follows one pipeline call through its schedule, without changing the scheduler.
-
-    Steps are counted because schedules repeat timesteps (PNDM, Heun, rounded Karras sigmas); each
-    call must be at the timestep that the schedule has there.
-    """
+    """Follows one pipeline call by counting its steps: schedules repeat timesteps (PNDM, Heun)."""
 
     scheduler: Any
     flow: bool  # whether the model was trained by flow matching
@@ -47,10 +43,7 @@ class NoiseLevels:
     _starts: list[int] = field(default_factory=list)  # where the pipeline may have begun
 
     def next(self, timestep: Tensor | float, planned: int | None = None) -> NoiseLevel:
-        """The level of the current denoiser call at ``timestep``, 0-d or equal rows.
-
-        ``planned``: denoiser calls of the whole pipeline call, if known.
-        """
+        """The level of the current denoiser call; ``planned``: those of the whole pipeline call."""
         timestep = torch.as_tensor(timestep)  # some callers give a number
         t = timestep.flatten()[0].detach()
         position = self._position(t.cpu(), planned)
@@ -116,7 +109,6 @@ class NoiseLevels:
         return None if begin is None else int(begin)
 
     def _index(self, t: Tensor, position: int) -> int:
-        """Position in the scheduler's own tables."""
         if not hasattr(self.scheduler, "step_index"):
             return position
         if self.scheduler.step_index is not None:

@@ -35,8 +35,8 @@ class Verdict:
     false_positive_rate: float  # share of held-out real images above the threshold
     p_value: float  # share of the N held-out real images as near: (1 + number as near) / (1 + N)
     copy: bool  # whether σ is above the threshold
-    finite: bool = True  # NaN or ∞: ``nearest`` is empty, σ and p-value NaN, ``copy`` False
-    finished: bool = True  # if not (``denoising_end``, interrupted), of the last clean estimate
+    finite: bool = True  # if not: ``nearest`` is empty, σ and p-value NaN, ``copy`` False
+    finished: bool = True  # if not (``denoising_end``, interruption): of the last estimate
     draws: int = 1  # how often the image was drawn, including this one
     refused: bool = False  # whether the guard returned None instead
     reason: str = ""  # why it was drawn again or refused; empty if the first draw was accepted
@@ -51,19 +51,17 @@ class GuardReport:
     seed: int = 0  # of redraws and mitigations; ``guard(…, seed=…)`` repeats them
     not_covered: str = NOT_COVERED  # what no verdict covers
     calls: int = 0  # pipeline calls so far
-    unmoved: list[int] = field(default_factory=list)
-    """Calls without a last correction: the scheduler's last step ignores the prediction."""
+    unmoved: list[int] = field(default_factory=list)  # calls whose last step ignores predictions
     outside: int = 0  # unguarded denoiser calls by other pipelines that share it
-    left_out: list[str] = field(default_factory=list)
-    """Parts of the guidance that this pipeline cannot use, and why."""
+    left_out: list[str] = field(default_factory=list)  # guidance that the pipeline cannot use
     _trace: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
 
     @property
     def trace(self) -> pa.Table:
-        """One row per image and step, NaN where no guidance recorded a value.
+        """One row per image and step: what guidances recorded, and NaN for what they did not.
 
         Columns: call, draw (from 0), sample, step, t, ``TRACE_COLUMNS`` (``nearest``: row of the
-        index), and whatever else guidances recorded (such as ``wen_norm``)."""
+        index), then others such as ``wen_norm``."""
         names = ["call", "draw", "sample", "step", "t", *TRACE_COLUMNS]
         if not self._trace:
             return pa.table({name: pa.array([], pa.float64()) for name in names})

@@ -332,11 +332,7 @@ def _why(verdict: Verdict) -> str:
 
 @dataclass
 class Stages:
-    """Pre-hook on the denoiser that runs ``embedding`` and ``initial_noise`` at the first step.
-
-    Only there are the noise, encoded prompts and other arguments all known. New embeddings replace
-    the pipeline's at each denoiser call; new noise is written into the pipeline's own tensor.
-    """
+    """Runs ``embedding`` and ``initial_noise`` at the denoiser's first call, when all is known."""
 
     draw: Draw
     mitigation: Mitigation
@@ -374,7 +370,6 @@ class Stages:
         return None if arguments is None else self.draw.as_called(arguments)
 
     def _start(self, arguments: dict[str, Any]) -> Tensor | None:
-        """Run both stages; the new noise, or None if it stays."""
         draw, scheduler = self.draw, self.draw.pipe.scheduler
         level = NoiseLevels(scheduler, draw.family.flow).next(arguments["timestep"])
         view = draw.view(arguments, level)

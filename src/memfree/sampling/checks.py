@@ -35,10 +35,7 @@ _CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def build_scheduler(name: SchedulerName, trained: Any) -> Any:
-    """The sampler ``name`` with betas, prediction type and spacing of the ``trained`` scheduler.
-
-    ``ddpm`` is ancestral, ``ddim`` deterministic, ``dpmsolver++`` second-order multistep.
-    """
+    """The sampler ``name`` with betas, prediction type and spacing of the ``trained`` scheduler."""
     kind, changes = _CLASSES[name]
     return kind.from_config(trained.config, **changes)
 
@@ -107,8 +104,7 @@ def labels_in_turn(
 
 
 def latents_for(path: Path | None, model: LoadedModel, guidance: GuidanceSettings) -> Any:
-    """Load the references of multiplicity guidance; refuse features other than the model's latents.
-    """
+    """Load references of multiplicity guidance; refuse features other than the model's latents."""
     if model.pipe is None:
         if path is not None:
             raise ValueError("--latents is for text-to-image models; a pixel model has --index")

@@ -21,13 +21,9 @@ class CopyRate(pl.Callback):
     averaged weights if there are any. Rank 0 draws them.
 
     Args:
-        index: calibrated references of the images that the module makes.
+        index: references of the images that the module makes, calibrated for this rate.
         count: samples, 1 or more; rates below 1/count cannot be resolved.
         false_positive_rate: share of real images that would be called copies, in (0, 1).
-        steps: DDIM steps.
-
-    Raises:
-        ValueError: the index is not calibrated, or not for this rate.
     """
 
     def __init__(

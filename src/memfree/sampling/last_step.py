@@ -25,14 +25,11 @@ IDLE = 1e-6  # a step ignores its prediction if a change of 1 changes less than 
 class LastStep:
     """A scheduler's last step as a function of the clean estimate x̂_0.
 
-    Most samplers return x̂_0, but not with Stable Diffusion's own settings: with
-    ``set_alpha_to_one`` false, DDIM's last step goes to ᾱ_0, keeps some of ε̂ and moves by a third
-    of what x̂_0 moves. PNDM, LMS, DEIS and SA-Solver continue from earlier predictions; with
-    ``final_sigmas_type`` sigma_min others stop at some noise, DPM-Solver++ extrapolates, and
-    Euler's step may go nowhere. So the scheduler itself is run.
-
-    ``clean_range``: the scheduler clips or thresholds x̂_0 (``clip_sample``, ``thresholding``) and
-    follows it within ±clean_range; None if it does not.
+    Most samplers return x̂_0. With ``set_alpha_to_one`` false (Stable Diffusion), DDIM's last step
+    keeps some of ε̂ and moves by a third of what x̂_0 moves. PNDM, LMS, DEIS and SA-Solver continue
+    from earlier predictions; with ``final_sigmas_type`` sigma_min others stop at some noise,
+    DPM-Solver++ extrapolates, and Euler may go nowhere. So the scheduler itself is run. Within
+    ±``clean_range`` it follows x̂_0, which it clips or thresholds beyond; None if it does not.
     """
 
     scheduler: Any  # at its last step, which it has not taken; copied, not changed
@@ -69,8 +66,7 @@ class LastStep:
     def linear(self) -> tuple[Tensor, float] | None:
         """(offset, gain): the step returns offset + gain·x̂_0, within the range where it clips.
 
-        Offset is like x_t in float32; gain is exactly 0 below ``LEAST_GAIN``, where nothing can be
-        corrected. None: the sampler returns x̂_0.
+        Offset like x_t, float32; gain exactly 0 below ``LEAST_GAIN``. None: it returns x̂_0.
         """
         now = self._step(self.output.float())
         # Linear in the prediction with one coefficient for all elements, so two steps suffice.
@@ -112,11 +108,7 @@ class LastStep:
         return output_change_from_x_0(delta_x_0, self.alpha_bar, kind)
 
     def is_last(self) -> bool:
-        """Whether the ``idle`` steps ignore their predictions.
-
-        Sigmas that end with the smallest one twice (DEIS under flow matching, Euler with
-        ``final_sigmas_type`` sigma_min) make a last step that goes nowhere.
-        """
+        """Whether ``idle`` steps ignore their predictions: σ may end on one value twice (DEIS)."""
         output = self.output.float()
         one, other = self._step(output, output), self._step(output, output + 1)
         return _largest((one - other).abs()) <= IDLE
@@ -144,10 +136,7 @@ class LastStep:
 
 
 def last_step(step: LastStep, image_range: float | None = None) -> dict[str, Any]:
-    """Fields for the last ``Prediction``, whose samples are clamped to ±``image_range`` anyway.
-
-    ``returned``; with ``finish`` and ``clean_range`` if the scheduler clips x̂_0 more tightly.
-    """
+    """Fields of the last ``Prediction``; samples are clamped to ±``image_range`` anyway."""
     linear = step.linear()
     if step.clean_range is None:
         return {"returned": linear}

@@ -17,13 +17,11 @@ from memfree.guidance.prediction import Guidance, Prediction, apply, combine
 from memfree.sampling.last_step import LastStep, last_step
 
 Denoise = Callable[[Tensor, Tensor, Conditions | None], Tensor]
-"""(x_t, t, conditions or None) → prediction of type ``scheduler.config.prediction_type``. A
-denoiser with ``unconditional(count, device)``, the conditions for None, may run both branches at
-once."""
+"""(x_t, t, conditions or None) → prediction of ``scheduler.config.prediction_type``. A denoiser
+with ``unconditional(count, device)``, what None stands for, may run both branches at once."""
 
 TRACE_COLUMNS = ("sigma", "lambda", "active", "nearest", "s1", "s2", "g_sim_norm", "g_mul_norm")
-"""σ_t, λ_t, whether AMG acted, n_0's row, s_1, s_2, and norms of G_sim and G_mul as changes of ε̂.
-"""
+"""σ_t, λ_t, whether AMG acted, n_0's row, s_1, s_2, norms of G_sim and G_mul as changes of ε̂."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,11 @@ def sample(
 ) -> Result:
     """Denoise ``noise`` with a scheduler, passing each prediction through the guidance.
 
-    Under autocast, only the denoiser uses it.
-
     Args:
-        denoiser: the network; called with ``conditions=None`` for the unconditional prediction.
+        denoiser: the network; called with ``conditions=None`` for the unconditional prediction;
+            only it runs under autocast.
         scheduler: a diffusers scheduler (ε, v or x_0 prediction); it is copied, not changed.
         noise: (B, C, H, W) standard normal, on the device to sample on.
-        steps: number of denoising steps.
         guidance: one guidance or several in order; None: plain sampling.
         conditions: (B, ...) conditions y; None: unconditional sampling.
         guidance_scale: s_0 of classifier-free guidance, ε_u + s_0·(ε_c − ε_u); 1: no guidance.

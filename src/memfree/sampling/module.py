@@ -39,10 +39,9 @@ def redraw(
     count: int,
     budget: int,
 ) -> Result:
-    """Draw a batch, then redraw rejected samples until all pass or the budget is spent.
+    """Draw a batch, then redraw what is ``rejected`` until nothing is or the budget is spent.
 
-    ``draw``: (positions (b,) in the batch, attempt) → samples. ``rejected``: images (b, C, H, W) →
-    (b,) bool. ``budget`` counts all draws of a sample; the last one is kept in any case.
+    ``draw``: (positions (b,) in the batch, attempt) → samples. ``budget`` counts the first draw.
     """
     result: Result
 
@@ -76,8 +75,7 @@ def sample_text(
 ) -> Result:
     """Draw one image per prompt (B, 3, H, W), about in [−1, 1], through a mitigation's stages.
 
-    The caller applies ``accept``. ``noise`` (B, C, h, w) is on the device; ``generators``, one per
-    sample, supply all random numbers. Other arguments as in ``sample``.
+    The caller applies ``accept``. ``generators``, one per sample, supply all random numbers.
     """
     scale = mitigation.guidance_scale(guidance_scale)
     conditions = model.encode(mitigation.prompts(prompts, generators))
@@ -143,10 +141,8 @@ class SamplingModule(LightningModule):
     Args:
         model: denoiser, and for text-to-image the pipeline around it.
         scheduler: a diffusers scheduler.
-        steps: number of denoising steps.
         guidance: guidances in order (none: no trace), a mitigation, or settings that build one for
-            ``index`` (ValueError without it). A model without text runs only the stages
-            ``guidances`` and ``accept``.
+            ``index``. A model without text runs only the stages ``guidances`` and ``accept``.
         guidance_scale: classifier-free guidance scale s_0; 1 = the plain conditional model.
         asked: labels or prompts; sample i has ``asked[i % len(asked)]``; None = unconditional.
         index: reference index of the guidances, moved to the denoiser's device.
@@ -247,7 +243,6 @@ class SamplingModule(LightningModule):
         )
 
     def _rejected(self, images: Tensor) -> Tensor:
-        """Which images the mitigation rejects as they will be saved, (B,) bool."""
         saved = from_bytes(to_bytes(images.float())).to(self.device)
         return ~self.mitigation.accept(saved)
 

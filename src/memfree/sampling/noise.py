@@ -13,10 +13,9 @@ from memfree.data.random_streams import torch_generator
 
 
 def generators(seed: int, indices: Sequence[int], attempt: int = 0) -> list[torch.Generator]:
-    """One CPU generator per sample, from (seed, index): independent of batches and ranks.
+    """One CPU generator per (seed, index), so independent of batches and ranks.
 
-    Further attempts at a rejected sample draw other numbers. torch's CPU generator keeps 32 bits of
-    a seed: among n samples, expect n²/2³³ pairs with the same noise.
+    torch keeps 32 bits of a seed: among n samples, expect n²/2³³ pairs with the same noise.
     """
     further = [attempt] if attempt else []
     return [torch_generator(seed, index, *further) for index in indices]
@@ -35,9 +34,7 @@ def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Te
 
 
 class _Borrowed:
-    """Restores torch's generators, which belong to the process, so threads would restore each
-    other's states: the first thread in keeps the state, the last one out restores it.
-    """
+    """Shared by threads: the first in keeps torch's state, the last out restores it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -103,9 +100,8 @@ kept_random_state = _Borrowed()
 class OwnRandomness:
     """A separate random stream for code that draws without a generator.
 
-    Torch's global generators are restored, so such code does not change other samples; but
-    meanwhile other threads draw from this stream. So code that rarely draws is watched at its first
-    use (``if_drawn``) and left alone if it drew nothing.
+    Torch's global generators are restored, so other samples stay the same; meanwhile other threads
+    draw from this stream. So code that rarely draws is watched at its first use (``if_drawn``).
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -129,10 +125,7 @@ class OwnRandomness:
 
     @contextmanager
     def if_drawn(self, device: torch.device, draws: dict[str, bool], part: str) -> Iterator[None]:
-        """``on`` for a part of the program that draws, nothing for one that does not.
-
-        The first use, outside the stream, is watched; ``draws`` remembers whether it drew.
-        """
+        """``on`` if this part draws, else nothing; ``draws`` notes what its first use did."""
         if part in draws:
             with self.on(device) if draws[part] else nullcontext():
                 yield

@@ -23,7 +23,7 @@ _DAMAGE = (tarfile.TarError, EOFError, KeyError, ValueError, OverflowError, Recu
 
 
 class SampleFolder:
-    """A finished folder of samples, in index order.
+    """A finished folder of samples, in index order; ValueError if it is anything else.
 
     Attributes:
         manifest: mitigation, seed, count, guidance_scale, steps, scheduler, seconds,
@@ -34,9 +34,6 @@ class SampleFolder:
         conditions: labels, (N,) int64; None for an unconditional run.
         captions: the N prompts; None for a pixel model.
         records: pyarrow table of the JSON beside each sample.
-
-    Raises:
-        ValueError: the folder is unfinished, of another kind or damaged, or a sample is missing.
     """
 
     def __init__(self, path: Path) -> None:

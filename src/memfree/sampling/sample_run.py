@@ -33,8 +33,7 @@ class PromptOptions:
     dataset: Path | None = None
     """Captioned dataset folder to take prompts from."""
     captions: PromptSet = "duplicated"
-    """Which of its captions: those of repeated training images, other training images, or the test
-    part."""
+    """Which of its captions: of repeated or of other training images, or of the test part."""
     least_records: PositiveInt = 2
     """Number of training records from which an image counts as repeated."""
 
@@ -54,11 +53,10 @@ def trace_summary(
 ) -> dict[str, float | int | None]:
     """Counts over all traces of a run, read one at a time.
 
-    ``labels``: label or caption of each index image by key. Returns ``active_samples`` and
-    ``active_steps``, shares of samples and sample-steps steered; ``undecided_samples``, number of
-    samples with |σ_t − gate| < 1e-4 at some step (λ_t without a ``gate``); ``other_label_steps``,
-    share of steered sample-steps whose nearest image has another label than the sample, where eq.
-    16 may cost a denoiser call (None if nothing was steered or there are no labels).
+    Shares ``active_samples`` and ``active_steps``: samples and sample-steps steered.
+    ``undecided_samples``: number with |σ_t − gate| < 1e-4 at some step (λ_t without a ``gate``).
+    ``other_label_steps``: share of steered sample-steps whose nearest image has another label,
+    where eq. 16 may cost a denoiser call (None without steered steps or ``labels`` by image key).
     """
     rows = active_rows = other = 0
     samples: set[int] = set()
@@ -99,8 +97,7 @@ class SampleRun:
     last. As a context manager it begins the run and releases its locks.
 
     Args:
-        settings: all that the samples depend on, as nested JSON values; names that end in
-            ``_sha256`` stand for contents.
+        settings: nested JSON values; names that end in ``_sha256`` stand for contents.
         count: samples of the whole run, indices 0 to count − 1.
         part: the indices that this process and its ranks draw; others may draw theirs meanwhile.
     """
@@ -174,11 +171,7 @@ class SampleRun:
                 )
 
     def lock(self, rank: int, wait: float = 0.0) -> None:
-        """Lock this rank's shards until this process ends, however it ends.
-
-        ``wait``: seconds for another process to end before ValueError; ranks of a killed launcher
-        notice only after their batch.
-        """
+        """Lock this rank's shards until this process ends; ``wait``: seconds for another to end."""
         if rank in self._locks:
             return
         lock = FolderLock(self.folder / f".lock-{self.writer(rank)}", f"--out {self.folder}")
@@ -195,8 +188,7 @@ class SampleRun:
         return f"{self._prefix}{rank:03d}"
 
     def clean_up(self) -> None:
-        """Remove what a stopped run of this part left: temporary files and traces without samples.
-        """
+        """Remove temporary files and traces without samples left by a stopped run of this part."""
         temporary = ".*.tmp" if self.part.whole else f".*-{self._prefix}*.tmp"
         remove_temporary(self.folder, pattern=temporary)
         for trace in self.folder.glob(f"trace-{self._prefix}*.parquet"):

@@ -58,11 +58,10 @@ def peak_memory(device: torch.device) -> int:
 class SampleWriter(Callback):
     """Writes ``samples-RANK-N.tar`` and ``trace-RANK-N.parquet``, each atomically, trace first.
 
-    Files of a part of the run are named ``samples-PART-RANK-N.tar``. A resumed run redraws the
-    batches of an unfinished shard. Each sample's PNG has a JSON beside it: ``index``, ``seed`` (of
-    the run), ``condition`` (label, prompt or null), ``mitigation``, ``peak_sigma`` (largest σ_t),
-    ``nearest`` (image key at the last step), ``active_steps``, ``seconds`` (its share of the
-    batch's) and ``peak_memory_bytes`` (of the process or its GPU while sampling).
+    Names of a part of the run are ``samples-PART-RANK-N.tar``. Each PNG has a JSON beside it:
+    ``index``, ``seed`` (of the run), ``condition`` (label, prompt or null), ``mitigation``,
+    ``peak_sigma`` (largest σ_t), ``nearest`` (image key at the last step), ``active_steps``,
+    ``seconds`` (share of the batch's) and ``peak_memory_bytes`` (of the process or its GPU).
     """
 
     run: SampleRun
@@ -135,11 +134,7 @@ class SampleWriter(Callback):
 
 
 class SampleProgress(Callback):
-    """Progress of sampling: samples per second and, if ``steered``, the share steered by AMG.
-
-    Rank 0 counts its own samples; the rate covers all ranks, whose ranges are equally long. Goes to
-    standard error by default, so that results can be piped.
-    """
+    """Samples per second of all ranks and, if ``steered``, AMG's share; on stderr by default."""
 
     def __init__(self, steered: bool = True, console: Console | None = None) -> None:
         self.steered = steered
@@ -199,10 +194,7 @@ def write_shard(path: Path, records: list[dict[str, Any]], images: Tensor) -> No
 
 
 def trace_table(index: Tensor, trace: dict[str, Tensor], keys: Sequence[str] | None) -> pa.Table:
-    """A batch's trace as on disk: sample indices and image keys instead of rows.
-
-    ``trace`` has the columns of ``sample``, (B·steps,) each; without ``keys``, nearest is null.
-    """
+    """A batch's trace as on disk, with sample indices, and image keys (null without ``keys``)."""
     columns: dict[str, Any] = {}
     known = ["sample", "step", "t", *TRACE_COLUMNS]
     for name in [*known, *sorted(trace.keys() - set(known))]:

@@ -29,9 +29,8 @@ from memfree.models.module import DiffusionModule
 class ExponentialMovingAverage(WeightAveraging):
     """Keeps ``average ← decay · average + (1 − decay) · weights`` at each step; decay in [0, 1).
 
-    As with Lightning's callback, checkpoints hold the average as ``state_dict``, and validation
-    uses it. Unlike there, the first step counts too, updates are a few fused operations, and the
-    module keeps its own weights; a DiffusionModule's ``pipeline()`` uses the averaged ones.
+    Like Lightning's, checkpoints hold the average as ``state_dict`` and validation uses it. Unlike
+    there, the first step counts and the module keeps its weights; its ``pipeline()`` is averaged.
     """
 
     def __init__(self, decay: float) -> None:
@@ -80,11 +79,10 @@ class NotFiniteError(ValueError):
 
 
 class FiniteTraining(Callback):
-    """Raises NotFiniteError on all ranks together once a loss is NaN or infinite.
+    """Raises NotFiniteError on all ranks once a loss is NaN or infinite, and before checkpoints.
 
-    Reading a loss waits for the device, and agreeing waits for the ranks, so both happen every
-    ``every_n_steps``; a single CPU process checks each step. Checkpoints always have finite
-    weights.
+    Reading a loss waits for the device, and agreeing for the ranks, so both happen every
+    ``every_n_steps``; only a single CPU process checks each step.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -126,8 +124,7 @@ class FiniteTraining(Callback):
 class SampleGrid(Callback):
     """Writes ``samples-STEP.png`` every N optimizer steps and at the last, with averaged weights.
 
-    A grid of ``count`` images from ``steps`` DDIM steps, also sent to TensorBoard. The noise (of
-    ``seed``) and the conditions (labels in turn, or training captions) are the same each time.
+    ``count`` images by ``steps`` DDIM steps, from the same noise each time; also to TensorBoard.
     """
 
     folder: Path
@@ -166,10 +163,9 @@ class SampleGrid(Callback):
 class ExposureCounter(Callback):
     """Counts how often each distinct image was in a training batch, over all ranks and restarts.
 
-    At the end it writes ``folder/exposures.parquet`` (default: the trainer's root folder):
-    ``image_key, group, copies, exposures``, one row per dataset item. For foreign shards, groups
-    and copies are null and only images that were seen appear. Counts of records skipped as broken
-    are in the schema metadata, as JSON under ``skipped``.
+    Writes ``folder/exposures.parquet`` (default: the trainer's root folder) with ``image_key,
+    group, copies, exposures``, one row per dataset item; for foreign shards only images seen, with
+    null groups and copies. Schema metadata has the counts of broken records as JSON (``skipped``).
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -258,10 +254,7 @@ def _data(trainer: Trainer) -> ShardDataModule:
 
 
 class StepProgress(Callback):
-    """One bar over all optimizer steps, with the loss; to standard error by default.
-
-    Lightning's own restarts with each epoch and fills a log with each refresh.
-    """
+    """One bar over all optimizer steps, on stderr by default; Lightning's restarts each epoch."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or plain_console(stderr=True)

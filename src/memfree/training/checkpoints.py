@@ -26,10 +26,7 @@ from memfree.slurm.requeue import WARNINGS, handled, ignore, job_id, requeue
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final name, flushes it and renames it.
-
-    Lightning's own writes to the system's temporary folder, often on another disk, and copies.
-    """
+    """Writes checkpoints atomically; Lightning's copies from a temporary folder on another disk."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
@@ -44,10 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(ModelCheckpoint):
-    """Saves ``folder/step-N.ckpt`` every N optimizer steps and at the end; keeps the newest.
-
-    It resumes without saved state, so a folder may be moved between runs.
-    """
+    """Saves ``folder/step-N.ckpt`` every N optimizer steps and at the end; keeps the newest."""
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
         super().__init__(dirpath=folder, every_n_train_steps=every_n_steps, save_top_k=1)
@@ -110,10 +104,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def good_checkpoint(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint, or None if there are none; ValueError if all are damaged.
-
-    There are two if a run was killed while replacing one by the other.
-    """
+    """The newest undamaged checkpoint or None (a kill can leave two); ValueError if all are bad."""
     damage: ValueError | None = None
     for path in reversed(_checkpoints(folder)):
         try:
@@ -187,10 +178,9 @@ class Preemption(Callback):
     """On SIGTERM, USR1 or Ctrl-C, saves a checkpoint after the optimizer step and ends the process.
 
     The handler only records the signal: a checkpoint inside it would wait for ranks that received
-    none. The ranks agree after a step, where all are at the same place (on several GPUs every
-    ``every_n_steps``, since it waits for the devices). Under SLURM the first process then requeues
-    the job. The exit status is 128 + signal (143 for SIGTERM). A second Ctrl-C ends the process at
-    once.
+    none. Ranks agree after a step (on several GPUs every ``every_n_steps``, since it waits for
+    them). Under SLURM the first process then requeues the job. The exit status is 128 + signal (143
+    for SIGTERM); a second Ctrl-C ends the process at once.
     """
 
     def __init__(self, every_n_steps: int = 5) -> None:
@@ -209,10 +199,7 @@ class Preemption(Callback):
         self._handlers.enter_context(handled(self._remember, numbers))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the handlers, and in a SLURM job resend a signal received in the last steps.
-
-        All is saved by now, but exporting a large model takes longer than a warning leaves.
-        """
+        """Restore the handlers; resend a late signal in a SLURM job before a long export."""
         self._handlers.close()
         if self._signal is not None and job_id() is not None:
             os.kill(os.getpid(), self._signal)

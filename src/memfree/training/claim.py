@@ -49,11 +49,7 @@ def claim(
     max_epochs: int,
     overwrite: bool,
 ) -> Claim:
-    """Accept ``out`` for the model of this ``DDPMModule.identity()``, or raise; writes nothing.
-
-    All processes claim before any calls ``begin``, so all find the same. A negative ``max_steps``
-    or ``max_epochs`` means no limit.
-    """
+    """Accept ``out`` for a model of this identity, or raise; writes nothing, unlike ``begin``."""
     manifest = check_kind(out, "model")
     for name in (DIFFUSERS_NAME, LORA):  # replaced when the training is finished
         refuse_mount_point(out / name)
@@ -108,10 +104,7 @@ def clear(out: Path) -> None:
 
 
 class Beginning(Callback):
-    """Makes room in the folder and opens its log once every process has claimed the folder.
-
-    Must be the first callback: others look for checkpoints, which it may delete.
-    """
+    """Clears the folder and opens its log; must be first, as others look for checkpoints there."""
 
     def __init__(self, out: Path, claimed: Claim, logger: LoggerName) -> None:
         self._out, self._claimed, self._logger = out, claimed, logger

@@ -24,11 +24,7 @@ SAVED_EVERY = 100  # optimizer steps between writes of new rows to disk
 
 
 class LossLog(CSVLogger):
-    """Writes ``folder/version_0/metrics.csv``, one row per record, atomically.
-
-    Lightning's own loses rows when killed and deletes those of an earlier start. Here all rows are
-    on disk before a checkpoint, and a run that resumes from it keeps the rows up to it.
-    """
+    """Writes ``folder/version_0/metrics.csv`` atomically, before checkpoints: no row is lost."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder.parent, folder.name, version=0)
@@ -87,10 +83,9 @@ _KEPT = ("sum", "batches", "last_step", "recorded", "epoch")  # by LossRecord in
 class LossRecord(Callback):
     """Logs ``loss``, the mean since the last record, and ``learning_rate``.
 
-    Cheaper than a DiffusionModule's ``log`` at each step. Records go to the loggers directly, since
-    Lightning would pass them on only after a checkpoint of that step; ``callback_metrics`` have the
-    last one as ``loss`` and ``train/loss``. ``epoch``: that of the last batch over all resumed runs
-    (Lightning's own depends, after training, on whether anything was left to train).
+    Cheaper than a DiffusionModule's ``log`` at each step. Goes to the loggers directly: Lightning
+    would wait until after that step's checkpoint. ``callback_metrics`` have it as ``loss`` and
+    ``train/loss``. ``epoch`` is that of the last batch over all resumed runs.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -162,9 +157,8 @@ def check_logger(name: LoggerName) -> None:
 def build_logger(name: LoggerName, out: Path, logs: str, step: int = 0) -> Logger | None:
     """Create the named logger below ``out / logs``, once the folder is claimed.
 
-    Entries of an earlier run from ``step`` on are dropped. W&B runs are named after the model
-    folder, whose path is in their configuration; a resumed training continues its run. W&B's own
-    variables apply: with WANDB_MODE=offline, runs stay below the folder.
+    Entries from ``step`` on are dropped. W&B runs are named after the model folder and resumed with
+    it; W&B's variables apply: with WANDB_MODE=offline, runs stay below the folder.
     """
     if name == "none":
         return None

@@ -41,12 +41,7 @@ _SENTENCE_WITH_ADDRESS = re.compile(r"[^.]*https?://\S*")
 
 
 def build_trainer(**options: Any) -> Trainer:
-    """Create a Trainer from Lightning's arguments, with defaults ``_OURS``, before anything is
-    written.
-
-    ValueError names the given options if there is no such device or strategy, or if the launcher
-    started another number of processes.
-    """
+    """A Trainer with defaults ``_OURS``; ValueError names options that do not fit this machine."""
     launch, nodes = launched(), options.get("num_nodes", 1)
     # Without a launcher, Lightning counts devices itself.
     if launch.told:
@@ -72,10 +67,9 @@ def build_trainer(**options: Any) -> Trainer:
 def device_count(
     launch: Launch, accelerator: str = "auto", devices: int | str | Sequence[int] = "auto"
 ) -> int:
-    """Number of processes on this machine that Trainer options request, one per device.
+    """Processes on this machine that options of a Trainer request, one per device.
 
-    ``devices``: a number, a list such as ``0,1``, ``-1`` for all, or ``auto``, which under torchrun
-    means all that it started; ValueError if there are no such devices.
+    ``devices``: number, list such as ``0,1``, ``-1`` or ``auto`` (torchrun: all it started).
     """
     if means_all_started(launch, devices):
         return launch.per_node[0] if launch.per_node else launch.size or 1
@@ -94,7 +88,6 @@ def means_all_started(launch: Launch, devices: int | str | Sequence[int]) -> boo
 
 @contextmanager
 def _explained(options: Mapping[str, Any]) -> Iterator[None]:
-    """Name the given options when Lightning refuses them."""
     try:
         yield
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
@@ -120,11 +113,7 @@ def _devices(options: Mapping[str, Any], count: int) -> Any:
 
 
 class PlainTermination(Callback):
-    """Keeps the SIGTERM handler that was there before Lightning's.
-
-    Lightning's talks to other ranks inside the handler, which may never answer, and lets prediction
-    run on.
-    """
+    """Keeps the earlier SIGTERM handler: Lightning's waits for ranks that may never answer."""
 
     def __init__(self) -> None:
         self._handler: Any = signal.SIG_DFL
@@ -142,9 +131,7 @@ class PlainTermination(Callback):
 
 
 def _environment(launch: Launch, together: bool) -> ClusterEnvironment:
-    """Unless all processes are one run, Lightning would join unrelated ones or wait for them
-    forever.
-    """
+    """Lightning would join processes that are not one run, or wait for them forever."""
     if not together or launch.launcher == LIGHTNING:
         return LightningEnvironment()
     if launch.launcher == "srun":
