@@ -47,7 +47,7 @@ class Draw:
     """One call of the pipeline, seen from its denoiser.
 
     Rows with an active guidance get the corrected prediction in both halves of the classifier-free
-    batch: ``u + s·(c − u)`` returns it unchanged in any precision, and multistep schedulers keep it.
+    batch: ``u + s·(c − u)`` returns it unchanged in any precision; multistep schedulers keep it.
     """
 
     pipe: Any
