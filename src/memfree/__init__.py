@@ -18,7 +18,7 @@ _PUBLIC = {
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, each imported at its first use: some take seconds."""
+    """Import a public name at its first use: some take seconds."""
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'memfree' has no attribute {name!r}")
@@ -27,13 +27,7 @@ def __getattr__(name: str) -> Any:
 def with_moved_names(
     package: str, attribute: Callable[[str], Any] | None, moved: Mapping[str, str]
 ) -> Callable[[str], Any]:
-    """A package's ``__getattr__`` that finds moved names, with a warning, until the next release.
-
-    Args:
-        package: its name.
-        attribute: its own ``__getattr__``; None: it has none.
-        moved: by name, the module that has it now.
-    """
+    """A package's ``__getattr__`` that finds moved names, with a warning, for one release."""
 
     def get(name: str) -> Any:
         if name not in moved:

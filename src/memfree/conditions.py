@@ -24,12 +24,12 @@ class TextConditions:
         return self._each(lambda value: value[rows])
 
     def shapes(self) -> list[torch.Size | None]:
-        """The shape of each part; conditions of equal shapes fit into one batch."""
+        """Shape of each part; conditions of equal shapes fit into one batch."""
         parts = (self.embeddings, self.pooled, self.mask)
         return [None if part is None else part.shape for part in parts]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextConditions:
-        """The same on another device, and of another floating type if ``dtype`` is given."""
+        """The same on another device, and with another floating type if ``dtype`` is given."""
         return self._each(
             lambda value: value.to(device, dtype if value.is_floating_point() else None)
         )
@@ -39,7 +39,7 @@ class TextConditions:
         return self._each(lambda value: value.expand(count, *value.shape[1:]))
 
     def sentence(self) -> Tensor:
-        """(B, D) float32 of length 1: the mean of the token vectors (of the mask's, or of all)."""
+        """(B, D) float32 of length 1: the mean of the token vectors, or of those in the mask."""
         tokens = self.embeddings.float()
         if self.mask is not None:
             tokens = tokens * self.mask.to(tokens)[..., None]  # its length is normalised away
@@ -47,7 +47,7 @@ class TextConditions:
 
     @classmethod
     def cat(cls, parts: Sequence[TextConditions]) -> TextConditions:
-        """Batches one after another."""
+        """Concatenate batches."""
         pooled = [part.pooled for part in parts if part.pooled is not None]
         mask = [part.mask for part in parts if part.mask is not None]
         return cls(
@@ -64,24 +64,21 @@ class TextConditions:
         )
 
 
-Conditions = Tensor | TextConditions
-"""Labels (B,) int64, or encoded prompts; both are indexed by rows."""
-
-Encode = Callable[[Sequence[str]], TextConditions]
-"""A text encoder: texts → conditions, one each."""
+Conditions = Tensor | TextConditions  # labels (B,) int64, or encoded prompts; indexed by rows
+Encode = Callable[[Sequence[str]], TextConditions]  # texts → conditions, one for each
 
 ENCODED_AT_ONCE = 64
 
 
 def sentences(encode: Encode, texts: Sequence[str]) -> Tensor:
-    """Sentence vectors (len(texts), D) of one text or more, encoded in parts."""
+    """Sentence vectors (len(texts), D) of one or more texts, encoded in chunks."""
     starts = range(0, len(texts), ENCODED_AT_ONCE)
     return torch.cat([encode(texts[i : i + ENCODED_AT_ONCE]).sentence() for i in starts])
 
 
 SAME = 1 - 1e-6
-"""Cosine of sentence vectors above which two texts count as the same. Encoded in another batch, a
-text stays within 3e-7 of itself; of 1361 captions of emoji, the nearest two are 2e-6 apart."""
+"""Cosine of sentence vectors above which two texts count as the same. In another batch, a text
+stays within 3e-7 of itself; of 1361 captions of emoji, the nearest two are 2e-6 apart."""
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:

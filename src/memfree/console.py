@@ -30,12 +30,12 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 
 
 SRUN_UNUSED = "The .srun. command is available.*"
-"""Lightning's warning wherever SLURM is installed and not used."""
+"""Lightning's warning if SLURM is installed but unused."""
 
 
 @contextmanager
 def quiet(*patterns: str) -> Iterator[None]:
-    """Silence Lightning's information lines, and warnings that match any of the patterns."""
+    """Silence Lightning's information lines and warnings that match any of the patterns."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     log.setLevel(logging.WARNING)
@@ -49,7 +49,7 @@ def quiet(*patterns: str) -> Iterator[None]:
 
 
 def counting_bar(console: Console, *columns: ProgressColumn, **options: Any) -> Progress:
-    """Bars, one a task: description, n of N, time left, and more columns."""
+    """Progress bars with description, n of N, time left and more columns."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -61,15 +61,13 @@ def counting_bar(console: Console, *columns: ProgressColumn, **options: Any) -> 
     )
 
 
-PLAIN_INTERVAL = 10.0
-"""Seconds between two lines of ``ProgressLine`` where the output is not a terminal."""
+PLAIN_INTERVAL = 10.0  # seconds between lines of ``ProgressLine`` outside a terminal
 
 
 class ProgressLine:
-    """Progress of one task: a bar in a terminal, elsewhere a line now and then.
+    """Progress of one task: a bar named ``doing`` in a terminal, elsewhere an occasional ``line``.
 
-    The bar is called ``doing``; a ``line`` is as "step {} of {}", for what is done and the total,
-    which may be unknown.
+    ``line``, such as "step {} of {}", takes the number done and the total, which may be unknown.
     """
 
     def __init__(
@@ -81,13 +79,13 @@ class ProgressLine:
         self._bar: Progress | None = None
         if console.is_terminal:
             text = TextColumn("{task.fields[text]}")
-            # Each refresh takes the interpreter from the work.
+            # Each refresh interrupts the work.
             self._bar = counting_bar(console, text, refresh_per_second=2)
             self._bar.add_task(doing, total=total, completed=done, text="")
             self._bar.start()
 
     def show(self, done: int, text: str, now: bool = False) -> None:
-        """Move the bar, or print a line if it is time or ``now``."""
+        """Move the bar, or print a line if due or ``now``."""
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, text=text)
         elif now or time.monotonic() - self._last >= PLAIN_INTERVAL:
@@ -96,7 +94,7 @@ class ProgressLine:
             self._console.print(f"{line}, {text}" if text else line)
 
     def close(self) -> None:
-        """Leave the bar as it is, so that what follows has a line of its own."""
+        """Close the bar, so that further output starts on a new line."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -104,16 +102,13 @@ class ProgressLine:
 
 _HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of characters, ends of lines
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that turn the direction of the text behind them."""
+"""Characters that change the direction of the following text."""
 
 
 def shown(text: str, encoding: str = "utf-8", keep: str = "") -> str:
-    r"""Text as a terminal may show it: nothing in it moves the cursor or hides other text.
+    r"""Make untrusted text safe for a terminal: nothing moves the cursor or hides other text.
 
-    Args:
-        text: untrusted, such as a file's name. Spaces, joiners and letters of any kind stay.
-        encoding: of the stream; characters outside it are escaped, as ``\u03c3``.
-        keep: control characters that stay.
+    Spaces, joiners, all letters and ``keep`` stay; what ``encoding`` lacks becomes ``\u03c3``.
     """
     if not (text.isascii() and text.isprintable()):
         text = "".join(
@@ -136,7 +131,7 @@ def _escaped(character: str) -> str:
 
 
 def say(line: str, stderr: bool = False) -> None:
-    """Print one line that may hold untrusted names."""
+    """Print one line that may contain untrusted names."""
     stream = sys.stderr if stderr else sys.stdout
     print(shown(line, getattr(stream, "encoding", None) or "utf-8"), file=stream)
 
@@ -156,9 +151,8 @@ class _PlainConsole(Console):
 
 
 def plain_console(stderr: bool = False, **options: Any) -> Console:
-    """A console that shows text as it is: ``[bold]`` is not a style, nor ``:cat:`` a picture.
+    """A console without markup: ``[bold]`` is not a style, nor ``:cat:`` a picture.
 
-    What is printed passes through ``shown``; rich's ``Text`` in a table should do so before,
-    since its width is measured. ``options`` are those of rich's ``Console``.
+    Output passes through ``shown``; rich's ``Text`` in a table should do so first, for its width.
     """
     return _PlainConsole(stderr=stderr, markup=False, emoji=False, **options)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 SMALLEST_ALPHA_BAR = 2.0**-40
-"""What stands for ᾱ = 0 (zero terminal SNR), where no change of ε̂ moves x̂_0: below the ᾱ of any
-schedule that does not end there (cosine, 4000 steps: 1.5e-10)."""
+"""Replaces ᾱ = 0 (zero terminal SNR), where ε̂ cannot change x̂_0: below the last ᾱ of any schedule
+that does not end there (cosine, 4000 steps: 1.5e-10)."""
 LARGEST_ALPHA_BAR = 1 - 2.0**-24
-"""What stands for ᾱ = 1, where no change of x̂_0 changes ε̂: the last float32 below 1."""
+"""Replaces ᾱ = 1, where x̂_0 cannot change ε̂: the last float32 below 1."""
 
 
 def bounded(alpha_bar: Tensor) -> Tensor:
@@ -30,11 +30,8 @@ def predicted_x_0(
 ) -> Tensor:
     """Clean estimate x̂_0 from the denoiser's output (AMG, eq. 12; v: Salimans and Ho, 2022).
 
-    Args:
-        x_t: noisy samples (B, ...), variance preserving: √ᾱ·x_0 + √(1−ᾱ)·ε.
-        output: the denoiser's prediction, same shape.
-        alpha_bar: ᾱ_t in (0, 1], 0-d or (B,).
-        prediction_type: the scheduler's ``config.prediction_type``.
+    ``x_t`` (B, ...) is variance preserving, √ᾱ·x_0 + √(1−ᾱ)·ε; ``alpha_bar`` is ᾱ_t in (0, 1], 0-d
+    or (B,); ``prediction_type`` is the scheduler's ``config.prediction_type``.
     """
     a = per_sample(alpha_bar, x_t)
     if prediction_type == "epsilon":
@@ -47,7 +44,7 @@ def predicted_x_0(
 def output_change_from_eps(
     delta_eps: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
 ) -> Tensor:
-    """The change of the denoiser's output that changes ε̂ by ``delta_eps``: Δv = Δε/√ᾱ."""
+    """Change of the denoiser's output that changes ε̂ by ``delta_eps``: Δv = Δε/√ᾱ."""
     a = per_sample(alpha_bar, delta_eps)
     if prediction_type == "epsilon":
         return delta_eps
@@ -57,7 +54,7 @@ def output_change_from_eps(
 
 
 def eps_change(change: Tensor, alpha_bar: Tensor, prediction_type: PredictionType) -> Tensor:
-    """The change of ε̂ that a change of the denoiser's output is: Δε = √ᾱ·Δv."""
+    """Change of ε̂ that results from a change of the denoiser's output: Δε = √ᾱ·Δv."""
     a = per_sample(alpha_bar, change)
     if prediction_type == "epsilon":
         return change
@@ -69,7 +66,7 @@ def eps_change(change: Tensor, alpha_bar: Tensor, prediction_type: PredictionTyp
 def output_change_from_x_0(
     delta_x_0: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
 ) -> Tensor:
-    """The change of the denoiser's output that changes x̂_0 by ``delta_x_0``: Δv = −Δx_0/√(1−ᾱ)."""
+    """Change of the denoiser's output that changes x̂_0 by ``delta_x_0``: Δv = −Δx_0/√(1−ᾱ)."""
     a = per_sample(alpha_bar, delta_x_0)
     if prediction_type == "epsilon":
         return -delta_x_0 * (a / (1 - a)).sqrt()
@@ -81,7 +78,7 @@ def output_change_from_x_0(
 def training_target(
     x_0: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
 ) -> Tensor:
-    """What the denoiser should predict: ε, or v = √ᾱ·ε − √(1−ᾱ)·x_0, or x_0."""
+    """The denoiser's training target: ε, or v = √ᾱ·ε − √(1−ᾱ)·x_0, or x_0."""
     a = per_sample(alpha_bar, x_0)
     if prediction_type == "epsilon":
         return noise
@@ -93,15 +90,10 @@ def training_target(
 def alpha_bar_at(scheduler, timestep: Tensor | int, step_index: int) -> Tensor:
     """ᾱ in (0, 1) that the scheduler assigns to its current step, as a 0-d float32 tensor.
 
-    From σ at ``step_index`` where there are sigmas (Euler, DPM-Solver++, UniPC; Karras or not),
-    because their timesteps are rounded: ᾱ = 1/(1 + σ²). From the scale of the denoiser's input for
-    schedulers of second order, which may hide the σ of their midpoints (Heun, KDPM2, DPM-Solver
-    SDE). From ``alphas_cumprod`` for those that step on timesteps (DDPM, DDIM, PNDM).
-
-    Args:
-        scheduler: a diffusers scheduler after ``set_timesteps``.
-        timestep: the current entry of ``scheduler.timesteps``.
-        step_index: its position there.
+    With sigmas (Euler, DPM-Solver++, UniPC; Karras or not), whose timesteps are rounded, from σ at
+    ``step_index``: ᾱ = 1/(1 + σ²). From the scale of the denoiser's input for second-order
+    schedulers, which may hide the σ of midpoints (Heun, KDPM2, DPM-Solver SDE). Otherwise from
+    ``alphas_cumprod`` (DDPM, DDIM, PNDM) at ``timestep``.
     """
     if hasattr(scheduler, "state_in_first_order"):
         return bounded(alpha_bar_of_input(scheduler, timestep))

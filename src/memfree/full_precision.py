@@ -11,11 +11,7 @@ import torch
 
 
 class _Setting:
-    """Precision of float32 products on one backend, ``ieee`` while anyone needs it.
-
-    The setting belongs to the process, so threads share one hold: the first sets it, the last
-    restores it. Other threads' products are exact, too, for that long.
-    """
+    """Process-wide: the first thread sets ``ieee``, the last restores; others get it meanwhile."""
 
     def __init__(self, matmul: Any) -> None:
         self._matmul = matmul
@@ -45,9 +41,6 @@ _CUDA, _MKLDNN = _Setting(_BACKENDS.cuda.matmul), _Setting(_BACKENDS.mkldnn.matm
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute float32 products on ``device`` in IEEE float32, whatever torch's settings say.
-
-    Overrides ``set_float32_matmul_precision``, ``fp32_precision``, ``allow_tf32`` and autocast.
-    """
+    """Compute float32 products on ``device`` in IEEE float32, whatever torch and autocast allow."""
     with _CUDA if device.type == "cuda" else _MKLDNN, torch.autocast(device.type, enabled=False):
         yield

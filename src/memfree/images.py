@@ -1,4 +1,4 @@
-"""Images: untrusted bytes to arrays, arrays to PNG."""
+"""Images: decoding of untrusted bytes, arrays and PNG."""
 
 from __future__ import annotations
 
@@ -14,28 +14,20 @@ from PIL import Image, ImageOps
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_IMAGE_BYTES = 64 << 20
-"""Largest encoded image that is read, bytes."""
-MAX_PIXELS = 64_000_000
-"""Largest image that is decoded, pixels: the header is checked before memory is allocated."""
-FORMATS = ("PNG", "JPEG", "WEBP")
-"""The only decoders that are ever called."""
-MAX_SCANS = 500
-"""Most scans of a JPEG: each goes over all its pixels, however few bytes it has."""
+MAX_IMAGE_BYTES = 64 << 20  # of an encoded image
+MAX_PIXELS = 64_000_000  # checked in the header before memory is allocated
+FORMATS = ("PNG", "JPEG", "WEBP")  # the only decoders ever called
+MAX_SCANS = 500  # of a JPEG: each covers all its pixels, however few bytes it has
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _CHANNELS = {"1": 1, "L": 1, "LA": 2, "P": 3, "RGB": 3, "CMYK": 3, "YCbCr": 3, "RGBA": 4}
-_WITH_ALPHA = {"1": 2, "L": 2, "P": 4, "RGB": 4}  # where one colour of a PNG is transparent
+_WITH_ALPHA = {"1": 2, "L": 2, "P": 4, "RGB": 4}  # if one colour of a PNG is transparent
 _BITS = "bits of a PNG"  # key in Image.info: Pillow cuts 16 bits of colour to 8 without a word
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, KeyError)
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
-    """Decode one PNG, JPEG or WEBP image.
-
-    Raises:
-        ValueError: it is too large, damaged, or of another format; starts with ``name``.
-    """
+    """Decode one PNG, JPEG or WEBP image; ValueError, starting with ``name``, if it is refused."""
     if len(data) > MAX_IMAGE_BYTES:
         raise ValueError(f"{name}: {len(data)} bytes are more than the limit {MAX_IMAGE_BYTES}")
     try:
@@ -63,12 +55,12 @@ def open_image(data: bytes, name: str) -> Image.Image:
 
 
 def further_frames(image: Image.Image) -> int:
-    """Frames after the first, the only one used: of animations, and of JPEGs with two."""
+    """Number of unused frames after the first, of animations and JPEGs with two pictures."""
     return int(getattr(image, "n_frames", 1)) - 1
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; damaged EXIF says nothing."""
+    """The image rotated by its EXIF orientation; damaged EXIF is ignored."""
     try:
         return ImageOps.exif_transpose(image)
     except _DECODER_ERRORS:
@@ -76,11 +68,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def channels_of(image: Image.Image, name: str) -> int:
-    """Number of 8-bit channels that hold the image without loss: a palette counts as colour.
-
-    Raises:
-        ValueError: it has more than 8 bits a channel; starts with ``name``.
-    """
+    """8-bit channels that hold the image without loss; ValueError if 8 bits are too few."""
     if image.info.get(_BITS) == 16 and image.mode in _CHANNELS:
         raise ValueError(f"{name}: 16 bits a channel, not 8; convert it first")
     if "transparency" in image.info and image.mode in _WITH_ALPHA:
@@ -91,7 +79,7 @@ def channels_of(image: Image.Image, name: str) -> int:
 
 
 def with_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Convert to 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels; lost alpha goes white."""
+    """Convert to 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels; lost alpha is white."""
     mode = _MODES[channels]
     transparent = image.mode in ("LA", "RGBA") or "transparency" in image.info
     if image.mode == mode and "transparency" not in image.info:
@@ -119,7 +107,7 @@ def to_image(pixels: np.ndarray) -> Image.Image:
 
 
 def pixels_to_png(pixels: np.ndarray) -> bytes:
-    """PNG bytes of (C, H, W) uint8 pixels: always the same bytes for the same pixels."""
+    """PNG bytes of (C, H, W) uint8 pixels, always the same for the same pixels."""
     out = io.BytesIO()
     to_image(pixels).save(out, "PNG", compress_level=6, optimize=False)
     return out.getvalue()
@@ -144,7 +132,7 @@ def from_bytes(images: Tensor) -> Tensor:
     """Images (..., H, W) float32 in [-1, 1] from uint8: x = u / 127.5 - 1."""
     import torch
 
-    # In place: large batches need no second and third copy.
+    # In place: no second and third copy of large batches.
     return images.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
@@ -156,7 +144,7 @@ def to_png(image: Tensor) -> bytes:
 
 
 def png_size(data: bytes) -> tuple[int, int] | None:
-    """(H, W) in a PNG's header, before anything is unpacked; None if it is not a PNG."""
+    """(H, W) from a PNG's header without unpacking anything; None if it is not a PNG."""
     if len(data) < 24 or data[:8] != b"\x89PNG\r\n\x1a\n":
         return None
     width, height = struct.unpack(">II", data[16:24])  # of the chunk IHDR, which comes first
@@ -164,7 +152,7 @@ def png_size(data: bytes) -> tuple[int, int] | None:
 
 
 def from_png(data: bytes, channels: int) -> Tensor:
-    """The uint8 image (C, H, W) in a PNG; ValueError if it is not one."""
+    """The uint8 image (C, H, W) in a PNG; ValueError if it is not a PNG."""
     import torch  # and not torchvision, whose decoder crashes on some damaged files
 
     image = with_channels(open_image(data, "sample"), channels)

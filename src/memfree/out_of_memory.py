@@ -1,4 +1,4 @@
-"""Out of memory: one line that says which options lower the memory."""
+"""Out-of-memory errors as one line that names the options that lower the memory."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ from contextlib import contextmanager
 import torch
 
 _SIGNS = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
-"""Parts of torch's messages where the error has no type of its own (CPU, MPS, cuBLAS)."""
+"""Parts of torch's messages for errors without a type of their own (CPU, MPS, cuBLAS)."""
 
 
 class ExplainedOutOfMemoryError(torch.OutOfMemoryError):
-    """Memory ran out; the message is one line and names the options that lower it."""
+    """Out of memory, in one line that names the options that lower it."""
 
 
 @contextmanager
 def explained_memory(doing: str, ways: Sequence[str]) -> Iterator[None]:
-    """Raise ExplainedOutOfMemoryError where memory runs out within.
-
-    Args:
-        doing: what is done, as "training".
-        ways: what lowers the memory, the best first, as "a smaller --batch_size (now 64)".
-    """
+    """Explain running out of memory while ``doing`` something; ``ways`` lower it, best first."""
     try:
         yield
     except ExplainedOutOfMemoryError:
@@ -36,6 +31,6 @@ def explained_memory(doing: str, ways: Sequence[str]) -> Iterator[None]:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether an error of torch or Python says that there is no memory left."""
+    """Whether an error of torch or Python means out of memory."""
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or any(sign in str(error) for sign in _SIGNS)

@@ -1,4 +1,4 @@
-"""The guard: guidance and verdicts for diffusers pipelines."""
+"""Guard for diffusers pipelines: guidance during sampling and a verdict for each image."""
 
 import lazy_loader
 

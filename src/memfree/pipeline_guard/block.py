@@ -1,4 +1,4 @@
-"""``memfree.guard``: guidance and verdicts for every call of a diffusers pipeline in a block."""
+"""``memfree.guard``: guidance and verdicts for each diffusers pipeline call in a ``with`` block."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _P = ParamSpec("_P")
 
 
 class Guarding(ContextDecorator, AbstractContextManager[GuardReport]):
-    """What ``guard`` returns: a decorator, or a block, with its own report, for each ``with``."""
+    """Result of ``guard``: a decorator or context manager with a new report for each block."""
 
     def __init__(self, begin: Callable[[], AbstractContextManager[GuardReport]]) -> None:
         self._begin = begin
@@ -73,51 +73,46 @@ def guard(
 ) -> Iterator[GuardReport]:
     """Guide and judge every call of a diffusers pipeline inside a ``with`` block.
 
-    The pipeline keeps its own call: prompts, schedulers, LoRAs, batch sizes, generators. A forward
-    hook on its denoiser passes every prediction through the guidance (Chen, Liu, Xu, 2024, eq. 10),
-    and finished images are compared with the index. Where no guidance is active, images are
-    bit-identical to the unguarded pipeline's. Supported: Stable Diffusion 1, 2 and XL with their
-    img2img, inpainting and ControlNet pipelines, latent consistency models, PixArt, and Stable
-    Diffusion 3 with its img2img pipeline.
+    A forward hook on the denoiser passes each prediction through the guidance (Chen, Liu, Xu, 2024,
+    eq. 10), and finished images are compared with the index. Prompts, schedulers, LoRAs, batches
+    and generators work as before; without active guidance, images are bit-identical. Supported:
+    Stable Diffusion 1, 2 and XL with their img2img, inpainting and ControlNet pipelines, latent
+    consistency models, PixArt, and Stable Diffusion 3 with its img2img pipeline.
 
-    Copies of the pipeline that are made in the block are guarded to its end. Other pipelines that
-    share the denoiser, such as one that ``from_pipe`` makes, are not: a warning and the report say
-    so. After the block, also after an exception, the pipeline is as it was.
+    Copies of the pipeline made in the block are guarded until it ends; for other pipelines that
+    share the denoiser (``from_pipe``), a warning and the report say that they are not. The pipeline
+    is restored after the block, also after an exception.
 
     Args:
-        pipe: the pipeline.
         index: calibrated references; moved, like ``decoder`` and ``latents``, to the pipeline's
             device for the block.
-        guidance: one guidance, several in order, or settings. None: the recommended AMG (without
-            its caption term where the index has no captions or the pipeline no text encoder), or
-            with a ``mitigation`` its own guidances alone. An empty list judges without guiding.
-            Settings run all stages of what they name, and their budget is that of ``reject``.
-        mitigation: one whose stages all run, or its import path; its guidances come before
-            ``guidance``.
-        on_copy: what happens to a finished image that is a copy: ``keep`` returns it with its
-            verdict; ``refuse`` puts None in its place; ``resample`` draws it again with other seeds
-            and refuses what is still a copy when the budget is spent. With a None among them,
-            images are a list whatever the ``output_type``.
-        budget: maximal draws of an image, including the first, for ``resample`` and for images that
-            the mitigation does not accept.
-        false_positive_rate: of the verdict, and of the guidance where its settings have the
-            default; within what the index's calibration allows.
-        decoder: a cheaper autoencoder of the same latents for the clean estimates, such as
-            ``AutoencoderTiny``. It may miss or delay detections, so guidance can start at another
-            step. The last step's correction and the verdicts always use the pipeline's own.
-        chunk_size: latents decoded and finished images judged at a time; None: the whole batch.
-            During sampling, the images of a step are embedded together.
-        seed: for further draws and for what a mitigation draws; the first draw uses the generators
-            of the pipeline's call. None: a new one for every block, in ``report.seed``.
-        latents: references in the denoiser's own space for multiplicity guidance.
+        guidance: one, several in order, or settings, which run all stages of the mitigation they
+            name. None: the recommended AMG (without its caption term if captions or a text encoder
+            are missing), or only the guidances of ``mitigation``. An empty list only judges.
+        mitigation: one to run with all its stages, or its import path; its guidances come first.
+        on_copy: for finished images that are copies, ``keep`` returns them with their verdicts,
+            ``refuse`` returns None instead, ``resample`` redraws them with other seeds and refuses
+            what is still a copy when the budget is spent. With a None, images are a list.
+        budget: maximum draws of an image, the first included, for ``resample`` and for images that
+            the mitigation rejects (``reject`` in settings has its own).
+        false_positive_rate: of the verdicts and, if they leave it at its default, guidance
+            settings; within the range of the index's calibration.
+        decoder: a cheaper autoencoder of the same latents for clean estimates, such as
+            ``AutoencoderTiny``. Guidance may start at another step. The last step's correction and
+            the verdicts use the pipeline's own.
+        chunk_size: latents decoded and finished images judged at a time; None: the whole batch. All
+            images of a sampling step are embedded together.
+        seed: for redraws and the mitigation; first draws use the call's generators. None: a new one
+            for each block, in ``report.seed``.
+        latents: references in the denoiser's latent space for multiplicity guidance.
 
     Yields:
-        The report: trace and verdicts, filled by every pipeline call in the block.
+        The report with trace and verdicts, filled by each pipeline call.
 
     Raises:
-        ValueError: the pipeline, its scheduler or its arguments are not supported, or the index is
-            not calibrated.
-        torch.OutOfMemoryError: with a line that says which option lowers the memory.
+        ValueError: pipeline, scheduler or arguments are unsupported, or the index is not
+            calibrated.
+        torch.OutOfMemoryError: in one line that names the options that lower the memory.
     """
     if seed is None:
         seed = secrets.randbits(63)  # not from torch's generator, which is the caller's
@@ -176,8 +171,6 @@ def _check_kinds(
     index: Any,
     latents: Any,
 ) -> None:
-    """Refuse arguments of another type, and numbers outside their range, by name."""
-
     def whole(value: Any, least: int) -> bool:
         is_whole = isinstance(value, Integral) and not isinstance(value, bool)
         return is_whole and int(value) >= least
@@ -223,7 +216,6 @@ def _check_kinds(
 def _check_settings(
     settings: GuidanceSettings, index: ReferenceIndex, latents: ReferenceIndex | None
 ) -> None:
-    """Refuse settings whose references or captions are missing."""
     if settings.needs_captions and index.captions is None:
         raise ValueError(
             "memfree.guard: the index has no captions, which c2 steers away from: build it on "
@@ -244,7 +236,6 @@ def _check_settings(
 
 @contextmanager
 def _moved(device: Any, decoder: Any, *indexes: ReferenceIndex | None) -> Iterator[None]:
-    """The decoder and the indexes on a device; afterwards where they were."""
     home = None if decoder is None else decoder.device
     homes = [(index, index.device, index.features.device) for index in indexes if index is not None]
     try:
@@ -263,15 +254,13 @@ def _moved(device: Any, decoder: Any, *indexes: ReferenceIndex | None) -> Iterat
 
 
 def _guarded(kind: Any, session: Session) -> type:
-    """A subclass of the pipeline's class that goes through the session; it keeps the name."""
-
     class Guarded(kind):  # type: ignore[misc]
         __module__, __qualname__, __doc__ = kind.__module__, kind.__qualname__, kind.__doc__
         _memfree_guarded = True
 
         @functools.wraps(kind.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            if type(self) is not Guarded:  # a method that was kept beyond the block
+            if type(self) is not Guarded:  # a method kept beyond the block
                 return kind.__call__(self, *args, **kwargs)
             return session.call(self, args, kwargs)
 
@@ -294,7 +283,6 @@ def _guarded(kind: Any, session: Session) -> type:
 
         @property
         def image_processor(self) -> Watched:
-            """The pipeline's, which shows the session what becomes an output."""
             if "image_processor" not in vars(self):
                 raise AttributeError(f"{type(self).__name__} has no image_processor")
             return Watched(vars(self)["image_processor"], session.postprocessed)
@@ -304,7 +292,7 @@ def _guarded(kind: Any, session: Session) -> type:
             self.__dict__["image_processor"] = value
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            # A pipeline that is made in the block, as by `pipe.from_pipe`, is an ordinary one.
+            # A pipeline created in the block, as by `pipe.from_pipe`, is an ordinary one.
             return kind(*args, **kwargs)
 
         def __copy__(self) -> Any:
@@ -327,8 +315,6 @@ def _guarded(kind: Any, session: Session) -> type:
 
 @contextmanager
 def _adapters_that_fit(pipe: Any, name: str) -> Iterator[None]:
-    """Refuse a LoRA of a model of other shapes in one line, and remove the parts that fitted."""
-
     def adapters() -> set[str]:
         return {adapter for part in pipe.get_list_adapters().values() for adapter in part}
 

@@ -1,4 +1,4 @@
-"""A guarded pipeline call: its arguments, batch and images."""
+"""A guarded pipeline call: its arguments, batch and returned images."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from memfree.guidance import Guidance
 from memfree.images import from_bytes
 from memfree.pipeline_guard.families import Family
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-"""What a pipeline may return and be judged; latents are decoded for that."""
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")  # those that can be judged
 
 
 def as_tensor(
     images: Any, output_type: str, decode: Callable[[Tensor], Tensor], device: torch.device
 ) -> Tensor:
-    """What a pipeline returned as finished images (n, C, H, W) float32 in [−1, 1] on a device."""
+    """Finished images of a pipeline as (n, C, H, W) float32 in [−1, 1] on a device."""
     if output_type == "latent":
         with torch.no_grad():
             return decode(images).clamp(-1, 1)
@@ -39,15 +38,12 @@ def as_tensor(
 
 
 def finite_rows(images: Tensor) -> Tensor:
-    """(n,) bool: which images (n, ...) hold neither NaN nor ∞."""
+    """(n,) bool: which images (n, ...) contain neither NaN nor ∞."""
     return images.detach().isfinite().flatten(1).all(dim=1)
 
 
 class Watched:
-    """A pipeline's image processor that shows what ``postprocess`` is given; otherwise unchanged.
-
-    Only there it can be seen that an image is not finite: bytes have no NaN, and ∞ is clamped.
-    """
+    """An image processor that shows the input of ``postprocess``, which clamps NaN and ∞."""
 
     def __init__(self, processor: Any, show: Callable[[Any], None]) -> None:
         self._processor = processor
@@ -57,18 +53,18 @@ class Watched:
         return getattr(self._processor, name)
 
     def postprocess(self, image: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the processor's own."""
+        """Show the image, then process it as usual."""
         self._show(image)
         return self._processor.postprocess(image, *args, **kwargs)
 
 
 def images_of(output: Any) -> Any:
-    """The images in what a pipeline returned."""
+    """The images in a pipeline's output."""
     return output[0] if isinstance(output, tuple) else output.images
 
 
 def with_images(output: Any, images: Any) -> Any:
-    """What a pipeline returned, with other images."""
+    """A pipeline's output with other images."""
     if isinstance(output, tuple):
         return (images, *output[1:])
     output.images = images
@@ -76,7 +72,7 @@ def with_images(output: Any, images: Any) -> Any:
 
 
 def without(output: Any, refused: Sequence[int]) -> Any:
-    """What a pipeline returned, with None in place of some images, if any."""
+    """A pipeline's output with None in place of the refused images."""
     if not refused:
         return output
     images = enumerate(images_of(output))
@@ -84,7 +80,7 @@ def without(output: Any, refused: Sequence[int]) -> Any:
 
 
 def drawn_again(output: Any, again: Any, at: Sequence[int]) -> Any:
-    """What a pipeline returned, with another draw of some images and its safety checker's flags."""
+    """A pipeline's output with some images, and their safety flags, taken from another draw."""
 
     def put(values: Any, others: Any) -> Any:
         values = values.clone() if isinstance(values, Tensor) else values
@@ -102,26 +98,22 @@ def drawn_again(output: Any, again: Any, at: Sequence[int]) -> Any:
 _TEXTS = ("prompt", "prompt_2", "prompt_3")
 _EMBEDS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
 _PER_PROMPT = [f"{sign}{name}" for sign in ("", "negative_") for name in (*_TEXTS, *_EMBEDS)]
-"""Arguments with an entry a prompt, where they are a list or a tensor."""
+"""Arguments with one entry per prompt if they are lists or tensors."""
 _VARIADIC = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one pipeline call by name, whatever the class of the pipeline calls its own.
-
-    A subclass may hand arguments on as ``*args`` and ``**kw``, and set its own defaults on the way:
-    so only what the caller gave is passed, and the rest is known from the class that names it.
-    """
+    """Arguments of one pipeline call by name; a subclass's own defaults stay unless given."""
 
     kind: Any  # the pipeline's class
     given: Mapping[str, Any]  # what is passed on
-    defaults: Mapping[str, Any]  # of what is not given, by the first class that names it
-    positional: tuple[str, ...] = ()  # what the class itself takes as ``*args``, and before it
+    defaults: Mapping[str, Any]  # of other arguments, by the first class that declares them
+    positional: tuple[str, ...] = ()  # names passed by position, for classes with ``*args``
 
     @classmethod
     def bind(cls, kind: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """The arguments of ``kind.__call__``; a TypeError as Python says it where they are not."""
+        """Bind arguments of ``kind.__call__``; TypeError, in Python's words, if they do not fit."""
         inspect.signature(kind.__call__).bind(None, *args, **kwargs)
         given, defaults, positional = dict(kwargs), {}, []
         rest = list(args)
@@ -147,7 +139,7 @@ class Call:
 
     @property
     def all(self) -> dict[str, Any]:
-        """What is given, and the defaults of the rest."""
+        """Given arguments and the defaults of the others."""
         return {**self.defaults, **self.given}
 
     def with_(self, **values: Any) -> Call:
@@ -164,7 +156,7 @@ class Call:
 
 
 def check_call(call: Mapping[str, Any]) -> None:
-    """Refuse a pipeline call that draws nothing, or that the guard cannot follow."""
+    """Refuse a pipeline call that draws nothing or that the guard cannot follow."""
     for name in _TEXTS:
         value = call.get(name)
         if value is None or isinstance(value, str):
@@ -203,10 +195,7 @@ _UNSUPPORTED = {
 
 
 def check_branches(call: Mapping[str, Any], guidances: Sequence[Guidance], distilled: bool) -> None:
-    """Refuse guidance that needs the unconditional prediction where there is none.
-
-    A distilled denoiser (latent consistency) is told the guidance scale and has one prediction.
-    """
+    """Refuse guidance that needs the unconditional prediction if the call makes none."""
     scale = call.get("guidance_scale")
     if not distilled and (scale is None or scale > 1):
         return
@@ -221,7 +210,7 @@ def check_branches(call: Mapping[str, Any], guidances: Sequence[Guidance], disti
 
 
 def prompt_count(call: Mapping[str, Any]) -> int:
-    """Prompts of the call."""
+    """Number of prompts in the call."""
     prompt = call.get("prompt")
     if prompt is None:
         return len(call["prompt_embeds"])
@@ -234,12 +223,12 @@ def images_per_prompt(call: Mapping[str, Any]) -> int:
 
 
 def image_count(call: Mapping[str, Any]) -> int:
-    """Images that the call will return."""
+    """Number of images that the call returns."""
     return prompt_count(call) * images_per_prompt(call)
 
 
 def texts(call: Mapping[str, Any]) -> list[str] | None:
-    """The prompt of every image; None where the call gives embeddings instead."""
+    """The prompt of each image; None if the call gives embeddings instead."""
     prompt = call.get("prompt")
     if prompt is None:
         return None
@@ -248,10 +237,7 @@ def texts(call: Mapping[str, Any]) -> list[str] | None:
 
 
 def for_images(call: Call, family: Family, images: Sequence[int], controlnets: int = 1) -> Call:
-    """The same call for some of its images, as one image a prompt; noise is not taken along.
-
-    Each of the pipeline's ControlNets has its own images.
-    """
+    """The same call for some of its images, with one prompt for each image and fresh noise."""
     prompts, each = prompt_count(call.all), images_per_prompt(call.all)
     part: dict[str, Any] = {"num_images_per_prompt": 1}
     places = [image // each for image in images]
@@ -281,16 +267,12 @@ def _spread(value: Any, prompts: list[int], count: int) -> Any:
 
 
 def _controls(value: Any, prompts: list[int], count: int) -> Any:
-    """The images of a ControlNet for images of these prompts; one image is for all of them."""
     alone = isinstance(value, (Tensor, np.ndarray)) and value.ndim < 4
     return value if alone else _spread(value, prompts, count)
 
 
 def _given_images(value: Any, images: Sequence[int]) -> Any:
-    """The images that image-to-image begins with, one each; a single one is for all of them.
-
-    Image k of the call begins with the k-th of n, then again from the first, as in diffusers.
-    """
+    """Image k of the call starts from given image k mod n, as in diffusers."""
     if isinstance(value, (list, tuple)) and value and getattr(value[0], "ndim", 0) == 4:
         value = (torch.cat if isinstance(value[0], Tensor) else np.concatenate)(value)
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 4:

@@ -1,4 +1,4 @@
-"""Decoding of latents to images, in pieces, for guidance and verdicts."""
+"""Decoding of latents to images, in chunks, for guidance and verdicts."""
 
 from __future__ import annotations
 
@@ -17,15 +17,10 @@ from memfree.retrieval.features.latents import check_latents
 
 
 class Decoder:
-    """Decodes with the pipeline's autoencoder, estimates also with a smaller one; differentiable.
+    """Decodes with the pipeline's autoencoder, estimates with ``small`` if given; differentiable.
 
-    Args:
-        autoencoder: the pipeline's.
-        index: what the images are compared with.
-        chunk_size: latents decoded at a time; None: the whole batch. Gradients of a piece are made
-            by decoding it again, so that one piece's activations are held at a time.
-        small: an ``AutoencoderTiny`` of the same latents for the estimates; None: the pipeline's.
-        latents: references that must be in the same latents; None: there are none.
+    ``chunk_size``: latents decoded at a time (None: all); for gradients each chunk is decoded
+    again, which holds one chunk's activations. ``latents``: references in the same latent space.
     """
 
     def __init__(
@@ -44,7 +39,7 @@ class Decoder:
         self.follow(autoencoder)
 
     def follow(self, autoencoder: Any) -> None:
-        """Decode with the autoencoder that the pipeline has now: it may have been replaced."""
+        """Decode with the pipeline's current autoencoder, which may have been replaced."""
         if autoencoder is self.autoencoder:
             return
         if self._given_small is not None:
@@ -53,8 +48,7 @@ class Decoder:
             check_latents(self._latents.features, autoencoder, "memfree.guard: latents=")
         self.autoencoder = autoencoder
         self.small = autoencoder if self._given_small is None else self._given_small
-        self.draws: dict[str, bool] = {}
-        """Which parts of the guard draw random numbers; see ``OwnRandomness.if_drawn``."""
+        self.draws: dict[str, bool] = {}  # which parts draw; see ``OwnRandomness.if_drawn``
         self._copy: Any = None
         self._fitting: tuple[int, ...] | None = None  # a size that the index can be compared with
 
@@ -70,17 +64,17 @@ class Decoder:
         return self._decoded(autoencoder, latents)
 
     def estimate(self, latents: Tensor) -> Tensor:
-        """The same of clean estimates during sampling, by the smaller autoencoder."""
+        """Decode clean estimates during sampling, with ``small`` if given."""
         if self.small is self.autoencoder:
             return self(latents)
         return self._decoded(self.small, latents)
 
     def finished(self, latents: Tensor) -> Tensor:
-        """Images in [−1, 1], as a pipeline returns them: beyond white and black nothing counts."""
+        """Images in [−1, 1], clamped as a pipeline returns them."""
         return self(latents).clamp(-1, 1)
 
     def explained(self, what: str, count: int) -> AbstractContextManager[None]:
-        """Say which option of the guard lowers the memory where it runs out."""
+        """Where memory runs out, name the guard's options that lower it."""
         size = self.chunk_size
         now = f"now {size}" if size else f"now the whole batch of {count}"
         ways = [f"a smaller chunk_size ({now})"] if min(count, size or count) > 1 else []
@@ -89,7 +83,7 @@ class Decoder:
         return explained_memory(f"memfree.guard was {what} {count} samples", ways)
 
     def check_size(self, images: Tensor) -> None:
-        """Refuse images whose features (pixels, latents) cannot be compared with the index's."""
+        """Refuse images whose features (pixels, latents) cannot be compared with the index."""
         index, shape = self.index, tuple(images.shape[1:])
         if shape in (tuple(index.image_shape), self._fitting):
             return
@@ -119,16 +113,12 @@ class Decoder:
         return images
 
 
-_OFFLOADING = ("_hf_hook", "_diffusers_hook")
-"""Where accelerate and diffusers keep the hooks of a module that they move between devices."""
+_OFFLOADING = ("_hf_hook", "_diffusers_hook")  # of accelerate and diffusers
 _REPLACED = (*_OFFLOADING, "forward", "_old_forward")
 
 
 def without_offloading(model: Any) -> Any:
-    """A copy of a model alone, all its weights in memory, which nothing moves.
-
-    Hooks of offloading know the pipeline's other models, which a copy of them would take along.
-    """
+    """A copy of a model, all in memory; offloading hooks would copy the pipeline's other models."""
     modules = model.named_modules()
     hooked = {
         name: vars(part) for name, part in modules if any(h in vars(part) for h in _OFFLOADING)

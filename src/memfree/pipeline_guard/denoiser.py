@@ -1,4 +1,4 @@
-"""Hooks on a pipeline's denoiser for one call alone; arguments, wrappers, caches."""
+"""Hooks on a pipeline's denoiser that last one call; its arguments, wrappers and caches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 Before = Callable[..., tuple[Any, Any] | None]  # a forward pre-hook with keyword arguments
 After = Callable[..., Any]  # a forward hook with keyword arguments
 
-# The guarded pipeline call that this thread or task is in; None outside of all, where hooks rest.
+# The guarded pipeline call that this thread or task is in; outside (None), hooks do nothing.
 _CALL: ContextVar[object | None] = ContextVar("memfree_guarded_call", default=None)
 _LOCK = threading.Lock()
 
@@ -35,23 +35,22 @@ def _inside(call: object | None) -> Iterator[None]:
 
 @contextmanager
 def hooked(denoiser: Any, after: After, before: Before | None = None) -> Iterator[None]:
-    """Hooks on a denoiser that fire only for calls made in this block, by this thread or task.
+    """Hook a denoiser for calls made in this block by this thread or task only.
 
-    Other pipelines that share the denoiser, in other threads or in callbacks, see nothing of them.
-    What the hooks run is not traced by ``torch.compile``, and calls no hook again.
+    ``torch.compile`` does not trace what the hooks run, and no hook fires inside a hook.
     """
     call = object()
 
     def only_here(hook: Callable[..., Any]) -> Callable[..., Any]:
-        # Not (module, args, kwargs): torch may hand over less where another thread removes its
-        # hook in the middle of a call of ours.
+        # Not (module, args, kwargs): torch may pass fewer if another thread removes its hook
+        # during our call.
         def run(*given: Any) -> Any:
             if _CALL.get() is not call:
                 return None
             with _inside(None):
                 return hook(*given)
 
-        # Nothing is compiled where this is not imported, and importing it takes seconds.
+        # Nothing is compiled unless this is imported, and the import takes seconds.
         return torch.compiler.disable(run) if "torch._dynamo" in sys.modules else run
 
     with _inside(call), _hooks(denoiser, before and only_here(before), only_here(after)):
@@ -59,13 +58,13 @@ def hooked(denoiser: Any, after: After, before: Before | None = None) -> Iterato
 
 
 class Watch:
-    """A pre-hook that tells of calls that are not guarded; copies and pickles of it tell nobody."""
+    """A pre-hook that reports unguarded calls; copies and pickles of it do nothing."""
 
     def __init__(self, called: Callable[[], None] | None = None) -> None:
         self._called = called
 
     def __call__(self, module: Any, args: Any, kwargs: Any) -> None:
-        """The forward pre-hook."""
+        """Forward pre-hook."""
         if self._called is not None and _CALL.get() is None:
             self._called()
 
@@ -75,18 +74,14 @@ class Watch:
 
 @contextmanager
 def watched(denoiser: Any, called: Callable[[], None]) -> Iterator[None]:
-    """``called`` is called, in this block, whenever no guarded pipeline call calls the denoiser."""
+    """Call ``called`` in this block whenever an unguarded call runs the denoiser."""
     with _hooks(denoiser, Watch(called), None):
         yield
 
 
 @contextmanager
 def _hooks(denoiser: Any, before: Before | None, after: After | None) -> Iterator[None]:
-    """Hooks on a module; outside of its graph where ``compile()`` was called on it.
-
-    Torch ignores hooks that are registered after the graph was made, and traces those before. There
-    is no public place for the compiled call; torch 2.x keeps it in ``_compiled_call_impl``.
-    """
+    """After ``compile()`` torch ignores new hooks; 2.x calls ``_compiled_call_impl`` instead."""
     if getattr(denoiser, "_compiled_call_impl", None) is None:
         with ExitStack() as stack:
             if after is not None:
@@ -111,8 +106,6 @@ def _hooks(denoiser: Any, before: Before | None, after: After | None) -> Iterato
 
 
 class _AroundCompiled:
-    """A module's compiled call with hooks around it."""
-
     def __init__(self, module: Any, compiled: Callable[..., Any]) -> None:
         self.module = module
         self.compiled = compiled
@@ -132,7 +125,7 @@ class _AroundCompiled:
 
 
 def callback_aside(callback: Any, check: Callable[[], None]) -> Any:
-    """A pipeline's callback that runs outside of the guarded call, and then ``check``."""
+    """Run a pipeline's callback outside the guarded call, then ``check``."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with _inside(None):
@@ -149,18 +142,15 @@ def callback_aside(callback: Any, check: Callable[[], None]) -> Any:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a denoiser takes, by name, however the pipeline's object is wrapped."""
+    """The arguments of a denoiser by name, however it is wrapped."""
 
     denoiser: Any
     known: type  # the class of diffusers that the family's pipelines are written for
-    needed: tuple[str, ...]  # arguments that guidance cannot do without
+    needed: tuple[str, ...]  # arguments that guidance needs
 
     @property
     def own(self) -> inspect.Signature:
-        """Of the class: an instance's ``forward`` may have been replaced (DeepCache, accelerate).
-
-        A wrapper that takes ``*args, **kwargs`` has no names; then it is called as what it wraps.
-        """
+        """The class's signature; for a wrapper with ``*args, **kwargs``, that of what it wraps."""
         module = getattr(self.denoiser, "_orig_mod", self.denoiser)  # under torch.compile
         signature = inspect.signature(type(module).forward)
         if set(self.needed) <= signature.parameters.keys():
@@ -168,7 +158,7 @@ class Signature:
         return inspect.signature(self.known.forward)  # type: ignore[attr-defined]
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of a call by name; a ValueError where they are not the denoiser's."""
+        """Arguments of a call by name; ValueError if they are not the denoiser's."""
         signature, name = self.own, type(self.denoiser).__name__
         try:
             bound = signature.bind(self.denoiser, *args, **kwargs)
@@ -188,7 +178,7 @@ class Signature:
     def unbind(
         self, arguments: Mapping[str, Any], positional: int
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments as a call that has ``positional`` of them without a name."""
+        """The arguments as a call that passes the first ``positional`` without a name."""
         args: list[Any] = []
         rest = dict(arguments)
         for name, parameter in list(self.own.parameters.items())[1:]:
@@ -201,11 +191,10 @@ class Signature:
 
 
 class CacheCheck:
-    """Refuses a denoiser that keeps something of one call for the next; made before the first call.
+    """Refuses a denoiser that caches results between calls; create it before the first call.
 
-    A call for another caption would be answered from the cache, and its own outputs would be kept
-    for the pipeline's next step: DeepCache, TeaCache, T-GATE, and diffusers' own caches. Those of
-    third parties are known by the tensors that a call leaves behind, beside weights and buffers.
+    Calls for other captions would spoil a cache (DeepCache, TeaCache, T-GATE, diffusers'). Those of
+    third parties are recognised by tensors that a call leaves besides weights and buffers.
     """
 
     def __init__(self, denoiser: Any) -> None:
@@ -213,7 +202,7 @@ class CacheCheck:
         self._before = {id(tensor): tensor for _, tensor in _kept_tensors(denoiser)}
 
     def __call__(self) -> None:
-        """After the first call; a ValueError where a cache is enabled."""
+        """Raise ValueError if a cache is on; to be called after the first call."""
         if (cache := next(self._caches(), None)) is not None:
             raise ValueError(
                 f"memfree.guard: the denoiser caches what it computes ({cache[0]}), which further "
@@ -234,16 +223,15 @@ class CacheCheck:
 
 
 _OF_TORCH = frozenset(vars(nn.Module()))  # parameters, buffers, submodules and hooks
-_HARMLESS = ("accelerate.", "diffusers.hooks.", "memfree.")  # they move weights; our own hooks
-_DEPTH = 5  # how far below a module's attribute tensors are looked for
+_HARMLESS = ("accelerate.", "diffusers.hooks.", "memfree.")  # these move weights or are our hooks
+_DEPTH = 5  # how deep to search a module's attribute for tensors
 
 
 def _kept_tensors(denoiser: Any) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that modules keep beside their weights and buffers, each with its attribute."""
     kinds: set[type] = {nn.Module}
     for module in denoiser.modules():
         attributes: dict[str, Any] = {}
-        for kind in type(module).__mro__:  # TeaCache's program writes to the class
+        for kind in type(module).__mro__:  # TeaCache writes to the class
             if kind not in kinds:
                 kinds.add(kind)
                 attributes |= vars(kind)
@@ -255,7 +243,6 @@ def _kept_tensors(denoiser: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
-    """Tensors within reach: in containers, closures, bound objects, attention processors."""
     if isinstance(value, Tensor):
         yield value
         return

@@ -1,4 +1,4 @@
-"""Pipeline families: argument names, conditions, text encoding and prediction of each."""
+"""Pipeline families: argument names, conditions, text encoding and prediction for each."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from torch import Tensor
 
 from memfree.conditions import TextConditions
 
-Arguments = dict[str, Any]
-"""Arguments of a denoiser's ``forward`` by name."""
+Arguments = dict[str, Any]  # of a denoiser's ``forward``, by name
 
 
 @dataclass(frozen=True)
 class Family:
-    """Stable Diffusion 1 and 2, and what all families have in common."""
+    """Stable Diffusion 1 and 2, and what all families share."""
 
-    from_image: bool = False  # sampling begins with a given image, noised
+    from_image: bool = False  # sampling starts from a noised image
     inpaints: bool = False  # part of that image is kept
     control: str = ""  # the call's argument with the images of a ControlNet
-    control_by_prompt: bool = False  # lists of lists of these hold a list a prompt, not a network
+    control_by_prompt: bool = False  # nested lists are one per prompt, not one per network
     denoiser: str = "unet"  # the pipeline's attribute
     model: str = "UNet2DConditionModel"  # its class in diffusers
     sample: str = "sample"  # its argument x_t
@@ -32,16 +31,16 @@ class Family:
     text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")  # captions need all of them
 
     def prediction(self, output: Tensor, channels: int) -> Tensor:
-        """The part of the denoiser's output that the scheduler steps with (a view)."""
+        """The channels of the denoiser's output that the scheduler uses (a view)."""
         return output
 
     def conditions(self, arguments: Arguments) -> TextConditions:
-        """What the denoiser was told of the prompts, all rows of the batch."""
+        """The denoiser's text conditions, all rows of the batch."""
         pooled, mask = (arguments[name] if name else None for name in (self.pooled, self.mask))
         return TextConditions(arguments["encoder_hidden_states"], pooled, mask)
 
     def told(self, arguments: Arguments, conditions: TextConditions) -> Arguments:
-        """The arguments with other conditions in their place."""
+        """The arguments with other text conditions."""
         told = {**arguments, "encoder_hidden_states": conditions.embeddings}
         told |= {self.pooled: conditions.pooled} if self.pooled else {}
         told |= {self.mask: conditions.mask} if self.mask else {}
@@ -50,10 +49,9 @@ class Family:
     def encode(
         self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any], length: int
     ) -> TextConditions:
-        """The pipeline's own encoding of captions, with a call's options, as ``length`` vectors.
+        """Encode captions as the pipeline would with the call's options, as ``length`` vectors.
 
-        CLIP encodes a fixed number, a chunk: longer prompts are several chunks, and captions are
-        filled up with chunks of the empty text, as tools for long prompts do.
+        CLIP encodes fixed chunks; up to ``length``, captions are padded with chunks of empty text.
         """
         encoded = self._encode(pipe, list(captions), call)
         if (chunk := encoded.embeddings.shape[1]) < length:
@@ -63,7 +61,7 @@ class Family:
         return replace(encoded, embeddings=encoded.embeddings[:, :length])
 
     def missing_text_part(self, pipe: Any) -> str | None:
-        """A component without which the pipeline cannot encode captions; None if it has all."""
+        """A component that the pipeline lacks for encoding captions, or None."""
         missing = (part for part in self.text_parts if getattr(pipe, part, None) is None)
         return next(missing, None)
 
@@ -72,7 +70,6 @@ class Family:
 
 
 def _own_encoding(pipe: Any, captions: list[str], **options: Any) -> Any:
-    """What the pipeline's ``encode_prompt`` returns, one branch and one image a caption."""
     return pipe.encode_prompt(
         captions,
         device=pipe._execution_device,
@@ -89,12 +86,12 @@ def _text_options(call: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StableDiffusionXL(Family):
-    """Two text encoders: token vectors of both, and a pooled vector of the second."""
+    """Two text encoders: token vectors from both, a pooled vector from the second."""
 
     text_parts: tuple[str, ...] = ("text_encoder_2", "tokenizer_2")
 
     def missing_text_part(self, pipe: Any) -> str | None:
-        """The first encoder too, where the denoiser takes the vectors of both."""
+        """Requires the first encoder too if the denoiser takes both encoders' vectors."""
         missing = super().missing_text_part(pipe)
         if missing is None and pipe.text_encoder is None:
             second = pipe.text_encoder_2.config.hidden_size
@@ -102,12 +99,12 @@ class StableDiffusionXL(Family):
         return missing
 
     def conditions(self, arguments: Arguments) -> TextConditions:
-        """Token vectors and pooled vector."""
+        """Token vectors and the pooled vector."""
         pooled = arguments["added_cond_kwargs"]["text_embeds"]
         return replace(super().conditions(arguments), pooled=pooled)
 
     def told(self, arguments: Arguments, conditions: TextConditions) -> Arguments:
-        """Time ids and image embeddings stay."""
+        """Replaces the text; time ids and image embeddings stay."""
         added = {**arguments["added_cond_kwargs"], "text_embeds": conditions.pooled}
         return {**super().told(arguments, conditions), "added_cond_kwargs": added}
 
@@ -118,7 +115,7 @@ class StableDiffusionXL(Family):
 
 @dataclass(frozen=True)
 class PixArt(Family):
-    """T5 with a mask; ε in the first C of 2C channels, the rest is a variance nobody uses."""
+    """T5 with a mask; ε is in the first C of 2C channels, the others are an unused variance."""
 
     denoiser: str = "transformer"
     model: str = "PixArtTransformer2DModel"
@@ -132,7 +129,7 @@ class PixArt(Family):
     def encode(
         self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any], length: int
     ) -> TextConditions:
-        """With the call's own caption cleaning; T5 encodes the length, and masks the rest."""
+        """Uses the call's caption cleaning; T5 pads to ``length`` and masks the padding."""
         options = {name: call[name] for name in ("clean_caption",) if name in call}
         options["max_sequence_length"] = length
         embeddings, mask, _, _ = _own_encoding(pipe, list(captions), **options)
@@ -141,7 +138,7 @@ class PixArt(Family):
 
 @dataclass(frozen=True)
 class StableDiffusion3(Family):
-    """Two CLIP encoders and T5; flow matching on a transformer."""
+    """Two CLIP encoders and T5; a transformer trained by flow matching."""
 
     denoiser: str = "transformer"
     model: str = "SD3Transformer2DModel"
@@ -153,7 +150,7 @@ class StableDiffusion3(Family):
     def encode(
         self, pipe: Any, captions: Sequence[str], call: Mapping[str, Any], length: int
     ) -> TextConditions:
-        """All encoders are given the caption; T5 fills what CLIP leaves of the length."""
+        """All encoders get the caption; T5 fills the length that CLIP leaves."""
         texts = list(captions)
         options = {"prompt_2": texts, "prompt_3": texts, **_text_options(call)}
         options["max_sequence_length"] = max(1, length - pipe.tokenizer_max_length)
@@ -171,7 +168,7 @@ SUPPORTED: dict[type[Family], list[str]] = {
         *(f"LatentConsistencyModel{start}Pipeline" for start in ("", "Img2Img")),
     ],
 }
-"""Pipelines of diffusers, subclasses included, by family; the name says what they begin with."""
+"""Supported diffusers pipelines by family, subclasses included; names say what they start from."""
 
 _FURTHER_NETWORK = "the guard is not tested with the further network that feeds its denoiser"
 REFUSED = {
@@ -185,11 +182,11 @@ REFUSED = {
     "pipelines, latent consistency models, PixArt, and Stable Diffusion 3 with its img2img "
     "pipeline",
 }
-"""By a part of the pipeline's name, why the guard cannot take it."""
+"""Why the guard refuses a pipeline, by part of its name."""
 
 
 def family_of(pipe: Any) -> Family:
-    """What kind of pipeline this is; a ValueError says why the guard does not support it."""
+    """The family of a pipeline; ValueError says why the guard does not support it."""
     import diffusers  # takes seconds, which `import memfree` should not
 
     for family, names in SUPPORTED.items():
@@ -212,7 +209,7 @@ def family_of(pipe: Any) -> Family:
 
 
 def check_parts(pipe: Any, family: Family) -> None:
-    """Refuse a denoiser and an autoencoder that the guard cannot take: they may be replaced."""
+    """Refuse an unsupported denoiser or autoencoder; either may have been replaced."""
     taken = getattr(pipe, family.denoiser).config.in_channels
     latents = pipe.vae.config.latent_channels
     if taken != latents and not (family.inpaints and taken == 2 * latents + 1):

@@ -26,31 +26,23 @@ from memfree.retrieval import ReferenceIndex
 
 
 class AntiMemorizationGuider(ClassifierFreeGuidance):
-    """Classifier-free guidance that passes every prediction through guidances (AMG and others).
+    """Classifier-free guidance that passes each prediction through guidances such as AMG.
 
-    A guider is handed two predictions; what else guidances need, x_t among it, comes from the
-    modular Stable Diffusion XL pipeline that it is made for, and from a hook on the denoiser. It
-    never sees finished images, so it gives no verdicts and draws nothing again (audit the images,
-    or guard a ``StableDiffusionXLPipeline``); it runs no stage of a mitigation but guidances, and
-    it is not saved with the pipeline. The interface is experimental in diffusers.
+    It needs a modular Stable Diffusion XL pipeline, from which, with a hook on its denoiser, it
+    gets x_t and conditions. It sees no finished images, so it neither judges nor redraws (audit the
+    images, or guard a ``StableDiffusionXLPipeline``). Of a mitigation it runs only guidances, and
+    it is not saved with the pipeline. Guiders are experimental in diffusers.
 
     Args:
-        pipe: the modular pipeline, its components loaded; then
-            ``pipe.update_components(guider=guider)``.
+        pipe: with loaded components; then call ``pipe.update_components(guider=guider)``.
         index: calibrated references on the pipeline's device.
         guidance: one or several, in order.
-        guidance_scale: s_0; at 1 the conditional prediction alone.
-        guidance_rescale: as in ``ClassifierFreeGuidance``.
-        decoder: a cheaper autoencoder of the same latents, as in ``guard``, on the pipeline's
-            device; None: the pipeline's own.
+        guidance_scale: s_0; at 1 only the conditional prediction is used.
+        decoder: a cheaper autoencoder of the same latents, as in ``guard``, on the same device.
         chunk_size: latents decoded at a time; None: the whole batch.
 
     Attributes:
-        report: its trace is filled by every pipeline call; it has no verdicts.
-
-    Raises:
-        ValueError: the pipeline is not a modular Stable Diffusion XL one, or its scheduler is not
-            supported.
+        report: its trace is filled by each pipeline call; it has no verdicts.
     """
 
     def __init__(
@@ -79,7 +71,7 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
         self._handle: Any = None
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
-        """Step 0 begins another pipeline call."""
+        """Set the step; step 0 begins another pipeline call."""
         super().set_state(step, num_inference_steps, timestep)
         self._calls = []
         if step == 0:
@@ -87,7 +79,7 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
             self.report.calls += 1
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
-        """Before each branch: see what the denoiser is given."""
+        """Hook the denoiser before each branch to see its arguments."""
         super().prepare_models(denoiser)
         caller, known = threading.get_ident(), diffusers.UNet2DConditionModel
         signature = Signature(denoiser, known, ("sample", "timestep", "encoder_hidden_states"))
@@ -99,12 +91,12 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
         self._handle = denoiser.register_forward_hook(seen, with_kwargs=True)
 
     def cleanup_models(self, denoiser: torch.nn.Module) -> None:
-        """After each branch: the hook goes."""
+        """Remove the hook after each branch."""
         super().cleanup_models(denoiser)
         self._handle.remove()
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
-        """The combined prediction, with the rows corrected in which a guidance is active."""
+        """The combined prediction, corrected in rows where a guidance is active."""
         plain = super().forward(pred_cond, pred_uncond)
         with torch.inference_mode(False), torch.no_grad():
             # diffusers runs the conditional branch first; a guard's batch has it last.
@@ -141,7 +133,7 @@ class AntiMemorizationGuider(ClassifierFreeGuidance):
 
 @dataclass(frozen=True)
 class _Modular(StableDiffusionXL):
-    """Stable Diffusion XL whose text encoding is a block, not a method of the pipeline."""
+    """Its text encoding is a pipeline block, not a method."""
 
     components: Any = None
 
@@ -165,5 +157,5 @@ class _Modular(StableDiffusionXL):
 
 
 def _stacked(*branches: Tensor) -> Tensor:
-    """An argument of the branches as that of one batch; tensors without rows are all the same."""
+    """Tensors without rows are the same for all branches."""
     return torch.cat(branches) if branches[0].ndim else branches[0]

@@ -1,4 +1,4 @@
-"""Forward hook on the denoiser: prediction, guidance, and back into the call (eq. 10)."""
+"""Forward hook on the denoiser: guides its prediction and returns it to the pipeline (eq. 10)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from memfree.sampling.noise import OwnRandomness
 
 
 def mapped(change: Callable[..., Tensor], *arguments: Any) -> Any:
-    """Arguments whose tensors, at any depth, are ``change`` of those at their place."""
+    """Apply ``change`` to the tensors, at any depth, of arguments of equal structure."""
     first = arguments[0]
     if isinstance(first, Tensor):
         return change(*arguments)
@@ -38,7 +38,7 @@ def mapped(change: Callable[..., Tensor], *arguments: Any) -> Any:
 
 
 def usable(arguments: Any) -> Any:
-    """The arguments outside of inference mode: tensors made inside it are copied."""
+    """The arguments with tensors created in inference mode copied."""
     return mapped(lambda value: value.clone() if value.is_inference() else value, arguments)
 
 
@@ -46,9 +46,8 @@ def usable(arguments: Any) -> Any:
 class Draw:
     """One call of the pipeline, seen from its denoiser.
 
-    Rows in which a guidance is active get the corrected prediction in both halves of the batch of
-    classifier-free guidance, so that the pipeline's ``u + s·(c − u)`` leaves it as it is, in any
-    precision, and multistep schedulers keep it in their history. All other rows stay as they are.
+    Rows with an active guidance get the corrected prediction in both halves of the classifier-free
+    batch: ``u + s·(c − u)`` returns it unchanged in any precision; multistep schedulers keep it.
     """
 
     pipe: Any
@@ -61,10 +60,10 @@ class Draw:
     unmoved: bool = False  # whether the scheduler's last step does not follow the prediction
     finished: bool = False  # whether the denoiser was called for the schedule's last step
     latents: Tensor | None = None  # as they were prepared
-    # Latents of the given image (B, C, h, w), which an inpainting pipeline puts back itself after
-    # every step; None where the denoiser sees them, or there are none.
+    # Latents (B, C, h, w) of the given image if an inpainting pipeline restores them after each
+    # step; None if the denoiser sees them or there are none.
     given: Tensor | None = None
-    # (B, 1, h, w), twice with both branches: what that pipeline draws (1) or puts back (0).
+    # (B, 1, h, w), twice with both branches: what that pipeline draws (1) or restores (0).
     mask: Tensor | None = None
     finite_images: Tensor | None = None  # (n,) bool, of the latest output
 
@@ -88,7 +87,7 @@ class Draw:
 
     @contextmanager
     def hooked(self, before: Before | None = None) -> Iterator[None]:
-        """Around the pipeline's own call: ``before`` and ``after`` as hooks for that call alone."""
+        """Hook ``before`` and ``after`` into the pipeline's own call."""
         if any(getattr(guidance, "calls_denoiser", True) for guidance in self.guidances):
             self._check_cache = CacheCheck(self.denoiser)
         with hooked(self.denoiser, self.after, before):
@@ -97,10 +96,7 @@ class Draw:
             self.levels.check_followed(bool(getattr(self.pipe, "interrupt", False)))
 
     def callbacks_aside(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments with callbacks in which the guard is not at work: they may draw as well.
-
-        After each, the pipeline must have the parts that it began with.
-        """
+        """The arguments with callbacks run unguarded; these must not replace pipeline parts."""
         parts = {name: getattr(self.pipe, name) for name in (self.family.denoiser, "scheduler")}
 
         def check() -> None:
@@ -119,7 +115,7 @@ class Draw:
         return {**call, **callbacks}
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The forward hook: the denoiser's output with the active rows corrected."""
+        """Forward hook: the denoiser's output with active rows corrected."""
         try:
             with torch.inference_mode(False), torch.no_grad():
                 arguments = usable(self.bound(args, kwargs))
@@ -134,7 +130,7 @@ class Draw:
         except ValueError:
             if self.guidances:
                 raise
-            self.last = None  # a call that is only judged need not be followed
+            self.last = None  # a call without guidance need not be followed
             return None
         if correction is None:
             return None
@@ -146,7 +142,7 @@ class Draw:
         return (changed, *output[1:]) if isinstance(output, tuple) else type(output)(sample=changed)
 
     def encode(self, captions: Sequence[str]) -> TextConditions:
-        """Captions as the prompts of this call; guidances keep the results by this function."""
+        """Encode captions like this call's prompts; guidances cache results by this function."""
         assert self._like is not None
         _, length, width = self._like.shape
         encoded = self.family.encode(self.pipe, captions, self.call, length)
@@ -159,16 +155,16 @@ class Draw:
         return encoded.to(self._like.device, self._like.dtype)
 
     def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """The denoiser's arguments by name: pipelines differ in what they name."""
+        """The denoiser's arguments by name."""
         self._positional = len(args)
         return self._signature.bind(args, kwargs)
 
     def as_called(self, arguments: Arguments) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments in the form in which the pipeline gives them: as many without a name."""
+        """Arguments by position and by name, as the pipeline passes them."""
         return self._signature.unbind(arguments, self._positional)
 
     def view(self, arguments: Arguments, level: NoiseLevel) -> View:
-        """The denoiser's call in the terms of a guidance."""
+        """The denoiser's call as guidances see it."""
         scale = getattr(self.pipe, "guidance_scale", self.call.get("guidance_scale", 1.0))
         twice = bool(getattr(self.pipe, "do_classifier_free_guidance", scale > 1))
         total = len(arguments[self.family.sample])
@@ -184,10 +180,7 @@ class Draw:
     def own_randomness(
         self, part: str, drawing: Sequence[Any], stream: OwnRandomness | None = None
     ) -> AbstractContextManager[None]:
-        """Where parts of the guard, as an autoencoder, may draw: torch's generators stay in place.
-
-        A part draws always or never; third-party code in ``drawing`` may draw at any step.
-        """
+        """Let guard parts draw without moving torch's generators; third-party code may draw too."""
         stream, device = stream or self._randomness, self.pipe._execution_device
         if all(type(own).__module__.startswith("memfree.") for own in drawing):
             return stream.if_drawn(device, self.decoder.draws, part)
@@ -245,14 +238,12 @@ class Draw:
         return rows, view.to_native(result.output[rows], base.output[rows], native, rows)
 
     def _ends(self, view: View, base: Prediction) -> bool:
-        """Whether the finished sample is decided at this step: no further one follows it."""
         if len(view.level.following) == 1:
             self._ended = LastStep(*self._step_of(view, base)).is_last()
             return self._ended
         return view.level.is_last and not self._ended
 
     def _step_of(self, view: View, base: Prediction) -> tuple[Any, ...]:
-        """The scheduler's step from here, as ``LastStep`` takes it."""
         scheduler, following = self.pipe.scheduler, view.level.following
         return (
             scheduler,
@@ -267,9 +258,8 @@ class Draw:
         )
 
     def _inpainted(self, base: Prediction) -> Prediction:
-        """The last record with the given image where the pipeline puts it back."""
         assert self.given is not None and self.mask is not None
-        # As the pipeline: of the mask of both branches, the first half is used.
+        # Like the pipeline, use the first half of both branches' mask.
         drawn, given = self.mask[: len(base.x_t)].float(), self.given.float()
         offset, gain = base.returned or (torch.zeros_like(base.x_t, dtype=torch.float32), 1.0)
         known = drawn * offset + (1 - drawn) * given, (gain * drawn).expand_as(offset)
@@ -281,7 +271,7 @@ class Draw:
 
 
 def _numbers(values: Tensor) -> Tensor:
-    """0 for NaN and ∞, of which no neighbour can be found."""
+    """0 for NaN and ∞, which have no neighbours."""
     return values.nan_to_num(0.0, 0.0, 0.0)
 
 
@@ -290,7 +280,7 @@ def _decoded(decode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def _in_numbers(prediction: Prediction) -> Prediction:
-    """The record without NaN and ∞: one broken sample, not corrected, does not end the call."""
+    """One broken sample, left uncorrected, must not end the call."""
     uncond, cond = prediction.output_uncond, prediction.output_cond
     return replace(
         prediction,
@@ -306,8 +296,8 @@ class View:
     """One call of the denoiser: rows, conditions and parameterisation, and calls like it.
 
     Flow matching has x_t = (1−σ)·x_0 + σ·ε and v = ε − x_0, which is not variance preserving. With
-    n = √((1−σ)² + σ²), x_t/n is, with √ᾱ = (1−σ)/n, and n·v + (1−2σ)·x_t/n is its v prediction
-    √ᾱ·ε − √(1−ᾱ)·x_0: guidances see that, and what they change of it goes back divided by n.
+    n = √((1−σ)² + σ²), x_t/n is, with √ᾱ = (1−σ)/n, and n·v + (1−2σ)·x_t/n is its v prediction √ᾱ·ε
+    − √(1−ᾱ)·x_0. Guidances see that; their change is divided by n on the way back.
     """
 
     draw: Draw
@@ -340,28 +330,28 @@ class View:
 
     @property
     def prediction_type(self) -> PredictionType:
-        """In which terms guidances see the prediction."""
+        """The prediction type that guidances see."""
         if self.level.flow_sigma is not None:
             return "v_prediction"
         kind: PredictionType = self.draw.pipe.scheduler.config.prediction_type
         return kind
 
     def from_native(self, output: Tensor, x_t: Tensor | None = None) -> Tensor:
-        """The model's prediction as guidances see it; ``x_t`` if it is of other samples."""
+        """The model's prediction as guidances see it; ``x_t``: its samples, if not this call's."""
         if self.level.flow_sigma is None:
             return output
         samples = self.x_t if x_t is None else x_t
         return self.norm * output.float() + (1 - 2 * self.level.flow_sigma) * samples.float()
 
     def native(self, prediction: Prediction) -> Tensor:
-        """The combined prediction in the model's own terms: v of flow matching."""
+        """The combined prediction in the model's own terms: v for flow matching."""
         if self.level.flow_sigma is None:
             return prediction.output
         shift = (1 - 2 * self.level.flow_sigma) * self.x_t.float()
         return (prediction.output - shift) / self.norm
 
     def to_native(self, corrected: Tensor, before: Tensor, native: Tensor, rows: Tensor) -> Tensor:
-        """What the denoiser should have said in some rows: the inverse of ``from_native``."""
+        """The corrected denoiser output for some rows: the inverse of ``from_native``."""
         if self.level.flow_sigma is None:
             return corrected.to(native.dtype)
         uncond, cond = native.chunk(2) if self.twice else (None, native)
@@ -369,7 +359,7 @@ class View:
         return (combined + (corrected - before) / self.norm).to(native.dtype)
 
     def denoise(self, x: Tensor, conditions: Conditions | None) -> Tensor:
-        """The denoiser at this step for rows of x_t; through ``forward``, which fires no hook."""
+        """Run the denoiser at this step for rows of x_t; calling ``forward`` triggers no hook."""
         if conditions is None and not self.twice:
             raise ValueError(
                 "memfree.guard: this guidance needs the unconditional prediction, which the "
@@ -397,7 +387,7 @@ class View:
         return self.from_native(family.prediction(output, self.channels), x)
 
     def _rows(self, x: Tensor) -> Tensor:
-        """Which rows of x_t these are: each has arguments of its own (sizes, image prompts)."""
+        """Each row of x_t has its own arguments (sizes, image prompts)."""
         if len(x) == self.count:
             return torch.arange(self.count, device=x.device)
         same = (x.detach()[:, None] == self.x_t[None]).flatten(2).all(dim=2)

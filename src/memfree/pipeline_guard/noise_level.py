@@ -1,4 +1,4 @@
-"""Noise level and step of a pipeline, from its scheduler."""
+"""Noise level and step of a pipeline, read from its scheduler."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from torch import Tensor
 
 from memfree.diffusion_math import PredictionType, alpha_bar_at, alpha_bar_of_input
 
-SMALLEST_ALPHA_BAR = 2.0**-24
-"""ᾱ is kept above this, as diffusers does: at ᾱ = 0 no noise estimate moves x̂_0."""
-LARGEST_FLOW_SIGMA = 1 - 2.0**-12
-"""σ of flow matching is kept below this, for the same reason."""
+SMALLEST_ALPHA_BAR = 2.0**-24  # as in diffusers: at ᾱ = 0 no noise estimate changes x̂_0
+LARGEST_FLOW_SIGMA = 1 - 2.0**-12  # of flow matching, for the same reason
 
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """Where in the schedule one call of the denoiser stands."""
+    """Position of one denoiser call in the schedule."""
 
     step: int  # number of this denoiser call within the pipeline call, from 0
     t: float  # the scheduler's timestep
@@ -35,11 +33,7 @@ class NoiseLevel:
 
 @dataclass
 class NoiseLevels:
-    """Follows one pipeline call through its schedule, one denoiser call at a time.
-
-    Steps are counted, because schedules repeat timesteps (PNDM, Heun, rounded Karras sigmas); the
-    timestep of every call must be the one that the schedule has there. The scheduler is only read.
-    """
+    """Follows one pipeline call by counting its steps: schedules repeat timesteps (PNDM, Heun)."""
 
     scheduler: Any
     flow: bool  # whether the model was trained by flow matching
@@ -49,12 +43,7 @@ class NoiseLevels:
     _starts: list[int] = field(default_factory=list)  # where the pipeline may have begun
 
     def next(self, timestep: Tensor | float, planned: int | None = None) -> NoiseLevel:
-        """The level of the denoiser call that is being made; the schedule must have its timestep.
-
-        Args:
-            timestep: t of the call, 0-d or equal rows.
-            planned: denoiser calls of the whole pipeline call; None: not known.
-        """
+        """The level of the current denoiser call; ``planned``: those of the whole pipeline call."""
         timestep = torch.as_tensor(timestep)  # some callers give a number
         t = timestep.flatten()[0].detach()
         position = self._position(t.cpu(), planned)
@@ -80,10 +69,7 @@ class NoiseLevels:
         )
 
     def check_followed(self, interrupted: bool) -> None:
-        """Refuse a finished pipeline call whose denoiser was called elsewhere too, or not at all.
-
-        A pipeline that was interrupted makes fewer calls than planned.
-        """
+        """Refuse a finished call with denoiser calls missing; an interrupted one makes fewer."""
         if self._calls and (interrupted or self._calls >= self._planned):
             return
         raise ValueError(
@@ -93,11 +79,11 @@ class NoiseLevels:
         )
 
     def _position(self, t: Tensor, planned: int | None) -> int:
-        """Position of this call in the schedule, which image-to-image does not enter at 0."""
+        """Position in the schedule; image-to-image does not start at 0."""
         if self._calls == 0:
-            # A copy: another call of the pipeline may set the scheduler's timesteps anew.
+            # A copy: another pipeline call may reset the scheduler's timesteps.
             self._schedule = self.scheduler.timesteps.detach().cpu().clone()
-            likely = self._begin_index()  # where the first timestep stands twice
+            likely = self._begin_index()  # decides if the first timestep occurs twice
             if likely is None and planned is not None:
                 likely = len(self._schedule) - planned
             starts = (self._schedule.to(t.dtype) == t).nonzero().flatten().tolist()
@@ -123,7 +109,6 @@ class NoiseLevels:
         return None if begin is None else int(begin)
 
     def _index(self, t: Tensor, position: int) -> int:
-        """Position in the scheduler's own tables, as the scheduler counts."""
         if not hasattr(self.scheduler, "step_index"):
             return position
         if self.scheduler.step_index is not None:
@@ -136,7 +121,7 @@ class NoiseLevels:
 
 
 def check_scheduler(scheduler: Any, flow: bool) -> None:
-    """Refuse schedulers whose noise the guard cannot describe, or of another kind of model."""
+    """Refuse a scheduler with unsupported noise, or for another kind of model."""
     name, config = type(scheduler).__name__, scheduler.config
     why = ""
     if config.get("sigma_data") is not None:

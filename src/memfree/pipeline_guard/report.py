@@ -1,4 +1,4 @@
-"""Guard report: trace of every step and a verdict for each image."""
+"""Guard report: a trace of every step and a verdict for each image."""
 
 from __future__ import annotations
 
@@ -25,66 +25,43 @@ NOT_COVERED = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the index says of one finished image."""
+    """What the index says about one finished image."""
 
-    call: int
-    """Number of the pipeline call in the block, from 0."""
-    image: int
-    """Position among the images of that call."""
-    nearest: str
-    """Key of the nearest image in the index."""
-    similarity: float
-    """σ of the index's own similarity, higher is nearer."""
-    threshold: float
-    """σ above which an image is called a copy."""
-    false_positive_rate: float
-    """Share of held-out real images that the threshold calls copies."""
-    p_value: float
-    """Share of held-out real images that are as near: (1 + how many) / (1 + all)."""
-    copy: bool
-    """Whether σ is above the threshold."""
-    finite: bool = True
-    """An image with NaN or ∞ has no verdict: ``nearest`` is empty, σ and p-value are NaN, ``copy``
-    is False."""
-    finished: bool = True
-    """Whether the pipeline went to the end of its schedule. After ``denoising_end``, or where it
-    was interrupted, the verdict is of the clean estimate of its last step."""
-    draws: int = 1
-    """How often the image was drawn, this one included."""
-    refused: bool = False
-    """Whether the guard returned None in its place."""
-    reason: str = ""
-    """Why it was drawn again or refused; empty for an image that was fine at once."""
-    rate_text: str = ""
-    """The false-positive rate with its limits, as ``1 % (0.4–1.9 %, from 600 images)``."""
+    call: int  # number of the pipeline call in the block, from 0
+    image: int  # position among the images of that call
+    nearest: str  # key of the nearest image in the index
+    similarity: float  # σ of the index's similarity; higher is nearer
+    threshold: float  # σ above which an image counts as a copy
+    false_positive_rate: float  # share of held-out real images above the threshold
+    p_value: float  # share of the N held-out real images as near: (1 + number as near) / (1 + N)
+    copy: bool  # whether σ is above the threshold
+    finite: bool = True  # if not: ``nearest`` is empty, σ and p-value NaN, ``copy`` False
+    finished: bool = True  # if not (``denoising_end``, interruption): of the last estimate
+    draws: int = 1  # how often the image was drawn, including this one
+    refused: bool = False  # whether the guard returned None instead
+    reason: str = ""  # why it was drawn again or refused; empty if the first draw was accepted
+    rate_text: str = ""  # that rate with its limits: ``1 % (0.4–1.9 %, from 600 images)``
 
 
 @dataclass
 class GuardReport:
-    """Trace and verdicts of all pipeline calls in the block; printable."""
+    """Trace and verdicts of all pipeline calls in a ``guard`` block; printable."""
 
-    verdicts: list[Verdict] = field(default_factory=list)
-    """One an image, in the order of the calls."""
-    seed: int = 0
-    """Of further draws and of what a mitigation draws; ``guard(…, seed=…)`` repeats them."""
-    not_covered: str = NOT_COVERED
-    """What no verdict says."""
-    calls: int = 0
-    """Pipeline calls so far."""
-    unmoved: list[int] = field(default_factory=list)
-    """Calls whose scheduler's last step does not follow the prediction (Euler with
-    ``final_sigmas_type`` sigma_min): there no last correction was possible."""
-    outside: int = 0
-    """Calls of the denoiser by other pipelines that share it: neither guided nor judged."""
-    left_out: list[str] = field(default_factory=list)
-    """Parts of the guidance that this pipeline cannot have, and why."""
+    verdicts: list[Verdict] = field(default_factory=list)  # one per image, in call order
+    seed: int = 0  # of redraws and mitigations; ``guard(…, seed=…)`` repeats them
+    not_covered: str = NOT_COVERED  # what no verdict covers
+    calls: int = 0  # pipeline calls so far
+    unmoved: list[int] = field(default_factory=list)  # calls whose last step ignores predictions
+    outside: int = 0  # unguarded denoiser calls by other pipelines that share it
+    left_out: list[str] = field(default_factory=list)  # guidance that the pipeline cannot use
     _trace: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
 
     @property
     def trace(self) -> pa.Table:
-        """One row an image and step: call, draw (0 is the first), sample, step, t, and
-        ``TRACE_COLUMNS``, then what guidances recorded beside them (``wen_norm``); ``nearest`` is
-        a row of the index. What no guidance recorded is NaN."""
+        """One row per image and step: what guidances recorded, and NaN for what they did not.
+
+        Columns: call, draw (from 0), sample, step, t, ``TRACE_COLUMNS`` (``nearest``: row of the
+        index), then others such as ``wen_norm``."""
         names = ["call", "draw", "sample", "step", "t", *TRACE_COLUMNS]
         if not self._trace:
             return pa.table({name: pa.array([], pa.float64()) for name in names})
@@ -95,16 +72,16 @@ class GuardReport:
 
     @property
     def copies(self) -> list[Verdict]:
-        """The images that were still copies at the end, returned or refused."""
+        """Verdicts on images that were still copies at the end, returned or refused."""
         return [verdict for verdict in self.verdicts if verdict.copy]
 
     def table(self) -> pa.Table:
-        """The verdicts as a table, a column a field of ``Verdict``."""
+        """The verdicts as a table with the fields of ``Verdict`` as columns."""
         names = [field.name for field in fields(Verdict)]
         return pa.table({name: [getattr(each, name) for each in self.verdicts] for name in names})
 
     def add_trace(self, call: int, draw: int, images: list[int], rows: dict[str, Tensor]) -> None:
-        """Keep one step of one draw; its samples are these images of the call."""
+        """Keep one step of one draw; ``images`` are the samples' positions in the call."""
         own = {
             "call": torch.full((len(images),), call),
             "draw": torch.full((len(images),), draw),
@@ -113,7 +90,6 @@ class GuardReport:
         self._trace.append({name: column.detach().cpu() for name, column in rows.items()} | own)
 
     def __rich__(self) -> Group:
-        """For rich's print and consoles."""
         table = Table(title="memfree.guard", title_justify="left")
         for name in ("image", "nearest", "similarity", "threshold", "p", "verdict"):
             table.add_column(name, justify="left" if name in ("nearest", "verdict") else "right")
@@ -159,7 +135,6 @@ class GuardReport:
             yield f"Further draws are of seed {self.seed}."
 
     def __str__(self) -> str:
-        """The verdicts as text."""
         console = Console(width=100, color_system=None, file=io.StringIO())
         with console.capture() as text:
             console.print(self)

@@ -1,4 +1,4 @@
-"""Guard session: calls drawn, judged, drawn again or refused; stages of a mitigation in a call."""
+"""Guard session: draws, judges, redraws or refuses images; runs a mitigation's stages."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ from memfree.sampling.noise import OwnRandomness
 OnCopy = Literal["keep", "resample", "refuse"]
 
 _DRAW: ContextVar[Draw | None] = ContextVar("memfree_draw", default=None)
-"""The draw that this thread, or task, is in, as the methods of its pipeline see it."""
+"""The current draw of this thread or task, for the pipeline's methods."""
 
 
 def sources(
     seed: int, images: Sequence[int], attempt: int, purpose: GuardStream
 ) -> list[torch.Generator]:
-    """One CPU generator an image, from (seed, image, attempt, purpose) alone."""
+    """One CPU generator per image, from (seed, image, attempt, purpose) alone."""
     return [torch_generator(seed, image, attempt, purpose) for image in images]
 
 
 @dataclass
 class Session:
-    """What a guarded pipeline does at its calls; see ``guard`` for the arguments."""
+    """Runs the calls of a guarded pipeline; see ``guard`` for the arguments."""
 
     kind: Any
     family: Family
@@ -76,20 +76,20 @@ class Session:
         self._watched: WeakKeyDictionary[Any, tuple[Any, ExitStack]] = WeakKeyDictionary()
 
     def take(self, pipe: Any, guarded: type) -> Any:
-        """Guard a pipeline until ``release``, and watch who else calls its denoiser."""
+        """Guard a pipeline until ``release``, and watch for other calls of its denoiser."""
         self._watch(pipe)
         pipe.__class__ = guarded
         return pipe
 
     def release(self) -> None:
-        """Give every guarded pipeline its own class back: the one of the block and its copies."""
+        """Restore the class of each guarded pipeline, copies included."""
         for pipe in list(self._watched):
             self._leave(pipe)
             pipe.__class__ = self.kind
 
     @contextmanager
     def unwatched(self, pipe: Any) -> Iterator[None]:
-        """Without the watch on a pipeline's denoiser, as for a copy of it."""
+        """Suspend the watch on a pipeline's denoiser, as for a copy of it."""
         denoiser, stack = self._watched[pipe]
         stack.close()
         try:
@@ -161,7 +161,6 @@ class Session:
         return without(output, refused)
 
     def _checked(self, pipe: Any, call: Call) -> Call:
-        """The call with the mitigation's guidance scale, after all that can be refused."""
         check_call(call.all)
         check_parts(pipe, self.family)
         if self._watched[pipe][0] is not getattr(pipe, self.family.denoiser):
@@ -182,10 +181,7 @@ class Session:
         return call
 
     def _check_captions(self, pipe: Any, part: str, branches: bool) -> None:
-        """Refuse guidance that needs captions where the pipeline lacks a part that encodes them.
-
-        AMG needs them only where the pipeline makes both branches.
-        """
+        """AMG needs captions only if the pipeline makes both branches."""
         note = (
             f"The caption term of the guidance was left out: the pipeline has no {part}, which "
             "encodes the captions of near images."
@@ -202,7 +198,6 @@ class Session:
                 )
 
     def _guidances(self, pipe: Any) -> list[Guidance]:
-        """Those of the mitigation first."""
         own = self.guidances
         if self.captionless is not None and self.family.missing_text_part(pipe):
             own = self.captionless
@@ -211,7 +206,6 @@ class Session:
     def _draw(
         self, pipe: Any, call: Call, number: int, attempt: int, places: list[int], first: int
     ) -> tuple[Any, Draw]:
-        """One call of the pipeline's own ``__call__`` with the hooks on its denoiser."""
         mitigation, before = self.mitigation, None
         images = [first + place for place in places]
         generators = sources(self.seed, images, attempt, GuardStream.MITIGATION)
@@ -237,9 +231,9 @@ class Session:
         return output, draw
 
     def prepared(self, pipe: Any, latents: Any) -> Any:
-        """What ``prepare_latents`` returned, before the pipeline continues with it."""
-        # Inpainting pipelines return the noise as well, and the given image's latents where the
-        # denoiser does not see them.
+        """Record what ``prepare_latents`` returned, and check its size."""
+        # Inpainting pipelines also return the noise, and the given image's latents if the denoiser
+        # does not see them.
         x_T, *others = latents if isinstance(latents, tuple) else (latents,)
         height, width = (pipe.vae_scale_factor * side for side in x_T.shape[2:])
         image = torch.zeros(1, 3, height, width, device=self.judge.index.device)
@@ -251,20 +245,20 @@ class Session:
         return latents
 
     def masked(self, mask_and_image: Any) -> Any:
-        """What ``prepare_mask_latents`` returned."""
+        """Record what ``prepare_mask_latents`` returned."""
         if (draw := _DRAW.get()) is not None:
             draw.mask = mask_and_image[0]
         return mask_and_image
 
     def postprocessed(self, images: Any) -> None:
-        """What a pipeline is about to make an output of, where NaN turns black and ∞ white."""
+        """Record which images are finite: in the output, NaN is black and ∞ white."""
         if (draw := _DRAW.get()) is not None and isinstance(images, Tensor):
             draw.finite_images = finite_rows(images).cpu()
 
     def _judged(
         self, output: Any, draw: Draw, call: Call, number: int, places: list[int]
     ) -> tuple[list[Verdict], Tensor]:
-        """Verdicts of the images, and which of them (n,) bool need no further draw."""
+        """Verdicts of the images, and which of them (n,) bool need no redraw."""
         images, judge = images_of(output), self.judge
         if len(images) != len(places):
             raise ValueError(
@@ -304,12 +298,12 @@ class Session:
             )
             for i, place in enumerate(places)
         ]
-        # Of what is not finite nothing can be said: it is returned as it is.
+        # There is no verdict on an image that is not finite: it is returned unchanged.
         again = ~accepted | copy if self.on_copy == "resample" else ~accepted
         return verdicts, ~(again & finite)
 
     def _pixels(self, images: Any, draw: Draw, kind: str, finished: bool) -> tuple[Tensor, Tensor]:
-        """What is judged, images in [−1, 1], and which of them (n,) bool are finite."""
+        """The images to judge, in [−1, 1], and which of them (n,) bool are finite."""
         device = self.judge.index.device
         if finished:
             pixels = as_tensor(images, kind, self.decoder, device)
@@ -319,7 +313,7 @@ class Session:
                 pixels = self.decoder.finished(draw.last.clean_estimate()).to(device)
         finite, seen = finite_rows(pixels).cpu(), draw.finite_images
         if seen is not None and len(seen) == len(pixels):
-            # Guidances were given numbers for NaN; only the pipeline's own images still tell.
+            # Guidances saw 0 for NaN; only the pipeline's own images still tell.
             finite = seen if finished else finite & seen
         if isinstance(images, Tensor):
             finite = finite & finite_rows(images).cpu()
@@ -327,7 +321,6 @@ class Session:
 
 
 def _controlnets(pipe: Any) -> int:
-    """How many ControlNets feed the denoiser, each with images of its own."""
     return len(getattr(getattr(pipe, "controlnet", None), "nets", [None]))
 
 
@@ -339,16 +332,11 @@ def _why(verdict: Verdict) -> str:
 
 @dataclass
 class Stages:
-    """The pre-hook on the denoiser that runs ``embedding`` and ``initial_noise`` at the first step.
-
-    Only there everything is known: the noise, the encoded prompts, and whatever else the denoiser
-    is told. New embeddings replace the pipeline's at every call of the denoiser; new noise is
-    written into the tensor that the pipeline steps.
-    """
+    """Runs ``embedding`` and ``initial_noise`` at the denoiser's first call, when all is known."""
 
     draw: Draw
     mitigation: Mitigation
-    generators: Sequence[torch.Generator]  # one on the CPU a sample
+    generators: Sequence[torch.Generator]  # on the CPU, one per sample
     _embedding: TextConditions | None = None
     _started: bool = False
 
@@ -359,7 +347,7 @@ class Stages:
     def before(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The forward pre-hook."""
+        """Forward pre-hook: the changed arguments, or None."""
         family, arguments = self.draw.family, None
         if not self._started:
             self._started = True
@@ -368,7 +356,7 @@ class Stages:
                 arguments = usable(self.draw.bound(args, kwargs))
                 noise = self._start(arguments)
             if noise is not None and (latents := self.draw.latents) is not None:
-                # Written where the pipeline keeps x_T; then the denoiser's input goes with it.
+                # Written where the pipeline keeps x_T; the denoiser's input must match.
                 latents.copy_(noise.to(latents) * self.draw.pipe.scheduler.init_noise_sigma)
                 scaled = self._scaled(noise.to(latents))
                 copies = len(arguments[family.sample]) // len(latents)
@@ -382,11 +370,10 @@ class Stages:
         return None if arguments is None else self.draw.as_called(arguments)
 
     def _start(self, arguments: dict[str, Any]) -> Tensor | None:
-        """Run both stages; the new noise, or None where it stays."""
         draw, scheduler = self.draw, self.draw.pipe.scheduler
         level = NoiseLevels(scheduler, draw.family.flow).next(arguments["timestep"])
         view = draw.view(arguments, level)
-        noise = view.x_t.clone()  # where none is drawn, the sample of the first step
+        noise = view.x_t.clone()  # if none is drawn, the sample of the first step
         if self._draws_noise:
             assert draw.latents is not None, "prepare_latents was not seen"
             noise = usable(draw.latents) / scheduler.init_noise_sigma
@@ -426,7 +413,6 @@ class Stages:
             )
 
     def _scaled(self, noise: Tensor) -> Tensor:
-        """The denoiser's input at the first step, of any noise."""
         scheduler = self.draw.pipe.scheduler
         if not self._draws_noise:
             return noise

@@ -1,4 +1,4 @@
-"""Sampling: denoising loop, Lightning module, sample folders."""
+"""Sampling: denoising loop, Lightning module and sample folders."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Checks before sampling: scheduler, index, model and conditions fit together."""
+"""Checks before sampling that scheduler, index, model and conditions fit together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from memfree.sampling.sample_run import SchedulerName
 
 _CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {}),
-    # Clamping x̂_0 alone leaves DDIM's ε̂ behind: classifier-free guided samples go astray.
+    # Clamping x̂_0 without DDIM's ε̂ derails classifier-free guided samples.
     "ddim": (DDIMScheduler, {"clip_sample": False}),
     "dpmsolver++": (DPMSolverMultistepScheduler, {"use_karras_sigmas": False}),
     "dpmsolver++-karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
@@ -35,16 +35,13 @@ _CLASSES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def build_scheduler(name: SchedulerName, trained: Any) -> Any:
-    """The sampler ``name`` with betas, prediction type and spacing of the ``trained`` scheduler.
-
-    ``ddpm`` is ancestral, ``ddim`` deterministic, ``dpmsolver++`` multistep of second order.
-    """
+    """The sampler ``name`` with betas, prediction type and spacing of the ``trained`` scheduler."""
     kind, changes = _CLASSES[name]
     return kind.from_config(trained.config, **changes)
 
 
 def index_state(index: ReferenceIndex | None) -> dict[str, str | None]:
-    """Hashes of what samples depend on in an index: its rows and counts, its calibration."""
+    """Hashes of what samples depend on in an index: its contents and its calibration."""
     if index is None:
         return {"index_sha256": None, "calibration_sha256": None}
     calibration = json.dumps(index.calibrations[default_similarity(index).name], sort_keys=True)
@@ -55,7 +52,7 @@ def index_state(index: ReferenceIndex | None) -> dict[str, str | None]:
 
 
 def vectors_hash(index: ReferenceIndex) -> str:
-    """SHA-256 over the rows of an index, their extractor, counts, keys and conditions."""
+    """SHA-256 over an index's rows, extractor, counts, keys and conditions."""
     digest = hashlib.sha256(index.vectors.detach().cpu().contiguous().numpy().tobytes())
     for column in (index.group, index.multiplicity):
         digest.update(column.cpu().numpy().tobytes())
@@ -70,7 +67,7 @@ def vectors_hash(index: ReferenceIndex) -> str:
 
 
 def refuse_text_only(guidance: GuidanceSettings, model: LoadedModel) -> None:
-    """Refuse a mitigation of prompts and text embeddings where the model takes no text."""
+    """Refuse a mitigation of prompts or text embeddings if the model takes no text."""
     if model.pipe is None and guidance.mitigation in TEXT_ONLY:
         raise ValueError(f"--mitigation {guidance.mitigation} needs a text-to-image model")
 
@@ -78,7 +75,7 @@ def refuse_text_only(guidance: GuidanceSettings, model: LoadedModel) -> None:
 def refuse_wrong_settings(
     guidance: GuidanceSettings, model: LoadedModel, index: ReferenceIndex | None
 ) -> None:
-    """Refuse what the mitigation itself would refuse once sampling has begun."""
+    """Refuse before sampling what the mitigation itself would refuse later."""
     tools = None if model.pipe is None else TextTools.of(model.pipe.tokenizer, index)
     guidance.check(index, tools)
 
@@ -86,7 +83,7 @@ def refuse_wrong_settings(
 def labels_in_turn(
     classes: list[int] | int | None, model: LoadedModel, guidance_scale: float
 ) -> list[int] | None:
-    """The labels to take in turn; None for an unconditional model."""
+    """The labels to cycle through; None for an unconditional model."""
     if isinstance(classes, int):
         classes = [classes]
     if model.num_classes is None:
@@ -107,7 +104,7 @@ def labels_in_turn(
 
 
 def latents_for(path: Path | None, model: LoadedModel, guidance: GuidanceSettings) -> Any:
-    """Load the references of multiplicity guidance; refuse other features than its latents."""
+    """Load references of multiplicity guidance; refuse features other than the model's latents."""
     if model.pipe is None:
         if path is not None:
             raise ValueError("--latents is for text-to-image models; a pixel model has --index")
@@ -139,7 +136,7 @@ def refuse_without_captions(
     guidance: GuidanceSettings,
     guidance_scale: float,
 ) -> None:
-    """Refuse an index that lacks the captions that AMG steers a text-to-image model away from."""
+    """Refuse an index without captions if AMG needs them for a text-to-image model."""
     used = model.pipe is not None and guidance_scale > 1 and guidance.needs_captions
     if used and index.captions is None:
         raise ValueError(

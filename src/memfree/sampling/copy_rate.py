@@ -1,4 +1,4 @@
-"""CopyRate: the share of copies among a few samples, measured at each validation of a training."""
+"""CopyRate: the share of copies among a few samples at each validation of a training."""
 
 from __future__ import annotations
 
@@ -17,18 +17,13 @@ if TYPE_CHECKING:
 class CopyRate(pl.Callback):
     """Logs ``val/copy_rate``: the share of ``count`` samples that an index calls copies.
 
-    The samples are those of ``DiffusionModule.preview``: from the same noise at each validation, by
-    DDIM, from the averaged weights where there are any. Rank 0 draws them.
+    The samples are those of ``DiffusionModule.preview``: DDIM from the same noise each time, with
+    averaged weights if there are any. Rank 0 draws them.
 
     Args:
-        index: calibrated references, of the images that the module makes.
-        count: samples, 1 or more; among them rates below 1/count cannot be seen.
+        index: references of the images that the module makes, calibrated for this rate.
+        count: samples, 1 or more; rates below 1/count cannot be resolved.
         false_positive_rate: share of real images that would be called copies, in (0, 1).
-        steps: DDIM steps.
-        seed: of the noise.
-
-    Raises:
-        ValueError: the index is not calibrated, or not for this rate.
     """
 
     def __init__(
@@ -46,7 +41,7 @@ class CopyRate(pl.Callback):
 
     @torch.no_grad()
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw and judge the samples, before validation puts the average in the module's place."""
+        """Draw and judge the samples before validation swaps in the averaged weights."""
         assert isinstance(pl_module, DiffusionModule)
         if trainer.is_global_zero:
             averaged = pl_module.average or pl_module

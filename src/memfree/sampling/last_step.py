@@ -16,26 +16,20 @@ from torch import Tensor
 from memfree.diffusion_math import output_change_from_x_0, predicted_x_0
 from memfree.sampling.noise import kept_random_state, random_state, set_random_state
 
-EXACT = 1e-3
-"""A gain as near to 1, and an offset as small beside x̂_0, are rounding."""
-LEAST_GAIN = 0.05
-"""With less, a step hardly follows the prediction, and no correction of it is worth its size."""
-IDLE = 1e-6
-"""A step that changes by no more where its prediction changes by 1 does not follow it."""
+EXACT = 1e-3  # rounding: deviation of the gain from 1, of the offset relative to x̂_0
+LEAST_GAIN = 0.05  # below, the step hardly follows the prediction; not worth correcting
+IDLE = 1e-6  # a step ignores its prediction if a change of 1 changes less than this
 
 
 @dataclass(eq=False)
 class LastStep:
     """A scheduler's last step as a function of the clean estimate x̂_0.
 
-    Most samplers return x̂_0. Stable Diffusion's own settings do not: with ``set_alpha_to_one``
-    false, DDIM's last step goes to ᾱ_0 and keeps some of ε̂, so that it moves by a third of what
-    x̂_0 moves. PNDM, LMS, DEIS and SA-Solver continue from earlier predictions; with
-    ``final_sigmas_type`` sigma_min others stop at some noise, DPM-Solver++ extrapolates, and
-    Euler's step may go nowhere. So the scheduler itself is asked.
-
-    ``clean_range``: the scheduler clips or thresholds x̂_0 before it steps (``clip_sample``,
-    ``thresholding``), and follows it within ±clean_range; None if it does not.
+    Most samplers return x̂_0. With ``set_alpha_to_one`` false (Stable Diffusion), DDIM's last step
+    keeps some of ε̂ and moves by a third of what x̂_0 moves. PNDM, LMS, DEIS and SA-Solver continue
+    from earlier predictions; with ``final_sigmas_type`` sigma_min others stop at some noise,
+    DPM-Solver++ extrapolates, and Euler may go nowhere. So the scheduler itself is run. Within
+    ±``clean_range`` it follows x̂_0, which it clips or thresholds beyond; None if it does not.
     """
 
     scheduler: Any  # at its last step, which it has not taken; copied, not changed
@@ -44,7 +38,7 @@ class LastStep:
     output: Tensor  # the model's prediction, like x_t
     alpha_bar: Tensor
     eta: float = 0.0  # of DDIM: share of fresh noise that the step adds
-    # Of the step's noise, None: torch's own. SA-Solver's noise is foreseen in float32 alone.
+    # Of the step's noise; None: torch's own. SA-Solver's noise is reproduced only in float32.
     generator: torch.Generator | list[torch.Generator] | None = None
     # σ of x_t = (1 − σ)·x_0 + σ·ε under flow matching, where the model predicts ε − x_0.
     flow_sigma: float | None = None
@@ -57,7 +51,7 @@ class LastStep:
         if self.flow_sigma is None:
             kind = self.scheduler.config.prediction_type
             self._x_0 = predicted_x_0(x_t, self.output.float(), self.alpha_bar, kind)
-            # Schedulers that step in σ hold x_t·√(1 + σ²), and tell that by what they make of ones.
+            # Schedulers that step in σ hold x_t·√(1 + σ²); scaling a one shows the factor.
             one = torch.ones((), dtype=x_t.dtype, device=x_t.device)
             self._held = x_t / copy.deepcopy(self.scheduler).scale_model_input(one, self.t)
         else:
@@ -66,17 +60,16 @@ class LastStep:
         self.clean_range = self._clean_range()
 
     def __call__(self, x_0: Tensor) -> Tensor:
-        """What the step returns where the clean estimate is x̂_0 (B, ...), float32."""
+        """Result of the step if the clean estimate is x̂_0 (B, ...), float32."""
         return self._step(self.output.float() + self._change(x_0.float() - self._x_0))
 
     def linear(self) -> tuple[Tensor, float] | None:
         """(offset, gain): the step returns offset + gain·x̂_0, within the range where it clips.
 
-        Offset like x_t in float32; gain exactly 0 below ``LEAST_GAIN``, where nothing can be
-        corrected; None where the sampler returns x̂_0.
+        Offset like x_t, float32; gain exactly 0 below ``LEAST_GAIN``. None: it returns x̂_0.
         """
         now = self._step(self.output.float())
-        # Linear in the prediction, with one coefficient for all elements: two steps tell it.
+        # Linear in the prediction with one coefficient for all elements, so two steps suffice.
         if self.clean_range is None:
             other = self._step(self.output.float() + self._change(torch.ones_like(now)))
             gain = _mean(other - now)
@@ -90,7 +83,6 @@ class LastStep:
         return None if exact else (offset, gain)
 
     def _within(self, limit: float) -> tuple[Tensor, float]:
-        """Offset and gain for clean estimates in ±limit."""
         offset = self(torch.zeros_like(self._x_0))
         half = self(torch.full_like(self._x_0, limit / 2))
         return offset, _mean(half - offset) / (limit / 2)
@@ -110,24 +102,19 @@ class LastStep:
         return None
 
     def _change(self, delta_x_0: Tensor) -> Tensor:
-        """The change of the prediction that changes x̂_0 by ``delta_x_0``."""
         if self.flow_sigma is not None:
             return -delta_x_0 / self.flow_sigma
         kind = self.scheduler.config.prediction_type
         return output_change_from_x_0(delta_x_0, self.alpha_bar, kind)
 
     def is_last(self) -> bool:
-        """Whether the ``idle`` steps do the same whatever is predicted.
-
-        Sigmas that end at the smallest one twice (DEIS under flow matching, Euler with
-        ``final_sigmas_type`` sigma_min) make a last step that goes nowhere.
-        """
+        """Whether ``idle`` steps ignore their predictions: σ may end on one value twice (DEIS)."""
         output = self.output.float()
         one, other = self._step(output, output), self._step(output, output + 1)
         return _largest((one - other).abs()) <= IDLE
 
     def _step(self, prediction: Tensor, afterwards: Tensor | None = None) -> Tensor:
-        # The class's own step: one that was replaced on the instance may watch the real steps.
+        # The class's own step: a replacement on the instance may record the real steps.
         own, scheduler = type(self.scheduler).step, self.scheduler
         with self._torch_random_state():
             options = _step_options(scheduler, self.output, self.eta, self.generator)
@@ -139,8 +126,8 @@ class LastStep:
 
     @contextmanager
     def _torch_random_state(self) -> Iterator[None]:
-        """Let a step without a generator draw what the real one will draw."""
-        if not self._may_draw:  # other threads draw from there
+        """Without a generator, draw what the real step will draw."""
+        if not self._may_draw:  # leave torch's generators to other threads
             yield
             return
         with kept_random_state(self.output.device):
@@ -149,10 +136,7 @@ class LastStep:
 
 
 def last_step(step: LastStep, image_range: float | None = None) -> dict[str, Any]:
-    """Fields of a last step's ``Prediction``, whose samples are clamped to ±``image_range`` anyway.
-
-    ``returned``; with ``finish`` and ``clean_range`` where the scheduler clips x̂_0 more.
-    """
+    """Fields of the last ``Prediction``; samples are clamped to ±``image_range`` anyway."""
     linear = step.linear()
     if step.clean_range is None:
         return {"returned": linear}
@@ -163,7 +147,6 @@ def last_step(step: LastStep, image_range: float | None = None) -> dict[str, Any
 
 
 def _may_draw(scheduler: Any, eta: float, generator: Any) -> bool:
-    """Whether a step may draw from torch's own generators."""
     if hasattr(scheduler, "noise_sampler"):  # DPM-Solver SDE seeds a tree of its own
         return True
     parameters = inspect.signature(type(scheduler).step).parameters.keys()
@@ -173,25 +156,24 @@ def _may_draw(scheduler: Any, eta: float, generator: Any) -> bool:
 
 
 def _largest(values: Tensor) -> float:
-    """The largest finite value; NaN where there is none."""
     finite = values[values.isfinite()]
     return float(finite.max()) if len(finite) else float("nan")
 
 
 def _mean(values: Tensor) -> float:
-    """The mean of finite values: a broken sample does not spoil the others of its batch."""
+    """Of finite values: a broken sample must not spoil the others of its batch."""
     finite = values.isfinite()
     return float((values if bool(finite.all()) else values[finite]).mean())
 
 
 def _step_options(scheduler: Any, output: Tensor, eta: float, generator: Any) -> dict[str, Any]:
-    """Keyword arguments of ``step`` that make it draw the noise that the pipeline's will draw."""
+    """Options of ``step`` with which it draws the same noise as the pipeline's step will."""
     parameters = inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"return_dict": False}
     if "eta" in parameters:
         options["eta"] = eta
     if eta > 0 and {"eta", "variance_noise"} <= parameters.keys():
-        # DDIM draws in the prediction's own precision, which is not that of the steps here.
+        # DDIM draws in the prediction's precision; the steps here are float32.
         copied = copy.deepcopy(generator)
         noise = randn_tensor(output.shape, copied, output.device, output.dtype)
         options["variance_noise"] = noise.float()
@@ -201,7 +183,7 @@ def _step_options(scheduler: Any, output: Tensor, eta: float, generator: Any) ->
 
 
 def _in_float32(scheduler: Any) -> Any:
-    """A copy whose history of half-precision steps does not round what it makes of a prediction."""
+    """A copy with its history in float32: half precision would round the effect of a prediction."""
 
     def widened(value: Any) -> Any:
         half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
@@ -217,6 +199,6 @@ def _in_float32(scheduler: Any) -> Any:
 
 
 def _option(scheduler: Any, name: str, default: bool) -> bool:
-    """An option of the scheduler's own: ``from_config`` keeps other classes' options as well."""
+    """An option that the class itself has: ``from_config`` keeps other classes' options too."""
     own = inspect.signature(type(scheduler).__init__).parameters
     return bool(scheduler.config[name]) if name in own else default

@@ -1,4 +1,4 @@
-"""Denoising loop: any diffusers scheduler, whole batches, guidance as a function."""
+"""Denoising loop for any diffusers scheduler, in batches, with guidance as a function."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from memfree.guidance.prediction import Guidance, Prediction, apply, combine
 from memfree.sampling.last_step import LastStep, last_step
 
 Denoise = Callable[[Tensor, Tensor, Conditions | None], Tensor]
-"""(x_t, t, conditions or None) → the prediction of ``scheduler.config.prediction_type``. A denoiser
-with ``unconditional(count, device)``, the conditions that None stands for, may be called for both
-branches at once."""
+"""(x_t, t, conditions or None) → prediction of ``scheduler.config.prediction_type``. A denoiser
+with ``unconditional(count, device)``, what None stands for, may run both branches at once."""
 
 TRACE_COLUMNS = ("sigma", "lambda", "active", "nearest", "s1", "s2", "g_sim_norm", "g_mul_norm")
-"""σ_t, λ_t, whether AMG acted, the row of n_0, s_1 and s_2, and the norms of G_sim and G_mul as
-changes of ε̂."""
+"""σ_t, λ_t, whether AMG acted, n_0's row, s_1, s_2, norms of G_sim and G_mul as changes of ε̂."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What sampling returns."""
+    """Result of ``sample``."""
 
     images: Tensor  # (B, C, H, W), as the model makes them: in [−1, 1] if its scheduler clamps
     # Columns (steps·B,), step by step: sample, step, t, and TRACE_COLUMNS; None untraced.
@@ -50,26 +48,23 @@ def sample(
     decode_last: Callable[[Tensor], Tensor] | None = None,
     one_call: bool = True,
 ) -> Result:
-    """Denoise ``noise`` with a scheduler, passing every prediction through the guidance.
-
-    Under autocast only the denoiser runs in it.
+    """Denoise ``noise`` with a scheduler, passing each prediction through the guidance.
 
     Args:
-        denoiser: the network; ``conditions=None`` asks for its unconditional prediction.
+        denoiser: the network; called with ``conditions=None`` for the unconditional prediction;
+            only it runs under autocast.
         scheduler: a diffusers scheduler (ε, v or x_0 prediction); it is copied, not changed.
-        noise: (B, C, H, W) standard normal, on the device that samples.
-        steps: number of denoising steps.
-        guidance: one guidance or several, applied in order; None for plain sampling.
-        conditions: (B, ...) conditions y; None for unconditional sampling.
+        noise: (B, C, H, W) standard normal, on the device to sample on.
+        guidance: one guidance or several in order; None: plain sampling.
+        conditions: (B, ...) conditions y; None: unconditional sampling.
         guidance_scale: s_0 of classifier-free guidance, ε_u + s_0·(ε_c − ε_u); 1: no guidance.
         trace: return what the guidances recorded.
-        generators: one a sample, for schedulers that draw noise at every step.
+        generators: one per sample, for schedulers that draw noise at each step.
         decode: from x̂_0 to images, for latents; identity by default.
         encode: from captions to conditions, for guidances that need the nearest caption's.
-        decode_last: the decoder of the last step, where ``decode`` is an approximation.
-        one_call: both branches of classifier-free guidance in one call, where the denoiser has
-            ``unconditional`` and the device's memory suffices. False: in two calls, which differ
-            in the last bits.
+        decode_last: decoder of the last step if ``decode`` is an approximation.
+        one_call: run both branches of classifier-free guidance in one call if the denoiser has
+            ``unconditional`` and memory suffices. Two calls (False) differ in the last bits.
 
     Raises:
         ValueError: the prediction type is unknown, or NaN appears in the samples.
@@ -81,10 +76,10 @@ def sample(
         raise ValueError(f"prediction_type {prediction_type!r} is not supported by sample()")
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     kwargs = {"generator": generators} if generators is not None and takes_generator else {}
-    # On the host before the first step: no step waits for the device to tell the time.
+    # Copied to the host once, so that no step waits for the device.
     times = scheduler.timesteps.tolist()
     alpha_bars = None
-    if not hasattr(scheduler, "state_in_first_order"):  # midpoints are known at their step alone
+    if not hasattr(scheduler, "state_in_first_order"):  # midpoints are known only at their step
         alpha_bars = torch.stack([alpha_bar_at(scheduler, t, i) for i, t in enumerate(times)])
         alpha_bars = alpha_bars.to(noise.device)
     x_t = noise * scheduler.init_noise_sigma
@@ -94,7 +89,7 @@ def sample(
         null = unconditional(denoiser, conditions)
     rows: list[dict[str, Tensor]] = []
     memory: dict[Any, Any] = {}
-    ended = False  # a last step that follows no prediction leaves the end to the one before
+    ended = False  # if the last step follows no prediction, the one before is the end
     device = noise.device.type
     mixed, half = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     for step, t in enumerate(scheduler.timesteps):
@@ -104,7 +99,7 @@ def sample(
             with torch.autocast(device, half, mixed):
                 return denoiser(x, t, y)
 
-        # Mixed precision is for the network: guidance and its gradients would lose digits.
+        # Mixed precision only for the network: guidance and its gradients would lose digits.
         with torch.no_grad(), torch.autocast(device, enabled=False):
             cond = uncond = None
             if null is not None and conditions is not None:
@@ -112,7 +107,7 @@ def sample(
                     both = denoise(torch.cat([x_in, x_in]), _joined(null, conditions))
                     uncond, cond = both.chunk(2)
                 except torch.OutOfMemoryError:
-                    null = None  # in two calls from here on
+                    null = None  # two calls from now on
             if null is None:
                 cond = None if conditions is None else denoise(x_in, conditions)
                 uncond = denoise(x_in, None) if needs_uncond else None
@@ -164,7 +159,7 @@ def sample(
 
 
 def unconditional(denoiser: Denoise, conditions: Conditions) -> Conditions | None:
-    """What ``None`` stands for, one a sample, if it can stand beside ``conditions`` in a batch."""
+    """Conditions for ``None``, one per sample, if they fit in a batch with ``conditions``."""
     make: Callable[..., Conditions | None] = getattr(denoiser, "unconditional", lambda *_: None)
     if isinstance(conditions, Tensor):
         null = make(len(conditions), conditions.device)
@@ -176,7 +171,6 @@ def unconditional(denoiser: Denoise, conditions: Conditions) -> Conditions | Non
 
 
 def _joined(null: Conditions, conditions: Conditions) -> Conditions:
-    """Conditions of a batch of twice as many samples, the unconditional ones first."""
     if isinstance(null, TextConditions) and isinstance(conditions, TextConditions):
         return TextConditions.cat([null, conditions])
     assert isinstance(null, Tensor) and isinstance(conditions, Tensor)
@@ -184,10 +178,7 @@ def _joined(null: Conditions, conditions: Conditions) -> Conditions:
 
 
 def trace_rows(prediction: Prediction, step: int, t: float) -> dict[str, Tensor]:
-    """This step's rows of the trace: ``TRACE_COLUMNS`` and what guidances recorded beside them.
-
-    They stay on the device: a copy would wait for it at every step.
-    """
+    """This step's trace rows, left on the device: a copy to the host would wait at each step."""
     batch, device = len(prediction.x_t), prediction.x_t.device
     rows = {
         "sample": torch.arange(batch, device=device),

@@ -1,4 +1,4 @@
-"""SamplingModule: batches of samples in Lightning's predict loop, redrawn until accepted."""
+"""SamplingModule: draws batches in Lightning's predict loop and redraws rejected samples."""
 
 from __future__ import annotations
 
@@ -39,13 +39,9 @@ def redraw(
     count: int,
     budget: int,
 ) -> Result:
-    """Draw a batch, and again what is rejected, until nothing is or the budget is spent.
+    """Draw a batch, then redraw what is ``rejected`` until nothing is or the budget is spent.
 
-    Args:
-        draw: (positions (b,) in the batch, attempt number) → their samples.
-        rejected: images (b, C, H, W) → (b,) bool.
-        count: samples of the batch.
-        budget: most draws of a sample, the first included; the last is kept in any case.
+    ``draw``: (positions (b,) in the batch, attempt) → samples. ``budget`` counts the first draw.
     """
     result: Result
 
@@ -77,10 +73,9 @@ def sample_text(
     generators: list[torch.Generator],
     one_call: bool = True,
 ) -> Result:
-    """Draw one image a prompt (B, 3, H, W), about in [−1, 1], through the stages of a mitigation.
+    """Draw one image per prompt (B, 3, H, W), about in [−1, 1], through a mitigation's stages.
 
-    ``accept`` is left to the caller. ``noise`` (B, C, h, w) is on the device, and ``generators``
-    are one a sample, for all random numbers. The others are those of ``sample``.
+    The caller applies ``accept``. ``generators``, one per sample, supply all random numbers.
     """
     scale = mitigation.guidance_scale(guidance_scale)
     conditions = model.encode(mitigation.prompts(prompts, generators))
@@ -129,34 +124,31 @@ def sample_text(
 
 @dataclass
 class SampleBatch:
-    """Finished samples, on the CPU."""
+    """Finished samples on the CPU."""
 
     index: Tensor  # sample indices, (B,) int64
     images: Tensor  # (B, C, H, W) float32 in [-1, 1], up to overshoot
     conditions: list[int] | list[str] | None  # label or prompt of each; None without
-    trace: dict[str, Tensor] | None  # one row a sample and step, by column; None without guidance
+    trace: dict[str, Tensor] | None  # columns with a row per sample and step; None without guidance
     seconds: float  # wall time of the batch
 
 
 class SamplingModule(LightningModule):
-    """Draw samples by index; sample i depends on (seed, i) and the settings alone.
+    """Draw samples by index; sample i depends only on (seed, i) and the settings.
 
     Use it with ``Trainer(inference_mode=False)``: guidance needs gradients.
 
     Args:
         model: denoiser, and for text-to-image the pipeline around it.
         scheduler: a diffusers scheduler.
-        steps: number of denoising steps.
-        seed: seed of the run.
-        guidance: guidances, applied in order (none: no trace); a mitigation; or settings, from
-            which one is built for ``index``, without which ValueError. A model without text runs
-            only the stages ``guidances`` and ``accept``.
+        guidance: guidances in order (none: no trace), a mitigation, or settings that build one for
+            ``index``. A model without text runs only the stages ``guidances`` and ``accept``.
         guidance_scale: classifier-free guidance scale s_0; 1 = the plain conditional model.
         asked: labels or prompts; sample i has ``asked[i % len(asked)]``; None = unconditional.
-        index: reference index of the guidances, moved to the device with the denoiser.
-        latents: references of multiplicity guidance of a text-to-image model.
-        budget: draws of a sample that the mitigation does not accept; settings have their own.
-        one_call: as of ``sample``.
+        index: reference index of the guidances, moved to the denoiser's device.
+        latents: references for multiplicity guidance of a text-to-image model.
+        budget: maximum draws of a sample that the mitigation rejects; settings have their own.
+        one_call: as in ``sample``.
     """
 
     def __init__(
@@ -193,7 +185,7 @@ class SamplingModule(LightningModule):
         self.one_call = one_call
 
     def on_predict_start(self) -> None:
-        """Move the references to the device of the denoiser, and build the mitigation there."""
+        """Move references and model to the device, and build the mitigation there."""
         for index in (self.index, self.latents):
             if index is not None:
                 index.to(self.device)
@@ -207,18 +199,18 @@ class SamplingModule(LightningModule):
         self.mitigation = self.settings.for_text(self.index, tools, self.latents)
 
     def asked_of(self, index: Tensor) -> list[int] | list[str] | None:
-        """Labels or prompts of the samples ``index`` (B,); None for an unconditional run."""
+        """Labels or prompts of samples ``index`` (B,); None for an unconditional run."""
         if self.asked is None:
             return None
         return [self.asked[i % len(self.asked)] for i in index.tolist()]  # type: ignore[return-value]
 
     def predict_step(self, batch: Tensor, batch_idx: int = 0) -> SampleBatch:
-        """Draw the samples whose indices are in ``batch``, (B,) int64."""
+        """Draw the samples with the indices ``batch``, (B,) int64."""
         start = time.perf_counter()
         conditions = self.asked_of(batch)
 
         def draw_attempt(positions: Tensor, attempt: int) -> Result:
-            # One generator a sample draws its initial noise and then what the steps need.
+            # One generator per sample, for its initial noise and then for the steps.
             sources = generators(self.seed, batch.cpu()[positions].tolist(), attempt)
             own: Any = conditions and [conditions[i] for i in positions.tolist()]
             shared: dict[str, Any] = {
@@ -251,13 +243,12 @@ class SamplingModule(LightningModule):
         )
 
     def _rejected(self, images: Tensor) -> Tensor:
-        """Which images, as they will be saved, the mitigation does not accept, (B,) bool."""
         saved = from_bytes(to_bytes(images.float())).to(self.device)
         return ~self.mitigation.accept(saved)
 
 
 class SampleIndices(LightningDataModule):
-    """Missing sample indices of a run in batches: a contiguous range each rank, none twice."""
+    """A run's missing sample indices in batches, a disjoint contiguous range for each rank."""
 
     def __init__(self, run: SampleRun, batch_size: int) -> None:
         super().__init__()
@@ -268,7 +259,7 @@ class SampleIndices(LightningDataModule):
         self.missing: list[int] = []
 
     def setup(self, stage: str) -> None:
-        """Lock this rank's shards; let rank 0 clean up and say what is missing."""
+        """Lock this rank's shards; rank 0 cleans up and broadcasts what is missing."""
         assert self.trainer is not None
         self.run.lock(self.trainer.global_rank, wait=ORPHAN_WAIT)
         self.trainer.strategy.barrier("all locks are held")
@@ -283,7 +274,7 @@ class SampleIndices(LightningDataModule):
         return share(self.missing, self.trainer.global_rank, self.trainer.world_size)
 
     def predict_dataloader(self) -> IndexBatches:
-        """Batches of this rank."""
+        """This rank's batches."""
         return IndexBatches(self.mine(), self.batch_size)
 
 
@@ -301,5 +292,5 @@ class IndexBatches:
 
 
 def share(indices: Sequence[int], rank: int, ranks: int) -> Tensor:
-    """The contiguous part of ``indices`` of a rank; sizes differ by at most 1."""
+    """A rank's contiguous part of ``indices``; sizes differ by at most 1."""
     return torch.tensor_split(torch.tensor(indices, dtype=torch.int64), ranks)[rank]

@@ -1,4 +1,4 @@
-"""Random numbers of samples: one generator for each (seed, index), and streams of our own."""
+"""Random numbers of samples: one generator per (seed, index), and separate streams."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from memfree.data.random_streams import torch_generator
 
 
 def generators(seed: int, indices: Sequence[int], attempt: int = 0) -> list[torch.Generator]:
-    """One CPU generator a sample, seeded by (seed, index): no batch or rank changes its numbers.
+    """One CPU generator per (seed, index), so independent of batches and ranks.
 
-    Further attempts at the same sample (rejection) draw other numbers. torch's CPU generator keeps
-    32 bits of a seed: among n samples, expect n²/2³³ pairs with the same noise.
+    torch keeps 32 bits of a seed: among n samples, expect n²/2³³ pairs with the same noise.
     """
     further = [attempt] if attempt else []
     return [torch_generator(seed, index, *further) for index in indices]
@@ -30,16 +29,12 @@ def draw(shape: Sequence[int], sources: Sequence[torch.Generator]) -> Tensor:
 
 
 def initial_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The noise that the samples start from: the first draw of each sample's generator."""
+    """The samples' initial noise: the first draw of each sample's generator."""
     return draw(shape, generators(seed, indices))
 
 
 class _Borrowed:
-    """Torch's own generators, put back where they were.
-
-    They belong to the process, so that threads would restore each other's states: the first to
-    enter keeps the state, and the last to leave puts it back.
-    """
+    """Shared by threads: the first in keeps torch's state, the last out restores it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -56,7 +51,7 @@ class _Borrowed:
             finally:
                 set_random_state(before)
             return
-        with self._lock:  # read in here, or another thread's state could be kept
+        with self._lock:  # read inside, or another thread's state could be kept
             self._states = {**random_state(device), **self._states}
             self._threads += 1
         self._inside.yes = True
@@ -73,12 +68,11 @@ class _Borrowed:
                     self._states = {}
 
 
-RandomState = dict[torch.device, Tensor]
-"""States of torch's own generators, by device."""
+RandomState = dict[torch.device, Tensor]  # of torch's own generators
 
 
 def random_state(device: torch.device) -> RandomState:
-    """States of torch's own generators: the CPU's and a device's."""
+    """States of torch's own generators for the CPU and a device."""
     state: RandomState = {torch.device("cpu"): torch.get_rng_state()}
     if device.type != "cpu":
         state[device] = torch.get_device_module(device).get_rng_state(*_index(device))
@@ -95,20 +89,19 @@ def set_random_state(states: RandomState) -> None:
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    """Which of the devices of its type; Apple's module takes no index."""
+    """Apple's module takes no device index."""
     return () if device.type == "mps" else (device,)
 
 
 kept_random_state = _Borrowed()
-"""``with kept_random_state(device)``: torch's own generators are afterwards where they were."""
+"""``with kept_random_state(device)``: restores torch's own generators afterwards."""
 
 
 class OwnRandomness:
-    """A stream beside torch's own random numbers, for code that draws without a generator.
+    """A separate random stream for code that draws without a generator.
 
-    The global generators stay where they were, so that such code does not change other samples; but
-    meanwhile other threads draw from this stream. So code that hardly ever draws is watched at its
-    first use (``if_drawn``), and left alone if it did not draw.
+    Torch's global generators are restored, so other samples stay the same; meanwhile other threads
+    draw from this stream. So code that rarely draws is watched at its first use (``if_drawn``).
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -117,7 +110,7 @@ class OwnRandomness:
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
-        """Draw from the stream, on the CPU and on a device."""
+        """Draw from the stream on the CPU and on a device."""
         with kept_random_state(device):
             if not self._state:
                 self._state = {
@@ -132,10 +125,7 @@ class OwnRandomness:
 
     @contextmanager
     def if_drawn(self, device: torch.device, draws: dict[str, bool], part: str) -> Iterator[None]:
-        """``on`` for a part of the program that draws, nothing for one that does not.
-
-        The first use is watched, and ``draws`` keeps whether it drew: not from the stream.
-        """
+        """``on`` if this part draws, else nothing; ``draws`` notes what its first use did."""
         if part in draws:
             with self.on(device) if draws[part] else nullcontext():
                 yield

@@ -1,4 +1,4 @@
-"""Sample folder: images, seeds, conditions and trace, read by index."""
+"""Sample folder: read images, seeds, conditions and trace by index."""
 
 from __future__ import annotations
 
@@ -23,21 +23,17 @@ _DAMAGE = (tarfile.TarError, EOFError, KeyError, ValueError, OverflowError, Recu
 
 
 class SampleFolder:
-    """A finished folder of samples, in the order of their indices.
+    """A finished folder of samples, in index order; ValueError if it is anything else.
 
     Attributes:
-        manifest: its manifest: mitigation, seed, count, guidance_scale, steps, scheduler, seconds,
+        manifest: mitigation, seed, count, guidance_scale, steps, scheduler, seconds,
             seconds_per_sample, peak_memory_bytes, dataset_hash and the settings of the run.
         image_shape: (C, H, W).
         index: sample indices, (N,) int64: 0 to N − 1.
         seeds: seed of the run that drew each, (N,) int64.
         conditions: labels, (N,) int64; None for an unconditional run.
-        captions: the prompt of each sample, N strings; None for a pixel model.
+        captions: the N prompts; None for a pixel model.
         records: pyarrow table of the JSON beside each sample.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is unfinished, of another kind, damaged, or a sample is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,7 +119,7 @@ class SampleFolder:
 
 
 def read_records(shards: Sequence[Path]) -> pa.Table:
-    """The records of the samples in some shards, one row a sample, in no fixed order."""
+    """Records of the samples in some shards, one row each, in no fixed order."""
     records = [record for shard in shards for record, _, _ in _scan(shard)]
     return _table(records, shards[0].parent if shards else Path())
 
@@ -136,14 +132,14 @@ def _table(records: list[dict[str, Any]], folder: Path) -> pa.Table:
 
 
 def _shard_name(name: Any) -> str:
-    """A shard's name, refused if it is a path to a file elsewhere."""
+    """Refuses a path to a file elsewhere."""
     if not isinstance(name, str) or Path(name).name != name or not name.startswith("samples-"):
         raise ValueError(f"{short(repr(name))} is not a shard")
     return name
 
 
 def _scan(shard: Path) -> list[tuple[dict[str, Any], int, int]]:
-    """Of each sample, its record, and the offset and size in bytes of its PNG in the tar."""
+    """For each sample its record, and the offset and size in bytes of its PNG in the tar."""
     if not shard.is_file():
         raise ValueError(f"{shard} is missing; draw the samples again")
     places: dict[str, tuple[int, int]] = {}
@@ -171,7 +167,6 @@ def _scan(shard: Path) -> list[tuple[dict[str, Any], int, int]]:
 
 
 def _record(name: str, value: Any) -> dict[str, Any]:
-    """A sample's record; ValueError without the fields of every record."""
     if not isinstance(value, dict):
         raise ValueError(f"{name} is not a record of a sample")
     for field, kind in (("index", int), ("seed", int), ("condition", (int, str, NoneType))):

@@ -1,4 +1,4 @@
-"""Sample run: its settings, the samples still to draw, a summary of its traces."""
+"""Sample run: its settings, which samples are missing, and a summary of its traces."""
 
 from __future__ import annotations
 
@@ -26,26 +26,24 @@ SchedulerName = Literal["ddpm", "ddim", "dpmsolver++", "dpmsolver++-karras", "eu
 
 @dataclass
 class PromptOptions:
-    """Prompts of a text-to-image model; sample i takes prompt i, and they repeat in turn."""
+    """Prompts of a text-to-image model; sample i takes prompt i, starting over at the end."""
 
     file: Path | None = None
-    """Text file with one prompt a line."""
+    """Text file with one prompt per line."""
     dataset: Path | None = None
     """Captioned dataset folder to take prompts from."""
     captions: PromptSet = "duplicated"
-    """Which captions of it: of repeated training images, of other training images, or of the test
-    part."""
+    """Which of its captions: of repeated or of other training images, or of the test part."""
     least_records: PositiveInt = 2
-    """Training records from which on an image counts as repeated."""
+    """Number of training records from which an image counts as repeated."""
 
 
 RUN_FILE = "run.json"
 _FILE = re.compile(r"(samples|trace)-[0-9-]+\.(tar|parquet)")
 _WITHOUT_SAMPLES = r"\..*|run\.json|config\.yaml|trace-[0-9-]+\.(tar|parquet)"
-"""Names of the files of a run that was stopped before it had drawn a sample."""
+"""Files of a run that stopped before its first sample."""
 _LOCK = re.compile(r"\.lock-(\d+-)?\d+")
-GATE_TOLERANCE = 1e-4
-"""A σ this near the gate may fall on either side of it for another batch size."""
+GATE_TOLERANCE = 1e-4  # a σ this close may pass the gate or not, depending on the batch size
 
 
 def trace_summary(
@@ -53,19 +51,12 @@ def trace_summary(
     conditions: Mapping[int, int | str | None],
     labels: Mapping[str, int | str] | None,
 ) -> dict[str, float | int | None]:
-    """Counts over all traces of a run.
+    """Counts over all traces of a run, read one at a time.
 
-    Args:
-        traces: files, read one at a time.
-        conditions: label or prompt of every sample, None without.
-        labels: label, or caption, of the image with that key in the index; None without.
-
-    Returns:
-        ``active_samples`` and ``active_steps``: shares of samples steered at some step and of
-        sample-steps steered; ``undecided_samples``: number of samples with |σ_t − gate| < 1e-4 at
-        some step (λ_t without a ``gate``); ``other_label_steps``: share of the steered sample-steps
-        whose nearest image has another label (or caption) than the sample, so that eq. 16 may cost
-        a denoiser call; None where nothing was steered or there are no labels.
+    Shares ``active_samples`` and ``active_steps``: samples and sample-steps steered.
+    ``undecided_samples``: number with |σ_t − gate| < 1e-4 at some step (λ_t without a ``gate``).
+    ``other_label_steps``: share of steered sample-steps whose nearest image has another label,
+    where eq. 16 may cost a denoiser call (None without steered steps or ``labels`` by image key).
     """
     rows = active_rows = other = 0
     samples: set[int] = set()
@@ -99,18 +90,16 @@ def trace_summary(
 
 
 class SampleRun:
-    """The output folder of one sampling run, which may be stopped and started again.
+    """The output folder of one sampling run, which may be stopped and resumed.
 
-    ``run.json`` is written first and says what the samples depend on; the same run resumes, any
-    other is refused. A sample is finished when a shard that holds it has its final name.
-    ``manifest.json`` is written last. As a context manager it begins, and releases its locks.
+    ``run.json`` is written first and holds all settings that affect the samples; another run is
+    refused. A sample is finished when its shard has its final name. ``manifest.json`` is written
+    last. As a context manager it begins the run and releases its locks.
 
     Args:
-        folder: the sample folder.
-        settings: all that the samples depend on, nested JSON values; names that end in
-            ``_sha256`` stand for contents.
-        count: number of samples of the whole run: indices 0 to count − 1.
-        part: which of them this process and its ranks draw; others may draw theirs meanwhile.
+        settings: nested JSON values; names that end in ``_sha256`` stand for contents.
+        count: samples of the whole run, indices 0 to count − 1.
+        part: the indices that this process and its ranks draw; others may draw theirs meanwhile.
     """
 
     def __init__(
@@ -136,9 +125,9 @@ class SampleRun:
         self.release()
 
     def check(self) -> None:
-        """Accept the folder as this very run's, or as without samples, or raise; writes nothing."""
+        """Raise unless the folder holds this run or no samples; writes nothing."""
         begun = self.folder / RUN_FILE
-        # Another part may have begun, and have no shard yet.
+        # Another part may have begun without a shard yet.
         taken = self._manifest.is_file() or self.shards() or not self.part.whole
         if begun.is_file() and taken:
             with or_another():
@@ -148,17 +137,17 @@ class SampleRun:
             refuse_files(self.folder, _WITHOUT_SAMPLES)
 
     def begin(self) -> None:
-        """``check`` the folder, lock and create it; only the first process writes."""
+        """``check``, create and lock the folder; only the first process writes."""
         self.check()
         if is_first_process() and not self.finished:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock(0)
-            self._manifest.unlink(missing_ok=True)  # of a folder that has lost a shard since
+            self._manifest.unlink(missing_ok=True)  # a shard has been lost since
             write_json(self.folder / RUN_FILE, self.settings)
 
     @property
     def finished(self) -> bool:
-        """Whether there is a manifest, written when no sample was missing, and all its shards."""
+        """Whether the manifest and all shards it lists exist."""
         if not self._manifest.is_file():
             return False
         names = self.manifest().get("shards")
@@ -182,11 +171,7 @@ class SampleRun:
                 )
 
     def lock(self, rank: int, wait: float = 0.0) -> None:
-        """Keep others from writing this rank's shards until this process ends, however it ends.
-
-        ``wait``: seconds for another process to end, or ValueError: a rank whose launcher was
-        killed notices only after its batch.
-        """
+        """Lock this rank's shards until this process ends; ``wait``: seconds for another to end."""
         if rank in self._locks:
             return
         lock = FolderLock(self.folder / f".lock-{self.writer(rank)}", f"--out {self.folder}")
@@ -194,16 +179,16 @@ class SampleRun:
         self._locks[rank] = lock
 
     def release(self) -> None:
-        """Give up the locks of this process."""
+        """Release this process's locks."""
         while self._locks:
             self._locks.popitem()[1].release()
 
     def writer(self, rank: int) -> str:
-        """Start of the names of this rank's shards, after ``samples-``."""
+        """Start of this rank's shard names, after ``samples-``."""
         return f"{self._prefix}{rank:03d}"
 
     def clean_up(self) -> None:
-        """Remove what a stopped run of this part left: temporary files, traces without samples."""
+        """Remove temporary files and traces without samples left by a stopped run of this part."""
         temporary = ".*.tmp" if self.part.whole else f".*-{self._prefix}*.tmp"
         remove_temporary(self.folder, pattern=temporary)
         for trace in self.folder.glob(f"trace-{self._prefix}*.parquet"):
@@ -232,7 +217,7 @@ class SampleRun:
         return sorted({*self.missing()}.intersection(self.part.share(range(self.count))))
 
     def next_shard(self, rank: int) -> int:
-        """First shard number of this rank that is not taken."""
+        """This rank's first unused shard number."""
         shards = self.folder.glob(f"samples-{self.writer(rank)}-*.tar")
         numbers = [path.stem.rsplit("-", 1)[1] for path in shards]
         return max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
@@ -260,7 +245,7 @@ class SampleRun:
         )
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest of the finished folder."""
+        """Manifest of the finished folder."""
         return read_manifest(self.folder, "samples")
 
 

@@ -1,4 +1,4 @@
-"""Lightning callbacks of sampling: a writer of samples and traces, and a progress bar."""
+"""Lightning callbacks for sampling: a writer of samples and traces, and a progress bar."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start the peak again; where the system cannot, it is of the process's lifetime."""
+    """Reset the memory peak; where the system cannot, it covers the process's lifetime."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -41,7 +41,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory since the reset, bytes: allocated on the GPU, or resident; 0: unknown."""
+    """Peak memory since the reset in bytes: allocated on the GPU, or resident; 0: unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):
@@ -58,11 +58,10 @@ def peak_memory(device: torch.device) -> int:
 class SampleWriter(Callback):
     """Writes ``samples-RANK-N.tar`` and ``trace-RANK-N.parquet``, each atomically, trace first.
 
-    The files of a part of the run are named ``samples-PART-RANK-N.tar``. A killed run draws the
-    batches of an unfinished shard again. A sample's PNG has a JSON beside it: ``index``, ``seed``
-    (of the run), ``condition`` (label, prompt or null), ``mitigation``, ``peak_sigma`` (largest
-    σ_t), ``nearest`` (image key at the last step), ``active_steps``, ``seconds`` (its share of the
-    batch's) and ``peak_memory_bytes`` (of the process or its GPU while sampling).
+    Names of a part of the run are ``samples-PART-RANK-N.tar``. Each PNG has a JSON beside it:
+    ``index``, ``seed`` (of the run), ``condition`` (label, prompt or null), ``mitigation``,
+    ``peak_sigma`` (largest σ_t), ``nearest`` (image key at the last step), ``active_steps``,
+    ``seconds`` (share of the batch's) and ``peak_memory_bytes`` (of the process or its GPU).
     """
 
     run: SampleRun
@@ -72,7 +71,7 @@ class SampleWriter(Callback):
     batches_per_shard: int = 1
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue after the shards that this rank has written before."""
+        """Continue after this rank's existing shards."""
         self._shard = self.run.next_shard(trainer.global_rank)
         self._parent = os.getppid()
         self._pending: list[SampleBatch] = []
@@ -81,11 +80,11 @@ class SampleWriter(Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Collect the batch; write a shard when it is full."""
+        """Collect the batch; write a full shard."""
         self._pending.append(outputs)
         if len(self._pending) >= self.batches_per_shard:
             self._flush(trainer, pl_module)
-        # Ranks do not talk while they sample: without this, those of a killed run would go on.
+        # Ranks do not communicate while sampling: those of a killed run would continue.
         if trainer.global_rank > 0 and os.getppid() != self._parent:
             raise ValueError("the process that started this one has ended; stopping")
 
@@ -135,11 +134,7 @@ class SampleWriter(Callback):
 
 
 class SampleProgress(Callback):
-    """Progress of sampling: samples a second and, if ``steered``, the share steered by AMG.
-
-    Rank 0 counts its own samples; the rate is of all ranks together, whose ranges are equally long.
-    To standard error by default, so that results can be piped.
-    """
+    """Samples per second of all ranks and, if ``steered``, AMG's share; on stderr by default."""
 
     def __init__(self, steered: bool = True, console: Console | None = None) -> None:
         self.steered = steered
@@ -168,7 +163,7 @@ class SampleProgress(Callback):
             self._line.show(self._done, self.text(), now=self._done == self._total)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Close the bar, so that what follows has a line of its own."""
+        """Close the bar, so that further output starts on a new line."""
         if self._line is not None:
             self._line.close()
 
@@ -184,7 +179,7 @@ class SampleProgress(Callback):
 
 
 def active_samples(batch: SampleBatch) -> int:
-    """Number of samples of the batch that AMG has steered at one step or more."""
+    """Number of samples in the batch that AMG steered at one step or more."""
     if batch.trace is None or "active" not in batch.trace:
         return 0
     return len(batch.trace["sample"][batch.trace["active"].bool()].unique())
@@ -199,10 +194,7 @@ def write_shard(path: Path, records: list[dict[str, Any]], images: Tensor) -> No
 
 
 def trace_table(index: Tensor, trace: dict[str, Tensor], keys: Sequence[str] | None) -> pa.Table:
-    """The trace of a batch as on disk, with sample indices and image keys instead of rows.
-
-    ``trace`` has the columns of ``sample``, (B·steps,) each; without ``keys``, nearest is null.
-    """
+    """A batch's trace as on disk, with sample indices, and image keys (null without ``keys``)."""
     columns: dict[str, Any] = {}
     known = ["sample", "step", "t", *TRACE_COLUMNS]
     for name in [*known, *sorted(trace.keys() - set(known))]:
@@ -214,7 +206,7 @@ def trace_table(index: Tensor, trace: dict[str, Tensor], keys: Sequence[str] | N
                 rows = trace["nearest"].tolist()
             nearest = [keys[row] if keys is not None and row >= 0 else None for row in rows]
             columns[name] = pa.array(nearest, pa.string())
-        elif name in trace:  # NaN, what no guidance recorded, becomes null
+        elif name in trace:  # NaN (not recorded) becomes null
             columns[name] = pa.array(trace[name].numpy(), from_pandas=True)
     return pa.table(columns)
 
@@ -222,7 +214,7 @@ def trace_table(index: Tensor, trace: dict[str, Tensor], keys: Sequence[str] | N
 def summaries(
     batch: SampleBatch, keys: Sequence[str] | None
 ) -> tuple[list[float | None], list[str | None], list[int]]:
-    """Of each sample: largest σ_t, key of the nearest image at the last step, active steps."""
+    """For each sample: largest σ_t, key of the nearest image at the last step, active steps."""
     count = len(batch.index)
     trace = {"sigma": torch.tensor([float("nan")] * count), "nearest": torch.tensor([-1] * count)}
     trace |= {"active": torch.zeros(count), **(batch.trace or {})}

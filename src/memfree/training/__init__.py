@@ -1,4 +1,4 @@
-"""Training in Lightning: callbacks, checkpoints, loggers, the trainer."""
+"""Training with Lightning: callbacks, checkpoints, loggers, trainer."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Callbacks of training: averaged weights, finite losses, sample grids, exposures, progress."""
+"""Training callbacks: averaged weights, finite losses, sample grids, exposures, progress."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ from memfree.models.module import DiffusionModule
 
 
 class ExponentialMovingAverage(WeightAveraging):
-    """Keeps ``average ← decay · average + (1 − decay) · weights`` at every step; decay in [0, 1).
+    """Keeps ``average ← decay · average + (1 − decay) · weights`` at each step; decay in [0, 1).
 
-    As with Lightning's callback, checkpoints hold the average as ``state_dict`` and validation is
-    of the average. Unlike there, the first step is averaged too, in a few fused operations, and the
-    module keeps its own weights; the ``pipeline()`` of a DiffusionModule has the averaged ones.
+    Like Lightning's, checkpoints hold the average as ``state_dict`` and validation uses it. Unlike
+    there, the first step counts and the module keeps its weights; its ``pipeline()`` is averaged.
     """
 
     def __init__(self, decay: float) -> None:
@@ -42,22 +41,22 @@ class ExponentialMovingAverage(WeightAveraging):
         self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Copy the weights to the device of the training."""
+        """Copy the weights to the training device."""
         self._pairs = None
         self._device = trainer.strategy.root_device
         if stage == "fit" and isinstance(pl_module, DiffusionModule):
-            pl_module.set_average(None)  # of an earlier training, which would be copied too
+            pl_module.set_average(None)  # an earlier training's would be copied too
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the module know its average, from which its pipeline is made."""
+        """Give the module its average for its pipeline."""
         if isinstance(pl_module, DiffusionModule):
             average = self.average
             assert isinstance(average, DiffusionModule)
             pl_module.set_average(average)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Update the average if the optimizer has stepped since."""
+        """Update the average after each optimizer step."""
         if trainer.global_step > self._latest_update_step:
             if self._pairs is None:
                 self._pairs = list(self.average.parameters()), list(pl_module.parameters())
@@ -66,7 +65,7 @@ class ExponentialMovingAverage(WeightAveraging):
             self._latest_update_step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the module as it is: the last checkpoint still has to hold both."""
+        """Leave the module unchanged: the last checkpoint must hold both."""
 
     @property
     def average(self) -> nn.Module:
@@ -76,15 +75,14 @@ class ExponentialMovingAverage(WeightAveraging):
 
 
 class NotFiniteError(ValueError):
-    """A loss or weights became NaN or infinite; raised by all ranks."""
+    """A loss or weight became NaN or infinite; raised on all ranks."""
 
 
 class FiniteTraining(Callback):
-    """Raises NotFiniteError on all ranks together once a loss was NaN or infinite.
+    """Raises NotFiniteError on all ranks once a loss is NaN or infinite, and before checkpoints.
 
     Reading a loss waits for the device, and agreeing for the ranks, so both happen every
-    ``every_n_steps``; a single process on a CPU checks every step, and a checkpoint is never of
-    weights that are not finite.
+    ``every_n_steps``; only a single CPU process checks each step.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -94,7 +92,7 @@ class FiniteTraining(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Remember whether this step's loss was finite."""
+        """Record whether this step's loss is finite; raise when due."""
         self._check(outputs["loss"])
         cheap = trainer.world_size == 1 and pl_module.device.type == "cpu"
         if cheap or trainer.global_step % self.every_n_steps == 0:
@@ -124,11 +122,9 @@ class FiniteTraining(Callback):
 
 @dataclass(eq=False)
 class SampleGrid(Callback):
-    """Writes ``samples-STEP.png`` every N optimizer steps and at the last, from averaged weights.
+    """Writes ``samples-STEP.png`` every N optimizer steps and at the last, with averaged weights.
 
-    A grid of ``count`` images by ``steps`` steps of DDIM. The noise (of ``seed``) and the
-    conditions (labels in turn, or training captions) are the same each time. Images also go to
-    TensorBoard.
+    ``count`` images by ``steps`` DDIM steps, from the same noise each time; also to TensorBoard.
     """
 
     folder: Path
@@ -139,13 +135,13 @@ class SampleGrid(Callback):
     _last_step = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Draw a grid if it is time: training killed after its last checkpoint has no end."""
+        """Draw a grid when due; at the last step too, in case training is killed before its end."""
         step = trainer.global_step
         if step % self.every_n_steps == 0 or step == trainer.max_steps:
             self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the grid of this step, once."""
+        """Draw this step's grid once."""
         # global_step repeats while gradients accumulate over several batches.
         if not trainer.is_global_zero or trainer.global_step == self._last_step:
             return
@@ -167,10 +163,9 @@ class SampleGrid(Callback):
 class ExposureCounter(Callback):
     """Counts how often each distinct image was in a training batch, over all ranks and restarts.
 
-    At the end ``folder/exposures.parquet`` (default: the trainer's root folder) is written:
-    ``image_key, group, copies, exposures``, one row an item of the dataset. For foreign shards,
-    groups and copies are null and only images that were seen appear. Counts of records skipped as
-    broken are in the file's schema metadata, as JSON under ``skipped``.
+    Writes ``folder/exposures.parquet`` (default: the trainer's root folder) with ``image_key,
+    group, copies, exposures``, one row per dataset item; for foreign shards only images seen, with
+    null groups and copies. Schema metadata has the counts of broken records as JSON (``skipped``).
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -181,7 +176,7 @@ class ExposureCounter(Callback):
         self._loaded: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, or resume from a checkpoint, whose counts stay with rank 0."""
+        """Start counting, or resume from a checkpoint, whose counts stay with rank 0."""
         self._trainer = trainer
         dataset = _data(trainer).folder
         rows = len(dataset.items) if dataset is not None else 0
@@ -195,11 +190,11 @@ class ExposureCounter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count a batch; write the table after the last, before a checkpoint can end the run."""
+        """Count a batch; write the table at the last step, before a checkpoint can end the run."""
         assert self._rows is not None
         if batch["weight"] != 0:
             if len(self._rows):
-                # Counted where the batch is: a copy to the host would wait for the whole step.
+                # Counted on the batch's device: a copy to the host would wait for the whole step.
                 rows = batch["row"]
                 self._rows = self._rows.to(rows.device)
                 self._rows.index_add_(0, rows, torch.ones_like(rows))
@@ -209,7 +204,7 @@ class ExposureCounter(Callback):
             self._write(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the table, unless that is done."""
+        """Write the table unless already written."""
         if trainer.global_step != trainer.max_steps:
             self._write(trainer)
 
@@ -232,7 +227,7 @@ class ExposureCounter(Callback):
         write_atomic(folder / "exposures.parquet", lambda path: pq.write_table(table, path))
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts of all ranks together; Lightning saves checkpoints on all ranks at once."""
+        """Counts of all ranks; Lightning saves checkpoints on all ranks at once."""
         if self._rows is None or self._trainer is None:
             return {"rows": torch.zeros(0, dtype=torch.int64), "keys": {}}
         rows, keys = self._rows.to("cpu", copy=True), Counter(self._keys)
@@ -247,7 +242,7 @@ class ExposureCounter(Callback):
         return {"rows": rows, "keys": dict(keys)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Counts of the run that is resumed."""
+        """Load the counts of the resumed run."""
         self._loaded = state_dict
 
 
@@ -259,17 +254,14 @@ def _data(trainer: Trainer) -> ShardDataModule:
 
 
 class StepProgress(Callback):
-    """One bar over all optimizer steps, with the loss; to standard error by default.
-
-    Lightning's own start again with each epoch and fill a log with every refresh.
-    """
+    """One bar over all optimizer steps, on stderr by default; Lightning's restarts each epoch."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or plain_console(stderr=True)
         self._line: ProgressLine | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the bar from the step that training resumes from."""
+        """Show the bar from the first or resumed step."""
         if trainer.is_global_zero:
             steps = float(trainer.estimated_stepping_batches)
             total = int(steps) if math.isfinite(steps) else None
@@ -277,14 +269,14 @@ class StepProgress(Callback):
             self._line = ProgressLine(self._console, "training", "step {} of {}", total, done)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Move the bar every ten steps and at the last."""
+        """Move the bar every ten steps and at the last one."""
         step = trainer.global_step
         if self._line is not None and (step % 10 == 0 or step == self._line.total):
             loss = trainer.callback_metrics.get("loss")
             self._line.show(step, "" if loss is None else f"loss {float(loss):.4f}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Leave the bar as it is, so that what follows has a line of its own."""
+        """Close the bar, so that further output starts on a new line."""
         if self._line is not None:
             self._line.close()
 

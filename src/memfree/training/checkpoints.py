@@ -26,15 +26,12 @@ from memfree.slurm.requeue import WARNINGS, handled, ignore, job_id, requeue
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its name, flushes it, and renames it.
-
-    Lightning's own writes to the system's temporary folder, often on another disk, and copies.
-    """
+    """Writes checkpoints atomically; Lightning's copies from a temporary folder on another disk."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write ``checkpoint`` to ``path``; ``storage_options`` are Lightning's, and unused."""
+        """Write ``checkpoint`` to ``path``; ``storage_options`` are Lightning's and unused."""
 
         def save(temporary: Path) -> None:
             with open(temporary, "wb") as file:
@@ -44,10 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(ModelCheckpoint):
-    """Saves ``folder/step-N.ckpt`` every N optimizer steps and at the end; keeps the newest.
-
-    It needs no state to resume, so a folder may be moved between two runs.
-    """
+    """Saves ``folder/step-N.ckpt`` every N optimizer steps and at the end; keeps the newest."""
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
         super().__init__(dirpath=folder, every_n_train_steps=every_n_steps, save_top_k=1)
@@ -55,26 +49,26 @@ class Checkpoints(ModelCheckpoint):
         self._saved_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the checkpoint that is there, which the next one replaces."""
+        """Find the existing checkpoint, which the next one replaces."""
         super().setup(trainer, pl_module, stage)
         newest = latest_checkpoint(Path(str(self.dirpath)))
         self.best_model_path = str(newest or "")
-        # Else a batch whose gradients are still being added up would save that step again,
-        # without those gradients.
+        # Otherwise a batch that still accumulates gradients would save that step again without
+        # them.
         self._saved_step = step_of(newest) if newest else 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save if it is time, or before Lightning counts an epoch that max_steps ends as whole."""
+        """Save when due, or before Lightning counts an epoch cut short by max_steps as complete."""
         step = trainer.global_step
         if step % self._every == 0 or step == trainer.max_steps:
             self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save this step if it is not saved yet."""
+        """Save this step unless it is saved."""
         trial = trainer.fast_dev_run  # type: ignore[attr-defined]
         if trial or trainer.global_step == self._saved_step:
             return
-        for logger in trainer.loggers:  # a run that resumes from here does not log it again
+        for logger in trainer.loggers:  # a run resumed from here does not log it again
             logger.save()
         previous = self.best_model_path
         path = str(Path(str(self.dirpath)) / f"step-{trainer.global_step:08d}.ckpt")
@@ -83,12 +77,12 @@ class Checkpoints(ModelCheckpoint):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(weakref.proxy(self))
-        # That of the run that this one resumed, too.
+        # May be from the resumed run.
         if previous and previous != path:
             trainer.strategy.remove_checkpoint(previous)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the folder itself says which checkpoint is the newest."""
+        """Empty: the folder itself shows the newest checkpoint."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -105,15 +99,12 @@ def step_of(path: Path) -> int:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in ``folder``, None where there is none."""
+    """The checkpoint with the highest step in ``folder``, or None."""
     return next(reversed(_checkpoints(folder)), None)
 
 
 def good_checkpoint(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint, None where there is none; ValueError if all are damaged.
-
-    There are two if a run was killed while it replaced one by the other.
-    """
+    """The newest undamaged checkpoint or None (a kill can leave two); ValueError if all are bad."""
     damage: ValueError | None = None
     for path in reversed(_checkpoints(folder)):
         try:
@@ -129,14 +120,14 @@ def good_checkpoint(folder: Path) -> Path | None:
 
 
 def keep_only(path: Path, folder: Path) -> None:
-    """Remove all checkpoints of ``folder`` but ``path``: older ones and damaged ones."""
+    """Remove all other checkpoints from ``folder``, older or damaged."""
     for other in _checkpoints(folder):
         if other != path:
             other.unlink(missing_ok=True)
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Compare a checkpoint with the checksums in it; ValueError if it was cut off or changed."""
+    """Verify the checksums in a checkpoint; ValueError if it was cut off or changed."""
     check_plain(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -152,7 +143,7 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def read_identity(path: Path) -> dict[str, Any]:
-    """Which model a checkpoint is of, read without executing anything; ValueError if damaged."""
+    """Identity of a checkpoint's model, read without executing anything; ValueError if damaged."""
     check_plain(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -169,7 +160,7 @@ def read_identity(path: Path) -> dict[str, Any]:
 
 
 def _refuse_packed(archive: zipfile.ZipFile) -> None:
-    """Let nothing be unpacked: torch neither packs nor encrypts; a third party's may be a bomb."""
+    """torch neither compresses nor encrypts; an untrusted archive may be a zip bomb."""
     encrypted = 0x1
     for part in archive.infolist():
         if part.compress_type != zipfile.ZIP_STORED or part.flag_bits & encrypted:
@@ -184,13 +175,12 @@ def _damaged(path: Path, reason: str) -> ValueError:
 
 
 class Preemption(Callback):
-    """On SIGTERM, USR1 or Ctrl-C: a checkpoint after the optimizer step, then the process ends.
+    """On SIGTERM, USR1 or Ctrl-C, saves a checkpoint after the optimizer step and ends the process.
 
-    The handler only remembers the signal; the ranks agree on it after a step, where all of them are
-    at the same place (on several GPUs every ``every_n_steps``, since it waits for the devices): a
-    checkpoint inside a handler would wait for ranks that received none. Under SLURM the first
-    process then requeues the job. The process ends with status 128 + signal (143 for SIGTERM). A
-    second Ctrl-C ends it at once.
+    The handler only records the signal: a checkpoint inside it would wait for ranks that received
+    none. Ranks agree after a step (on several GPUs every ``every_n_steps``, since it waits for
+    them). Under SLURM the first process then requeues the job. The exit status is 128 + signal (143
+    for SIGTERM); a second Ctrl-C ends the process at once.
     """
 
     def __init__(self, every_n_steps: int = 5) -> None:
@@ -200,25 +190,22 @@ class Preemption(Callback):
         self._handlers = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signals, Lightning's handler of SIGTERM among them."""
+        """Install the signal handlers, also in place of Lightning's SIGTERM handler."""
         self._signal, self._step = None, trainer.global_step
         numbers = [*WARNINGS]
-        # Ctrl-C where there is a terminal: jobs have none, what runs in the background ignores it.
+        # Ctrl-C only with a terminal: jobs have none, background processes ignore it.
         if job_id() is None and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             numbers.append(signal.SIGINT)
         self._handlers.enter_context(handled(self._remember, numbers))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back, and in a SLURM job one received in the last steps as well.
-
-        All is saved by now, but a large model takes longer to export than a warning leaves.
-        """
+        """Restore the handlers; resend a late signal in a SLURM job before a long export."""
         self._handlers.close()
         if self._signal is not None and job_id() is not None:
             os.kill(os.getpid(), self._signal)
 
     def on_exception(self, *_: Any) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._handlers.close()
 
     def _remember(self, number: int, *_: object) -> None:
@@ -227,10 +214,10 @@ class Preemption(Callback):
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Agree whether to end, if an optimizer step is done."""
+        """Agree whether to end after a completed optimizer step."""
         step = trainer.global_step
-        # Gradients that are still being added up are in no checkpoint; the last step is followed
-        # by the end in any case, which passes the signal on.
+        # No checkpoint holds partly accumulated gradients; after the last step, the end of the fit
+        # passes the signal on.
         if step == self._step or _is_last(trainer):
             return
         self._step = step
@@ -247,7 +234,7 @@ class Preemption(Callback):
         for logger in trainer.loggers:
             logger.save()
         trainer.strategy.barrier("the checkpoint is written")
-        # Where only another rank had the signal, it is on its way to this one.
+        # If only another rank has the signal, it is on its way to this one.
         number = self._signal or signal.SIGTERM
         name = signal.Signals(number).name
         what = "interrupted" if number == signal.SIGINT else f"received {name}"
@@ -257,7 +244,7 @@ class Preemption(Callback):
         if trainer.is_global_zero:
             say(f"{saved}; the same command resumes from there", stderr=True)
         launcher = trainer.strategy.launcher
-        # The first process kills itself when one that it has started fails.
+        # The first process kills itself when one that it started fails.
         raise SystemExit(0 if launcher is not None and trainer.local_rank > 0 else 128 + number)
 
 
@@ -267,13 +254,13 @@ def _end_job(trainer: Trainer, saved: str, status: int) -> NoReturn:
         reason = requeue()
         what = "the job is requeued" if reason is None else f"not requeued: {reason}"
         say(f"{saved}; {what}", stderr=True)
-    # SLURM may end a job with its first task that ends, also before it is requeued.
+    # SLURM may end a job when its first task ends, even before it is requeued.
     trainer.strategy.barrier("the job is requeued")
     for logger in trainer.loggers:
         logger.finalize("preempted")
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not through Lightning's teardown: it takes time that SLURM may not give.
+    # Skip Lightning's teardown: it takes time that SLURM may not give.
     os._exit(status)
 
 

@@ -1,4 +1,4 @@
-"""Whether a model folder may be written, and from which checkpoint training resumes."""
+"""Decide whether a model folder may be written and which checkpoint training resumes from."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RECONSTRUCTIONS = "reconstructions.png"
 
 @dataclass(frozen=True)
 class Claim:
-    """What a folder holds for the training that claims it."""
+    """What a folder contains, as seen by the training that claims it."""
 
     found: Found  # open: to be trained; other: another model, which ``begin`` deletes
     checkpoint: Path | None = None  # verified, to resume from
@@ -49,11 +49,7 @@ def claim(
     max_epochs: int,
     overwrite: bool,
 ) -> Claim:
-    """Accept ``out`` for the model of this ``DDPMModule.identity()``, or raise; writes nothing.
-
-    Each of several processes claims, and all find the same as long as none of them writes:
-    ``begin`` comes when all have claimed. Negative ``max_steps`` or ``max_epochs``: no such limit.
-    """
+    """Accept ``out`` for a model of this identity, or raise; writes nothing, unlike ``begin``."""
     manifest = check_kind(out, "model")
     for name in (DIFFUSERS_NAME, LORA):  # replaced when the training is finished
         refuse_mount_point(out / name)
@@ -82,7 +78,7 @@ def claim(
 
 
 def begin(out: Path, claimed: Claim) -> None:
-    """Make room for a claimed training and save its configuration; only the first process does."""
+    """Make room for a claimed training and save its configuration; only in the first process."""
     if not is_first_process():
         return
     if claimed.found == "other":
@@ -99,25 +95,22 @@ def begin(out: Path, claimed: Claim) -> None:
 
 
 def clear(out: Path) -> None:
-    """Delete what training writes, and nothing else that may lie in the folder."""
+    """Delete what training writes, and nothing else in the folder."""
     for name in ("manifest.json", EXPOSURES, RECONSTRUCTIONS, CONFIG_NAME):
         (out / name).unlink(missing_ok=True)
-    # Checkpoints last: killed before, the same command still finds the other model.
+    # Checkpoints last: if killed before, the same command still finds the other model.
     for name in (DIFFUSERS_NAME, LORA, LOGS, GRIDS, CHECKPOINTS):
         shutil.rmtree(out / name, ignore_errors=True)
 
 
 class Beginning(Callback):
-    """Makes room in the folder and opens its log, once every process has claimed the folder.
-
-    To be the first of the callbacks: others look for checkpoints, which it may delete.
-    """
+    """Clears the folder and opens its log; must be first, as others look for checkpoints there."""
 
     def __init__(self, out: Path, claimed: Claim, logger: LoggerName) -> None:
         self._out, self._claimed, self._logger = out, claimed, logger
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin on the first process, while the others wait."""
+        """Begin on the first process while the others wait."""
         begin(self._out, self._claimed)
         trainer.strategy.barrier("the folder is ready")
         checkpoint = self._claimed.checkpoint

@@ -1,4 +1,4 @@
-"""Loss: recorded each step, logged to CSV, TensorBoard or Weights & Biases."""
+"""Loggers of a training: the loss to CSV, TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,16 +20,11 @@ from memfree.models.module import DiffusionModule
 from memfree.models.options import LoggerName
 from memfree.slurm.launcher import is_first_process
 
-SAVED_EVERY = 100
-"""Optimizer steps after which rows that are not yet on the disk are written."""
+SAVED_EVERY = 100  # optimizer steps between writes of new rows to disk
 
 
 class LossLog(CSVLogger):
-    """Writes ``folder/version_0/metrics.csv``, one row a record, atomically.
-
-    Lightning's own loses rows in a kill, and deletes those of an earlier start. Here all rows are
-    on the disk before a checkpoint is, and a run that resumes from it keeps the rows up to it.
-    """
+    """Writes ``folder/version_0/metrics.csv`` atomically, before checkpoints: no row is lost."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder.parent, folder.name, version=0)
@@ -40,7 +35,7 @@ class LossLog(CSVLogger):
 
     @rank_zero_only
     def keep_before(self, step: int) -> None:
-        """Keep the rows of an earlier run before optimizer step ``step``."""
+        """Keep an earlier run's rows before optimizer step ``step``."""
         self._rows, self._saved = [], 0
         if self.path.is_file():
             with open(self.path, newline="", encoding="utf-8") as file:
@@ -50,7 +45,7 @@ class LossLog(CSVLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Add a row."""
+        """Add a row; write the file now and then."""
         assert step is not None
         self._rows.append({**metrics, "step": step})
         if step - self._last_step >= SAVED_EVERY:
@@ -62,7 +57,7 @@ class LossLog(CSVLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the file if there are rows that are not in it."""
+        """Write the file if it lacks rows."""
         if self._saved == len(self._rows):
             return
         names = sorted({name for row in self._rows for name in row})
@@ -78,7 +73,7 @@ class LossLog(CSVLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left."""
+        """Write the remaining rows."""
         self.save()
 
 
@@ -88,11 +83,9 @@ _KEPT = ("sum", "batches", "last_step", "recorded", "epoch")  # by LossRecord in
 class LossRecord(Callback):
     """Logs ``loss``, the mean since the last record, and ``learning_rate``.
 
-    In place of a DiffusionModule's ``log`` at every step, which costs more. To the loggers
-    directly: Lightning would pass a record on only after a checkpoint of that step.
-    ``callback_metrics`` have the last one as ``loss`` and as ``train/loss``. ``epoch``: that of the
-    last batch through all resumed runs; Lightning's own after training depends on whether anything
-    was left to train.
+    Cheaper than a DiffusionModule's ``log`` at each step. Goes to the loggers directly: Lightning
+    would wait until after that step's checkpoint. ``callback_metrics`` have it as ``loss`` and
+    ``train/loss``. ``epoch`` is that of the last batch over all resumed runs.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -104,7 +97,7 @@ class LossRecord(Callback):
         self.epoch = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue the log of the run that is resumed, if this is one."""
+        """Continue the log of the resumed run, if any."""
         if isinstance(pl_module, DiffusionModule):
             pl_module.logs_loss = False
         if self.sum is not None:
@@ -118,14 +111,14 @@ class LossRecord(Callback):
         return {name: getattr(self, name) for name in _KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume; all ranks begin with the sum of the first, whose mean is logged."""
+        """Resume; all ranks start with the first rank's sum, whose mean is logged."""
         for name in _KEPT:
             setattr(self, name, state_dict[name])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Add this step's loss and log if it is time."""
+        """Add this step's loss; log it when due."""
         # Lightning divides the loss by the number of accumulated batches.
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
         self.sum = loss if self.sum is None else self.sum + loss
@@ -141,12 +134,12 @@ class LossRecord(Callback):
                 rate = float(trainer.optimizers[0].param_groups[0]["lr"])
                 record = {"loss": float(self.recorded), "learning_rate": rate}
                 for logger in trainer.loggers:
-                    # Steps are counted from 0 in logs, as by Lightning.
+                    # Logs count steps from 0, like Lightning.
                     logger.log_metrics({"epoch": trainer.current_epoch, **record}, step=step - 1)
             self.sum, self.batches, self.last_step = None, 0, step
 
     def last(self) -> float | None:
-        """The last record; where there is none yet, the mean of the steps so far, if any."""
+        """The last record; before the first, the mean of the steps so far, if any."""
         if self.recorded is None and self.sum is not None:
             return float(self.sum / self.batches)
         return None if self.recorded is None else float(self.recorded)
@@ -162,11 +155,10 @@ def check_logger(name: LoggerName) -> None:
 
 
 def build_logger(name: LoggerName, out: Path, logs: str, step: int = 0) -> Logger | None:
-    """The logger of this name, below ``out / logs``; call it once the folder is claimed.
+    """Create the named logger below ``out / logs``, once the folder is claimed.
 
-    What an earlier run logged from ``step`` on no longer counts. W&B runs are called after the
-    model folder, whose path is in their configuration, and a resumed training continues its run.
-    W&B's own variables count: with WANDB_MODE=offline runs stay below the folder.
+    Entries from ``step`` on are dropped. W&B runs are named after the model folder and resumed with
+    it; W&B's variables apply: with WANDB_MODE=offline, runs stay below the folder.
     """
     if name == "none":
         return None
@@ -177,7 +169,7 @@ def build_logger(name: LoggerName, out: Path, logs: str, step: int = 0) -> Logge
         return TensorBoardLogger(
             out, name=logs, version=0, purge_step=step, default_hp_metric=False
         )
-    run_id = folder / "wandb_id"  # goes with the logs where a model is overwritten
+    run_id = folder / "wandb_id"  # deleted with the logs when a model is overwritten
     if is_first_process() and not run_id.is_file():
         write_text(run_id, secrets.token_hex(4))
     path = out.resolve()
@@ -191,6 +183,6 @@ def build_logger(name: LoggerName, out: Path, logs: str, step: int = 0) -> Logge
 
 
 def finish(logger: Logger | None) -> None:
-    """End a W&B run: the next training of this process has one of its own."""
+    """End a W&B run, so that this process's next training gets its own."""
     if isinstance(logger, WandbLogger):
         logger.experiment.finish()

@@ -1,4 +1,4 @@
-"""Trainer set-up, with wrong options refused in one line."""
+"""Lightning Trainer set-up that refuses wrong options in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from memfree.models.options import Devices
 from memfree.slurm.launcher import LIGHTNING, Launch, check_meeting, joined, knows_mpi, launched
 
 _DEVICES = {**asdict(Devices()), "precision": "32-true"}
-"""Arguments of the Trainer that are options ``--trainer.*`` of a command, and their defaults."""
+"""Trainer arguments that are command options ``--trainer.*``, and their defaults."""
 _OURS: dict[str, Any] = {
     "logger": False,
     "enable_progress_bar": False,  # ours are callbacks
@@ -41,12 +41,7 @@ _SENTENCE_WITH_ADDRESS = re.compile(r"[^.]*https?://\S*")
 
 
 def build_trainer(**options: Any) -> Trainer:
-    """Make a Trainer of Lightning's arguments, ``_OURS`` by default; before anything is written.
-
-    Raises:
-        ValueError: there is no such device or strategy here, or the launcher has started another
-            number of processes; names the options that were given.
-    """
+    """A Trainer with defaults ``_OURS``; ValueError names options that do not fit this machine."""
     launch, nodes = launched(), options.get("num_nodes", 1)
     # Without a launcher, Lightning counts devices itself.
     if launch.told:
@@ -64,7 +59,7 @@ def build_trainer(**options: Any) -> Trainer:
     if trainer.world_size > 1:
         check_meeting()
     if not together:
-        # Lightning has read it from the launcher's variables when it was imported.
+        # Lightning read it from the launcher's variables on import.
         rank_zero_only.rank = 0  # type: ignore[attr-defined]
     return trainer
 
@@ -72,10 +67,9 @@ def build_trainer(**options: Any) -> Trainer:
 def device_count(
     launch: Launch, accelerator: str = "auto", devices: int | str | Sequence[int] = "auto"
 ) -> int:
-    """Processes on this machine that options of a Trainer ask for, one a device.
+    """Processes on this machine that options of a Trainer request, one per device.
 
-    ``devices``: a number, a list such as ``0,1``, ``-1`` for all, or ``auto``, which under torchrun
-    means all that it has started; ValueError if there are no such devices.
+    ``devices``: number, list such as ``0,1``, ``-1`` or ``auto`` (torchrun: all it started).
     """
     if means_all_started(launch, devices):
         return launch.per_node[0] if launch.per_node else launch.size or 1
@@ -88,13 +82,12 @@ def device_count(
 
 
 def means_all_started(launch: Launch, devices: int | str | Sequence[int]) -> bool:
-    """Whether ``devices`` are as many as torchrun has started, rather than all of the machine."""
+    """Whether ``devices`` means all that torchrun started rather than all of the machine."""
     return launch.launcher == "torchrun" and str(devices) in ("auto", "-1")
 
 
 @contextmanager
 def _explained(options: Mapping[str, Any]) -> Iterator[None]:
-    """Name the options that were given where Lightning refuses them."""
     try:
         yield
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
@@ -120,21 +113,17 @@ def _devices(options: Mapping[str, Any], count: int) -> Any:
 
 
 class PlainTermination(Callback):
-    """Keeps the handler of SIGTERM that was there before Lightning's.
-
-    Lightning's talks to the other ranks inside the handler, which they may never answer, and lets
-    a prediction run on.
-    """
+    """Keeps the earlier SIGTERM handler: Lightning's waits for ranks that may never answer."""
 
     def __init__(self) -> None:
         self._handler: Any = signal.SIG_DFL
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember the handler."""
+        """Remember the earlier handler."""
         self._handler = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put it back."""
+        """Restore the handler."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._handler)
 
@@ -142,17 +131,14 @@ class PlainTermination(Callback):
 
 
 def _environment(launch: Launch, together: bool) -> ClusterEnvironment:
-    """What tells Lightning about other processes: the launcher, if all of its are one run.
-
-    Otherwise Lightning would join what a launcher started by chance, or wait for it forever.
-    """
+    """Lightning would join processes that are not one run, or wait for them forever."""
     if not together or launch.launcher == LIGHTNING:
         return LightningEnvironment()
     if launch.launcher == "srun":
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", SRUN_UNUSED)
-            # Its requeueing saves a checkpoint inside a signal handler, where ranks may wait for
-            # each other forever; ours is Preemption.
+            # Its requeueing saves a checkpoint inside a signal handler, where ranks may deadlock;
+            # ours is Preemption.
             return SLURMEnvironment(auto_requeue=False)
     if launch.launcher == "jsrun":
         return LSFEnvironment()
@@ -160,6 +146,6 @@ def _environment(launch: Launch, together: bool) -> ClusterEnvironment:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a message of Lightning's, without addresses and code marks."""
+    """First line of a Lightning message, without addresses and code marks."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return _SENTENCE_WITH_ADDRESS.sub("", lines[0]).replace("`", "").strip()
