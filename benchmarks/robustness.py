@@ -33,12 +33,8 @@ def resume(data: Path, repetitions: int) -> Records:
     module = ShardDataModule(str(data), batch_size=BATCH, cache_bytes=0)
     stream = module.dataset()
 
-    def next_batch(start: int) -> Callable[[], object]:
-        def take() -> object:
-            stream.start = start
-            return next(iter(stream))
-
-        return take
+    def next_batch(number: int) -> Callable[[], object]:
+        return lambda: stream.batch(0, number)
 
     middle = stream.batches // 2
     timings = interleaved({"middle": next_batch(middle), "first": next_batch(0)}, repetitions)

@@ -89,6 +89,10 @@ class RankBatches(Dataset[Batch | Exception]):
         except (ValueError, OSError) as error:
             return error
 
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of the first epoch."""
+        return (self.batch(0, number) for number in range(self.batches))
+
     def batch(self, epoch: int, number: int) -> Batch:
         """Batch ``number`` of ``epoch``, both from 0."""
         raise NotImplementedError
