@@ -375,3 +375,11 @@ def test_the_font_of_emoji_is_a_path(capsys):
         entry.main(["prepare", "--out=x", "--source=emoji", "--font=y"])
     said = capsys.readouterr().err
     assert "unknown option --font: give it as --path FONT, with --source emoji; see" in said
+
+
+def test_a_value_may_have_the_name_of_a_group(tmp_path, monkeypatch):
+    """``--data.path data --rate 1`` is no file in place of the group ``data``."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    data, *_ = entry.run(work, ["--data.path", "data", "--out", "shape", "--rate", "1"])
+    assert data.path == Path("data")

@@ -333,7 +333,7 @@ def test_help_explains_every_option(capsys):
         "--model.learning_rate LEARNING_RATE Highest learning rate of AdamW",
         "--model.noise.prediction_type {epsilon,v_prediction} Whether the network predicts",
         "--trainer.max_steps MAX_STEPS Total optimizer steps; -1: as many as max_epochs needs.",
-        "Records in a batch on each rank, at most",
+        "--data.batch_size BATCH_SIZE Largest number of records in a batch on each rank",
     ):
         assert words in text
     options_ = [part for part in text.split(" --")[1:] if "(type: " in part or "required" in part]

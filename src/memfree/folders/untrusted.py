@@ -95,7 +95,7 @@ def _with_all_values(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for name, value in pairs:
         values.setdefault(name, []).append(value)
     return {
-        name: every if any(value != every[0] for value in every) else every[-1]
+        name: every if any(value != every[0] for value in every[1:]) else every[-1]
         for name, every in values.items()
     }
 
@@ -332,11 +332,10 @@ def check_config_files(words: Sequence[str]) -> None:
 
 def check_no_further_files(words: Sequence[str], groups: Sequence[str]) -> None:
     """Refuse a path in place of an option group such as ``plan``: the parser would open it."""
-    options = dict(word.removeprefix("--").split("=", 1) for word in words if "=" in word)
-    options |= {word.removeprefix("--"): after for word, after in pairwise(words)}
-    for group in groups:
-        if group in options and isinstance(load_yaml(options[group]), str):
-            raise ValueError(f"--{group} {short(options[group])} is not a set of options")
+    options = dict(word.split("=", 1) for word in words if "=" in word) | dict(pairwise(words))
+    for option in (f"--{group}" for group in groups):
+        if option in options and isinstance(load_yaml(options[option]), str):
+            raise ValueError(f"{option} {short(options[option])} is not a set of options")
     for name in config_files(words):
         if not Path(name).is_file():  # such as the pipe of ``--config <(command)``
             continue
