@@ -12,14 +12,14 @@ import pytest
 LONGEST = ("tests/slurm", "tests/kill", "tests/integration", "tests/evaluation", "tests/hostile")
 """Folders that begin first (with ``--no-loadscope-reorder``), so that none is left for the end."""
 SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")
-"""Tests that take long, one a line, without parameters; ``tests/slow_tests.py`` writes the file."""
+"""Tests and files that take long, without parameters; ``tests/slow_tests.py`` writes the list."""
 
 
 def pytest_collection_modifyitems(items):
     """Mark the slow tests, and put the longest folders first."""
     slow = set(SLOW_TESTS.read_text().split())
     for item in items:
-        if item.nodeid.split("[")[0] in slow:
+        if slow & {item.nodeid.split("[")[0], item.nodeid.split("::")[0]}:
             item.add_marker(pytest.mark.slow)
 
     def place(item):
