@@ -123,7 +123,7 @@ def draw() -> None:
         for name in names:
             centre, bottom = where[name]
             loose = MODULES[f"memfree.{name}"].parent == SOURCE
-            low_edge = bottom - 0.5 if small else bottom
+            low_edge = bottom if where[name][1] else bottom - 0.5  # room for the loose files' words
             axes.add_patch(
                 FancyBboxPatch(
                     (centre - width / 2, low_edge),

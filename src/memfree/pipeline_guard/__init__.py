@@ -1,4 +1,4 @@
-"""Guard for diffusers pipelines: guidance during sampling and a verdict for each image."""
+"""Guard for diffusers pipelines: guidance while sampling, and verdicts."""
 
 import lazy_loader
 
