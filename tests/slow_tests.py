@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 SECONDS = 0.4
-"""Longer is slow: what is left takes about a minute on two cores."""
+"""Longer is slow."""
 SETUP_SECONDS = 4.0
 LINE = re.compile(r"([\d.]+)s (call|setup|teardown) +(tests/\S+?)(::[^\[\s]+)")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from memfree.cli import entry
+from memfree.commands.study import study, text_study
 from memfree.folders.manifest import save_config
 from memfree.slurm.launcher import is_first_process
 
@@ -383,3 +385,8 @@ def test_a_value_may_have_the_name_of_a_group(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     data, *_ = entry.run(work, ["--data.path", "data", "--out", "shape", "--rate", "1"])
     assert data.path == Path("data")
+
+
+def test_text_plans_are_told_by_options_that_grids_do_not_have():
+    grid, text = (inspect.signature(plan).parameters for plan in (study, text_study))
+    assert {*text} - {*grid} >= entry.TEXT_PLAN

@@ -38,7 +38,7 @@ def options_of(parser: ArgumentParser) -> list[str]:
     """All options of a parser as typed, ``--help`` and ``-h`` included."""
     options = [option for action in parser._actions for option in action.option_strings]
     new = getattr(parser, "new_options", ())  # never suggest old names of mitigations
-    return [*new, *(option for option in options if not option.startswith("--guidance."))]
+    return [*new, *(option for option in options if option.split(".")[0] != "--guidance")]
 
 
 def option_message(message: str, parser: ArgumentParser) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
@@ -71,7 +72,7 @@ class RankOptions:
     """Stop at broken records, or leave them out and report them in each batch's ``skipped``."""
 
 
-class RankBatches(Dataset[Batch | Exception]):
+class RankBatches(Dataset[Batch | Exception], ABC):
     """Batches of one rank; ``batches[epoch, number]`` depends on nothing else."""
 
     def __init__(self, records: int, options: RankOptions) -> None:
@@ -93,9 +94,9 @@ class RankBatches(Dataset[Batch | Exception]):
         """The batches of the first epoch."""
         return (self.batch(0, number) for number in range(self.batches))
 
+    @abstractmethod
     def batch(self, epoch: int, number: int) -> Batch:
         """Batch ``number`` of ``epoch``, both from 0."""
-        raise NotImplementedError
 
     def _slice(self, number: int) -> tuple[int, int, float]:
         first, last = global_slice(self.records, self.batches, number)
@@ -186,8 +187,9 @@ class EpochBatches(RankBatches):
         if epoch != self._epoch:
             seed = self._options.seed
             self._order = permutation(self.records, seed, epoch)
-            generator = generator_of(seed, epoch, Stream.FLIPS)
-            self._flips = torch.from_numpy(generator.random(self.records) < 0.5)
+            if self._options.random_flip:
+                generator = generator_of(seed, epoch, Stream.FLIPS)
+                self._flips = torch.from_numpy(generator.random(self.records) < 0.5)
             self._epoch = epoch
         start, end, weight = self._slice(number)
         skipped = Skipped() if self._options.on_error == "skip" else None

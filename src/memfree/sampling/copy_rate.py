@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as pl
 import torch
 
-from memfree.guidance.calibration import calibration_of, default_similarity
+from memfree.guidance.calibration import Judge, calibration_of, default_similarity
 from memfree.models.module import DiffusionModule
 
 if TYPE_CHECKING:
@@ -34,9 +34,11 @@ class CopyRate(pl.Callback):
         steps: int = 25,
         seed: int = 0,
     ) -> None:
-        self.index, self.count, self.steps, self.seed = index, count, steps, seed
-        self.similarity = default_similarity(index)
-        self.threshold = calibration_of(index, self.similarity).threshold(false_positive_rate)
+        self.count, self.steps, self.seed = count, steps, seed
+        similarity = default_similarity(index)
+        calibration = calibration_of(index, similarity)
+        calibration.threshold(false_positive_rate)  # refuses a rate that is too small
+        self.judge = Judge(index, similarity, calibration, false_positive_rate)
         self._rate = 0.0
 
     @torch.no_grad()
@@ -46,10 +48,11 @@ class CopyRate(pl.Callback):
         if trainer.is_global_zero:
             averaged = pl_module.average or pl_module
             images = averaged.preview(self.count, self.steps, self.seed).float()
-            sigma = self.similarity(self.index.to(images.device), images).sigma
-            self._rate = float((sigma > self.threshold).float().mean())
+            self.judge.index.to(images.device)
+            *_, copies = self.judge(images, batch_size=self.count)
+            self._rate = float(copies.float().mean())
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the rate beside the loss."""
+        """Log the rate beside the loss, on all ranks: a callback may watch it."""
         rate = trainer.strategy.broadcast(self._rate)
-        pl_module.log("val/copy_rate", rate, batch_size=self.count, rank_zero_only=True)
+        pl_module.log("val/copy_rate", rate, batch_size=self.count)

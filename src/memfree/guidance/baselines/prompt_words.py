@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,11 +52,11 @@ class TextTools:
 
 
 @dataclass(eq=False)
-class _InsertedWords(Mitigation):
+class _InsertedWords(Mitigation, ABC):
     options: Insertion = field(default_factory=Insertion)
 
-    def word(self, prompt: str, generator: torch.Generator) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def word(self, prompt: str, generator: torch.Generator) -> str: ...
 
     def prompts(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> list[str]:
         return [
